@@ -1,0 +1,256 @@
+"""Images grouped by class, and the episodes drawn from them."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from metaft.errors import DataError
+from metaft.tasks.sampler import choose, raw_words
+from metaft.types import SPLITS, Batch, Episode, Loss, Split
+
+Polarity = Literal["bright-on-black", "as-is"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Preprocessing:
+    """How a picture file becomes a model's input; it travels in the checkpoint so that new images get the same."""
+
+    channels: int
+    height: int
+    width: int
+    polarity: Polarity = "as-is"
+    """Grey pools are stored bright on black, whatever the files hold."""
+    mean: tuple[float, ...] = (0.0,)
+    """Per channel, in units of the pixel range 0..1; a single value serves every channel."""
+    std: tuple[float, ...] = (1.0,)
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """uint8 [..., C, H, W] to float32: (x / 255 - mean) / std."""
+        scale = 1.0 / (255.0 * torch.tensor(self.std, device=images.device))
+        shift = torch.tensor(self.mean, device=images.device) / torch.tensor(self.std, device=images.device)
+        return images.float() * scale.view(-1, 1, 1) - shift.view(-1, 1, 1)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ClassPool:
+    """Images grouped by class. Class c owns rows `starts[c] : starts[c] + counts[c]` of `images`.
+
+    Classes may share rows: a class that is another one turned by quarter turns only says so in `turns`.
+    """
+
+    name: str
+    images: Tensor
+    """uint8 [M, C, H, W]"""
+    class_names: tuple[str, ...]
+    starts: np.ndarray
+    """int64 [classes]"""
+    counts: np.ndarray
+    """int64 [classes]"""
+    splits: Mapping[str, np.ndarray]
+    """"train", "val", "test" -> int64 class numbers; disjoint, fixed, independent of every seed."""
+    preprocessing: Preprocessing
+    turns: np.ndarray | None = None
+    """int64 [classes] quarter turns that belong to the class itself; None: none."""
+
+    loss: Loss = dataclasses.field(default="cross_entropy", init=False)
+
+    def __post_init__(self) -> None:
+        p = self.preprocessing
+        if self.images.dtype != torch.uint8 or tuple(self.images.shape[1:]) != (p.channels, p.height, p.width):
+            raise DataError(
+                f"{self.name}: images must be uint8 [M, {p.channels}, {p.height}, {p.width}], "
+                f"got {self.images.dtype} {list(self.images.shape)}"
+            )
+        seen: dict[int, str] = {}
+        for split, classes in self.splits.items():
+            for c in classes.tolist():
+                if c in seen:
+                    raise DataError(
+                        f"{self.name}: class {self.class_names[c]!r} is in both {seen[c]!r} and {split!r}"
+                    )
+                seen[c] = split
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.images.shape[1:])
+
+    @property
+    def split_hash(self) -> str:
+        lines = [f"{split}\t{self.class_names[c]}" for split in SPLITS for c in self.splits[split]]
+        return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
+
+    def describe(self) -> Mapping[str, object]:
+        return {
+            "preprocessing": dataclasses.asdict(self.preprocessing),
+            "classes": {split: [self.class_names[c] for c in self.splits[split]] for split in SPLITS},
+        }
+
+    def to(self, device: str) -> ClassPool:
+        """The same pool with its pixels on another device."""
+        return dataclasses.replace(self, images=self.images.to(device))
+
+    def source(
+        self,
+        *,
+        ways: int,
+        shots: int,
+        query_shots: int,
+        rotate: bool = False,
+        splits: Sequence[Split] = SPLITS,
+    ) -> ClassEpisodes:
+        """Episodes of `ways` classes with `shots` support and `query_shots` query images each.
+
+        Raises DataError where one of `splits` has fewer than `ways` classes, one of their classes fewer than
+        `shots + query_shots` images, or `rotate` meets images that are not square.
+        """
+        return ClassEpisodes(self, ways, shots, query_shots, rotate, tuple(splits))
+
+
+class Draw(NamedTuple):
+    """Which pixels make up B episodes: small integer arrays, drawn on the CPU."""
+
+    rows: np.ndarray
+    """[B, N*K + N*Q] rows of the pool's images: support first, then query."""
+    turns: np.ndarray
+    """[B, N*K + N*Q] quarter turns."""
+    labels: np.ndarray
+    """[B, N*K + N*Q] in 0..N-1."""
+    class_ids: np.ndarray
+    """[B, N]"""
+    key: np.ndarray
+    """[B]"""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ClassEpisodes:
+    """A `Source` over a `ClassPool`; make it with `ClassPool.source`."""
+
+    pool: ClassPool
+    ways: int
+    shots: int
+    query_shots: int
+    rotate: bool
+    splits: tuple[Split, ...]
+
+    def __post_init__(self) -> None:
+        for field in ("ways", "shots", "query_shots"):
+            if getattr(self, field) < 1:
+                raise DataError(f"{field} must be at least 1, got {getattr(self, field)}")
+        need = self.shots + self.query_shots
+        for split in self.splits:
+            classes = self.pool.splits[split]
+            if len(classes) < self.ways:
+                raise DataError(
+                    f"{self.name}: split {split!r} has {len(classes)} classes, fewer than the {self.ways} ways asked for"
+                )
+            short = classes[self.pool.counts[classes] < need]
+            if len(short):
+                c = int(short[0])
+                raise DataError(
+                    f"{self.name}: class {self.pool.class_names[c]!r} of split {split!r} has {int(self.pool.counts[c])} "
+                    f"images, fewer than shots + query_shots = {self.shots} + {self.query_shots} = {need}"
+                )
+        if (self.rotate or self.pool.turns is not None) and self.shape[-1] != self.shape[-2]:
+            raise DataError(f"{self.name}: rotate needs square images, got {list(self.shape)}")
+
+    @property
+    def name(self) -> str:
+        return self.pool.name
+
+    @property
+    def loss(self) -> Loss:
+        return self.pool.loss
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.pool.shape
+
+    def draw(self, seed: int, split: Split, indices: Sequence[int]) -> Draw:
+        """Choose classes, images, rotations and order; touches no pixel."""
+        n, k, m = self.ways, self.shots, self.shots + self.query_shots
+        classes = self._classes(split)
+        words = raw_words(seed, split, indices, 2 * n + 2 * n * m + 1)
+        b = len(words)
+        cuts = np.cumsum([n, n, n * m, n * k, n * (m - k)])
+        w_class, w_turn, w_image, w_support, w_query, w_key = np.split(words, cuts, axis=1)
+
+        class_ids = classes[choose(w_class, np.full(b, len(classes)))]
+        images = choose(w_image.reshape(b * n, m), self.pool.counts[class_ids].ravel()).reshape(b, n, m)
+        rows = self.pool.starts[class_ids][:, :, None] + images
+        turns = np.zeros((b, n), np.int64) if self.pool.turns is None else self.pool.turns[class_ids]
+        if self.rotate:
+            turns = (turns + (w_turn % 4).astype(np.int64)) % 4
+
+        # The order of both sets is shuffled: a label must not be readable off an image's place in the batch.
+        order_s = np.argsort(w_support, axis=1, kind="stable")
+        order_q = np.argsort(w_query, axis=1, kind="stable")
+
+        def lay_out(per_image: np.ndarray) -> np.ndarray:
+            support = np.take_along_axis(per_image[:, :, :k].reshape(b, n * k), order_s, 1)
+            query = np.take_along_axis(per_image[:, :, k:].reshape(b, n * (m - k)), order_q, 1)
+            return np.concatenate([support, query], axis=1)
+
+        every = (b, n, m)
+        return Draw(
+            rows=lay_out(rows),
+            turns=lay_out(np.broadcast_to(turns[:, :, None], every)),
+            labels=lay_out(np.broadcast_to(np.arange(n)[None, :, None], every)),
+            class_ids=class_ids,
+            key=(w_key[:, 0] >> np.uint64(1)).astype(np.int64),
+        )
+
+    def episodes(self, seed: int, split: Split, indices: Sequence[int]) -> Episode:
+        """Episodes number `indices` of `split`: see `metaft.types.Episode` for shapes."""
+        draw = self.draw(seed, split, indices)
+        device = self.pool.images.device
+        cut = self.ways * self.shots
+        x = self._pixels(draw.rows, draw.turns)
+        y = torch.from_numpy(draw.labels).to(device)
+        return Episode(
+            support_x=x[:, :cut],
+            support_y=y[:, :cut],
+            query_x=x[:, cut:],
+            query_y=y[:, cut:],
+            class_ids=torch.from_numpy(draw.class_ids).to(device),
+            key=torch.from_numpy(draw.key).to(device),
+        )
+
+    def batches(self, seed: int, split: Split, indices: Sequence[int], size: int) -> Batch:
+        """`size` images a batch: a class uniformly, then one of its images uniformly."""
+        classes = self._classes(split)
+        words = raw_words(seed, split, indices, 2 * size + 1, stream=1)
+        y = (words[:, :size] % np.uint64(len(classes))).astype(np.int64)
+        class_ids = classes[y]
+        image = (words[:, size : 2 * size] % self.pool.counts[class_ids].astype(np.uint64)).astype(np.int64)
+        turns = np.zeros_like(y) if self.pool.turns is None else self.pool.turns[class_ids]
+        device = self.pool.images.device
+        return Batch(
+            x=self._pixels(self.pool.starts[class_ids] + image, turns),
+            y=torch.from_numpy(y).to(device),
+            key=torch.from_numpy((words[:, -1] >> np.uint64(1)).astype(np.int64)).to(device),
+        )
+
+    def _classes(self, split: Split) -> np.ndarray:
+        if split not in self.splits:
+            raise DataError(f"{self.name}: split {split!r} is not one of {list(self.splits)}, which were asked for")
+        return self.pool.splits[split]
+
+    def _pixels(self, rows: np.ndarray, turns: np.ndarray) -> Tensor:
+        """Gather, rotate and normalise on the pool's device: [B, n] rows to float [B, n, C, H, W]."""
+        device = self.pool.images.device
+        x = self.pool.images[torch.from_numpy(rows).to(device)]
+        if turns.any():
+            side = self.shape[-1]
+            grid = np.arange(side * side).reshape(side, side)
+            # A rotation is a permutation of pixels: one gather serves all four, with no branch per image.
+            maps = torch.from_numpy(np.stack([np.rot90(grid, t).ravel() for t in range(4)])).to(device)
+            where = maps[torch.from_numpy(turns).to(device)].unsqueeze(2)
+            x = x.flatten(-2).gather(-1, where.expand(*x.shape[:3], -1)).view_as(x)
+        return self.pool.preprocessing.normalise(x)
