@@ -1,0 +1,86 @@
+"""metaft: meta-learn an initialisation on many small tasks, then fine-tune it to one.
+
+    pool = metaft.tasks.glyphs()                                      # images by class
+    source = pool.source(ways=5, shots=1, query_shots=5)              # episodes from them
+    model = metaft.models.build("conv4", ways=5, shape=source.shape, width=64, seed=0)
+    maml = metaft.algorithms.maml(model, inner_lr=0.4)                # pure functions for one task
+    with metaft.engine() as engine:                                   # maps them over tasks
+        metaft.meta_gradient(engine, maml, meta, state, source.episodes(0, "train", range(32)))
+
+The commands are `metaft.meta_train` and `metaft.evaluate`. Importing metaft imports nothing heavy: each name below is
+fetched when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from metaft._version import __version__
+
+if TYPE_CHECKING:
+    from metaft import algorithms, checkpoint, inner, models, tasks
+    from metaft.algorithms import Algorithm
+    from metaft.config import EvaluateConfig, MetaTrainConfig
+    from metaft.errors import CheckpointError, DataError, MetaftError, NonFiniteError
+    from metaft.models import Model, functional
+    from metaft.outer import Engine, MetaGradient, engine, meta_gradient
+    from metaft.testing import meta_test
+    from metaft.types import Episode, Fast
+
+_MODULES = ("algorithms", "checkpoint", "inner", "models", "tasks")
+_NAMES = {
+    "Algorithm": "metaft.algorithms",
+    "CheckpointError": "metaft.errors",
+    "DataError": "metaft.errors",
+    "Engine": "metaft.outer",
+    "Episode": "metaft.types",
+    "EvaluateConfig": "metaft.config",
+    "Fast": "metaft.types",
+    "MetaGradient": "metaft.outer",
+    "MetaTrainConfig": "metaft.config",
+    "MetaftError": "metaft.errors",
+    "Model": "metaft.models",
+    "NonFiniteError": "metaft.errors",
+    "engine": "metaft.outer",
+    "functional": "metaft.models",
+    "meta_gradient": "metaft.outer",
+    "meta_test": "metaft.testing",
+}
+
+__all__ = [
+    "Algorithm",
+    "CheckpointError",
+    "DataError",
+    "Engine",
+    "Episode",
+    "EvaluateConfig",
+    "Fast",
+    "MetaGradient",
+    "MetaTrainConfig",
+    "MetaftError",
+    "Model",
+    "NonFiniteError",
+    "__version__",
+    "algorithms",
+    "checkpoint",
+    "engine",
+    "functional",
+    "inner",
+    "meta_gradient",
+    "meta_test",
+    "models",
+    "tasks",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"metaft.{name}")
+    if name in _NAMES:
+        return getattr(importlib.import_module(_NAMES[name]), name)
+    raise AttributeError(f"module 'metaft' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,126 @@
+"""Where episodes come from: one file per data set, and `load`, which finds them by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from metaft.errors import DataError, MetaftError, suggest
+
+# These functions share their names with the modules they live in. The eager import settles it: `metaft.tasks.folder` is
+# the function for everyone; what else a module holds is reached by `from metaft.tasks.folder import ...`.
+from metaft.tasks.folder import folder
+from metaft.tasks.glyphs import glyphs
+from metaft.tasks.omniglot import OMNIGLOT_SPLITS, download, find, omniglot
+from metaft.tasks.pool import ClassEpisodes, ClassPool, Preprocessing
+from metaft.tasks.sinusoid import Sinusoid
+from metaft.types import Dataset
+
+__all__ = [
+    "DATASETS",
+    "ClassEpisodes",
+    "ClassPool",
+    "Preprocessing",
+    "Sinusoid",
+    "default_rotate",
+    "folder",
+    "glyphs",
+    "load",
+    "omniglot",
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What was asked of `load` beside the name of the data set."""
+
+    path: str
+    """What follows the colon in "folder:PATH"."""
+    split: str
+    data_root: str | None
+    download: bool
+    image_size: int | None
+    channels: int | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """How a data set is opened, and the options it understands."""
+
+    open: Callable[[Request], Dataset]
+    splits: tuple[str, ...] = ()
+    """Class splits to choose from, the default first."""
+    downloads: bool = False
+    any_size: bool = False
+    """Whether `image_size` and `channels` are the user's choice."""
+
+
+def _open_omniglot(request: Request) -> Dataset:
+    root = request.data_root or os.environ.get("METAFT_DATA")
+    if not root:
+        raise DataError("omniglot: where is it? pass --data-root or set METAFT_DATA (--download fetches it to there)")
+    if request.download and find(Path(root)) is None:
+        download(Path(root))
+    return omniglot(Path(root), request.split)
+
+
+DATASETS: dict[str, Entry] = {
+    "glyphs": Entry(lambda request: glyphs(), splits=("scripts",)),
+    "omniglot": Entry(_open_omniglot, splits=tuple(OMNIGLOT_SPLITS), downloads=True),
+    "folder": Entry(lambda request: folder(Path(request.path), request.image_size, request.channels), any_size=True),
+    "sinusoid": Entry(lambda request: Sinusoid()),
+}
+
+
+def load(
+    dataset: str,
+    *,
+    data_root: str | None = None,
+    split: str | None = None,
+    download: bool = False,
+    image_size: int | None = None,
+    channels: int | None = None,
+) -> Dataset:
+    """The data set of that name: "glyphs", "omniglot", "folder:PATH" or "sinusoid".
+
+    `data_root` (default: the environment's METAFT_DATA) is where data sets with a fixed name live; `split` names one of
+    the data set's class splits. Raises MetaftError for a name, split or option that the data set does not have, and
+    DataError where its data is missing or broken.
+    """
+    name, _, path = dataset.partition(":")
+    if name not in DATASETS:
+        known = ["folder:PATH" if known == "folder" else known for known in DATASETS]
+        raise MetaftError(f"dataset: no {dataset!r}, known are {known}{suggest(name, DATASETS)}")
+    if (name == "folder") != bool(path):
+        wanted = "folder:PATH" if name == "folder" else name
+        raise MetaftError(f"dataset: write {wanted!r}, not {dataset!r}")
+    entry = DATASETS[name]
+    if split is not None and split not in entry.splits:
+        has = f"only {list(entry.splits)}{suggest(split, entry.splits)}" if entry.splits else "nor any other to choose"
+        raise MetaftError(f"split: {name} has no {split!r}, {has}")
+    if download and not entry.downloads:
+        raise MetaftError(f"download: {name} is not something to download")
+    for field, value in (("image_size", image_size), ("channels", channels)):
+        if value is not None and not entry.any_size:
+            raise MetaftError(f"{field}: {name} has its own, only folder:PATH takes {value}")
+    return entry.open(
+        Request(
+            path=path,
+            split=split or (entry.splits[0] if entry.splits else ""),
+            data_root=data_root,
+            download=download,
+            image_size=image_size,
+            channels=channels,
+        )
+    )
+
+
+def default_rotate(dataset: str, split: str | None = None) -> bool:
+    """Whether episodes turn each class by random quarter turns when the user does not say.
+
+    Only where the published protocol does: the MAML paper's Omniglot. Elsewhere a turned class is another class
+    (Vinyals' split, Canadian syllabics) or not a picture one would meet.
+    """
+    return dataset == "omniglot" and (split or DATASETS["omniglot"].splits[0]) == "finn"

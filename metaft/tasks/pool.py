@@ -72,9 +72,7 @@ class ClassPool:
         for split, classes in self.splits.items():
             for c in classes.tolist():
                 if c in seen:
-                    raise DataError(
-                        f"{self.name}: class {self.class_names[c]!r} is in both {seen[c]!r} and {split!r}"
-                    )
+                    raise DataError(f"{self.name}: class {self.class_names[c]!r} is in both {seen[c]!r} and {split!r}")
                 seen[c] = split
 
     @property
@@ -148,14 +146,15 @@ class ClassEpisodes:
             classes = self.pool.splits[split]
             if len(classes) < self.ways:
                 raise DataError(
-                    f"{self.name}: split {split!r} has {len(classes)} classes, fewer than the {self.ways} ways asked for"
+                    f"{self.name}: split {split!r} has {len(classes)} classes, fewer than ways = {self.ways}"
                 )
             short = classes[self.pool.counts[classes] < need]
             if len(short):
                 c = int(short[0])
                 raise DataError(
-                    f"{self.name}: class {self.pool.class_names[c]!r} of split {split!r} has {int(self.pool.counts[c])} "
-                    f"images, fewer than shots + query_shots = {self.shots} + {self.query_shots} = {need}"
+                    f"{self.name}: class {self.pool.class_names[c]!r} of split {split!r} has "
+                    f"{int(self.pool.counts[c])} images, fewer than shots + query_shots = "
+                    f"{self.shots} + {self.query_shots} = {need}"
                 )
         if (self.rotate or self.pool.turns is not None) and self.shape[-1] != self.shape[-2]:
             raise DataError(f"{self.name}: rotate needs square images, got {list(self.shape)}")

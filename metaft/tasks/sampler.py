@@ -51,3 +51,8 @@ def choose(words: np.ndarray, sizes: np.ndarray) -> np.ndarray:
         pick = j + (words[:, j] % (sizes - j).astype(np.uint64)).astype(np.int64)
         deck[row, j], deck[row, pick] = deck[row, pick], deck[row, j].copy()
     return deck[:, :m]
+
+
+def uniform(words: np.ndarray) -> np.ndarray:
+    """uint64 words to float64 in [0, 1): the top 53 bits, so that every value is exact."""
+    return (words >> np.uint64(11)).astype(np.float64) * 2.0**-53

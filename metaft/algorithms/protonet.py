@@ -1,0 +1,67 @@
+"""Prototypical networks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from metaft.algorithms.base import Algorithm, moments_for
+from metaft.algorithms.query import query_loss
+from metaft.errors import MetaftError
+from metaft.inner import collect
+from metaft.models import Model
+from metaft.types import Fast, Loss, Norm, Params
+
+
+def protonet(model: Model, *, loss: Loss = "cross_entropy", norm: Norm = "transductive") -> Algorithm:
+    """Classify by the nearest class mean in a learned feature space; nothing is adapted by gradient.
+
+    Snell, Swersky and Zemel 2017, https://arxiv.org/abs/1703.05175. Equation 1: the prototype of class n is the mean
+    feature of its support images; equation 2: the logit of class n is minus the squared Euclidean distance to it.
+    `meta` is the model without its head, so any number of classes can be met at test.
+
+    Transductive here means that support and query are each normalised with their own statistics; inductive that
+    queries take the support set's. (The paper's code normalises both sets in one batch.)
+
+    Raises MetaftError for a regression loss.
+    """
+    if loss != "cross_entropy":
+        raise MetaftError(f"protonet classifies; it cannot learn a data set whose loss is {loss!r}")
+
+    def init(key: int) -> tuple[Params, Params]:
+        return {name: p for name, p in model.params.items() if name not in model.head}, {}
+
+    def adapt(
+        meta: Params,
+        state: Params,
+        support_x: Tensor,
+        support_y: Tensor,
+        key: Tensor,
+        *,
+        ways: int,
+        steps: int,
+        trajectory: bool = False,
+        moments: bool = True,
+    ) -> Fast:
+        features = model.features(meta, support_x, None)
+        member = (support_y.unsqueeze(1) == torch.arange(ways, device=support_y.device)).to(features.dtype)  # [N*K, N]
+        prototypes = (member.T @ features) / member.sum(0).unsqueeze(1)  # [N, D]
+        measured = model.measure(meta, support_x) if moments else ()
+        return collect(iter([meta]), lambda params: Fast(params, measured, {"prototypes": prototypes}), trajectory)
+
+    def predict(fast: Fast, x: Tensor, norm: Norm) -> Tensor:
+        features = model.features(fast.params, x, moments_for(norm, fast))
+        # Written out rather than as a distance squared: the root in between has no derivative at 0.
+        return -(features.unsqueeze(1) - fast.extra["prototypes"]).square().sum(-1)
+
+    return Algorithm(
+        name="protonet",
+        init=init,
+        adapt=adapt,
+        predict=predict,
+        inner_steps=0,
+        loss=loss,
+        norm=norm,
+        task_loss=query_loss(adapt, predict, ways=None, steps=0, loss=loss, norm=norm),
+        any_ways=True,
+    )

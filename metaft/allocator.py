@@ -1,0 +1,23 @@
+"""Keeping freed memory in the process instead of handing it back to the kernel after every step."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
+
+
+def keep_freed_memory(threshold: int = 1 << 30) -> bool:
+    """Ask glibc to keep blocks below `threshold` bytes; returns whether there was a glibc to ask.
+
+    Activations of an inner loop are large and short-lived. By default each is mapped and unmapped anew, and every page
+    faults again. The commands call this; a library has no business to, so importing metaft does not.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):  # musl
+        return False
+    return bool(mallopt(_M_TRIM_THRESHOLD, threshold)) and bool(mallopt(_M_MMAP_THRESHOLD, threshold))

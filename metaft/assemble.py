@@ -1,0 +1,156 @@
+"""From settings to the objects of a run, the same way for training and for meta-test."""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from metaft import algorithms, models, tasks
+from metaft._version import __version__
+from metaft.algorithms.base import Algorithm
+from metaft.config import MetaTrainConfig, Settled, from_mapping, read_toml
+from metaft.defaults import device_of, hyper, resolve
+from metaft.errors import CheckpointError, MetaftError
+from metaft.models import Model
+from metaft.outer import Engine
+from metaft.run import RunFolder
+from metaft.training import Snapshot, load_snapshot
+from metaft.types import Dataset
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Parts:
+    """Everything that a resolved config stands for."""
+
+    config: Settled
+    dataset: Dataset
+    model: Model
+    algorithm: Algorithm
+    device: str
+
+
+def assemble(
+    config: MetaTrainConfig,
+    *,
+    dataset: Dataset | None = None,
+    module: nn.Module | None = None,
+    architecture: Mapping[str, Any] | None = None,
+) -> Parts:
+    """Load the data, build the model and bind the algorithm.
+
+    `dataset` and `module` take the place of `--dataset` and `--model` for those who bring their own from Python;
+    `architecture` is a checkpoint's, when its parameters are to be filled in. Raises MetaftError.
+    """
+    device = device_of(config.device)
+    if dataset is None:
+        dataset = tasks.load(
+            config.dataset,
+            data_root=config.data_root,
+            split=config.split,
+            download=config.download,
+            image_size=config.image_size,
+            channels=config.channels,
+        )
+        rotate = tasks.default_rotate(config.dataset, config.split)
+    else:
+        config = dataclasses.replace(config, dataset=dataset.name)
+        rotate = False
+    settled = resolve(config, dataset, default_rotate=rotate, custom_model=module is not None)
+    taken = list((architecture or {}).get("shape", dataset.shape))
+    if taken != list(dataset.shape):
+        raise MetaftError(
+            f"dataset: the run's model takes inputs of shape {taken}, but {dataset.name} has {list(dataset.shape)}"
+        )
+    if module is not None:
+        model = models.functional(module.to(device))
+        if model.outputs != settled.ways:
+            raise MetaftError(
+                f"ways: the module's head has {model.outputs} outputs, but tasks have {settled.ways} classes"
+            )
+    elif settled.model == "custom":
+        raise MetaftError("model: this run was trained with a module from Python; hand it over there (module=...)")
+    else:
+        model = models.build(
+            settled.model, ways=settled.ways, shape=dataset.shape, width=settled.width, seed=settled.seed, device=device
+        )
+    algorithm = algorithms.build(settled.algorithm, model, hyper(settled, dataset))
+    return Parts(settled, dataset.to(device), model, algorithm, device)
+
+
+def open_run(path: Path, *, which: str = "best") -> tuple[RunFolder, MetaTrainConfig, Snapshot]:
+    """A run's settings and one of its checkpoints. Raises CheckpointError with the checkpoint to use instead."""
+    run = RunFolder.open(path)
+    config = from_mapping(MetaTrainConfig, read_toml(run.config), origin=str(run.config))
+    wanted = run.best if which == "best" else run.last
+    try:
+        return run, config, load_snapshot(wanted)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}{_other(run, wanted)}") from None
+
+
+def _other(run: RunFolder, bad: Path) -> str:
+    """What to say about the checkpoints beside a bad one: the first that can be read, and how to go on from it."""
+    for path in (run.last, run.previous, run.best):
+        if path == bad or not path.exists():
+            continue
+        try:
+            step = load_snapshot(path).position.step
+        except CheckpointError:
+            continue
+        how = f"mv {path} {bad}" if bad == run.last else f"--checkpoint last, or mv {path} {bad}"
+        return f"; {path.name} of step {step} is good, to use it: {how}"
+    return "; no other checkpoint of this run can be read"
+
+
+def header(parts: Parts, engine: Engine) -> dict[str, Any]:
+    """The plain data that every checkpoint of a run carries."""
+    return {
+        "version": __version__,
+        "config": {k: v for k, v in dataclasses.asdict(parts.config).items() if v is not None},
+        "architecture": dict(parts.model.architecture),
+        "dataset": parts.dataset.name,
+        "split_hash": parts.dataset.split_hash,
+        **parts.dataset.describe(),
+        "environment": environment(engine, parts.device),
+    }
+
+
+def environment(engine: Engine, device: str) -> dict[str, str]:
+    """What the exact bits of a run depend on besides its settings."""
+    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else torch.backends.cpu.get_cpu_capability()
+    return {
+        "engine": engine.name,
+        "chunk": str(getattr(engine, "chunk", None)),
+        "torch": torch.__version__,
+        "device": name,
+        "machine": platform.machine(),
+    }
+
+
+def fill(parts: Parts, snapshot: Snapshot) -> Snapshot:
+    """A snapshot on the run's device, checked against what the algorithm expects.
+
+    Raises CheckpointError that names the first tensor with another shape, or the set of names that differ.
+    """
+    meta, state = parts.algorithm.init(parts.config.seed)
+    for expected, found in ((meta, snapshot.meta), (state, snapshot.state)):
+        if expected.keys() != found.keys():
+            raise CheckpointError(
+                f"checkpoint: its tensors are not this model's: {sorted(expected.keys() ^ found.keys())[:6]}"
+            )
+        for name, tensor in expected.items():
+            if tensor.shape != found[name].shape:
+                raise CheckpointError(
+                    f"checkpoint: {name} has shape {list(found[name].shape)}, the model's is {list(tensor.shape)}"
+                )
+    return dataclasses.replace(
+        snapshot,
+        meta={k: snapshot.meta[k].to(parts.device) for k in meta},
+        state={k: snapshot.state[k].to(parts.device) for k in state},
+    )

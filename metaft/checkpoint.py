@@ -1,0 +1,86 @@
+"""Checkpoints: named tensors and plain data in one file, written atomically, refused when a bit is wrong.
+
+The container is safetensors, which holds no code. Its metadata carries the plain data as JSON and a SHA-256 over that
+JSON and every tensor's name, type, shape and bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from metaft.errors import CheckpointError
+
+FORMAT = 1
+
+
+def save(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
+    """Write a checkpoint: to a temporary file, synced, then renamed, so that `path` is always a whole one.
+
+    Raises CheckpointError where the file cannot be written; a checkpoint that was there stays.
+    """
+    tensors = {name: t.detach().to("cpu").contiguous().clone() for name, t in sorted(tensors.items())}
+    text = json.dumps({"format": FORMAT, **header}, sort_keys=True)
+    data = safetensors.torch.save(tensors, metadata={"header": text, "sha256": _digest(text, tensors)})
+    write_atomically(path, data)
+
+
+def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors (on the CPU) and header of a checkpoint. No code is executed.
+
+    Raises CheckpointError, naming the file, where it is missing, truncated, edited or of another format.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"checkpoint {path}: cannot be read ({error.strerror})") from None
+    try:
+        tensors = safetensors.torch.load(data)
+        size = int.from_bytes(data[:8], "little")
+        metadata = json.loads(data[8 : 8 + size])["__metadata__"]
+        text, sha256 = metadata["header"], metadata["sha256"]
+    except (safetensors.SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"checkpoint {path}: damaged or not a metaft checkpoint ({error})") from None
+    if _digest(text, tensors) != sha256:
+        raise CheckpointError(f"checkpoint {path}: damaged or edited, its SHA-256 does not match its contents")
+    header = json.loads(text)
+    if header.get("format") != FORMAT:
+        raise CheckpointError(f"checkpoint {path}: format {header.get('format')!r}, this version reads {FORMAT}")
+    return tensors, header
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Replace `path` by a file with these bytes, or leave it as it was. Raises CheckpointError."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # the rename itself must survive a power cut
+        finally:
+            os.close(folder)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise CheckpointError(f"{path}: cannot be written ({error.strerror})") from None
+
+
+def _digest(text: str, tensors: Mapping[str, Tensor]) -> str:
+    sha = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        t = tensors[name]
+        sha.update(f"\n{name}\t{t.dtype}\t{list(t.shape)}\n".encode())
+        sha.update(t.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()

@@ -1,0 +1,107 @@
+"""What the commands share: arguments from the command line and TOML, and errors as one line with a status."""
+
+from __future__ import annotations
+
+import dataclasses
+import signal
+import sys
+import threading
+import types
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from metaft.errors import Interrupted, MetaftError
+
+Arguments = TypeVar("Arguments")
+
+
+def parse(cls: type[Arguments], argv: Sequence[str], *, prog: str, default: Arguments | None = None) -> Arguments:
+    """Arguments by tyro. `default` supplies what the command line leaves out.
+
+    Exits with status 2 for an unknown option or a value of the wrong type, status 0 for --help.
+    """
+    import tyro
+
+    arguments = tyro.cli(cls, args=_switches(cls, argv), prog=prog, default=default)
+    assert arguments is not None
+    return arguments
+
+
+def _switches(cls: type, argv: Sequence[str]) -> list[str]:
+    """Spell `--rotate` and `--no-rotate` as `--rotate True` and `--rotate False`.
+
+    tyro makes such pairs for a bool, but not for one that may also be left open (None).
+    """
+    three_way = {f.name.replace("_", "-") for f in dataclasses.fields(cls) if f.type == "bool | None"}  # type: ignore[arg-type]
+    out: list[str] = []
+    for word, following in zip(argv, [*argv[1:], ""], strict=True):
+        name = word.removeprefix("--").replace("_", "-")
+        if word.startswith("--") and name in three_way and following not in ("True", "False", "None"):
+            out += [word, "True"]
+        elif word.startswith("--no") and name.removeprefix("no-") in three_way:
+            out += ["--" + name.removeprefix("no-"), "False"]
+        else:
+            out.append(word)
+    return out
+
+
+def option(argv: Sequence[str], name: str) -> str | None:
+    """The value of `--name VALUE` or `--name=VALUE`, looked up before the real parse (which needs it as default)."""
+    for i, word in enumerate(argv):
+        if word == f"--{name}" and i + 1 < len(argv):
+            return argv[i + 1]
+        if word.startswith(f"--{name}="):
+            return word.partition("=")[2]
+    return None
+
+
+def guarded(command: Callable[[Sequence[str]], None], argv: Sequence[str] | None) -> int:
+    """Run a command and turn errors that the user can mend into one line on stderr and an exit status."""
+    try:
+        command(sys.argv[1:] if argv is None else argv)
+    except MetaftError as error:
+        print(f"metaft: {'' if isinstance(error, Interrupted) else 'error: '}{error}", file=sys.stderr)
+        return error.status
+    except SystemExit as done:  # tyro, after --help or a wrong option
+        return done.code if isinstance(done.code, int) else 2
+    return 0
+
+
+class StopSignals:
+    """Turns the first SIGINT or SIGTERM into a request that the run asks for at safe points; a second one is final."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._former: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        # Python delivers signals to its main thread alone; elsewhere (a notebook's worker) they are left as they are.
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._former[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._former.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, frame: types.FrameType | None) -> None:
+        if self.received is not None:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        self.received = number
+
+    def check(self, message: str) -> None:
+        """Raises Interrupted with this message where a signal has come."""
+        if self.received is not None:
+            raise Interrupted(message, self.received)
+
+
+def fresh_folder(base: Path) -> Path:
+    """`base`, or the first of `base-2`, `base-3`, ... that is not taken."""
+    number, path = 1, base
+    while path.exists():
+        number += 1
+        path = base.with_name(f"{base.name}-{number}")
+    return path

@@ -1,0 +1,282 @@
+"""The settings of each command: one frozen dataclass each, which is its `--help`, its TOML file and its record.
+
+A field left at None takes the value that `metaft.defaults` chooses for the data set and algorithm; the run folder's
+`config.toml` holds what was chosen. Importing this module does not import torch, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+import sys
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from metaft.errors import MetaftError, suggest
+
+Config = TypeVar("Config", "MetaTrainConfig", "EvaluateConfig")
+
+
+@dataclasses.dataclass(frozen=True)
+class MetaTrainConfig:
+    """Learn an initialisation from few-shot episodes, then meta-test it."""
+
+    dataset: str = "glyphs"
+    """glyphs (built in), omniglot, sinusoid, or folder:PATH (class folders, with or without train/ val/ test/)."""
+    data_root: str | None = None
+    """Folder that holds the data sets (auto: the environment variable METAFT_DATA)."""
+    download: bool = False
+    """Fetch the data set first, where that is possible (omniglot)."""
+    split: str | None = None
+    """How classes are split. omniglot: finn (default), vinyals, alphabets."""
+    image_size: int | None = None
+    """folder: pixels per side (auto: 28 for grey images, 84 for colour)."""
+    channels: int | None = None
+    """folder: 1 or 3 (auto: 1 where every image is grey)."""
+    rotate: bool | None = None
+    """--rotate / --no-rotate: one random quarter turn per class and task (auto: on for omniglot's finn split)."""
+
+    ways: int | None = None
+    """Classes per task, N (auto: 5; sinusoid: 1)."""
+    shots: int | None = None
+    """Support images per class, K (auto: 1; sinusoid: 10 points)."""
+    query_shots: int | None = None
+    """Query images per class in training (auto: 5; sinusoid: 10)."""
+    meta_batch: int | None = None
+    """Tasks per meta-step, B (auto: 32; more than 10 ways: 16; sinusoid: 25)."""
+
+    algorithm: str = "maml"
+    """maml, fomaml (first-order) or protonet."""
+    model: str | None = None
+    """conv4 (stride 2, mean), conv4-pool (max-pool) or mlp (auto: by the input's shape)."""
+    width: int | None = None
+    """Filters per convolution, or units per hidden layer (auto: 64 for conv4, 40 for mlp)."""
+    batch_norm: Literal["transductive", "inductive"] = "transductive"
+    """How training queries are normalised: with their own statistics, or with the support set's."""
+    inner_steps: int | None = None
+    """Inner gradient steps in training (auto: 1; protonet: none)."""
+    inner_lr: float | None = None
+    """Inner learning rate (auto: 0.4; sinusoid: 0.01)."""
+    adapt_norm: bool | None = None
+    """--adapt-norm / --no-adapt-norm: let the inner loop move normalisation scales and shifts too (auto: on)."""
+
+    iterations: int | None = None
+    """Meta-steps (auto: 1500; sinusoid: 15000)."""
+    outer_optimizer: Literal["adam", "sgd"] = "adam"
+    """Outer optimiser."""
+    outer_lr: float = 1e-3
+    """Outer learning rate."""
+    outer_schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    """How the outer learning rate goes from its first value: not at all, or down to 0 at the last iteration."""
+    clip_value: float | None = None
+    """Clip each entry of the meta-gradient to +- this."""
+    clip_norm: float | None = None
+    """Scale the meta-gradient down to at most this norm."""
+
+    eval_every: int | None = None
+    """Meta-steps between validations (auto: 250; sinusoid: 1000)."""
+    eval_episodes: int = 200
+    """Validation episodes; the best checkpoint is chosen on them."""
+    eval_seed: int = 1234
+    """Seed of validation and test episodes; independent of --seed."""
+    test_ways: int | None = None
+    """Classes per task in validation and test (auto: --ways)."""
+    test_shots: int | None = None
+    """Support images per class in validation and test (auto: --shots)."""
+    test_query_shots: int | None = None
+    """Query images per class in validation and test (auto: 15; sinusoid: 100)."""
+    test_inner_steps: int | None = None
+    """Inner steps in validation and test (auto: 3; sinusoid: 10; protonet: none)."""
+    test_episodes: int = 1000
+    """Test episodes."""
+
+    seed: int = 0
+    """Seed of the initialisation and of the training episodes."""
+    device: str = "auto"
+    """auto (a GPU where there is one), cpu, cuda, cuda:N."""
+    engine: Literal["auto", "threads", "vmap"] = "auto"
+    """How tasks are mapped (auto: threads for convolutions on a CPU, vmap for all else)."""
+    threads: int | None = None
+    """Tasks in parallel for the threads engine (auto: one per core)."""
+    task_chunk: int | None = None
+    """Tasks at once for the vmap engine (auto: all)."""
+    log_every: int = 10
+    """Meta-steps per row of metrics.jsonl."""
+    checkpoint_every: int = 100
+    """Meta-steps between checkpoints; a killed run loses at most these."""
+    out: str | None = None
+    """Run folder (auto: runs/DATASET-ALGORITHM-NwKs-SEED, numbered if taken)."""
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class Settled(MetaTrainConfig):
+    """A config in which nothing is open that training depends on; `metaft.defaults.resolve` makes it."""
+
+    rotate: bool = False
+    ways: int = 5
+    shots: int = 1
+    query_shots: int = 5
+    meta_batch: int = 32
+    model: str = "conv4"
+    width: int = 64
+    iterations: int = 1500
+    eval_every: int = 250
+    test_ways: int = 5
+    test_shots: int = 1
+    test_query_shots: int = 15
+    test_inner_steps: int = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateConfig:
+    """Meta-test a finished run, at its own or at other ways and shots. A field left out is as in the run."""
+
+    ways: int | None = None
+    """Classes per task."""
+    shots: int | None = None
+    """Support images per class."""
+    query_shots: int | None = None
+    """Query images per class."""
+    episodes: int = 1000
+    """Episodes."""
+    inner_steps: int | None = None
+    """Inner gradient steps."""
+    eval_seed: int | None = None
+    """Seed of the episodes."""
+    set: Literal["test", "val", "train"] = "test"
+    """Which classes to draw from."""
+    checkpoint: Literal["best", "last"] = "best"
+    """The checkpoint that was best on validation, or the last one."""
+    dataset: str | None = None
+    """Another data set, with inputs of the same shape."""
+    data_root: str | None = None
+    """Folder that holds the data sets."""
+    download: bool = False
+    """Fetch the data set first, where that is possible."""
+    split: str | None = None
+    """How classes are split."""
+    rotate: bool | None = None
+    """--rotate / --no-rotate: one random quarter turn per class and task."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:N."""
+    engine: Literal["auto", "threads", "vmap"] = "auto"
+    """How tasks are mapped."""
+    threads: int | None = None
+    """Tasks in parallel for the threads engine."""
+    task_chunk: int | None = None
+    """Tasks at once for the vmap engine."""
+    out: str | None = None
+    """Where to write the result (auto: RUN/evaluations/NAME.json)."""
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+# The smallest value each number may have; None of them may be infinite or NaN.
+_AT_LEAST: dict[str, float] = {
+    "ways": 1,
+    "shots": 1,
+    "query_shots": 1,
+    "meta_batch": 1,
+    "width": 1,
+    "inner_steps": 0,
+    "inner_lr": 0,
+    "iterations": 1,
+    "eval_every": 1,
+    "eval_episodes": 1,
+    "eval_seed": 0,
+    "test_ways": 1,
+    "test_shots": 1,
+    "test_query_shots": 1,
+    "test_inner_steps": 0,
+    "test_episodes": 1,
+    "episodes": 1,
+    "seed": 0,
+    "threads": 1,
+    "task_chunk": 1,
+    "log_every": 1,
+    "checkpoint_every": 1,
+    "image_size": 1,
+}
+_ABOVE_ZERO = {"outer_lr", "clip_value", "clip_norm"}
+
+
+def check(config: MetaTrainConfig | EvaluateConfig) -> None:
+    """Raises MetaftError for the first field with a wrong type or value, naming both."""
+    hints = typing.get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        _check_type(field.name, value, hints[field.name])
+        if isinstance(value, float) and not math.isfinite(value):
+            raise MetaftError(f"{field.name} must be finite, got {value}")
+        if value is None or isinstance(value, (bool, str)):
+            continue
+        if field.name in _AT_LEAST and value < _AT_LEAST[field.name]:
+            raise MetaftError(f"{field.name} must be at least {_AT_LEAST[field.name]}, got {value}")
+        if field.name in _ABOVE_ZERO and value <= 0:
+            raise MetaftError(f"{field.name} must be above 0, got {value}")
+        if field.name in ("seed", "eval_seed") and value >= 2**63:
+            raise MetaftError(f"{field.name} must be below 2**63, got {value}")
+    if config.device != "auto" and not re.fullmatch(r"cpu|cuda(:\d+)?", config.device):
+        raise MetaftError(f"device must be auto, cpu, cuda or cuda:N, got {config.device!r}")
+    if getattr(config, "channels", None) not in (None, 1, 3):
+        raise MetaftError(f"channels must be 1 or 3, got {getattr(config, 'channels')}")  # noqa: B009
+
+
+def _check_type(name: str, value: Any, hint: Any) -> None:
+    options = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
+    for option in options:
+        if typing.get_origin(option) is Literal:
+            choices = typing.get_args(option)
+            if value not in choices:
+                near = suggest(str(value), choices)
+                raise MetaftError(f"{name} must be one of {', '.join(map(str, choices))}, got {value!r}{near}")
+            return
+        if type(value) is option or (option is float and type(value) is int):
+            return
+    wanted = " or ".join("nothing" if o is type(None) else o.__name__ for o in options)
+    raise MetaftError(f"{name} must be {wanted}, got {value!r} ({type(value).__name__})")
+
+
+def from_mapping(cls: type[Config], values: Mapping[str, Any], *, origin: str) -> Config:
+    """A config from plain data. Raises MetaftError that names `origin` and the unknown or wrong field."""
+    known = {f.name for f in dataclasses.fields(cls)}
+    for key in values:
+        if key not in known:
+            raise MetaftError(f"{origin}: unknown field {key!r}{suggest(key, known)}")
+    try:
+        return cls(**values)
+    except MetaftError as error:
+        raise MetaftError(f"{origin}: {error}") from None
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """A flat TOML file as plain data; hyphens in keys count as underscores.
+
+    Raises MetaftError for a missing or malformed file.
+    """
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise MetaftError(f"config: cannot read {path}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise MetaftError(f"config: {path} is not valid TOML: {error}") from None
+    return {key.replace("-", "_"): value for key, value in values.items()}
+
+
+def to_toml(config: MetaTrainConfig | EvaluateConfig) -> str:
+    """The fields that have a value; TOML has no None, and a missing field means the default."""
+    import tomli_w
+
+    return tomli_w.dumps({k: v for k, v in dataclasses.asdict(config).items() if v is not None})

@@ -1,0 +1,72 @@
+"""Values for the settings that a user left open: a fixed rule on the data set and the algorithm."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from metaft.algorithms import hyper_parameters
+from metaft.config import MetaTrainConfig, Settled
+from metaft.errors import MetaftError
+from metaft.types import Dataset
+
+
+def resolve(config: MetaTrainConfig, dataset: Dataset, *, default_rotate: bool, custom_model: bool = False) -> Settled:
+    """The same config with nothing left open that training depends on (only `threads`, `task_chunk`, `out` may be)."""
+    regression = dataset.loss == "mse"
+    accepted = hyper_parameters(config.algorithm)
+    image = len(dataset.shape) == 3
+    ways = config.ways or (1 if regression else 5)
+    shots = config.shots or (10 if regression else 1)
+    model = "custom" if custom_model else config.model or _model_for(dataset.shape)
+    values: dict[str, object] = {
+        "rotate": default_rotate,
+        "ways": ways,
+        "shots": shots,
+        "query_shots": 10 if regression else 5,
+        "meta_batch": 25 if regression else 32 if ways <= 10 else 16,
+        "model": model,
+        "width": 40 if model == "mlp" else 64,
+        "iterations": 15000 if regression else 1500,
+        "eval_every": 1000 if regression else 250,
+        "test_ways": ways,
+        "test_shots": shots,
+        "test_query_shots": 100 if regression else 15,
+        "test_inner_steps": (10 if regression else 3) if "inner_steps" in accepted else 0,
+        **accepted,
+    }
+    if regression and "inner_lr" in accepted:
+        values["inner_lr"] = 0.01  # Finn et al. 2017, section 5.1
+    if config.rotate and not image:
+        raise MetaftError(f"rotate: {config.dataset} has no images to rotate")
+    names = {f.name for f in dataclasses.fields(config)}
+    open_fields = {k: v for k, v in values.items() if k in names and getattr(config, k) is None}
+    return Settled(**{**dataclasses.asdict(config), **open_fields})
+
+
+def hyper(config: MetaTrainConfig, dataset: Dataset) -> dict[str, object]:
+    """What to hand the algorithm: the settings it knows, and those it does not but the user gave (an error there)."""
+    given = {
+        name: getattr(config, name)
+        for name in ("inner_lr", "inner_steps", "adapt_norm")
+        if getattr(config, name) is not None
+    }
+    return {"loss": dataset.loss, "norm": config.batch_norm, **given}
+
+
+def device_of(name: str) -> str:
+    """`auto` becomes a GPU where there is one. Raises MetaftError for a GPU that is not there."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda"):
+        number = int(name.partition(":")[2] or 0)
+        if number >= torch.cuda.device_count():
+            raise MetaftError(f"device: {name!r} is not there; this machine has {torch.cuda.device_count()} GPUs")
+    return name
+
+
+def _model_for(shape: tuple[int, ...]) -> str:
+    if len(shape) != 3:
+        return "mlp"
+    return "conv4" if max(shape[1:]) <= 32 else "conv4-pool"

@@ -1,0 +1,142 @@
+"""`python -m metaft.evaluate RUN`: meta-test a finished run, at its own or at other ways and shots."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+from metaft.cli import StopSignals, guarded, parse
+from metaft.config import EvaluateConfig
+from metaft.errors import MetaftError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from metaft.types import Dataset
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments(EvaluateConfig):
+    """Meta-test a finished run, at its own or at other ways and shots. A field left out is as in the run."""
+
+    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")] = dataclasses.field(kw_only=True)
+    """Run folder."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status: 0 done, 2 bad input, 130 or 143 stopped by Ctrl-C or SIGTERM."""
+    return guarded(_command, argv)
+
+
+def _command(argv: Sequence[str]) -> None:
+    given = parse(Arguments, argv, prog="python -m metaft.evaluate")
+    config = EvaluateConfig(**{f.name: getattr(given, f.name) for f in dataclasses.fields(EvaluateConfig)})
+
+    from metaft.allocator import keep_freed_memory
+
+    keep_freed_memory()
+    run(Path(given.run), config)
+
+
+def run(
+    path: Path,
+    config: EvaluateConfig | None = None,
+    *,
+    dataset: Dataset | None = None,
+    module: nn.Module | None = None,
+) -> dict[str, Any]:
+    """Meta-test a run; writes and returns what `RUN/evaluations/NAME.json` holds.
+
+    `dataset` and `module` as in `metaft.meta_train.run`. Raises MetaftError where the run cannot be tested so: other
+    ways than its head has outputs, inputs of another shape, too few classes or images.
+    """
+    from metaft._version import __version__
+    from metaft.assemble import assemble, fill, open_run
+    from metaft.outer import engine
+    from metaft.progress import Progress
+    from metaft.report import print_test
+    from metaft.testing import meta_test
+
+    config = config or EvaluateConfig()
+    folder, trained, snapshot = open_run(path, which=config.checkpoint)
+    fields = {name: getattr(config, name) for name in ("device", "engine", "threads", "task_chunk", "download")}
+    if config.data_root is not None:
+        fields["data_root"] = config.data_root
+    if config.split is not None:
+        fields["split"] = config.split
+    if config.dataset is not None and config.dataset != trained.dataset:
+        # Nothing of the old data set's own settings is meant for the new one.
+        fields |= {"dataset": config.dataset, "split": config.split, "rotate": None}
+        c, h = snapshot.header["preprocessing"]["channels"], snapshot.header["preprocessing"]["height"]
+        if config.dataset.startswith("folder:"):
+            fields |= {"channels": c, "image_size": h}
+        else:
+            fields |= {"channels": None, "image_size": None}
+    if config.rotate is not None:
+        fields["rotate"] = config.rotate
+    parts = assemble(
+        dataclasses.replace(trained, **fields),
+        dataset=dataset, module=module, architecture=snapshot.header["architecture"],
+    )  # fmt: skip
+    snapshot = fill(parts, snapshot)
+    c = parts.config
+    ways = config.ways or c.test_ways
+    shots = config.shots or c.test_shots
+    queries = config.query_shots or c.test_query_shots
+    steps = c.test_inner_steps if config.inner_steps is None else config.inner_steps
+    if ways != c.ways and not parts.algorithm.any_ways:
+        raise MetaftError(
+            f"ways: {c.algorithm} learned a head with {c.ways} outputs, so {path} can only be tested {c.ways}-way, "
+            f"not {ways}-way"
+        )
+    source = parts.dataset.source(ways=ways, shots=shots, query_shots=queries, rotate=c.rotate, splits=(config.set,))
+    seed = c.eval_seed if config.eval_seed is None else config.eval_seed
+    bar = Progress("meta-test", config.episodes, "episode")
+    with (
+        StopSignals() as signals,
+        engine(
+            c.engine,
+            convolutional=parts.model.convolutional,
+            device=parts.device,
+            threads=c.threads,
+            chunk=c.task_chunk,
+        ) as mapped,
+    ):
+
+        def progress(done: int) -> None:
+            bar.update(done)
+            signals.check("stopped; nothing was written")
+
+        test = meta_test(
+            mapped, parts.algorithm, snapshot.meta, snapshot.state, source,
+            split=config.set, seed=seed, episodes=config.episodes, steps=steps, progress=progress,
+        )  # fmt: skip
+        name = mapped.name
+    bar.close()
+    result = {
+        "command": "evaluate",
+        "version": __version__,
+        "run": str(path),
+        "checkpoint": config.checkpoint,
+        "step": snapshot.position.step,
+        "dataset": parts.dataset.name,
+        "algorithm": c.algorithm,
+        "device": parts.device,
+        "engine": name,
+        "test": test,
+    }
+    default = f"{parts.dataset.name.replace('/', '-')}-{config.set}-{ways}w{shots}s{queries}q-{config.checkpoint}.json"
+    out = Path(config.out) if config.out is not None else folder.path / "evaluations" / default
+    folder.write_json(out, result)
+    print_test(test)
+    print(f"result:   {out}")
+    return result
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,91 @@
+"""The inner loop for ONE task: a few differentiable steps of gradient descent on named tensors. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from metaft.models.norm import in_transform
+from metaft.types import Fast, Params
+
+Aux = TypeVar("Aux")
+
+
+def value_and_grad(
+    loss: Callable[[Params], tuple[Tensor, Aux]], params: Params, *, create_graph: bool
+) -> tuple[Tensor, Aux, Params]:
+    """Value (scalar), auxiliary output and gradient of `loss` at `params`.
+
+    With `create_graph` the gradient is itself differentiable, as far as `params` depend on something that is being
+    differentiated; without, it is a constant. Plain autograd where possible, torch.func inside its transforms.
+    Parameters that the loss does not use have gradient 0.
+    """
+    if in_transform():
+        grads, (value, aux) = torch.func.grad_and_value(loss, has_aux=True)(params)
+        return value, aux, grads if create_graph else {k: g.detach() for k, g in grads.items()}
+    tracked = any(p.requires_grad for p in params.values())
+    with torch.enable_grad():
+        leaves = {k: p if p.requires_grad else p.detach().requires_grad_() for k, p in params.items()}
+        value, aux = loss(leaves)
+        grads = torch.autograd.grad(
+            value, list(leaves.values()), create_graph=create_graph and tracked, materialize_grads=True
+        )
+    return value, aux, dict(zip(leaves, grads, strict=True))
+
+
+def descend(
+    loss: Callable[[Params], Tensor],
+    params: Params,
+    *,
+    steps: int,
+    lr: float,
+    first_order: bool = False,
+    adapt: Iterable[str] | None = None,
+) -> Iterator[Params]:
+    """Yield `params`, then the parameters after each of `steps` steps: p <- p - lr * dloss/dp.
+
+    Only names in `adapt` move (default: all). `first_order` treats each gradient as a constant, so that the
+    derivative of the result in `params` is the identity.
+    """
+    names = list(params) if adapt is None else list(adapt)
+    yield params
+    for _ in range(steps):
+        fixed = params
+
+        def of_adapted(moving: Params, fixed: Params = fixed) -> tuple[Tensor, tuple[()]]:
+            return loss({**fixed, **moving}), ()
+
+        moving = {k: params[k] for k in names}
+        _, _, grads = value_and_grad(of_adapted, moving, create_graph=not first_order)
+        params = {**params, **{k: moving[k] - lr * grads[k] for k in names}}
+        yield params
+
+
+def collect(states: Iterator[Params], finish: Callable[[Params], Fast], trajectory: bool) -> Fast:
+    """`finish` the last state, or every one, then stacked along a new leading axis [steps + 1]."""
+    if not trajectory:
+        final = next(states)
+        for state in states:
+            final = state
+        return finish(final)
+    every = [finish(state) for state in states]
+    return Fast(
+        params={k: torch.stack([f.params[k] for f in every]) for k in every[0].params},
+        moments=tuple(
+            (torch.stack([mean for mean, _ in layer]), torch.stack([var for _, var in layer]))
+            for layer in zip(*[f.moments for f in every], strict=True)
+        ),
+        extra={k: torch.stack([f.extra[k] for f in every]) for k in every[0].extra},
+    )
+
+
+def at_step(trajectory: Fast, step: int) -> Fast:
+    """One state out of a stacked trajectory."""
+    return Fast(
+        params={k: v[step] for k, v in trajectory.params.items()},
+        moments=tuple((mean[step], var[step]) for mean, var in trajectory.moments),
+        extra={k: v[step] for k, v in trajectory.extra.items()},
+    )

@@ -1,0 +1,256 @@
+"""`python -m metaft.meta_train`: learn an initialisation from few-shot episodes, then meta-test it."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from metaft.cli import StopSignals, fresh_folder, guarded, option, parse
+from metaft.config import MetaTrainConfig, from_mapping, read_toml, to_toml
+from metaft.errors import MetaftError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from metaft.assemble import Parts
+    from metaft.outer import Engine
+    from metaft.run import RunFolder
+    from metaft.training import Snapshot
+    from metaft.types import Dataset, Source
+
+# What may change when a run goes on: how it is computed and how long, not what is computed.
+RESUMABLE = (
+    "iterations",
+    "device",
+    "engine",
+    "threads",
+    "task_chunk",
+    "checkpoint_every",
+    "test_episodes",
+    "data_root",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments(MetaTrainConfig):
+    """Learn an initialisation from few-shot episodes, then meta-test it."""
+
+    config: str | None = None
+    """TOML file with any of these fields; the command line wins."""
+    resume: str | None = None
+    """Run folder to go on with; its own settings apply."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status: 0 done, 1 a loss that is not finite, 2 bad input, 130 or 143 stopped by Ctrl-C or SIGTERM."""
+    return guarded(_command, argv)
+
+
+def _command(argv: Sequence[str]) -> None:
+    resume, file = option(argv, "resume"), option(argv, "config")
+    if resume is not None and file is not None:
+        raise MetaftError("config: a resumed run has its own settings; give --resume or --config, not both")
+    values: dict[str, Any] = {}
+    if file is not None:
+        values = read_toml(Path(file))
+    elif resume is not None:
+        from metaft.run import RunFolder
+
+        values = read_toml(RunFolder.open(Path(resume)).config)
+    base = from_mapping(MetaTrainConfig, values, origin=file or f"{resume}/config.toml")
+    given = parse(Arguments, argv, prog="python -m metaft.meta_train", default=Arguments(**dataclasses.asdict(base)))
+    config = MetaTrainConfig(**{f.name: getattr(given, f.name) for f in dataclasses.fields(MetaTrainConfig)})
+
+    from metaft.allocator import keep_freed_memory
+
+    keep_freed_memory()
+    if resume is None:
+        run(config)
+    else:
+        resume_run(Path(resume), config)
+
+
+def run(config: MetaTrainConfig, *, dataset: Dataset | None = None, module: nn.Module | None = None) -> dict[str, Any]:
+    """Train and meta-test in a new run folder; returns what `result.json` holds.
+
+    `dataset` and `module` bring your own data and model (its head must have `ways` outputs). Raises MetaftError for
+    settings that do not fit together, before anything is written.
+    """
+    from metaft.assemble import assemble
+    from metaft.run import RunFolder
+
+    parts = assemble(config, dataset=dataset, module=module)
+    sources = _sources(parts)
+    c = parts.config
+    folder = (
+        Path(c.out)
+        if c.out is not None
+        else fresh_folder(Path("runs") / f"{_file_name(parts.dataset.name)}-{c.algorithm}-{c.ways}w{c.shots}s-{c.seed}")
+    )
+    made = RunFolder.create(folder, to_toml(dataclasses.replace(c, out=None)))
+    return _go(made, parts, sources, None)
+
+
+def resume_run(
+    path: Path,
+    config: MetaTrainConfig | None = None,
+    *,
+    dataset: Dataset | None = None,
+    module: nn.Module | None = None,
+) -> dict[str, Any]:
+    """Go on with a run from its last checkpoint. `config` may differ from the run's in RESUMABLE fields alone.
+
+    Raises MetaftError for another difference, CheckpointError where no checkpoint can be read.
+    """
+    from metaft.assemble import assemble, open_run
+    from metaft.checkpoint import write_atomically
+    from metaft.run import RunFolder
+
+    folder = RunFolder.open(path)
+    if not folder.last.exists() and folder.previous.exists():  # killed between two renames
+        folder.previous.replace(folder.last)
+    fresh = not folder.last.exists()
+    if fresh:
+        own, snapshot = from_mapping(MetaTrainConfig, read_toml(folder.config), origin=str(folder.config)), None
+    else:
+        _, own, snapshot = open_run(path, which="last")
+    config = own if config is None else dataclasses.replace(config, out=None)
+    for field in dataclasses.fields(config):
+        mine, theirs = getattr(config, field.name), getattr(own, field.name)
+        if mine != theirs and field.name not in RESUMABLE:
+            raise MetaftError(
+                f"{field.name}: a resumed run keeps its settings; {path} was started with {theirs!r}, given {mine!r}"
+            )
+    if snapshot is not None and config.iterations is not None and config.iterations < snapshot.position.step:
+        raise MetaftError(
+            f"iterations must be at least the {snapshot.position.step} already done, got {config.iterations}"
+        )
+    parts = assemble(config, dataset=dataset, module=module, architecture=snapshot and snapshot.header["architecture"])
+    sources = _sources(parts)
+    if dataclasses.asdict(config) != dataclasses.asdict(own):
+        write_atomically(folder.config, to_toml(parts.config).encode())
+    return _go(folder, parts, sources, snapshot)
+
+
+def _sources(parts: Parts) -> tuple[Source, Source]:
+    """Training episodes, and those of validation and test. Raises MetaftError where the data cannot give them."""
+    c = parts.config
+    if c.test_ways != c.ways and not parts.algorithm.any_ways:
+        raise MetaftError(
+            f"test_ways: {c.algorithm} learns a head with one output per class, so {c.test_ways} ways at test "
+            f"cannot follow {c.ways} in training"
+        )
+    train = parts.dataset.source(
+        ways=c.ways, shots=c.shots, query_shots=c.query_shots, rotate=c.rotate, splits=("train",)
+    )
+    held_out = parts.dataset.source(
+        ways=c.test_ways,
+        shots=c.test_shots,
+        query_shots=c.test_query_shots,
+        rotate=c.rotate,
+        splits=("val", "test"),
+    )
+    return train, held_out
+
+
+def _go(run: RunFolder, parts: Parts, sources: tuple[Source, Source], start: Snapshot | None) -> dict[str, Any]:
+    from metaft.assemble import environment, fill, header
+    from metaft.outer import engine
+    from metaft.training import Position, Snapshot, train
+
+    c = parts.config
+    resume_hint = f"python -m metaft.meta_train --resume {run.path}"
+    with (
+        StopSignals() as signals,
+        engine(
+            c.engine,
+            convolutional=parts.model.convolutional,
+            device=parts.device,
+            threads=c.threads,
+            chunk=c.task_chunk,
+        ) as mapped,
+    ):
+        if start is None:
+            meta, state = parts.algorithm.init(c.seed)
+            start = Snapshot(meta, state, {}, Position(), header(parts, mapped))
+        else:
+            before, now = start.header["environment"], environment(mapped, parts.device)
+            changed = [f"{k} {before.get(k)} -> {now[k]}" for k in now if before.get(k) != now[k]]
+            if changed:
+                print(
+                    f"note: {', '.join(changed)}: the run goes on to rounding (1e-6), not with the same bits",
+                    file=sys.stderr,
+                )
+            if start.header["split_hash"] != parts.dataset.split_hash:
+                raise MetaftError(
+                    f"dataset: the class split of {parts.dataset.name} is not the one {run.path} began with"
+                )
+            start = dataclasses.replace(fill(parts, start), header=header(parts, mapped))
+            print(f"resuming {run.path} at step {start.position.step}", file=sys.stderr)
+        print(
+            f"{parts.dataset.name} · {c.algorithm} · {c.ways}-way {c.shots}-shot · {c.model} · "
+            f"{mapped.name} on {parts.device} · run folder {run.path}",
+            file=sys.stderr,
+        )
+        stop = f"stopped; a checkpoint is in {run.checkpoints}, go on with: {resume_hint}"
+        train(run, c, parts.algorithm, mapped, *sources, start, should_stop=lambda: signals.check(stop))
+        return finish(run, parts, mapped, sources[1], should_stop=lambda: signals.check(stop))
+
+
+def finish(run: RunFolder, parts: Parts, mapped: Engine, source: Source, *, should_stop: Any) -> dict[str, Any]:
+    """Meta-test the checkpoint that was best on validation; write result.json and the pictures; say what came out."""
+    from metaft._version import __version__
+    from metaft.assemble import fill
+    from metaft.progress import Progress
+    from metaft.report import draw_pictures, print_summary
+    from metaft.run import read_rows
+    from metaft.testing import meta_test
+    from metaft.training import load_snapshot
+
+    c = parts.config
+    # Where no validation figure was finite there is no best one.
+    best = fill(parts, load_snapshot(run.best if run.best.exists() else run.last))
+    bar = Progress("meta-test", c.test_episodes, "episode")
+
+    def progress(done: int) -> None:
+        bar.update(done)
+        should_stop()
+
+    test = meta_test(
+        mapped, parts.algorithm, best.meta, best.state, source,
+        split="test", seed=c.eval_seed, episodes=c.test_episodes, steps=c.test_inner_steps, progress=progress,
+    )  # fmt: skip
+    bar.close()
+    timing = read_rows(run.timing)
+    seconds = sum(row["seconds"] for row in timing)
+    result = {
+        "command": "meta_train",
+        "version": __version__,
+        "dataset": parts.dataset.name,
+        "algorithm": c.algorithm,
+        "ways": c.ways,
+        "shots": c.shots,
+        "iterations": c.iterations,
+        "best_step": best.position.step,
+        "seed": c.seed,
+        "device": parts.device,
+        "engine": mapped.name,
+        "seconds": round(seconds, 3),
+        "tasks_per_second": round(c.iterations * c.meta_batch / seconds, 1) if seconds else None,
+        "test": test,
+    }
+    run.write_json(run.result, result)
+    pictures = draw_pictures(run, parts, best, source, test)
+    print_summary(result, pictures, run.path)
+    return result
+
+
+def _file_name(name: str) -> str:
+    return "".join(ch if ch.isalnum() or ch in "._-" else "-" for ch in name)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

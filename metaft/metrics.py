@@ -1,0 +1,57 @@
+"""Losses of one task, and the statistics in which results are reported."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from metaft.types import Loss
+
+LOSSES: dict[Loss, Callable[[Tensor, Tensor], Tensor]] = {
+    "cross_entropy": F.cross_entropy,
+    "mse": F.mse_loss,
+}
+"""Each takes (prediction, target) of one task and gives the mean over its examples."""
+
+FIGURES: dict[Loss, Literal["accuracy", "mse"]] = {"cross_entropy": "accuracy", "mse": "mse"}
+"""The figure of merit that is reported for each loss."""
+
+
+def figure(loss: Loss, prediction: Tensor, target: Tensor) -> Tensor:
+    """Scalar: share of right labels (0..1), or mean squared error, over one task's queries."""
+    if loss == "cross_entropy":
+        return (prediction.argmax(-1) == target).to(prediction.dtype).mean()
+    return F.mse_loss(prediction, target)
+
+
+def better(loss: Loss, new: float, old: float) -> bool:
+    """Whether a figure beats another; nothing beats by being NaN, anything finite beats NaN."""
+    if math.isnan(new) or math.isnan(old):
+        return math.isnan(old) and not math.isnan(new)
+    return new > old if loss == "cross_entropy" else new < old
+
+
+def mean_ci95(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean over axis 0 (tasks) and the half-width of its 95 % interval, 1.96 * sd / sqrt(n), in float64.
+
+    The interval of a single value is NaN: one task says nothing about the spread.
+    """
+    values = values.double()
+    n = values.shape[0]
+    if n < 2:
+        return values.mean(0), torch.full_like(values.mean(0), math.nan)
+    return values.mean(0), 1.96 * values.std(0, correction=1) / math.sqrt(n)
+
+
+def nearest_neighbour(support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor) -> Tensor:
+    """Accuracy of giving each query image the label of the support image nearest in pixels, for one task.
+
+    The floor that any learned initialisation has to clear; no parameter, no normalisation.
+    """
+    distance = torch.cdist(query_x.flatten(1), support_x.flatten(1))
+    return (support_y[distance.argmin(1)] == query_y).double().mean()

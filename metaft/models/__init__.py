@@ -1,0 +1,63 @@
+"""Backbones, and the way from a module to pure functions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from metaft.errors import MetaftError, suggest
+from metaft.models.conv4 import Conv4
+from metaft.models.functional import Model, functional
+from metaft.models.mlp import MLP
+from metaft.models.norm import EpisodeNorm, episode_norms
+
+__all__ = ["MLP", "MODELS", "Conv4", "EpisodeNorm", "Model", "build", "episode_norms", "functional", "initialise"]
+
+MODELS: dict[str, Callable[[int, tuple[int, ...], int], nn.Module]] = {
+    "conv4": lambda ways, shape, width: Conv4(ways, shape, width, "stride"),
+    "conv4-pool": lambda ways, shape, width: Conv4(ways, shape, width, "pool"),
+    "mlp": lambda ways, shape, width: MLP(ways, shape, width),
+}
+
+
+def build(
+    name: str,
+    *,
+    ways: int,
+    shape: tuple[int, ...],
+    width: int,
+    seed: int,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Model:
+    """A named architecture with parameters drawn from `seed` (on the CPU, so that every device starts alike).
+
+    Raises MetaftError for an unknown name or an input shape that the architecture cannot take.
+    """
+    if name not in MODELS:
+        raise MetaftError(f"model: no {name!r}, known are {sorted(MODELS)}{suggest(name, MODELS)}")
+    if name.startswith("conv4") and len(shape) != 3:
+        raise MetaftError(f"model: {name!r} takes images [C, H, W], but the data set's inputs are {list(shape)}")
+    if width < 1:
+        raise MetaftError(f"width must be at least 1, got {width}")
+    with torch.device("meta"):  # constructors would draw from the global generator
+        module = MODELS[name](ways, shape, width)
+    module = initialise(module.to_empty(device="cpu").to(dtype), seed).to(device)
+    architecture = {"name": name, "ways": ways, "shape": list(shape), "width": width}
+    return functional(module, architecture=architecture)
+
+
+def initialise(module: nn.Module, seed: int) -> nn.Module:
+    """Glorot-uniform weights and zero biases for linear and convolution layers, unit scales, from `seed` alone."""
+    generator = torch.Generator().manual_seed(seed % 2**63)
+    for part in module.modules():
+        if isinstance(part, (nn.Linear, nn.modules.conv._ConvNd)):
+            nn.init.xavier_uniform_(part.weight, generator=generator)
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)
+        elif isinstance(part, EpisodeNorm) and part.weight is not None and part.bias is not None:
+            nn.init.ones_(part.weight)
+            nn.init.zeros_(part.bias)
+    return module

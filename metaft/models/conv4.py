@@ -1,0 +1,50 @@
+"""Conv-4, the field's standard backbone, in its two published forms."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor, nn
+
+from metaft.errors import MetaftError
+from metaft.models.norm import EpisodeNorm
+
+
+class Conv4(nn.Module):
+    """Four blocks of 3x3 convolution, EpisodeNorm and ReLU, then a linear head: [batch, C, H, W] to [batch, ways].
+
+    `form="stride"` halves the map by stride 2 and averages the last one (MAML on Omniglot, Finn et al. 2017, 5.2);
+    `form="pool"` halves it by max-pooling and flattens (Vinyals et al. 2016; MAML on mini-ImageNet).
+    The convolutions have no bias, since the normalisation behind each one cancels it.
+    """
+
+    def __init__(
+        self,
+        ways: int,
+        shape: tuple[int, ...],
+        width: int = 64,
+        form: Literal["stride", "pool"] = "stride",
+    ) -> None:
+        super().__init__()
+        channels, height, side = shape
+        if form == "pool" and min(height, side) < 16:
+            raise MetaftError(
+                f"conv4-pool halves the image four times and needs at least 16x16 pixels, got {height}x{side}"
+            )
+        stride = 2 if form == "stride" else 1
+        blocks: list[nn.Module] = []
+        for i in range(4):
+            blocks += [
+                nn.Conv2d(channels if i == 0 else width, width, 3, stride=stride, padding=1, bias=False),
+                EpisodeNorm(width),
+                nn.ReLU(),
+            ]
+            if form == "pool":
+                blocks.append(nn.MaxPool2d(2))
+        self.blocks = nn.Sequential(*blocks)
+        self.average = form == "stride"
+        self.head = nn.Linear(width if self.average else width * (height // 16) * (side // 16), ways)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.blocks(x)
+        return self.head(x.mean((2, 3)) if self.average else x.flatten(1))

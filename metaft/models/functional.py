@@ -1,0 +1,132 @@
+"""A module as pure functions of its parameters, safe to call from many threads at once."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import threading
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from metaft.errors import MetaftError
+from metaft.models.norm import EpisodeNorm, episode_norms, measure_moments, use_moments
+from metaft.types import Moments, Params
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Model:
+    """An architecture as pure functions, with the parameters it starts from.
+
+    `apply(params, x, moments)` gives [batch, outputs]; `features` the same without the head, flattened to
+    [batch, D]. `moments=None` normalises the batch with its own statistics, otherwise with those given.
+    """
+
+    params: Params
+    apply: Callable[[Params, Tensor, Moments | None], Tensor]
+    features: Callable[[Params, Tensor, Moments | None], Tensor]
+    measure: Callable[[Params, Tensor], Moments]
+    """Moments of a batch at every normalisation layer, in forward order."""
+    head: tuple[str, ...]
+    """Names of the head's parameters."""
+    norm: tuple[str, ...]
+    """Names of the normalisation layers' parameters."""
+    outputs: int
+    convolutional: bool
+    architecture: Mapping[str, object]
+    """Plain data from which `metaft.models.build` makes the same model again."""
+
+
+def functional(
+    module: nn.Module, *, head: str | None = None, architecture: Mapping[str, object] | None = None
+) -> Model:
+    """Turn a module into a `Model`. The module itself is neither changed nor kept.
+
+    `head` names the final linear layer; by default it is the last `nn.Linear`. Batch normalisation layers become
+    `EpisodeNorm`. Parameters keep the module's device and dtype; buffers travel along as constants.
+
+    Raises MetaftError for a module without a linear head, with active dropout or lazy parameters, or with running
+    statistics that cannot be converted.
+    """
+    module = episode_norms(copy.deepcopy(module))
+    _refuse_what_tasks_cannot_share(module)
+    head = head if head is not None else _last_linear(module)
+    layer = dict(module.named_modules()).get(head)
+    if not isinstance(layer, nn.Linear):
+        raise MetaftError(f"head {head!r} is not an nn.Linear of this module; its linear layers are {_linears(module)}")
+    body = copy.deepcopy(module)
+    body.set_submodule(head, nn.Flatten())
+
+    whole = _pure(module)
+    bare = _pure(body)
+
+    def apply(params: Params, x: Tensor, moments: Moments | None = None) -> Tensor:
+        return whole(params, x, moments)
+
+    def features(params: Params, x: Tensor, moments: Moments | None = None) -> Tensor:
+        return bare(params, x, moments)
+
+    def measure(params: Params, x: Tensor) -> Moments:
+        with measure_moments() as measured:
+            bare(params, x, None)
+        return tuple(measured)
+
+    norms = [path for path, part in module.named_modules() if isinstance(part, EpisodeNorm)]
+    names = [name for name, _ in module.named_parameters()]
+    return Model(
+        params={name: p.detach().clone() for name, p in module.named_parameters()},
+        apply=apply,
+        features=features,
+        measure=measure,
+        head=tuple(n for n in names if n.startswith(f"{head}.")),
+        norm=tuple(n for n in names if n.rpartition(".")[0] in norms),
+        outputs=layer.out_features,
+        convolutional=any(isinstance(part, nn.modules.conv._ConvNd) for part in module.modules()),
+        architecture=architecture or {"name": "custom", "class": type(module).__qualname__},
+    )
+
+
+def _pure(module: nn.Module) -> Callable[[Params, Tensor, Moments | None], Tensor]:
+    buffers = {name: b.detach().clone() for name, b in module.named_buffers()}
+    # Tied weights appear once in `params` but must be filled in under every name.
+    first = {id(p): name for name, p in module.named_parameters()}
+    names = {name: first[id(p)] for name, p in module.named_parameters(remove_duplicate=False)}
+    local = threading.local()
+
+    def call(params: Params, x: Tensor, moments: Moments | None) -> Tensor:
+        # functional_call swaps tensors inside the module while it runs, so each thread owns a skeleton. It lives on
+        # the meta device: a tensor that was not handed in raises instead of silently serving a stale weight.
+        skeleton = getattr(local, "skeleton", None)
+        if skeleton is None:
+            skeleton = local.skeleton = copy.deepcopy(module).to("meta")
+        tensors = {**buffers, **{name: params[source] for name, source in names.items()}}
+        if moments is None:
+            return torch.func.functional_call(skeleton, tensors, (x,))
+        with use_moments(moments):
+            return torch.func.functional_call(skeleton, tensors, (x,))
+
+    return call
+
+
+def _refuse_what_tasks_cannot_share(module: nn.Module) -> None:
+    for path, part in module.named_modules():
+        if isinstance(part, nn.modules.dropout._DropoutNd) and part.p > 0:
+            raise MetaftError(
+                f"layer {path!r} ({type(part).__name__}, p={part.p}) draws from the global random generator, which is "
+                "not reproducible over tasks; set its p to 0"
+            )
+    for name, p in module.named_parameters():
+        if isinstance(p, nn.parameter.UninitializedParameter):
+            raise MetaftError(f"parameter {name!r} is lazy; run one forward pass before handing the module over")
+
+
+def _linears(module: nn.Module) -> list[str]:
+    return [path for path, part in module.named_modules() if isinstance(part, nn.Linear)]
+
+
+def _last_linear(module: nn.Module) -> str:
+    linears = [path for path in _linears(module) if path]
+    if not linears:
+        raise MetaftError(f"{type(module).__name__} has no nn.Linear inside it to serve as head; name one with head=")
+    return linears[-1]

@@ -1,0 +1,12 @@
+"""The pictures of a run folder. Each function draws one figure from plain data and writes it to `path`.
+
+Drawn through matplotlib's objects, never through pyplot, so no window system, backend or global figure is involved and
+any thread may draw. Import this package where a picture is made, not at the top: matplotlib takes a while to load.
+"""
+
+from __future__ import annotations
+
+from metaft.plots.grid import episode
+from metaft.plots.lines import curves, regression_episode, steps
+
+__all__ = ["curves", "episode", "regression_episode", "steps"]

@@ -1,0 +1,256 @@
+"""Line charts: training and validation curves, the metric against the inner step, and one regression task."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from torch import Tensor
+
+from metaft.plots.style import (
+    BLACK,
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    PURPLE,
+    SKY,
+    VERMILLION,
+    YELLOW,
+    decorate,
+    percent,
+    save,
+)
+from metaft.types import NORMS
+
+Metric = Literal["accuracy", "mse"]
+Row = Mapping[str, Any]
+
+_NAMES = {"accuracy": "accuracy", "mse": "mean squared error"}
+_LOOKS = {"inductive": (VERMILLION, "--", "s")}
+_USUAL_LOOK = (BLUE, "-", "o")
+_PREDICTION_LOOKS = ((SKY, "--"), (VERMILLION, "-"), (BLUE, "-."), (PURPLE, ":"), (ORANGE, "--"), (GREEN, "-"))
+
+
+def curves(
+    path: Path, train: Sequence[Row], val: Sequence[Row], metric: Metric, *, best_step: int | None = None
+) -> None:
+    """Training loss, and the metric in training and validation, against the meta-step.
+
+    `train` and `val` are rows of metrics.jsonl, in order; either may be empty. Validation rows hold {metric, "ci95"}
+    for each normalisation mode, or once where there are no modes. `best_step` is the validation that the checkpoint was
+    chosen on; without it, the best of the first mode is marked.
+    """
+    save(curves_figure(train, val, metric, best_step), path)
+
+
+def steps(path: Path, test: Row) -> None:
+    """The metric before the first inner step and after each one, in both modes, with 95 % intervals.
+
+    `test` is the "test" object of result.json; whether it is a classification's or a regression's is read off its keys.
+    """
+    save(steps_figure(test), path)
+
+
+def regression_episode(
+    path: Path,
+    support_x: Tensor,
+    support_y: Tensor,
+    grid_x: Tensor,
+    true_y: Tensor,
+    predictions: Mapping[str, Tensor],
+) -> None:
+    """One regression task: the true curve, the support points, and each named prediction over `grid_x`.
+
+    Give the predictions in the order of adaptation ("before", "after 1 step", ...). All tensors are [n] or [n, 1].
+    """
+    save(regression_figure(support_x, support_y, grid_x, true_y, predictions), path)
+
+
+def curves_figure(train: Sequence[Row], val: Sequence[Row], metric: Metric, best_step: int | None = None) -> Figure:
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    _training(left, train, "loss")
+    _training(right, train, metric)
+    series = _series([row["step"] for row in val], val, metric)
+    for one in series:
+        _band(right, one)
+    if series:
+        _mark_best(right, series[0], metric, best_step)
+    if metric == "accuracy":
+        percent(right)
+    for axes, label in ((left, "training loss"), (right, _NAMES[metric])):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        decorate(axes, "meta-step", label)
+    return figure
+
+
+def steps_figure(test: Row) -> Figure:
+    first = test.get(NORMS[0], test)
+    metric: Metric = "accuracy" if "accuracy" in first else "mse"
+    count = len(first[f"{metric}_per_step"])
+    figure = Figure(figsize=(5.4, 3.8), layout="constrained")
+    axes = figure.subplots()
+    for one in _series(list(range(count)), [_after(test, metric, step) for step in range(count)], metric):
+        _band(axes, one)
+    axes.set_xlim(-0.3, count - 0.7)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    if metric == "accuracy":
+        task = f"{test['ways']}-way {test['shots']}-shot"
+        _level(axes, 1 / test["ways"], "chance")
+        if pixels := test.get("pixel_nearest_neighbour"):
+            _level(axes, pixels["accuracy"], "pixel nearest neighbour")
+        percent(axes, bottom=0.0)
+    else:
+        task = f"{test['shots']}-shot regression"
+        axes.set_ylim(bottom=0.0)
+    decorate(axes, "inner step", _NAMES[metric])
+    axes.set_title(f"{task}: mean of {first['episodes']:,} tasks, 95% CI", fontsize=10)
+    return figure
+
+
+def regression_figure(
+    support_x: Tensor, support_y: Tensor, grid_x: Tensor, true_y: Tensor, predictions: Mapping[str, Tensor]
+) -> Figure:
+    figure = Figure(figsize=(5.4, 3.8), layout="constrained")
+    axes = figure.subplots()
+    x = _flat(grid_x)
+    order = np.argsort(x, kind="stable")
+    axes.plot(x[order], _flat(true_y)[order], color=BLACK, lw=1.4, label="truth")
+    for i, (name, y) in enumerate(predictions.items()):
+        colour, style = _PREDICTION_LOOKS[i % len(_PREDICTION_LOOKS)]
+        axes.plot(x[order], _flat(y)[order], color=colour, ls=style, lw=1.8, label=name)
+    axes.plot(
+        _flat(support_x), _flat(support_y), ls="", marker="o", ms=7, mfc=YELLOW, mec=BLACK, mew=0.9, zorder=5,
+        label="support points",
+    )  # fmt: skip
+    decorate(axes, "x", "y")
+    # A sine leaves no corner free: the legend moves out of the axes.
+    handles, labels = axes.get_legend_handles_labels()
+    axes.legend().remove()
+    figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False, fontsize=9)
+    return figure
+
+
+class _Series(NamedTuple):
+    """Means with the half-widths of their 95 % intervals (NaN where there is none) along an axis of steps."""
+
+    name: str
+    steps: list[int]
+    mean: np.ndarray
+    ci95: np.ndarray
+
+
+def _series(at: list[int], rows: Sequence[Row], metric: Metric) -> list[_Series]:
+    """One series per normalisation mode; a single one where rows have no modes, or the modes agree everywhere."""
+    if not rows:
+        return []
+
+    def read(name: str, parts: Sequence[Row]) -> _Series:
+        values = np.array([(_number(part[metric]), _number(part["ci95"])) for part in parts])
+        return _Series(name, at, values[:, 0], values[:, 1])
+
+    found = [read(norm, [row[norm] for row in rows]) for norm in NORMS if norm in rows[0]]
+    if not found:
+        return [read("validation" if "step" in rows[0] else "mean", rows)]
+    if len(found) == 2 and np.array_equal(found[0].mean, found[1].mean, equal_nan=True):
+        return [found[0]._replace(name="both modes (they agree)")]  # a model without normalisation layers
+    return found
+
+
+def _after(test: Row, metric: Metric, step: int) -> Row:
+    """The test object as a validation row would have it: the figures after one inner step only."""
+
+    def pick(one: Row) -> Row:
+        return {metric: one[f"{metric}_per_step"][step], "ci95": one["ci95_per_step"][step]}
+
+    return {norm: pick(test[norm]) for norm in NORMS if norm in test} or pick(test)
+
+
+def _band(axes: Axes, series: _Series) -> None:
+    colour, style, marker = _LOOKS.get(series.name, _USUAL_LOOK)
+    low, high = series.mean - series.ci95, series.mean + series.ci95
+    axes.plot(
+        series.steps, series.mean, color=colour, ls=style, lw=1.8, marker=marker if len(series.steps) <= 40 else "",
+        ms=4.5, label=series.name,
+    )  # fmt: skip
+    if len(series.steps) == 1:  # a band of no width cannot be seen
+        axes.vlines(series.steps, low, high, color=colour, lw=1.8)
+    axes.fill_between(series.steps, low, high, color=colour, alpha=0.2, lw=0)
+
+
+def _mark_best(axes: Axes, series: _Series, metric: Metric, best_step: int | None) -> None:
+    if best_step is not None:
+        if best_step not in series.steps:
+            return
+        best = series.steps.index(best_step)
+    elif np.isfinite(series.mean).any():
+        best = int(np.nanargmax(series.mean) if metric == "accuracy" else np.nanargmin(series.mean))
+    else:
+        return
+    value = series.mean[best]
+    shown = f"{value:.1%}" if metric == "accuracy" else f"{value:.3g}"
+    axes.plot(
+        [series.steps[best]], [value], ls="", marker="*", ms=13, mfc=YELLOW, mec=BLACK, mew=0.8, zorder=5,
+        label=f"best: {shown} at step {series.steps[best]:,}",
+    )  # fmt: skip
+
+
+def _level(axes: Axes, value: float, name: str) -> None:
+    """A dotted line with its name on it, at the right end, clear of the curves' steep start."""
+    axes.axhline(value, color=GREY, lw=1.0, ls=":", zorder=1)
+    axes.annotate(
+        f"{name} {value:.0%}", (1, value), xycoords=axes.get_yaxis_transform(), xytext=(-2, 3),
+        textcoords="offset points", ha="right", va="bottom", fontsize=8, color=GREY,
+        bbox={"fc": "white", "ec": "none", "alpha": 0.85, "pad": 0.5},
+    )  # fmt: skip
+
+
+def _training(axes: Axes, rows: Sequence[Row], key: str) -> None:
+    """The raw values, faint under their running mean where there are enough of them to smooth."""
+    if not rows:
+        return
+    at = [row["step"] for row in rows]
+    values = np.array([_number(row[key]) for row in rows])
+    window = _window(len(rows))
+    if window == 1:
+        axes.plot(at, values, color=GREY, lw=1.4, marker="o" if len(rows) == 1 else "", label="training")
+        return
+    axes.plot(at, values, color=GREY, alpha=0.35, lw=0.8, label="training")
+    axes.plot(at, _running_mean(values, window), color=BLACK, lw=1.6, label=f"training, mean of {window} rows")
+
+
+def _window(rows: int) -> int:
+    """An odd number of rows, about a thirtieth of them; 1, no smoothing, below 30."""
+    return 1 if rows < 30 else 2 * max(1, rows // 60) + 1
+
+
+def _running_mean(values: np.ndarray, window: int) -> np.ndarray:
+    """Mean over the `window` values around each, over those that exist at the ends: unlike an exponential mean it does
+    not lag. Values that are not finite are left out.
+
+    >>> _running_mean(np.array([3.0, 0.0, 3.0, 6.0]), 3).tolist()
+    [1.5, 2.0, 3.0, 4.5]
+    """
+    finite = np.isfinite(values)
+    total = np.concatenate([[0.0], np.cumsum(np.where(finite, values, 0.0))])
+    count = np.concatenate([[0], np.cumsum(finite)])
+    at = np.arange(len(values))
+    low, high = np.maximum(at - window // 2, 0), np.minimum(at + window // 2 + 1, len(values))
+    n = count[high] - count[low]
+    return np.where(n > 0, (total[high] - total[low]) / np.maximum(n, 1), np.nan)
+
+
+def _number(value: float | None) -> float:
+    """JSON has no NaN: a figure that does not exist is null there."""
+    return math.nan if value is None else float(value)
+
+
+def _flat(values: Tensor) -> np.ndarray:
+    return values.detach().cpu().double().flatten().numpy()

@@ -1,0 +1,48 @@
+"""What all pictures share: colours, axes, legends, and how a figure becomes a file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+
+# Okabe and Ito's palette, which colour-blind readers can tell apart. Nothing rests on colour alone all the same.
+BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
+YELLOW, BLUE, VERMILLION, PURPLE = "#F0E442", "#0072B2", "#D55E00", "#CC79A7"
+GREY = "#767676"
+
+FONT = "DejaVu Sans"
+"""Comes with matplotlib, so it is the only font sure to be there."""
+
+_DPI = 200
+
+
+def decorate(axes: Axes, x: str, y: str) -> None:
+    """Labels, a light grid behind the data, and no frame; call it when the data is drawn."""
+    axes.set_xlabel(x, fontsize=10)
+    axes.set_ylabel(y, fontsize=10)
+    axes.tick_params(labelsize=9)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#DDDDDD", lw=0.6)
+    axes.set_axisbelow(True)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize=9, loc="best", edgecolor="none", framealpha=0.85)
+    else:
+        axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", va="center", color=GREY)
+
+
+def percent(axes: Axes, bottom: float | None = None) -> None:
+    """Shares as percentages, up to 100 % at most; the little above it keeps a line at 100 % whole."""
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    low, high = axes.get_ylim()
+    axes.set_ylim(low if bottom is None else bottom, min(high, 1.01))
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write beside `path` and rename, so that nobody ever sees half a picture. The format follows the suffix."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}")
+    figure.savefig(unfinished, dpi=_DPI, format=path.suffix.lstrip(".") or "png")
+    unfinished.replace(path)

@@ -1,0 +1,105 @@
+"""What a finished run shows: pictures and a few lines."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from metaft.assemble import Parts
+from metaft.metrics import FIGURES
+from metaft.progress import duration
+from metaft.run import RunFolder, read_rows
+from metaft.training import Snapshot, percent
+from metaft.types import NORMS, Episode, Source
+
+
+def draw_pictures(run: RunFolder, parts: Parts, best: Snapshot, source: Source, test: Mapping[str, Any]) -> list[Path]:
+    """Curves, figure against inner step, and the first test episode; returns the files."""
+    from metaft import plots
+
+    name = FIGURES[parts.algorithm.loss]
+    rows = read_rows(run.metrics)
+    curves, steps, episode = (run.plots / f"{stem}.png" for stem in ("curves", "steps", "episode"))
+    plots.curves(curves, [r for r in rows if r["kind"] == "train"], [r for r in rows if r["kind"] == "val"], name)
+    plots.steps(steps, test)
+    _draw_episode(episode, parts, best, source)
+    return [curves, steps, episode]
+
+
+def _draw_episode(path: Path, parts: Parts, best: Snapshot, source: Source) -> None:
+    from metaft import plots
+
+    c = parts.config
+    batch = source.episodes(c.eval_seed, "test", [0])
+    task = Episode(*(t[0] for t in batch))
+    algorithm = parts.algorithm
+
+    def predictions(steps: int) -> torch.Tensor:
+        fast = algorithm.adapt(
+            best.meta, best.state, task.support_x, task.support_y, task.key, ways=source.ways, steps=steps
+        )
+        return algorithm.predict(fast, task.query_x, c.batch_norm).detach().cpu()
+
+    task = Episode(*(t.cpu() for t in task)) if parts.device == "cpu" else task
+    if algorithm.loss == "cross_entropy":
+        classes = parts.dataset.describe().get("classes")
+        names = _class_names(parts, task) if classes else None
+        shown = Episode(*(t.cpu() for t in task))
+        plots.episode(path, shown, predictions(c.test_inner_steps).argmax(-1), names)
+        return
+    order = task.query_x.flatten().argsort().cpu()
+    lines = {
+        "before adaptation": predictions(0).flatten()[order],
+        f"after {c.test_inner_steps} steps": predictions(c.test_inner_steps).flatten()[order],
+    }
+    plots.regression_episode(
+        path,
+        task.support_x.flatten().cpu(),
+        task.support_y.flatten().cpu(),
+        task.query_x.flatten().cpu()[order],
+        task.query_y.flatten().cpu()[order],
+        lines,
+    )
+
+
+def _class_names(parts: Parts, task: Episode) -> list[str] | None:
+    names = getattr(parts.dataset, "class_names", None)
+    return None if names is None else [names[int(c)] for c in task.class_ids]
+
+
+def print_summary(result: Mapping[str, Any], pictures: list[Path], path: Path) -> None:
+    """The result in plain words on stdout, with the next command to type."""
+    print(
+        f"{result['dataset']} · {result['algorithm']} · {result['iterations']} meta-steps in "
+        f"{duration(result['seconds'])} ({result['tasks_per_second']} tasks/s), "
+        f"best on validation at step {result['best_step']}"
+    )
+    print_test(result["test"])
+    print("pictures: " + ", ".join(map(str, pictures)))
+    print(f"result:   {path / 'result.json'}")
+    print(f"next:     python -m metaft.evaluate {path} --shots 5")
+
+
+def print_test(test: Mapping[str, Any]) -> None:
+    """A meta-test's protocol and figures, a line per mode."""
+    name = "accuracy" if "accuracy" in test[NORMS[0]] else "mse"
+    n = test[NORMS[0]]["episodes"]
+    print(
+        f"{test['split']}: {test['ways']}-way {test['shots']}-shot, {test['query_shots']} queries per class"
+        f"{', rotated' if test['rotated'] else ''}, {test['inner_steps']} inner steps, "
+        f"{n} episodes of seed {test['eval_seed']}, {name} ± 95 % interval"
+    )
+    for mode in NORMS:
+        figures = test[mode]
+        per_step = figures[f"{name}_per_step"]
+        steps = ", ".join(f"{100 * v:.1f}" if name == "accuracy" else f"{v:.3f}" for v in per_step)
+        tail = f"   after each step from 0: {steps}" if len(per_step) > 1 else ""
+        print(f"  {mode:<24}{percent(name, figures[name], figures['ci95'])}{tail}")
+    if "pixel_nearest_neighbour" in test:
+        floor = test["pixel_nearest_neighbour"]
+        print(f"  {'pixel nearest neighbour':<24}{percent(name, floor['accuracy'], floor['ci95'])}")
+    if n < 600:
+        print(f"  ({n} episodes: too few to compare with published figures, which use 600 or more)")

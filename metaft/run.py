@@ -1,0 +1,121 @@
+"""The run folder: what one command leaves for the next.
+
+    config.toml  metrics.jsonl  timing.jsonl  checkpoints/{last,previous,best}.safetensors  plots/*.png  result.json
+
+metrics.jsonl holds no clock time, so that a resumed run ends with the same bytes as one that was never stopped;
+seconds are in timing.jsonl.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from metaft.checkpoint import write_atomically
+from metaft.errors import CheckpointError, MetaftError
+
+
+class RunFolder:
+    """Paths and line files of one run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.toml"
+        self.metrics = path / "metrics.jsonl"
+        self.timing = path / "timing.jsonl"
+        self.result = path / "result.json"
+        self.plots = path / "plots"
+        self.checkpoints = path / "checkpoints"
+        self.last = self.checkpoints / "last.safetensors"
+        self.previous = self.checkpoints / "previous.safetensors"
+        self.best = self.checkpoints / "best.safetensors"
+
+    @classmethod
+    def create(cls, path: Path, config_toml: str) -> RunFolder:
+        """A new run. Raises MetaftError where the folder holds something already or cannot be made."""
+        run = cls(path)
+        try:
+            if path.exists() and (not path.is_dir() or any(path.iterdir())):
+                raise MetaftError(
+                    f"out: {path} already exists; choose another --out, or continue that run with --resume {path}"
+                )
+            run.checkpoints.mkdir(parents=True, exist_ok=True)
+            run.plots.mkdir(exist_ok=True)
+        except OSError as error:
+            raise MetaftError(f"out: cannot make {path} ({error.strerror})") from None
+        write_atomically(run.config, config_toml.encode())
+        return run
+
+    @classmethod
+    def open(cls, path: Path) -> RunFolder:
+        """An existing run. Raises CheckpointError where `path` is not one."""
+        run = cls(path)
+        if not run.config.is_file():
+            what = "is not a run folder: it has no config.toml" if path.is_dir() else "does not exist"
+            raise CheckpointError(f"run folder {path} {what}")
+        return run
+
+    def promote_last(self) -> None:
+        """Keep the last checkpoint as the previous one before a new one is written."""
+        if self.last.exists():
+            os.replace(self.last, self.previous)
+
+    def write_json(self, path: Path, value: Mapping[str, Any]) -> None:
+        """Write plain data for people and programs; NaN, which JSON lacks, becomes null."""
+        text = json.dumps(_without_nan(value), indent=2, ensure_ascii=False)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, (text + "\n").encode())
+
+
+def append_row(path: Path, row: Mapping[str, Any], *, sync: bool = False) -> None:
+    """Add one line of JSON; `sync` waits until it, and all lines before it, are on the disk."""
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(_without_nan(row)) + "\n")
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be written ({error.strerror})") from None
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a line file. A last line that was cut off by a crash is left out.
+
+    Raises CheckpointError where another line is not JSON.
+    """
+    if not path.exists():
+        return []
+    rows: list[dict[str, Any]] = []
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    for number, line in enumerate(lines, 1):
+        if not line:
+            continue
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            if number == len(lines):  # no newline behind it: the write never finished
+                break
+            raise CheckpointError(f"{path}, line {number}: not JSON: {line[:60]!r}") from None
+    return rows
+
+
+def cut_back(path: Path, step: int, evaluated: int) -> None:
+    """Drop rows of steps that the checkpoint does not know: training beyond `step`, validation beyond `evaluated`."""
+    if not path.exists():
+        return
+    kept = [r for r in read_rows(path) if r["step"] <= (evaluated if r.get("kind") == "val" else step)]
+    write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {k: _without_nan(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(v) for v in value]
+    if isinstance(value, float) and value != value:
+        return None
+    return value

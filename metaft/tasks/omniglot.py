@@ -1,0 +1,143 @@
+"""Omniglot (Lake et al., 2015): 1,623 handwritten characters of 50 alphabets, 20 drawings each.
+
+Read from the original release's folders, which torchvision unpacks too. https://github.com/brendenlake/omniglot
+"""
+
+from __future__ import annotations
+
+import csv
+import functools
+from collections.abc import Callable
+from importlib import resources
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from metaft.errors import DataError, MetaftError, suggest
+from metaft.tasks.cache import cached
+from metaft.tasks.images import READER_VERSION, fingerprint, list_classes, read_all, subfolders
+from metaft.tasks.pool import ClassPool, Preprocessing
+from metaft.types import SPLITS
+
+SIDE = 28
+DRAWINGS = 20
+PARTS = ("images_background", "images_evaluation")
+
+HELD_OUT_ALPHABETS = ("Balinese", "Early_Aramaic", "Korean", "N_Ko", "Tifinagh")
+"""Background alphabets that are validation in the split "alphabets"; none has a close relative among the others."""
+
+_HOW_TO_GET = "pass --data-root or set METAFT_DATA to where it is, or fetch it with --download"
+
+
+class Character(NamedTuple):
+    """One row of `omniglot_splits.tsv`."""
+
+    name: str
+    """Alphabet/characterNN."""
+    part: str
+    """"background" or "evaluation"."""
+    finn: str
+    vinyals: str
+
+    @property
+    def alphabets(self) -> str:
+        if self.part == "evaluation":
+            return "test"
+        return "val" if self.name.split("/")[0] in HELD_OUT_ALPHABETS else "train"
+
+
+OMNIGLOT_SPLITS: dict[str, Callable[[Character], str]] = {
+    "finn": lambda character: character.finn,
+    "vinyals": lambda character: character.vinyals,
+    "alphabets": lambda character: character.alphabets,
+}
+"""Name of a class split -> which of "train", "val", "test" a character is in."""
+
+
+@functools.cache
+def characters() -> tuple[Character, ...]:
+    """The 1,623 characters, sorted by name, with their place in the published or fixed splits."""
+    text = resources.files("metaft.tasks").joinpath("omniglot_splits.tsv").read_text("utf-8")
+    return tuple(Character(**row) for row in csv.DictReader(text.splitlines(), delimiter="\t"))
+
+
+def omniglot(root: Path, split: str = "finn") -> ClassPool:
+    """Omniglot under `root` as a pool: uint8 [32460, 1, 28, 28], bright on black.
+
+    split "finn":      1,100 / 100 / 423 characters, as many as in the MAML paper, which published no list: ours is the
+                       order of the SHA-256 of the names. Episodes usually rotate (`default_rotate`).
+    split "vinyals":   1,028 / 172 / 423, the list of Vinyals et al. as published with Prototypical Networks; each
+                       quarter turn of a character is a class ("Greek/character03@90", counter-clockwise).
+    split "alphabets": the evaluation part is test, five background alphabets are validation, the rest training.
+
+    Raises DataError: nothing found under `root`, classes or drawings missing, a broken image; MetaftError: a split
+    that is not one of these.
+    """
+    if split not in OMNIGLOT_SPLITS:
+        raise MetaftError(
+            f"split: omniglot has no {split!r}, only {list(OMNIGLOT_SPLITS)}{suggest(split, OMNIGLOT_SPLITS)}"
+        )
+    table = characters()
+    base = find(root)
+    if base is None:
+        raise DataError(f"omniglot: no {PARTS[0]}/ or {PARTS[1]}/ under {root}; {_HOW_TO_GET}")
+    files = _files(base, table)
+    key = f"{READER_VERSION} {SIDE} {fingerprint(base, files)}"
+    images = cached("omniglot", key, lambda: {"images": 255 - read_all(files, 1, SIDE)})["images"]
+
+    turns = 4 if split == "vinyals" else 1
+    split_of = np.repeat([SPLITS.index(OMNIGLOT_SPLITS[split](c)) for c in table], turns)
+    return ClassPool(
+        name="omniglot",
+        images=torch.from_numpy(images),
+        class_names=tuple(c.name if turns == 1 else f"{c.name}@{90 * t}" for c in table for t in range(turns)),
+        starts=np.repeat(np.arange(len(table), dtype=np.int64) * DRAWINGS, turns),
+        counts=np.full(len(table) * turns, DRAWINGS, np.int64),
+        splits={name: np.flatnonzero(split_of == number) for number, name in enumerate(SPLITS)},
+        preprocessing=Preprocessing(1, SIDE, SIDE, polarity="bright-on-black"),
+        turns=np.tile(np.arange(turns, dtype=np.int64), len(table)) if turns > 1 else None,
+    )
+
+
+def find(root: Path) -> Path | None:
+    """The folder that holds the release's parts: `root/omniglot`, torchvision's `root/omniglot-py`, or `root`."""
+    for base in (root / "omniglot", root / "omniglot-py", root):
+        if any((base / part).is_dir() for part in PARTS):
+            return base
+    return None
+
+
+def download(root: Path) -> None:
+    """Fetch and unpack both parts (about 17 MB) under `root` with torchvision. Raises DataError where that fails."""
+    from metaft.vision import datasets
+
+    try:
+        for background in (True, False):
+            datasets.Omniglot(str(root), background=background, download=True)
+    except (OSError, RuntimeError) as error:
+        raise DataError(f"omniglot: download to {root} failed: {' '.join(str(error).split())}") from error
+
+
+def _files(base: Path, table: tuple[Character, ...]) -> list[Path]:
+    """Every drawing, character by character in the order of the table. Raises DataError where any is missing."""
+    found = {
+        f"{alphabet.name}/{character}": drawings
+        for part in PARTS
+        if (base / part).is_dir()
+        for alphabet in subfolders(base / part)
+        for character, drawings in list_classes(alphabet).items()
+    }
+    missing = [c.name for c in table if c.name not in found]
+    if missing:
+        raise DataError(
+            f"omniglot: {len(missing)} of {len(table)} characters are missing under {base}, "
+            f"e.g. {missing[0]!r}; {_HOW_TO_GET}"
+        )
+    for character in table:
+        if len(found[character.name]) != DRAWINGS:
+            raise DataError(
+                f"omniglot: {found[character.name][0].parent} holds {len(found[character.name])} images, not {DRAWINGS}"
+            )
+    return [drawing for character in table for drawing in found[character.name]]

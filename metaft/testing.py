@@ -1,0 +1,123 @@
+"""Meta-test: a fixed list of episodes, both normalisation modes, every inner step, with intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metaft.algorithms.base import Algorithm
+from metaft.inner import at_step
+from metaft.metrics import FIGURES, figure, mean_ci95, nearest_neighbour
+from metaft.outer import Engine
+from metaft.types import NORMS, Episode, Params, Source, Split
+
+
+def task_scores(algorithm: Algorithm, meta: Params, state: Params, task: Episode, *, ways: int, steps: int) -> Tensor:
+    """[2, steps + 1]: accuracy (or MSE) on one task's queries, transductive and inductive, after each inner step.
+
+    Members without inner steps give one column.
+    """
+    trajectory = algorithm.adapt(
+        meta, state, task.support_x, task.support_y, task.key, ways=ways, steps=steps, trajectory=True
+    )
+    length = next(iter(trajectory.params.values())).shape[0]
+    rows = [
+        torch.stack(
+            [
+                figure(algorithm.loss, algorithm.predict(at_step(trajectory, s), task.query_x, norm), task.query_y)
+                for s in range(length)
+            ]
+        )
+        for norm in NORMS
+    ]
+    return torch.stack(rows).detach()
+
+
+def score_episodes(
+    engine: Engine,
+    algorithm: Algorithm,
+    meta: Params,
+    state: Params,
+    source: Source,
+    *,
+    split: Split,
+    seed: int,
+    episodes: int,
+    steps: int,
+    at_once: int = 32,
+    progress: Callable[[int], None] = lambda done: None,
+) -> Tensor:
+    """float64 [episodes, 2, steps + 1]: `task_scores` of episodes 0 .. episodes-1 of a split.
+
+    Only scores are kept from one chunk of `at_once` episodes to the next, so memory does not grow with their number.
+    `progress` is called after each chunk; it may raise to stop.
+    """
+    chunks: list[Tensor] = []
+    for first in range(0, episodes, at_once):
+        tasks = source.episodes(seed, split, range(first, min(first + at_once, episodes)))
+        scores = engine.map(
+            lambda task: task_scores(algorithm, meta, state, task, ways=source.ways, steps=steps), tasks
+        )
+        chunks.append(torch.stack(list(scores)).double().cpu())
+        progress(min(first + at_once, episodes))
+    return torch.cat(chunks)
+
+
+def summarise(scores: Tensor, figure_name: str) -> dict[str, dict[str, Any]]:
+    """Per mode: the figure after the last step, its 95 % half-width, n, and both for every step."""
+    mean, ci95 = mean_ci95(scores)
+    return {
+        norm: {
+            figure_name: mean[i, -1].item(),
+            "ci95": ci95[i, -1].item(),
+            "episodes": scores.shape[0],
+            f"{figure_name}_per_step": mean[i].tolist(),
+            "ci95_per_step": ci95[i].tolist(),
+        }
+        for i, norm in enumerate(NORMS)
+    }
+
+
+def meta_test(
+    engine: Engine,
+    algorithm: Algorithm,
+    meta: Params,
+    state: Params,
+    source: Source,
+    *,
+    split: Split,
+    seed: int,
+    episodes: int,
+    steps: int,
+    progress: Callable[[int], None] = lambda done: None,
+) -> dict[str, Any]:
+    """The "test" object of result.json: protocol and figures, with pixel nearest neighbour on the same episodes."""
+    scores = score_episodes(
+        engine, algorithm, meta, state, source,
+        split=split, seed=seed, episodes=episodes, steps=steps, progress=progress,
+    )  # fmt: skip
+    result: dict[str, Any] = {
+        "split": split,
+        "ways": source.ways,
+        "shots": source.shots,
+        "query_shots": source.query_shots,
+        "rotated": bool(getattr(source, "rotate", False)),
+        "eval_seed": seed,
+        "inner_steps": scores.shape[-1] - 1,
+        **summarise(scores, FIGURES[algorithm.loss]),
+    }
+    if algorithm.loss == "cross_entropy":
+        result["pixel_nearest_neighbour"] = _pixel_baseline(source, split=split, seed=seed, episodes=episodes)
+    return result
+
+
+def _pixel_baseline(source: Source, *, split: Split, seed: int, episodes: int, at_once: int = 32) -> dict[str, Any]:
+    values: list[Tensor] = []
+    for first in range(0, episodes, at_once):
+        tasks = source.episodes(seed, split, range(first, min(first + at_once, episodes)))
+        values += [nearest_neighbour(*four) for four in zip(*tasks[:4], strict=True)]
+    mean, ci95 = mean_ci95(torch.stack(values).cpu())
+    return {"accuracy": mean.item(), "ci95": ci95.item(), "episodes": episodes}
