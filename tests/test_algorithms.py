@@ -1,0 +1,292 @@
+"""The contract, as one table: every member, real or toy, in both normalisation modes, through every check."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import scenarios
+import torch
+import toys
+from torch import Tensor
+
+from metaft import algorithms, outer
+from metaft.algorithms import ALGORITHMS, Algorithm
+from metaft.errors import MetaftError
+from metaft.inner import at_step
+from metaft.models import Model
+from metaft.types import NORMS, Episode, Norm, Params
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One member of the table."""
+
+    name: str
+    build: Callable[[Model, Norm], Algorithm]
+    exact: bool = True
+    """Whether its meta-gradient is the derivative of its task loss."""
+    adapts: bool = True
+    """Whether its parameters move in the inner loop."""
+
+
+TABLE = [
+    Row("maml", lambda m, norm: algorithms.maml(m, inner_lr=0.1, inner_steps=2, norm=norm)),
+    Row(
+        "maml-frozen-norm",
+        lambda m, norm: algorithms.maml(m, inner_lr=0.1, inner_steps=2, norm=norm, adapt_norm=False),
+    ),
+    Row("fomaml", lambda m, norm: algorithms.fomaml(m, inner_lr=0.1, inner_steps=2, norm=norm), exact=False),
+    Row("protonet", lambda m, norm: algorithms.protonet(m, norm=norm), adapts=False),
+    Row("toy-reptile", toys.reptile, exact=False),
+    Row("toy-multi-step", toys.multi_step),
+    Row("toy-imaml", toys.imaml, exact=False),
+    Row("toy-state", toys.with_state),
+    Row("toy-batches", toys.batch_trained, exact=False, adapts=False),
+]
+every_row = pytest.mark.parametrize("row", TABLE, ids=lambda row: row.name)
+every_norm = pytest.mark.parametrize("norm", NORMS)
+every_model = pytest.mark.parametrize("model_name", ["conv4", "conv4-pool", "mlp"])
+
+
+def data_for(algorithm: Algorithm, **kwargs: Any) -> Any:
+    return scenarios.episodes(**kwargs) if algorithm.data == "episodes" else scenarios.batches(**kwargs)
+
+
+def gradient(algorithm: Algorithm, engine: outer.Engine, data: Any, meta: Params, state: Params) -> outer.MetaGradient:
+    return outer.meta_gradient(engine, algorithm, meta, state, data, step=3)
+
+
+def test_every_published_member_is_in_the_table() -> None:
+    assert set(ALGORITHMS) <= {row.name for row in TABLE}
+
+
+@every_row
+@every_norm
+@every_model
+def test_batched_equals_looped(row: Row, norm: Norm, model_name: str) -> None:
+    """In float64: float32 would hide that PyTorch's own batch norm is wrong at second order under vmap."""
+    algorithm = row.build(scenarios.model(model_name), norm)
+    meta, state = algorithm.init(5)
+    data = data_for(algorithm)
+    results = []
+    for make in (outer.Threads(1), outer.Threads(2), outer.Vmap(), outer.Vmap(chunk=3)):
+        results.append(gradient(algorithm, make, data, meta, state))
+        make.close()
+    for other in results[1:]:
+        assert scenarios.relative_error(other.grads, results[0].grads) < 1e-10
+        for name, value in results[0].state.items():
+            torch.testing.assert_close(other.state[name], value, rtol=1e-10, atol=1e-12)
+        assert other.metrics == pytest.approx(results[0].metrics, rel=1e-10)
+
+
+@every_row
+@every_norm
+def test_gradient_has_metas_names_and_shapes_and_reaches_it(row: Row, norm: Norm) -> None:
+    algorithm = row.build(scenarios.model(), norm)
+    meta, state = algorithm.init(5)
+    with outer.engine("threads", threads=1) as engine:
+        result = gradient(algorithm, engine, data_for(algorithm), meta, state)
+    assert {k: g.shape for k, g in result.grads.items()} == {k: p.shape for k, p in meta.items()}
+    assert all(bool(g.isfinite().all()) for g in result.grads.values())
+    assert all(float(g.abs().max()) > 0 for g in result.grads.values()), "a parameter that nothing learns"
+    assert result.state.keys() == state.keys()
+    assert set(result.metrics) == {"loss", "accuracy"}
+
+
+@every_row
+@every_norm
+def test_inputs_are_left_alone_and_the_same_seed_gives_the_same_bits(row: Row, norm: Norm) -> None:
+    algorithm = row.build(scenarios.model(dtype=torch.float32), norm)
+    meta, state = algorithm.init(5)
+    again, _ = algorithm.init(5)
+    data = data_for(algorithm, dtype=torch.float32)
+    before = copy.deepcopy((meta, state, data))
+    generator = torch.get_rng_state()
+    with outer.engine("threads", threads=2) as engine:
+        first = gradient(algorithm, engine, data, meta, state)
+        second = gradient(algorithm, engine, data, meta, state)
+    assert_same(again, meta)
+    assert_same(first, second)
+    assert_same((meta, state, data), before)
+    assert not any(p.requires_grad for p in meta.values())
+    assert torch.equal(torch.get_rng_state(), generator), "the global generator was used"
+
+
+@pytest.mark.parametrize("row", [r for r in TABLE if r.exact], ids=lambda r: r.name)
+@every_norm
+@every_model
+def test_meta_gradient_against_finite_differences(row: Row, norm: Norm, model_name: str) -> None:
+    algorithm = row.build(scenarios.model(model_name), norm)
+    meta, state = algorithm.init(5)
+    data = scenarios.episodes(tasks=2)
+    knobs = algorithm.schedule(3)
+    task_loss = algorithm.task_loss
+    assert task_loss is not None
+
+    def value(at: Params) -> float:
+        return sum(float(task_loss(at, state, knobs, scenarios.one(data, i))[0]) for i in range(2)) / 2
+
+    with outer.engine("threads", threads=1) as engine:
+        grads = gradient(algorithm, engine, data, meta, state).grads
+    g = torch.Generator().manual_seed(0)
+    h = 1e-8  # small: a ReLU that switches between the two points would count as error
+    for _ in range(3):
+        # A Rademacher direction, so that every parameter weighs alike.
+        v = {k: torch.randint(2, p.shape, generator=g).double() * 2 - 1 for k, p in meta.items()}
+        slope = (
+            value({k: p + h * v[k] for k, p in meta.items()}) - value({k: p - h * v[k] for k, p in meta.items()})
+        ) / (2 * h)
+        exact = sum(float((grads[k] * v[k]).sum()) for k in v)
+        scale = sum(float(x.abs().sum()) for x in grads.values())
+        assert abs(slope - exact) < 1e-6 * scale
+
+
+def adapted(algorithm: Algorithm, task: Episode, steps: int, **kwargs: Any) -> Any:
+    meta, state = algorithm.init(5)
+    ways = task.class_ids.shape[-1]
+    return algorithm.adapt(meta, state, task.support_x, task.support_y, task.key, ways=ways, steps=steps, **kwargs)
+
+
+@every_row
+def test_trajectory_ends_where_adapt_does_and_may_go_on_beyond_training(row: Row) -> None:
+    algorithm = row.build(scenarios.model(), "inductive")
+    task = scenarios.one(scenarios.episodes())
+    steps = algorithm.inner_steps + 2 if row.adapts else 0
+    every = adapted(algorithm, task, steps, trajectory=True)
+    assert all(t.shape[0] == steps + 1 for t in every.params.values())
+    for s in {0, steps}:
+        alone = adapted(algorithm, task, s)
+        for norm in NORMS:
+            torch.testing.assert_close(
+                algorithm.predict(at_step(every, s), task.query_x, norm),
+                algorithm.predict(alone, task.query_x, norm),
+                rtol=0,
+                atol=1e-13,
+            )
+    moved = any(not torch.equal(t[0], t[-1]) for t in every.params.values())
+    assert moved == row.adapts
+
+
+@every_row
+def test_inductive_prediction_does_not_depend_on_its_neighbours(row: Row) -> None:
+    algorithm = row.build(scenarios.model(), "inductive")
+    task = scenarios.one(scenarios.episodes())
+    fast = adapted(algorithm, task, 2)
+    x = task.query_x
+    others = torch.cat([x[:1], 3 * torch.randn(x[1:].shape, generator=torch.Generator().manual_seed(9)).double()])
+    first, replaced = (algorithm.predict(fast, batch, "inductive")[0] for batch in (x, others))
+    torch.testing.assert_close(first, replaced, rtol=0, atol=1e-12)
+    first, replaced = (algorithm.predict(fast, batch, "transductive")[0] for batch in (x, others))
+    assert float((first - replaced).abs().max()) > 1e-3
+
+
+@every_row
+@every_norm
+def test_training_and_inductive_prediction_ask_for_moments_only_where_needed(row: Row, norm: Norm) -> None:
+    algorithm = row.build(scenarios.model(), norm)
+    task = scenarios.one(scenarios.episodes())
+    bare = adapted(algorithm, task, 1, moments=False)
+    assert bare.moments == ()
+    with pytest.raises(MetaftError, match="normalisation layers than the 0"):
+        algorithm.predict(bare, task.query_x, "inductive")
+    algorithm.predict(bare, task.query_x, "transductive")
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("name", sorted(ALGORITHMS))
+def test_query_labels_cannot_reach_the_fast_weights(name: str, norm: Norm) -> None:
+    """The published members share `query_loss`; what it hands to `adapt` must be the same for other query labels."""
+    inner_member = algorithms.build(name, scenarios.model(), {"norm": norm})
+    seen: list[Any] = []
+
+    def recording(*args: Any, **kwargs: Any) -> Any:
+        fast = inner_member.adapt(*args, **kwargs)
+        seen.append(copy.deepcopy(({k: v.detach() for k, v in fast.params.items()}, args[2:5])))
+        return fast
+
+    loss = algorithms.query_loss(
+        recording, inner_member.predict, ways=3, steps=inner_member.inner_steps, loss="cross_entropy", norm=norm
+    )
+    meta, state = inner_member.init(0)
+    task = scenarios.one(scenarios.episodes())
+    losses = [
+        float(loss(meta, state, {}, t)[0].detach())
+        for t in (task, task._replace(query_y=(task.query_y + 1) % 3), task._replace(query_x=task.query_x.flip(-1)))
+    ]
+    assert_same(seen[1], seen[0])
+    assert_same(seen[2], seen[0])
+    assert losses[0] != losses[1], "the query labels do count, in the loss"
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_protonet_is_equivariant_to_a_permutation_of_labels(norm: Norm) -> None:
+    algorithm = algorithms.protonet(scenarios.model(), norm=norm)
+    task = scenarios.one(scenarios.episodes())
+    order = torch.tensor([2, 0, 1])  # new label of class n
+    plain = algorithm.predict(adapted(algorithm, task, 0), task.query_x, norm)
+    renamed = algorithm.predict(
+        adapted(algorithm, task._replace(support_y=order[task.support_y]), 0), task.query_x, norm
+    )
+    torch.testing.assert_close(renamed[:, order], plain, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_maml_is_equivariant_when_the_heads_rows_follow_the_labels(norm: Norm) -> None:
+    model = scenarios.model()
+    algorithm = algorithms.maml(model, inner_lr=0.1, inner_steps=2)
+    meta, state = algorithm.init(0)
+    task = scenarios.one(scenarios.episodes())
+    order = torch.tensor([2, 0, 1])
+    back = order.argsort()
+    permuted = {k: v[back] if k in model.head else v for k, v in meta.items()}
+
+    def logits(at: Params, y: Tensor) -> Tensor:
+        fast = algorithm.adapt(at, state, task.support_x, y, task.key, ways=3, steps=2)
+        return algorithm.predict(fast, task.query_x, norm)
+
+    torch.testing.assert_close(
+        logits(permuted, order[task.support_y])[:, order], logits(meta, task.support_y), rtol=0, atol=1e-12
+    )
+
+
+def test_protonet_takes_any_number_of_ways() -> None:
+    algorithm = algorithms.protonet(scenarios.model(ways=3))
+    task = scenarios.one(scenarios.episodes(ways=7))
+    assert algorithm.predict(adapted(algorithm, task, 0), task.query_x, "inductive").shape == (21, 7)
+
+
+def test_protonet_logits_are_minus_squared_distances_to_class_means() -> None:
+    model = scenarios.model("mlp")
+    algorithm = algorithms.protonet(model)
+    task = scenarios.one(scenarios.episodes())
+    support, query = (model.features(model.params, x, None).numpy() for x in (task.support_x, task.query_x))
+    logits = algorithm.predict(adapted(algorithm, task, 0), task.query_x, "transductive").numpy()
+    for n in range(3):
+        mean = support[task.support_y.numpy() == n].mean(0)
+        for q in range(len(query)):
+            assert logits[q, n] == pytest.approx(-((query[q] - mean) ** 2).sum(), rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("name", "hyper", "message"),
+    [
+        ("mamml", {}, "did you mean 'maml'"),
+        ("maml", {"inner_lr": -0.1}, "inner_lr must be at least 0, got -0.1"),
+        ("maml", {"inner_steps": -1}, "inner_steps must be at least 0, got -1"),
+        ("protonet", {"inner_lr": 0.1}, "inner_lr: protonet has no such setting (given 0.1)"),
+        ("protonet", {"loss": "mse"}, "cannot learn a data set whose loss is 'mse'"),
+    ],
+)
+def test_settings_that_do_not_fit_are_named(name: str, hyper: dict[str, Any], message: str) -> None:
+    with pytest.raises(MetaftError) as error:
+        algorithms.build(name, scenarios.model(), hyper)
+    assert message in str(error.value)
+
+
+def assert_same(a: Any, b: Any) -> None:
+    """Equal to the last bit."""
+    torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)

@@ -1,0 +1,129 @@
+"""Meta-test: the figures mean what they say."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scenarios
+import torch
+
+from metaft import algorithms, models, outer
+from metaft.metrics import better, figure, mean_ci95, nearest_neighbour
+from metaft.testing import meta_test, score_episodes, summarise, task_scores
+
+
+def test_interval_is_the_papers_formula() -> None:
+    values = torch.tensor([0.2, 0.4, 0.9, 0.5])
+    mean, half = mean_ci95(values)
+    assert float(mean) == pytest.approx(0.5)
+    assert float(half) == pytest.approx(1.96 * np.std([0.2, 0.4, 0.9, 0.5], ddof=1) / math.sqrt(4))
+    assert math.isnan(float(mean_ci95(values[:1])[1]))
+
+
+def test_interval_covers_the_truth_about_95_times_in_100() -> None:
+    generator = torch.Generator().manual_seed(0)
+    draws = torch.rand(600, 2000, generator=generator)
+    mean, half = mean_ci95(draws)
+    assert 0.93 < float(((mean - 0.5).abs() < half).double().mean()) < 0.97
+
+
+def test_accuracy_and_its_order() -> None:
+    logits = torch.tensor([[2.0, 1.0], [0.0, 3.0], [1.0, 0.0], [5.0, 4.0]])
+    assert float(figure("cross_entropy", logits, torch.tensor([0, 1, 1, 0]))) == 0.75
+    assert better("cross_entropy", 0.9, 0.8)
+    assert not better("cross_entropy", 0.8, 0.8)
+    assert better("mse", 0.1, 0.2)
+    assert not better("mse", math.nan, 0.2)
+    assert better("mse", 0.1, math.nan)
+
+
+def test_nearest_neighbour_in_pixels() -> None:
+    support = torch.tensor([[[0.0, 0.0]], [[1.0, 1.0]]])
+    query = torch.tensor([[[0.1, 0.0]], [[0.9, 1.2]], [[0.2, 0.3]], [[0.0, 0.4]]])
+    accuracy = nearest_neighbour(support, torch.tensor([1, 0]), query, torch.tensor([1, 0, 0, 1]))
+    assert float(accuracy) == 0.75
+
+
+@pytest.mark.parametrize("name", ["maml", "protonet"])
+def test_noise_scores_one_over_ways_in_both_modes(name: str) -> None:
+    """A leak of query labels or of the order of images would show as more than chance."""
+    source = scenarios.noise_pool().source(ways=4, shots=1, query_shots=4)
+    hyper = {"inner_lr": 0.1, "inner_steps": 2} if name == "maml" else {}
+    algorithm = algorithms.build(name, scenarios.model(ways=4, dtype=torch.float32), hyper)
+    meta, state = algorithm.init(0)
+    with outer.engine("threads") as engine:
+        result = meta_test(engine, algorithm, meta, state, source, split="test", seed=1, episodes=400, steps=2)
+    for mode in ("transductive", "inductive"):
+        assert abs(result[mode]["accuracy"] - 0.25) < 1.5 * result[mode]["ci95"], mode
+        assert 0 < result[mode]["ci95"] < 0.02
+    floor = result["pixel_nearest_neighbour"]
+    assert abs(floor["accuracy"] - 0.25) < 1.5 * floor["ci95"]
+
+
+def test_scores_are_per_task_and_do_not_depend_on_chunks_or_engine() -> None:
+    source = scenarios.noise_pool().source(ways=3, shots=1, query_shots=4)
+    algorithm = algorithms.maml(scenarios.model(ways=3, dtype=torch.float32), inner_lr=0.1)
+    meta, state = algorithm.init(0)
+    scores = []
+    for name, at_once in (("threads", 32), ("threads", 5), ("vmap", 32)):
+        with outer.engine(name) as engine:
+            scores.append(
+                score_episodes(
+                    engine, algorithm, meta, state, source, split="val", seed=3, episodes=13, steps=3, at_once=at_once
+                )
+            )
+    assert scores[0].shape == (13, 2, 4)
+    assert torch.equal(scores[0], scores[1])
+    assert torch.equal(scores[0], scores[2])
+    task = scenarios.one(source.episodes(3, "val", [7]))
+    alone = task_scores(algorithm, meta, state, task, ways=3, steps=3)
+    assert torch.equal(alone.double(), scores[0][7])
+
+
+def test_summary_is_a_mean_over_tasks_of_the_last_step() -> None:
+    scores = torch.rand(50, 2, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    summary = summarise(scores, "accuracy")
+    assert summary["transductive"]["accuracy"] == pytest.approx(float(scores[:, 0, -1].mean()))
+    assert summary["inductive"]["accuracy_per_step"] == pytest.approx(scores[:, 1].mean(0).tolist())
+    assert summary["inductive"]["ci95"] == summary["inductive"]["ci95_per_step"][-1]
+    assert summary["transductive"]["episodes"] == 50
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads resident memory from /proc")
+def test_evaluation_leaves_memory_flat() -> None:
+    """A graph that is kept from one inner step or episode to the next would add about 1 MB per episode here."""
+    source = scenarios.noise_pool().source(ways=5, shots=1, query_shots=10)
+    model = models.build("conv4", ways=5, shape=scenarios.SHAPE, width=16, seed=0)
+    algorithm = algorithms.maml(model, inner_lr=0.1)
+    meta, state = algorithm.init(0)
+
+    def resident() -> float:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+    with outer.engine("threads", threads=2) as engine:
+
+        def run(episodes: int) -> float:
+            score_episodes(engine, algorithm, meta, state, source, split="test", seed=0, episodes=episodes, steps=5)
+            return resident()
+
+        run(64)
+        before = run(64)
+        after = run(320)
+    assert after - before < 20
+
+
+def test_evaluation_keeps_no_graph() -> None:
+    source = scenarios.noise_pool().source(ways=3, shots=1, query_shots=2)
+    algorithm = algorithms.maml(scenarios.model(ways=3, dtype=torch.float32), inner_lr=0.1)
+    meta, state = algorithm.init(0)
+    task = scenarios.one(source.episodes(0, "test", [0]))
+    with torch.no_grad():
+        fast = algorithm.adapt(meta, state, task.support_x, task.support_y, task.key, ways=3, steps=2, trajectory=True)
+    assert not any(t.requires_grad for t in fast.params.values())
+    with outer.engine("threads", threads=1) as engine:
+        scores = score_episodes(engine, algorithm, meta, state, source, split="test", seed=0, episodes=2, steps=2)
+    assert not scores.requires_grad
