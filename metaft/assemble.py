@@ -87,9 +87,13 @@ def open_run(path: Path, *, which: str = "best") -> tuple[RunFolder, MetaTrainCo
     """A run's settings and one of its checkpoints. Raises CheckpointError with the checkpoint to use instead."""
     run = RunFolder.open(path)
     config = from_mapping(MetaTrainConfig, read_toml(run.config), origin=str(run.config))
-    wanted = run.best if which == "best" else run.last
+    return run, config, read_snapshot(run, run.best if which == "best" else run.last)
+
+
+def read_snapshot(run: RunFolder, wanted: Path) -> Snapshot:
+    """One of a run's checkpoints. Raises CheckpointError with the checkpoint to use instead."""
     try:
-        return run, config, load_snapshot(wanted)
+        return load_snapshot(wanted)
     except CheckpointError as error:
         raise CheckpointError(f"{error}{_other(run, wanted)}") from None
 
@@ -103,7 +107,8 @@ def _other(run: RunFolder, bad: Path) -> str:
             step = load_snapshot(path).position.step
         except CheckpointError:
             continue
-        how = f"mv {path} {bad}" if bad == run.last else f"--checkpoint last, or mv {path} {bad}"
+        # cp, not mv: the good one has its own part to play when the run goes on.
+        how = f"cp {path} {bad}" if path != run.last else f"evaluate --checkpoint last, or cp {path} {bad}"
         return f"; {path.name} of step {step} is good, to use it: {how}"
     return "; no other checkpoint of this run can be read"
 
@@ -112,7 +117,8 @@ def header(parts: Parts, engine: Engine) -> dict[str, Any]:
     """The plain data that every checkpoint of a run carries."""
     return {
         "version": __version__,
-        "config": {k: v for k, v in dataclasses.asdict(parts.config).items() if v is not None},
+        # Not where the folder is: it may move, and a resumed run must end with the same bytes.
+        "config": {k: v for k, v in dataclasses.asdict(parts.config).items() if v is not None and k != "out"},
         "architecture": dict(parts.model.architecture),
         "dataset": parts.dataset.name,
         "split_hash": parts.dataset.split_hash,

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
+import itertools
+import re
 import signal
 import sys
 import threading
@@ -11,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from metaft.errors import Interrupted, MetaftError
+from metaft.errors import Interrupted, MetaftError, suggest
 
 Arguments = TypeVar("Arguments")
 
@@ -19,13 +23,30 @@ Arguments = TypeVar("Arguments")
 def parse(cls: type[Arguments], argv: Sequence[str], *, prog: str, default: Arguments | None = None) -> Arguments:
     """Arguments by tyro. `default` supplies what the command line leaves out.
 
-    Exits with status 2 for an unknown option or a value of the wrong type, status 0 for --help.
+    Exits with status 0 for --help. Raises MetaftError for an unknown option or a value of the wrong type.
     """
     import tyro
 
-    arguments = tyro.cli(cls, args=_switches(cls, argv), prog=prog, default=default)
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            arguments = tyro.cli(cls, args=_switches(cls, argv), prog=prog, default=default)
+    except SystemExit as done:
+        if not done.code:
+            raise
+        line = _one_line(said.getvalue())
+        known = [f"--{f.name.replace('_', '-')}" for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
+        unknown = [word for word in argv if word.startswith("--") and word in line and word not in known]
+        raise MetaftError(line + (suggest(unknown[0], known) if unknown else "")) from None
     assert arguments is not None
     return arguments
+
+
+def _one_line(box: str) -> str:
+    """What tyro says in a coloured box over several lines, without the box, its title and the help below the rule."""
+    lines = [line.strip("│ ") for line in re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines()[1:]]
+    said = itertools.takewhile(lambda line: line.strip("─╰╯"), lines)
+    return " ".join(word for line in said for word in line.split())
 
 
 def _switches(cls: type, argv: Sequence[str]) -> list[str]:
@@ -35,7 +56,7 @@ def _switches(cls: type, argv: Sequence[str]) -> list[str]:
     """
     three_way = {f.name.replace("_", "-") for f in dataclasses.fields(cls) if f.type == "bool | None"}  # type: ignore[arg-type]
     out: list[str] = []
-    for word, following in zip(argv, [*argv[1:], ""], strict=True):
+    for word, following in zip(argv, [*argv[1:], ""], strict=False):
         name = word.removeprefix("--").replace("_", "-")
         if word.startswith("--") and name in three_way and following not in ("True", "False", "None"):
             out += [word, "True"]
@@ -63,8 +84,11 @@ def guarded(command: Callable[[Sequence[str]], None], argv: Sequence[str] | None
     except MetaftError as error:
         print(f"metaft: {'' if isinstance(error, Interrupted) else 'error: '}{error}", file=sys.stderr)
         return error.status
-    except SystemExit as done:  # tyro, after --help or a wrong option
-        return done.code if isinstance(done.code, int) else 2
+    except SystemExit as done:  # tyro, after --help
+        return done.code if isinstance(done.code, int) else 0
+    except KeyboardInterrupt:  # before training or after the meta-test, when there is nothing to keep
+        print("metaft: stopped", file=sys.stderr)
+        return 128 + signal.SIGINT
     return 0
 
 

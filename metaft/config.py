@@ -144,7 +144,7 @@ class EvaluateConfig:
     """Support images per class."""
     query_shots: int | None = None
     """Query images per class."""
-    episodes: int = 1000
+    episodes: int | None = None
     """Episodes."""
     inner_steps: int | None = None
     """Inner gradient steps."""

@@ -72,11 +72,9 @@ def run(
     if config.dataset is not None and config.dataset != trained.dataset:
         # Nothing of the old data set's own settings is meant for the new one.
         fields |= {"dataset": config.dataset, "split": config.split, "rotate": None}
-        c, h = snapshot.header["preprocessing"]["channels"], snapshot.header["preprocessing"]["height"]
-        if config.dataset.startswith("folder:"):
-            fields |= {"channels": c, "image_size": h}
-        else:
-            fields |= {"channels": None, "image_size": None}
+        # A folder is read as the run's own images were; a data set with its own size takes no such wish.
+        images = snapshot.header.get("preprocessing", {}) if config.dataset.startswith("folder:") else {}
+        fields |= {"channels": images.get("channels"), "image_size": images.get("height")}
     if config.rotate is not None:
         fields["rotate"] = config.rotate
     parts = assemble(
@@ -96,7 +94,8 @@ def run(
         )
     source = parts.dataset.source(ways=ways, shots=shots, query_shots=queries, rotate=c.rotate, splits=(config.set,))
     seed = c.eval_seed if config.eval_seed is None else config.eval_seed
-    bar = Progress("meta-test", config.episodes, "episode")
+    episodes = config.episodes or c.test_episodes
+    bar = Progress("meta-test", episodes, "episode")
     with (
         StopSignals() as signals,
         engine(
@@ -114,7 +113,7 @@ def run(
 
         test = meta_test(
             mapped, parts.algorithm, snapshot.meta, snapshot.state, source,
-            split=config.set, seed=seed, episodes=config.episodes, steps=steps, progress=progress,
+            split=config.set, seed=seed, episodes=episodes, steps=steps, progress=progress,
         )  # fmt: skip
         name = mapped.name
     bar.close()

@@ -203,16 +203,15 @@ def _go(run: RunFolder, parts: Parts, sources: tuple[Source, Source], start: Sna
 def finish(run: RunFolder, parts: Parts, mapped: Engine, source: Source, *, should_stop: Any) -> dict[str, Any]:
     """Meta-test the checkpoint that was best on validation; write result.json and the pictures; say what came out."""
     from metaft._version import __version__
-    from metaft.assemble import fill
+    from metaft.assemble import fill, read_snapshot
     from metaft.progress import Progress
     from metaft.report import draw_pictures, print_summary
     from metaft.run import read_rows
     from metaft.testing import meta_test
-    from metaft.training import load_snapshot
 
     c = parts.config
     # Where no validation figure was finite there is no best one.
-    best = fill(parts, load_snapshot(run.best if run.best.exists() else run.last))
+    best = fill(parts, read_snapshot(run, run.best if run.best.exists() else run.last))
     bar = Progress("meta-test", c.test_episodes, "episode")
 
     def progress(done: int) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from metaft.assemble import Parts
+from metaft.errors import CheckpointError
 from metaft.metrics import FIGURES
 from metaft.progress import duration
 from metaft.run import RunFolder, read_rows
@@ -17,15 +18,21 @@ from metaft.types import NORMS, Episode, Source
 
 
 def draw_pictures(run: RunFolder, parts: Parts, best: Snapshot, source: Source, test: Mapping[str, Any]) -> list[Path]:
-    """Curves, figure against inner step, and the first test episode; returns the files."""
+    """Curves, figure against inner step, and the first test episode; returns the files.
+
+    Raises CheckpointError where they cannot be written.
+    """
     from metaft import plots
 
     name = FIGURES[parts.algorithm.loss]
     rows = read_rows(run.metrics)
     curves, steps, episode = (run.plots / f"{stem}.png" for stem in ("curves", "steps", "episode"))
-    plots.curves(curves, [r for r in rows if r["kind"] == "train"], [r for r in rows if r["kind"] == "val"], name)
-    plots.steps(steps, test)
-    _draw_episode(episode, parts, best, source)
+    try:
+        plots.curves(curves, [r for r in rows if r["kind"] == "train"], [r for r in rows if r["kind"] == "val"], name)
+        plots.steps(steps, test)
+        _draw_episode(episode, parts, best, source)
+    except OSError as error:
+        raise CheckpointError(f"{run.plots}: pictures cannot be written ({error.strerror})") from None
     return [curves, steps, episode]
 
 

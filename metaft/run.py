@@ -66,7 +66,10 @@ class RunFolder:
     def write_json(self, path: Path, value: Mapping[str, Any]) -> None:
         """Write plain data for people and programs; NaN, which JSON lacks, becomes null."""
         text = json.dumps(_without_nan(value), indent=2, ensure_ascii=False)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be written ({error.strerror})") from None
         write_atomically(path, (text + "\n").encode())
 
 

@@ -215,7 +215,7 @@ def train(
     except BaseException:
         # A signal, a non-finite loss or a bug: what was computed is kept. `position` and `outer` belong together
         # here, since both change only after everything that can fail.
-        if position.step > start.position.step:
+        if position.step > start.position.step or not run.last.exists():
             save()
         raise
     finally:

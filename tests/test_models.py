@@ -85,7 +85,7 @@ def test_buffers_travel_as_constants_and_tied_weights_stay_tied() -> None:
             self.register_buffer("shift", torch.arange(4.0))
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.head(self.second(self.first(x + self.shift).relu()))
+            return self.head(self.second(self.first(x + self.get_buffer("shift")).relu()))
 
     module = Tied()
     model = models.functional(module)

@@ -175,8 +175,9 @@ def _name_row(axes: Axes, layout: _Layout, n: int, name: str | None) -> None:
         return
     # A space lets "alphabet/character" break after its slash.
     lines = textwrap.wrap(drawable(name, n).replace("/", "/ "), 20, max_lines=3, placeholder=" …")
+    text = "\n".join(lines).replace("/ ", "/")
     axes.text(
-        right - 0.27 / layout.cell, y, "\n".join(lines), fontsize=8, ha="right", va="center", family=FONT,
+        right - 0.27 / layout.cell, y, text, fontsize=8, ha="right", va="center", family=FONT,
         parse_math=False,  # a folder may be called "$x_{"
     )  # fmt: skip
 

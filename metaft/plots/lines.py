@@ -13,20 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from metaft.plots.style import (
-    BLACK,
-    BLUE,
-    GREEN,
-    GREY,
-    ORANGE,
-    PURPLE,
-    SKY,
-    VERMILLION,
-    YELLOW,
-    decorate,
-    percent,
-    save,
-)
+from metaft.plots.style import BLACK, BLUE, GREY, PURPLE, SKY, VERMILLION, YELLOW, decorate, percent, save
 from metaft.types import NORMS
 
 Metric = Literal["accuracy", "mse"]
@@ -35,7 +22,7 @@ Row = Mapping[str, Any]
 _NAMES = {"accuracy": "accuracy", "mse": "mean squared error"}
 _LOOKS = {"inductive": (VERMILLION, "--", "s")}
 _USUAL_LOOK = (BLUE, "-", "o")
-_PREDICTION_LOOKS = ((SKY, "--"), (VERMILLION, "-"), (BLUE, "-."), (PURPLE, ":"), (ORANGE, "--"), (GREEN, "-"))
+_PREDICTION_LOOKS = ((SKY, "--"), (VERMILLION, "-"), (BLUE, "-."), (PURPLE, ":"))
 
 
 def curves(
@@ -105,8 +92,8 @@ def steps_figure(test: Row) -> Figure:
         task = f"{test['ways']}-way {test['shots']}-shot"
         _level(axes, 1 / test["ways"], "chance")
         if pixels := test.get("pixel_nearest_neighbour"):
-            _level(axes, pixels["accuracy"], "pixel nearest neighbour")
-        percent(axes, bottom=0.0)
+            _level(axes, pixels["accuracy"], "pixel nearest\nneighbour", above=True)
+        percent(axes, whole=True)
     else:
         task = f"{test['shots']}-shot regression"
         axes.set_ylim(bottom=0.0)
@@ -130,11 +117,9 @@ def regression_figure(
         _flat(support_x), _flat(support_y), ls="", marker="o", ms=7, mfc=YELLOW, mec=BLACK, mew=0.9, zorder=5,
         label="support points",
     )  # fmt: skip
-    decorate(axes, "x", "y")
-    # A sine leaves no corner free: the legend moves out of the axes.
-    handles, labels = axes.get_legend_handles_labels()
-    axes.legend().remove()
-    figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False, fontsize=9)
+    decorate(axes, "x", "y", legend=False)
+    # A sine leaves no corner free: the legend stands outside the axes.
+    figure.legend(loc="outside upper center", ncols=3, frameon=False, fontsize=9)
     return figure
 
 
@@ -202,13 +187,12 @@ def _mark_best(axes: Axes, series: _Series, metric: Metric, best_step: int | Non
     )  # fmt: skip
 
 
-def _level(axes: Axes, value: float, name: str) -> None:
-    """A dotted line with its name on it, at the right end, clear of the curves' steep start."""
+def _level(axes: Axes, value: float, name: str, *, above: bool = False) -> None:
+    """A dotted line with its name at its right end, outside the axes, where no curve can run through it."""
     axes.axhline(value, color=GREY, lw=1.0, ls=":", zorder=1)
     axes.annotate(
-        f"{name} {value:.0%}", (1, value), xycoords=axes.get_yaxis_transform(), xytext=(-2, 3),
-        textcoords="offset points", ha="right", va="bottom", fontsize=8, color=GREY,
-        bbox={"fc": "white", "ec": "none", "alpha": 0.85, "pad": 0.5},
+        f"{name} {value:.0%}", (1, value), xycoords=axes.get_yaxis_transform(), xytext=(4, -4 if above else 4),
+        textcoords="offset points", va="bottom" if above else "top", fontsize=8, color=GREY,
     )  # fmt: skip
 
 

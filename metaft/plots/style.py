@@ -6,11 +6,11 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import FuncFormatter
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart. Nothing rests on colour alone all the same.
-BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
-YELLOW, BLUE, VERMILLION, PURPLE = "#F0E442", "#0072B2", "#D55E00", "#CC79A7"
+BLACK, SKY, GREEN, YELLOW = "#000000", "#56B4E9", "#009E73", "#F0E442"
+BLUE, VERMILLION, PURPLE = "#0072B2", "#D55E00", "#CC79A7"
 GREY = "#767676"
 
 FONT = "DejaVu Sans"
@@ -19,7 +19,7 @@ FONT = "DejaVu Sans"
 _DPI = 200
 
 
-def decorate(axes: Axes, x: str, y: str) -> None:
+def decorate(axes: Axes, x: str, y: str, *, legend: bool = True) -> None:
     """Labels, a light grid behind the data, and no frame; call it when the data is drawn."""
     axes.set_xlabel(x, fontsize=10)
     axes.set_ylabel(y, fontsize=10)
@@ -27,17 +27,20 @@ def decorate(axes: Axes, x: str, y: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#DDDDDD", lw=0.6)
     axes.set_axisbelow(True)
-    if axes.get_legend_handles_labels()[0]:
+    if legend and axes.get_legend_handles_labels()[0]:
         axes.legend(fontsize=9, loc="best", edgecolor="none", framealpha=0.85)
-    else:
+    if not axes.has_data():
         axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", va="center", color=GREY)
 
 
-def percent(axes: Axes, bottom: float | None = None) -> None:
-    """Shares as percentages, up to 100 % at most; the little above it keeps a line at 100 % whole."""
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+def percent(axes: Axes, *, whole: bool = False) -> None:
+    """Shares as percentages: the range drawn, or the whole from 0 % on; never much above 100 %.
+
+    The little that is left above keeps a line at 100 % whole.
+    """
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:.4g}%"))
     low, high = axes.get_ylim()
-    axes.set_ylim(low if bottom is None else bottom, min(high, 1.01))
+    axes.set_ylim((0.0, 1.01) if whole else (low, min(high, 1.01)))
 
 
 def save(figure: Figure, path: Path) -> None:

@@ -77,7 +77,7 @@ def _save(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.stem, suffix=".tmp", delete=False) as file:
             temporary = file.name
-            np.savez(file, **arrays, **{_DIGEST: _digest(arrays)})
+            np.savez(file, **arrays, **{_DIGEST: _digest(arrays)})  # pyright: ignore[reportArgumentType]
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
