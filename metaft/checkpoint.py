@@ -1,7 +1,8 @@
 """Checkpoints: named tensors and plain data in one file, written atomically, refused when a bit is wrong.
 
-The container is safetensors, which holds no code. Its metadata carries the plain data as JSON and a SHA-256 over that
-JSON and every tensor's name, type, shape and bytes.
+The container is safetensors, which holds no code. Its metadata carries one entry, since safetensors writes several in
+random order and equal contents must give equal bytes: a SHA-256, a space, and the plain data as JSON. The SHA-256 is
+over that JSON and every tensor's name, type, shape and bytes.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def save(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -
     """
     tensors = {name: t.detach().to("cpu").contiguous().clone() for name, t in sorted(tensors.items())}
     text = json.dumps({"format": FORMAT, **header}, sort_keys=True)
-    data = safetensors.torch.save(tensors, metadata={"header": text, "sha256": _digest(text, tensors)})
+    data = safetensors.torch.save(tensors, metadata={"metaft": f"{_digest(text, tensors)} {text}"})
     write_atomically(path, data)
 
 
@@ -47,7 +48,7 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors = safetensors.torch.load(data)
         size = int.from_bytes(data[:8], "little")
         metadata = json.loads(data[8 : 8 + size])["__metadata__"]
-        text, sha256 = metadata["header"], metadata["sha256"]
+        sha256, _, text = metadata["metaft"].partition(" ")
     except (safetensors.SafetensorError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"checkpoint {path}: damaged or not a metaft checkpoint ({error})") from None
     if _digest(text, tensors) != sha256:

@@ -50,10 +50,9 @@ def _draw_episode(path: Path, parts: Parts, best: Snapshot, source: Source) -> N
         )
         return algorithm.predict(fast, task.query_x, c.batch_norm).detach().cpu()
 
-    task = Episode(*(t.cpu() for t in task)) if parts.device == "cpu" else task
     if algorithm.loss == "cross_entropy":
-        classes = parts.dataset.describe().get("classes")
-        names = _class_names(parts, task) if classes else None
+        class_names = getattr(parts.dataset, "class_names", None)
+        names = None if class_names is None else [class_names[int(i)] for i in task.class_ids]
         shown = Episode(*(t.cpu() for t in task))
         plots.episode(path, shown, predictions(c.test_inner_steps).argmax(-1), names)
         return
@@ -70,11 +69,6 @@ def _draw_episode(path: Path, parts: Parts, best: Snapshot, source: Source) -> N
         task.query_y.flatten().cpu()[order],
         lines,
     )
-
-
-def _class_names(parts: Parts, task: Episode) -> list[str] | None:
-    names = getattr(parts.dataset, "class_names", None)
-    return None if names is None else [names[int(c)] for c in task.class_ids]
 
 
 def print_summary(result: Mapping[str, Any], pictures: list[Path], path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import scenarios
 import torch
@@ -69,7 +71,11 @@ def test_conv4_against_plain_autograd(engine_name: str, steps: int, first_order:
 
 
 def test_conv4_against_learn2learn() -> None:
-    l2l = pytest.importorskip("learn2learn.algorithms", reason="learn2learn is not installed")
+    import metaft.vision  # noqa: F401 - learn2learn imports torchvision, which this one makes importable
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # its dependencies warn of their age
+        l2l = pytest.importorskip("learn2learn.algorithms", reason="learn2learn is not installed")
     model = scenarios.model()
     data = scenarios.episodes()
 

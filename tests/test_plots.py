@@ -238,6 +238,7 @@ class TestEpisode:
         figure = episode_figure(task, predicted)
         # Row by row: class 0 has queries 1 and 3, class 1 has queries 0 and 2.
         assert [to_hex(frame.get_edgecolor()).upper() for frame in frames(figure)] == [WRONG, RIGHT, RIGHT, WRONG]
+        assert RIGHT != WRONG
         assert len({frame.get_linestyle() == "-" for frame in frames(figure)}) == 2, "not by colour alone"
         under = [text.get_text() for text in figure.axes[0].texts if text.get_fontsize() == 9]
         assert under == ["B", "A", "B", "A"]

@@ -46,7 +46,7 @@ def maml(
     adapted = [name for name in model.params if adapt_norm or name not in model.norm]
 
     def init(key: int) -> tuple[Params, Params]:
-        return dict(model.params), {}
+        return {name: p.clone() for name, p in model.params.items()}, {}
 
     def adapt(
         meta: Params,

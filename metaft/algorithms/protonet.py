@@ -29,7 +29,7 @@ def protonet(model: Model, *, loss: Loss = "cross_entropy", norm: Norm = "transd
         raise MetaftError(f"protonet classifies; it cannot learn a data set whose loss is {loss!r}")
 
     def init(key: int) -> tuple[Params, Params]:
-        return {name: p for name, p in model.params.items() if name not in model.head}, {}
+        return {name: p.clone() for name, p in model.params.items() if name not in model.head}, {}
 
     def adapt(
         meta: Params,

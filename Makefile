@@ -1,0 +1,58 @@
+# `make help` lists the targets. Everything happens inside $(VENV); nothing else on the machine is changed.
+
+PYTHON ?= python3
+VENV ?= .venv
+# Folder of the demo's run, and its number of meta-steps (default: the command's own).
+OUT ?= runs/demo
+ITERATIONS ?=
+# Further arguments for pytest, e.g. ARGS="-m 'not slow' -k plots".
+ARGS ?=
+
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint format types check clean
+
+help: ## this list
+	@awk -F ': .*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo "Variables: PYTHON=$(PYTHON) VENV=$(VENV) OUT=$(OUT) ITERATIONS=$(ITERATIONS) ARGS=$(ARGS)"
+
+install: $(INSTALLED) ## create the virtual environment and install metaft into it, editable
+
+demo: $(INSTALLED) ## meta-train a 5-way 1-shot classifier on glyphs (minutes on a CPU, no download)
+# The demo owns its default folder and starts afresh there; in any other, the command refuses to overwrite a run.
+ifeq ($(OUT),runs/demo)
+	rm -rf runs/demo
+endif
+	$(BIN)/python -m metaft.meta_train --ways 5 --shots 1 --out $(OUT) $(if $(ITERATIONS),--iterations $(ITERATIONS))
+
+test: $(INSTALLED) ## run all tests, the slow ones and the docstrings' examples too
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(INSTALLED) ## check style and layout
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(INSTALLED) ## mend what `make lint` can mend by itself
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: $(INSTALLED) ## check types
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+check: lint types test ## all of the above checks
+
+clean: ## remove caches, built files and the demo's run; other runs and $(VENV) stay
+	rm -rf build dist *.egg-info .pytest_cache .hypothesis .ruff_cache runs/demo
+	find . -path './.*' -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +
+
+# A half-made environment (interrupted, or made without pip) is completed rather than trusted.
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(BIN)/python -m pip --version > /dev/null 2>&1 || { $(CHECK_PYTHON) && $(PYTHON) -m venv $(VENV); }
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	@touch $@
+
+CHECK_PYTHON = { $(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2> /dev/null || { \
+	echo "metaft needs Python 3.10 to 3.13; '$(PYTHON)' is $$($(PYTHON) --version 2> /dev/null || echo not one)." >&2; \
+	echo "Name another: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }; }
