@@ -28,7 +28,13 @@ def draw_pictures(run: RunFolder, parts: Parts, best: Snapshot, source: Source, 
     rows = read_rows(run.metrics)
     curves, steps, episode = (run.plots / f"{stem}.png" for stem in ("curves", "steps", "episode"))
     try:
-        plots.curves(curves, [r for r in rows if r["kind"] == "train"], [r for r in rows if r["kind"] == "val"], name)
+        plots.curves(
+            curves,
+            [r for r in rows if r["kind"] == "train"],
+            [r for r in rows if r["kind"] == "val"],
+            name,
+            best_step=best.position.best_step,
+        )
         plots.steps(steps, test)
         _draw_episode(episode, parts, best, source)
     except OSError as error:
@@ -88,10 +94,11 @@ def print_test(test: Mapping[str, Any]) -> None:
     """A meta-test's protocol and figures, a line per mode."""
     name = "accuracy" if "accuracy" in test[NORMS[0]] else "mse"
     n = test[NORMS[0]]["episodes"]
+    per_class = f"{test['query_shots']} {'queries per class' if name == 'accuracy' else 'query points'}"
+    ways = f"{test['ways']}-way " if name == "accuracy" else ""
     print(
-        f"{test['split']}: {test['ways']}-way {test['shots']}-shot, {test['query_shots']} queries per class"
-        f"{', rotated' if test['rotated'] else ''}, {test['inner_steps']} inner steps, "
-        f"{n} episodes of seed {test['eval_seed']}, {name} ± 95 % interval"
+        f"{test['split']}: {ways}{test['shots']}-shot, {per_class}{', rotated' if test['rotated'] else ''}, "
+        f"{test['inner_steps']} inner steps, {n} episodes of seed {test['eval_seed']}, {name} ± 95 % interval"
     )
     for mode in NORMS:
         figures = test[mode]
