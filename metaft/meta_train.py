@@ -101,7 +101,8 @@ def resume_run(
     dataset: Dataset | None = None,
     module: nn.Module | None = None,
 ) -> dict[str, Any]:
-    """Go on with a run from its last checkpoint. `config` may differ from the run's in RESUMABLE fields alone.
+    """Go on with a run from its last checkpoint. `config` may differ from the run's in RESUMABLE fields alone; what it
+    leaves open is as in the run.
 
     Raises MetaftError for another difference, CheckpointError where no checkpoint can be read.
     """
@@ -117,7 +118,9 @@ def resume_run(
         own, snapshot = from_mapping(MetaTrainConfig, read_toml(folder.config), origin=str(folder.config)), None
     else:
         _, own, snapshot = open_run(path, which="last")
-    config = own if config is None else dataclasses.replace(config, out=None)
+    given = {} if config is None else {k: v for k, v in dataclasses.asdict(config).items() if v is not None}
+    named = {} if dataset is None else {"dataset": dataset.name}
+    config = dataclasses.replace(own, **{**given, **named, "out": None})
     for field in dataclasses.fields(config):
         mine, theirs = getattr(config, field.name), getattr(own, field.name)
         if mine != theirs and field.name not in RESUMABLE:

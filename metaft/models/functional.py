@@ -102,9 +102,9 @@ def _pure(module: nn.Module) -> Callable[[Params, Tensor, Moments | None], Tenso
             skeleton = local.skeleton = copy.deepcopy(module).to("meta")
         tensors = {**buffers, **{name: params[source] for name, source in names.items()}}
         if moments is None:
-            return torch.func.functional_call(skeleton, tensors, (x,))
+            return torch.func.functional_call(skeleton, tensors, (x,), tie_weights=False)
         with use_moments(moments):
-            return torch.func.functional_call(skeleton, tensors, (x,))
+            return torch.func.functional_call(skeleton, tensors, (x,), tie_weights=False)
 
     return call
 

@@ -1,0 +1,114 @@
+"""Small runs and small data that several test files share."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from metaft.config import MetaTrainConfig
+from metaft.run import RunFolder
+from metaft.tasks.pool import ClassPool, Preprocessing
+
+SINUSOID: dict[str, Any] = {
+    "dataset": "sinusoid",
+    "shots": 5,
+    "query_shots": 5,
+    "meta_batch": 3,
+    "width": 4,
+    "inner_lr": 0.02,
+    "iterations": 7,
+    "outer_lr": 0.01,
+    "eval_every": 3,
+    "eval_episodes": 40,  # two chunks of a validation, so that there is a middle to stop in
+    "test_query_shots": 5,
+    "test_inner_steps": 2,
+    "test_episodes": 40,
+    "log_every": 2,
+    "checkpoint_every": 2,
+    "device": "cpu",
+}
+"""A run of a fifth of a second, in which steps, validations, rows and checkpoints do not coincide."""
+
+IMAGES: dict[str, Any] = {
+    "ways": 3,
+    "shots": 1,
+    "query_shots": 2,
+    "meta_batch": 2,
+    "model": "conv4",
+    "width": 4,
+    "iterations": 5,
+    "outer_lr": 0.01,
+    "eval_every": 2,
+    "eval_episodes": 4,
+    "test_query_shots": 2,
+    "test_episodes": 4,
+    "log_every": 2,
+    "checkpoint_every": 3,
+    "device": "cpu",
+}
+"""The same for images of `pool` or `write_folder`."""
+
+
+def sinusoid(out: Path | None = None, **changes: Any) -> MetaTrainConfig:
+    return MetaTrainConfig(**{**SINUSOID, "out": None if out is None else str(out), **changes})
+
+
+def images(out: Path | None = None, **changes: Any) -> MetaTrainConfig:
+    return MetaTrainConfig(**{**IMAGES, "out": None if out is None else str(out), **changes})
+
+
+def options(settings: dict[str, Any], **changes: Any) -> list[str]:
+    """The same settings as words of a command line."""
+    words: list[str] = []
+    for name, value in {**settings, **changes}.items():
+        words += [f"--{name.replace('_', '-')}", str(value)]
+    return words
+
+
+def pool(side: int = 8, channels: int = 1) -> ClassPool:
+    """Six classes to train on, four for validation, four for test; ten noisy pictures of each."""
+    rng = np.random.default_rng(0)
+    patterns = rng.integers(0, 200, (14, 1, channels, side, side))
+    pictures = (patterns + rng.integers(0, 56, (14, 10, channels, side, side))).astype(np.uint8)
+    return ClassPool(
+        name=f"squares-{side}",
+        images=torch.from_numpy(pictures.reshape(140, channels, side, side)),
+        class_names=tuple(f"class {c}" for c in range(14)),
+        starts=np.arange(14) * 10,
+        counts=np.full(14, 10),
+        splits={"train": np.arange(6), "val": np.arange(6, 10), "test": np.arange(10, 14)},
+        preprocessing=Preprocessing(channels, side, side),
+    )
+
+
+def write_folder(path: Path) -> Path:
+    """The pool's pictures as a folder of class folders with train/, val/ and test/."""
+    data = pool()
+    for split, classes in data.splits.items():
+        for c in classes:
+            (path / split / f"class{c:02d}").mkdir(parents=True)
+            for i in range(10):
+                picture = data.images[data.starts[c] + i, 0].numpy()
+                Image.fromarray(picture).save(path / split / f"class{c:02d}" / f"{i}.png")
+    return path
+
+
+def untimed(result: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in result.items() if k not in ("seconds", "tasks_per_second")}
+
+
+def remains(path: Path) -> dict[str, Any]:
+    """All that two runs of the same settings must have in common to the last bit."""
+    run = RunFolder(path)
+    return {
+        "last": run.last.read_bytes(),
+        "best": run.best.read_bytes(),
+        "metrics": run.metrics.read_bytes(),
+        "config": run.config.read_bytes(),
+        "result": untimed(json.loads(run.result.read_text())),
+    }

@@ -1,0 +1,179 @@
+"""Settings: types, bounds and names are checked with the offending value, and TOML holds what the command line does."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import itertools
+import typing
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import pool
+
+from metaft import config as module
+from metaft.config import EvaluateConfig, MetaTrainConfig, Settled, from_mapping, read_toml, to_toml
+from metaft.defaults import hyper, resolve
+from metaft.errors import MetaftError
+from metaft.tasks import Sinusoid
+
+
+def message(values: dict[str, Any], cls: Any = MetaTrainConfig) -> str:
+    with pytest.raises(MetaftError) as caught:
+        from_mapping(cls, values, origin="file.toml")
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "rule"),
+    [
+        ("ways", 0, "at least 1"),
+        ("ways", "5", "must be int or nothing"),
+        ("ways", 5.0, "must be int or nothing"),
+        ("ways", True, "must be int or nothing"),
+        ("ways", [5], "must be int or nothing"),
+        ("seed", -1, "at least 0"),
+        ("seed", 2**63, "below 2**63"),
+        ("eval_seed", 2**63, "below 2**63"),
+        ("outer_lr", 0, "above 0"),
+        ("outer_lr", "fast", "must be float"),
+        ("outer_lr", float("nan"), "finite"),
+        ("inner_lr", float("inf"), "finite"),
+        ("inner_lr", -0.1, "at least 0"),
+        ("clip_norm", 0.0, "above 0"),
+        ("clip_value", -1.0, "above 0"),
+        ("batch_norm", "inductve", "did you mean 'inductive'"),
+        ("outer_schedule", 3, "constant, linear, cosine"),
+        ("rotate", 1, "must be bool or nothing"),
+        ("download", "yes", "must be bool"),
+        ("device", "gpu", "cuda:N"),
+        ("device", "cuda:", "cuda:N"),
+        ("channels", 2, "1 or 3"),
+        ("dataset", 3, "must be str"),
+    ],
+)
+def test_a_wrong_value_is_named_with_its_field_file_and_rule(field: str, value: object, rule: str):
+    said = message({field: value})
+    assert said.startswith(f"file.toml: {field} must be")
+    assert rule in said
+    assert (repr(value) in said) or (str(value) in said)
+    assert "\n" not in said
+
+
+def test_the_smallest_allowed_values_are_taken():
+    MetaTrainConfig(ways=1, shots=1, inner_steps=0, inner_lr=0, seed=0, iterations=1, outer_lr=1e-300, channels=3)
+    MetaTrainConfig(seed=2**63 - 1, device="cuda:11", outer_lr=1)  # an int where a float is wanted
+
+
+@pytest.mark.parametrize(
+    ("cls", "key", "near"),
+    [
+        (MetaTrainConfig, "inner_step", "inner_steps"),
+        (MetaTrainConfig, "way", "ways"),
+        (EvaluateConfig, "episode", "episodes"),
+    ],
+)
+def test_an_unknown_key_is_named_with_the_nearest(cls: Any, key: str, near: str):
+    assert message({key: 1}, cls) == f"file.toml: unknown field {key!r}; did you mean {near!r}?"
+
+
+def test_a_key_like_no_other_gets_no_suggestion():
+    assert message({"zzzzzz": 1}) == "file.toml: unknown field 'zzzzzz'"
+
+
+@pytest.mark.parametrize("cls", [MetaTrainConfig, EvaluateConfig])
+def test_every_number_has_a_lower_bound(cls: Any):
+    """A field added without one would let a negative number through to torch."""
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        kinds = set(typing.get_args(hints[field.name]) or (hints[field.name],))
+        if kinds & {int, float} and field.name != "channels":
+            assert "must be" in message({field.name: -1}, cls), field.name
+
+
+@pytest.mark.parametrize("cls", [MetaTrainConfig, EvaluateConfig])
+def test_every_field_has_one_line_of_help(cls: Any):
+    body = typing.cast(ast.ClassDef, ast.parse(inspect.getsource(cls)).body[0]).body
+    for item, following in itertools.pairwise(body):
+        if isinstance(item, ast.AnnAssign):
+            assert isinstance(following, ast.Expr), ast.unparse(item)
+            assert isinstance(following.value, ast.Constant), ast.unparse(item)
+            assert "\n" not in str(following.value.value), ast.unparse(item)
+
+
+def test_settled_is_the_same_list_of_fields():
+    assert {f.name for f in dataclasses.fields(Settled)} == {f.name for f in dataclasses.fields(MetaTrainConfig)}
+
+
+def test_toml_round_trip(tmp_path: Path):
+    config = MetaTrainConfig(
+        dataset='folder:/tmp/a "b" \\ ü', ways=7, rotate=False, inner_lr=0.1, outer_lr=1, clip_norm=1e-30
+    )
+    file = tmp_path / "c.toml"
+    file.write_text(to_toml(config), encoding="utf-8")
+    assert from_mapping(MetaTrainConfig, read_toml(file), origin="c") == config
+
+
+def test_toml_keys_may_be_spelt_like_options(tmp_path: Path):
+    file = tmp_path / "c.toml"
+    file.write_text("inner-steps = 3\nquery_shots = 2\n")
+    assert read_toml(file) == {"inner_steps": 3, "query_shots": 2}
+
+
+@pytest.mark.parametrize("text", [b"ways = ", b"\xff\xfe", b"ways = 1\nways = 2", b"[a", b"\x00"])
+def test_malformed_toml_is_one_line_that_names_the_file(tmp_path: Path, text: bytes):
+    file = tmp_path / "c.toml"
+    file.write_bytes(text)
+    with pytest.raises(MetaftError, match=r"^config: .*c\.toml is not valid TOML") as caught:
+        read_toml(file)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["none.toml", "."])
+def test_toml_that_cannot_be_read(tmp_path: Path, name: str):
+    with pytest.raises(MetaftError, match="config: cannot read"):
+        read_toml(tmp_path / name)
+
+
+def test_defaults_follow_data_set_and_algorithm():
+    curve = resolve(MetaTrainConfig(dataset="sinusoid"), Sinusoid(), default_rotate=False)
+    assert (curve.ways, curve.shots, curve.query_shots, curve.meta_batch) == (1, 10, 10, 25)
+    assert (curve.model, curve.width, curve.inner_lr, curve.inner_steps) == ("mlp", 40, 0.01, 1)
+    assert (curve.test_query_shots, curve.test_inner_steps) == (100, 10)
+    image = resolve(MetaTrainConfig(shots=3), pool(), default_rotate=True)
+    assert (image.ways, image.shots, image.test_ways, image.test_shots, image.rotate) == (5, 3, 5, 3, True)
+    assert (image.model, image.width, image.inner_lr, image.test_inner_steps) == ("conv4", 64, 0.4, 3)
+    proto = resolve(MetaTrainConfig(algorithm="protonet", ways=12), pool(64), default_rotate=False)
+    assert (proto.model, proto.meta_batch, proto.test_inner_steps) == ("conv4-pool", 16, 0)
+    assert (proto.inner_lr, proto.inner_steps) == (None, None)
+
+
+def test_what_the_user_gave_is_kept():
+    given = MetaTrainConfig(ways=3, inner_lr=0.0, inner_steps=0, rotate=False, test_shots=2, width=8, adapt_norm=False)
+    settled = resolve(given, pool(), default_rotate=True)
+    for field in ("ways", "inner_lr", "inner_steps", "rotate", "test_shots", "width", "adapt_norm"):
+        assert getattr(settled, field) == getattr(given, field)
+    assert hyper(settled, pool()) == {
+        "loss": "cross_entropy",
+        "norm": "transductive",
+        "inner_lr": 0.0,
+        "inner_steps": 0,
+        "adapt_norm": False,
+    }
+
+
+def test_settling_twice_changes_nothing():
+    once = resolve(MetaTrainConfig(), pool(), default_rotate=True)
+    assert resolve(once, pool(), default_rotate=False) == once
+
+
+def test_curves_cannot_be_rotated():
+    with pytest.raises(MetaftError, match="rotate: sinusoid"):
+        resolve(MetaTrainConfig(dataset="sinusoid", rotate=True), Sinusoid(), default_rotate=False)
+
+
+def test_bounds_name_fields_that_exist():
+    known = {f.name for cls in (MetaTrainConfig, EvaluateConfig) for f in dataclasses.fields(cls)}
+    assert known >= set(module._AT_LEAST) | module._ABOVE_ZERO

@@ -1,0 +1,134 @@
+"""The package as a guest in someone's process: it takes nothing, leaves nothing and answers `--help` at once."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import random
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import images, pool, sinusoid
+
+import metaft
+from metaft import evaluate, meta_train, report
+from metaft.__main__ import COMMANDS
+from metaft.config import read_toml
+
+ROOT = Path(__file__).parents[1]
+
+
+def in_new_process(code: str, folder: Path) -> str:
+    """Run it with warnings as errors in an empty folder and home; returns stdout."""
+    environment = {
+        **os.environ,
+        "HOME": str(folder / "home"),
+        "METAFT_CACHE": str(folder / "home" / "cache"),
+        "PYTHONPATH": str(ROOT),
+    }
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, cwd=folder, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    return done.stdout
+
+
+HEAVY = "{'torch', 'numpy', 'matplotlib', 'torchvision', 'PIL', 'tyro', 'tqdm', 'safetensors'}"
+
+
+def test_import_is_light_and_has_no_effect(tmp_path: Path):
+    out = in_new_process(
+        "import os, signal, sys, threading\n"
+        "def look(): return (dict(os.environ), signal.getsignal(2), threading.active_count(), list(sys.path))\n"
+        "before = look()\n"
+        "import metaft\n"
+        "assert look() == before\n"
+        f"print(sorted({HEAVY} & set(sys.modules)), metaft.__version__)",
+        tmp_path,
+    )
+    assert out == f"[] {metaft.__version__}\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", ["meta_train", "evaluate"])
+def test_help_and_bad_options_do_not_wait_for_torch(tmp_path: Path, command: str):
+    out = in_new_process(
+        f"import sys, metaft.{command} as command, contextlib, io\n"
+        "with contextlib.redirect_stdout(io.StringIO()) as said, contextlib.redirect_stderr(io.StringIO()) as error:\n"
+        "    assert command.main(['--help']) == 0\n"
+        "    assert command.main(['run', '--nonsense']) == 2\n"
+        "assert '--shots' in said.getvalue() and '--nonsense' in error.getvalue()\n"
+        "print(sorted({'torch', 'numpy', 'matplotlib'} & set(sys.modules)))",
+        tmp_path,
+    )
+    assert out == "[]\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_public_name_is_there():
+    for name in metaft.__all__:
+        assert getattr(metaft, name) is not None, name
+    assert dir(metaft) == sorted(metaft.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        _ = metaft.nonsense  # type: ignore[attr-defined]
+
+
+def test_names_for_readers_and_for_type_checkers_are_the_same():
+    source = (ROOT / "metaft" / "__init__.py").read_text(encoding="utf-8")
+    block = source[source.index("if TYPE_CHECKING:") : source.index("_MODULES")]
+    shown = {name.strip() for line in re.findall(r" import (.*)", block) for name in line.split(",")}
+    assert shown | {"__version__"} == set(metaft.__all__)
+
+
+def test_the_commands_exist():
+    for name in COMMANDS:
+        assert callable(importlib.import_module(f"metaft.{name}").main)
+
+
+def test_the_console_script_is_the_module():
+    project = read_toml(ROOT / "pyproject.toml")["project"]
+    assert project["scripts"] == {"metaft": "metaft.__main__:main"}
+    done = subprocess.run([sys.executable, "-m", "metaft", "--version"], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout == f"{metaft.__version__}\n"
+
+
+@pytest.mark.parametrize("kind", ["curves", "pictures"])
+def test_a_whole_run_leaves_the_global_state_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str):
+    """Random generators, threads, grad mode, default type: as the user's process had them; and none of it matters."""
+    if kind == "pictures":
+        monkeypatch.setattr(report, "draw_pictures", lambda *_: [])
+
+    def state() -> tuple[object, ...]:
+        numpy_state = np.random.get_state()  # noqa: NPY002
+        return (
+            *(repr(part) for part in numpy_state),
+            random.getstate(),
+            torch.get_rng_state().tolist(),
+            torch.get_num_threads(),
+            torch.is_grad_enabled(),
+            torch.get_default_dtype(),
+            torch.are_deterministic_algorithms_enabled(),
+            os.getcwd(),
+        )
+
+    for seed in (3, 4):
+        np.random.seed(seed)  # noqa: NPY002
+        random.seed(seed)
+        torch.manual_seed(seed)
+        before = state()
+        out = tmp_path / str(seed)
+        if kind == "curves":
+            meta_train.run(sinusoid(out))
+            evaluate.run(out)
+        else:
+            meta_train.run(images(out, threads=2), dataset=pool())
+            evaluate.run(out, dataset=pool())
+        assert state() == before
+    a, b = ((tmp_path / seed / "checkpoints/last.safetensors").read_bytes() for seed in ("3", "4"))
+    assert a == b
