@@ -40,6 +40,9 @@ def resolve(config: MetaTrainConfig, dataset: Dataset, *, default_rotate: bool, 
         values["inner_lr"] = 0.01  # Finn et al. 2017, section 5.1
     if config.rotate and not image:
         raise MetaftError(f"rotate: {config.dataset} has no images to rotate")
+    check_steps("test_inner_steps", config.test_inner_steps, config.algorithm)
+    if custom_model:  # whatever was asked for, this is what is recorded
+        config = dataclasses.replace(config, model="custom")
     names = {f.name for f in dataclasses.fields(config)}
     open_fields = {k: v for k, v in values.items() if k in names and getattr(config, k) is None}
     return Settled(**{**dataclasses.asdict(config), **open_fields})
@@ -53,6 +56,12 @@ def hyper(config: MetaTrainConfig, dataset: Dataset) -> dict[str, object]:
         if getattr(config, name) is not None
     }
     return {"loss": dataset.loss, "norm": config.batch_norm, **given}
+
+
+def check_steps(field: str, steps: int | None, algorithm: str) -> None:
+    """Raises MetaftError for inner steps asked of a member that has none."""
+    if steps and "inner_steps" not in hyper_parameters(algorithm):
+        raise MetaftError(f"{field}: {algorithm} has no inner steps (given {steps})")
 
 
 def device_of(name: str) -> str:

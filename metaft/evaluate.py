@@ -57,6 +57,7 @@ def run(
     """
     from metaft._version import __version__
     from metaft.assemble import assemble, fill, open_run
+    from metaft.defaults import check_steps
     from metaft.outer import engine
     from metaft.progress import Progress
     from metaft.report import print_test
@@ -87,6 +88,13 @@ def run(
     shots = config.shots or c.test_shots
     queries = config.query_shots or c.test_query_shots
     steps = c.test_inner_steps if config.inner_steps is None else config.inner_steps
+    check_steps("inner_steps", config.inner_steps, c.algorithm)
+    same_data = config.dataset is None and config.split in (None, trained.split)
+    if same_data and snapshot.header["split_hash"] != parts.dataset.split_hash:
+        raise MetaftError(
+            f"dataset: the classes of {parts.dataset.name} are no longer split as when {path} was trained, so its test "
+            "classes may have been trained on; name it with --dataset to test on it all the same"
+        )
     if ways != c.ways and not parts.algorithm.any_ways:
         raise MetaftError(
             f"ways: {c.algorithm} learned a head with {c.ways} outputs, so {path} can only be tested {c.ways}-way, "
@@ -129,7 +137,8 @@ def run(
         "engine": name,
         "test": test,
     }
-    default = f"{parts.dataset.name.replace('/', '-')}-{config.set}-{ways}w{shots}s{queries}q-{config.checkpoint}.json"
+    protocol = f"{ways}w{shots}s{queries}q-{test['inner_steps']}steps-{episodes}x-seed{seed}"
+    default = f"{parts.dataset.name.replace('/', '-')}-{config.set}-{protocol}-{config.checkpoint}.json"
     out = Path(config.out) if config.out is not None else folder.path / "evaluations" / default
     folder.write_json(out, result)
     print_test(test)

@@ -53,6 +53,8 @@ def _command(argv: Sequence[str]) -> None:
     resume, file = option(argv, "resume"), option(argv, "config")
     if resume is not None and file is not None:
         raise MetaftError("config: a resumed run has its own settings; give --resume or --config, not both")
+    if resume is not None and option(argv, "out") is not None:
+        raise MetaftError(f"out: a resumed run stays in its folder {resume}; leave --out {option(argv, 'out')} away")
     values: dict[str, Any] = {}
     if file is not None:
         values = read_toml(Path(file))
@@ -111,6 +113,7 @@ def resume_run(
     from metaft.run import RunFolder
 
     folder = RunFolder.open(path)
+    folder.make_folders()
     if not folder.last.exists() and folder.previous.exists():  # killed between two renames
         folder.previous.replace(folder.last)
     fresh = not folder.last.exists()
@@ -133,6 +136,8 @@ def resume_run(
         )
     parts = assemble(config, dataset=dataset, module=module, architecture=snapshot and snapshot.header["architecture"])
     sources = _sources(parts)
+    if snapshot is None or snapshot.position.step < parts.config.iterations:
+        folder.result.unlink(missing_ok=True)  # of a shorter run; it would not be this one's
     if dataclasses.asdict(config) != dataclasses.asdict(own):
         write_atomically(folder.config, to_toml(parts.config).encode())
     return _go(folder, parts, sources, snapshot)

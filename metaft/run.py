@@ -9,6 +9,7 @@ seconds are in timing.jsonl.
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -38,15 +39,16 @@ class RunFolder:
         """A new run. Raises MetaftError where the folder holds something already or cannot be made."""
         run = cls(path)
         try:
-            if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            # A run killed before its settings were written leaves nothing but hidden temporaries.
+            if path.exists() and (not path.is_dir() or any(not p.name.startswith(".") for p in path.iterdir())):
                 raise MetaftError(
                     f"out: {path} already exists; choose another --out, or continue that run with --resume {path}"
                 )
-            run.checkpoints.mkdir(parents=True, exist_ok=True)
-            run.plots.mkdir(exist_ok=True)
+            path.mkdir(parents=True, exist_ok=True)
+            write_atomically(run.config, config_toml.encode())  # first: what has settings can be resumed
+            run.make_folders()
         except OSError as error:
             raise MetaftError(f"out: cannot make {path} ({error.strerror})") from None
-        write_atomically(run.config, config_toml.encode())
         return run
 
     @classmethod
@@ -58,14 +60,19 @@ class RunFolder:
             raise CheckpointError(f"run folder {path} {what}")
         return run
 
+    def make_folders(self) -> None:
+        """The subfolders, where they are not there yet."""
+        self.checkpoints.mkdir(exist_ok=True)
+        self.plots.mkdir(exist_ok=True)
+
     def promote_last(self) -> None:
         """Keep the last checkpoint as the previous one before a new one is written."""
         if self.last.exists():
             os.replace(self.last, self.previous)
 
     def write_json(self, path: Path, value: Mapping[str, Any]) -> None:
-        """Write plain data for people and programs; NaN, which JSON lacks, becomes null."""
-        text = json.dumps(_without_nan(value), indent=2, ensure_ascii=False)
+        """Write plain data for people and programs; what JSON lacks (NaN, infinity) becomes null."""
+        text = json.dumps(_finite(value), indent=2, ensure_ascii=False)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -77,7 +84,7 @@ def append_row(path: Path, row: Mapping[str, Any], *, sync: bool = False) -> Non
     """Add one line of JSON; `sync` waits until it, and all lines before it, are on the disk."""
     try:
         with open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(_without_nan(row)) + "\n")
+            file.write(json.dumps(_finite(row)) + "\n")
             if sync:
                 file.flush()
                 os.fsync(file.fileno())
@@ -114,11 +121,11 @@ def cut_back(path: Path, step: int, evaluated: int) -> None:
     write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
 
 
-def _without_nan(value: Any) -> Any:
+def _finite(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {k: _without_nan(v) for k, v in value.items()}
+        return {k: _finite(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_without_nan(v) for v in value]
-    if isinstance(value, float) and value != value:
+        return [_finite(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

@@ -154,7 +154,8 @@ def train(
     name = FIGURES[algorithm.loss]
     outer = Outer(config, start.meta, start.optimizer)
     state, position = start.state, start.position
-    cut_back(run.metrics, position.step, position.evaluated)
+    # A row of training that the checkpoint's window still holds will be written again.
+    cut_back(run.metrics, position.step - len(position.window), position.evaluated)
     cut_back(run.timing, position.step, position.evaluated)
     bar = Progress("meta-train", config.iterations, "step", done=position.step, per_unit=config.meta_batch)
     clock, clock_step = time.perf_counter(), position.step
@@ -174,6 +175,12 @@ def train(
 
     try:
         while True:
+            if position.window and (position.step % config.log_every == 0 or position.step == config.iterations):
+                loss, shown = (math.fsum(c) / len(position.window) for c in zip(*position.window, strict=True))
+                append_row(run.metrics, {"kind": "train", "step": position.step, "loss": loss, name: shown})
+                position = dataclasses.replace(position, window=())
+                bar.update(position.step, **_shown(name, loss, shown))
+
             due = position.step % config.eval_every == 0 or position.step == config.iterations
             if due and position.evaluated < position.step:
                 scores = score_episodes(
@@ -202,11 +209,6 @@ def train(
 
             window = (*position.window, (result.metrics["loss"], result.metrics[name]))
             position = dataclasses.replace(position, step=position.step + 1, window=window)
-            if position.step % config.log_every == 0 or position.step == config.iterations:
-                loss, shown = (math.fsum(column) / len(window) for column in zip(*window, strict=True))
-                append_row(run.metrics, {"kind": "train", "step": position.step, "loss": loss, name: shown})
-                position = dataclasses.replace(position, window=())
-                bar.update(position.step, **_shown(name, loss, shown))
             if position.step % config.checkpoint_every == 0:
                 save()
             should_stop()

@@ -228,6 +228,7 @@ BAD = [
     (["--config", "none.toml"], ["config", "none.toml", "No such file"]),
     (["--config", "none.toml", "--resume", "none"], ["config", "not both"]),
     (["--resume", "none"], ["none", "does not exist"]),
+    (["--algorithm", "protonet", "--test-inner-steps", "2"], ["test_inner_steps", "protonet", "2"]),
 ]
 
 
@@ -300,6 +301,7 @@ def test_a_folder_in_use_is_refused(copy: Path, capsys: Text):
         (["--clip-norm", "3"], ["clip_norm", "None", "3.0"]),
         (["--dataset", "glyphs"], ["dataset", "'sinusoid'", "'glyphs'"]),
         (["--iterations", "6"], ["iterations", "7", "6"]),
+        (["--out", "elsewhere"], ["out", "stays in its folder", "elsewhere"]),
     ],
     ids=lambda value: " ".join(value),
 )
@@ -325,6 +327,29 @@ def test_a_resumed_run_may_be_computed_otherwise_and_longer(copy: Path, capsys: 
     assert (result["iterations"], result["test"]["inductive"]["episodes"]) == (9, 6)
     assert meta_train.read_toml(copy / "config.toml")["iterations"] == 9
     assert [r["step"] for r in read_rows(copy / "metrics.jsonl") if r["kind"] == "val"] == [3, 6, 7, 9]
+
+
+def test_a_longer_run_drops_the_result_of_the_shorter_before_it_trains(copy: Path, monkeypatch: pytest.MonkeyPatch):
+    def broken(*_: Any, **__: Any) -> None:
+        raise MetaftError("stopped here")
+
+    monkeypatch.setattr(training, "meta_gradient", broken)
+    assert meta_train.main(["--resume", str(copy), "--iterations", "9"]) == 2
+    assert not (copy / "result.json").exists()
+
+
+def test_a_run_killed_before_its_settings_were_written_leaves_a_folder_free_to_use(tmp_path: Path):
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r" / ".config.toml.tmp").write_text("ways =")
+    assert meta_train.main([*options(SINUSOID), "--out", str(tmp_path / "r")]) == 0
+
+
+@pytest.mark.usefixtures("_no_pictures")
+def test_a_run_killed_before_its_first_checkpoint_starts_again(copy: Path, curve: Path):
+    for name in ("checkpoints", "plots"):
+        shutil.rmtree(copy / name)
+    assert meta_train.main(["--resume", str(copy)]) == 0
+    assert remains(copy) == remains(curve)
 
 
 @pytest.mark.usefixtures("_no_pictures")
@@ -481,7 +506,7 @@ def test_evaluate_at_another_protocol(image_runs: dict[str, Path], capsys: Text)
     assert evaluate.main([str(run), *argv, "--rotate", "--engine", "vmap"]) == 0
     said = capsys.readouterr().out
     assert re.search(r"^val: 3-way 3-shot, 4 queries per class, rotated, 1 inner steps", said, re.MULTILINE)
-    [file] = (run / "evaluations").glob("*val-3w3s4q-best.json")
+    [file] = (run / "evaluations").glob("*val-3w3s4q-1steps-5x-seed9-best.json")
     test = json.loads(file.read_text())["test"]
     own = {k: test[k] for k in ("split", "ways", "shots", "query_shots", "rotated", "eval_seed", "inner_steps")}
     assert list(own.values()) == ["val", 3, 3, 4, True, 9, 1]
@@ -619,6 +644,28 @@ def test_another_module_than_the_runs_is_refused(tmp_path: Path):
     other = nn.Sequential(nn.Flatten(), nn.ReLU(), nn.Linear(64, 3))
     with pytest.raises(MetaftError, match="its tensors are not this model's"):
         evaluate.run(tmp_path / "r", dataset=pool(), module=other)
+
+
+@pytest.mark.usefixtures("_no_pictures")
+def test_a_module_of_ones_own_is_recorded_as_such_whatever_model_says(tmp_path: Path):
+    meta_train.run(images(tmp_path / "r", model="conv4"), dataset=pool(), module=own())
+    with pytest.raises(MetaftError, match=r"^model: this run was trained with a module from Python"):
+        evaluate.run(tmp_path / "r", dataset=pool())
+
+
+def test_evaluate_refuses_data_whose_classes_are_split_otherwise_than_in_training(
+    tmp_path: Path, image_runs: dict[str, Path], squares: Path, capsys: Text
+):
+    """After a class was renamed the run's own training classes could be in the test."""
+    moved = next((squares / "test").iterdir())
+    moved.rename(moved.with_name("renamed"))
+    try:
+        assert evaluate.main([str(image_runs["maml"]), "--episodes", "2"]) == 2
+        one_line(capsys, "dataset", squares, "no longer split")
+        named = ["--dataset", f"folder:{squares}", "--out", str(tmp_path / "e.json")]
+        assert evaluate.main([str(image_runs["maml"]), "--episodes", "2", *named]) == 0
+    finally:
+        moved.with_name("renamed").rename(moved)
 
 
 def test_evaluate_from_python_returns_what_it_writes(curve: Path, tmp_path: Path):

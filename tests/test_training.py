@@ -273,6 +273,17 @@ def test_stopped_again_and_again_it_ends_with_the_same_bytes(
     assert remains(path) == remains(tmp_path / "whole")
 
 
+def test_a_run_cut_short_between_two_rows_still_logs_its_last_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    checks(monkeypatch, 6)  # four steps and a validation of two chunks: step 5 is not one of log_every = 2
+    with pytest.raises(Interrupted):
+        run(sinusoid(tmp_path / "r"))
+    checks(monkeypatch, math.inf)
+    assert load_snapshot(tmp_path / "r/checkpoints/last.safetensors").position.step == 5
+    resume_run(tmp_path / "r", sinusoid(iterations=5))
+    rows = read_rows(tmp_path / "r/metrics.jsonl")
+    assert [r["step"] for r in rows if r["kind"] == "train"] == [2, 4, 5]
+
+
 class PowerCut(BaseException):
     """Not an Exception: no handler of the product may survive it."""
 
