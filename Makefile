@@ -2,9 +2,9 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-# Folder of the demo's run, and its number of meta-steps (default: the command's own).
+# Folder of the demo's run, and its number of meta-steps: fewer than the command's own 1500, for a short demo.
 OUT ?= runs/demo
-ITERATIONS ?=
+ITERATIONS ?= 1000
 # Further arguments for pytest, e.g. ARGS="-m 'not slow' -k plots".
 ARGS ?=
 
@@ -25,7 +25,7 @@ demo: $(INSTALLED) ## meta-train a 5-way 1-shot classifier on glyphs (minutes on
 ifeq ($(OUT),runs/demo)
 	rm -rf runs/demo
 endif
-	$(BIN)/python -m metaft.meta_train --ways 5 --shots 1 --out $(OUT) $(if $(ITERATIONS),--iterations $(ITERATIONS))
+	$(BIN)/python -m metaft.meta_train --ways 5 --shots 1 --out $(OUT) --iterations $(ITERATIONS)
 
 test: $(INSTALLED) ## run all tests, the slow ones and the docstrings' examples too
 	$(BIN)/python -m pytest $(ARGS)

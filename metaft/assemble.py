@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import platform
 from collections.abc import Mapping
@@ -68,7 +69,7 @@ def assemble(
             f"dataset: the run's model takes inputs of shape {taken}, but {dataset.name} has {list(dataset.shape)}"
         )
     if module is not None:
-        model = models.functional(module.to(device))
+        model = models.functional(copy.deepcopy(module).to(device))
         if model.outputs != settled.ways:
             raise MetaftError(
                 f"ways: the module's head has {model.outputs} outputs, but tasks have {settled.ways} classes"

@@ -47,7 +47,7 @@ class MetaTrainConfig:
     query_shots: int | None = None
     """Query images per class in training (auto: 5; sinusoid: 10)."""
     meta_batch: int | None = None
-    """Tasks per meta-step, B (auto: 32; more than 10 ways: 16; sinusoid: 25)."""
+    """Tasks per meta-step, B (auto: 16; sinusoid: 25)."""
 
     algorithm: str = "maml"
     """maml, fomaml (first-order) or protonet."""
@@ -68,8 +68,8 @@ class MetaTrainConfig:
     """Meta-steps (auto: 1500; sinusoid: 15000)."""
     outer_optimizer: Literal["adam", "sgd"] = "adam"
     """Outer optimiser."""
-    outer_lr: float = 1e-3
-    """Outer learning rate."""
+    outer_lr: float | None = None
+    """Outer learning rate, at the start of its schedule (auto: 0.003; sinusoid: 0.001)."""
     outer_schedule: Literal["constant", "linear", "cosine"] = "cosine"
     """How the outer learning rate goes from its first value: not at all, or down to 0 at the last iteration."""
     clip_value: float | None = None
@@ -123,7 +123,8 @@ class Settled(MetaTrainConfig):
     ways: int = 5
     shots: int = 1
     query_shots: int = 5
-    meta_batch: int = 32
+    meta_batch: int = 16
+    outer_lr: float = 3e-3
     model: str = "conv4"
     width: int = 64
     iterations: int = 1500
