@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import resource
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -112,3 +115,17 @@ def remains(path: Path) -> dict[str, Any]:
         "config": run.config.read_bytes(),
         "result": untimed(json.loads(run.result.read_text())),
     }
+
+
+@contextlib.contextmanager
+def file_size_limit(size: int) -> Iterator[None]:
+    """Inside, a file that grows beyond `size` bytes meets a full disk.
+
+    The limit is the whole process's: it must end before pytest writes again, whose own output may be a longer file.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -7,7 +7,6 @@ import errno
 import json
 import os
 import re
-import resource
 import shlex
 import shutil
 import signal
@@ -19,7 +18,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import IMAGES, SINUSOID, images, options, pool, remains, untimed, write_folder
+from helpers import IMAGES, SINUSOID, file_size_limit, images, options, pool, remains, untimed, write_folder
 from torch import nn
 
 from metaft import evaluate, meta_train, report, testing, training
@@ -460,12 +459,8 @@ def test_before_the_first_validation_the_last_checkpoint_is_offered(copy: Path, 
 @pytest.mark.usefixtures("_no_pictures")
 def test_a_full_disk_is_one_line_and_leaves_the_checkpoints(copy: Path, capsys: Text):
     before = {p: p.read_bytes() for p in (copy / "checkpoints").iterdir()}
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, ((copy / "checkpoints/last.safetensors").stat().st_size - 1, hard))
-    try:
+    with file_size_limit((copy / "checkpoints/last.safetensors").stat().st_size - 1):
         assert meta_train.main(["--resume", str(copy), "--iterations", "9"]) == 2
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     line = capsys.readouterr().err.splitlines()[-1]
     assert re.match(r"metaft: error: .*/checkpoints/.*: cannot be written \(File too large\)$", line)
     assert {p: p.read_bytes() for p in (copy / "checkpoints").iterdir()} == before
