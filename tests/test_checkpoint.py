@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from helpers import file_size_limit
 
 from metaft import checkpoint
 from metaft.errors import CheckpointError
