@@ -45,7 +45,7 @@ class Threads:
         self.name = "threads"
         self.threads = threads
         # The caller too is held to one intra-op thread until close: after each of its own parallel operations the
-        # OpenMP team would spin on a core that the tasks need (measured: 1.7 times slower steps on 2 cores).
+        # OpenMP team would spin on a core that the tasks need (measured: 1.6 times slower steps on 2 cores).
         self._intra_op = torch.get_num_threads()
         torch.set_num_threads(1)
         self._pool = ThreadPoolExecutor(threads, "metaft-task", initializer=torch.set_num_threads, initargs=(1,))
