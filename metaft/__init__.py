@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from metaft._version import __version__
 
 if TYPE_CHECKING:
-    from metaft import algorithms, checkpoint, inner, models, tasks
+    from metaft import algorithms, checkpoint, evaluate, inner, meta_train, models, plots, tasks
     from metaft.algorithms import Algorithm
     from metaft.config import EvaluateConfig, MetaTrainConfig
     from metaft.errors import CheckpointError, DataError, MetaftError, NonFiniteError
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from metaft.testing import meta_test
     from metaft.types import Episode, Fast
 
-_MODULES = ("algorithms", "checkpoint", "inner", "models", "tasks")
+_MODULES = ("algorithms", "checkpoint", "evaluate", "inner", "meta_train", "models", "plots", "tasks")
 _NAMES = {
     "Algorithm": "metaft.algorithms",
     "CheckpointError": "metaft.errors",
@@ -65,11 +65,14 @@ __all__ = [
     "algorithms",
     "checkpoint",
     "engine",
+    "evaluate",
     "functional",
     "inner",
     "meta_gradient",
     "meta_test",
+    "meta_train",
     "models",
+    "plots",
     "tasks",
 ]
 

@@ -20,4 +20,7 @@ def keep_freed_memory(threshold: int = 1 << 30) -> bool:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
     except (OSError, AttributeError):  # musl
         return False
-    return bool(mallopt(_M_TRIM_THRESHOLD, threshold)) and bool(mallopt(_M_MMAP_THRESHOLD, threshold))
+    # Setting either one ends glibc's own adjustment of both, so a refused threshold is replaced by the largest that
+    # every version takes.
+    mapped = mallopt(_M_MMAP_THRESHOLD, threshold) or mallopt(_M_MMAP_THRESHOLD, 32 << 20)
+    return bool(mapped) and bool(mallopt(_M_TRIM_THRESHOLD, threshold))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import platform
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,7 @@ def assemble(
         )
     if module is not None:
         model = models.functional(copy.deepcopy(module).to(device))
+        models.check_repeats(model, dataset.shape)
         if model.outputs != settled.ways:
             raise MetaftError(
                 f"ways: the module's head has {model.outputs} outputs, but tasks have {settled.ways} classes"
@@ -109,7 +111,8 @@ def _other(run: RunFolder, bad: Path) -> str:
         except CheckpointError:
             continue
         # cp, not mv: the good one has its own part to play when the run goes on.
-        how = f"cp {path} {bad}" if path != run.last else f"evaluate --checkpoint last, or cp {path} {bad}"
+        copy = f"cp {shlex.quote(str(path))} {shlex.quote(str(bad))}"
+        how = copy if path != run.last else f"evaluate --checkpoint last, or {copy}"
         return f"; {path.name} of step {step} is good, to use it: {how}"
     return "; no other checkpoint of this run can be read"
 
@@ -134,6 +137,8 @@ def environment(engine: Engine, device: str) -> dict[str, str]:
     return {
         "engine": engine.name,
         "chunk": str(getattr(engine, "chunk", None)),
+        # The threads engine gives the same bits with any number of threads.
+        "threads": str(getattr(engine, "threads", None)) if engine.name == "vmap" else "any",
         "torch": torch.__version__,
         "device": name,
         "machine": platform.machine(),

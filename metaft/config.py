@@ -36,7 +36,7 @@ class MetaTrainConfig:
     image_size: int | None = None
     """folder: pixels per side (auto: 28 for grey images, 84 for colour)."""
     channels: int | None = None
-    """folder: 1 or 3 (auto: 1 where every image is grey)."""
+    """folder: 1 or 3 (auto: 1 where a sample of the images is grey)."""
     rotate: bool | None = None
     """--rotate / --no-rotate: one random quarter turn per class and task (auto: on for omniglot's finn split)."""
 
@@ -101,7 +101,7 @@ class MetaTrainConfig:
     engine: Literal["auto", "threads", "vmap"] = "auto"
     """How tasks are mapped (auto: threads for convolutions on a CPU, vmap for all else)."""
     threads: int | None = None
-    """Tasks in parallel for the threads engine (auto: one per core)."""
+    """Tasks in parallel (threads engine; auto: one per core), or threads within an operation (vmap; auto: 1)."""
     task_chunk: int | None = None
     """Tasks at once for the vmap engine (auto: all)."""
     log_every: int = 10

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -61,6 +61,7 @@ def run(
     from metaft.outer import engine
     from metaft.progress import Progress
     from metaft.report import print_test
+    from metaft.run import file_name
     from metaft.testing import meta_test
 
     config = config or EvaluateConfig()
@@ -69,7 +70,7 @@ def run(
     if config.data_root is not None:
         fields["data_root"] = config.data_root
     if config.split is not None:
-        fields["split"] = config.split
+        fields |= {"split": config.split, "rotate": None if config.split != trained.split else trained.rotate}
     if config.dataset is not None and config.dataset != trained.dataset:
         # Nothing of the old data set's own settings is meant for the new one.
         fields |= {"dataset": config.dataset, "split": config.split, "rotate": None}
@@ -95,6 +96,7 @@ def run(
             f"dataset: the classes of {parts.dataset.name} are no longer split as when {path} was trained, so its test "
             "classes may have been trained on; name it with --dataset to test on it all the same"
         )
+    seen = _seen_in_training(snapshot.header, parts.dataset, config.set)
     if ways != c.ways and not parts.algorithm.any_ways:
         raise MetaftError(
             f"ways: {c.algorithm} learned a head with {c.ways} outputs, so {path} can only be tested {c.ways}-way, "
@@ -132,18 +134,35 @@ def run(
         "checkpoint": config.checkpoint,
         "step": snapshot.position.step,
         "dataset": parts.dataset.name,
+        "class_split": c.split,
+        "split_hash": parts.dataset.split_hash,
+        "classes_seen_in_training": seen,
         "algorithm": c.algorithm,
         "device": parts.device,
         "engine": name,
         "test": test,
     }
     protocol = f"{ways}w{shots}s{queries}q-{test['inner_steps']}steps-{episodes}x-seed{seed}"
-    default = f"{parts.dataset.name.replace('/', '-')}-{config.set}-{protocol}-{config.checkpoint}.json"
+    data = "-".join(filter(None, (parts.dataset.name, c.split, config.set, "rotated" if c.rotate else "")))
+    default = f"{file_name(data)}-{protocol}-{config.checkpoint}.json"
     out = Path(config.out) if config.out is not None else folder.path / "evaluations" / default
     folder.write_json(out, result)
     print_test(test)
+    if seen and config.set != "train":
+        print(f"  (note: {seen} of these classes were trained on, so this is not a test on new classes)")
     print(f"result:   {out}")
     return result
+
+
+def _seen_in_training(header: Mapping[str, Any], dataset: Dataset, split: str) -> int:
+    """How many classes of a split the run was trained on; a turned character ("name@90") counts as the character."""
+    if header["dataset"] != dataset.name:
+        return 0
+
+    def names(described: Mapping[str, Any], part: str) -> set[str]:
+        return {name.partition("@")[0] for name in described.get("classes", {}).get(part, ())}
+
+    return len(names(header, "train") & names(dataset.describe(), split))
 
 
 if __name__ == "__main__":

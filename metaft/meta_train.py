@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from metaft.cli import StopSignals, fresh_folder, guarded, option, parse
 from metaft.config import MetaTrainConfig, from_mapping, read_toml, to_toml
-from metaft.errors import MetaftError
+from metaft.errors import DataError, MetaftError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from metaft.training import Snapshot
     from metaft.types import Dataset, Source
 
-# What may change when a run goes on: how it is computed and how long, not what is computed.
+# What may change when a run goes on: how it is computed, and how long (which stretches the outer schedule too).
 RESUMABLE = (
     "iterations",
     "device",
@@ -82,7 +83,7 @@ def run(config: MetaTrainConfig, *, dataset: Dataset | None = None, module: nn.M
     settings that do not fit together, before anything is written.
     """
     from metaft.assemble import assemble
-    from metaft.run import RunFolder
+    from metaft.run import RunFolder, file_name
 
     parts = assemble(config, dataset=dataset, module=module)
     sources = _sources(parts)
@@ -90,7 +91,7 @@ def run(config: MetaTrainConfig, *, dataset: Dataset | None = None, module: nn.M
     folder = (
         Path(c.out)
         if c.out is not None
-        else fresh_folder(Path("runs") / f"{_file_name(parts.dataset.name)}-{c.algorithm}-{c.ways}w{c.shots}s-{c.seed}")
+        else fresh_folder(Path("runs") / f"{file_name(parts.dataset.name)}-{c.algorithm}-{c.ways}w{c.shots}s-{c.seed}")
     )
     made = RunFolder.create(folder, to_toml(dataclasses.replace(c, out=None)))
     return _go(made, parts, sources, None)
@@ -143,8 +144,11 @@ def resume_run(
     return _go(folder, parts, sources, snapshot)
 
 
-def _sources(parts: Parts) -> tuple[Source, Source]:
-    """Training episodes, and those of validation and test. Raises MetaftError where the data cannot give them."""
+def _sources(parts: Parts) -> tuple[Source, Source, Source]:
+    """Episodes for training, validation and test; none can draw from another's classes.
+
+    Raises MetaftError where the data cannot give them.
+    """
     c = parts.config
     if c.test_ways != c.ways and not parts.algorithm.any_ways:
         raise MetaftError(
@@ -154,23 +158,26 @@ def _sources(parts: Parts) -> tuple[Source, Source]:
     train = parts.dataset.source(
         ways=c.ways, shots=c.shots, query_shots=c.query_shots, rotate=c.rotate, splits=("train",)
     )
-    held_out = parts.dataset.source(
-        ways=c.test_ways,
-        shots=c.test_shots,
-        query_shots=c.test_query_shots,
-        rotate=c.rotate,
-        splits=("val", "test"),
+    val, test = (
+        parts.dataset.source(
+            ways=c.test_ways,
+            shots=c.test_shots,
+            query_shots=c.test_query_shots,
+            rotate=c.rotate,
+            splits=(split,),
+        )
+        for split in ("val", "test")
     )
-    return train, held_out
+    return train, val, test
 
 
-def _go(run: RunFolder, parts: Parts, sources: tuple[Source, Source], start: Snapshot | None) -> dict[str, Any]:
+def _go(run: RunFolder, parts: Parts, sources: tuple[Source, Source, Source], start: Snapshot | None) -> dict[str, Any]:
     from metaft.assemble import environment, fill, header
     from metaft.outer import engine
     from metaft.training import Position, Snapshot, train
 
     c = parts.config
-    resume_hint = f"python -m metaft.meta_train --resume {run.path}"
+    resume_hint = f"python -m metaft.meta_train --resume {shlex.quote(str(run.path))}"
     with (
         StopSignals() as signals,
         engine(
@@ -204,8 +211,8 @@ def _go(run: RunFolder, parts: Parts, sources: tuple[Source, Source], start: Sna
             file=sys.stderr,
         )
         stop = f"stopped; a checkpoint is in {run.checkpoints}, go on with: {resume_hint}"
-        train(run, c, parts.algorithm, mapped, *sources, start, should_stop=lambda: signals.check(stop))
-        return finish(run, parts, mapped, sources[1], should_stop=lambda: signals.check(stop))
+        train(run, c, parts.algorithm, mapped, sources[0], sources[1], start, should_stop=lambda: signals.check(stop))
+        return finish(run, parts, mapped, sources[2], should_stop=lambda: signals.check(stop))
 
 
 def finish(run: RunFolder, parts: Parts, mapped: Engine, source: Source, *, should_stop: Any) -> dict[str, Any]:
@@ -233,10 +240,13 @@ def finish(run: RunFolder, parts: Parts, mapped: Engine, source: Source, *, shou
     bar.close()
     timing = read_rows(run.timing)
     seconds = sum(row["seconds"] for row in timing)
+    training = seconds - sum(row["validation_seconds"] for row in timing)
     result = {
         "command": "meta_train",
         "version": __version__,
         "dataset": parts.dataset.name,
+        "class_split": c.split,
+        "split_hash": parts.dataset.split_hash,
         "algorithm": c.algorithm,
         "ways": c.ways,
         "shots": c.shots,
@@ -246,17 +256,27 @@ def finish(run: RunFolder, parts: Parts, mapped: Engine, source: Source, *, shou
         "device": parts.device,
         "engine": mapped.name,
         "seconds": round(seconds, 3),
-        "tasks_per_second": round(c.iterations * c.meta_batch / seconds, 1) if seconds else None,
+        "tasks_per_second": round(c.iterations * c.meta_batch / training, 1) if training else None,
         "test": test,
     }
     run.write_json(run.result, result)
     pictures = draw_pictures(run, parts, best, source, test)
-    print_summary(result, pictures, run.path)
+    print_summary(result, pictures, run.path, _next_command(run, parts))
     return result
 
 
-def _file_name(name: str) -> str:
-    return "".join(ch if ch.isalnum() or ch in "._-" else "-" for ch in name)
+def _next_command(run: RunFolder, parts: Parts) -> str:
+    """What to type next: a meta-test at more shots, where the data and the model allow it."""
+    c = parts.config
+    path = str(run.path)
+    if c.model == "custom":
+        return f"metaft.evaluate.run(Path({path!r}), module=...) in Python, which brings the module again"
+    more = 5 if c.test_shots < 5 else 2 * c.test_shots
+    try:
+        parts.dataset.source(ways=c.test_ways, shots=more, query_shots=c.test_query_shots, splits=("test",))
+    except DataError:
+        return f"python -m metaft.evaluate {shlex.quote(path)} --checkpoint last"
+    return f"python -m metaft.evaluate {shlex.quote(path)} --shots {more}"
 
 
 if __name__ == "__main__":

@@ -66,13 +66,20 @@ class Threads:
 
 
 class Vmap:
-    """All tasks, or `chunk` of them, at once through torch.func.vmap: for small dense models, and for GPUs."""
+    """All tasks, or `chunk` of them, at once through torch.func.vmap: for small dense models, and for GPUs.
 
-    def __init__(self, chunk: int | None = None) -> None:
+    On a CPU each operation gets `threads` intra-op threads until close. One is the default: small operations gain
+    nothing from two, wait long for a busy core, and give bits that depend on the count.
+    """
+
+    def __init__(self, chunk: int | None = None, threads: int = 1) -> None:
         if chunk is not None and chunk < 1:
             raise MetaftError(f"task_chunk must be at least 1, got {chunk}")
         self.name = "vmap"
         self.chunk = chunk
+        self.threads = threads
+        self._intra_op = torch.get_num_threads()
+        torch.set_num_threads(threads)
 
     def map(self, fn: Callable[[Tree], Out], tasks: Tree) -> Iterator[Out]:
         leaves, spec = pytree.tree_flatten(tasks)
@@ -87,7 +94,7 @@ class Vmap:
                 yield pytree.tree_unflatten([leaf[i] for leaf in out_leaves], out_spec)
 
     def close(self) -> None:
-        pass
+        torch.set_num_threads(self._intra_op)
 
 
 ENGINES = ("threads", "vmap")
@@ -104,13 +111,18 @@ def engine(
 ) -> Iterator[Engine]:
     """An engine by name, closed on leaving. `auto`: threads for convolutions on a CPU, vmap for all else.
 
-    `threads=None` uses as many as torch would. Raises MetaftError for an unknown name.
+    `threads=None` uses as many as torch would for the threads engine, and one for vmap. Raises MetaftError for an
+    unknown name.
     """
     if name == "auto":
         name = "threads" if convolutional and torch.device(device).type == "cpu" else "vmap"
     if name not in ENGINES:
         raise MetaftError(f"engine: no {name!r}, known are {['auto', *ENGINES]}{suggest(name, ENGINES)}")
-    made = Threads(torch.get_num_threads() if threads is None else threads) if name == "threads" else Vmap(chunk)
+    made = (
+        Threads(torch.get_num_threads() if threads is None else threads)
+        if name == "threads"
+        else Vmap(chunk, threads or 1)
+    )
     try:
         yield made
     finally:

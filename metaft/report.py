@@ -77,7 +77,7 @@ def _draw_episode(path: Path, parts: Parts, best: Snapshot, source: Source) -> N
     )
 
 
-def print_summary(result: Mapping[str, Any], pictures: list[Path], path: Path) -> None:
+def print_summary(result: Mapping[str, Any], pictures: list[Path], path: Path, following: str) -> None:
     """The result in plain words on stdout, with the next command to type."""
     print(
         f"{result['dataset']} · {result['algorithm']} · {result['iterations']} meta-steps in "
@@ -87,7 +87,7 @@ def print_summary(result: Mapping[str, Any], pictures: list[Path], path: Path) -
     print_test(result["test"])
     print("pictures: " + ", ".join(map(str, pictures)))
     print(f"result:   {path / 'result.json'}")
-    print(f"next:     python -m metaft.evaluate {path} --shots 5")
+    print(f"next:     {following}")
 
 
 def print_test(test: Mapping[str, Any]) -> None:

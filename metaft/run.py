@@ -80,6 +80,11 @@ class RunFolder:
         write_atomically(path, (text + "\n").encode())
 
 
+def file_name(name: str) -> str:
+    """A name that any file system takes: other characters become hyphens, and a long one keeps its end."""
+    return "".join(ch if ch.isalnum() or ch in "._-" else "-" for ch in name)[-100:]
+
+
 def append_row(path: Path, row: Mapping[str, Any], *, sync: bool = False) -> None:
     """Add one line of JSON; `sync` waits until it, and all lines before it, are on the disk."""
     try:

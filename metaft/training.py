@@ -158,22 +158,25 @@ def train(
     cut_back(run.metrics, position.step - len(position.window), position.evaluated)
     cut_back(run.timing, position.step, position.evaluated)
     bar = Progress("meta-train", config.iterations, "step", done=position.step, per_unit=config.meta_batch)
-    clock, clock_step = time.perf_counter(), position.step
+    clock, clock_step, validating = time.perf_counter(), position.step, 0.0
 
     def snapshot() -> Snapshot:
         meta = {k: v.detach().clone() for k, v in outer.meta.items()}
         return Snapshot(meta, state, outer.moments(), position, start.header)
 
     def save() -> None:
-        nonlocal clock, clock_step
+        nonlocal clock, clock_step, validating
         now = time.perf_counter()
-        seconds = now - clock
-        speed = (position.step - clock_step) * config.meta_batch / seconds
-        append_row(run.timing, {"step": position.step, "seconds": seconds, "tasks_per_second": speed}, sync=True)
+        row = {"step": position.step, "seconds": now - clock, "validation_seconds": validating}
+        if position.step > clock_step:
+            row["tasks_per_second"] = (position.step - clock_step) * config.meta_batch / (now - clock - validating)
+        append_row(run.timing, row, sync=True)
         save_snapshot(run, snapshot())
-        clock, clock_step = now, position.step
+        clock, clock_step, validating = now, position.step, 0.0
 
     try:
+        if not run.last.exists():  # a run killed before its first step must begin with the same parameters
+            save_snapshot(run, snapshot())
         while True:
             if position.window and (position.step % config.log_every == 0 or position.step == config.iterations):
                 loss, shown = (math.fsum(c) / len(position.window) for c in zip(*position.window, strict=True))
@@ -183,6 +186,7 @@ def train(
 
             due = position.step % config.eval_every == 0 or position.step == config.iterations
             if due and position.evaluated < position.step:
+                before = time.perf_counter()
                 scores = score_episodes(
                     engine, algorithm, outer.meta, state, val_source,
                     split="val", seed=config.eval_seed, episodes=config.eval_episodes,
@@ -190,6 +194,7 @@ def train(
                 )  # fmt: skip
                 summary = summarise(scores, name)
                 append_row(run.metrics, {"kind": "val", "step": position.step, **summary}, sync=True)
+                validating += time.perf_counter() - before
                 value = summary[config.batch_norm][name]
                 position = dataclasses.replace(position, evaluated=position.step)
                 if better(algorithm.loss, value, position.best):
@@ -217,7 +222,7 @@ def train(
     except BaseException:
         # A signal, a non-finite loss or a bug: what was computed is kept. `position` and `outer` belong together
         # here, since both change only after everything that can fail.
-        if position.step > start.position.step or not run.last.exists():
+        if position.step > start.position.step:
             save()
         raise
     finally:
@@ -250,6 +255,7 @@ def _check_finite(metrics: Mapping[str, float], grads: Params, step: int, run: R
         return
     what = f"the loss is {metrics['loss']}" if not math.isfinite(metrics["loss"]) else "the meta-gradient is not finite"
     raise NonFiniteError(
-        f"step {step + 1}: {what}; the state before it is kept in {run.last}. "
-        "Try a smaller --inner-lr or --outer-lr, or --clip-norm 10"
+        f"step {step + 1}: {what}; the state before it is kept in {run.last}"
+        f"{f', the best one on validation in {run.best}' if run.best.exists() else ''}. "
+        "Start again with a smaller --outer-lr or --inner-lr, or with --clip-norm 10"
     )

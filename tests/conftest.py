@@ -1,4 +1,4 @@
-"""Fixtures that several test files share: small pools whose pixels say what they are, and small models."""
+"""Fixtures that several test files share."""
 
 from __future__ import annotations
 

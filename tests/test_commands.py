@@ -109,10 +109,19 @@ def test_a_run_folder_holds_what_it_should(curve: Path):
 def test_the_result_of_a_regression(curve: Path):
     result = json.loads((curve / "result.json").read_text())
     check_result(result, "mse", 40, 2)
-    assert result | {"version": "", "seconds": 0, "tasks_per_second": 0, "test": 0, "best_step": 0} == {
+    assert result | {
+        "version": "",
+        "seconds": 0,
+        "tasks_per_second": 0,
+        "test": 0,
+        "best_step": 0,
+        "split_hash": "",
+    } == {
         "command": "meta_train",
         "version": "",
         "dataset": "sinusoid",
+        "class_split": None,
+        "split_hash": "",
         "algorithm": "maml",
         "ways": 1,
         "shots": 5,
@@ -126,7 +135,12 @@ def test_the_result_of_a_regression(curve: Path):
         "test": 0,
     }
     assert result["seconds"] > 0
-    assert result["tasks_per_second"] == pytest.approx(7 * 3 / result["seconds"], rel=0.01)
+    timing = read_rows(curve / "timing.jsonl")
+    assert [row["step"] for row in timing] == [2, 3, 4, 6, 6, 7]
+    assert [row["step"] for row in timing if "tasks_per_second" in row] == [2, 3, 4, 6, 7]
+    validating = sum(row["validation_seconds"] for row in timing)
+    assert 0 < validating < result["seconds"]
+    assert result["tasks_per_second"] == pytest.approx(7 * 3 / (result["seconds"] - validating), rel=0.02)
 
 
 @pytest.mark.parametrize(("algorithm", "steps"), [("maml", 3), ("protonet", 0)])
@@ -215,6 +229,7 @@ BAD = [
     (["stray"], ["stray"]),
     (["--dataset", "glyph"], ["dataset", "'glyph'", "did you mean 'glyphs'"]),
     (["--dataset", "folder:/none/x"], ["/none/x does not exist"]),
+    (["--dataset", "folder:/" + "x" * 300], ["dataset", "xxx", "File name too long"]),
     (["--algorithm", "mam"], ["algorithm", "'mam'", "did you mean 'maml'"]),
     (["--model", "conv5", "--dataset", "sinusoid"], ["model", "'conv5'", "did you mean 'conv4'"]),
     (["--model", "conv4", "--dataset", "sinusoid"], ["model", "'conv4'", "[1]"]),
@@ -501,7 +516,7 @@ def test_evaluate_at_another_protocol(image_runs: dict[str, Path], capsys: Text)
     assert evaluate.main([str(run), *argv, "--rotate", "--engine", "vmap"]) == 0
     said = capsys.readouterr().out
     assert re.search(r"^val: 3-way 3-shot, 4 queries per class, rotated, 1 inner steps", said, re.MULTILINE)
-    [file] = (run / "evaluations").glob("*val-3w3s4q-1steps-5x-seed9-best.json")
+    [file] = (run / "evaluations").glob("*val-rotated-3w3s4q-1steps-5x-seed9-best.json")
     test = json.loads(file.read_text())["test"]
     own = {k: test[k] for k in ("split", "ways", "shots", "query_shots", "rotated", "eval_seed", "inner_steps")}
     assert list(own.values()) == ["val", 3, 3, 4, True, 9, 1]
@@ -661,6 +676,56 @@ def test_evaluate_refuses_data_whose_classes_are_split_otherwise_than_in_trainin
         assert evaluate.main([str(image_runs["maml"]), "--episodes", "2", *named]) == 0
     finally:
         moved.with_name("renamed").rename(moved)
+
+
+def test_classes_that_were_trained_on_are_counted_and_said(image_runs: dict[str, Path], tmp_path: Path, capsys: Text):
+    argv = [str(image_runs["maml"]), "--episodes", "2", "--out", str(tmp_path / "e.json")]
+    for split, seen in (("test", 0), ("train", 6)):
+        assert evaluate.main([*argv, "--set", split]) == 0
+        assert json.loads((tmp_path / "e.json").read_text())["classes_seen_in_training"] == seen
+    header = {"dataset": "o", "classes": {"train": ["a", "b"]}}
+
+    class Other:
+        name = "o"
+
+        def describe(self) -> dict[str, Any]:
+            return {"classes": {"test": ["a@0", "a@90", "c@0"]}}
+
+    assert evaluate._seen_in_training(header, Other(), "test") == 1  # type: ignore[arg-type]
+    assert evaluate._seen_in_training({**header, "dataset": "p"}, Other(), "test") == 0  # type: ignore[arg-type]
+
+
+@pytest.mark.usefixtures("_no_pictures")
+def test_the_next_command_is_one_that_runs(in_tmp: Path, squares: Path, capsys: Text):
+    argv = options(IMAGES, dataset=f"folder:{squares}", image_size=8, out="a run's")
+    assert meta_train.main(argv) == 0
+    (line,) = re.findall(r"^next: +python -m metaft\.evaluate (.*)$", capsys.readouterr().out, re.MULTILINE)
+    assert "--shots 5" in line
+    assert evaluate.main(shlex.split(line)) == 0
+    assert meta_train.main([*argv, "--test-shots", "7", "--out", "b"]) == 0
+    (line,) = re.findall(r"^next: +python -m metaft\.evaluate (.*)$", capsys.readouterr().out, re.MULTILINE)
+    assert line == "b --checkpoint last", "the classes have ten images: 14 shots cannot be"
+
+
+@pytest.mark.usefixtures("_no_pictures")
+def test_a_run_with_a_module_says_that_the_module_is_needed_again(in_tmp: Path, capsys: Text):
+    meta_train.run(images(model=None, out="r"), dataset=pool(), module=own())
+    assert re.search(r"^next: +metaft\.evaluate\.run\(Path\('r'\), module=", capsys.readouterr().out, re.MULTILINE)
+
+
+@pytest.mark.usefixtures("_no_pictures")
+def test_a_module_killed_before_its_first_step_goes_on_from_the_weights_it_began_with(tmp_path: Path):
+    """The weights of a module are the user's: another call may bring other ones."""
+    config = images(model=None)
+    meta_train.run(dataclasses.replace(config, out=str(tmp_path / "whole")), dataset=pool(), module=own())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "meta_gradient", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            meta_train.run(dataclasses.replace(config, out=str(tmp_path / "r")), dataset=pool(), module=own())
+    other = own()
+    nn.init.ones_(next(other.parameters()))
+    meta_train.resume_run(tmp_path / "r", dataset=pool(), module=other)
+    assert remains(tmp_path / "r") == remains(tmp_path / "whole")
 
 
 def test_evaluate_from_python_returns_what_it_writes(curve: Path, tmp_path: Path):

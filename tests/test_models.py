@@ -104,11 +104,60 @@ def test_buffers_travel_as_constants_and_tied_weights_stay_tied() -> None:
         (nn.Sequential(nn.InstanceNorm1d(3, track_running_stats=True), nn.Linear(3, 2)), "'0' .* running statistics"),
         (nn.Sequential(nn.LazyLinear(3), nn.Linear(3, 2)), "'0.weight' is lazy"),
         (nn.Sequential(nn.ReLU()), "has no nn.Linear"),
+        (nn.ModuleList([nn.MultiheadAttention(4, 2, dropout=0.1), nn.Linear(4, 2)]), r"'0' .*dropout=0.1"),
     ],
 )
 def test_modules_that_tasks_cannot_share_are_refused_by_name(module: nn.Module, message: str) -> None:
     with pytest.raises(MetaftError, match=message):
         models.functional(module)
+
+
+def test_a_normalisation_layer_in_two_places_is_converted_in_both_and_stays_one() -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bn = nn.BatchNorm2d(1)
+            self.stack = nn.Sequential(self.bn, nn.ReLU())
+            self.head = nn.Linear(256, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(self.bn(self.stack(x)).flatten(1))
+
+    converted = models.episode_norms(Shared())
+    assert converted.bn is converted.stack[0]  # type: ignore[index]
+    model = models.functional(Shared())
+    x = torch.randn(4, *scenarios.SHAPE)
+    moments = model.measure(model.params, x)
+    assert len(moments) == 2
+    alone = torch.cat([model.apply(model.params, one, moments) for one in x.split(1)])
+    torch.testing.assert_close(alone, model.apply(model.params, x, None), rtol=0, atol=1e-5)
+
+
+class Fickle(nn.Module):
+    """Gives another result each time, in one of two ways that no layer shows."""
+
+    def __init__(self, by: str) -> None:
+        super().__init__()
+        self.by, self.head = by, nn.Linear(256, 3)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.flatten(1)
+        if self.by == "dropout":
+            return self.head(F.dropout(x, 0.5))
+        self.get_buffer("calls").add_(1)
+        return self.head(x) * self.get_buffer("calls")
+
+
+@pytest.mark.parametrize("by", ["dropout", "buffer"])
+def test_a_forward_pass_that_does_not_repeat_itself_is_refused(by: str) -> None:
+    state = torch.get_rng_state()
+    model = models.functional(Fickle(by))
+    torch.set_rng_state(state)
+    with pytest.raises(MetaftError, match="Fickle gives two results for one input"):
+        models.check_repeats(model, scenarios.SHAPE)
+    assert torch.equal(torch.get_rng_state(), state)
+    models.check_repeats(scenarios.model(), scenarios.SHAPE)
 
 
 def test_a_head_that_is_not_linear_is_refused_with_those_that_are() -> None:

@@ -28,3 +28,12 @@ def test_every_option_named_in_the_readme_exists() -> None:
     known = {f.name.replace("_", "-") for c in (MetaTrainConfig, EvaluateConfig) for f in dataclasses.fields(c)}
     named = set(re.findall(r"--([a-z][a-z-]*)", README.read_text(encoding="utf-8")))
     assert named - known <= {"help", "resume", "config"}
+
+
+def test_every_name_that_the_readme_uses_exists() -> None:
+    import metaft
+
+    for dotted in set(re.findall(r"\bmetaft((?:\.[a-z_]+)+)\(", README.read_text(encoding="utf-8"))):
+        found: object = metaft
+        for name in dotted.strip(".").split("."):
+            found = getattr(found, name)

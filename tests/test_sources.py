@@ -23,7 +23,7 @@ from metaft.tasks.cache import cached
 from metaft.tasks.folder import rank_split
 from metaft.tasks.images import open_image, read
 from metaft.tasks.letters import SAME_SHAPE, SCRIPTS, clean, faces_of, table
-from metaft.tasks.omniglot import HELD_OUT_ALPHABETS, Character, characters
+from metaft.tasks.omniglot import HELD_OUT_ALPHABETS, OMNIGLOT_SPLITS, Character, characters, find
 from metaft.types import SPLITS, Dataset, Source, Split
 
 REAL = Path(os.environ.get("METAFT_DATA", "")) / "omniglot"
@@ -314,6 +314,26 @@ def test_bad_folders_are_refused_in_one_line(tmp_path: Path) -> None:
 
 # --- omniglot ---
 
+
+@pytest.mark.parametrize(
+    ("split", "digest"),
+    [("finn", "4d8a5ff9ab8a7d3d"), ("vinyals", "90c4c687f9bbf98f"), ("alphabets", "a51f87bb151d693c")],
+)
+def test_omniglots_splits_are_frozen(split: str, digest: str) -> None:
+    """A figure means nothing once a class has moved from training to test."""
+    lines = "\n".join(f"{c.name}\t{OMNIGLOT_SPLITS[split](c)}" for c in characters())
+    assert hashlib.sha256(lines.encode()).hexdigest()[:16] == digest
+
+
+def test_a_half_copy_is_completed_by_download_and_a_whole_one_preferred(tmp_path: Path) -> None:
+    (tmp_path / "omniglot" / "images_background").mkdir(parents=True)
+    assert find(tmp_path) == tmp_path / "omniglot"
+    assert find(tmp_path, whole=True) is None
+    for part in ("images_background", "images_evaluation"):
+        (tmp_path / "omniglot-py" / part).mkdir(parents=True)
+    assert find(tmp_path) == find(tmp_path, whole=True) == tmp_path / "omniglot-py"
+
+
 TINY = tuple(
     Character(f"{alphabet}/character0{i}", part, finn, vinyals)
     for alphabet, part, finn, vinyals in (
@@ -441,6 +461,13 @@ def letters(tmp_path_factory: pytest.TempPathFactory) -> ClassPool:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("METAFT_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
         return glyphs()
+
+
+def test_the_first_episodes_of_glyphs_are_frozen(letters: ClassPool) -> None:
+    digest = hashlib.sha256()
+    for part in letters.source(ways=5, shots=1, query_shots=5).draw(0, "train", range(3)):
+        digest.update(str(part.tolist()).encode())
+    assert digest.hexdigest()[:16] == "5258df0d587fe765"
 
 
 def test_glyphs_have_enough_classes_in_disjoint_scripts(letters: ClassPool) -> None:

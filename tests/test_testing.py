@@ -50,7 +50,7 @@ def test_nearest_neighbour_in_pixels() -> None:
 
 @pytest.mark.parametrize("name", ["maml", "protonet"])
 def test_noise_scores_one_over_ways_in_both_modes(name: str) -> None:
-    """A leak of query labels or of the order of images would show as more than chance."""
+    """A leak of query labels into the adaptation would show as more than chance."""
     source = scenarios.noise_pool().source(ways=4, shots=1, query_shots=4)
     hyper = {"inner_lr": 0.1, "inner_steps": 2} if name == "maml" else {}
     algorithm = algorithms.build(name, scenarios.model(ways=4, dtype=torch.float32), hyper)

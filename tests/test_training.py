@@ -18,11 +18,13 @@ from helpers import images, pool, remains, sinusoid, untimed
 
 from metaft import checkpoint, meta_train, report, training
 from metaft import run as run_module
+from metaft.assemble import assemble
 from metaft.config import MetaTrainConfig, Settled
 from metaft.errors import CheckpointError, Interrupted, MetaftError, NonFiniteError
 from metaft.meta_train import resume_run, run
 from metaft.outer import MetaGradient
 from metaft.run import RunFolder, read_rows
+from metaft.tasks.pool import ClassEpisodes
 from metaft.training import Outer, Position, Snapshot, load_snapshot, outer_lr, save_snapshot
 
 
@@ -156,6 +158,38 @@ def test_validations_come_on_time_and_at_the_protocol(tmp_path: Path):
             assert row[mode]["episodes"] == 40
             assert len(row[mode]["mse_per_step"]) == 3
             assert row[mode]["mse"] == row[mode]["mse_per_step"][-1]
+
+
+@pytest.mark.parametrize("rotate", [False, True])
+def test_each_part_of_a_run_draws_its_own_classes_by_its_own_seed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rotate: bool
+):
+    """Validation and test swapped, or on the training seed, would flatter every figure without a sound."""
+    asked: list[tuple[Any, ...]] = []
+    episodes = ClassEpisodes.episodes
+
+    def recording(source: ClassEpisodes, seed: int, split: Any, indices: Any) -> Any:
+        shape = (source.ways, source.shots, source.query_shots, source.rotate, source.splits)
+        asked.append((split, seed, *shape, indices[0], indices[-1] + 1))
+        return episodes(source, seed, split, indices)
+
+    monkeypatch.setattr(ClassEpisodes, "episodes", recording)
+    changes = {"iterations": 3, "seed": 7, "eval_seed": 8, "test_shots": 2, "test_query_shots": 3, "rotate": rotate}
+    run(images(tmp_path / "r", **changes), dataset=pool())
+    train = [("train", 7, 3, 1, 2, rotate, ("train",), 2 * i, 2 * i + 2) for i in range(3)]
+    val = ("val", 8, 3, 2, 3, rotate, ("val",), 0, 4)
+    test = ("test", 8, 3, 2, 3, rotate, ("test",), 0, 4)
+    assert asked[:5] == [*train[:2], val, train[2], val]
+    assert asked[5:] == [test, test], "scores, and pixel nearest neighbour on the same episodes"
+
+
+def test_batch_norm_reaches_the_algorithm(tmp_path: Path):
+    ends = {}
+    for norm in ("transductive", "inductive"):
+        run(images(tmp_path / norm, batch_norm=norm, iterations=2), dataset=pool())
+        ends[norm] = load_snapshot(tmp_path / norm / "checkpoints/last.safetensors").meta
+        assert assemble(images(batch_norm=norm), dataset=pool()).algorithm.norm == norm
+    assert any(not torch.equal(ends["transductive"][k], v) for k, v in ends["inductive"].items())
 
 
 def fake_scores(monkeypatch: pytest.MonkeyPatch, values: list[tuple[float, float]]) -> None:

@@ -9,11 +9,22 @@ from torch import nn
 
 from metaft.errors import MetaftError, suggest
 from metaft.models.conv4 import Conv4
-from metaft.models.functional import Model, functional
+from metaft.models.functional import Model, check_repeats, functional
 from metaft.models.mlp import MLP
 from metaft.models.norm import EpisodeNorm, episode_norms
 
-__all__ = ["MLP", "MODELS", "Conv4", "EpisodeNorm", "Model", "build", "episode_norms", "functional", "initialise"]
+__all__ = [
+    "MLP",
+    "MODELS",
+    "Conv4",
+    "EpisodeNorm",
+    "Model",
+    "build",
+    "check_repeats",
+    "episode_norms",
+    "functional",
+    "initialise",
+]
 
 MODELS: dict[str, Callable[[int, tuple[int, ...], int], nn.Module]] = {
     "conv4": lambda ways, shape, width: Conv4(ways, shape, width, "stride"),

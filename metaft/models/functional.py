@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 import threading
 from collections.abc import Callable, Mapping
 
@@ -116,9 +117,33 @@ def _refuse_what_tasks_cannot_share(module: nn.Module) -> None:
                 f"layer {path!r} ({type(part).__name__}, p={part.p}) draws from the global random generator, which is "
                 "not reproducible over tasks; set its p to 0"
             )
+        inner = part.dropout if isinstance(part, (nn.MultiheadAttention, nn.RNNBase)) else 0
+        if inner:
+            raise MetaftError(
+                f"layer {path!r} ({type(part).__name__}, dropout={inner}) draws from the global random generator, "
+                "which is not reproducible over tasks; set its dropout to 0"
+            )
     for name, p in module.named_parameters():
         if isinstance(p, nn.parameter.UninitializedParameter):
             raise MetaftError(f"parameter {name!r} is lazy; run one forward pass before handing the module over")
+
+
+def check_repeats(model: Model, shape: tuple[int, ...]) -> None:
+    """Raises MetaftError for a module whose forward pass over [2, *shape] is not a function of parameters and input.
+
+    That catches what no list of layers can: functional dropout, and state that a forward pass writes.
+    """
+    probe = next(iter(model.params.values()))
+    x = torch.linspace(-1, 1, 2 * math.prod(shape), dtype=probe.dtype, device=probe.device).view(2, *shape)
+    before = torch.get_rng_state()
+    first, second = model.apply(model.params, x, None), model.apply(model.params, x, None)
+    drew = not torch.equal(before, torch.get_rng_state())
+    torch.set_rng_state(before)
+    if drew or not torch.equal(first, second):
+        raise MetaftError(
+            f"model: {model.architecture.get('class', 'the module')} gives two results for one input "
+            "(dropout in its forward, or a buffer that it writes?); tasks could not be reproduced"
+        )
 
 
 def _linears(module: nn.Module) -> list[str]:

@@ -111,15 +111,17 @@ def episode_norms(module: nn.Module) -> nn.Module:
 
     Raises MetaftError for layers that keep running statistics and have no such form, naming the layer.
     """
-    for path, layer in list(module.named_modules()):
+    converted: dict[int, EpisodeNorm] = {}  # a layer may stand in several places and must stay one
+    for path, layer in list(module.named_modules(remove_duplicate=False)):
         if isinstance(layer, nn.modules.batchnorm._BatchNorm):
-            new = EpisodeNorm(layer.num_features, layer.eps, layer.affine)
-            if layer.affine:
-                new.weight, new.bias = layer.weight, layer.bias
+            if id(layer) not in converted:
+                new = converted[id(layer)] = EpisodeNorm(layer.num_features, layer.eps, layer.affine)
+                if layer.affine:
+                    new.weight, new.bias = layer.weight, layer.bias
             if not path:
-                return new
+                return converted[id(layer)]
             parent, _, name = path.rpartition(".")
-            setattr(module.get_submodule(parent), name, new)
+            setattr(module.get_submodule(parent), name, converted[id(layer)])
         elif getattr(layer, "track_running_stats", False):
             raise MetaftError(
                 f"layer {path!r} ({type(layer).__name__}) keeps running statistics, which tasks would share; "

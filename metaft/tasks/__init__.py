@@ -58,10 +58,10 @@ class Entry:
 
 
 def _open_omniglot(request: Request) -> Dataset:
-    root = request.data_root or os.environ.get("METAFT_DATA")
+    root = os.path.expanduser(request.data_root or os.environ.get("METAFT_DATA") or "")
     if not root:
         raise DataError("omniglot: where is it? pass --data-root or set METAFT_DATA (--download fetches it to there)")
-    if request.download and find(Path(root)) is None:
+    if request.download and find(Path(root), whole=True) is None:
         download(Path(root))
     return omniglot(Path(root), request.split)
 
@@ -69,7 +69,9 @@ def _open_omniglot(request: Request) -> Dataset:
 DATASETS: dict[str, Entry] = {
     "glyphs": Entry(lambda request: glyphs(), splits=("scripts",)),
     "omniglot": Entry(_open_omniglot, splits=tuple(OMNIGLOT_SPLITS), downloads=True),
-    "folder": Entry(lambda request: folder(Path(request.path), request.image_size, request.channels), any_size=True),
+    "folder": Entry(
+        lambda request: folder(Path(request.path).expanduser(), request.image_size, request.channels), any_size=True
+    ),
     "sinusoid": Entry(lambda request: Sinusoid()),
 }
 
@@ -105,16 +107,18 @@ def load(
     for field, value in (("image_size", image_size), ("channels", channels)):
         if value is not None and not entry.any_size:
             raise MetaftError(f"{field}: {name} has its own, only folder:PATH takes {value}")
-    return entry.open(
-        Request(
-            path=path,
-            split=split or (entry.splits[0] if entry.splits else ""),
-            data_root=data_root,
-            download=download,
-            image_size=image_size,
-            channels=channels,
-        )
+    request = Request(
+        path=path,
+        split=split or (entry.splits[0] if entry.splits else ""),
+        data_root=data_root,
+        download=download,
+        image_size=image_size,
+        channels=channels,
     )
+    try:
+        return entry.open(request)
+    except OSError as error:  # a name that is too long, a folder that may not be read
+        raise DataError(f"dataset: {dataset!r} cannot be read ({error.strerror})") from None
 
 
 def default_rotate(dataset: str, split: str | None = None) -> bool:

@@ -101,11 +101,16 @@ def omniglot(root: Path, split: str = "finn") -> ClassPool:
     )
 
 
-def find(root: Path) -> Path | None:
-    """The folder that holds the release's parts: `root/omniglot`, torchvision's `root/omniglot-py`, or `root`."""
-    for base in (root / "omniglot", root / "omniglot-py", root):
-        if any((base / part).is_dir() for part in PARTS):
-            return base
+def find(root: Path, *, whole: bool = False) -> Path | None:
+    """The folder that holds the release's parts: `root/omniglot`, torchvision's `root/omniglot-py`, or `root`.
+
+    One that holds both is preferred; with `whole` nothing less will do.
+    """
+    bases = (root / "omniglot", root / "omniglot-py", root)
+    for enough in (all,) if whole else (all, any):
+        for base in bases:
+            if enough((base / part).is_dir() for part in PARTS):
+                return base
     return None
 
 

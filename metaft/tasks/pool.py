@@ -146,7 +146,8 @@ class ClassEpisodes:
             classes = self.pool.splits[split]
             if len(classes) < self.ways:
                 raise DataError(
-                    f"{self.name}: split {split!r} has {len(classes)} classes, fewer than ways = {self.ways}"
+                    f"{self.name}: split {split!r} has {len(classes)} classes, fewer than ways = {self.ways}; "
+                    f"{len(classes)} is the most that it allows"
                 )
             short = classes[self.pool.counts[classes] < need]
             if len(short):
@@ -156,6 +157,10 @@ class ClassEpisodes:
                     f"{int(self.pool.counts[c])} images, fewer than shots + query_shots = "
                     f"{self.shots} + {self.query_shots} = {need}"
                 )
+        if self.rotate and self.pool.turns is not None:
+            raise DataError(
+                f"{self.name}: rotate must be false, quarter turns of an image are classes of their own here"
+            )
         if (self.rotate or self.pool.turns is not None) and self.shape[-1] != self.shape[-2]:
             raise DataError(f"{self.name}: rotate needs square images, got {list(self.shape)}")
 
