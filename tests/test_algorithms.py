@@ -185,6 +185,17 @@ def test_inductive_prediction_does_not_depend_on_its_neighbours(row: Row) -> Non
 
 
 @every_row
+def test_moments_are_the_support_sets_at_the_fast_weights(row: Row) -> None:
+    model = scenarios.model()
+    algorithm = row.build(model, "inductive")
+    task = scenarios.one(scenarios.episodes())
+    fast = adapted(algorithm, task, 2)
+    measured = model.measure({**model.params, **fast.params}, task.support_x)
+    for found, expected in zip(fast.moments, measured, strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-13)
+
+
+@every_row
 @every_norm
 def test_training_and_inductive_prediction_ask_for_moments_only_where_needed(row: Row, norm: Norm) -> None:
     algorithm = row.build(scenarios.model(), norm)

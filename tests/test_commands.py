@@ -709,7 +709,7 @@ def test_the_next_command_is_one_that_runs(in_tmp: Path, squares: Path, capsys: 
 
 @pytest.mark.usefixtures("_no_pictures")
 def test_a_run_with_a_module_says_that_the_module_is_needed_again(in_tmp: Path, capsys: Text):
-    meta_train.run(images(model=None, out="r"), dataset=pool(), module=own())
+    meta_train.run(images(Path("r"), model=None), dataset=pool(), module=own())
     assert re.search(r"^next: +metaft\.evaluate\.run\(Path\('r'\), module=", capsys.readouterr().out, re.MULTILINE)
 
 
