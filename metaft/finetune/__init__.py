@@ -1,0 +1,1 @@
+"""Fine-tuning: from an initialisation to a classifier for one target task."""

@@ -1,0 +1,192 @@
+"""Fine-tuning by Adam and cross-entropy, one visible loop. Every random choice is a function of (seed, epoch)."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from metaft.errors import MetaftError, NonFiniteError
+from metaft.finetune import heads
+from metaft.models.stored import with_stored_moments
+from metaft.tasks.pool import Preprocessing
+from metaft.tasks.sampler import raw_words, uniform
+
+STREAM = 4  # of raw_words: 0 episodes, 1 batches, 2 glyphs, 3 the draw of training images
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How to fine-tune; the same for both starts that are compared."""
+
+    epochs: int = 40
+    lr: float = 1e-3
+    batch_size: int = 32
+    head: str = "linear"
+    freeze: Literal["none", "backbone"] = "none"
+    augment: Literal["none", "basic"] = "none"
+    patience: int = 10
+    """Epochs without a better validation loss before it stops; without validation images it never does."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 2:
+            raise MetaftError(f"batch_size must be at least 2, for a batch's own statistics, got {self.batch_size}")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Fitted:
+    """A backbone with stored moments, its head, and how they came about."""
+
+    body: nn.Module
+    head: nn.Module
+    curve: list[dict[str, float]]
+    """Per epoch: "epoch", "loss" and, with validation images, "val_loss" and "val_accuracy"."""
+
+
+def fit(
+    body: nn.Module,
+    preprocessing: Preprocessing,
+    images: Tensor,
+    labels: Tensor,
+    classes: int,
+    recipe: Recipe,
+    *,
+    val_images: Tensor | None = None,
+    val_labels: Tensor | None = None,
+    should_stop: Callable[[], None] = lambda: None,
+    resume: dict[str, Any] | None = None,
+    on_epoch: Callable[[dict[str, Any]], None] = lambda state: None,
+) -> Fitted:
+    """Fine-tune a copy of `body` (features [n, D] out, EpisodeNorm inside) and a fresh head on uint8 images.
+
+    Training batches are normalised with their own statistics; the result with those of all training images, stored in
+    one last pass. With validation images the epoch of the lowest validation loss is kept (inductively, as the result
+    will predict) and training stops after `patience` epochs without a better one. `on_epoch` gets a copy of all that
+    `resume` needs for the same bits. Raises NonFiniteError where the training loss is not finite.
+    """
+    like = next(body.parameters())
+    images, labels = images.to(like.device), labels.to(like.device)
+    x_all = preprocessing.normalise(images).to(like.dtype)
+    model = _start(body, x_all, labels, classes, recipe)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=recipe.lr)
+    curve: list[dict[str, float]] = []
+    best = (math.inf, {})
+    if resume is not None:
+        resume = copy.deepcopy(resume)  # Adam would go on to write into the tensors that it is given
+        model.load_state_dict(resume["model"])
+        optimizer.load_state_dict(resume["optimizer"])
+        curve, best = resume["curve"], (resume["best_loss"], resume["best"])
+    for epoch in range(len(curve), recipe.epochs):
+        if _stale(curve, recipe.patience):
+            break
+        loss = _epoch(model, optimizer, preprocessing, images, labels, recipe, epoch, should_stop)
+        row = {"epoch": float(epoch + 1), "loss": loss}
+        if val_images is not None and val_labels is not None and len(val_images):
+            x_val = preprocessing.normalise(val_images.to(like.device)).to(like.dtype)
+            row |= _validate(model, x_all, x_val, val_labels.to(like.device))
+            if row["val_loss"] < best[0]:
+                best = (row["val_loss"], copy.deepcopy(model.state_dict()))
+        curve.append(row)
+        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "curve": curve}
+        on_epoch(copy.deepcopy({**state, "best_loss": best[0], "best": best[1]}))
+    if best[1]:
+        model.load_state_dict(best[1])
+    return Fitted(_stored(model["body"], x_all), model["head"], curve)
+
+
+def _start(body: nn.Module, x: Tensor, labels: Tensor, classes: int, recipe: Recipe) -> nn.ModuleDict:
+    """A copy of the body, as far as it is to be trained, and a head that starts from its features."""
+    body = copy.deepcopy(body)
+    with torch.no_grad():
+        head = heads.build(recipe.head, body(x), labels, classes, recipe.seed)
+    for p in body.parameters():
+        p.requires_grad_(recipe.freeze == "none")
+    if recipe.freeze == "backbone":
+        body = with_stored_moments(body, x)  # nothing below the head may change, statistics included
+    return nn.ModuleDict({"body": body, "head": head})
+
+
+def _epoch(
+    model: nn.ModuleDict,
+    optimizer: torch.optim.Optimizer,
+    preprocessing: Preprocessing,
+    images: Tensor,
+    labels: Tensor,
+    recipe: Recipe,
+    epoch: int,
+    should_stop: Callable[[], None],
+) -> float:
+    """One pass over the training images; gives their mean loss. Raises NonFiniteError where there is none."""
+    dtype = next(model.parameters()).dtype
+    moves = _moves(len(images), recipe, epoch)
+    total = 0.0
+    for batch in _batches(len(images), recipe, epoch):
+        rows = torch.from_numpy(batch)
+        x = images[rows.to(images.device)]
+        if moves is not None:
+            x = _augmented(x, moves[rows])
+        features = model["body"](preprocessing.normalise(x).to(dtype))
+        loss = F.cross_entropy(model["head"](features), labels[rows.to(labels.device)])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        total += float(loss.detach()) * len(rows)
+        should_stop()
+    if not math.isfinite(total):
+        raise NonFiniteError(f"epoch {epoch + 1}: the training loss is {total}; try a smaller --lr")
+    return total / len(images)
+
+
+def _stale(curve: list[dict[str, float]], patience: int) -> bool:
+    """Whether the lowest validation loss is `patience` epochs old."""
+    losses = [row["val_loss"] for row in curve if "val_loss" in row]
+    return bool(losses) and len(losses) - 1 - int(np.argmin(losses)) >= patience
+
+
+def _stored(body: nn.Module, x: Tensor) -> nn.Module:
+    return with_stored_moments(body, x).eval()
+
+
+@torch.no_grad()
+def _validate(model: nn.ModuleDict, x_train: Tensor, x: Tensor, y: Tensor) -> dict[str, float]:
+    logits = model["head"](_stored(model["body"], x_train)(x))
+    return {
+        "val_loss": float(F.cross_entropy(logits, y)),
+        "val_accuracy": float((logits.argmax(-1) == y).float().mean()),
+    }
+
+
+def _batches(n: int, recipe: Recipe, epoch: int) -> list[np.ndarray]:
+    """Rows of each batch of one epoch; a last batch of one image joins the one before, where it has statistics."""
+    order = np.argsort(raw_words(recipe.seed, "train", [epoch], n, stream=STREAM)[0], kind="stable")
+    cuts = list(range(recipe.batch_size, n, recipe.batch_size))
+    if cuts and n - cuts[-1] == 1:
+        cuts.pop()
+    return np.split(order, cuts)
+
+
+def _moves(n: int, recipe: Recipe, epoch: int) -> Tensor | None:
+    """[n, 3] uniform in -1..1 for the n images' angles and shifts in an epoch, or None where they stay as they are."""
+    if recipe.augment == "none":
+        return None
+    words = raw_words(recipe.seed, "val", [epoch], 3 * n, stream=STREAM)[0].reshape(n, 3)
+    return torch.from_numpy(2 * uniform(words) - 1).float()
+
+
+def _augmented(images: Tensor, moves: Tensor) -> Tensor:
+    """uint8 [n, C, H, W] turned by up to 10 degrees and moved by up to 8 %, as `moves` [n, 3] in -1..1 say."""
+    moves = moves.to(images.device)
+    angle, shift = moves[:, 0] * math.radians(10), moves[:, 1:] * 0.16  # in units of half the picture
+    cos, sin = angle.cos(), angle.sin()
+    theta = torch.stack([torch.stack([cos, -sin, shift[:, 0]], -1), torch.stack([sin, cos, shift[:, 1]], -1)], 1)
+    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
+    moved = F.grid_sample(images.float(), grid, padding_mode="border", align_corners=False)
+    return moved.round().clamp(0, 255).to(torch.uint8)
