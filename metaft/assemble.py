@@ -7,6 +7,7 @@ import dataclasses
 import platform
 import shlex
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from metaft.config import MetaTrainConfig, Settled, from_mapping, read_toml
 from metaft.defaults import device_of, hyper, resolve
 from metaft.errors import CheckpointError, MetaftError
 from metaft.models import Model
-from metaft.outer import Engine
+from metaft.outer import Engine, engine
 from metaft.run import RunFolder
 from metaft.training import Snapshot, load_snapshot
 from metaft.types import Dataset
@@ -84,6 +85,18 @@ def assemble(
         )
     algorithm = algorithms.build(settled.algorithm, model, hyper(settled, dataset))
     return Parts(settled, dataset.to(device), model, algorithm, device)
+
+
+def engine_for(parts: Parts) -> AbstractContextManager[Engine]:
+    """The engine that a run's settings ask for, closed on leaving."""
+    c = parts.config
+    return engine(
+        c.engine,
+        convolutional=parts.model.convolutional,
+        device=parts.device,
+        threads=c.threads,
+        chunk=c.task_chunk,
+    )
 
 
 def open_run(path: Path, *, which: str = "best") -> tuple[RunFolder, MetaTrainConfig, Snapshot]:

@@ -56,9 +56,8 @@ def run(
     ways than its head has outputs, inputs of another shape, too few classes or images.
     """
     from metaft._version import __version__
-    from metaft.assemble import assemble, fill, open_run
+    from metaft.assemble import assemble, engine_for, fill, open_run
     from metaft.defaults import check_steps
-    from metaft.outer import engine
     from metaft.progress import Progress
     from metaft.report import print_test
     from metaft.run import file_name
@@ -108,13 +107,7 @@ def run(
     bar = Progress("meta-test", episodes, "episode")
     with (
         StopSignals() as signals,
-        engine(
-            c.engine,
-            convolutional=parts.model.convolutional,
-            device=parts.device,
-            threads=c.threads,
-            chunk=c.task_chunk,
-        ) as mapped,
+        engine_for(parts) as mapped,
     ):
 
         def progress(done: int) -> None:

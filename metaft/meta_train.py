@@ -172,21 +172,14 @@ def _sources(parts: Parts) -> tuple[Source, Source, Source]:
 
 
 def _go(run: RunFolder, parts: Parts, sources: tuple[Source, Source, Source], start: Snapshot | None) -> dict[str, Any]:
-    from metaft.assemble import environment, fill, header
-    from metaft.outer import engine
+    from metaft.assemble import engine_for, environment, fill, header
     from metaft.training import Position, Snapshot, train
 
     c = parts.config
     resume_hint = f"python -m metaft.meta_train --resume {shlex.quote(str(run.path))}"
     with (
         StopSignals() as signals,
-        engine(
-            c.engine,
-            convolutional=parts.model.convolutional,
-            device=parts.device,
-            threads=c.threads,
-            chunk=c.task_chunk,
-        ) as mapped,
+        engine_for(parts) as mapped,
     ):
         if start is None:
             meta, state = parts.algorithm.init(c.seed)

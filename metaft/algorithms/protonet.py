@@ -44,8 +44,7 @@ def protonet(model: Model, *, loss: Loss = "cross_entropy", norm: Norm = "transd
         moments: bool = True,
     ) -> Fast:
         features = model.features(meta, support_x, None)
-        member = (support_y.unsqueeze(1) == torch.arange(ways, device=support_y.device)).to(features.dtype)  # [N*K, N]
-        prototypes = (member.T @ features) / member.sum(0).unsqueeze(1)  # [N, D]
+        prototypes = class_means(features, support_y, ways)
         measured = model.measure(meta, support_x) if moments else ()
         return collect(iter([meta]), lambda params: Fast(params, measured, {"prototypes": prototypes}), trajectory)
 
@@ -65,3 +64,9 @@ def protonet(model: Model, *, loss: Loss = "cross_entropy", norm: Norm = "transd
         task_loss=query_loss(adapt, predict, ways=None, steps=0, loss=loss, norm=norm),
         any_ways=True,
     )
+
+
+def class_means(features: Tensor, labels: Tensor, classes: int) -> Tensor:
+    """[classes, D] mean feature of each class; every class needs at least one example."""
+    member = (labels.unsqueeze(1) == torch.arange(classes, device=labels.device)).to(features.dtype)
+    return (member.T @ features) / member.sum(0).unsqueeze(1)

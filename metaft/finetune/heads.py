@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from metaft.algorithms.protonet import class_means
 from metaft.errors import MetaftError, suggest
 from metaft.models import initialise
 
@@ -33,12 +34,6 @@ class Prototype(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return -(x.unsqueeze(1) - self.points).square().sum(-1)
-
-
-def class_means(features: Tensor, labels: Tensor, classes: int) -> Tensor:
-    """[classes, D] mean feature of each class; every class needs at least one example."""
-    member = (labels.unsqueeze(1) == torch.arange(classes, device=labels.device)).to(features.dtype)
-    return (member.T @ features) / member.sum(0).unsqueeze(1)
 
 
 def _linear(features: Tensor, labels: Tensor, classes: int, seed: int) -> nn.Module:
