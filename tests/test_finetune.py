@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from metaft.errors import DataError, MetaftError, NonFiniteError
 from metaft.finetune import heads, target
-from metaft.finetune.classifier import Classifier, body_of
+from metaft.finetune.classifier import Classifier
 from metaft.finetune.fit import Fitted, Recipe, _augmented, fit
 from metaft.models import Conv4, EpisodeNorm
+from metaft.models.functional import body_of
 from metaft.models.norm import measure_moments
 from metaft.models.stored import StoredNorm, empty_stored, with_stored_moments
 from metaft.tasks.glyphs import glyphs

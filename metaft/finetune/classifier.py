@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 
 import torch
@@ -56,10 +55,3 @@ class Classifier(nn.Module):
     def names(self, images: Tensor) -> list[str]:
         """The most probable class of each image."""
         return [self.class_names[int(i)] for i in self.probabilities(images).argmax(-1)]
-
-
-def body_of(module: nn.Module, head: str = "head") -> nn.Module:
-    """A copy of a backbone that ends in features [n, D]: its head passes them on."""
-    body = copy.deepcopy(module)
-    body.set_submodule(head, nn.Flatten())
-    return body

@@ -56,11 +56,8 @@ def functional(
     layer = dict(module.named_modules()).get(head)
     if not isinstance(layer, nn.Linear):
         raise MetaftError(f"head {head!r} is not an nn.Linear of this module; its linear layers are {_linears(module)}")
-    body = copy.deepcopy(module)
-    body.set_submodule(head, nn.Flatten())
-
     whole = _pure(module)
-    bare = _pure(body)
+    bare = _pure(body_of(module, head))
 
     def apply(params: Params, x: Tensor, moments: Moments | None = None) -> Tensor:
         return whole(params, x, moments)
@@ -86,6 +83,13 @@ def functional(
         convolutional=any(isinstance(part, nn.modules.conv._ConvNd) for part in module.modules()),
         architecture=architecture or {"name": "custom", "class": type(module).__qualname__},
     )
+
+
+def body_of(module: nn.Module, head: str = "head") -> nn.Module:
+    """A copy of a backbone that ends in features [n, D]: its head passes them on."""
+    body = copy.deepcopy(module)
+    body.set_submodule(head, nn.Flatten())
+    return body
 
 
 def _pure(module: nn.Module) -> Callable[[Params, Tensor, Moments | None], Tensor]:
