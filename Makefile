@@ -20,12 +20,13 @@ help: ## this list
 
 install: $(INSTALLED) ## create the virtual environment and install metaft into it, editable
 
-demo: $(INSTALLED) ## meta-train a 5-way 1-shot classifier on glyphs (minutes on a CPU, no download)
-# The demo owns its default folder and starts afresh there; in any other, the command refuses to overwrite a run.
+demo: $(INSTALLED) ## meta-train on glyphs, then adapt to an alphabet never seen (minutes on a CPU, no download)
+# The demo owns its default folders and starts afresh there; in any other, the commands refuse to overwrite a run.
 ifeq ($(OUT),runs/demo)
-	rm -rf runs/demo
+	rm -rf runs/demo runs/demo-adapted
 endif
 	$(BIN)/python -m metaft.meta_train --ways 5 --shots 1 --out $(OUT) --iterations $(ITERATIONS)
+	$(BIN)/python -m metaft.adapt --init $(OUT) --data glyphs:Hebrew --shots-per-class 5 --out $(OUT)-adapted
 
 test: $(INSTALLED) ## run all tests, the slow ones and the docstrings' examples too
 	$(BIN)/python -m pytest $(ARGS)
@@ -44,7 +45,7 @@ types: $(INSTALLED) ## check types
 check: lint types test ## all of the above checks
 
 clean: ## remove caches, built files and the demo's run; other runs and $(VENV) stay
-	rm -rf build dist *.egg-info .pytest_cache .hypothesis .ruff_cache runs/demo
+	rm -rf build dist *.egg-info .pytest_cache .hypothesis .ruff_cache runs/demo runs/demo-adapted
 	find . -path './.*' -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +
 
 # A half-made environment (interrupted, or made without pip) is completed rather than trusted.

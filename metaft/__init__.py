@@ -7,8 +7,9 @@
     with metaft.engine() as engine:                                   # maps them over tasks
         metaft.meta_gradient(engine, maml, meta, state, source.episodes(0, "train", range(32)))
 
-The commands are `metaft.meta_train` and `metaft.evaluate`. Importing metaft imports nothing heavy: each name below is
-fetched when it is first used.
+The commands are `metaft.meta_train`, `metaft.evaluate`, `metaft.adapt` and `metaft.predict`; `metaft.load(RUN)` gives
+the classifier of an adapt run. Importing metaft imports nothing heavy: each name below is fetched
+when it is first used.
 """
 
 from __future__ import annotations
@@ -19,19 +20,37 @@ from typing import TYPE_CHECKING, Any
 from metaft._version import __version__
 
 if TYPE_CHECKING:
-    from metaft import algorithms, checkpoint, evaluate, inner, meta_train, models, plots, tasks
+    from metaft import (
+        adapt,
+        algorithms,
+        checkpoint,
+        evaluate,
+        finetune,
+        inner,
+        meta_train,
+        models,
+        plots,
+        predict,
+        tasks,
+    )
     from metaft.algorithms import Algorithm
-    from metaft.config import EvaluateConfig, MetaTrainConfig
+    from metaft.config import AdaptConfig, EvaluateConfig, MetaTrainConfig
     from metaft.errors import CheckpointError, DataError, MetaftError, NonFiniteError
+    from metaft.finetune.classifier import Classifier, load
     from metaft.models import Model, functional
     from metaft.outer import Engine, MetaGradient, engine, meta_gradient
     from metaft.testing import meta_test
     from metaft.types import Episode, Fast
 
-_MODULES = ("algorithms", "checkpoint", "evaluate", "inner", "meta_train", "models", "plots", "tasks")
+_MODULES = (
+    "adapt", "algorithms", "checkpoint", "evaluate", "finetune", "inner", "meta_train", "models", "plots", "predict",
+    "tasks",
+)  # fmt: skip
 _NAMES = {
+    "AdaptConfig": "metaft.config",
     "Algorithm": "metaft.algorithms",
     "CheckpointError": "metaft.errors",
+    "Classifier": "metaft.finetune.classifier",
     "DataError": "metaft.errors",
     "Engine": "metaft.outer",
     "Episode": "metaft.types",
@@ -44,13 +63,16 @@ _NAMES = {
     "NonFiniteError": "metaft.errors",
     "engine": "metaft.outer",
     "functional": "metaft.models",
+    "load": "metaft.finetune.classifier",
     "meta_gradient": "metaft.outer",
     "meta_test": "metaft.testing",
 }
 
 __all__ = [
+    "AdaptConfig",
     "Algorithm",
     "CheckpointError",
+    "Classifier",
     "DataError",
     "Engine",
     "Episode",
@@ -62,17 +84,21 @@ __all__ = [
     "Model",
     "NonFiniteError",
     "__version__",
+    "adapt",
     "algorithms",
     "checkpoint",
     "engine",
     "evaluate",
+    "finetune",
     "functional",
     "inner",
+    "load",
     "meta_gradient",
     "meta_test",
     "meta_train",
     "models",
     "plots",
+    "predict",
     "tasks",
 ]
 

@@ -12,6 +12,8 @@ from metaft.errors import suggest
 COMMANDS = {
     "meta_train": "learn an initialisation from few-shot episodes",
     "evaluate": "meta-test a finished run",
+    "adapt": "fine-tune an initialisation to your images",
+    "predict": "label images with what adapt made",
 }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import platform
-import shlex
+import sys
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -83,7 +83,7 @@ def assemble(
         model = models.build(
             settled.model, ways=settled.ways, shape=dataset.shape, width=settled.width, seed=settled.seed, device=device
         )
-    algorithm = algorithms.build(settled.algorithm, model, hyper(settled, dataset))
+    algorithm = algorithms.build(settled.algorithm, model, hyper(settled, dataset.loss))
     return Parts(settled, dataset.to(device), model, algorithm, device)
 
 
@@ -108,26 +108,7 @@ def open_run(path: Path, *, which: str = "best") -> tuple[RunFolder, MetaTrainCo
 
 def read_snapshot(run: RunFolder, wanted: Path) -> Snapshot:
     """One of a run's checkpoints. Raises CheckpointError with the checkpoint to use instead."""
-    try:
-        return load_snapshot(wanted)
-    except CheckpointError as error:
-        raise CheckpointError(f"{error}{_other(run, wanted)}") from None
-
-
-def _other(run: RunFolder, bad: Path) -> str:
-    """What to say about the checkpoints beside a bad one: the first that can be read, and how to go on from it."""
-    for path in (run.last, run.previous, run.best):
-        if path == bad or not path.exists():
-            continue
-        try:
-            step = load_snapshot(path).position.step
-        except CheckpointError:
-            continue
-        # cp, not mv: the good one has its own part to play when the run goes on.
-        copy = f"cp {shlex.quote(str(path))} {shlex.quote(str(bad))}"
-        how = copy if path != run.last else f"evaluate --checkpoint last, or {copy}"
-        return f"; {path.name} of step {step} is good, to use it: {how}"
-    return "; no other checkpoint of this run can be read"
+    return run.load(wanted, load_snapshot, lambda snapshot: f"of step {snapshot.position.step}")
 
 
 def header(parts: Parts, engine: Engine) -> dict[str, Any]:
@@ -146,16 +127,28 @@ def header(parts: Parts, engine: Engine) -> dict[str, Any]:
 
 def environment(engine: Engine, device: str) -> dict[str, str]:
     """What the exact bits of a run depend on besides its settings."""
-    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else torch.backends.cpu.get_cpu_capability()
     return {
         "engine": engine.name,
         "chunk": str(getattr(engine, "chunk", None)),
         # The threads engine gives the same bits with any number of threads.
         "threads": str(getattr(engine, "threads", None)) if engine.name == "vmap" else "any",
-        "torch": torch.__version__,
-        "device": name,
-        "machine": platform.machine(),
+        **machine(device),
     }
+
+
+def machine(device: str) -> dict[str, str]:
+    """The part of `environment` that no setting decides."""
+    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else torch.backends.cpu.get_cpu_capability()
+    return {"torch": torch.__version__, "device": name, "machine": platform.machine()}
+
+
+def say_what_changed(before: Mapping[str, str], now: Mapping[str, str]) -> None:
+    """A line on stderr where a resumed run cannot go on with the same bits."""
+    changed = [f"{k} {before.get(k)} -> {now[k]}" for k in now if before.get(k) != now[k]]
+    if changed:
+        print(
+            f"note: {', '.join(changed)}: the run goes on to rounding (1e-6), not with the same bits", file=sys.stderr
+        )
 
 
 def fill(parts: Parts, snapshot: Snapshot) -> Snapshot:

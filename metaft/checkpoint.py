@@ -31,7 +31,7 @@ def save(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -
     """
     tensors = {name: t.detach().to("cpu").contiguous().clone() for name, t in sorted(tensors.items())}
     text = json.dumps({"format": FORMAT, **header}, sort_keys=True)
-    data = safetensors.torch.save(tensors, metadata={"metaft": f"{_digest(text, tensors)} {text}"})
+    data = safetensors.torch.save(tensors, metadata={"metaft": f"{digest(text, tensors)} {text}"})
     write_atomically(path, data)
 
 
@@ -51,12 +51,17 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         sha256, _, text = metadata["metaft"].partition(" ")
     except (safetensors.SafetensorError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"checkpoint {path}: damaged or not a metaft checkpoint ({error})") from None
-    if _digest(text, tensors) != sha256:
+    if digest(text, tensors) != sha256:
         raise CheckpointError(f"checkpoint {path}: damaged or edited, its SHA-256 does not match its contents")
     header = json.loads(text)
     if header.get("format") != FORMAT:
         raise CheckpointError(f"checkpoint {path}: format {header.get('format')!r}, this version reads {FORMAT}")
     return tensors, header
+
+
+def under(tensors: Mapping[str, Tensor], part: str) -> dict[str, Tensor]:
+    """The tensors whose names begin with "part/", without that."""
+    return {k[len(part) + 1 :]: v for k, v in tensors.items() if k.startswith(f"{part}/")}
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -78,10 +83,11 @@ def write_atomically(path: Path, data: bytes) -> None:
         raise CheckpointError(f"{path}: cannot be written ({error.strerror})") from None
 
 
-def _digest(text: str, tensors: Mapping[str, Tensor]) -> str:
+def digest(text: str, tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of a text and of tensors with their names, types and shapes."""
     sha = hashlib.sha256(text.encode())
     for name in sorted(tensors):
-        t = tensors[name]
+        t = tensors[name].detach().cpu().contiguous()
         sha.update(f"\n{name}\t{t.dtype}\t{list(t.shape)}\n".encode())
         sha.update(t.reshape(-1).view(torch.uint8).numpy().tobytes())
     return sha.hexdigest()

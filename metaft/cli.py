@@ -11,10 +11,11 @@ import signal
 import sys
 import threading
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from metaft.config import Config, from_mapping, read_toml
 from metaft.errors import Interrupted, MetaftError, suggest
 
 Arguments = TypeVar("Arguments")
@@ -75,6 +76,43 @@ def option(argv: Sequence[str], name: str) -> str | None:
         if word.startswith(f"--{name}="):
             return word.partition("=")[2]
     return None
+
+
+def settings(
+    arguments: type[Any], config: type[Config], argv: Sequence[str], *, prog: str
+) -> tuple[Config, Path | None]:
+    """Settings of a command that has `--config` and `--resume`: (what holds now, the run folder to go on with).
+
+    `arguments` is `config` with the fields `config` and `resume` added. What the command line leaves out is as in the
+    TOML file or in the run. Raises MetaftError for what `parse` and `from_mapping` refuse, and for options that
+    contradict each other.
+    """
+    resume, file = option(argv, "resume"), option(argv, "config")
+    if resume is not None and file is not None:
+        raise MetaftError("config: a resumed run has its own settings; give --resume or --config, not both")
+    if resume is not None and option(argv, "out") is not None:
+        raise MetaftError(f"out: a resumed run stays in its folder {resume}; leave --out {option(argv, 'out')} away")
+    values: dict[str, Any] = {}
+    if file is not None:
+        values = read_toml(Path(file))
+    elif resume is not None:
+        from metaft.run import RunFolder
+
+        values = read_toml(RunFolder.open(Path(resume)).config)
+    base = from_mapping(config, values, origin=file or f"{resume}/config.toml")
+    given = parse(arguments, argv, prog=prog, default=arguments(**dataclasses.asdict(base)))
+    fields = {f.name: getattr(given, f.name) for f in dataclasses.fields(config)}
+    return config(**fields), None if resume is None else Path(resume)
+
+
+def check_unchanged(config: Any, own: Any, path: Path, *, except_for: Iterable[str]) -> None:
+    """Raises MetaftError for a setting that differs from the run's own and may not."""
+    for field in dataclasses.fields(config):
+        mine, theirs = getattr(config, field.name), getattr(own, field.name)
+        if mine != theirs and field.name not in except_for:
+            raise MetaftError(
+                f"{field.name}: a resumed run keeps its settings; {path} was started with {theirs!r}, given {mine!r}"
+            )
 
 
 def guarded(command: Callable[[Sequence[str]], None], argv: Sequence[str] | None) -> int:

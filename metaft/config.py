@@ -18,7 +18,7 @@ from typing import Any, Literal, TypeVar
 
 from metaft.errors import MetaftError, suggest
 
-Config = TypeVar("Config", "MetaTrainConfig", "EvaluateConfig")
+Config = TypeVar("Config", "MetaTrainConfig", "EvaluateConfig", "AdaptConfig")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,6 +180,63 @@ class EvaluateConfig:
         check(self)
 
 
+@dataclasses.dataclass(frozen=True)
+class AdaptConfig:
+    """Fine-tune a meta-learned initialisation to a target task, and compare it with a random one."""
+
+    init: str | None = None
+    """Run folder of metaft.meta_train, or none for a random start alone (auto: the newest in runs/ that fits)."""
+    data: str = "glyphs:Hebrew"
+    """folder:PATH (class folders, with or without train/ val/ test/), or glyphs:SCRIPT (a held-out script)."""
+    shots_per_class: int | None = None
+    """Images per class to train and validate on (auto: 5 of glyphs; all of train/; without parts four in five)."""
+    method: Literal["finetune", "inner"] = "finetune"
+    """finetune: Adam and a fresh head. inner: the run's own inner loop, as in meta-training."""
+    epochs: int | None = None
+    """finetune: passes over the training images (auto: 40); fewer if the validation loss stops falling."""
+    patience: int | None = None
+    """finetune: epochs without a better validation loss before it stops (auto: 10)."""
+    lr: float | None = None
+    """finetune: learning rate of Adam (auto: 0.003)."""
+    batch_size: int | None = None
+    """finetune: images per step (auto: 32)."""
+    head: Literal["linear", "cosine", "prototype"] | None = None
+    """finetune: the classifier on the features (auto: linear)."""
+    freeze: Literal["none", "backbone"] | None = None
+    """finetune: what is not trained (auto: none)."""
+    augment: Literal["none", "basic"] | None = None
+    """finetune: small random turns and shifts of the training images (auto: none)."""
+    inner_steps: int | None = None
+    """inner: steps (auto: the run's --test-inner-steps)."""
+
+    seed: int = 0
+    """Seed of the drawn images, the head, the order of images, and the random start."""
+    seeds: int = 1
+    """Repeat with this many seeds, from --seed on, for the mean gain and its 95 % interval."""
+    device: str = "auto"
+    """auto (a GPU where there is one), cpu, cuda, cuda:N."""
+    out: str | None = None
+    """Run folder (auto: runs/adapt-DATA-INIT-SEED, numbered if taken)."""
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class PredictConfig:
+    """Label images with the classifier that an adapt run left."""
+
+    top: int = 1
+    """How many of the most probable classes to name for each image."""
+    csv: str | None = None
+    """Write the labels to this file too, as comma-separated values."""
+    device: str = "auto"
+    """auto (a GPU where there is one), cpu, cuda, cuda:N."""
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
 # The smallest value each number may have; None of them may be infinite or NaN.
 _AT_LEAST: dict[str, float] = {
     "ways": 1,
@@ -205,11 +262,17 @@ _AT_LEAST: dict[str, float] = {
     "log_every": 1,
     "checkpoint_every": 1,
     "image_size": 1,
+    "shots_per_class": 1,
+    "epochs": 1,
+    "patience": 1,
+    "batch_size": 2,  # a batch of one has no statistics of its own
+    "seeds": 1,
+    "top": 1,
 }
-_ABOVE_ZERO = {"outer_lr", "clip_value", "clip_norm"}
+_ABOVE_ZERO = {"outer_lr", "clip_value", "clip_norm", "lr"}
 
 
-def check(config: MetaTrainConfig | EvaluateConfig) -> None:
+def check(config: MetaTrainConfig | EvaluateConfig | AdaptConfig | PredictConfig) -> None:
     """Raises MetaftError for the first field with a wrong type or value, naming both."""
     hints = typing.get_type_hints(type(config))
     for field in dataclasses.fields(config):
@@ -236,11 +299,11 @@ def _check_type(name: str, value: Any, hint: Any) -> None:
     for option in options:
         if typing.get_origin(option) is Literal:
             choices = typing.get_args(option)
-            if value not in choices:
+            if value not in choices and not (value is None and type(None) in options):
                 near = suggest(str(value), choices)
                 raise MetaftError(f"{name} must be one of {', '.join(map(str, choices))}, got {value!r}{near}")
             return
-        if type(value) is option or (option is float and type(value) is int):
+        if type(value) is (typing.get_origin(option) or option) or (option is float and type(value) is int):
             return
     wanted = " or ".join("nothing" if o is type(None) else o.__name__ for o in options)
     raise MetaftError(f"{name} must be {wanted}, got {value!r} ({type(value).__name__})")
@@ -276,7 +339,7 @@ def read_toml(path: Path) -> dict[str, Any]:
     return {key.replace("-", "_"): value for key, value in values.items()}
 
 
-def to_toml(config: MetaTrainConfig | EvaluateConfig) -> str:
+def to_toml(config: MetaTrainConfig | EvaluateConfig | AdaptConfig) -> str:
     """The fields that have a value; TOML has no None, and a missing field means the default."""
     import tomli_w
 

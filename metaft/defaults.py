@@ -9,7 +9,7 @@ import torch
 from metaft.algorithms import hyper_parameters
 from metaft.config import MetaTrainConfig, Settled
 from metaft.errors import MetaftError
-from metaft.types import Dataset
+from metaft.types import Dataset, Loss
 
 
 def resolve(config: MetaTrainConfig, dataset: Dataset, *, default_rotate: bool, custom_model: bool = False) -> Settled:
@@ -19,7 +19,7 @@ def resolve(config: MetaTrainConfig, dataset: Dataset, *, default_rotate: bool, 
     image = len(dataset.shape) == 3
     ways = config.ways or (1 if regression else 5)
     shots = config.shots or (10 if regression else 1)
-    model = "custom" if custom_model else config.model or _model_for(dataset.shape)
+    model = "custom" if custom_model else config.model or model_for(dataset.shape)
     values: dict[str, object] = {
         "rotate": default_rotate,
         "ways": ways,
@@ -51,14 +51,14 @@ def resolve(config: MetaTrainConfig, dataset: Dataset, *, default_rotate: bool, 
     return Settled(**{**dataclasses.asdict(config), **open_fields})
 
 
-def hyper(config: MetaTrainConfig, dataset: Dataset) -> dict[str, object]:
+def hyper(config: MetaTrainConfig, loss: Loss) -> dict[str, object]:
     """What to hand the algorithm: the settings it knows, and those it does not but the user gave (an error there)."""
     given = {
         name: getattr(config, name)
         for name in ("inner_lr", "inner_steps", "adapt_norm")
         if getattr(config, name) is not None
     }
-    return {"loss": dataset.loss, "norm": config.batch_norm, **given}
+    return {"loss": loss, "norm": config.batch_norm, **given}
 
 
 def check_steps(field: str, steps: int | None, algorithm: str) -> None:
@@ -78,7 +78,7 @@ def device_of(name: str) -> str:
     return name
 
 
-def _model_for(shape: tuple[int, ...]) -> str:
+def model_for(shape: tuple[int, ...]) -> str:
     if len(shape) != 3:
         return "mlp"
     return "conv4" if max(shape[1:]) <= 32 else "conv4-pool"

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from metaft.cli import StopSignals, fresh_folder, guarded, option, parse
+from metaft.cli import StopSignals, check_unchanged, fresh_folder, guarded, settings
 from metaft.config import MetaTrainConfig, from_mapping, read_toml, to_toml
 from metaft.errors import DataError, MetaftError
 
@@ -51,21 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _command(argv: Sequence[str]) -> None:
-    resume, file = option(argv, "resume"), option(argv, "config")
-    if resume is not None and file is not None:
-        raise MetaftError("config: a resumed run has its own settings; give --resume or --config, not both")
-    if resume is not None and option(argv, "out") is not None:
-        raise MetaftError(f"out: a resumed run stays in its folder {resume}; leave --out {option(argv, 'out')} away")
-    values: dict[str, Any] = {}
-    if file is not None:
-        values = read_toml(Path(file))
-    elif resume is not None:
-        from metaft.run import RunFolder
-
-        values = read_toml(RunFolder.open(Path(resume)).config)
-    base = from_mapping(MetaTrainConfig, values, origin=file or f"{resume}/config.toml")
-    given = parse(Arguments, argv, prog="python -m metaft.meta_train", default=Arguments(**dataclasses.asdict(base)))
-    config = MetaTrainConfig(**{f.name: getattr(given, f.name) for f in dataclasses.fields(MetaTrainConfig)})
+    config, resume = settings(Arguments, MetaTrainConfig, argv, prog="python -m metaft.meta_train")
 
     from metaft.allocator import keep_freed_memory
 
@@ -73,7 +59,7 @@ def _command(argv: Sequence[str]) -> None:
     if resume is None:
         run(config)
     else:
-        resume_run(Path(resume), config)
+        resume_run(resume, config)
 
 
 def run(config: MetaTrainConfig, *, dataset: Dataset | None = None, module: nn.Module | None = None) -> dict[str, Any]:
@@ -115,8 +101,7 @@ def resume_run(
 
     folder = RunFolder.open(path)
     folder.make_folders()
-    if not folder.last.exists() and folder.previous.exists():  # killed between two renames
-        folder.previous.replace(folder.last)
+    folder.mend()
     fresh = not folder.last.exists()
     if fresh:
         own, snapshot = from_mapping(MetaTrainConfig, read_toml(folder.config), origin=str(folder.config)), None
@@ -125,12 +110,7 @@ def resume_run(
     given = {} if config is None else {k: v for k, v in dataclasses.asdict(config).items() if v is not None}
     named = {} if dataset is None else {"dataset": dataset.name}
     config = dataclasses.replace(own, **{**given, **named, "out": None})
-    for field in dataclasses.fields(config):
-        mine, theirs = getattr(config, field.name), getattr(own, field.name)
-        if mine != theirs and field.name not in RESUMABLE:
-            raise MetaftError(
-                f"{field.name}: a resumed run keeps its settings; {path} was started with {theirs!r}, given {mine!r}"
-            )
+    check_unchanged(config, own, path, except_for=RESUMABLE)
     if snapshot is not None and config.iterations is not None and config.iterations < snapshot.position.step:
         raise MetaftError(
             f"iterations must be at least the {snapshot.position.step} already done, got {config.iterations}"
@@ -172,7 +152,7 @@ def _sources(parts: Parts) -> tuple[Source, Source, Source]:
 
 
 def _go(run: RunFolder, parts: Parts, sources: tuple[Source, Source, Source], start: Snapshot | None) -> dict[str, Any]:
-    from metaft.assemble import engine_for, environment, fill, header
+    from metaft.assemble import engine_for, environment, fill, header, say_what_changed
     from metaft.training import Position, Snapshot, train
 
     c = parts.config
@@ -185,13 +165,7 @@ def _go(run: RunFolder, parts: Parts, sources: tuple[Source, Source, Source], st
             meta, state = parts.algorithm.init(c.seed)
             start = Snapshot(meta, state, {}, Position(), header(parts, mapped))
         else:
-            before, now = start.header["environment"], environment(mapped, parts.device)
-            changed = [f"{k} {before.get(k)} -> {now[k]}" for k in now if before.get(k) != now[k]]
-            if changed:
-                print(
-                    f"note: {', '.join(changed)}: the run goes on to rounding (1e-6), not with the same bits",
-                    file=sys.stderr,
-                )
+            say_what_changed(start.header["environment"], environment(mapped, parts.device))
             if start.header["split_hash"] != parts.dataset.split_hash:
                 raise MetaftError(
                     f"dataset: the class split of {parts.dataset.name} is not the one {run.path} began with"
@@ -254,16 +228,23 @@ def finish(run: RunFolder, parts: Parts, mapped: Engine, source: Source, *, shou
     }
     run.write_json(run.result, result)
     pictures = draw_pictures(run, parts, best, source, test)
-    print_summary(result, pictures, run.path, _next_command(run, parts))
+    print_summary(result, pictures, run.path, _next_commands(run, parts))
     return result
 
 
-def _next_command(run: RunFolder, parts: Parts) -> str:
-    """What to type next: a meta-test at more shots, where the data and the model allow it."""
+def _next_commands(run: RunFolder, parts: Parts) -> list[str]:
+    """What to type next: a meta-test at more shots, where data and model allow it, and adapting to a target."""
     c = parts.config
     path = str(run.path)
     if c.model == "custom":
-        return f"metaft.evaluate.run(Path({path!r}), module=...) in Python, which brings the module again"
+        return [f"metaft.evaluate.run(Path({path!r}), module=...) in Python, which brings the module again"]
+    adapt = f"python -m metaft.adapt --init {shlex.quote(path)} --data "
+    adapt += "glyphs:Hebrew" if parts.dataset.name == "glyphs" else "folder:YOUR_IMAGES"
+    return [_more_shots(path, parts), *([adapt] if len(parts.dataset.shape) == 3 else [])]
+
+
+def _more_shots(path: str, parts: Parts) -> str:
+    c = parts.config
     more = 5 if c.test_shots < 5 else 2 * c.test_shots
     try:
         parts.dataset.source(ways=c.test_ways, shots=more, query_shots=c.test_query_shots, splits=("test",))

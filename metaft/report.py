@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +77,7 @@ def _draw_episode(path: Path, parts: Parts, best: Snapshot, source: Source) -> N
     )
 
 
-def print_summary(result: Mapping[str, Any], pictures: list[Path], path: Path, following: str) -> None:
+def print_summary(result: Mapping[str, Any], pictures: list[Path], path: Path, following: Sequence[str]) -> None:
     """The result in plain words on stdout, with the next command to type."""
     print(
         f"{result['dataset']} · {result['algorithm']} · {result['iterations']} meta-steps in "
@@ -87,7 +87,9 @@ def print_summary(result: Mapping[str, Any], pictures: list[Path], path: Path, f
     print_test(result["test"])
     print("pictures: " + ", ".join(map(str, pictures)))
     print(f"result:   {path / 'result.json'}")
-    print(f"next:     {following}")
+    print(f"next:     {following[0]}")
+    for other in following[1:]:
+        print(f"or:       {other}")
 
 
 def print_test(test: Mapping[str, Any]) -> None:

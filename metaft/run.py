@@ -1,6 +1,7 @@
 """The run folder: what one command leaves for the next.
 
     config.toml  metrics.jsonl  timing.jsonl  checkpoints/{last,previous,best}.safetensors  plots/*.png  result.json
+    classifier.safetensors and report.txt of metaft.adapt
 
 metrics.jsonl holds no clock time, so that a resumed run ends with the same bytes as one that was never stopped;
 seconds are in timing.jsonl.
@@ -11,12 +12,18 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+import shlex
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from torch import Tensor
+
+from metaft import checkpoint
 from metaft.checkpoint import write_atomically
 from metaft.errors import CheckpointError, MetaftError
+
+Loaded = TypeVar("Loaded")
 
 
 class RunFolder:
@@ -33,6 +40,7 @@ class RunFolder:
         self.last = self.checkpoints / "last.safetensors"
         self.previous = self.checkpoints / "previous.safetensors"
         self.best = self.checkpoints / "best.safetensors"
+        self.classifier = path / "classifier.safetensors"
 
     @classmethod
     def create(cls, path: Path, config_toml: str) -> RunFolder:
@@ -65,10 +73,43 @@ class RunFolder:
         self.checkpoints.mkdir(exist_ok=True)
         self.plots.mkdir(exist_ok=True)
 
-    def promote_last(self) -> None:
-        """Keep the last checkpoint as the previous one before a new one is written."""
+    def save_last(self, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
+        """Write the last checkpoint, and keep the former one as the previous. Raises CheckpointError."""
+        fresh = self.last.with_name("next.safetensors")
+        checkpoint.save(fresh, tensors, header)  # first, so that a full disk leaves `last` where it is
         if self.last.exists():
             os.replace(self.last, self.previous)
+        fresh.replace(self.last)
+
+    def mend(self) -> None:
+        """Bring the last checkpoint back where a run was killed between the two renames of `save_last`."""
+        if not self.last.exists() and self.previous.exists():
+            self.previous.replace(self.last)
+
+    def load(self, wanted: Path, read: Callable[[Path], Loaded], when: Callable[[Loaded], str]) -> Loaded:
+        """`read(wanted)`, one of the checkpoints. Raises CheckpointError that says which other one to use instead.
+
+        `when` puts in words how far a checkpoint is.
+        """
+        try:
+            return read(wanted)
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}{self._other(wanted, read, when)}") from None
+
+    def _other(self, bad: Path, read: Callable[[Path], Loaded], when: Callable[[Loaded], str]) -> str:
+        """What to say about the checkpoints beside a bad one: the first that can be read, and how to go on from it."""
+        for path in (self.last, self.previous, self.best):
+            if path == bad or not path.exists():
+                continue
+            try:
+                found = when(read(path))
+            except CheckpointError:
+                continue
+            # cp, not mv: the good one has its own part to play when the run goes on.
+            copy = f"cp {shlex.quote(str(path))} {shlex.quote(str(bad))}"
+            how = copy if path != self.last else f"evaluate --checkpoint last, or {copy}"
+            return f"; {path.name} {found} is good, to use it: {how}"
+        return "; no other checkpoint of this run can be read"
 
     def write_json(self, path: Path, value: Mapping[str, Any]) -> None:
         """Write plain data for people and programs; what JSON lacks (NaN, infinity) becomes null."""

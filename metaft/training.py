@@ -62,19 +62,12 @@ def save_snapshot(run: RunFolder, snapshot: Snapshot, *, best: bool = False) -> 
     if best:
         checkpoint.save(run.best, tensors, header)
         return
-    fresh = run.last.with_name("next.safetensors")
-    checkpoint.save(fresh, tensors, header)  # first, so that a full disk leaves `last` where it is
-    run.promote_last()
-    fresh.replace(run.last)
+    run.save_last(tensors, header)
 
 
 def load_snapshot(path: Any) -> Snapshot:
     """Raises CheckpointError, see `metaft.checkpoint.load`."""
     tensors, header = checkpoint.load(path)
-
-    def part(prefix: str) -> dict[str, Tensor]:
-        return {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
-
     p = header["position"]
     position = Position(
         step=p["step"],
@@ -83,7 +76,8 @@ def load_snapshot(path: Any) -> Snapshot:
         best_step=p["best_step"],
         window=tuple((a, b) for a, b in p["window"]),
     )
-    return Snapshot(part("meta/"), part("state/"), part("optimizer/"), position, header)
+    meta, state, optimizer = (checkpoint.under(tensors, part) for part in ("meta", "state", "optimizer"))
+    return Snapshot(meta, state, optimizer, position, header)
 
 
 def outer_lr(config: Settled, step: int) -> float:

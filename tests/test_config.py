@@ -14,7 +14,16 @@ import pytest
 from helpers import pool
 
 from metaft import config as module
-from metaft.config import EvaluateConfig, MetaTrainConfig, Settled, from_mapping, read_toml, to_toml
+from metaft.config import (
+    AdaptConfig,
+    EvaluateConfig,
+    MetaTrainConfig,
+    PredictConfig,
+    Settled,
+    from_mapping,
+    read_toml,
+    to_toml,
+)
 from metaft.defaults import hyper, resolve
 from metaft.errors import MetaftError
 from metaft.tasks import Sinusoid
@@ -155,7 +164,7 @@ def test_what_the_user_gave_is_kept():
     settled = resolve(given, pool(), default_rotate=True)
     for field in ("ways", "inner_lr", "inner_steps", "rotate", "test_shots", "width", "adapt_norm"):
         assert getattr(settled, field) == getattr(given, field)
-    assert hyper(settled, pool()) == {
+    assert hyper(settled, "cross_entropy") == {
         "loss": "cross_entropy",
         "norm": "transductive",
         "inner_lr": 0.0,
@@ -175,5 +184,7 @@ def test_curves_cannot_be_rotated():
 
 
 def test_bounds_name_fields_that_exist():
-    known = {f.name for cls in (MetaTrainConfig, EvaluateConfig) for f in dataclasses.fields(cls)}
+    known = {
+        f.name for cls in (MetaTrainConfig, EvaluateConfig, AdaptConfig, PredictConfig) for f in dataclasses.fields(cls)
+    }
     assert known >= set(module._AT_LEAST) | module._ABOVE_ZERO

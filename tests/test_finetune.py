@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import types
 import math
 from pathlib import Path
 from typing import Any
@@ -224,6 +225,13 @@ LAYOUTS = [  # pictures of each class in each part, shots per class, then how ma
 ]
 
 
+def load_target(data: str, preprocessing: Preprocessing, *, shots_per_class: int | None, seed: int) -> Any:
+    """The target, with the rows of one draw beside its fields."""
+    found = target.load(data, preprocessing)
+    rows = found.rows(shots_per_class=shots_per_class, seed=seed)
+    return types.SimpleNamespace(**vars(found), **rows._asdict())
+
+
 @pytest.mark.parametrize(("parts", "shots", "expected"), LAYOUTS)
 def test_every_layout_of_a_folder(
     parts: dict[str, int], shots: int | None, expected: tuple[int, int, int], tmp_path: Path
@@ -231,8 +239,8 @@ def test_every_layout_of_a_folder(
     for part, count in parts.items():
         write(tmp_path, part, count)
     state = torch.get_rng_state()
-    data = target.load(f"folder:{tmp_path}", GREY8, shots_per_class=shots, seed=0)
-    again, other = (target.load(f"folder:{tmp_path}", GREY8, shots_per_class=shots, seed=s) for s in (0, 1))
+    data = load_target(f"folder:{tmp_path}", GREY8, shots_per_class=shots, seed=0)
+    again, other = (load_target(f"folder:{tmp_path}", GREY8, shots_per_class=shots, seed=s) for s in (0, 1))
     assert torch.equal(torch.get_rng_state(), state)
     uses = {"train": data.train, "val": data.val, "test": data.test}
     assert data.class_names == ("a", "b", "c")
@@ -271,14 +279,14 @@ def test_the_validation_part_is_one_in_five_of_every_class(counts: tuple[int, in
 
 def test_polarity_and_size_are_fitted_and_reported(tmp_path: Path) -> None:
     write(tmp_path, ".", 3, side=12, paper=230)
-    data = target.load(f"folder:{tmp_path}", GREY8, shots_per_class=None, seed=0)
+    data = load_target(f"folder:{tmp_path}", GREY8, shots_per_class=None, seed=0)
     assert data.invert
     assert data.notes == ("resized from 12x12 to 8x8", "dark on bright to bright on black")
     assert data.images[:, 0, 0].float().mean() < 60
-    as_is = target.load(f"folder:{tmp_path}", Preprocessing(1, 12, 12), shots_per_class=None, seed=0)
+    as_is = load_target(f"folder:{tmp_path}", Preprocessing(1, 12, 12), shots_per_class=None, seed=0)
     assert (as_is.invert, as_is.notes) == (False, ())
     assert torch.equal(as_is.images[0, 0], torch.from_numpy(np.array(Image.open(data.files[0]))))
-    colour = target.load(f"folder:{tmp_path}", Preprocessing(3, 12, 12), shots_per_class=None, seed=0)
+    colour = load_target(f"folder:{tmp_path}", Preprocessing(3, 12, 12), shots_per_class=None, seed=0)
     assert (colour.images.shape[1], colour.notes) == (3, ("grey to colour",))
     made = Classifier(nn.Identity(), nn.Identity(), GREY8, ("a", "b", "c"), invert=data.invert)
     for i, file in enumerate(data.files):  # a picture reads the same in training and in prediction
@@ -312,22 +320,22 @@ def broken(path: Path, case: str) -> None:
 def test_folders_that_do_not_do(case: str, shots: int | None, message: str, tmp_path: Path) -> None:
     broken(tmp_path, case)
     with pytest.raises(MetaftError, match=message):
-        target.load(f"folder:{tmp_path}", GREY8, shots_per_class=shots, seed=0)
+        load_target(f"folder:{tmp_path}", GREY8, shots_per_class=shots, seed=0)
 
 
 @pytest.mark.parametrize("data", ["folder:", "glyphs", "", "omniglot:Greek", "/some/path"])
 def test_data_is_a_folder_or_a_script(data: str) -> None:
     with pytest.raises(MetaftError, match="write folder:PATH or glyphs:SCRIPT, not"):
-        target.load(data, GREY8, shots_per_class=None, seed=0)
+        load_target(data, GREY8, shots_per_class=None, seed=0)
     with pytest.raises(DataError, match="folder nowhere/at/all does not exist"):
-        target.load("folder:nowhere/at/all", GREY8, shots_per_class=None, seed=0)
+        load_target("folder:nowhere/at/all", GREY8, shots_per_class=None, seed=0)
 
 
 def test_a_held_out_script_of_the_glyphs() -> None:
     pool = glyphs()
     script = pool.class_names[pool.splits["test"][0]].split("/")[0]
     classes = [i for i, name in enumerate(pool.class_names) if name.startswith(f"{script}/")]
-    data = target.load(f"glyphs:{script}", pool.preprocessing, shots_per_class=10, seed=0)
+    data = load_target(f"glyphs:{script}", pool.preprocessing, shots_per_class=10, seed=0)
     assert [per_class(data, rows) for rows in (data.train, data.val, data.test)] == [
         [n] * len(classes) for n in (8, 2, 10)
     ]
@@ -335,15 +343,15 @@ def test_a_held_out_script_of_the_glyphs() -> None:
     for label, c in enumerate(classes):
         own = pool.images[pool.starts[c] : pool.starts[c] + pool.counts[c]]
         assert torch.equal(data.images[data.labels == label], own)
-    other = target.load(f"glyphs:{script}", pool.preprocessing, shots_per_class=10, seed=1)
+    other = load_target(f"glyphs:{script}", pool.preprocessing, shots_per_class=10, seed=1)
     assert not np.array_equal(data.test, other.test)
     with pytest.raises(MetaftError, match=f"no held-out script '{script[:-1]}', .*did you mean '{script}'"):
-        target.load(f"glyphs:{script[:-1]}", pool.preprocessing, shots_per_class=None, seed=0)
+        load_target(f"glyphs:{script[:-1]}", pool.preprocessing, shots_per_class=None, seed=0)
     trained = pool.class_names[pool.splits["train"][0]].split("/")[0]
     with pytest.raises(MetaftError, match=f"no held-out script '{trained}'"):
-        target.load(f"glyphs:{trained}", pool.preprocessing, shots_per_class=None, seed=0)
+        load_target(f"glyphs:{trained}", pool.preprocessing, shots_per_class=None, seed=0)
     with pytest.raises(MetaftError, match=r"glyphs are \[1, 28, 28\], but the run's images are \[1, 8, 8\]"):
-        target.load(f"glyphs:{script}", GREY8, shots_per_class=None, seed=0)
+        load_target(f"glyphs:{script}", GREY8, shots_per_class=None, seed=0)
 
 
 # The loop

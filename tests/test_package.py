@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import os
 import random
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -81,8 +81,9 @@ def test_every_public_name_is_there():
 
 def test_names_for_readers_and_for_type_checkers_are_the_same():
     source = (ROOT / "metaft" / "__init__.py").read_text(encoding="utf-8")
-    block = source[source.index("if TYPE_CHECKING:") : source.index("_MODULES")]
-    shown = {name.strip() for line in re.findall(r" import (.*)", block) for name in line.split(",")}
+    blocks = [node for node in ast.parse(source).body if isinstance(node, ast.If)]
+    imports = [node for node in blocks[0].body if isinstance(node, ast.ImportFrom)]
+    shown = {alias.name for node in imports for alias in node.names}
     assert shown | {"__version__"} == set(metaft.__all__)
 
 

@@ -1,12 +1,22 @@
-"""A trained classifier as a plain module: pictures in, logits out, each picture by itself."""
+"""A trained classifier as a plain module: pictures in, logits out, each picture by itself; and its file."""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from metaft import checkpoint
+from metaft.errors import CheckpointError, MetaftError
+from metaft.finetune import heads
+from metaft.finetune.start import build
+from metaft.models.functional import body_of
+from metaft.models.stored import empty_stored
+from metaft.run import RunFolder
 from metaft.tasks.images import read
 from metaft.tasks.pool import Preprocessing
 
@@ -39,10 +49,10 @@ class Classifier(nn.Module):
         x = self.preprocessing.normalise(images).to(next(self.parameters()).dtype)
         return self.head(self.body(x))
 
-    def read(self, path: Path) -> Tensor:
+    def read(self, path: Path | str) -> Tensor:
         """A picture file as `forward` takes it, uint8 [1, C, H, W]. Raises DataError, naming the file."""
         p = self.preprocessing
-        pixels = torch.from_numpy(read(path, p.channels, p.height).copy())
+        pixels = torch.from_numpy(read(Path(path), p.channels, p.height).copy())
         return (255 - pixels if self.invert else pixels).unsqueeze(0)
 
     @torch.no_grad()
@@ -55,3 +65,63 @@ class Classifier(nn.Module):
     def names(self, images: Tensor) -> list[str]:
         """The most probable class of each image."""
         return [self.class_names[int(i)] for i in self.probabilities(images).argmax(-1)]
+
+    def label(self, paths: Iterable[Path | str]) -> list[str]:
+        """The most probable class of each picture file. Raises DataError for one that cannot be read, naming it."""
+        return self.names(torch.cat([self.read(path) for path in paths]))
+
+
+def save(path: Path, classifier: Classifier, architecture: Mapping[str, Any], about: Mapping[str, Any]) -> None:
+    """Write a classifier as one file that holds all it needs; `architecture` is its run's. Raises CheckpointError."""
+    tensors = {
+        **{f"body/{k}": v for k, v in classifier.body.state_dict().items()},
+        **{f"head/{k}": v for k, v in classifier.head.state_dict().items()},
+    }
+    header = {
+        "classifier": heads.kind(classifier.head),
+        "architecture": dict(architecture),
+        "preprocessing": dataclasses.asdict(classifier.preprocessing),
+        "class_names": list(classifier.class_names),
+        "invert": classifier.invert,
+        **about,
+    }
+    checkpoint.save(path, tensors, header)
+
+
+def load(run: Path | str, *, module: nn.Module | None = None, device: str | torch.device = "cpu") -> Classifier:
+    """The classifier of an adapt run (or its `classifier.safetensors` alone), in eval mode.
+
+    `module` brings the user's own architecture where the run was trained on one. Raises CheckpointError where there is
+    no classifier, or a damaged one, or not of this architecture.
+    """
+    path = Path(run)
+    if path.is_dir():
+        folder = RunFolder.open(path)
+        if not folder.classifier.exists():
+            raise CheckpointError(
+                f"run folder {path} holds no classifier; "
+                + (
+                    f"make one with: python -m metaft.adapt --init {path}"
+                    if folder.best.exists()
+                    else "did metaft.adapt finish there?"
+                )
+            )
+        path = folder.classifier
+    tensors, header = checkpoint.load(path)
+    if "classifier" not in header:
+        raise CheckpointError(f"checkpoint {path}: holds no classifier; metaft.adapt makes one")
+    architecture = header["architecture"]
+    if (architecture["name"] == "custom") != (module is not None):
+        raise CheckpointError(
+            f"checkpoint {path}: its module came from Python; hand it over (module=...)"
+            if module is None
+            else f"checkpoint {path}: its architecture is {architecture['name']}, not a module of your own"
+        )
+    body = empty_stored(body_of(*build(architecture, 0, module=module)))
+    try:
+        body.load_state_dict(checkpoint.under(tensors, "body"))
+        head = heads.filled(header["classifier"], checkpoint.under(tensors, "head"))
+    except (RuntimeError, MetaftError) as error:
+        raise CheckpointError(f"checkpoint {path}: not of this architecture: {' '.join(str(error).split())}") from None
+    preprocessing = Preprocessing.from_plain(header["preprocessing"])
+    return Classifier(body, head, preprocessing, tuple(header["class_names"]), invert=header["invert"]).to(device)

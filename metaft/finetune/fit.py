@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import numpy as np
@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from metaft.checkpoint import under
 from metaft.errors import MetaftError, NonFiniteError
 from metaft.finetune import heads
 from metaft.models.stored import with_stored_moments
@@ -50,6 +51,12 @@ class Fitted:
     curve: list[dict[str, float]]
     """Per epoch: "epoch", "loss" and, with validation images, "val_loss" and "val_accuracy"."""
 
+    @property
+    def kept(self) -> int:
+        """The epoch whose parameters these are: that of the lowest validation loss, or the last."""
+        validated = [row for row in self.curve if "val_loss" in row]
+        return int(min(validated, key=lambda row: row["val_loss"])["epoch"] if validated else self.curve[-1]["epoch"])
+
 
 def fit(
     body: nn.Module,
@@ -62,8 +69,8 @@ def fit(
     val_images: Tensor | None = None,
     val_labels: Tensor | None = None,
     should_stop: Callable[[], None] = lambda: None,
-    resume: dict[str, Any] | None = None,
-    on_epoch: Callable[[dict[str, Any]], None] = lambda state: None,
+    resume: Mapping[str, Any] | None = None,
+    on_epoch: Callable[[Mapping[str, Any]], None] = lambda state: None,
 ) -> Fitted:
     """Fine-tune a copy of `body` (features [n, D] out, EpisodeNorm inside) and a fresh head on uint8 images.
 
@@ -80,7 +87,7 @@ def fit(
     curve: list[dict[str, float]] = []
     best = (math.inf, {})
     if resume is not None:
-        resume = copy.deepcopy(resume)  # Adam would go on to write into the tensors that it is given
+        resume = copy.deepcopy(dict(resume))  # Adam would go on to write into the tensors that it is given
         model.load_state_dict(resume["model"])
         optimizer.load_state_dict(resume["optimizer"])
         curve, best = resume["curve"], (resume["best_loss"], resume["best"])
@@ -102,11 +109,34 @@ def fit(
     return Fitted(_stored(model["body"], x_all), model["head"], curve)
 
 
+def flatten(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What `fit` gives `on_epoch`, as named tensors and plain data, for a checkpoint."""
+    adam = state["optimizer"]
+    tensors = {f"{part}/{k}": v for part in ("model", "best") for k, v in state[part].items()}
+    tensors |= {f"adam/{i}/{slot}": v for i, slots in adam["state"].items() for slot, v in slots.items()}
+    plain = {"curve": state["curve"], "best_loss": state["best_loss"], "adam": adam["param_groups"]}
+    return tensors, plain
+
+
+def unflatten(tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of `flatten`."""
+    slots: dict[int, dict[str, Tensor]] = {}
+    for name, value in under(tensors, "adam").items():
+        number, _, slot = name.partition("/")
+        slots.setdefault(int(number), {})[slot] = value
+    return {
+        "model": under(tensors, "model"),
+        "best": under(tensors, "best"),
+        "optimizer": {"state": slots, "param_groups": plain["adam"]},
+        "curve": plain["curve"],
+        "best_loss": plain["best_loss"],
+    }
+
+
 def _start(body: nn.Module, x: Tensor, labels: Tensor, classes: int, recipe: Recipe) -> nn.ModuleDict:
     """A copy of the body, as far as it is to be trained, and a head that starts from its features."""
     body = copy.deepcopy(body)
-    with torch.no_grad():
-        head = heads.build(recipe.head, body(x), labels, classes, recipe.seed)
+    head = heads.build(recipe.head, in_parts(_stored(body, x), x), labels, classes, recipe.seed)
     for p in body.parameters():
         p.requires_grad_(recipe.freeze == "none")
     if recipe.freeze == "backbone":
@@ -156,8 +186,14 @@ def _stored(body: nn.Module, x: Tensor) -> nn.Module:
 
 
 @torch.no_grad()
+def in_parts(module: nn.Module, x: Tensor, at_once: int = 256) -> Tensor:
+    """What a module that treats each row by itself makes of x [n, ...], `at_once` rows at a time."""
+    return torch.cat([module(part) for part in x.split(at_once)])
+
+
+@torch.no_grad()
 def _validate(model: nn.ModuleDict, x_train: Tensor, x: Tensor, y: Tensor) -> dict[str, float]:
-    logits = model["head"](_stored(model["body"], x_train)(x))
+    logits = model["head"](in_parts(_stored(model["body"], x_train), x))
     return {
         "val_loss": float(F.cross_entropy(logits, y)),
         "val_accuracy": float((logits.argmax(-1) == y).float().mean()),

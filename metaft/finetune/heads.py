@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -49,6 +49,31 @@ HEADS: dict[str, Callable[[Tensor, Tensor, int, int], nn.Module]] = {
     ),
     "prototype": lambda features, labels, classes, seed: Prototype(class_means(features, labels, classes)),
 }
+
+
+def kind(head: nn.Module) -> str:
+    """The name of a head's kind in HEADS."""
+    return {nn.Linear: "linear", Cosine: "cosine", Prototype: "prototype"}[type(head)]
+
+
+def filled(name: str, tensors: Mapping[str, Tensor]) -> nn.Module:
+    """A head of this kind that holds these tensors. Raises MetaftError where they are not such a head's."""
+    like = next(iter(tensors.values()))
+    if name == "prototype" and tensors.keys() == {"points"}:
+        return Prototype(tensors["points"])
+    if name == "cosine" and tensors.keys() == {"weight", "scale"}:
+        classes, features = tensors["weight"].shape
+        head: nn.Module = Cosine(features, classes, torch.Generator())
+    elif name == "linear" and {"weight"} <= tensors.keys() <= {"weight", "bias"}:
+        classes, features = tensors["weight"].shape
+        with torch.device("meta"):
+            head = nn.Linear(features, classes, bias="bias" in tensors)
+        head = head.to_empty(device="cpu")
+    else:
+        raise MetaftError(f"head: {sorted(tensors)} are not the tensors of a {name!r} head")
+    head = head.to(like)
+    head.load_state_dict(dict(tensors))
+    return head
 
 
 def build(name: str, features: Tensor, labels: Tensor, classes: int, seed: int) -> nn.Module:

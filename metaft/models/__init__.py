@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,6 +25,7 @@ __all__ = [
     "episode_norms",
     "functional",
     "initialise",
+    "skeleton",
 ]
 
 MODELS: dict[str, Callable[[int, tuple[int, ...], int], nn.Module]] = {
@@ -53,11 +55,17 @@ def build(
         raise MetaftError(f"model: {name!r} takes images [C, H, W], but the data set's inputs are {list(shape)}")
     if width < 1:
         raise MetaftError(f"width must be at least 1, got {width}")
-    with torch.device("meta"):  # constructors would draw from the global generator
-        module = MODELS[name](ways, shape, width)
-    module = initialise(module.to_empty(device="cpu").to(dtype), seed).to(device)
     architecture = {"name": name, "ways": ways, "shape": list(shape), "width": width}
+    module = initialise(skeleton(architecture).to(dtype), seed).to(device)
     return functional(module, architecture=architecture)
+
+
+def skeleton(architecture: Mapping[str, Any]) -> nn.Module:
+    """The module that a named architecture describes (see `Model.architecture`), its parameters not yet filled in."""
+    a = architecture
+    with torch.device("meta"):  # constructors would draw from the global generator
+        module = MODELS[a["name"]](a["ways"], tuple(a["shape"]), a["width"])
+    return module.to_empty(device="cpu")
 
 
 def initialise(module: nn.Module, seed: int) -> nn.Module:

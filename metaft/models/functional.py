@@ -50,12 +50,7 @@ def functional(
     Raises MetaftError for a module without a linear head, with active dropout or lazy parameters, or with running
     statistics that cannot be converted.
     """
-    module = episode_norms(copy.deepcopy(module))
-    _refuse_what_tasks_cannot_share(module)
-    head = head if head is not None else _last_linear(module)
-    layer = dict(module.named_modules()).get(head)
-    if not isinstance(layer, nn.Linear):
-        raise MetaftError(f"head {head!r} is not an nn.Linear of this module; its linear layers are {_linears(module)}")
+    module, head = prepared(module, head)
     whole = _pure(module)
     bare = _pure(body_of(module, head))
 
@@ -79,10 +74,30 @@ def functional(
         measure=measure,
         head=tuple(n for n in names if n.startswith(f"{head}.")),
         norm=tuple(n for n in names if n.rpartition(".")[0] in norms),
-        outputs=layer.out_features,
+        outputs=linear(module, head).out_features,
         convolutional=any(isinstance(part, nn.modules.conv._ConvNd) for part in module.modules()),
         architecture=architecture or {"name": "custom", "class": type(module).__qualname__},
     )
+
+
+def prepared(module: nn.Module, head: str | None = None) -> tuple[nn.Module, str]:
+    """A copy of a module as tasks can share it, with EpisodeNorm layers, and the name of its head.
+
+    Raises MetaftError as `functional` does.
+    """
+    module = episode_norms(copy.deepcopy(module))
+    _refuse_what_tasks_cannot_share(module)
+    head = head if head is not None else _last_linear(module)
+    linear(module, head)
+    return module, head
+
+
+def linear(module: nn.Module, head: str) -> nn.Linear:
+    """The head. Raises MetaftError where there is no linear layer of that name."""
+    layer = dict(module.named_modules()).get(head)
+    if not isinstance(layer, nn.Linear):
+        raise MetaftError(f"head {head!r} is not an nn.Linear of this module; its linear layers are {_linears(module)}")
+    return layer
 
 
 def body_of(module: nn.Module, head: str = "head") -> nn.Module:

@@ -32,14 +32,31 @@ class StoredNorm(nn.Module):
         )
 
 
-def with_stored_moments(module: nn.Module, images: Tensor, moments: Moments | None = None) -> nn.Module:
+def with_stored_moments(
+    module: nn.Module, images: Tensor, moments: Moments | None = None, *, at_once: int = 1024
+) -> nn.Module:
     """A copy of `module` whose EpisodeNorm layers are StoredNorm.
 
     The moments are those of `images` [n, ...] as one batch, or `moments`, in the order in which the forward pass over
-    `images` meets the layers. Raises MetaftError for a layer that one forward pass meets twice, since it cannot hold
-    two pairs of moments.
+    `images` meets the layers. More than `at_once` images are passed through in parts, once for each layer, since a
+    layer's moments depend on those of the layers before it. Raises MetaftError for a layer that one forward pass meets
+    twice, since it cannot hold two pairs of moments.
     """
     module = copy.deepcopy(module)
+    parts = images.split(at_once)
+    met = _moments_of(module, parts[0])
+    pairs = [(mean, var) for _, mean, var in met] if moments is None else list(moments)
+    for (path, _, _), (mean, var) in zip(met, pairs, strict=True):
+        layer = module.get_submodule(path)
+        assert isinstance(layer, EpisodeNorm)
+        if moments is None and len(parts) > 1:
+            mean, var = _pooled([(len(part), *_moments_of(module, part)[0][1:]) for part in parts])
+        module.set_submodule(path, StoredNorm(layer, mean, var))
+    return module
+
+
+def _moments_of(module: nn.Module, images: Tensor) -> list[tuple[str, Tensor, Tensor]]:
+    """(path, mean, biased variance) at each EpisodeNorm, in the order in which a forward pass meets them."""
     met: list[tuple[str, Tensor, Tensor]] = []
 
     def watch(path: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
@@ -59,12 +76,17 @@ def with_stored_moments(module: nn.Module, images: Tensor, moments: Moments | No
     finally:
         for handle in handles:
             handle.remove()
-    pairs = [(mean, var) for _, mean, var in met] if moments is None else list(moments)
-    for (path, _, _), (mean, var) in zip(met, pairs, strict=True):
-        layer = module.get_submodule(path)
-        assert isinstance(layer, EpisodeNorm)
-        module.set_submodule(path, StoredNorm(layer, mean, var))
-    return module
+    return met
+
+
+def _pooled(parts: list[tuple[int, Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of a whole, from (size, mean, biased variance) of its parts."""
+    n = sum(size for size, _, _ in parts)
+    mean = sum(size / n * m.double() for size, m, _ in parts)
+    assert isinstance(mean, Tensor)
+    var = sum(size / n * (v.double() + (m.double() - mean).square()) for size, m, v in parts)
+    assert isinstance(var, Tensor)
+    return mean.to(parts[0][1]), var.to(parts[0][2])
 
 
 def empty_stored(module: nn.Module) -> nn.Module:

@@ -1,4 +1,4 @@
-"""One episode as a grid of images, a row per class."""
+"""Images in a grid: one episode, a row per class; and the mistakes of a classifier."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from matplotlib.font_manager import findfont, get_font
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
+from metaft.names import short_names
 from metaft.plots.style import FONT, GREEN, VERMILLION, save
 from metaft.types import Episode
 
@@ -40,6 +41,25 @@ def episode(
     `predicted` or `class_names` does not fit the episode.
     """
     save(episode_figure(episode, predicted, class_names, columns), path)
+
+
+def mistakes(
+    path: Path,
+    images: Tensor,
+    labels: Tensor,
+    predicted: Tensor,
+    probabilities: Tensor,
+    class_names: Sequence[str],
+    *,
+    columns: int = 8,
+    most: int = 24,
+) -> None:
+    """The wrong predictions of the highest probability, the most confident first, as they are on the test images.
+
+    `images` uint8 [n, C, H, W], `labels` and `predicted` [n], `probabilities` [n] of the predicted class: all test
+    images, of which at most `most` wrong ones are drawn.
+    """
+    save(mistakes_figure(images, labels, predicted, probabilities, class_names, columns, most), path)
 
 
 class _Layout(NamedTuple):
@@ -105,6 +125,47 @@ def episode_figure(
             _draw_image(axes, query_x[i], x, y)
             _draw_verdict(axes, x, y, predicted=int(predicted[i]), label=n)
     return figure
+
+
+def mistakes_figure(
+    images: Tensor,
+    labels: Tensor,
+    predicted: Tensor,
+    probabilities: Tensor,
+    class_names: Sequence[str],
+    columns: int = 8,
+    most: int = 24,
+) -> Figure:
+    wrong = (predicted != labels).nonzero().flatten()
+    shown = wrong[probabilities[wrong].argsort(descending=True, stable=True)][:most].tolist()
+    rows = max(1, -(-len(shown) // columns))
+    pitch = 1.62  # an image and three lines of small print
+    inches = 0.95
+    figure = Figure(figsize=(inches * columns, inches * rows * pitch + 0.45))
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set_axis_off()
+    axes.set_xlim(0, columns)
+    axes.set_ylim(rows * pitch, -0.45 / inches)
+    axes.autoscale(False)
+    title = f"{len(wrong)} of {len(labels)} test images wrong"
+    title += f"; the {len(shown)} most confident" if len(shown) < len(wrong) else ""
+    axes.text(0.1, -0.15, title, fontsize=10, fontweight="bold", family=FONT)
+    names = [drawable(name, i) for i, name in enumerate(short_names(class_names))]
+    for place, i in enumerate(shown):
+        row, column = divmod(place, columns)
+        pixels = images[i].permute(1, 2, 0).squeeze(-1).cpu().numpy() / 255
+        _draw_image(axes, pixels, column, row * pitch)
+        true, given = _line(names[int(labels[i])]), _line(names[int(predicted[i])])
+        says = f"{true}\n→ {given}\n{100 * float(probabilities[i]):.0f} %"
+        axes.text(
+            column + _MARGIN, row * pitch + 0.98, says, fontsize=6.5, va="top", family=FONT, parse_math=False
+        )  # fmt: skip
+    return figure
+
+
+def _line(name: str) -> str:
+    """As much of a name as fits under an image; its end, which is what tells long names apart."""
+    return name if len(name) <= 13 else f"…{name[-12:]}"
 
 
 def displayable(support_x: Tensor, query_x: Tensor) -> tuple[np.ndarray, np.ndarray]:

@@ -20,7 +20,8 @@ Metric = Literal["accuracy", "mse"]
 Row = Mapping[str, Any]
 
 _NAMES = {"accuracy": "accuracy", "mse": "mean squared error"}
-_LOOKS = {"inductive": (VERMILLION, "--", "s")}
+_OTHER_LOOK = (VERMILLION, "--", "s")
+_LOOKS = {"inductive": _OTHER_LOOK}
 _USUAL_LOOK = (BLUE, "-", "o")
 _PREDICTION_LOOKS = ((SKY, "--"), (VERMILLION, "-"), (BLUE, "-."), (PURPLE, ":"))
 
@@ -43,6 +44,17 @@ def steps(path: Path, test: Row) -> None:
     `test` is the "test" object of result.json; whether it is a classification's or a regression's is read off its keys.
     """
     save(steps_figure(test), path)
+
+
+def learning(
+    path: Path, starts: Mapping[str, Sequence[Row]], *, x_label: str = "epoch", kept: Mapping[str, int] | None = None
+) -> None:
+    """Loss, and where there is validation its accuracy, against the epoch of fine-tuning, a line for each start.
+
+    Rows hold "epoch", "loss" and perhaps "val_loss" and "val_accuracy". `kept` is the epoch whose parameters each
+    start's classifier has, and is marked where it was chosen on validation.
+    """
+    save(learning_figure(starts, x_label, kept or {}), path)
 
 
 def regression_episode(
@@ -75,6 +87,37 @@ def curves_figure(train: Sequence[Row], val: Sequence[Row], metric: Metric, best
     for axes, label in ((left, "training loss"), (right, _NAMES[metric])):
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         decorate(axes, "meta-step", label)
+    return figure
+
+
+def learning_figure(starts: Mapping[str, Sequence[Row]], x_label: str, kept: Mapping[str, int]) -> Figure:
+    validated = any("val_accuracy" in row for rows in starts.values() for row in rows)
+    figure = Figure(figsize=(9 if validated else 5.4, 3.6), layout="constrained")
+    panels = list(np.atleast_1d(figure.subplots(1, 2 if validated else 1)))
+    for (name, rows), (colour, style, marker) in zip(starts.items(), (_USUAL_LOOK, _OTHER_LOOK), strict=False):
+        epochs = [row["epoch"] for row in rows]
+        look = {"color": colour, "ls": style, "lw": 1.6, "marker": marker, "ms": 3.5, "label": f"{name} start"}
+        look["markevery"] = max(1, len(rows) // 10)
+        panels[0].plot(epochs, [row["loss"] for row in rows], **look)
+        if not validated:
+            continue
+        panels[0].plot(
+            epochs, [row["val_loss"] for row in rows], color=colour, ls=":", lw=1.2, label=f"{name} start, validation"
+        )
+        panels[1].plot(epochs, [row["val_accuracy"] for row in rows], **look)
+        chosen = [row for row in rows if row["epoch"] == kept.get(name)]
+        panels[1].plot(
+            [row["epoch"] for row in chosen], [row["val_accuracy"] for row in chosen], ls="none", marker="*", ms=13,
+            color=colour, mec="black", label=f"kept, {name}",
+        )  # fmt: skip
+    losses = [row[key] for rows in starts.values() for row in rows for key in ("loss", "val_loss") if key in row]
+    if losses and min(losses) > 0 and max(losses) > 10 * min(losses):
+        panels[0].set_yscale("log")
+    if validated:
+        percent(panels[1])
+    for axes, label in zip(panels, ("loss" if validated else "training loss", "validation accuracy"), strict=False):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        decorate(axes, x_label, label)
     return figure
 
 

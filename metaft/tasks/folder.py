@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -49,8 +49,8 @@ def folder(path: Path, image_size: int | None = None, channels: int | None = Non
     names = tuple(sorted(classes))
     files = [file for name in names for file in classes[name]]
 
-    channels = channels or (1 if looks_grey(files) else 3)
-    side = image_size or (GREY_SIDE if channels == 1 else COLOUR_SIDE)
+    preprocessing = preprocessing_for(files, image_size, channels)
+    channels, side = preprocessing.channels, preprocessing.height
 
     def build() -> dict[str, np.ndarray]:
         images = read_all(files, channels, side)
@@ -69,12 +69,19 @@ def folder(path: Path, image_size: int | None = None, channels: int | None = Non
         starts=starts,
         counts=counts,
         splits={split: np.array(sorted(number[n] for n in splits[split]), np.int64) for split in SPLITS},
-        preprocessing=(
-            Preprocessing(1, side, side, polarity="bright-on-black")
-            if channels == 1
-            else Preprocessing(3, side, side, mean=IMAGENET_MEAN, std=IMAGENET_STD)
-        ),
+        preprocessing=preprocessing,
     )
+
+
+def preprocessing_for(
+    files: Sequence[Path], image_size: int | None = None, channels: int | None = None
+) -> Preprocessing:
+    """One channel where images are grey (28x28, bright on black), else three (84x84, ImageNet's mean and deviation)."""
+    if channels == 1 or (channels is None and looks_grey(files)):
+        side = image_size or GREY_SIDE
+        return Preprocessing(1, side, side, polarity="bright-on-black")
+    side = image_size or COLOUR_SIDE
+    return Preprocessing(3, side, side, mean=IMAGENET_MEAN, std=IMAGENET_STD)
 
 
 def rank_split(names: list[str]) -> dict[str, list[str]]:

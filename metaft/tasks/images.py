@@ -116,11 +116,12 @@ def _channels_agree(pixels: np.ndarray) -> bool:
 def looks_grey(files: Sequence[Path], sample: int = 64) -> bool:
     """Whether all of `sample` files, evenly spread, are grey by mode or by equal channels."""
     step = max(1, len(files) // sample)
-    for path in files[::step]:
-        image = open_image(path)
-        if image.mode != "L" and not _channels_agree(np.asarray(image)):
-            return False
-    return True
+    return all(is_grey(open_image(path)) for path in files[::step])
+
+
+def is_grey(image: Image.Image) -> bool:
+    """Whether an opened picture is grey by mode or by equal channels."""
+    return image.mode == "L" or _channels_agree(np.asarray(image))
 
 
 def fit(image: Image.Image, side: int) -> Image.Image:

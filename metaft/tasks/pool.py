@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -30,6 +30,11 @@ class Preprocessing:
     mean: tuple[float, ...] = (0.0,)
     """Per channel, in units of the pixel range 0..1; a single value serves every channel."""
     std: tuple[float, ...] = (1.0,)
+
+    @classmethod
+    def from_plain(cls, values: Mapping[str, Any]) -> Preprocessing:
+        """From what `dataclasses.asdict` made of one, by way of JSON."""
+        return cls(**{**values, "mean": tuple(values["mean"]), "std": tuple(values["std"])})
 
     def normalise(self, images: Tensor) -> Tensor:
         """uint8 [..., C, H, W] to float32: (x / 255 - mean) / std."""

@@ -1,0 +1,368 @@
+"""`python -m metaft.adapt`: fine-tune a meta-learned initialisation to a target task, beside a random one."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from metaft.cli import StopSignals, check_unchanged, fresh_folder, guarded, settings
+from metaft.config import AdaptConfig, MetaTrainConfig, from_mapping, read_toml, to_toml
+from metaft.errors import MetaftError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from metaft.finetune.start import Start
+    from metaft.finetune.study import Position
+    from metaft.finetune.target import Target
+    from metaft.run import RunFolder
+
+RUNS = Path("runs")
+
+# What may change when a run goes on: how it is computed, and over how many draws.
+RESUMABLE = ("device", "seeds")
+
+# What belongs to one method alone, with the value that it takes when it is left open.
+FINETUNE: dict[str, Any] = {
+    "epochs": 40,
+    "patience": 10,
+    # Of 0.001 and 0.003 the one that is better for a random start, which is what the gain is measured against.
+    "lr": 3e-3,
+    "batch_size": 32,
+    "head": "linear",
+    "freeze": "none",
+    "augment": "none",
+}
+GLYPH_SHOTS = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments(AdaptConfig):
+    """Fine-tune a meta-learned initialisation to a target task, and compare it with a random one."""
+
+    config: str | None = None
+    """TOML file with any of these fields; the command line wins."""
+    resume: str | None = None
+    """Run folder to go on with; its own settings apply."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status: 0 done, 1 a loss that is not finite, 2 bad input, 130 or 143 stopped by Ctrl-C or SIGTERM."""
+    return guarded(_command, argv)
+
+
+def _command(argv: Sequence[str]) -> None:
+    config, resume = settings(Arguments, AdaptConfig, argv, prog="python -m metaft.adapt")
+
+    from metaft.allocator import keep_freed_memory
+
+    keep_freed_memory()
+    if resume is None:
+        run(config)
+    else:
+        resume_run(resume, config)
+
+
+def run(config: AdaptConfig, *, module: nn.Module | None = None) -> dict[str, Any]:
+    """Fine-tune from both starts in a new run folder; returns what `result.json` holds.
+
+    `module` is the user's own architecture, where the run was trained on one. Raises MetaftError for settings, data or
+    a run that do not fit together, before anything is written.
+    """
+    from metaft.finetune.study import Position
+    from metaft.run import RunFolder, file_name
+
+    settled, start, target = _prepare(config, module)
+    name = f"adapt-{file_name(target.name)}-{file_name(Path(start.name).name)}-{settled.seed}"
+    folder = Path(settled.out) if settled.out is not None else fresh_folder(RUNS / name)
+    made = RunFolder.create(folder, to_toml(dataclasses.replace(settled, out=None)))
+    return _go(made, settled, start, target, Position())
+
+
+def resume_run(path: Path, config: AdaptConfig | None = None, *, module: nn.Module | None = None) -> dict[str, Any]:
+    """Go on with a run from its last checkpoint. `config` may differ from the run's in RESUMABLE fields alone.
+
+    Raises MetaftError for another difference, and where the images or the initialisation are no longer those that the
+    run began with; CheckpointError where no checkpoint can be read.
+    """
+    from metaft.assemble import say_what_changed
+    from metaft.checkpoint import write_atomically
+    from metaft.finetune.study import Position, read
+    from metaft.run import RunFolder
+
+    folder = RunFolder.open(path)
+    own = from_mapping(AdaptConfig, read_toml(folder.config), origin=str(folder.config))
+    given = {} if config is None else {k: v for k, v in dataclasses.asdict(config).items() if v is not None}
+    config = dataclasses.replace(own, **{**given, "out": None})
+    check_unchanged(config, own, path, except_for=RESUMABLE)
+    folder.make_folders()
+    folder.mend()
+    position, before = read(folder) if folder.last.exists() else (Position(), None)
+    settled, start, target = _prepare(config, module)
+    if before is not None:
+        now = _header(settled, start, target)
+        for field, what in (("data_sha256", "data: the images of"), ("init_sha256", "init: the checkpoint of")):
+            if before[field] != now[field]:
+                raise MetaftError(f"{what} {before[field[:4]]} changed since {path} began")
+        say_what_changed(before["environment"], now["environment"])
+        if settled.seeds * len(before["starts"]) < len(position.fits):
+            done = -(-len(position.fits) // len(before["starts"]))
+            raise MetaftError(f"seeds must be at least the {done} already begun, got {settled.seeds}")
+        print(f"resuming {path} after {len(position.fits)} fits and {len(position.rows)} epochs", file=sys.stderr)
+    if config != own:
+        write_atomically(folder.config, to_toml(settled).encode())
+    return _go(folder, settled, start, target, position)
+
+
+def newest_run(shape: Sequence[int], *, any_size: bool) -> Path:
+    """The newest meta-training run in `runs/` on images of this shape [C, H, W], or of any size of them.
+
+    Raises MetaftError where there is none, naming the shapes that there are.
+    """
+    from metaft.finetune.start import from_run
+    from metaft.run import RunFolder
+
+    found: list[tuple[int, Path]] = []
+    others: list[str] = []
+    for path in sorted(RUNS.iterdir()) if RUNS.is_dir() else ():
+        folder = RunFolder(path)
+        try:
+            if not folder.best.is_file():
+                continue
+            from_mapping(MetaTrainConfig, read_toml(folder.config), origin=str(folder.config))
+            takes = from_run(path).shape
+        except MetaftError as error:  # of another kind, damaged, or with a module from Python
+            others.append(f"{path}: {error}")
+            continue
+        if takes == list(shape) or (any_size and len(takes) == 3 and takes[0] >= shape[0]):
+            found.append((folder.best.stat().st_mtime_ns, path))
+        else:
+            others.append(f"{path} takes {takes}")
+    if not found:
+        why = f" ({'; '.join(others)})" if others else ""
+        raise MetaftError(
+            f"init: no run in {RUNS}/ takes images of shape {list(shape)}{why}; make one with "
+            "python -m metaft.meta_train, name one with --init RUN, or start from --init none"
+        )
+    return max(found)[1]
+
+
+def _prepare(config: AdaptConfig, module: nn.Module | None) -> tuple[AdaptConfig, Start, Target]:
+    """The config with nothing open, and what it names. Nothing is written."""
+    from metaft.defaults import device_of
+    from metaft.finetune import target as targets
+    from metaft.finetune.start import from_nothing, from_run
+
+    device_of(config.device)
+    _check_method(config)
+    init = config.init
+    if init is None:
+        shape, any_size = targets.shape_of(config.data)
+        init = str(newest_run(shape, any_size=any_size))
+        print(f"init: {init}, the newest run that fits", file=sys.stderr)
+    if init == "none":
+        target = targets.load(config.data)
+        start = from_nothing(target.preprocessing, module)
+    else:
+        start = from_run(Path(init), module)
+        if start.preprocessing is None:
+            raise MetaftError(
+                f"init: {init} takes inputs of shape {start.shape} ({start.about['dataset']}), but the images of "
+                f"{config.data} are {targets.shape_of(config.data)[0]}"
+            )
+        target = targets.load(config.data, start.preprocessing)
+    open_values: dict[str, Any] = {"init": init}
+    if config.method == "finetune":
+        open_values |= FINETUNE
+    else:
+        assert start.settings is not None
+        open_values["inner_steps"] = start.settings.test_inner_steps
+    if config.data.startswith("glyphs:"):
+        open_values["shots_per_class"] = GLYPH_SHOTS
+    settled = dataclasses.replace(config, **{k: v for k, v in open_values.items() if getattr(config, k) is None})
+    target.rows(shots_per_class=settled.shots_per_class, seed=settled.seed)  # a class may have too few images
+    return settled, start, target
+
+
+def _check_method(config: AdaptConfig) -> None:
+    """Raises MetaftError for settings of the other method, which would be ignored."""
+    others = ("inner_steps",) if config.method == "finetune" else FINETUNE
+    for field in others:
+        if getattr(config, field) is not None:
+            raise MetaftError(f"{field}: --method {config.method} has no such setting (given {getattr(config, field)})")
+    if config.method == "inner" and config.init == "none":
+        raise MetaftError("method: inner is the loop of a run; name one with --init RUN instead of none")
+
+
+def _header(config: AdaptConfig, start: Start, target: Target) -> dict[str, Any]:
+    """The plain data that every checkpoint of an adapt run carries."""
+    import torch
+
+    from metaft._version import __version__
+    from metaft.assemble import machine
+    from metaft.checkpoint import digest
+    from metaft.defaults import device_of
+    from metaft.finetune.study import starts
+
+    data = hashlib.sha256(repr((target.class_names, tuple(target.images.shape))).encode())
+    for part in (target.images, target.labels):
+        data.update(part.numpy().tobytes())
+    return {
+        "version": __version__,
+        "init": start.name,
+        "init_sha256": digest("", start.meta or {}),
+        "data": target.name,
+        "data_sha256": data.hexdigest(),
+        "starts": list(starts(start)),
+        "environment": {**machine(device_of(config.device)), "threads": str(torch.get_num_threads())},
+    }
+
+
+def _go(folder: RunFolder, config: AdaptConfig, start: Start, target: Target, position: Position) -> dict[str, Any]:
+    from metaft.defaults import device_of
+    from metaft.finetune.study import starts, study
+    from metaft.progress import Progress
+
+    device = device_of(config.device)
+    header = _header(config, start, target)
+    epochs = config.epochs or 1
+    print(
+        f"{target.name} · {len(target.class_names)} classes · {config.method} from {start.name} on {device} · "
+        f"run folder {folder.path}",
+        file=sys.stderr,
+    )
+    bar = Progress("adapt", config.seeds * len(starts(start)) * epochs, "epoch", done=len(position.fits) * epochs)
+    resume_hint = f"python -m metaft.adapt --resume {shlex.quote(str(folder.path))}"
+
+    def progress(number: int, row: Mapping[str, float]) -> None:
+        bar.update(number * epochs + int(row["epoch"]), loss=f"{row['loss']:.3f}")
+
+    with StopSignals() as signals:
+        try:
+            position = study(
+                folder, config, start, target, position, header, device=device, progress=progress,
+                should_stop=lambda: signals.check(f"stopped; go on with: {resume_hint}"),
+            )  # fmt: skip
+        finally:
+            bar.close()
+        return finish(folder, config, start, target, position, device)
+
+
+def finish(
+    folder: RunFolder, config: AdaptConfig, start: Start, target: Target, position: Position, device: str
+) -> dict[str, Any]:
+    """Write result.json, report.txt and the pictures; say what came out."""
+    import torch
+
+    from metaft.checkpoint import write_atomically
+    from metaft.finetune import report
+    from metaft.finetune.classifier import load
+    from metaft.finetune.study import rows_of
+
+    result = result_of(folder, config, start, target, position, device)
+    folder.write_json(folder.result, result)
+    text = report.text(result)
+    write_atomically(folder.path / "report.txt", f"{text}\n\n{report.plainly(result)}\n".encode())
+    classifier = load(folder.classifier, module=start.module)
+    test = torch.from_numpy(rows_of(target, config, 0).test)
+    pictures = report.draw_pictures(folder, result, classifier, target, test)
+    print(text)
+    print("\npictures: " + ", ".join(map(str, pictures)))
+    print(f"result:   {folder.result}, {folder.path / 'report.txt'}")
+    if start.module is None:
+        print(f"next:     python -m metaft.predict {shlex.quote(str(folder.path))} IMAGE_OR_FOLDER...")
+    print(report.plainly(result))
+    return result
+
+
+def result_of(
+    folder: RunFolder, config: AdaptConfig, start: Start, target: Target, position: Position, device: str
+) -> dict[str, Any]:
+    """What result.json holds: the first draw's figures in full, and all draws' in short."""
+    import numpy as np
+
+    from metaft._version import __version__
+    from metaft.finetune.scores import mean_t95
+    from metaft.finetune.study import RANDOM, rows_of, seconds, starts
+    from metaft.run import read_rows
+
+    names = starts(start)
+    rows = rows_of(target, config, 0)
+    timing = read_rows(folder.timing)
+    fits = [
+        {k: v for k, v in fit.items() if k not in ("draw", "start")} | {"seconds": round(seconds(timing, number), 3)}
+        for number, fit in enumerate(position.fits)
+    ]
+    first, second = fits[0], fits[1] if len(names) == 2 else None
+    accuracies = {name: [f["accuracy"] for f in fits[i :: len(names)]] for i, name in enumerate(names)}
+    mean, ci = mean_t95(accuracies[names[0]])
+    means: dict[str, Any] = {"draws": config.seeds, "accuracy": mean, "accuracy_ci95": ci}
+    gain = None
+    if second is not None:
+        means["scratch_accuracy"], means["scratch_accuracy_ci95"] = mean_t95(accuracies[RANDOM])
+        pairs = zip(accuracies[names[0]], accuracies[RANDOM], strict=True)
+        gained, ci = mean_t95([learned - random for learned, random in pairs])
+        gain = {"accuracy": gained, "ci95": ci, "draws": config.seeds}
+    per_class = np.bincount(target.labels.numpy()[np.concatenate([rows.train, rows.val])])
+    own = FINETUNE if config.method == "finetune" else ("inner_steps",)
+    return {
+        "command": "adapt",
+        "version": __version__,
+        "init": start.name,
+        "init_about": {k: v for k, v in start.about.items() if k != "classes"},
+        "data": target.name,
+        "classes": list(target.class_names),
+        "method": config.method,
+        **{field: getattr(config, field) for field in own},
+        "seed": config.seed,
+        "last_seed": config.seed + config.seeds - 1,
+        "device": device,
+        "train_images": len(rows.train),
+        "val_images": len(rows.val),
+        "train_images_per_class": int(per_class[0]) if len(set(per_class.tolist())) == 1 else None,
+        "test_images": len(rows.test),
+        "notes": _notes(config, start, target, rows),
+        **{k: v for k, v in first.items() if k not in ("seed", "epochs", "seconds")},
+        "epochs_run": first["epochs"],
+        "scratch": second and {k: v for k, v in second.items() if k != "seed"},
+        "gain": gain,
+        "mean": means,
+        "draws": [
+            {**_short(fits[i]), **({"scratch": _short(fits[i + 1])} if second is not None else {})}
+            for i in range(0, len(fits), len(names))
+        ],
+        "seconds": round(seconds(timing), 3),
+    }
+
+
+def _short(fit: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: fit[k] for k in ("seed", "accuracy", "macro_f1", "epochs", "kept_epoch")}
+
+
+def _notes(config: AdaptConfig, start: Start, target: Target, rows: Any) -> list[str]:
+    """What a reader has to know of how the figures came about."""
+    from metaft.finetune.target import VALIDATION_FROM
+
+    notes = []
+    if target.notes:
+        notes.append(f"images were fitted to the run's: {', '.join(target.notes)}")
+    if config.method == "finetune" and len(rows.val) == 0:
+        notes.append(
+            f"a class has fewer than {VALIDATION_FROM} images to train on, so none are set aside for validation: "
+            f"all images train, for the fixed {config.epochs} epochs"
+        )
+    classes = len(target.class_names)
+    if config.method == "inner" and start.head_rows not in (None, classes):
+        notes.append(
+            f"the run learned {start.head_rows}-way tasks: each of the {classes} classes starts from its mean head row"
+        )
+    return notes
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,205 @@
+"""What fine-tuning begins with: a run's meta-learned parameters, or random ones in the same architecture."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from metaft import algorithms, models
+from metaft.assemble import open_run
+from metaft.config import Settled
+from metaft.defaults import check_steps, hyper, model_for
+from metaft.errors import CheckpointError, MetaftError
+from metaft.finetune import heads
+from metaft.finetune.fit import Fitted
+from metaft.inner import at_step
+from metaft.metrics import LOSSES
+from metaft.models.functional import body_of, linear, prepared
+from metaft.models.stored import with_stored_moments
+from metaft.tasks.pool import Preprocessing
+from metaft.types import Fast, Params
+
+WIDTH = 64  # of a backbone that no run has chosen
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Start:
+    """A backbone to start from. `settings`, `meta` and `state` are a run's, and None or empty without one."""
+
+    name: str
+    """The run folder, or "none"."""
+    architecture: Mapping[str, Any]
+    """As in a checkpoint; its head and ways are those of meta-training."""
+    shape: list[int]
+    """Of one input, e.g. [C, H, W]."""
+    preprocessing: Preprocessing | None
+    """None where the inputs are not images."""
+    settings: Settled | None
+    meta: Params | None
+    state: Params
+    module: nn.Module | None
+    """The user's own module, where the architecture has no name."""
+    about: Mapping[str, Any]
+    """Data set, algorithm, meta-step: what the report says of it."""
+
+    @property
+    def head_rows(self) -> int | None:
+        """Classes of the head that the run learned, or None where it learned none."""
+        _, head = build(self.architecture, 0, module=self.module)
+        weight = (self.meta or {}).get(f"{head}.weight")
+        return None if weight is None else len(weight)
+
+
+def from_run(path: Path, module: nn.Module | None = None) -> Start:
+    """The checkpoint of a meta-training run that was best on validation.
+
+    Raises CheckpointError where it cannot be read, and MetaftError where its module is the user's own and was not
+    handed over.
+    """
+    _, _, snapshot = open_run(path)
+    header = snapshot.header
+    architecture = header["architecture"]
+    if (architecture["name"] == "custom") != (module is not None):
+        raise MetaftError(
+            f"init: {path} was trained with a module from Python; hand it over there (module=...)"
+            if module is None
+            else f"init: {path} was trained with {architecture['name']}, not with a module from Python"
+        )
+    p = Preprocessing.from_plain(header["preprocessing"]) if "preprocessing" in header else None
+    return Start(
+        name=str(path),
+        architecture=architecture,
+        shape=list(architecture["shape"]) if p is None else [p.channels, p.height, p.width],
+        preprocessing=p,
+        settings=Settled(**header["config"]),
+        meta=snapshot.meta,
+        state=snapshot.state,
+        module=module,
+        about={
+            "dataset": header["dataset"],
+            "algorithm": header["config"]["algorithm"],
+            "step": snapshot.position.step,
+            "classes": header.get("classes", {}).get("train", []),
+        },
+    )
+
+
+def from_nothing(preprocessing: Preprocessing, module: nn.Module | None = None) -> Start:
+    """The architecture that meta-training would choose for such images, or the user's own module."""
+    shape = [preprocessing.channels, preprocessing.height, preprocessing.width]
+    named = {"name": model_for(tuple(shape)), "ways": 2, "shape": shape, "width": WIDTH}
+    own = None if module is None else {"name": "custom", "class": type(module).__qualname__}
+    return Start("none", own or named, shape, preprocessing, None, None, {}, module, {})
+
+
+def body(start: Start, seed: int, *, learned: bool) -> nn.Module:
+    """The backbone, features [n, D] out: with the run's parameters, or with random ones drawn from `seed`.
+
+    Raises CheckpointError where the run's parameters are not this architecture's, naming the first that differs.
+    """
+    module, head = build(start.architecture, seed, module=start.module)
+    bare = body_of(module, head)
+    return _filled(bare, {k: v for k, v in (start.meta or {}).items() if not _of(k, head)}) if learned else bare
+
+
+def build(
+    architecture: Mapping[str, Any], seed: int, *, outputs: int | None = None, module: nn.Module | None = None
+) -> tuple[nn.Module, str]:
+    """A checkpoint's architecture with random parameters drawn from `seed`, and the name of its head.
+
+    `outputs` gives it another number of classes; `module` is the user's own, where the architecture has no name.
+    """
+    if module is None:
+        outputs = architecture["ways"] if outputs is None else outputs
+        return models.initialise(models.skeleton({**architecture, "ways": outputs}), seed), "head"
+    own, head = prepared(module)
+    if outputs is not None:
+        old = linear(own, head)
+        own.set_submodule(head, nn.Linear(old.in_features, outputs, bias=old.bias is not None).to(old.weight))
+    return models.initialise(own, seed), head
+
+
+def inner(
+    start: Start,
+    images: Tensor,
+    labels: Tensor,
+    classes: int,
+    *,
+    seed: int,
+    learned: bool,
+    steps: int | None,
+    device: str,
+) -> Fitted:
+    """The algorithm's own inner loop on uint8 images [n, C, H, W], as in training and meta-test.
+
+    A learned head has one row per class of a task; where the target has another number of classes, each of them starts
+    from the mean row. `learned=False` takes the algorithm's initialisation from `seed` instead of the run's. The
+    curve has the training loss before the first step and after each one, as "epoch" 0, 1, ...
+    """
+    settings, preprocessing = start.settings, start.preprocessing
+    assert settings is not None and preprocessing is not None
+    check_steps("inner_steps", steps, settings.algorithm)
+    module, head = build(start.architecture, seed, outputs=classes, module=start.module)
+    model = models.functional(module.to(device), head=head, architecture=start.architecture)
+    algorithm = algorithms.build(settings.algorithm, model, hyper(settings, "cross_entropy"))
+    meta, state = algorithm.init(seed)
+    if learned:
+        assert start.meta is not None
+        mean = {k: v for k, v in start.meta.items() if k in meta and _of(k, head) and v.shape != meta[k].shape}
+        mean = {k: v.mean(0, keepdim=True).expand_as(meta[k]).clone() for k, v in mean.items()}
+        meta = {k: v.to(device) for k, v in _checked({**start.meta, **mean}, meta).items()}
+        state = {k: v.to(device) for k, v in start.state.items()}
+    x, y = preprocessing.normalise(images.to(device)), labels.to(device)
+    key = torch.zeros((), dtype=torch.int64, device=device)
+    steps = settings.test_inner_steps if steps is None else steps
+    every = algorithm.adapt(meta, state, x, y, key, ways=classes, steps=steps, trajectory=True)
+    curve = []
+    for step in range(steps + 1):
+        with torch.no_grad():
+            loss = LOSSES["cross_entropy"](algorithm.predict(at_step(every, step), x, "transductive"), y)
+        curve.append({"epoch": float(step), "loss": float(loss)})
+    fast = at_step(every, -1)
+    bare = _filled(body_of(module, head), {k: v for k, v in fast.params.items() if not _of(k, head)}).to(device)
+    return Fitted(with_stored_moments(bare, x, fast.moments).eval(), _head(fast, head), curve)
+
+
+def _head(fast: Fast, head: str) -> nn.Module:
+    """What turns features into logits at these fast weights. Raises MetaftError where that is no head that we know."""
+    if fast.extra.keys() == {"prototypes"}:
+        return heads.Prototype(fast.extra["prototypes"])
+    if fast.extra:
+        raise MetaftError(f"method: the fast weights hold {sorted(fast.extra)}, which no classifier head can store")
+    return heads.filled("linear", {k.rpartition(".")[2]: v for k, v in fast.params.items() if _of(k, head)})
+
+
+def _of(name: str, head: str) -> bool:
+    return name.startswith(f"{head}.")
+
+
+def _filled(module: nn.Module, params: Params) -> nn.Module:
+    """A copy with these parameters; its buffers stay."""
+    module = copy.deepcopy(module)
+    own = dict(module.named_parameters())
+    _checked(params, own)
+    with torch.no_grad():
+        for name, p in own.items():
+            p.copy_(params[name])
+    return module
+
+
+def _checked(params: Params, expected: Mapping[str, Tensor]) -> Params:
+    if params.keys() != expected.keys():
+        odd = sorted(params.keys() ^ expected.keys())
+        raise CheckpointError(f"init: the run's parameters are not this architecture's: {odd[:6]}")
+    for name, p in expected.items():
+        if params[name].shape != p.shape:
+            raise CheckpointError(
+                f"init: {name} has shape {list(params[name].shape)} in the run, {list(p.shape)} in this architecture"
+            )
+    return dict(params)

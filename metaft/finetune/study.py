@@ -1,0 +1,176 @@
+"""The fits of one adapt run, one after the other, from a position that its checkpoint holds whole."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from metaft import checkpoint
+from metaft.checkpoint import write_atomically
+from metaft.config import AdaptConfig
+from metaft.errors import CheckpointError
+from metaft.finetune.classifier import Classifier, save
+from metaft.finetune.fit import Fitted, Recipe, fit, flatten, unflatten
+from metaft.finetune.scores import scores
+from metaft.finetune.start import Start, body, inner
+from metaft.finetune.target import Rows, Target
+from metaft.run import RunFolder, append_row
+
+SAVE_EVERY = 5.0  # seconds; a killed run loses at most these
+
+LEARNED, RANDOM = "meta-learned", "random"
+
+
+@dataclasses.dataclass(frozen=True)
+class Position:
+    """Where an adapt run stands."""
+
+    fits: tuple[Mapping[str, Any], ...] = ()
+    """The figures of each finished fit; the starts of one draw follow one another."""
+    rows: tuple[Mapping[str, Any], ...] = ()
+    """metrics.jsonl: every epoch so far, of the fit in progress too."""
+    current: Mapping[str, Any] | None = None
+    """`fit`'s state after the last epoch of the fit in progress."""
+
+
+def starts(start: Start) -> tuple[str, ...]:
+    """What is compared: the run's parameters and random ones, or without a run random ones alone."""
+    return (RANDOM,) if start.meta is None else (LEARNED, RANDOM)
+
+
+def rows_of(target: Target, config: AdaptConfig, draw: int) -> Rows:
+    """The images of one draw; the inner loop has no use for a validation part, so it trains on that too."""
+    validate = config.method == "finetune"
+    return target.rows(shots_per_class=config.shots_per_class, seed=config.seed + draw, validate=validate)
+
+
+def study(
+    run: RunFolder,
+    config: AdaptConfig,
+    start: Start,
+    target: Target,
+    position: Position,
+    header: Mapping[str, Any],
+    *,
+    device: str,
+    should_stop: Callable[[], None] = lambda: None,
+    progress: Callable[[int, Mapping[str, float]], None] = lambda number, row: None,
+) -> Position:
+    """Go on from `position` to the end. `config` has nothing open.
+
+    The figures of a fit are in the checkpoint as soon as it is done, and the classifier of the first one in the run
+    folder. `should_stop` raises to stop, and `progress(number of the fit, row)` is told of each epoch.
+    """
+    names = starts(start)
+    clock = time.monotonic()
+
+    def keep(number: int) -> None:
+        nonlocal clock
+        now = time.monotonic()
+        append_row(run.timing, {"fit": number, "seconds": now - clock}, sync=True)
+        write(run, position, header)
+        clock = now
+
+    def one(number: int) -> None:
+        nonlocal position
+        draw, which = divmod(number, len(names))
+        tag = {"draw": draw, "start": names[which]}
+        before = tuple(row for row in position.rows if {k: row[k] for k in tag} != tag)
+
+        def on_epoch(state: Mapping[str, Any]) -> None:
+            nonlocal position
+            rows = (*before, *({**tag, **row} for row in state["curve"]))
+            position = Position(position.fits, rows, state)
+            if time.monotonic() - clock > SAVE_EVERY:
+                keep(number)
+            progress(number, state["curve"][-1])
+
+        rows = rows_of(target, config, draw)
+        seed, learned = config.seed + draw, names[which] == LEARNED
+        fitted = _fit(config, start, target, rows, seed, learned, device, position.current, should_stop, on_epoch)
+        made = Classifier(fitted.body, fitted.head, target.preprocessing, target.class_names, invert=target.invert)
+        if number == 0:
+            save(run.classifier, made, start.architecture, {"init": start.name, "data": target.name})
+        figures = test(made, target, rows.test)
+        if draw > 0:  # the first draw's tables are enough
+            figures = {k: v for k, v in figures.items() if k not in ("per_class", "confusion")}
+        ran = len([row for row in fitted.curve if row["epoch"] > 0])
+        done = {**tag, "seed": seed, "epochs": ran, "kept_epoch": fitted.kept, **figures}
+        rows_now = (*before, *({**tag, **row} for row in fitted.curve))
+        position = Position((*position.fits, done), rows_now)
+        keep(number)
+
+    try:
+        for number in range(len(position.fits), config.seeds * len(names)):
+            one(number)
+            should_stop()
+    except CheckpointError:  # the disk refuses; trying once more would hide why
+        raise
+    except BaseException:
+        if position.current is not None:
+            keep(len(position.fits))
+        raise
+    return position
+
+
+def test(classifier: Classifier, target: Target, rows: np.ndarray) -> dict[str, Any]:
+    """Scores on some of the target's images."""
+    some = torch.from_numpy(rows)
+    predicted = classifier.probabilities(target.images[some]).argmax(-1)
+    return scores(target.labels[some].numpy(), predicted.numpy(), target.class_names)
+
+
+def _fit(
+    config: AdaptConfig,
+    start: Start,
+    target: Target,
+    rows: Rows,
+    seed: int,
+    learned: bool,
+    device: str,
+    resume: Mapping[str, Any] | None,
+    should_stop: Callable[[], None],
+    on_epoch: Callable[[Mapping[str, Any]], None],
+) -> Fitted:
+    train, val = torch.from_numpy(rows.train), torch.from_numpy(rows.val)
+    images, labels, classes = target.images[train], target.labels[train], len(target.class_names)
+    if config.method == "inner":
+        return inner(
+            start, images, labels, classes, seed=seed, learned=learned, steps=config.inner_steps, device=device
+        )
+    recipe = Recipe(seed=seed, **{f: getattr(config, f) for f in RECIPE})
+    return fit(
+        body(start, seed, learned=learned).to(device),
+        target.preprocessing, images, labels, classes, recipe,
+        val_images=target.images[val], val_labels=target.labels[val],
+        should_stop=should_stop, resume=resume, on_epoch=on_epoch,
+    )  # fmt: skip
+
+
+RECIPE = tuple(f.name for f in dataclasses.fields(Recipe) if f.name != "seed")
+"""The settings of fine-tuning, which have the same names in AdaptConfig."""
+
+
+def write(run: RunFolder, position: Position, header: Mapping[str, Any]) -> None:
+    """The checkpoint, and metrics.jsonl from the same position. Raises CheckpointError."""
+    tensors, plain = ({}, None) if position.current is None else flatten(position.current)
+    run.save_last(tensors, {**header, "fits": position.fits, "rows": position.rows, "current": plain})
+    write_atomically(run.metrics, "".join(json.dumps(row) + "\n" for row in position.rows).encode())
+
+
+def read(run: RunFolder) -> tuple[Position, Mapping[str, Any]]:
+    """The last checkpoint: a position, and the header. Raises CheckpointError, and says which other one is good."""
+    tensors, header = run.load(run.last, checkpoint.load, lambda loaded: f"after {len(loaded[1]['rows'])} epochs")
+    current = None if header["current"] is None else unflatten(tensors, header["current"])
+    return Position(tuple(header["fits"]), tuple(header["rows"]), current), header
+
+
+def seconds(rows: Sequence[Mapping[str, Any]], number: int | None = None) -> float:
+    """Time spent on a fit, or on all, from the rows of timing.jsonl."""
+    return sum(row["seconds"] for row in rows if number in (None, row["fit"]))
