@@ -2,22 +2,61 @@
 
 from __future__ import annotations
 
+import json
 import runpy
 import sys
 from pathlib import Path
 
 import pytest
+from helpers import images, write_folder
+
+from metaft import meta_train
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-SHORT = {"custom_model": ["--iterations", "2", "--episodes", "4"]}
+
+
+def run_example(name: str, *argv: str) -> int | str | None:
+    """Its exit status."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [name, *argv])
+        try:
+            runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+        except SystemExit as done:
+            return done.code
+    return 0
 
 
 def test_every_example_is_tried() -> None:
-    assert {path.stem for path in EXAMPLES.glob("*.py")} == set(SHORT)
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == {"custom_model", "adapt_notmnist"}
 
 
-@pytest.mark.parametrize("name", sorted(SHORT))
-def test_it_runs(name: str, in_tmp: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(sys, "argv", [name, *SHORT[name]])
-    runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+def test_custom_model(in_tmp: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_example("custom_model", "--iterations", "2", "--episodes", "4") == 0
     assert "transductive" in capsys.readouterr().out
+
+
+def test_adapt_notmnist(in_tmp: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_folder(in_tmp / "data")
+    for name, algorithm in (("one", "maml"), ("two", "protonet")):
+        meta_train.run(images(in_tmp / name, dataset="folder:data", image_size=8, iterations=2, algorithm=algorithm))
+    words = ("--data", "folder:data/test", "--shots", "1", "3", "--seeds", "2", "--epochs", "2", "--out", "out")
+    assert run_example("adapt_notmnist", *words, "--init", "one", "--init", "two") == 0
+    rows = json.loads(Path("out/shots.json").read_text())
+    assert [(row["start"], row["shots"], row["draws"]) for row in rows] == [
+        (start, shots, 2)
+        for learned in ("maml on folder:data", "protonet on folder:data")
+        for shots in (1, 3)
+        for start in (learned, "random")
+    ]
+    for row in rows[::2]:
+        run = "one" if "maml" in row["start"] else "two"
+        result = json.loads(Path(f"out/{run}-finetune-{row['shots']}/result.json").read_text())
+        assert row["accuracy"] == result["mean"]["accuracy"]
+        assert (row["gain"], row["gain_ci95"]) == (result["gain"]["accuracy"], result["gain"]["ci95"])
+    assert Path("out/shots.png").stat().st_size > 1000
+    capsys.readouterr()
+    before = Path("out/shots.json").read_bytes()
+    assert run_example("adapt_notmnist", *words, "--init", "one", "--init", "two") == 0  # goes on with what is there
+    assert Path("out/shots.json").read_bytes() == before
+    assert run_example("adapt_notmnist", *words, "--init", "nowhere") == 2
+    assert "run folder nowhere does not exist" in capsys.readouterr().err

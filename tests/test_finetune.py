@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import io
-import types
 import math
+import types
 from pathlib import Path
 from typing import Any
 

@@ -2,16 +2,39 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
+import shutil
 from pathlib import Path
 
 import pytest
+from helpers import write_folder
+
+import metaft
+from metaft import adapt
+from metaft.config import AdaptConfig, EvaluateConfig, MetaTrainConfig, PredictConfig
 
 README = Path(__file__).parent.parent / "README.md"
 
 
+def python_with(word: str) -> str:
+    """The one piece of the README's Python that holds a word."""
+    pieces = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    (code,) = [piece for piece in pieces if word in piece]
+    return code
+
+
+def test_the_lines_about_a_classifier_run(in_tmp: Path) -> None:
+    write_folder(in_tmp / "data")
+    adapt.run(AdaptConfig(init="none", data="folder:data/test", epochs=1, out="runs/adapt-PATH-0"))
+    pictures = sorted((in_tmp / "data" / "test" / "class10").iterdir())
+    for name in ("a.png", "b.png"):
+        shutil.copy(pictures.pop(), name)
+    exec(compile(python_with("metaft.load"), str(README), "exec"), {"metaft": metaft})
+
+
 def test_the_example_runs_and_is_short(capsys: pytest.CaptureFixture[str]) -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    code = python_with("pool =")
     loop = code[code.index("pool =") :]
     assert len(loop.strip().splitlines()) <= 15
     short = code.replace("range(500)", "range(2)").replace("episodes=600", "episodes=3")
@@ -21,18 +44,13 @@ def test_the_example_runs_and_is_short(capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_every_option_named_in_the_readme_exists() -> None:
-    import dataclasses
-
-    from metaft.config import EvaluateConfig, MetaTrainConfig
-
-    known = {f.name.replace("_", "-") for c in (MetaTrainConfig, EvaluateConfig) for f in dataclasses.fields(c)}
+    every = (MetaTrainConfig, EvaluateConfig, AdaptConfig, PredictConfig)
+    known = {f.name.replace("_", "-") for c in every for f in dataclasses.fields(c)}
     named = set(re.findall(r"--([a-z][a-z-]*)", README.read_text(encoding="utf-8")))
     assert named - known <= {"help", "resume", "config"}
 
 
 def test_every_name_that_the_readme_uses_exists() -> None:
-    import metaft
-
     for dotted in set(re.findall(r"\bmetaft((?:\.[a-z_]+)+)\(", README.read_text(encoding="utf-8"))):
         found: object = metaft
         for name in dotted.strip(".").split("."):

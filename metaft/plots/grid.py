@@ -24,6 +24,7 @@ RIGHT, WRONG = GREEN, VERMILLION
 
 _MARGIN = 0.06  # around an image, in parts of its cell
 _CHARACTER = 0.062  # inches, of the small print
+_SMALL = 6.5  # points
 
 
 def episode(
@@ -155,17 +156,29 @@ def mistakes_figure(
         row, column = divmod(place, columns)
         pixels = images[i].permute(1, 2, 0).squeeze(-1).cpu().numpy() / 255
         _draw_image(axes, pixels, column, row * pitch)
-        true, given = _line(names[int(labels[i])]), _line(names[int(predicted[i])])
+        room = 72 * inches * (1 - 2 * _MARGIN)
+        true, given = _line(names[int(labels[i])], room), _line(names[int(predicted[i])], room - 9)
         says = f"{true}\n→ {given}\n{100 * float(probabilities[i]):.0f} %"
         axes.text(
-            column + _MARGIN, row * pitch + 0.98, says, fontsize=6.5, va="top", family=FONT, parse_math=False
+            column + _MARGIN, row * pitch + 0.98, says, fontsize=_SMALL, va="top", family=FONT, parse_math=False
         )  # fmt: skip
     return figure
 
 
-def _line(name: str) -> str:
-    """As much of a name as fits under an image; its end, which is what tells long names apart."""
-    return name if len(name) <= 13 else f"…{name[-12:]}"
+def _line(name: str, points: float) -> str:
+    """As much of a name as fits into this width; its end, which is what tells long names apart."""
+    font = get_font(findfont(FONT))
+    font.set_size(_SMALL, 72)
+
+    def width(text: str) -> float:
+        font.set_text(text)
+        return font.get_width_height()[0] / 64
+
+    fitted, kept = name, name
+    while width(fitted) > points and kept:
+        kept = kept[1:]
+        fitted = f"…{kept}"
+    return fitted
 
 
 def displayable(support_x: Tensor, query_x: Tensor) -> tuple[np.ndarray, np.ndarray]:
