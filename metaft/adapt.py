@@ -329,7 +329,7 @@ def result_of(
         "notes": _notes(config, start, target, rows),
         **{k: v for k, v in first.items() if k not in ("seed", "epochs", "seconds")},
         "epochs_run": first["epochs"],
-        "scratch": second and {k: v for k, v in second.items() if k != "seed"},
+        "scratch": second and {k: v for k, v in second.items() if k not in ("seed", "per_class", "confusion")},
         "gain": gain,
         "mean": means,
         "draws": [

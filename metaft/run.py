@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shlex
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -24,6 +25,8 @@ from metaft.checkpoint import write_atomically
 from metaft.errors import CheckpointError, MetaftError
 
 Loaded = TypeVar("Loaded")
+
+_NUMBERS = re.compile(r'\[\n\s+[^\[\]{}"]*?\n\s+\]')  # a list of numbers over many lines
 
 
 class RunFolder:
@@ -114,6 +117,7 @@ class RunFolder:
     def write_json(self, path: Path, value: Mapping[str, Any]) -> None:
         """Write plain data for people and programs; what JSON lacks (NaN, infinity) becomes null."""
         text = json.dumps(_finite(value), indent=2, ensure_ascii=False)
+        text = _NUMBERS.sub(lambda found: "".join(found[0].split()).replace(",", ", "), text)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:

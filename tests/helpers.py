@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import resource
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
+from metaft import meta_train
 from metaft.config import MetaTrainConfig
 from metaft.run import RunFolder
 from metaft.tasks.pool import ClassPool, Preprocessing
@@ -55,6 +58,12 @@ IMAGES: dict[str, Any] = {
     "device": "cpu",
 }
 """The same for images of `pool` or `write_folder`."""
+
+ADAPT: dict[str, Any] = {"epochs": 3, "lr": 0.02, "batch_size": 7, "device": "cpu"}
+"""Fine-tuning of a tenth of a second, whose last batch is smaller than the others."""
+
+TARGET = ("apple", "βῆτα", "c d")
+"""Class folders of `write_target`, sorted."""
 
 
 def sinusoid(out: Path | None = None, **changes: Any) -> MetaTrainConfig:
@@ -99,6 +108,98 @@ def write_folder(path: Path) -> Path:
                 picture = data.images[data.starts[c] + i, 0].numpy()
                 Image.fromarray(picture).save(path / split / f"class{c:02d}" / f"{i}.png")
     return path
+
+
+def write_target(
+    path: Path,
+    parts: Mapping[str, int],
+    *,
+    classes: Sequence[str] = TARGET,
+    side: int = 8,
+    channels: int = 1,
+    dark: bool = False,
+    noise: int = 150,
+) -> Path:
+    """So many pictures of each class in each part ("." for none): bright ink on black, or the same dark on bright.
+
+    Each class has a template inside a frame of paper; the more noise, the harder they are to tell apart.
+    """
+    templates = np.random.default_rng(5).integers(0, 256 - noise, (len(classes), side - 2, side - 2, channels))
+    for part, count in parts.items():
+        rng = np.random.default_rng([side, *part.encode()])
+        for template, name in zip(templates, classes, strict=True):
+            folder = path / part / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = np.zeros((side, side, channels), np.uint8)
+                pixels[1:-1, 1:-1] = template + rng.integers(0, noise, template.shape)
+                pixels = 255 - pixels if dark else pixels
+                Image.fromarray(pixels[..., 0] if channels == 1 else pixels).save(folder / f"{i:02d}.png")
+    return path
+
+
+def pixels_of(files: Sequence[Path]) -> torch.Tensor:
+    """Grey pictures as they are on the disk: uint8 [n, 1, H, W]."""
+    return torch.from_numpy(np.stack([np.asarray(Image.open(file))[None] for file in files]))
+
+
+def files_of(folder: Path) -> tuple[list[Path], np.ndarray]:
+    """(every picture in a folder of class folders, by class and name; the number of its class)."""
+    files = sorted(folder.rglob("*.png"))
+    names = sorted({file.parent.name for file in files})
+    return files, np.array([names.index(file.parent.name) for file in files])
+
+
+def meta_trained(out: Path, squares: Path, **changes: Any) -> Path:
+    """A finished meta-training run on the pictures of `write_folder`, without pictures of its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("metaft.report.draw_pictures", lambda *_: [])
+        settings = {**IMAGES, "dataset": f"folder:{squares}", "image_size": 8, "out": out}
+        assert meta_train.main(options(settings, **changes)) == 0
+    return out
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Inside, torch computes on one thread: small tensors are done before a second thread has woken up."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def adapted(path: Path) -> dict[str, Any]:
+    """All that two adapt runs of the same settings must have in common to the last bit."""
+    run = RunFolder(path)
+    return {
+        "classifier": run.classifier.read_bytes(),
+        "last": run.last.read_bytes(),
+        "metrics": run.metrics.read_bytes(),
+        "config": run.config.read_bytes(),
+        "result": timeless(json.loads(run.result.read_text(encoding="utf-8"))),
+        "report": re.sub(r", in \d+:\d+(:\d+)?$", "", (path / "report.txt").read_text(encoding="utf-8"), flags=re.M),
+    }
+
+
+def timeless(value: Any) -> Any:
+    """Plain data without what a clock said, at any depth."""
+    if isinstance(value, dict):
+        return {k: timeless(v) for k, v in value.items() if k != "seconds"}
+    return [timeless(v) for v in value] if isinstance(value, list) else value
+
+
+def one_error(capsys: pytest.CaptureFixture[str], *parts: object) -> str:
+    """The one line that a command left, on stderr, which holds all the parts."""
+    said = capsys.readouterr()
+    lines = said.err.splitlines()
+    assert len(lines) == 1, said.err
+    assert lines[0].startswith("metaft: error: ")
+    for part in parts:
+        assert str(part) in lines[0]
+    assert said.out == ""
+    return lines[0]
 
 
 def untimed(result: dict[str, Any]) -> dict[str, Any]:

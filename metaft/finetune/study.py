@@ -103,7 +103,7 @@ def study(
         ran = len([row for row in fitted.curve if row["epoch"] > 0])
         done = {**tag, "seed": seed, "epochs": ran, "kept_epoch": fitted.kept, **figures}
         rows_now = (*before, *({**tag, **row} for row in fitted.curve))
-        position = Position((*position.fits, done), rows_now)
+        position = Position((*position.fits, _as_read(done)), rows_now)
         keep(number)
 
     try:
@@ -161,7 +161,12 @@ def write(run: RunFolder, position: Position, header: Mapping[str, Any]) -> None
     """The checkpoint, and metrics.jsonl from the same position. Raises CheckpointError."""
     tensors, plain = ({}, None) if position.current is None else flatten(position.current)
     run.save_last(tensors, {**header, "fits": position.fits, "rows": position.rows, "current": plain})
-    write_atomically(run.metrics, "".join(json.dumps(row) + "\n" for row in position.rows).encode())
+    write_atomically(run.metrics, "".join(json.dumps(row, sort_keys=True) + "\n" for row in position.rows).encode())
+
+
+def _as_read(value: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Plain data as a checkpoint gives it back, so that a run that was stopped writes its results in the same order."""
+    return json.loads(json.dumps(value, sort_keys=True))
 
 
 def read(run: RunFolder) -> tuple[Position, Mapping[str, Any]]:
