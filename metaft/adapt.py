@@ -40,8 +40,8 @@ FINETUNE: dict[str, Any] = {
 }
 GLYPH_SHOTS = 5
 
-# Classes that start from the same head row need more steps to part than the run's own: on notMNIST with 5 images of each
-# of 10 classes 36 % of the test images are right after 3 steps, 57 % after 10 and 69 % after 30.
+# Classes that start from the same head row need more steps to part than the run's own: on notMNIST, with 5 images of
+# each of 10 classes, 36 % of the test images are right after 3 steps, 57 % after 10 and 69 % after 30.
 MEAN_HEAD_STEPS = 30
 
 

@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
-from metaft import meta_train
+from metaft import adapt, meta_train
 from metaft.config import MetaTrainConfig
 from metaft.run import RunFolder
 from metaft.tasks.pool import ClassPool, Preprocessing
@@ -62,7 +63,7 @@ IMAGES: dict[str, Any] = {
 ADAPT: dict[str, Any] = {"epochs": 3, "lr": 0.02, "batch_size": 7, "device": "cpu"}
 """Fine-tuning of a tenth of a second, whose last batch is smaller than the others."""
 
-TARGET = ("apple", "βῆτα", "c d")
+TARGET = ("apple", "c d", "βητα")
 """Class folders of `write_target`, sorted."""
 
 
@@ -138,7 +139,7 @@ def write_target(
     return path
 
 
-def pixels_of(files: Sequence[Path]) -> torch.Tensor:
+def pixels_of(files: Sequence[Path]) -> Tensor:
     """Grey pictures as they are on the disk: uint8 [n, 1, H, W]."""
     return torch.from_numpy(np.stack([np.asarray(Image.open(file))[None] for file in files]))
 
@@ -159,6 +160,30 @@ def meta_trained(out: Path, squares: Path, **changes: Any) -> Path:
     return out
 
 
+def words(init: Path, data: Path, out: Path, **changes: Any) -> list[str]:
+    """A command line of metaft.adapt. Settings that are None are left away."""
+    settings = {**ADAPT, "init": init, "data": f"folder:{data}", **changes, "out": out}
+    return options({k: v for k, v in settings.items() if v is not None})
+
+
+def inner_words(init: Path, data: Path, out: Path, **changes: Any) -> list[str]:
+    """The same for the run's own inner loop."""
+    return words(init, data, out, **{"method": "inner", "epochs": None, "lr": None, "batch_size": None, **changes})
+
+
+def finished(argv: list[str]) -> Path:
+    """The run folder, which is the last word, of such a command line that has been run, without pictures."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("metaft.finetune.report.draw_pictures", lambda *_: [])
+        assert adapt.main(argv) == 0
+    return Path(argv[-1])
+
+
+def same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
+    """Whether named tensors are equal to the bit."""
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
     """Inside, torch computes on one thread: small tensors are done before a second thread has woken up."""
@@ -173,13 +198,14 @@ def one_thread() -> Iterator[None]:
 def adapted(path: Path) -> dict[str, Any]:
     """All that two adapt runs of the same settings must have in common to the last bit."""
     run = RunFolder(path)
+    report = (path / "report.txt").read_text(encoding="utf-8")
     return {
         "classifier": run.classifier.read_bytes(),
         "last": run.last.read_bytes(),
         "metrics": run.metrics.read_bytes(),
         "config": run.config.read_bytes(),
         "result": timeless(json.loads(run.result.read_text(encoding="utf-8"))),
-        "report": re.sub(r", in \d+:\d+(:\d+)?$", "", (path / "report.txt").read_text(encoding="utf-8"), flags=re.M),
+        "report": re.sub(r", in \d+:\d+(:\d+)?$", "", report, flags=re.MULTILINE),
     }
 
 
@@ -190,7 +216,7 @@ def timeless(value: Any) -> Any:
     return [timeless(v) for v in value] if isinstance(value, list) else value
 
 
-def one_error(capsys: pytest.CaptureFixture[str], *parts: object) -> str:
+def one_line(capsys: pytest.CaptureFixture[str], *parts: object) -> str:
     """The one line that a command left, on stderr, which holds all the parts."""
     said = capsys.readouterr()
     lines = said.err.splitlines()
