@@ -18,6 +18,7 @@ from torch import Tensor
 
 from metaft.names import short_names
 from metaft.plots.style import FONT, GREEN, VERMILLION, save
+from metaft.plots.text import fitted, wrapped
 from metaft.types import Episode
 
 RIGHT, WRONG = GREEN, VERMILLION
@@ -139,9 +140,18 @@ def mistakes_figure(
 ) -> Figure:
     wrong = (predicted != labels).nonzero().flatten()
     shown = wrong[probabilities[wrong].argsort(descending=True, stable=True)][:most].tolist()
-    rows = max(1, -(-len(shown) // columns))
-    pitch = 1.62  # an image and three lines of small print
-    inches = 0.95
+    inches = 1.1
+    room = inches * (1 - 2 * _MARGIN)
+    short = [drawable(name, i) for i, name in enumerate(short_names(class_names))]
+    names = fitted(short, 1.7 * room, _SMALL)  # two lines, as words do not fill them
+    captions = [
+        [*_lines(names[int(labels[i])], room), *_lines(f"→\u00a0{names[int(predicted[i])]}", room),
+         f"{100 * float(probabilities[i]):.0f} %"]
+        for i in shown
+    ]  # fmt: skip
+    wide, high = images.shape[-1] / max(images.shape[-2:]), images.shape[-2] / max(images.shape[-2:])
+    rows = -(-len(shown) // columns)
+    pitch = high + (0.13 * max(map(len, captions), default=0) + 0.15) / inches
     figure = Figure(figsize=(inches * columns, inches * rows * pitch + 0.45))
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set_axis_off()
@@ -151,34 +161,19 @@ def mistakes_figure(
     title = f"{len(wrong)} of {len(labels)} test images wrong"
     title += f"; the {len(shown)} most confident" if len(shown) < len(wrong) else ""
     axes.text(0.1, -0.15, title, fontsize=10, fontweight="bold", family=FONT)
-    names = [drawable(name, i) for i, name in enumerate(short_names(class_names))]
-    for place, i in enumerate(shown):
+    for place, (i, lines) in enumerate(zip(shown, captions, strict=True)):
         row, column = divmod(place, columns)
         pixels = images[i].permute(1, 2, 0).squeeze(-1).cpu().numpy() / 255
-        _draw_image(axes, pixels, column, row * pitch)
-        room = 72 * inches * (1 - 2 * _MARGIN)
-        true, given = _line(names[int(labels[i])], room), _line(names[int(predicted[i])], room - 9)
-        says = f"{true}\n→ {given}\n{100 * float(probabilities[i]):.0f} %"
+        _draw_image(axes, pixels, column, row * pitch, wide, high)
         axes.text(
-            column + _MARGIN, row * pitch + 0.98, says, fontsize=_SMALL, va="top", family=FONT, parse_math=False
+            column + _MARGIN, row * pitch + high - 0.02, "\n".join(lines), fontsize=_SMALL, va="top", family=FONT,
+            parse_math=False,
         )  # fmt: skip
     return figure
 
 
-def _line(name: str, points: float) -> str:
-    """As much of a name as fits into this width; its end, which is what tells long names apart."""
-    font = get_font(findfont(FONT))
-    font.set_size(_SMALL, 72)
-
-    def width(text: str) -> float:
-        font.set_text(text)
-        return font.get_width_height()[0] / 64
-
-    fitted, kept = name, name
-    while width(fitted) > points and kept:
-        kept = kept[1:]
-        fitted = f"…{kept}"
-    return fitted
+def _lines(name: str, room: float) -> list[str]:
+    return [line.replace("\u00a0", " ") for line in wrapped(name, room, _SMALL)]
 
 
 def displayable(support_x: Tensor, query_x: Tensor) -> tuple[np.ndarray, np.ndarray]:
@@ -256,8 +251,8 @@ def _name_row(axes: Axes, layout: _Layout, n: int, name: str | None) -> None:
     )  # fmt: skip
 
 
-def _draw_image(axes: Axes, pixels: np.ndarray, x: float, y: float) -> None:
-    extent = (x + _MARGIN, x + 1 - _MARGIN, y + 1 - _MARGIN, y + _MARGIN)
+def _draw_image(axes: Axes, pixels: np.ndarray, x: float, y: float, wide: float = 1.0, high: float = 1.0) -> None:
+    extent = (x + _MARGIN, x + wide - _MARGIN, y + high - _MARGIN, y + _MARGIN)
     axes.imshow(pixels, cmap="gray", vmin=0, vmax=1, aspect="auto", extent=extent)
 
 

@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from torch import Tensor
 
 from metaft.plots.style import BLACK, BLUE, GREY, PURPLE, SKY, VERMILLION, YELLOW, decorate, percent, save
@@ -98,27 +98,39 @@ def learning_figure(starts: Mapping[str, Sequence[Row]], x_label: str, kept: Map
         epochs = [row["epoch"] for row in rows]
         look = {"color": colour, "ls": style, "lw": 1.6, "marker": marker, "ms": 3.5, "label": f"{name} start"}
         look["markevery"] = max(1, len(rows) // 10)
-        panels[0].plot(epochs, [row["loss"] for row in rows], **look)
-        if not validated:
+        panels[0].plot(epochs, [_number(row["loss"]) for row in rows], **look)
+        if not any("val_accuracy" in row for row in rows):
             continue
         panels[0].plot(
-            epochs, [row["val_loss"] for row in rows], color=colour, ls=":", lw=1.2, label=f"{name} start, validation"
-        )
-        panels[1].plot(epochs, [row["val_accuracy"] for row in rows], **look)
-        chosen = [row for row in rows if row["epoch"] == kept.get(name)]
-        panels[1].plot(
-            [row["epoch"] for row in chosen], [row["val_accuracy"] for row in chosen], ls="none", marker="*", ms=13,
-            color=colour, mec="black", label=f"kept, {name}",
+            epochs, [_number(row.get("val_loss")) for row in rows], color=colour, ls=":", lw=1.2,
+            marker="_" if len(rows) == 1 else "", label=f"{name} start, validation",
         )  # fmt: skip
-    losses = [row[key] for rows in starts.values() for row in rows for key in ("loss", "val_loss") if key in row]
-    if losses and min(losses) > 0 and max(losses) > 10 * min(losses):
-        panels[0].set_yscale("log")
+        panels[1].plot(epochs, [_number(row.get("val_accuracy")) for row in rows], **look)
+        chosen = [row for row in rows if row["epoch"] == kept.get(name) and "val_accuracy" in row]
+        for row in chosen:
+            panels[1].plot(
+                [row["epoch"]], [_number(row["val_accuracy"])], ls="none", marker="*", ms=13, color=colour,
+                mec="black", label=f"kept, {name}",
+            )  # fmt: skip
+    losses = [_number(row.get(key)) for rows in starts.values() for row in rows for key in ("loss", "val_loss")]
+    _log_scale(panels[0], [loss for loss in losses if math.isfinite(loss)])
     if validated:
         percent(panels[1])
     for axes, label in zip(panels, ("loss" if validated else "training loss", "validation accuracy"), strict=False):
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         decorate(axes, x_label, label)
     return figure
+
+
+def _log_scale(axes: Axes, values: Sequence[float]) -> None:
+    """Where they span more than a decade; up to three of them with the numbers between the powers of ten."""
+    if not values or min(values) <= 0 or max(values) <= 10 * min(values):
+        return
+    axes.set_yscale("log")
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    if max(values) <= 1000 * min(values):
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
 def steps_figure(test: Row) -> Figure:
