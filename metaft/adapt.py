@@ -114,11 +114,13 @@ def resume_run(path: Path, config: AdaptConfig | None = None, *, module: nn.Modu
             if before[field] != now[field]:
                 raise MetaftError(f"{what} {before[field[:4]]} changed since {path} began")
         say_what_changed(before["environment"], now["environment"])
-        if settled.seeds * len(before["starts"]) < len(position.fits):
-            done = -(-len(position.fits) // len(before["starts"]))
-            raise MetaftError(f"seeds must be at least the {done} already begun, got {settled.seeds}")
+        begun = len(position.fits) + (position.current is not None)
+        draws = -(-begun // len(before["starts"]))
+        if settled.seeds < draws:
+            raise MetaftError(f"seeds must be at least the {draws} already begun, got {settled.seeds}")
         print(f"resuming {path} after {len(position.fits)} fits and {len(position.rows)} epochs", file=sys.stderr)
     if config != own:
+        folder.result.unlink(missing_ok=True)  # of fewer draws; it would not be this run's
         write_atomically(folder.config, to_toml(settled).encode())
     return _go(folder, settled, start, target, position)
 
@@ -158,7 +160,7 @@ def newest_run(shape: Sequence[int], *, any_size: bool) -> Path:
 
 def _prepare(config: AdaptConfig, module: nn.Module | None) -> tuple[AdaptConfig, Start, Target]:
     """The config with nothing open, and what it names. Nothing is written."""
-    from metaft.defaults import device_of
+    from metaft.defaults import check_steps, device_of
     from metaft.finetune import target as targets
     from metaft.finetune.start import from_nothing, from_run
 
@@ -185,6 +187,7 @@ def _prepare(config: AdaptConfig, module: nn.Module | None) -> tuple[AdaptConfig
         open_values |= FINETUNE
     else:
         assert start.settings is not None
+        check_steps("inner_steps", config.inner_steps, start.settings.algorithm)
         mean_head = start.head_rows not in (None, len(target.class_names))
         open_values["inner_steps"] = MEAN_HEAD_STEPS if mean_head else start.settings.test_inner_steps
     if config.data.startswith("glyphs:"):

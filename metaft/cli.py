@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 from metaft.config import Config, from_mapping, read_toml
 from metaft.errors import Interrupted, MetaftError, suggest
+from metaft.names import is_text
 
 Arguments = TypeVar("Arguments")
 
@@ -87,6 +88,9 @@ def settings(
     TOML file or in the run. Raises MetaftError for what `parse` and `from_mapping` refuse, and for options that
     contradict each other.
     """
+    for word in argv:
+        if not is_text(word):
+            raise MetaftError(f"{word!r} is not text; rename the file or folder")
     resume, file = option(argv, "resume"), option(argv, "config")
     if resume is not None and file is not None:
         raise MetaftError("config: a resumed run has its own settings; give --resume or --config, not both")

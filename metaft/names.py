@@ -24,6 +24,11 @@ def short_names(names: Sequence[str]) -> list[str]:
     return short if len(names) > 1 and len(set(short)) == len(set(names)) else list(names)
 
 
+def is_text(name: str) -> bool:
+    """Whether a name can be written down: Python keeps bytes of a file name that are not UTF-8 as lone surrogates."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in name)
+
+
 def _words(name: str) -> list[str]:
     """The name cut behind spaces and slashes, and a code point that stands at its start or behind a slash left out."""
     parts = [_CODE_POINT.sub("", part) for part in re.split(r"(?<=/)", name)]

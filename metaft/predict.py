@@ -65,6 +65,8 @@ def _command(argv: Sequence[str]) -> None:
     classes = len(classifier.class_names)
     if given.top > classes:
         raise MetaftError(f"top must be at most the {classes} classes of {given.run}, got {given.top}")
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a file name need not be text
+        sys.stdout.reconfigure(errors="surrogateescape")
     labels = []
     for label in label_files(classifier, files, given.top):
         labels.append(label)

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from metaft import algorithms, models
 from metaft.assemble import open_run
 from metaft.config import Settled
-from metaft.defaults import check_steps, hyper, model_for
-from metaft.errors import CheckpointError, MetaftError
+from metaft.defaults import hyper, model_for
+from metaft.errors import CheckpointError, MetaftError, NonFiniteError
 from metaft.finetune import heads
 from metaft.finetune.fit import Fitted
 from metaft.inner import at_step
@@ -59,8 +59,8 @@ class Start:
 def from_run(path: Path, module: nn.Module | None = None) -> Start:
     """The checkpoint of a meta-training run that was best on validation.
 
-    Raises CheckpointError where it cannot be read, and MetaftError where its module is the user's own and was not
-    handed over.
+    Raises CheckpointError where it cannot be read or is not of this module, and MetaftError where the module is the
+    user's own and was not handed over.
     """
     _, _, snapshot = open_run(path)
     header = snapshot.header
@@ -72,7 +72,7 @@ def from_run(path: Path, module: nn.Module | None = None) -> Start:
             else f"init: {path} was trained with {architecture['name']}, not with a module from Python"
         )
     p = Preprocessing.from_plain(header["preprocessing"]) if "preprocessing" in header else None
-    return Start(
+    start = Start(
         name=str(path),
         architecture=architecture,
         shape=list(architecture["shape"]) if p is None else [p.channels, p.height, p.width],
@@ -85,9 +85,24 @@ def from_run(path: Path, module: nn.Module | None = None) -> Start:
             "dataset": header["dataset"],
             "algorithm": header["config"]["algorithm"],
             "step": snapshot.position.step,
-            "classes": header.get("classes", {}).get("train", []),
         },
     )
+    _check_fits(start)
+    return start
+
+
+def _check_fits(start: Start) -> None:
+    """Raises CheckpointError where the run's parameters are not this architecture's, naming the first that differs."""
+    module, head = build(start.architecture, 0, module=start.module)
+    for name, p in module.named_parameters():
+        of_head, found = _of(name, head), (start.meta or {}).get(name)
+        if found is None and not of_head:
+            raise CheckpointError(f"init: {start.name} has no parameter {name!r}, which this architecture needs")
+        # The head's rows are classes, and another number of them is what adapting is for.
+        if found is not None and found.shape[of_head:] != p.shape[of_head:]:
+            raise CheckpointError(
+                f"init: {name} has shape {list(found.shape)} in the run, {list(p.shape)} in this architecture"
+            )
 
 
 def from_nothing(preprocessing: Preprocessing, module: nn.Module | None = None) -> Start:
@@ -99,13 +114,9 @@ def from_nothing(preprocessing: Preprocessing, module: nn.Module | None = None) 
 
 
 def body(start: Start, seed: int, *, learned: bool) -> nn.Module:
-    """The backbone, features [n, D] out: with the run's parameters, or with random ones drawn from `seed`.
-
-    Raises CheckpointError where the run's parameters are not this architecture's, naming the first that differs.
-    """
-    module, head = build(start.architecture, seed, module=start.module)
-    bare = body_of(module, head)
-    return _filled(bare, {k: v for k, v in (start.meta or {}).items() if not _of(k, head)}) if learned else bare
+    """The backbone, features [n, D] out: with the run's parameters, or with random ones drawn from `seed`."""
+    bare = body_of(*build(start.architecture, seed, module=start.module))
+    return _filled(bare, start.meta or {}) if learned else bare
 
 
 def build(
@@ -144,7 +155,6 @@ def inner(
     """
     settings, preprocessing = start.settings, start.preprocessing
     assert settings is not None and preprocessing is not None
-    check_steps("inner_steps", steps, settings.algorithm)
     module, head = build(start.architecture, seed, outputs=classes, module=start.module)
     model = models.functional(module.to(device), head=head, architecture=start.architecture)
     algorithm = algorithms.build(settings.algorithm, model, hyper(settings, "cross_entropy"))
@@ -153,7 +163,7 @@ def inner(
         assert start.meta is not None
         mean = {k: v for k, v in start.meta.items() if k in meta and _of(k, head) and v.shape != meta[k].shape}
         mean = {k: v.mean(0, keepdim=True).expand_as(meta[k]).clone() for k, v in mean.items()}
-        meta = {k: v.to(device) for k, v in _checked({**start.meta, **mean}, meta).items()}
+        meta = {k: v.to(device) for k, v in {**start.meta, **mean}.items()}
         state = {k: v.to(device) for k, v in start.state.items()}
     x, y = preprocessing.normalise(images.to(device)), labels.to(device)
     key = torch.zeros((), dtype=torch.int64, device=device)
@@ -163,9 +173,11 @@ def inner(
     for step in range(steps + 1):
         with torch.no_grad():
             loss = LOSSES["cross_entropy"](algorithm.predict(at_step(every, step), x, "transductive"), y)
+        if not loss.isfinite():
+            raise NonFiniteError(f"inner step {step}: the training loss is {float(loss)}; try fewer --inner-steps")
         curve.append({"epoch": float(step), "loss": float(loss)})
     fast = at_step(every, -1)
-    bare = _filled(body_of(module, head), {k: v for k, v in fast.params.items() if not _of(k, head)}).to(device)
+    bare = _filled(body_of(module, head), fast.params).to(device)
     return Fitted(with_stored_moments(bare, x, fast.moments).eval(), _head(fast, head), curve)
 
 
@@ -183,23 +195,9 @@ def _of(name: str, head: str) -> bool:
 
 
 def _filled(module: nn.Module, params: Params) -> nn.Module:
-    """A copy with these parameters; its buffers stay."""
+    """A copy with these parameters, of which there may be more; its buffers stay."""
     module = copy.deepcopy(module)
-    own = dict(module.named_parameters())
-    _checked(params, own)
     with torch.no_grad():
-        for name, p in own.items():
+        for name, p in module.named_parameters():
             p.copy_(params[name])
     return module
-
-
-def _checked(params: Params, expected: Mapping[str, Tensor]) -> Params:
-    if params.keys() != expected.keys():
-        odd = sorted(params.keys() ^ expected.keys())
-        raise CheckpointError(f"init: the run's parameters are not this architecture's: {odd[:6]}")
-    for name, p in expected.items():
-        if params[name].shape != p.shape:
-            raise CheckpointError(
-                f"init: {name} has shape {list(params[name].shape)} in the run, {list(p.shape)} in this architecture"
-            )
-    return dict(params)

@@ -68,6 +68,7 @@ def study(
     folder. `should_stop` raises to stop, and `progress(number of the fit, row)` is told of each epoch.
     """
     names = starts(start)
+    write_rows(run, position)  # a kill may have come between the checkpoint and them
     clock = time.monotonic()
 
     def keep(number: int) -> None:
@@ -161,6 +162,11 @@ def write(run: RunFolder, position: Position, header: Mapping[str, Any]) -> None
     """The checkpoint, and metrics.jsonl from the same position. Raises CheckpointError."""
     tensors, plain = ({}, None) if position.current is None else flatten(position.current)
     run.save_last(tensors, {**header, "fits": position.fits, "rows": position.rows, "current": plain})
+    write_rows(run, position)
+
+
+def write_rows(run: RunFolder, position: Position) -> None:
+    """metrics.jsonl. Raises CheckpointError."""
     write_atomically(run.metrics, "".join(json.dumps(row, sort_keys=True) + "\n" for row in position.rows).encode())
 
 

@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from metaft.errors import DataError, MetaftError, suggest
+from metaft.names import is_text
 from metaft.tasks.folder import preprocessing_for
 from metaft.tasks.glyphs import glyphs
 from metaft.tasks.images import is_dark_on_bright, is_grey, list_classes, open_image, read_all, subfolders
@@ -140,6 +141,9 @@ def _list(path: Path) -> tuple[tuple[str, ...], list[tuple[str, int, Path]]]:
     if not parts:
         parts = {"all": list_classes(path)}
     names = tuple(sorted(next(iter(parts.values()))))
+    for name in names:
+        if not is_text(name):
+            raise DataError(f"data: the name of class folder {name!r} in {path} is not text")
     if len(names) < 2:
         raise DataError(f"data: {path} holds {len(names)} class folders, fewer than 2")
     for classes in parts.values():
