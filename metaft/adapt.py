@@ -316,7 +316,12 @@ def result_of(
         pairs = zip(accuracies[names[0]], accuracies[RANDOM], strict=True)
         gained, ci = mean_t95([learned - random for learned, random in pairs])
         gain = {"accuracy": gained, "ci95": ci, "draws": config.seeds}
-    per_class = np.bincount(target.labels.numpy()[np.concatenate([rows.train, rows.val])])
+
+    def per_class(part: np.ndarray) -> int | None:
+        """Images of each class in a part, where all have as many."""
+        counts = np.bincount(target.labels.numpy()[part], minlength=len(target.class_names))
+        return int(counts[0]) if len(set(counts.tolist())) == 1 else None
+
     own = FINETUNE if config.method == "finetune" else ("inner_steps",)
     return {
         "command": "adapt",
@@ -332,7 +337,8 @@ def result_of(
         "device": device,
         "train_images": len(rows.train),
         "val_images": len(rows.val),
-        "train_images_per_class": int(per_class[0]) if len(set(per_class.tolist())) == 1 else None,
+        "train_images_per_class": per_class(rows.train),
+        "val_images_per_class": per_class(rows.val),
         "test_images": len(rows.test),
         "notes": _notes(config, start, target, rows),
         **{k: v for k, v in first.items() if k not in ("seed", "epochs", "seconds")},

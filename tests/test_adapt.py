@@ -303,7 +303,7 @@ def test_what_is_left_open_is_written_down(runs: dict[str, Path], data: Path, tm
 
 
 def test_the_validation_part_is_stratified_and_apart(
-    runs: dict[str, Path], data: Path, tmp_path: Path, fits: list[Seen]
+    runs: dict[str, Path], data: Path, tmp_path: Path, fits: list[Seen], capsys: Text
 ) -> None:
     assert adapt.main(words(runs["maml"], data, tmp_path / "o", epochs=1)) == 0
     result = result_of(tmp_path / "o")
@@ -316,16 +316,22 @@ def test_the_validation_part_is_stratified_and_apart(
         assert len(each(seen.images)) + len(each(seen.val_images)) == len(train)
         assert not (each(seen.images) | each(seen.val_images)) & each(pixels_of(test))
     assert [result[f"{part}_images"] for part in ("train", "val", "test")] == [24, 6, 15]
-    assert result["train_images_per_class"] == 10
+    assert (result["train_images_per_class"], result["val_images_per_class"]) == (8, 2)
     assert result["notes"] == []
+    assert "\nWith 8 images per class to train on and 2 to validate, " in capsys.readouterr().out
 
 
-def test_a_val_folder_is_the_validation_part(runs: dict[str, Path], tmp_path: Path, fits: list[Seen]) -> None:
+def test_a_val_folder_is_the_validation_part(
+    runs: dict[str, Path], tmp_path: Path, fits: list[Seen], capsys: Text
+) -> None:
     data = write_target(tmp_path / "d", {"train": 12, "val": 1, "test": 2})
     assert adapt.main(words(runs["maml"], data, tmp_path / "o", epochs=1)) == 0
     assert each(fits[0].images) == each(pixels_of(files_of(data / "train")[0]))
     assert each(fits[0].val_images) == each(pixels_of(files_of(data / "val")[0]))
-    assert [result_of(tmp_path / "o")[f"{part}_images"] for part in ("train", "val", "test")] == [36, 3, 6]
+    result = result_of(tmp_path / "o")
+    assert [result[f"{part}_images"] for part in ("train", "val", "test")] == [36, 3, 6]
+    assert (result["train_images_per_class"], result["val_images_per_class"]) == (12, 1)
+    assert "\nWith 12 images per class to train on and 1 to validate, " in capsys.readouterr().out
 
 
 def test_with_few_images_all_of_them_train_for_the_fixed_epochs_and_a_note_says_so(
@@ -1209,6 +1215,50 @@ def test_names_that_are_not_utf_8(runs: dict[str, Path], tmp_path: Path, capsys:
 
 
 # ---- losses that are not finite -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shots", [1, 2, 10])
+@pytest.mark.parametrize("start", ["meta-learned", "random"])
+def test_a_last_step_that_is_not_finite_is_status_1(
+    start: str, shots: int, runs: dict[str, Path], data: Path, tmp_path: Path, capsys: Text
+) -> None:
+    """One step, whose loss is that before it: alone the parameters, the stored moments or the outputs show it."""
+    init, out = runs["maml"] if start == "meta-learned" else "none", tmp_path / "o"
+    assert adapt.main(words(init, data, out, shots_per_class=shots, epochs=1, lr=1e30, batch_size=99)) == 1
+    said = capsys.readouterr()
+    assert re.match(
+        r"metaft: error: (after the last step: not finite: .*|epoch 1: the validation loss is .*); try a smaller --lr$",
+        said.err.splitlines()[-1],
+    )
+    assert said.out == ""
+    for name in ("result.json", "classifier.safetensors"):
+        assert not (out / name).exists()
+    assert adapt.main(["--resume", str(out)]) == 1  # likewise
+
+
+@pytest.mark.parametrize("method", ["finetune", "inner"])
+@pytest.mark.parametrize("start", [0, 1])
+def test_outputs_that_are_not_finite_are_status_1(
+    start: int, method: str, runs: dict[str, Path], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: Text,
+) -> None:  # fmt: skip
+    """Every parameter is finite, and the outputs on test images overflow; from either start."""
+    real, count = getattr(study, "fit" if method == "finetune" else "inner"), iter(range(9))
+
+    def fit(*given: Any, **others: Any) -> Any:
+        fitted = real(*given, **others)
+        if next(count) == start:
+            with torch.no_grad():
+                fitted.head.weight.fill_(3e38)
+        return fitted
+
+    monkeypatch.setattr(study, "fit" if method == "finetune" else "inner", fit)
+    argv = (words if method == "finetune" else inner_words)(runs["maml"], data, tmp_path / "o")
+    assert adapt.main(argv) == 1
+    line = capsys.readouterr().err.splitlines()[-1]
+    advice = "try a smaller --lr" if method == "finetune" else "try fewer --inner-steps"
+    assert line == f"metaft: error: after the last step: not finite: the logits of the test images; {advice}"
+    assert not (tmp_path / "o/result.json").exists()
 
 
 @pytest.mark.parametrize("lr", [1e20, 1e30])

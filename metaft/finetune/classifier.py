@@ -56,11 +56,14 @@ class Classifier(nn.Module):
         return (255 - pixels if self.invert else pixels).unsqueeze(0)
 
     @torch.no_grad()
+    def logits(self, images: Tensor, at_once: int = 256) -> Tensor:
+        """What `forward` gives, [n, classes] on the CPU, `at_once` images at a time."""
+        device = next(self.parameters()).device
+        return torch.cat([self(part.to(device)).cpu() for part in images.split(at_once)])
+
     def probabilities(self, images: Tensor, at_once: int = 256) -> Tensor:
         """float32 [n, classes] on the CPU, `at_once` images at a time."""
-        device = next(self.parameters()).device
-        parts = [self(part.to(device)).softmax(-1).float().cpu() for part in images.split(at_once)]
-        return torch.cat(parts) if parts else torch.empty(0, len(self.class_names))
+        return self.logits(images, at_once).softmax(-1).float()
 
     def names(self, images: Tensor) -> list[str]:
         """The most probable class of each image."""

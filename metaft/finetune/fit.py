@@ -20,6 +20,8 @@ from metaft.models.stored import with_stored_moments
 from metaft.tasks.pool import Preprocessing
 from metaft.tasks.sampler import raw_words, uniform
 
+SMALLER = "try a smaller --lr"
+
 STREAM = 4  # of raw_words: 0 episodes, 1 batches, 2 glyphs, 3 the draw of training images
 
 
@@ -77,7 +79,8 @@ def fit(
     Training batches are normalised with their own statistics; the result with those of all training images, stored in
     one last pass. With validation images the epoch of the lowest validation loss is kept (inductively, as the result
     will predict) and training stops after `patience` epochs without a better one. `on_epoch` gets a copy of all that
-    `resume` needs for the same bits. Raises NonFiniteError where the training loss is not finite.
+    `resume` needs for the same bits. Raises NonFiniteError where the training or validation loss is not finite; that of
+    the last step, which no loss has seen, shows in the result alone.
     """
     like = next(body.parameters())
     images, labels = images.to(like.device), labels.to(like.device)
@@ -99,6 +102,8 @@ def fit(
         if val_images is not None and val_labels is not None and len(val_images):
             x_val = preprocessing.normalise(val_images.to(like.device)).to(like.dtype)
             row |= _validate(model, x_all, x_val, val_labels.to(like.device))
+            if not math.isfinite(row["val_loss"]):
+                raise NonFiniteError(f"epoch {epoch + 1}: the validation loss is {row['val_loss']}; {SMALLER}")
             if row["val_loss"] < best[0]:
                 best = (row["val_loss"], copy.deepcopy(model.state_dict()))
         curve.append(row)
@@ -171,7 +176,7 @@ def _epoch(
         total += float(loss.detach()) * len(rows)
         should_stop()
     if not math.isfinite(total):
-        raise NonFiniteError(f"epoch {epoch + 1}: the training loss is {total}; try a smaller --lr")
+        raise NonFiniteError(f"epoch {epoch + 1}: the training loss is {total}; {SMALLER}")
     return total / len(images)
 
 

@@ -38,8 +38,12 @@ def plainly(result: Mapping[str, Any]) -> str:
     """What was gained, in a sentence or two."""
     shots = result["train_images_per_class"]
     images = f"{shots} image{'s' if shots != 1 else ''} per class" if shots else f"{result['train_images']} images"
+    images += " to train on"
+    if result["val_images"]:
+        val = result["val_images_per_class"]
+        images += f" and {val} to validate" if shots and val else f" and {result['val_images']} in all to validate"
     if result["scratch"] is None:
-        return f"With {images} to train on, {_of_100(result['accuracy'])} of 100 new images get the right label."
+        return f"With {images}, {_of_100(result['accuracy'])} of 100 new images get the right label."
     both = [result["accuracy"], result["scratch"]["accuracy"]]
     gain = result["gain"]["accuracy"]
     draws = result["gain"]["draws"]
@@ -49,7 +53,7 @@ def plainly(result: Mapping[str, Any]) -> str:
         over = f" (mean of {draws} draws, ± {100 * result['gain']['ci95']:.1f})"
     change = "gained" if gain >= 0 else "lost"
     return (
-        f"With {images} to train on, {_of_100(both[0])} of 100 new images get the right label after starting from the "
+        f"With {images}, {_of_100(both[0])} of 100 new images get the right label after starting from the "
         f"meta-learned initialisation, and {_of_100(both[1])} of 100 after the same training from a random one: "
         f"{abs(100 * gain):.1f} points {change}{over}."
     )

@@ -25,6 +25,8 @@ from metaft.models.stored import with_stored_moments
 from metaft.tasks.pool import Preprocessing
 from metaft.types import Fast, Params
 
+FEWER = "try fewer --inner-steps"
+
 WIDTH = 64  # of a backbone that no run has chosen
 
 
@@ -174,7 +176,7 @@ def inner(
         with torch.no_grad():
             loss = LOSSES["cross_entropy"](algorithm.predict(at_step(every, step), x, "transductive"), y)
         if not loss.isfinite():
-            raise NonFiniteError(f"inner step {step}: the training loss is {float(loss)}; try fewer --inner-steps")
+            raise NonFiniteError(f"inner step {step}: the training loss is {float(loss)}; {FEWER}")
         curve.append({"epoch": float(step), "loss": float(loss)})
     fast = at_step(every, -1)
     bare = _filled(body_of(module, head), fast.params).to(device)

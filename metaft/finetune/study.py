@@ -14,11 +14,11 @@ import torch
 from metaft import checkpoint
 from metaft.checkpoint import write_atomically
 from metaft.config import AdaptConfig
-from metaft.errors import CheckpointError
+from metaft.errors import CheckpointError, NonFiniteError
 from metaft.finetune.classifier import Classifier, save
-from metaft.finetune.fit import Fitted, Recipe, fit, flatten, unflatten
+from metaft.finetune.fit import SMALLER, Fitted, Recipe, fit, flatten, unflatten
 from metaft.finetune.scores import scores
-from metaft.finetune.start import Start, body, inner
+from metaft.finetune.start import FEWER, Start, body, inner
 from metaft.finetune.target import Rows, Target
 from metaft.run import RunFolder, append_row
 
@@ -96,9 +96,9 @@ def study(
         seed, learned = config.seed + draw, names[which] == LEARNED
         fitted = _fit(config, start, target, rows, seed, learned, device, position.current, should_stop, on_epoch)
         made = Classifier(fitted.body, fitted.head, target.preprocessing, target.class_names, invert=target.invert)
+        figures = test(made, target, rows.test, SMALLER if config.method == "finetune" else FEWER)
         if number == 0:
             save(run.classifier, made, start.architecture, {"init": start.name, "data": target.name})
-        figures = test(made, target, rows.test)
         if draw > 0:  # the first draw's tables are enough
             figures = {k: v for k, v in figures.items() if k not in ("per_class", "confusion")}
         ran = len([row for row in fitted.curve if row["epoch"] > 0])
@@ -120,10 +120,14 @@ def study(
     return position
 
 
-def test(classifier: Classifier, target: Target, rows: np.ndarray) -> dict[str, Any]:
-    """Scores on some of the target's images."""
+def test(classifier: Classifier, target: Target, rows: np.ndarray, advice: str) -> dict[str, Any]:
+    """Scores on some of the target's images. Raises NonFiniteError, with the advice, where they would mean nothing."""
     some = torch.from_numpy(rows)
-    predicted = classifier.probabilities(target.images[some]).argmax(-1)
+    logits = classifier.logits(target.images[some])
+    for name, value in {**classifier.state_dict(), "the logits of the test images": logits}.items():
+        if not value.isfinite().all():
+            raise NonFiniteError(f"after the last step: not finite: {name}; {advice}")
+    predicted = logits.softmax(-1).argmax(-1)  # as `probabilities` ranks them
     return scores(target.labels[some].numpy(), predicted.numpy(), target.class_names)
 
 
