@@ -363,8 +363,14 @@ def _notes(config: AdaptConfig, start: Start, target: Target, rows: Any) -> list
     from metaft.finetune.target import VALIDATION_FROM
 
     notes = []
-    if target.notes:
-        notes.append(f"images were fitted to the run's: {', '.join(target.notes)}")
+    if target.changes:
+        notes.append(f"images were fitted to the run's: {', '.join(target.changes)}")
+    notes += target.notes
+    known = {target.images[i].numpy().tobytes() for i in (*rows.train, *rows.val)}
+    twins = sum(target.images[i].numpy().tobytes() in known for i in rows.test)
+    if twins:
+        also = "training or validation" if len(rows.val) else "training"
+        notes.append(f"{twins} of the {len(rows.test)} test images are also {also} images, to the pixel")
     if config.method == "finetune" and len(rows.val) == 0:
         notes.append(
             f"a class has fewer than {VALIDATION_FROM} images to train on, so none are set aside for validation: "

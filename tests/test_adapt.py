@@ -399,6 +399,91 @@ def test_the_runs_own_preprocessing_and_what_was_changed(
     assert [header["invert"] for _, header in tensors] == [False, True]
 
 
+def recolour(file: Path) -> None:
+    """Make a grey picture a red one."""
+    grey = np.asarray(Image.open(file).convert("L"))
+    Image.fromarray(np.stack([grey, grey // 2, grey // 2], -1)).save(file)
+
+
+def test_a_few_images_in_colour_are_not_overlooked(runs: dict[str, Path], tmp_path: Path, capsys: Text) -> None:
+    """Those that a sample of 64 in 130 * 3 images would miss."""
+    data = write_target(tmp_path / "d", {".": 130})
+    odd = [data / TARGET[0] / "01.png", data / TARGET[1] / "04.png"]
+    for file in odd:
+        recolour(file)
+    assert adapt.main(words(runs["maml"], data, tmp_path / "o")) == 2
+    part = f"data: 2 of the 390 images of {data} are in colour, [3, 8, 8], such as {odd[0]}, but the run takes grey"
+    one_line(capsys, part, "[1, 8, 8]")
+    assert target.shape_of(f"folder:{data}") == ([3, 84, 84], True)
+    made = target.load(f"folder:{data}")
+    assert made.images.shape == (390, 3, 84, 84)
+    assert made.changes == ("resized from 8x8 to 84x84", "388 of 390 from grey to colour")
+    Image.open(odd[0]).resize((9, 9)).save(odd[0])
+    assert target.load(f"folder:{data}").changes[0] == "resized from several sizes to 84x84"
+
+
+def test_training_images_alone_decide_the_polarity(runs: dict[str, Path], tmp_path: Path, capsys: Text) -> None:
+    data = write_target(tmp_path / "d", {"train": 2})
+    write_target(tmp_path / "d", {"test": 9}, dark=True)
+    made = target.load(f"folder:{data}", Preprocessing(1, 8, 8, polarity="bright-on-black"))
+    assert (made.invert, made.changes, made.notes) == (False, (), ())
+    assert torch.equal(made.images, pixels_of(list(map(Path, made.files))))
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_classes_of_the_other_polarity_are_named(dark: bool, runs: dict[str, Path], tmp_path: Path) -> None:
+    data = write_target(tmp_path / "d", {"train": 3, "test": 2}, dark=dark)
+    for file in (data / "train" / TARGET[1]).iterdir():
+        Image.fromarray(255 - np.asarray(Image.open(file))).save(file)
+    assert adapt.main(words(runs["maml"], data, tmp_path / "o", epochs=1)) == 0
+    ways = ("bright on dark", "dark on bright")
+    note = f"{TARGET[1]}: {ways[not dark]}, but read as {ways[dark]}, as the other classes are"
+    assert note in result_of(tmp_path / "o")["notes"]
+
+
+def test_test_images_that_are_training_images_are_counted(runs: dict[str, Path], tmp_path: Path, capsys: Text) -> None:
+    data = write_target(tmp_path / "d", {"train": 5, "test": 3})
+    for number in (0, 2):
+        shutil.copy(data / "train" / TARGET[0] / f"0{number}.png", data / "test" / TARGET[2] / f"0{number}.png")
+    note = "of the 9 test images are also training images, to the pixel"
+    assert adapt.main(words(runs["maml"], data, tmp_path / "o", epochs=1)) == 0
+    assert f"note: 2 {note}\n" in capsys.readouterr().out
+    assert f"2 {note}" in result_of(tmp_path / "o")["notes"]
+
+
+def test_pictures_that_nobody_looks_for_are_named(runs: dict[str, Path], tmp_path: Path) -> None:
+    data = write_target(tmp_path / "d", {"train": 3, "test": 2, "banana": 1})
+    write_target(data / "train" / TARGET[0], {".": 1}, classes=("more",))
+    (data / "notes").mkdir()
+    (data / "test" / TARGET[1] / "empty").mkdir()
+    assert adapt.main(words(runs["maml"], data, tmp_path / "o", epochs=1)) == 0
+    assert result_of(tmp_path / "o")["notes"][:2] == [
+        f"ignored beside train/ and test/: {data}/banana",
+        f"ignored, since they are inside class folders: {data}/train/{TARGET[0]}/more",
+    ]
+
+
+def locked(monkeypatch: pytest.MonkeyPatch, *folders: Path) -> None:
+    """Have folders that nobody may list; permissions would not stop a superuser."""
+    real = os.scandir
+
+    def scandir(path: Any = ".") -> Any:
+        if Path(path) in folders:
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+
+
+@pytest.mark.parametrize("place", [".", "train", f"train/{TARGET[1]}"])
+def test_a_locked_folder_is_one_line(
+    place: str, runs: dict[str, Path], data: Path, in_tmp: Path, monkeypatch: pytest.MonkeyPatch, capsys: Text
+) -> None:
+    locked(monkeypatch, data / place)
+    assert adapt.main(words(runs["maml"], data, in_tmp / "o")) == 2
+    one_line(capsys, f"data: folder {data / place} cannot be read (Permission denied)")
+
+
 def test_grey_images_for_a_run_on_colour(runs: dict[str, Path], data: Path, tmp_path: Path, fits: list[Seen]) -> None:
     assert adapt.main(words(runs["colour"], data, tmp_path / "o", epochs=1)) == 0
     assert result_of(tmp_path / "o")["notes"] == ["images were fitted to the run's: grey to colour"]
@@ -1127,16 +1212,17 @@ def bad(tmp_path_factory: pytest.TempPathFactory, runs: dict[str, Path], data: P
 
 UNFIT = [
     ("--data folder:{empty}", ["data: {empty} holds 0 class folders, fewer than 2"]),
-    ("--data folder:{hollow}", ["{hollow}/a holds no images"]),
+    ("--data folder:{hollow}", ["data: ", "{hollow}/a holds no images"]),
     ("--data folder:{one}", ["data: {one} holds 1 class folders, fewer than 2"]),
     ("--data folder:{few} --shots-per-class 3", ["class 'a' has 3 images", "shots_per_class + 1 for the test = 4"]),
     ("--data folder:{data} --shots-per-class 11", ["class 'apple' has 10 images", "shots_per_class = 11"]),
     ("--data folder:{untested}", ["{untested}/test is missing"]),
     ("--data folder:{lone}", ["'c d' is not in every part of {lone}"]),
-    ("--data folder:{colour}", ["{colour} are in colour, [3, 8, 8]", "[1, 8, 8]"]),
-    ("--data folder:{text}", ["{text}/train/βητα/01.png"]),
-    ("--data folder:{cut}", ["{cut}/train/βητα/01.png"]),
-    ("--data folder:{file}", ["data: ", "{file}"]),
+    ("--data folder:{colour}", ["data: 15 of the 15 images of {colour} are in colour, [3, 8, 8]", "[1, 8, 8]"]),
+    ("--data folder:{text}", ["data: image {text}/train/βητα/01.png"]),
+    ("--data folder:{text} --init none", ["data: image {text}/train/βητα/01.png"]),
+    ("--data folder:{cut}", ["data: image {cut}/train/βητα/01.png"]),
+    ("--data folder:{file}", ["data: {file} is not a folder"]),
     ("--data glyphs:Hebrew", ["[1, 28, 28]", "[1, 8, 8]"]),
     ("--init {colour_run} --data glyphs:Hebrew", ["[1, 28, 28]", "[3, 8, 8]"]),
     ("--init {curve_run}", ["init: {curve_run}", "[1]", "the images of folder:{data} are [1, "]),
@@ -1223,7 +1309,7 @@ def test_a_last_step_that_is_not_finite_is_status_1(
     start: str, shots: int, runs: dict[str, Path], data: Path, tmp_path: Path, capsys: Text
 ) -> None:
     """One step, whose loss is that before it: alone the parameters, the stored moments or the outputs show it."""
-    init, out = runs["maml"] if start == "meta-learned" else "none", tmp_path / "o"
+    init, out = runs["maml"] if start == "meta-learned" else Path("none"), tmp_path / "o"
     assert adapt.main(words(init, data, out, shots_per_class=shots, epochs=1, lr=1e30, batch_size=99)) == 1
     said = capsys.readouterr()
     assert re.match(

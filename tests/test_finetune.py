@@ -261,7 +261,8 @@ def test_every_layout_of_a_folder(
     for file, label, pixels in zip(data.files, data.labels, data.images, strict=True):
         assert Path(file).parent.name == data.class_names[label]
         assert np.array_equal(np.asarray(Image.open(file)), pixels[0])
-    assert (data.invert, data.notes, data.images.dtype, data.labels.dtype) == (False, (), torch.uint8, torch.int64)
+    assert (data.invert, data.changes, data.notes) == (False, (), ())
+    assert (data.images.dtype, data.labels.dtype) == (torch.uint8, torch.int64)
 
 
 @pytest.mark.parametrize(
@@ -281,13 +282,13 @@ def test_polarity_and_size_are_fitted_and_reported(tmp_path: Path) -> None:
     write(tmp_path, ".", 3, side=12, paper=230)
     data = load_target(f"folder:{tmp_path}", GREY8, shots_per_class=None, seed=0)
     assert data.invert
-    assert data.notes == ("resized from 12x12 to 8x8", "dark on bright to bright on black")
+    assert data.changes == ("resized from 12x12 to 8x8", "dark on bright to bright on black")
     assert data.images[:, 0, 0].float().mean() < 60
     as_is = load_target(f"folder:{tmp_path}", Preprocessing(1, 12, 12), shots_per_class=None, seed=0)
-    assert (as_is.invert, as_is.notes) == (False, ())
+    assert (as_is.invert, as_is.changes) == (False, ())
     assert torch.equal(as_is.images[0, 0], torch.from_numpy(np.array(Image.open(data.files[0]))))
     colour = load_target(f"folder:{tmp_path}", Preprocessing(3, 12, 12), shots_per_class=None, seed=0)
-    assert (colour.images.shape[1], colour.notes) == (3, ("grey to colour",))
+    assert (colour.images.shape[1], colour.changes) == (3, ("grey to colour",))
     made = Classifier(nn.Identity(), nn.Identity(), GREY8, ("a", "b", "c"), invert=data.invert)
     for i, file in enumerate(data.files):  # a picture reads the same in training and in prediction
         assert torch.equal(made.read(Path(file)), data.images[i : i + 1])

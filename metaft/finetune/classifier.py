@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from metaft import checkpoint
@@ -17,7 +18,7 @@ from metaft.finetune.start import build
 from metaft.models.functional import body_of
 from metaft.models.stored import empty_stored
 from metaft.run import RunFolder
-from metaft.tasks.images import read
+from metaft.tasks.images import open_image, pixels_of
 from metaft.tasks.pool import Preprocessing
 
 
@@ -51,8 +52,12 @@ class Classifier(nn.Module):
 
     def read(self, path: Path | str) -> Tensor:
         """A picture file as `forward` takes it, uint8 [1, C, H, W]. Raises DataError, naming the file."""
+        return self.fitted(open_image(Path(path)))
+
+    def fitted(self, image: Image.Image) -> Tensor:
+        """A picture that `open_image` opened as `forward` takes it, uint8 [1, C, H, W]."""
         p = self.preprocessing
-        pixels = torch.from_numpy(read(Path(path), p.channels, p.height).copy())
+        pixels = torch.from_numpy(pixels_of(image, p.channels, p.height).copy())
         return (255 - pixels if self.invert else pixels).unsqueeze(0)
 
     @torch.no_grad()

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from metaft.errors import DataError, MetaftError, suggest
 from metaft.names import is_text
 from metaft.tasks.folder import preprocessing_for
 from metaft.tasks.glyphs import glyphs
-from metaft.tasks.images import is_dark_on_bright, is_grey, list_classes, open_image, read_all, subfolders
+from metaft.tasks.images import is_dark_on_bright, is_grey, list_below, list_classes, read_all, subfolders
 from metaft.tasks.pool import Preprocessing
 from metaft.tasks.sampler import choose, raw_words
 
@@ -50,8 +51,10 @@ class Target:
     preprocessing: Preprocessing
     invert: bool
     """Whether the files' polarity was turned around."""
-    notes: tuple[str, ...]
+    changes: tuple[str, ...]
     """What was changed on the way from the files, in plain words."""
+    notes: tuple[str, ...] = ()
+    """What else there is to know of the files, in plain words."""
 
     def rows(self, *, shots_per_class: int | None, seed: int, validate: bool = True) -> Rows:
         """The images to train, validate and test on; what is drawn is drawn by `seed` alone.
@@ -74,14 +77,12 @@ class Target:
 
 
 def shape_of(data: str) -> tuple[list[int], bool]:
-    """([C, H, W] of the target's images, whether another size will do); a folder's first image stands for all.
-
-    Raises as `load` does.
-    """
+    """([C, H, W] of the target's images, whether another size will do). Raises as `load` does."""
     kind, _, rest = data.partition(":")
     if kind == "folder" and rest:
-        _, files = _list(Path(rest))
-        p = preprocessing_for([f for _, _, f in files])
+        with _named():
+            _, files = _list(Path(rest))
+            p = preprocessing_for([f for _, _, f in files], sample=None)
         return [p.channels, p.height, p.width], True
     return list(load(data).images.shape[1:]), False
 
@@ -95,43 +96,98 @@ def load(data: str, preprocessing: Preprocessing | None = None) -> Target:
     """
     kind, _, rest = data.partition(":")
     if kind == "folder" and rest:
-        return _folder(Path(rest), preprocessing)
+        with _named():
+            return _folder(Path(rest), preprocessing)
     if kind == "glyphs" and rest:
         return _script(rest, preprocessing)
     raise MetaftError(f"data: write folder:PATH or glyphs:SCRIPT, not {data!r}")
 
 
+@contextlib.contextmanager
+def _named() -> Iterator[None]:
+    """Lets every error inside name the option."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(str(error) if str(error).startswith("data: ") else f"data: {error}") from error
+
+
+class Look(NamedTuple):
+    """What a picture file was before it was fitted to the run."""
+
+    size: tuple[int, int]
+    mode: str
+    grey: bool
+
+
 def _folder(path: Path, given: Preprocessing | None) -> Target:
-    names, files = _list(path)
-    sample = [open_image(f) for _, _, f in files[:: max(1, len(files) // 64)]]
-    p = given or preprocessing_for([f for _, _, f in files])
-    if p.channels == 1 and not all(is_grey(image) for image in sample):
-        size = f"{sample[0].height}, {sample[0].width}"
+    names, listed = _list(path)
+    files = [file for _, _, file in listed]
+    labels = np.array([label for _, label, _ in listed])
+    parts = {part: np.flatnonzero([f[0] == part for f in listed]) for part in dict.fromkeys(f[0] for f in listed)}
+    p = given or preprocessing_for(files, sample=None)
+    looks: dict[int, Look] = {}
+    raw = read_all(
+        files, p.channels, p.height,
+        lambda i, image: looks.update({i: Look(image.size, image.mode, p.channels == 3 or is_grey(image))}),
+    )  # fmt: skip
+    colour = [i for i in range(len(files)) if not looks[i].grey]
+    if colour:
+        width, height = looks[colour[0]].size
         raise DataError(
-            f"data: the images of {path} are in colour, [3, {size}], but the run takes grey ones, "
-            f"[1, {p.height}, {p.width}]; make them grey first, or start from a run on colour images"
+            f"data: {len(colour)} of the {len(files)} images of {path} are in colour, [3, {height}, {width}], such as "
+            f"{files[colour[0]]}, but the run takes grey ones, [1, {p.height}, {p.width}]; make them grey first, or "
+            "start from a run on colour images"
         )
-    raw = read_all([f for _, _, f in files], p.channels, p.height)
-    invert = p.polarity == "bright-on-black" and p.channels == 1 and is_dark_on_bright(raw)
+    invert, odd = False, []
+    if p.polarity == "bright-on-black" and p.channels == 1:
+        # Test images have no say, where it is known which they are.
+        rows = parts.get("train", np.arange(len(files)))
+        invert = is_dark_on_bright(raw[rows])
+        odd = [n for i, n in enumerate(names) if is_dark_on_bright(raw[rows[labels[rows] == i]]) != invert]
+    notes = _ignored(path, tuple(parts), listed)
+    if odd:
+        ways = ("bright on dark", "dark on bright")
+        notes.append(f"{_some(odd)}: {ways[not invert]}, but read as {ways[invert]}, as the other classes are")
     return Target(
         name=f"folder:{path}",
         class_names=names,
         images=torch.from_numpy(255 - raw if invert else raw),
-        labels=torch.tensor([label for _, label, _ in files]),
-        parts={part: np.flatnonzero([f[0] == part for f in files]) for part in dict.fromkeys(f[0] for f in files)},
-        files=tuple(str(f) for _, _, f in files),
+        labels=torch.from_numpy(labels),
+        parts=parts,
+        files=tuple(map(str, files)),
         preprocessing=p,
         invert=invert,
-        notes=_notes(sample, p, invert),
+        changes=_changes(list(looks.values()), p, invert),
+        notes=tuple(notes),
     )
+
+
+def _ignored(path: Path, parts: Sequence[str], listed: Sequence[tuple[str, int, Path]]) -> list[str]:
+    """Notes on pictures that lie where nobody looks for them."""
+    notes = []
+    beside = [] if "all" in parts else [sub for sub in subfolders(path) if sub.name not in parts and list_below(sub)]
+    if beside:
+        notes.append(f"ignored beside {' and '.join(f'{part}/' for part in parts)}: {_some(beside)}")
+    classes = dict.fromkeys(file.parent for _, _, file in listed)
+    deeper = [sub for folder in classes for sub in subfolders(folder) if list_below(sub)]
+    if deeper:
+        notes.append(f"ignored, since they are inside class folders: {_some(deeper)}")
+    return notes
+
+
+def _some(names: Sequence[object]) -> str:
+    """The first of them, and how many more there are."""
+    return ", ".join(map(str, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _list(path: Path) -> tuple[tuple[str, ...], list[tuple[str, int, Path]]]:
     """(class names, (part, label, file) of every image), of either layout."""
-    if not path.is_dir():
-        raise DataError(f"data: folder {path} does not exist")
+    if not os.path.isdir(path):
+        there = os.path.lexists(path)
+        raise DataError(f"data: {path} is not a folder" if there else f"data: folder {path} does not exist")
     parts = {
-        s: list_classes(path / s) for s in ("train", "val", "test") if (path / s).is_dir() and subfolders(path / s)
+        s: list_classes(path / s) for s in ("train", "val", "test") if os.path.isdir(path / s) and subfolders(path / s)
     }
     if parts and not {"train", "test"} <= parts.keys():
         missing = max({"train", "test"} - parts.keys())
@@ -153,20 +209,21 @@ def _list(path: Path) -> tuple[tuple[str, ...], list[tuple[str, int, Path]]]:
     return names, [(part, label, f) for part in parts for label, name in enumerate(names) for f in parts[part][name]]
 
 
-def _notes(sample: Sequence[Image.Image], p: Preprocessing, invert: bool) -> tuple[str, ...]:
-    """What happens to pictures of which these are a sample, in plain words."""
-    notes = []
-    sizes = sorted({image.size for image in sample})
+def _changes(looks: Sequence[Look], p: Preprocessing, invert: bool) -> tuple[str, ...]:
+    """What happens to these pictures, in plain words."""
+    changes = []
+    sizes = sorted({look.size for look in looks})
     if sizes != [(p.width, p.height)]:
         was = f"{sizes[0][0]}x{sizes[0][1]}" if len(sizes) == 1 else "several sizes"
-        notes.append(f"resized from {was} to {p.width}x{p.height}")
-    if p.channels == 3 and all(image.mode == "L" for image in sample):
-        notes.append("grey to colour")
-    if p.channels == 1 and any(image.mode != "L" for image in sample):
-        notes.append("colour files to grey, which their pixels are")
+        changes.append(f"resized from {was} to {p.width}x{p.height}")
+    grey = sum(look.mode == "L" for look in looks)
+    if p.channels == 3 and grey:
+        changes.append("grey to colour" if grey == len(looks) else f"{grey} of {len(looks)} from grey to colour")
+    if p.channels == 1 and grey < len(looks):
+        changes.append("colour files to grey, which their pixels are")
     if invert:
-        notes.append("dark on bright to bright on black")
-    return tuple(notes)
+        changes.append("dark on bright to bright on black")
+    return tuple(changes)
 
 
 def _script(script: str, given: Preprocessing | None) -> Target:
@@ -192,7 +249,7 @@ def _script(script: str, given: Preprocessing | None) -> Target:
         files=tuple(f"{names[label]} #{i % 20}" for i, label in enumerate(labels)),
         preprocessing=p,
         invert=False,
-        notes=(),
+        changes=(),
     )
 
 

@@ -74,10 +74,13 @@ def folder(path: Path, image_size: int | None = None, channels: int | None = Non
 
 
 def preprocessing_for(
-    files: Sequence[Path], image_size: int | None = None, channels: int | None = None
+    files: Sequence[Path], image_size: int | None = None, channels: int | None = None, *, sample: int | None = 64
 ) -> Preprocessing:
-    """One channel where images are grey (28x28, bright on black), else three (84x84, ImageNet's mean and deviation)."""
-    if channels == 1 or (channels is None and looks_grey(files)):
+    """One channel where images are grey (28x28, bright on black), else three (84x84, ImageNet's mean and deviation).
+
+    So many of the files are looked at, or all of them.
+    """
+    if channels == 1 or (channels is None and looks_grey(files, sample)):
         side = image_size or GREY_SIDE
         return Preprocessing(1, side, side, polarity="bright-on-black")
     side = image_size or COLOUR_SIDE

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -26,15 +26,60 @@ _CHUNK = 64  # files a thread reads at a time
 
 
 def subfolders(folder: Path) -> list[Path]:
-    """Folders in a folder, sorted; hidden ones and archive leftovers (`.git`, `__MACOSX`) are not looked at."""
-    return sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith((".", "__")))
+    """Folders in a folder, sorted; hidden ones and archive leftovers (`.git`, `__MACOSX`) are not looked at.
+
+    Raises DataError where the folder cannot be read, as all that list do.
+    """
+    names = [e.name for e in _entries(folder) if not e.name.startswith((".", "__")) and _is(e.is_dir, False)]
+    return sorted(folder / name for name in names)
 
 
 def list_images(folder: Path) -> list[Path]:
     """Picture files right in a folder, sorted; hidden files and other endings are ignored."""
-    with os.scandir(folder) as entries:
-        names = [e.name for e in entries if not e.name.startswith(".") and e.is_file()]
+    names = [e.name for e in _entries(folder) if not e.name.startswith(".") and _is(e.is_file, True)]
     return [folder / name for name in sorted(names) if Path(name).suffix.lower() in SUFFIXES]
+
+
+def list_below(folder: Path) -> list[Path]:
+    """Picture files in a folder and in all below it, and the folders that cannot be read in place of their pictures.
+
+    A folder that links lead to again is searched once.
+    """
+    found: list[Path] = []
+    seen: set[str] = set()
+
+    def search(folder: Path) -> None:
+        real = os.path.realpath(folder)
+        if real in seen:
+            return
+        seen.add(real)
+        try:
+            images, inside = list_images(folder), subfolders(folder)
+        except DataError:
+            found.append(folder)
+            return
+        found.extend(images)
+        for sub in inside:
+            search(sub)
+
+    search(folder)
+    return found
+
+
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as entries:
+            return list(entries)
+    except OSError as error:
+        raise DataError(f"folder {folder} cannot be read ({error.strerror})") from None
+
+
+def _is(what: Callable[[], bool], unknown: bool) -> bool:
+    """Whether an entry is a file, or a folder; of a link to itself, or into a locked folder, nobody can tell."""
+    try:
+        return what()
+    except OSError:
+        return unknown
 
 
 def list_classes(folder: Path) -> dict[str, list[Path]]:
@@ -113,9 +158,9 @@ def _channels_agree(pixels: np.ndarray) -> bool:
     return int((pixels.max(-1) - pixels.min(-1)).max()) <= _GREY_TOLERANCE
 
 
-def looks_grey(files: Sequence[Path], sample: int = 64) -> bool:
-    """Whether all of `sample` files, evenly spread, are grey by mode or by equal channels."""
-    step = max(1, len(files) // sample)
+def looks_grey(files: Sequence[Path], sample: int | None = 64) -> bool:
+    """Whether all of `sample` files, evenly spread, or of all files are grey by mode or by equal channels."""
+    step = 1 if sample is None else max(1, len(files) // sample)
     return all(is_grey(open_image(path)) for path in files[::step])
 
 
@@ -145,18 +190,29 @@ def fit(image: Image.Image, side: int) -> Image.Image:
 
 def read(path: Path, channels: int, side: int) -> np.ndarray:
     """One picture file as uint8 [channels, side, side], polarity as in the file. Raises DataError naming the file."""
-    image = fit(open_image(path).convert("L" if channels == 1 else "RGB"), side)
-    pixels = np.asarray(image)
+    return pixels_of(open_image(path), channels, side)
+
+
+def pixels_of(image: Image.Image, channels: int, side: int) -> np.ndarray:
+    """An opened picture as uint8 [channels, side, side], polarity as in the file."""
+    pixels = np.asarray(fit(image.convert("L" if channels == 1 else "RGB"), side))
     return pixels[None] if channels == 1 else np.moveaxis(pixels, -1, 0)
 
 
-def read_all(files: Sequence[Path], channels: int, side: int) -> np.ndarray:
-    """uint8 [len(files), channels, side, side]; raises DataError for the first file in order that is broken."""
+def read_all(
+    files: Sequence[Path], channels: int, side: int, look: Callable[[int, Image.Image], None] = lambda i, image: None
+) -> np.ndarray:
+    """uint8 [len(files), channels, side, side]; raises DataError for the first file in order that is broken.
+
+    `look` is shown each file's number and its picture as it was opened, in no order.
+    """
     images = np.empty((len(files), channels, side, side), np.uint8)
 
     def fill(start: int) -> None:
         for i in range(start, min(start + _CHUNK, len(files))):
-            images[i] = read(files[i], channels, side)
+            image = open_image(files[i])
+            look(i, image)
+            images[i] = pixels_of(image, channels, side)
 
     # Decoding and resizing release the interpreter lock, which pays for photographs.
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as threads:
