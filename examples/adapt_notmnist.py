@@ -38,7 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/adapt-notmnist"))
     given = parser.parse_args(argv)
     try:
-        rows = [row for init in given.init for shots in given.shots for row in one(given, init, shots)]
+        if "none" in given.init:
+            raise MetaftError("init: a random start stands beside every run already; name run folders, not none")
+        rows = apart([row for init in given.init for shots in given.shots for row in one(given, init, shots)])
     except MetaftError as error:
         print(f"adapt_notmnist: {error}", file=sys.stderr)
         return error.status
@@ -79,10 +81,20 @@ def one(given: argparse.Namespace, init: str, shots: int) -> list[dict[str, Any]
         accuracy, ci95 = mean_t95(accuracies)
         gain, gain_ci95 = mean_t95(gains) if gains else (None, None)
         rows.append({
-            "start": start, "shots": shots, "draws": len(accuracies), "accuracy": accuracy, "accuracy_ci95": ci95,
-            "gain": gain, "gain_ci95": gain_ci95,
+            "start": start, "init": init, "shots": shots, "draws": len(accuracies),
+            "accuracy": accuracy, "accuracy_ci95": ci95, "gain": gain, "gain_ci95": gain_ci95,
         })  # fmt: skip
     return rows
+
+
+def apart(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows with the run's name behind starts that several runs share, as two of one algorithm and data set do."""
+    named = []
+    for row in rows:
+        runs = {other["init"] for other in rows if other["start"] == row["start"]}
+        shared = len(runs) > 1 and row["start"] != "random"
+        named.append({**row, "start": f"{row['start']} ({Path(row['init']).name})" if shared else row["start"]})
+    return named
 
 
 def figure(rows: Sequence[dict[str, Any]], data: str) -> Figure:

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import errno
 import io
+import os
 import sys
+import tempfile
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NamedTuple
@@ -14,7 +18,7 @@ import tyro
 
 from metaft.cli import guarded, parse
 from metaft.config import PredictConfig
-from metaft.errors import DataError, MetaftError
+from metaft.errors import CheckpointError, DataError, MetaftError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,6 +49,8 @@ class Label(NamedTuple):
     probabilities: tuple[float, ...]
     error: str
     """Why the file cannot be read, or nothing."""
+    from_colour: bool = False
+    """Whether a file in colour was turned grey, which is all that the classifier takes."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -57,11 +63,18 @@ def _command(argv: Sequence[str]) -> None:
     if not given.images:
         raise MetaftError("images: name at least one picture file or folder")
     files = list_files(given.images)
+    if given.csv is not None:
+        check_writable(Path(given.csv))
 
     from metaft.defaults import device_of
     from metaft.finetune.classifier import load
 
-    classifier = load(given.run, device=device_of(given.device))
+    device = device_of(given.device)
+    with warnings.catch_warnings(record=True) as said:  # a line each, without the place in the code
+        warnings.simplefilter("always")
+        classifier = load(given.run, device=device)
+    for warning in said:
+        print(f"metaft: note: {warning.message}", file=sys.stderr)
     classes = len(classifier.class_names)
     if given.top > classes:
         raise MetaftError(f"top must be at most the {classes} classes of {given.run}, got {given.top}")
@@ -77,6 +90,13 @@ def _command(argv: Sequence[str]) -> None:
             print(f"{label.file}\t" + "\t".join(f"{name}\t{p:.4f}" for name, p in pairs), flush=True)
     if given.csv is not None:
         write_csv(Path(given.csv), labels, given.top)
+    colour = [label.file for label in labels if label.from_colour]
+    if colour:
+        print(
+            f"metaft: note: {len(colour)} of the {len(labels)} images are in colour, such as {colour[0]}, but the run "
+            "takes grey ones; they were made grey",
+            file=sys.stderr,
+        )
     bad = sum(bool(label.error) for label in labels)
     if bad == len(labels):
         raise DataError(f"images: none of the {bad} files can be read")
@@ -87,22 +107,21 @@ def _command(argv: Sequence[str]) -> None:
 def list_files(images: Sequence[str]) -> list[Path]:
     """The picture files that arguments name, folders searched to the bottom, each file once.
 
-    A file that is named is taken whatever its ending. Raises DataError for a path that does not exist and for a folder
-    without pictures.
+    A file that is named is taken whatever its ending; a folder that cannot be read stands for its pictures. Raises
+    DataError for a path that does not exist and for a folder without pictures.
     """
-    from metaft.tasks.images import list_images, subfolders
-
-    def below(folder: Path) -> Iterator[Path]:
-        yield from list_images(folder)
-        for sub in subfolders(folder):
-            yield from below(sub)
+    from metaft.tasks.images import list_below
 
     files: list[Path] = []
     for name in images:
         path = Path(name)
-        if not path.exists():
-            raise DataError(f"images: {path} does not exist")
-        found = list(below(path)) if path.is_dir() else [path]
+        try:
+            path.stat()
+        except (FileNotFoundError, NotADirectoryError):
+            raise DataError(f"images: {path} does not exist") from None
+        except OSError:  # in a locked folder, or a link to itself: unreadable, but no reason to stop
+            pass
+        found = list_below(path) if os.path.isdir(path) else [path]
         if not found:
             raise DataError(f"images: folder {path} holds no pictures")
         files += found
@@ -116,7 +135,7 @@ def label_files(classifier: Classifier, files: Sequence[Path], top: int = 1) -> 
     for first in range(0, len(files), AT_ONCE):
         some = files[first : first + AT_ONCE]
         found = [_read(classifier, file) for file in some]
-        pictures = [picture for picture in found if not isinstance(picture, DataError)]
+        pictures = [picture[0] for picture in found if not isinstance(picture, DataError)]
         best = iter(())
         if pictures:
             probabilities, classes = classifier.probabilities(torch.cat(pictures)).topk(top)
@@ -126,14 +145,31 @@ def label_files(classifier: Classifier, files: Sequence[Path], top: int = 1) -> 
                 yield Label(file, (), (), str(picture))
             else:
                 numbers, values = next(best)
-                yield Label(file, tuple(classifier.class_names[n] for n in numbers), tuple(values), "")
+                yield Label(file, tuple(classifier.class_names[n] for n in numbers), tuple(values), "", picture[1])
 
 
-def _read(classifier: Classifier, file: Path) -> Tensor | DataError:
+def _read(classifier: Classifier, file: Path) -> tuple[Tensor, bool] | DataError:
+    """The picture, and whether it was in colour and is not any more."""
+    from metaft.tasks.images import is_grey, list_images, open_image
+
     try:
-        return classifier.read(file)
+        if os.path.isdir(file):
+            list_images(file)  # says why not
+        image = open_image(file)
     except DataError as error:
         return error
+    return classifier.fitted(image), classifier.preprocessing.channels == 1 and not is_grey(image)
+
+
+def check_writable(path: Path) -> None:
+    """Raises CheckpointError for a file that `write_csv` could not write."""
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise CheckpointError(f"csv: {path} cannot be written ({error.strerror})") from None
 
 
 def write_csv(path: Path, labels: Sequence[Label], top: int) -> None:

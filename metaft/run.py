@@ -66,6 +66,12 @@ class RunFolder:
     def open(cls, path: Path) -> RunFolder:
         """An existing run. Raises CheckpointError where `path` is not one."""
         run = cls(path)
+        try:
+            os.stat(run.config)
+        except (FileNotFoundError, NotADirectoryError):
+            pass
+        except OSError as error:
+            raise CheckpointError(f"run folder {path} cannot be read ({error.strerror})") from None
         if not run.config.is_file():
             what = "is not a run folder: it has no config.toml" if path.is_dir() else "does not exist"
             raise CheckpointError(f"run folder {path} {what}")

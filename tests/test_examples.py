@@ -35,6 +35,23 @@ def test_custom_model(in_tmp: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "transductive" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("method", ["finetune", "inner"])
+def test_runs_of_one_kind_are_lines_of_their_own(method: str, in_tmp: Path) -> None:
+    write_folder(in_tmp / "data")
+    for seed in (0, 1):
+        meta_train.run(images(in_tmp / f"seed {seed}", dataset="folder:data", image_size=8, iterations=2, seed=seed))
+    words = ["--data", "folder:data/test", "--shots", "1", "2", "--seeds", "2", "--out", "out", "--method", method]
+    words += ["--epochs", "1"] if method == "finetune" else []
+    assert run_example("adapt_notmnist", *words, "--init", "seed 0", "--init", "seed 1") == 0
+    rows = json.loads(Path("out/shots.json").read_text())
+    learned = [f"maml on folder:data (seed {seed})" for seed in (0, 1)]
+    random = ["random"] if method == "finetune" else [f"random, for {start}" for start in learned]
+    lines = runpy.run_path(str(EXAMPLES / "adapt_notmnist.py"))["figure"](rows, "folder:data").axes[0]
+    labels = lines.get_legend_handles_labels()[1]
+    assert sorted(labels) == sorted([*learned, *([f"{random[0]} start"] if method == "finetune" else random)])
+    assert sorted({row["start"] for row in rows}) == sorted([*learned, *random])
+
+
 def test_adapt_notmnist(in_tmp: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_folder(in_tmp / "data")
     for name, algorithm in (("one", "maml"), ("two", "protonet")):
@@ -58,5 +75,8 @@ def test_adapt_notmnist(in_tmp: Path, capsys: pytest.CaptureFixture[str]) -> Non
     before = Path("out/shots.json").read_bytes()
     assert run_example("adapt_notmnist", *words, "--init", "one", "--init", "two") == 0  # goes on with what is there
     assert Path("out/shots.json").read_bytes() == before
+    capsys.readouterr()
+    assert run_example("adapt_notmnist", *words, "--init", "none") == 2
+    assert capsys.readouterr().err.startswith("adapt_notmnist: init: ")
     assert run_example("adapt_notmnist", *words, "--init", "nowhere") == 2
     assert "run folder nowhere does not exist" in capsys.readouterr().err

@@ -11,7 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -416,7 +416,121 @@ def test_a_csv_that_cannot_be_written_is_one_line(run: Path, data: Path, tmp_pat
     argv = [str(run), str(unseen(data)[0]), "--csv", str(tmp_path / "none/out.csv")]
     assert predict.main(argv) == 2
     line = capsys.readouterr().err.splitlines()[-1]
-    assert line == f"metaft: error: {tmp_path}/none/out.csv: cannot be written (No such file or directory)"
+    assert line == f"metaft: error: csv: {tmp_path}/none/out.csv cannot be written (No such file or directory)"
+
+
+@pytest.mark.parametrize("place", ["none/out.csv", "file/out.csv", "."])
+def test_a_csv_that_cannot_be_written_is_known_before_anything_is_labelled(
+    place: str, run: Path, data: Path, tmp_path: Path, capsys: Text
+) -> None:
+    (tmp_path / "file").touch()
+    assert predict.main([str(run), str(data), "--csv", str(tmp_path / place)]) == 2
+    one_line(capsys, "csv: ", tmp_path, "cannot be written (")
+
+
+def locked(monkeypatch: pytest.MonkeyPatch, *folders: Path) -> None:
+    """Have folders that nobody may list or enter; permissions would not stop a superuser."""
+
+    def guarded(real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(path: Any = ".", *rest: Any, **others: Any) -> Any:
+            if not isinstance(path, int):  # an open file
+                inside = any(folder in Path(path).parents for folder in folders)
+                if inside or (real is scandir and Path(path) in folders):
+                    raise PermissionError(13, "Permission denied", str(path))
+            return real(path, *rest, **others)
+
+        return call
+
+    scandir = os.scandir
+    for name in ("scandir", "stat"):
+        monkeypatch.setattr(os, name, guarded(getattr(os, name)))
+
+
+def test_a_locked_folder_is_listed_and_the_others_labelled(
+    run: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Text
+) -> None:
+    here = shutil.copytree(data / "test", tmp_path / "here")
+    closed, inside = here / "c d", tmp_path / "closed/a.png"
+    inside.parent.mkdir()
+    with monkeypatch.context() as patch:
+        locked(patch, closed, inside.parent)
+        assert predict.main([str(run), str(here), str(inside), "--csv", str(tmp_path / "o.csv")]) == 0
+    said = capsys.readouterr()
+    assert [Path(row[0]).parent.name for row in printed(said.out)] == ["apple"] * 6 + ["βητα"] * 6
+    first, second, third = said.err.splitlines()
+    assert first == f"metaft: unreadable: folder {closed} cannot be read (Permission denied)"
+    assert second.startswith(f"metaft: unreadable: image {inside} cannot be read")
+    assert third == "metaft: 2 of 14 files cannot be read; the others are labelled"
+    with open(tmp_path / "o.csv", encoding="utf-8", newline="") as file:
+        assert [row["file"] for row in csv.DictReader(file) if row["error"]] == [str(closed), str(inside)]
+
+
+def test_a_locked_run_folder_is_one_line(run: Path, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: Text) -> None:
+    with monkeypatch.context() as patch:
+        locked(patch, run)
+        assert predict.main([str(run), str(data)]) == 2
+    one_line(capsys, f"run folder {run} cannot be read (Permission denied)")
+
+
+def test_links_in_a_circle_are_followed_once(run: Path, data: Path, tmp_path: Path, capsys: Text) -> None:
+    here = shutil.copytree(data / "test/apple", tmp_path / "here/apple")
+    (here / "up").symlink_to(tmp_path / "here")
+    (here / "self.png").symlink_to("self.png")
+    (here / "own").symlink_to("own")
+    assert predict.main([str(run), str(tmp_path / "here")]) == 0
+    said = capsys.readouterr()
+    assert [Path(row[0]).name for row in printed(said.out)] == [f"{i:02d}.png" for i in range(6)]
+    assert said.err.splitlines()[0].startswith(f"metaft: unreadable: image {here}/self.png cannot be read")
+    assert predict.main([str(run), str(here / "self.png")]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == "metaft: error: images: none of the 1 files can be read"
+
+
+def test_colour_that_is_lost_is_noted_once(run: Path, data: Path, tmp_path: Path, capsys: Text) -> None:
+    for i, file in enumerate(unseen(data)[:3]):
+        grey = np.asarray(Image.open(file))
+        shown = grey if i == 0 else np.stack([grey, grey // 2, grey // 2], -1)
+        Image.fromarray(shown).save(tmp_path / f"{i}.png")
+    assert predict.main([str(run), str(tmp_path)]) == 0
+    said = capsys.readouterr()
+    assert len(printed(said.out)) == 3
+    assert said.err == (
+        f"metaft: note: 2 of the 3 images are in colour, such as {tmp_path}/1.png, but the run takes grey ones; they "
+        "were made grey\n"
+    )
+
+
+def test_a_run_that_is_not_finished_says_so(run: Path, data: Path, tmp_path: Path, capsys: Text) -> None:
+    part = shutil.copytree(run, tmp_path / "part")
+    (part / "result.json").unlink()
+    said = f"run folder {part} has no result.json: its classifier is trained, but metaft.adapt did not finish there"
+    with pytest.warns(UserWarning, match=re.escape(said)):
+        made = metaft.load(part)
+    assert torch.equal(made(pixels_of(unseen(data))), metaft.load(run)(pixels_of(unseen(data))))
+    assert predict.main([str(part), str(unseen(data)[0])]) == 0
+    assert capsys.readouterr().err == f"metaft: note: {said}; go on with --resume {part}\n"
+
+
+@pytest.mark.parametrize(
+    ("images", "got"),
+    [
+        (torch.zeros(2, 1, 8, 8), "float32 [2, 1, 8, 8]"),
+        (torch.zeros(2, 1, 8, 9, dtype=torch.uint8), "uint8 [2, 1, 8, 9]"),
+        (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), "uint8 [2, 3, 8, 8]"),
+        (torch.zeros(1, 8, 8, dtype=torch.uint8), "uint8 [1, 8, 8]"),
+    ],
+    ids=str,
+)
+def test_other_inputs_are_refused_with_both(images: Tensor, got: str, run: Path) -> None:
+    match = re.escape(f"images: the classifier takes uint8 [n, 1, 8, 8], got {got}")
+    with pytest.raises(MetaftError, match=match):
+        metaft.load(run)(images)
+
+
+def test_no_paths_and_a_lone_path_have_no_labels(run: Path) -> None:
+    with pytest.raises(MetaftError, match="label takes one path or more, got none"):
+        metaft.load(run).label([])
+    with pytest.raises(MetaftError, match=r"label takes a list of paths, got 'a\.png'"):
+        metaft.load(run).label("a.png")
 
 
 def test_names_that_are_not_utf_8(run: Path, data: Path, tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,8 +27,9 @@ from metaft.tasks.pool import Preprocessing
 class Classifier(nn.Module):
     """Preprocessing, backbone with stored normalisation moments, and head.
 
-    `forward` takes uint8 [n, C, H, W] in the polarity that `preprocessing` names, and gives logits [n, classes]. No
-    layer looks at more than one image, so a prediction does not depend on its neighbours in the batch.
+    `forward` takes uint8 [n, C, H, W] in the polarity that `preprocessing` names, and gives logits [n, classes]; it
+    raises MetaftError for anything else. No layer looks at more than one image, so a prediction does not depend on its
+    neighbours in the batch.
     """
 
     def __init__(
@@ -47,7 +50,14 @@ class Classifier(nn.Module):
         self.eval()
 
     def forward(self, images: Tensor) -> Tensor:
-        x = self.preprocessing.normalise(images).to(next(self.parameters()).dtype)
+        p = self.preprocessing
+        takes = [p.channels, p.height, p.width]
+        if images.dtype != torch.uint8 or images.dim() != 4 or list(images.shape[1:]) != takes:
+            raise MetaftError(
+                f"images: the classifier takes uint8 [n, {p.channels}, {p.height}, {p.width}], "
+                f"got {str(images.dtype).removeprefix('torch.')} {list(images.shape)}"
+            )
+        x = p.normalise(images).to(next(self.parameters()).dtype)
         return self.head(self.body(x))
 
     def read(self, path: Path | str) -> Tensor:
@@ -76,7 +86,12 @@ class Classifier(nn.Module):
 
     def label(self, paths: Iterable[Path | str]) -> list[str]:
         """The most probable class of each picture file. Raises DataError for one that cannot be read, naming it."""
-        return self.names(torch.cat([self.read(path) for path in paths]))
+        if isinstance(paths, (str, Path)):
+            raise MetaftError(f"label takes a list of paths, got {paths!r}")
+        pictures = [self.read(path) for path in paths]
+        if not pictures:
+            raise MetaftError("label takes one path or more, got none")
+        return self.names(torch.cat(pictures))
 
 
 def save(path: Path, classifier: Classifier, architecture: Mapping[str, Any], about: Mapping[str, Any]) -> None:
@@ -99,11 +114,11 @@ def save(path: Path, classifier: Classifier, architecture: Mapping[str, Any], ab
 def load(run: Path | str, *, module: nn.Module | None = None, device: str | torch.device = "cpu") -> Classifier:
     """The classifier of an adapt run (or its `classifier.safetensors` alone), in eval mode.
 
-    `module` brings the user's own architecture where the run was trained on one. Raises CheckpointError where there is
-    no classifier, or a damaged one, or not of this architecture.
+    `module` brings the user's own architecture where the run was trained on one. Warns where the run is not finished.
+    Raises CheckpointError where there is no classifier, or a damaged one, or not of this architecture.
     """
     path = Path(run)
-    if path.is_dir():
+    if os.path.isdir(path):
         folder = RunFolder.open(path)
         if not folder.classifier.exists():
             raise CheckpointError(
@@ -113,6 +128,12 @@ def load(run: Path | str, *, module: nn.Module | None = None, device: str | torc
                     if folder.best.exists()
                     else "did metaft.adapt finish there?"
                 )
+            )
+        if not folder.result.exists():
+            warnings.warn(
+                f"run folder {path} has no result.json: its classifier is trained, but metaft.adapt did not finish "
+                f"there; go on with --resume {path}",
+                stacklevel=2,
             )
         path = folder.classifier
     tensors, header = checkpoint.load(path)
