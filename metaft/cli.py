@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from metaft.config import Config, from_mapping, read_toml
+from metaft.config import AdaptConfig, Config, MetaTrainConfig, from_mapping, read_toml
 from metaft.errors import Interrupted, MetaftError, suggest
 from metaft.names import is_text
 
@@ -96,17 +96,30 @@ def settings(
         raise MetaftError("config: a resumed run has its own settings; give --resume or --config, not both")
     if resume is not None and option(argv, "out") is not None:
         raise MetaftError(f"out: a resumed run stays in its folder {resume}; leave --out {option(argv, 'out')} away")
-    values: dict[str, Any] = {}
+    base = config()
     if file is not None:
-        values = read_toml(Path(file))
+        base = from_mapping(config, read_toml(Path(file)), origin=file)
     elif resume is not None:
         from metaft.run import RunFolder
 
-        values = read_toml(RunFolder.open(Path(resume)).config)
-    base = from_mapping(config, values, origin=file or f"{resume}/config.toml")
+        base = of_run(config, RunFolder.open(Path(resume)).config, "resume")
     given = parse(arguments, argv, prog=prog, default=arguments(**dataclasses.asdict(base)))
     fields = {f.name: getattr(given, f.name) for f in dataclasses.fields(config)}
     return config(**fields), None if resume is None else Path(resume)
+
+
+def of_run(config: type[Config], file: Path, field: str) -> Config:
+    """The settings in a run folder's `config.toml`. Raises MetaftError, naming `field`, for another command's run."""
+    values = read_toml(file)
+    fields = {cls: {f.name for f in dataclasses.fields(cls)} for cls in KINDS}
+    for other, kind in KINDS.items():
+        if set(values) <= fields[other] and not set(values) <= fields[config]:
+            raise MetaftError(f"{field}: {file.parent} is a run of metaft.{kind}, not of metaft.{KINDS[config]}")
+    return from_mapping(config, values, origin=str(file))
+
+
+KINDS: dict[type[Any], str] = {MetaTrainConfig: "meta_train", AdaptConfig: "adapt"}
+"""The commands that leave run folders."""
 
 
 def check_unchanged(config: Any, own: Any, path: Path, *, except_for: Iterable[str]) -> None:

@@ -55,6 +55,7 @@ from metaft.config import AdaptConfig, read_toml
 from metaft.errors import MetaftError
 from metaft.finetune import report, study, target
 from metaft.finetune.classifier import Classifier
+from metaft.finetune.scores import mean_t95
 from metaft.models.stored import StoredNorm
 from metaft.run import RunFolder, read_rows
 from metaft.tasks.pool import Preprocessing
@@ -836,6 +837,32 @@ def test_the_gain_is_paired_with_students_interval(
         assert result["mean"][f"{name}_ci95"] == pytest.approx((high - low) / 2)
 
 
+@pytest.mark.parametrize("method", ["finetune", "inner"])
+def test_draws_of_the_same_images_are_said_to_be_that(
+    method: str, runs: dict[str, Path], tmp_path: Path, capsys: Text
+) -> None:
+    data = write_target(tmp_path / "d", {"train": 4, "test": 2})
+    line, noted = words if method == "finetune" else inner_words, {}
+    for name, changes in (
+        ("same", {"seeds": 4}),
+        ("all of them", {"seeds": 2, "shots_per_class": 4}),
+        ("drawn", {"seeds": 2, "shots_per_class": 3}),
+        ("one", {}),
+    ):
+        assert adapt.main(line(runs["maml"], data, tmp_path / name, **changes)) == 0
+        noted[name] = "every draw holds the same images; the interval is of the seeds alone" in capsys.readouterr().out
+    assert noted == {"same": True, "all of them": True, "drawn": False, "one": False}
+    if method == "inner":
+        result = result_of(tmp_path / "same")
+        assert len({draw["accuracy"] for draw in result["draws"]}) == 1
+        assert result["mean"]["accuracy_ci95"] == 0.0
+
+
+def test_the_interval_of_equal_figures_is_nothing() -> None:
+    assert mean_t95([0.1] * 3) == (0.1, 0.0)
+    assert mean_t95([0.7, 0.7, 0.7, 0.7, 0.7, 0.7]) == (0.7, 0.0)
+
+
 def test_each_draw_is_the_run_of_its_own_seed(
     runs: dict[str, Path], data: Path, tmp_path: Path, done: Path, fits: list[Seen]
 ) -> None:
@@ -1149,7 +1176,8 @@ BAD = [
     (["--data", "folder:/none/x"], ["data: folder /none/x does not exist"]),
     (["--data", "folder:/none/x", "--init", "none"], ["data: folder /none/x does not exist"]),
     (["--data", ""], ["data: ", "folder:PATH or glyphs:SCRIPT", "''"]),
-    (["--init", "/none/x"], ["/none/x does not exist"]),
+    (["--init", "/none/x"], ["init: ", "/none/x does not exist"]),
+    (["--init", ""], ["init: ", "none", "''"]),
     (["--init", "none", "--method", "inner"], ["method: ", "--init RUN", "none"]),
     (["--method", "inner", "--epochs", "3"], ["epochs: --method inner has no such setting (given 3)"]),
     (["--method", "inner", "--lr", "0.1"], ["lr: --method inner has no such setting (given 0.1)"]),
@@ -1227,9 +1255,9 @@ UNFIT = [
     ("--init {colour_run} --data glyphs:Hebrew", ["[1, 28, 28]", "[3, 8, 8]"]),
     ("--init {curve_run}", ["init: {curve_run}", "[1]", "the images of folder:{data} are [1, "]),
     ("--init {curve_run} --method inner", ["init: {curve_run}", "[1]", "the images of folder:{data} are [1, "]),
-    ("--init {data}", ["{data} is not a run folder"]),
-    ("--init {done}", ["{done}/config.toml", "unknown field"]),
-    ("--init {damaged}", ["{damaged}/checkpoints/best.safetensors", "last.safetensors of step 5 is good"]),
+    ("--init {data}", ["init: run folder {data} is not a run folder"]),
+    ("--init {done}", ["init: {done} is a run of metaft.adapt, not of metaft.meta_train"]),
+    ("--init {damaged}", ["init: checkpoint {damaged}/checkpoints/best.", "last.safetensors of step 5 is good"]),
     ("--init {early}", ["{early}/checkpoints/best.safetensors: cannot be read"]),
     ("--init {protonet_run} --method inner --inner-steps 3", ["inner_steps: protonet has no inner steps (given 3)"]),
     ("--out {done}", ["out: {done} already exists", "--resume {done}"]),
@@ -1270,7 +1298,8 @@ def test_only_an_adapt_run_is_resumed(
         (path / "config.toml").write_bytes(b"\xff")
     before = contents(path)
     assert adapt.main(["--resume", str(path)]) == 2
-    part = {"a meta-training run": "config.toml: unknown field", "no run": "is not a run folder"}
+    kind = f"resume: {path} is a run of metaft.meta_train, not of metaft.adapt"
+    part = {"a meta-training run": kind, "no run": "is not a run folder"}
     one_line(capsys, path, part.get(what, "not valid TOML"))
     assert contents(path) == before
 
@@ -1371,7 +1400,8 @@ def test_fits_that_were_done_before_a_loss_that_is_not_finite_stay(
     assert adapt.main([*settings, "--out", str(out)]) == 1
     assert capsys.readouterr().err.splitlines()[-1].startswith("metaft: error: epoch ")
     assert len(study.read(RunFolder(out))[0].fits) == 3
-    assert metaft.load(out).class_names == TARGET
+    with pytest.warns(UserWarning, match=r"has no result\.json"):
+        assert metaft.load(out).class_names == TARGET
     monkeypatch.setattr(study, "fit", real)
     assert adapt.main(["--resume", str(out)]) == 0
     assert adapted(out) == expected

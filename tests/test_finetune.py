@@ -21,7 +21,7 @@ from metaft.errors import DataError, MetaftError, NonFiniteError
 from metaft.finetune import heads, target
 from metaft.finetune.classifier import Classifier
 from metaft.finetune.fit import Fitted, Recipe, _augmented, fit
-from metaft.models import Conv4, EpisodeNorm
+from metaft.models import Conv4, EpisodeNorm, initialise
 from metaft.models.functional import body_of
 from metaft.models.norm import measure_moments
 from metaft.models.stored import StoredNorm, empty_stored, with_stored_moments
@@ -184,6 +184,16 @@ def test_a_head_comes_from_its_seed_alone(head: str) -> None:
     assert same(a, b)
     assert not torch.equal(a["weight"], c["weight"])
     assert not torch.equal(a["weight"], d["weight"])
+
+
+@pytest.mark.parametrize("head", ["linear", "cosine"])
+def test_a_head_shares_no_random_numbers_with_a_backbone_of_its_seed(head: str) -> None:
+    """Glorot-uniform draws differ by their scale alone, so the first ones would be proportional."""
+    backbone = next(initialise(Conv4(CLASSES, scenarios.SHAPE, 4, "stride"), 3).parameters()).detach().flatten()
+    made = heads.build(head, torch.randn(6, 5), torch.arange(6) % 3, 3, seed=3).get_parameter("weight").detach()
+    n = min(len(backbone), made.numel())
+    ratio = made.flatten()[:n] / backbone[:n]
+    assert float(ratio.max() - ratio.min()) > 0.1
 
 
 def test_an_unknown_head_is_refused_with_the_nearest() -> None:

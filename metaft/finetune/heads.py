@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from metaft.algorithms.protonet import class_means
 from metaft.errors import MetaftError, suggest
 from metaft.models import initialise
+from metaft.tasks.sampler import raw_words
+
+STREAM = 5  # of raw_words: 0 episodes, 1 batches, 2 glyphs, 3 the draw of training images, 4 fine-tuning
 
 
 class Cosine(nn.Module):
@@ -79,8 +82,10 @@ def filled(name: str, tensors: Mapping[str, Tensor]) -> nn.Module:
 def build(name: str, features: Tensor, labels: Tensor, classes: int, seed: int) -> nn.Module:
     """A fresh head, given the training images' features [n, D] and labels [n] to start from.
 
-    Raises MetaftError for an unknown name.
+    Its random numbers are its own: a random backbone of the same seed shares none. Raises MetaftError for an unknown
+    name.
     """
     if name not in HEADS:
         raise MetaftError(f"head: no {name!r}, known are {sorted(HEADS)}{suggest(name, HEADS)}")
-    return HEADS[name](features, labels, classes, seed).to(features)
+    own = int(raw_words(seed, "train", [0], 1, stream=STREAM)[0, 0])
+    return HEADS[name](features, labels, classes, own).to(features)

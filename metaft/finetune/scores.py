@@ -38,6 +38,8 @@ def mean_t95(values: Sequence[float]) -> tuple[float, float | None]:
     mean = math.fsum(values) / n
     if n < 2:
         return mean, None
+    if len(set(values)) == 1:  # whose mean may be another number, by rounding
+        return values[0], 0.0
     from scipy.stats import t
 
     return mean, float(t.ppf(0.975, n - 1)) * float(np.std(values, ddof=1)) / math.sqrt(n)

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from metaft import algorithms, models
 from metaft.assemble import open_run
-from metaft.config import Settled
+from metaft.cli import of_run
+from metaft.config import MetaTrainConfig, Settled
 from metaft.defaults import hyper, model_for
 from metaft.errors import CheckpointError, MetaftError, NonFiniteError
 from metaft.finetune import heads
@@ -22,6 +23,7 @@ from metaft.inner import at_step
 from metaft.metrics import LOSSES
 from metaft.models.functional import body_of, linear, prepared
 from metaft.models.stored import with_stored_moments
+from metaft.run import RunFolder
 from metaft.tasks.pool import Preprocessing
 from metaft.types import Fast, Params
 
@@ -61,10 +63,14 @@ class Start:
 def from_run(path: Path, module: nn.Module | None = None) -> Start:
     """The checkpoint of a meta-training run that was best on validation.
 
-    Raises CheckpointError where it cannot be read or is not of this module, and MetaftError where the module is the
-    user's own and was not handed over.
+    Raises CheckpointError where it cannot be read or is not of this module, and MetaftError where the run is of another
+    command, or the module is the user's own and was not handed over.
     """
-    _, _, snapshot = open_run(path)
+    try:
+        of_run(MetaTrainConfig, RunFolder.open(path).config, "init")
+        _, _, snapshot = open_run(path)
+    except CheckpointError as error:
+        raise CheckpointError(f"init: {error}") from None
     header = snapshot.header
     architecture = header["architecture"]
     if (architecture["name"] == "custom") != (module is not None):

@@ -50,6 +50,12 @@ def rows_of(target: Target, config: AdaptConfig, draw: int) -> Rows:
     return target.rows(shots_per_class=config.shots_per_class, seed=config.seed + draw, validate=validate)
 
 
+def draws_differ(target: Target, config: AdaptConfig) -> bool:
+    """Whether other seeds train, validate or test on other images; without anything to draw they do not."""
+    pairs = zip(rows_of(target, config, 0), rows_of(target, config, 1), strict=True)
+    return not all(np.array_equal(one, other) for one, other in pairs)
+
+
 def study(
     run: RunFolder,
     config: AdaptConfig,
