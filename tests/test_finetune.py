@@ -585,5 +585,7 @@ def test_a_double_body_is_tuned_in_double() -> None:
 def test_what_cannot_be_trained_is_an_error() -> None:
     with pytest.raises(NonFiniteError, match="epoch 1: the training loss is nan; try a smaller --lr"):
         tune(head="prototype", lr=1e30)
+    with pytest.raises(NonFiniteError, match="epoch 1: the validation loss is nan; try a smaller --lr"):
+        tune(n=5, epochs=1, val=toy(6, seed=3), lr=1e30)  # in one step, whose loss is that before it
     with pytest.raises(MetaftError, match=r"batch_size must be at least 2, .* got 1"):
         Recipe(batch_size=1)

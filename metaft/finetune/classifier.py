@@ -125,7 +125,7 @@ def load(run: Path | str, *, module: nn.Module | None = None, device: str | torc
                 f"run folder {path} holds no classifier; "
                 + (
                     f"make one with: python -m metaft.adapt --init {path}"
-                    if folder.best.exists()
+                    if os.path.exists(folder.best)
                     else "did metaft.adapt finish there?"
                 )
             )
