@@ -10,7 +10,6 @@ from metaft import inner
 from metaft.algorithms.base import Algorithm, moments_for
 from metaft.algorithms.query import query_loss
 from metaft.errors import MetaftError
-from metaft.metrics import LOSSES
 from metaft.models import Model
 from metaft.types import Fast, Loss, Norm, Params
 
@@ -42,7 +41,6 @@ def maml(
         raise MetaftError(f"inner_lr must be at least 0, got {inner_lr}")
     if inner_steps < 0:
         raise MetaftError(f"inner_steps must be at least 0, got {inner_steps}")
-    loss_of = LOSSES[loss]
     adapted = [name for name in model.params if adapt_norm or name not in model.norm]
 
     def init(key: int) -> tuple[Params, Params]:
@@ -61,7 +59,7 @@ def maml(
         moments: bool = True,
     ) -> Fast:
         def support_loss(params: Params) -> Tensor:
-            return loss_of(model.apply(params, support_x, None), support_y)
+            return model.loss(params, support_x, support_y, loss, curvature=not first_order)[0]
 
         def finish(params: Params) -> Fast:
             return Fast(params, model.measure(params, support_x) if moments else (), {})
@@ -80,7 +78,9 @@ def maml(
         inner_steps=inner_steps,
         loss=loss,
         norm=norm,
-        task_loss=query_loss(adapt, predict, ways=model.outputs, steps=inner_steps, loss=loss, norm=norm),
+        task_loss=query_loss(
+            adapt, predict, ways=model.outputs, steps=inner_steps, loss=loss, norm=norm, loss_of=model.loss
+        ),
     )
 
 

@@ -2,18 +2,47 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import math
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from metaft.errors import MetaftError
+from metaft.metrics import LOSSES
+from metaft.models.conv4 import Conv4
 from metaft.models.norm import EpisodeNorm, episode_norms, measure_moments, use_moments
-from metaft.types import Moments, Params
+from metaft.types import Loss, Moments, Params
+
+_plain: ContextVar[bool] = ContextVar("plain_operations", default=False)
+
+
+@contextlib.contextmanager
+def plain_operations() -> Iterator[None]:
+    """Inside, `Model.loss` is composed from PyTorch's operations: a compiler fuses those better than what is fused."""
+    token = _plain.set(True)
+    try:
+        yield
+    finally:
+        _plain.reset(token)
+
+
+class LossOf(Protocol):
+    def __call__(
+        self, params: Params, x: Tensor, y: Tensor, loss: Loss, *, curvature: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """The loss (scalar) and the prediction [batch, outputs], through which only the loss can be differentiated.
+
+        `curvature` says that the loss's gradient will be differentiated as well; where it is not said, that works too
+        but may be slower.
+        """
+        ...
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -29,6 +58,8 @@ class Model:
     features: Callable[[Params, Tensor, Moments | None], Tensor]
     measure: Callable[[Params, Tensor], Moments]
     """Moments of a batch at every normalisation layer, in forward order."""
+    loss: LossOf
+    """Mean loss and prediction of a batch normalised with its own moments; see `LossOf`."""
     head: tuple[str, ...]
     """Names of the head's parameters."""
     norm: tuple[str, ...]
@@ -52,6 +83,8 @@ def functional(
     """
     module, head = prepared(module, head)
     whole = _pure(module)
+    # Not on a GPU, where many small calls are what costs.
+    fused = module if type(module) is Conv4 and head == "head" else None
     bare = _pure(body_of(module, head))
 
     def apply(params: Params, x: Tensor, moments: Moments | None = None) -> Tensor:
@@ -59,6 +92,17 @@ def functional(
 
     def features(params: Params, x: Tensor, moments: Moments | None = None) -> Tensor:
         return bare(params, x, moments)
+
+    def loss_of(params: Params, x: Tensor, y: Tensor, loss: Loss, *, curvature: bool = False) -> tuple[Tensor, Tensor]:
+        if (
+            fused is not None
+            and loss == "cross_entropy"
+            and x.device.type == "cpu"
+            and not torch.compiler.is_compiling()
+        ):
+            return fused.cross_entropy(params, x, y, curvature=curvature)
+        prediction = whole(params, x, None)
+        return LOSSES[loss](prediction, y), prediction.detach()
 
     def measure(params: Params, x: Tensor) -> Moments:
         with measure_moments() as measured:
@@ -72,6 +116,7 @@ def functional(
         apply=apply,
         features=features,
         measure=measure,
+        loss=loss_of,
         head=tuple(n for n in names if n.startswith(f"{head}.")),
         norm=tuple(n for n in names if n.rpartition(".")[0] in norms),
         outputs=linear(module, head).out_features,

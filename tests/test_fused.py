@@ -1,0 +1,199 @@
+"""Conv-4's loss as one operation: value, gradient and second derivative against PyTorch's own operations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import scenarios
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from metaft import models
+from metaft.models import fused
+from metaft.models.functional import plain_operations
+from metaft.types import Params
+
+FORMS = [
+    pytest.param((2, False, 1, 12), id="stride-grey"),
+    pytest.param((2, False, 3, 9), id="stride-colour-odd"),
+    pytest.param((1, True, 1, 10), id="pool-grey-odd"),
+    pytest.param((1, True, 3, 11), id="pool-colour-odd"),
+]
+WAYS, WIDTH, IMAGES, LAYERS = 3, 4, 6, 2
+
+Loss = Callable[..., tuple[Tensor, Tensor]]
+
+
+def composed(
+    x: Tensor, y: Tensor, weights: list[Tensor], scales: list[Tensor], shifts: list[Tensor], head: Tensor, bias: Tensor,
+    *, stride: int, pool: bool, average: bool, eps: float, keep: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    for w, gamma, beta in zip(weights, scales, shifts, strict=True):
+        z = F.conv2d(x, w, None, stride, 1)
+        mean, var = z.mean((0, 2, 3), keepdim=True), z.var((0, 2, 3), unbiased=False, keepdim=True)
+        u = (z - mean) * (var + eps).rsqrt() * gamma.view(1, -1, 1, 1) + beta.view(1, -1, 1, 1)
+        x = F.max_pool2d(u.relu(), 2) if pool else u.relu()
+    logits = F.linear(x.mean((2, 3)) if average else x.flatten(1), head, bias)
+    return F.cross_entropy(logits, y), logits
+
+
+class Case:
+    def __init__(self, form: tuple[int, bool, int, int]) -> None:
+        stride, pool, channels, side = form
+        g = torch.Generator().manual_seed(0)
+
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+        self.fixed: dict[str, Any] = {"stride": stride, "pool": pool, "average": not pool, "eps": 1e-5}
+        self.y = torch.arange(IMAGES) % WAYS
+        self.x, self.tasks = draw(IMAGES, channels, side, side), draw(3, IMAGES, channels, side, side)
+        last = (side // 4) ** 2 if pool else 1
+        self.params = [
+            *[draw(WIDTH, WIDTH if i else channels, 3, 3) for i in range(LAYERS)],
+            *[
+                draw(WIDTH) for _ in range(2 * LAYERS)
+            ],  # scales of both signs: of a negative one the peak is the minimum
+            draw(WAYS, WIDTH * last),
+            draw(WAYS),
+        ]
+
+    def loss(self, of: Loss, x: Tensor, params: list[Tensor], keep: bool) -> tuple[Tensor, Tensor]:
+        n = LAYERS
+        weights, scales, shifts = params[:n], params[n : 2 * n], params[2 * n : 3 * n]
+        return of(x, self.y, weights, scales, shifts, params[-2], params[-1], **self.fixed, keep=keep)
+
+
+def assert_close(found: Any, expected: Any) -> None:
+    for a, b in zip(found, expected, strict=True):
+        assert float((a - b).abs().max()) < 1e-12 * max(1.0, float(b.abs().max()))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("keep", [True, False])
+def test_value_gradient_and_curvature_under_autograd(form: Any, keep: bool) -> None:
+    case = Case(form)
+
+    def everything(of: Loss) -> list[Tensor]:
+        params = [p.clone().requires_grad_() for p in case.params]
+        value, logits = case.loss(of, case.x, params, keep)
+        grads = torch.autograd.grad(value, params, create_graph=True)
+        g = torch.Generator().manual_seed(1)
+        along = sum((v * torch.randn(v.shape, generator=g, dtype=v.dtype)).sum() for v in grads)
+        second = torch.autograd.grad(along + 3 * value, params)
+        return [v.detach() for v in (value, logits, *grads, *second)]
+
+    assert_close(everything(fused.conv4_loss), everything(composed))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("alone", [1, 1 << 30])
+def test_meta_gradient_under_vmap(form: Any, keep: bool, alone: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two inner steps: from weights that all tasks share, and from their own. `alone` sends queries one by one."""
+    monkeypatch.setattr(fused, "_ALONE", alone)
+    case = Case(form)
+
+    def meta_gradient(of: Loss) -> Callable[[list[Tensor], Tensor], list[Tensor]]:
+        def outer(params: list[Tensor], x: Tensor) -> Tensor:
+            for _ in range(2):
+                grads = torch.func.grad(lambda p: case.loss(of, x, p, keep)[0])(params)
+                params = [p - 0.01 * g for p, g in zip(params, grads, strict=True)]
+            return case.loss(of, 0.5 * x + 0.1, params, False)[0]
+
+        return torch.func.grad(outer)
+
+    found = torch.func.vmap(meta_gradient(fused.conv4_loss), in_dims=(None, 0))(case.params, case.tasks)
+    for i, x in enumerate(case.tasks):
+        assert_close([v[i] for v in found], meta_gradient(composed)(case.params, x))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_gradient_of_a_vmapped_loss_in_shared_parameters(form: Any) -> None:
+    case = Case(form)
+
+    def total(params: list[Tensor]) -> Tensor:
+        return torch.func.vmap(lambda x: case.loss(fused.conv4_loss, x, params, True)[0])(case.tasks).sum()
+
+    def expected(params: list[Tensor]) -> Tensor:
+        return sum((case.loss(composed, x, params, True)[0] for x in case.tasks), torch.zeros(()))
+
+    assert_close(torch.func.grad(total)(case.params), torch.func.grad(expected)(case.params))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", FORMS)
+def test_against_finite_differences(form: Any) -> None:
+    case = Case(form)
+    params = [p.clone().requires_grad_() for p in case.params]
+
+    def value(*params: Tensor) -> Tensor:
+        return case.loss(fused.conv4_loss, case.x, list(params), True)[0]
+
+    assert torch.autograd.gradcheck(value, params)
+    assert torch.autograd.gradgradcheck(value, params)
+
+
+def test_a_third_derivative_is_refused() -> None:
+    """It would be wrong in silence: the second one is not made of operations that autograd could see through."""
+    case = Case((2, False, 1, 12))
+    params = [p.clone().requires_grad_() for p in case.params]
+    grads = torch.autograd.grad(case.loss(fused.conv4_loss, case.x, params, True)[0], params, create_graph=True)
+    second = torch.autograd.grad(sum(g.square().sum() for g in grads), params, create_graph=True)  # type: ignore[arg-type]
+    with pytest.raises(RuntimeError, match="not a third"):
+        torch.autograd.grad(sum(g.sum() for g in second), params)  # type: ignore[arg-type]
+
+
+def test_two_vmaps_are_refused() -> None:
+    case = Case((2, False, 1, 12))
+    with pytest.raises(RuntimeError, match="under one vmap"):
+        torch.func.vmap(torch.func.vmap(lambda x: case.loss(fused.conv4_loss, x, case.params, True)[0]))(
+            case.tasks.unsqueeze(1)
+        )
+
+
+@pytest.mark.parametrize("name", ["conv4", "conv4-pool"])
+def test_the_models_loss_is_that_of_its_forward_pass(name: str) -> None:
+    """`Model.loss` takes the fused way, `apply` the layers; both must be the same network."""
+    model = scenarios.model(name)
+    data = scenarios.one(scenarios.episodes(tasks=1), 0)
+
+    def of(params: Params) -> Tensor:
+        return F.cross_entropy(model.apply(params, data.support_x, None), data.support_y)
+
+    def grad(loss: Callable[[Params], Tensor]) -> Params:
+        params = {k: v.clone().requires_grad_() for k, v in model.params.items()}
+        return dict(zip(params, torch.autograd.grad(loss(params), list(params.values())), strict=True))
+
+    fast = grad(lambda params: model.loss(params, data.support_x, data.support_y, "cross_entropy")[0])
+    assert scenarios.relative_error(fast, grad(of)) < 1e-12
+    with plain_operations():
+        plain = model.loss(model.params, data.support_x, data.support_y, "cross_entropy")
+    assert_close(model.loss(model.params, data.support_x, data.support_y, "cross_entropy"), plain)
+
+
+def test_which_way_the_models_loss_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    real = models.Conv4.cross_entropy
+
+    def seen(self: Any, *args: Any, **kwargs: Any) -> Any:
+        calls.append("fused")
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(models.Conv4, "cross_entropy", seen)
+    data = scenarios.one(scenarios.episodes(tasks=1), 0)
+
+    class Mine(models.Conv4):
+        """With a forward pass that may be another."""
+
+    for model, expected in (
+        (scenarios.model("conv4"), ["fused"]),
+        (scenarios.model("mlp"), []),
+        (models.functional(Mine(3, scenarios.SHAPE, width=4).double()), []),
+    ):
+        calls.clear()
+        model.loss(model.params, data.support_x, data.support_y, "cross_entropy")
+        assert calls == expected
