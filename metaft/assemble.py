@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 import platform
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from metaft.config import MetaTrainConfig, Settled, from_mapping, read_toml
 from metaft.defaults import device_of, hyper, resolve
 from metaft.errors import CheckpointError, MetaftError
 from metaft.models import Model
-from metaft.outer import Engine, engine
+from metaft.outer import Engine, engine, settled_name, task_chunk, tune
 from metaft.run import RunFolder
 from metaft.training import Snapshot, load_snapshot
 from metaft.types import Dataset
@@ -99,6 +100,33 @@ def engine_for(parts: Parts) -> AbstractContextManager[Engine]:
     )
 
 
+def with_engine(parts: Parts, draw_batch: Callable[[], Any]) -> Parts:
+    """The same with engine and chunk chosen, so that the run's folder tells them and a resume has the same bits.
+
+    `draw_batch` gives a meta-batch, on which `--engine tune` tries what there is.
+    """
+    c = parts.config
+    if c.engine == "tune":
+        meta, state = parts.algorithm.init(c.seed)
+        times = tune(
+            parts.algorithm, meta, state, draw_batch(),
+            convolutional=parts.model.convolutional, device=parts.device, threads=c.threads,
+        )  # fmt: skip
+        tried = ", ".join(f"{_called(*key)} {1000 * seconds:.0f}" for key, seconds in times.items())
+        (name, chunk), *_ = times
+        print(f"engine: {_called(name, chunk)}; ms per meta-step: {tried}", file=sys.stderr)
+        c = dataclasses.replace(c, engine=name, task_chunk=chunk)
+    name = settled_name(c.engine, convolutional=parts.model.convolutional, device=parts.device)
+    if c.task_chunk is None and name in ("processes", "threads"):
+        values = c.ways * (c.shots + c.query_shots) * math.prod(parts.dataset.shape)
+        c = dataclasses.replace(c, task_chunk=task_chunk(values, c.meta_batch, c.threads or torch.get_num_threads()))
+    return dataclasses.replace(parts, config=c)
+
+
+def _called(name: str, chunk: int | None) -> str:
+    return f"{name} with {'all tasks' if chunk is None else f'{chunk} tasks'} at once"
+
+
 def open_run(path: Path, *, which: str = "best") -> tuple[RunFolder, MetaTrainConfig, Snapshot]:
     """A run's settings and one of its checkpoints. Raises CheckpointError with the checkpoint to use instead."""
     run = RunFolder.open(path)
@@ -130,8 +158,8 @@ def environment(engine: Engine, device: str) -> dict[str, str]:
     return {
         "engine": engine.name,
         "chunk": str(getattr(engine, "chunk", None)),
-        # The threads engine gives the same bits with any number of threads.
-        "threads": str(getattr(engine, "threads", None)) if engine.name == "vmap" else "any",
+        # Processes and threads give the same bits whatever their number.
+        "threads": str(getattr(engine, "threads", None)) if engine.name in ("vmap", "compiled") else "any",
         **machine(device),
     }
 

@@ -98,12 +98,12 @@ class MetaTrainConfig:
     """Seed of the initialisation and of the training episodes."""
     device: str = "auto"
     """auto (a GPU where there is one), cpu, cuda, cuda:N."""
-    engine: Literal["auto", "threads", "vmap"] = "auto"
-    """How tasks are mapped (auto: threads for convolutions on a CPU, vmap for all else)."""
+    engine: Literal["auto", "tune", "processes", "threads", "vmap", "compiled"] = "auto"
+    """How tasks are mapped (auto: processes for convolutions on a CPU, vmap for all else; tune: the fastest, tried)."""
     threads: int | None = None
-    """Tasks in parallel (threads engine; auto: one per core), or threads within an operation (vmap; auto: 1)."""
+    """Processes or threads, for engines of that name (auto: one per core); within an operation for others (auto: 1)."""
     task_chunk: int | None = None
-    """Tasks at once for the vmap engine (auto: all)."""
+    """Tasks at once (auto: by their size, for processes and threads; all, for vmap and compiled)."""
     log_every: int = 10
     """Meta-steps per row of metrics.jsonl."""
     checkpoint_every: int = 100
@@ -167,10 +167,10 @@ class EvaluateConfig:
     """--rotate / --no-rotate: one random quarter turn per class and task."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N."""
-    engine: Literal["auto", "threads", "vmap"] = "auto"
+    engine: Literal["auto", "processes", "threads", "vmap"] = "auto"
     """How tasks are mapped."""
     threads: int | None = None
-    """Tasks in parallel for the threads engine."""
+    """Tasks in parallel, for processes and threads."""
     task_chunk: int | None = None
     """Tasks at once for the vmap engine."""
     out: str | None = None

@@ -73,6 +73,7 @@ def run(config: MetaTrainConfig, *, dataset: Dataset | None = None, module: nn.M
 
     parts = assemble(config, dataset=dataset, module=module)
     sources = _sources(parts)
+    parts = _with_engine(parts, sources[0])
     c = parts.config
     folder = (
         Path(c.out)
@@ -117,11 +118,20 @@ def resume_run(
         )
     parts = assemble(config, dataset=dataset, module=module, architecture=snapshot and snapshot.header["architecture"])
     sources = _sources(parts)
+    parts = _with_engine(parts, sources[0])
     if snapshot is None or snapshot.position.step < parts.config.iterations:
         folder.result.unlink(missing_ok=True)  # of a shorter run; it would not be this one's
     if dataclasses.asdict(config) != dataclasses.asdict(own):
         write_atomically(folder.config, to_toml(parts.config).encode())
     return _go(folder, parts, sources, snapshot)
+
+
+def _with_engine(parts: Parts, train: Source) -> Parts:
+    from metaft.assemble import with_engine
+    from metaft.training import draw
+
+    c = parts.config
+    return with_engine(parts, lambda: draw(parts.algorithm, train, c.seed, range(c.meta_batch)))
 
 
 def _sources(parts: Parts) -> tuple[Source, Source, Source]:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+import functools
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -11,13 +15,18 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from metaft import workers
 from metaft.algorithms.base import Algorithm, TaskGrad
 from metaft.errors import MetaftError, suggest
 from metaft.inner import value_and_grad
+from metaft.models.functional import plain_operations
 from metaft.types import Episode, Params
 
 Tree = TypeVar("Tree")
+Shared = TypeVar("Shared")
 Out = TypeVar("Out")
+TaskFunction = Callable[[Shared, Tree], Out]
+"""(what all tasks share, one task) -> a tree of tensors"""
 
 
 class Engine(Protocol):
@@ -25,43 +34,103 @@ class Engine(Protocol):
 
     name: str
 
-    def map(self, fn: Callable[[Tree], Out], tasks: Tree) -> Iterator[Out]:
-        """Apply `fn` to each task of a tree whose tensors lead with a task axis; results come in task order."""
+    def map(self, fn: TaskFunction[Shared, Tree, Out], shared: Shared, tasks: Tree) -> Iterator[Out]:
+        """`fn(shared, task)` for each task of a tree whose tensors lead with a task axis; results come in task order.
+
+        Engines may keep what they prepare for a function, so it should be the same object in each call.
+        """
+        ...
+
+    def sum(self, fn: TaskFunction[Shared, Tree, Out], shared: Shared, tasks: Tree) -> Out:
+        """The sum of `fn(shared, task)` over tasks: within each chunk, then over chunks, always in task order."""
         ...
 
     def close(self) -> None: ...
 
 
 class Threads:
-    """Tasks side by side in threads of one intra-op thread each.
+    """Tasks side by side in threads of one intra-op thread each; sums take `chunk` tasks at once per thread, by vmap.
 
-    A task's bits do not depend on how many threads there are, since each task runs whole on one of them, alone.
-    The right engine for convolutions on a CPU, where batching them over tasks makes grouped convolutions (slow).
+    Bits do not depend on how many threads there are, since each chunk runs whole on one of them, alone. Right for
+    convolutions on a CPU, most of which are too small to be shared out among cores, where processes cannot be had:
+    Python runs one thread at a time, so that threads wait for each other (see docs/performance.md).
     """
 
-    def __init__(self, threads: int) -> None:
-        if threads < 1:
-            raise MetaftError(f"threads must be at least 1, got {threads}")
+    def __init__(self, threads: int, chunk: int | None = None) -> None:
         self.name = "threads"
-        self.threads = threads
-        # The caller too is held to one intra-op thread until close: after each of its own parallel operations the
-        # OpenMP team would spin on a core that the tasks need (measured: 1.6 times slower steps on 2 cores).
-        self._intra_op = torch.get_num_threads()
-        torch.set_num_threads(1)
+        self.threads = _at_least_1("threads", threads)
+        self.chunk = None if chunk is None else _at_least_1("task_chunk", chunk)
+        self._intra_op = _one_intra_op_thread()
         self._pool = ThreadPoolExecutor(threads, "metaft-task", initializer=torch.set_num_threads, initargs=(1,))
 
-    def map(self, fn: Callable[[Tree], Out], tasks: Tree) -> Iterator[Out]:
-        leaves, spec = pytree.tree_flatten(tasks)
+    def map(self, fn: TaskFunction[Shared, Tree, Out], shared: Shared, tasks: Tree) -> Iterator[Out]:
+        parts = self._pool.map(lambda chunk: _rows_of(fn, shared, chunk), _chunks(tasks, 1))
+        return (row for part in parts for row in _unstacked(part))
 
-        def run(i: int) -> Out:
-            # Grad mode is thread-local: a worker starts with its own, whatever the caller's is.
-            with torch.no_grad():
-                return fn(pytree.tree_unflatten([leaf[i] for leaf in leaves], spec))
-
-        return self._pool.map(run, range(leaves[0].shape[0]))
+    def sum(self, fn: TaskFunction[Shared, Tree, Out], shared: Shared, tasks: Tree) -> Out:
+        return _added(
+            self._pool.map(
+                lambda chunk: _sum_of(fn, shared, chunk), _chunks(tasks, self.chunk or _chunk_of(tasks, self.threads))
+            )
+        )
 
     def close(self) -> None:
         self._pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(self._intra_op)
+
+
+class Processes:
+    """As `Threads`, with a process for each: the same bits, and none waits for another one's Python.
+
+    For the CPU of systems that can fork. The workers of a function are forked at its first call, which computes one
+    chunk here, and once more for other shapes.
+    """
+
+    _KEPT = 4
+    """Functions whose workers are kept: those of training and of a validation, and some to spare."""
+
+    def __init__(self, threads: int, chunk: int | None = None) -> None:
+        self.name = "processes"
+        self.threads = _at_least_1("threads", threads)
+        self.chunk = None if chunk is None else _at_least_1("task_chunk", chunk)
+        if not workers.available():
+            raise MetaftError("engine: this system cannot fork processes; use threads")
+        self._intra_op = _one_intra_op_thread()
+        self._workers: dict[Any, workers.Workers] = {}
+
+    def map(self, fn: TaskFunction[Shared, Tree, Out], shared: Shared, tasks: Tree) -> Iterator[Out]:
+        rows, spec = self._of(_rows_of, fn, shared, tasks, size=1).run(shared, tasks)
+        return iter([pytree.tree_unflatten([row[i].clone() for row in rows], spec) for i in range(_length(tasks))])
+
+    def sum(self, fn: TaskFunction[Shared, Tree, Out], shared: Shared, tasks: Tree) -> Out:
+        size = self.chunk or _chunk_of(tasks, self.threads)
+        rows, spec = self._of(_sum_of, fn, shared, tasks, size=size).run(shared, tasks)
+        return _added(pytree.tree_unflatten([row[i] for row in rows], spec) for i in range(len(rows[0])))
+
+    def _of(self, part: Any, fn: TaskFunction[Any, Any, Any], shared: Any, tasks: Any, size: int) -> workers.Workers:
+        leaves, spec = pytree.tree_flatten((shared, tasks))
+        key = (part, fn, size, spec, *((leaf.shape[1:], leaf.dtype) for leaf in leaves))
+        found = self._workers.pop(key, None)
+        if found is not None and found.capacity < _length(tasks):
+            found.close()
+            found = None
+        if found is None:
+            summed = part is _sum_of
+
+            def run(shared: Any, tasks: Any) -> Any:
+                result = part(fn, shared, tasks)
+                return pytree.tree_map(lambda leaf: leaf.unsqueeze(0), result) if summed else result
+
+            found = workers.Workers(self.threads, run, shared, tasks, size=size, summed=summed)
+        self._workers[key] = found  # the last one used stands last
+        while len(self._workers) > self._KEPT:
+            self._workers.pop(next(iter(self._workers))).close()
+        return found
+
+    def close(self) -> None:
+        for each in self._workers.values():
+            each.close()
+        self._workers.clear()
         torch.set_num_threads(self._intra_op)
 
 
@@ -72,32 +141,165 @@ class Vmap:
     nothing from two, wait long for a busy core, and give bits that depend on the count.
     """
 
+    name = "vmap"
+
     def __init__(self, chunk: int | None = None, threads: int = 1) -> None:
-        if chunk is not None and chunk < 1:
-            raise MetaftError(f"task_chunk must be at least 1, got {chunk}")
-        self.name = "vmap"
-        self.chunk = chunk
-        self.threads = threads
+        self.chunk = None if chunk is None else _at_least_1("task_chunk", chunk)
+        self.threads = _at_least_1("threads", threads)
         self._intra_op = torch.get_num_threads()
         torch.set_num_threads(threads)
 
-    def map(self, fn: Callable[[Tree], Out], tasks: Tree) -> Iterator[Out]:
-        leaves, spec = pytree.tree_flatten(tasks)
-        total = leaves[0].shape[0]
-        size = self.chunk or total
-        for first in range(0, total, size):
-            part = pytree.tree_unflatten([leaf[first : first + size] for leaf in leaves], spec)
-            with torch.no_grad():
-                out = torch.func.vmap(fn, randomness="error")(part)  # type: ignore[reportArgumentType]
-            out_leaves, out_spec = pytree.tree_flatten(out)
-            for i in range(min(size, total - first)):
-                yield pytree.tree_unflatten([leaf[i] for leaf in out_leaves], out_spec)
+    def map(self, fn: TaskFunction[Shared, Tree, Out], shared: Shared, tasks: Tree) -> Iterator[Out]:
+        for chunk in _chunks(tasks, self.chunk):
+            yield from _unstacked(_vmapped(fn, shared, chunk))
+
+    def sum(self, fn: TaskFunction[Shared, Tree, Out], shared: Shared, tasks: Tree) -> Out:
+        return _added(self._sum_of(fn, shared, chunk) for chunk in _chunks(tasks, self.chunk))
+
+    def _sum_of(self, fn: TaskFunction[Shared, Tree, Out], shared: Shared, tasks: Tree) -> Out:
+        return _summed(_vmapped(fn, shared, tasks))
 
     def close(self) -> None:
         torch.set_num_threads(self._intra_op)
 
 
-ENGINES = ("threads", "vmap")
+class Compiled(Vmap):
+    """As `Vmap`, with sums compiled by torch.compile: minutes once per function and shape, then fused operations.
+
+    The function is traced by running it (`make_fx`), so that nothing of what it does in Python is left. Needs what
+    torch.compile needs, on a CPU a C++ compiler. Raises MetaftError where that fails.
+    """
+
+    name = "compiled"
+
+    def __init__(self, chunk: int | None = None, threads: int = 1) -> None:
+        super().__init__(chunk, threads)
+        self._compiled: dict[Any, tuple[Callable[..., list[Tensor]], pytree.TreeSpec]] = {}
+
+    def _sum_of(self, fn: TaskFunction[Shared, Tree, Out], shared: Shared, tasks: Tree) -> Out:
+        inputs, spec = pytree.tree_flatten((shared, tasks))
+        key = (fn, spec, *((leaf.shape, leaf.dtype, leaf.device) for leaf in inputs))
+        if key not in self._compiled:
+            self._compiled[key] = self._compile(fn, inputs, spec)
+        compiled, spec = self._compiled[key]
+        with torch.no_grad():
+            return pytree.tree_unflatten(compiled(*inputs), spec)
+
+    @staticmethod
+    def _compile(
+        fn: TaskFunction[Any, Any, Any], inputs: list[Tensor], spec: pytree.TreeSpec
+    ) -> tuple[Callable[..., list[Tensor]], pytree.TreeSpec]:
+        from torch.fx.experimental.proxy_tensor import make_fx  # heavy, and only here
+
+        result_spec: list[pytree.TreeSpec] = []
+
+        def flat(*inputs: Tensor) -> list[Tensor]:
+            shared, tasks = pytree.tree_unflatten(list(inputs), spec)
+            leaves, found = pytree.tree_flatten(_summed(_vmapped(fn, shared, tasks)))
+            result_spec[:] = [found]
+            return leaves
+
+        try:
+            with plain_operations(), torch.no_grad():
+                compiled = torch.compile(make_fx(flat)(*inputs), dynamic=False, fullgraph=True)
+                compiled(*inputs)
+        except Exception as error:  # whatever the compiler could not do, other engines can
+            reason = " ".join(str(error).split("\n\n")[0].split())
+            raise MetaftError(f"engine: torch.compile failed ({reason}); use another engine") from error
+        return compiled, result_spec[0]
+
+
+def _at_least_1(field: str, value: int) -> int:
+    if value < 1:
+        raise MetaftError(f"{field} must be at least 1, got {value}")
+    return value
+
+
+def _one_intra_op_thread() -> int:
+    """Hold the caller to one intra-op thread; returns how many it had. After each parallel operation of its own the
+    OpenMP team would spin on a core that the tasks need (measured: 1.6 times slower steps on 2 cores)."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    return before
+
+
+def task_chunk(values: int, meta_batch: int, threads: int) -> int:
+    """How many tasks of `values` numbers each (images and all) a thread or process takes at once.
+
+    Small tasks cost more in calls than in arithmetic, and share the calls; large ones would only push each other out
+    of the cache. On Conv-4 that makes 16 with 10 images of 28x28 per task, 8 with 80 of them, 1 with 80 of 84x84.
+    """
+    return max(1, min(16, (1 << 19) // max(1, values), -(-meta_batch // threads)))
+
+
+def _length(tasks: Any) -> int:
+    return pytree.tree_leaves(tasks)[0].shape[0]
+
+
+def _chunk_of(tasks: Any, threads: int) -> int:
+    count = _length(tasks)
+    return task_chunk(sum(leaf.numel() for leaf in pytree.tree_leaves(tasks)) // max(1, count), count, threads)
+
+
+def _chunks(tasks: Tree, size: int | None) -> list[Tree]:
+    leaves, spec = pytree.tree_flatten(tasks)
+    if not len(leaves[0]):
+        raise MetaftError("meta_batch must be at least 1, got an empty batch of tasks")
+    parts = [leaf.split(size or len(leaf)) for leaf in leaves]
+    return [pytree.tree_unflatten(list(part), spec) for part in zip(*parts, strict=True)]
+
+
+def _vmapped(fn: TaskFunction[Shared, Tree, Out], shared: Shared, tasks: Tree) -> Out:
+    with torch.no_grad():
+        return torch.func.vmap(fn, in_dims=(None, 0), randomness="error")(shared, tasks)  # type: ignore[reportArgumentType]
+
+
+def _rows_of(fn: TaskFunction[Shared, Tree, Out], shared: Shared, tasks: Tree) -> Out:
+    """Results with a task axis. One task runs without vmap, since plain autograd is faster."""
+    if _length(tasks) > 1:
+        return _vmapped(fn, shared, tasks)
+    with torch.no_grad():  # grad mode is thread-local: a worker starts with its own, whatever the caller's is
+        result = fn(shared, pytree.tree_map(lambda leaf: leaf[0], tasks))
+        return pytree.tree_map(lambda leaf: leaf.unsqueeze(0), result)
+
+
+def _sum_of(fn: TaskFunction[Shared, Tree, Out], shared: Shared, tasks: Tree) -> Out:
+    return _summed(_rows_of(fn, shared, tasks))
+
+
+def _summed(rows: Out) -> Out:
+    return pytree.tree_map(lambda leaf: leaf[0] if len(leaf) == 1 else leaf.sum(0), rows)
+
+
+def _added(results: Iterable[Out]) -> Out:
+    total: list[Tensor] = []
+    spec: pytree.TreeSpec | None = None
+    for result in results:
+        leaves, spec = pytree.tree_flatten(result)
+        if not total:
+            total = [leaf.clone() for leaf in leaves]
+        else:
+            for sum_, leaf in zip(total, leaves, strict=True):
+                sum_ += leaf
+    assert spec is not None
+    return pytree.tree_unflatten(total, spec)
+
+
+def _unstacked(results: Out) -> list[Out]:
+    leaves, spec = pytree.tree_flatten(results)
+    return [pytree.tree_unflatten([leaf[i] for leaf in leaves], spec) for i in range(leaves[0].shape[0])]
+
+
+ENGINES = ("processes", "threads", "vmap", "compiled")
+
+
+def settled_name(name: str, *, convolutional: bool, device: str | torch.device) -> str:
+    """The engine that `auto` stands for: a fixed rule on model and device."""
+    if name != "auto":
+        return name
+    if not convolutional or torch.device(device).type != "cpu":
+        return "vmap"
+    return "processes" if workers.available() else "threads"
 
 
 @contextlib.contextmanager
@@ -109,24 +311,67 @@ def engine(
     threads: int | None = None,
     chunk: int | None = None,
 ) -> Iterator[Engine]:
-    """An engine by name, closed on leaving. `auto`: threads for convolutions on a CPU, vmap for all else.
+    """An engine by name, closed on leaving.
 
-    `threads=None` uses as many as torch would for the threads engine, and one for vmap. Raises MetaftError for an
+    `auto`: for convolutions on a CPU processes, or threads where a system cannot fork; vmap for all else.
+    `threads=None` uses as many processes or threads as torch would threads, and one for the other engines.
+    `chunk=None` is what `task_chunk` says for processes and threads, and all for the others. Raises MetaftError for an
     unknown name.
     """
-    if name == "auto":
-        name = "threads" if convolutional and torch.device(device).type == "cpu" else "vmap"
+    on_cpu = torch.device(device).type == "cpu"
+    name = settled_name(name, convolutional=convolutional, device=device)
     if name not in ENGINES:
         raise MetaftError(f"engine: no {name!r}, known are {['auto', *ENGINES]}{suggest(name, ENGINES)}")
-    made = (
-        Threads(torch.get_num_threads() if threads is None else threads)
-        if name == "threads"
-        else Vmap(chunk, threads or 1)
-    )
+    if name == "processes" and not on_cpu:
+        raise MetaftError(f"engine: processes are for the CPU, not for {device}; use vmap")
+    if name in ("processes", "threads"):
+        count = torch.get_num_threads() if threads is None else threads
+        made: Engine = (Processes if name == "processes" else Threads)(count, chunk)
+    else:
+        made = (Vmap if name == "vmap" else Compiled)(chunk, 1 if threads is None else threads)
     try:
         yield made
     finally:
         made.close()
+
+
+def tune(
+    algorithm: Algorithm,
+    meta: Params,
+    state: Params,
+    tasks: Any,
+    *,
+    convolutional: bool,
+    device: str | torch.device = "cpu",
+    threads: int | None = None,
+    seconds: float = 1.0,
+) -> dict[tuple[str, int | None], float]:
+    """Seconds per meta-step of each engine and chunk worth trying, fastest first; each is timed for `seconds`.
+
+    Not `compiled` on a CPU, where compiling alone takes minutes.
+    """
+    on_cpu = torch.device(device).type == "cpu"
+    total = _length(tasks)
+    count = threads or torch.get_num_threads()
+    sizes = [size for size in (1, 2, 4, 8, 16) if size <= -(-total // count)]
+    candidates: list[tuple[str, int | None]] = [("vmap", None), *([] if on_cpu else [("compiled", None)])]
+    if on_cpu:
+        parallel = [name for name in ("processes", "threads") if name == "threads" or workers.available()]
+        candidates += [(name, size) for name in parallel for size in sizes]
+    found: dict[tuple[str, int | None], float] = {}
+    for name, chunk in candidates:
+        with engine(name, convolutional=convolutional, device=device, threads=threads, chunk=chunk) as made:
+            times: list[float] = []
+            end = math.inf  # the first step prepares, and is not counted
+            while not times or time.perf_counter() < end:
+                start = time.perf_counter()
+                meta_gradient(made, algorithm, meta, state, tasks)
+                if end == math.inf:
+                    end = time.perf_counter() + seconds
+                else:
+                    times.append(time.perf_counter() - start)
+        found[name, chunk] = statistics.median(times)
+    return dict(sorted(found.items(), key=lambda item: item[1]))
 
 
 def task_grad(algorithm: Algorithm, meta: Params, state: Params, knobs: Params, task: Any) -> TaskGrad:
@@ -141,6 +386,12 @@ def task_grad(algorithm: Algorithm, meta: Params, state: Params, knobs: Params, 
 
     _, (state_delta, metrics), grads = value_and_grad(of_meta, meta, create_graph=False)
     return TaskGrad(grads, state_delta, metrics)
+
+
+@functools.lru_cache(maxsize=16)
+def _task_grad_of(algorithm: Algorithm) -> Callable[[tuple[Params, Params, Params], Any], TaskGrad]:
+    """`task_grad` as engines want it: one object per algorithm."""
+    return lambda shared, task: task_grad(algorithm, *shared, task)
 
 
 class MetaGradient(NamedTuple):
@@ -159,24 +410,11 @@ def meta_gradient(
 
     `step` sets the algorithm's knobs. Neither `meta` nor `state` is changed.
     """
-    knobs = algorithm.schedule(step)
     # Mapping per-task gradients, not differentiating a mapped loss: the latter is silently wrong at second order for
     # batch normalisation under vmap.
-    results = engine.map(lambda task: task_grad(algorithm, meta, state, knobs, task), tasks)
-    total: list[Tensor] | None = None
-    spec: pytree.TreeSpec | None = None
-    count = 0
-    for result in results:
-        leaves, spec = pytree.tree_flatten(result)
-        if total is None:
-            total = [leaf.clone() for leaf in leaves]
-        else:
-            for sum_, leaf in zip(total, leaves, strict=True):
-                sum_ += leaf
-        count += 1
-    if total is None or spec is None:
-        raise MetaftError("meta_batch must be at least 1, got an empty batch of tasks")
-    mean: TaskGrad = pytree.tree_unflatten([leaf / count for leaf in total], spec)
+    total = engine.sum(_task_grad_of(algorithm), (meta, state, algorithm.schedule(step)), tasks)
+    count = _length(tasks)
+    mean: TaskGrad = pytree.tree_map(lambda leaf: leaf / count, total)
     return MetaGradient(
         grads=mean.grads,
         state={

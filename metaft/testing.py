@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -36,6 +37,12 @@ def task_scores(algorithm: Algorithm, meta: Params, state: Params, task: Episode
     return torch.stack(rows).detach()
 
 
+@functools.lru_cache(maxsize=16)
+def _scores_of(algorithm: Algorithm, ways: int, steps: int) -> Callable[[tuple[Params, Params], Episode], Tensor]:
+    """`task_scores` as engines want it: one object for all calls."""
+    return lambda shared, task: task_scores(algorithm, *shared, task, ways=ways, steps=steps)
+
+
 def score_episodes(
     engine: Engine,
     algorithm: Algorithm,
@@ -58,9 +65,7 @@ def score_episodes(
     chunks: list[Tensor] = []
     for first in range(0, episodes, at_once):
         tasks = source.episodes(seed, split, range(first, min(first + at_once, episodes)))
-        scores = engine.map(
-            lambda task: task_scores(algorithm, meta, state, task, ways=source.ways, steps=steps), tasks
-        )
+        scores = engine.map(_scores_of(algorithm, source.ways, steps), (meta, state), tasks)
         chunks.append(torch.stack(list(scores)).double().cpu())
         progress(min(first + at_once, episodes))
     return torch.cat(chunks)

@@ -73,7 +73,7 @@ def test_batched_equals_looped(row: Row, norm: Norm, model_name: str) -> None:
     meta, state = algorithm.init(5)
     data = data_for(algorithm)
     results = []
-    for make in (outer.Threads(1), outer.Threads(2), outer.Vmap(), outer.Vmap(chunk=3)):
+    for make in (outer.Threads(1, 1), outer.Threads(2, 3), outer.Vmap(), outer.Vmap(chunk=3)):
         results.append(gradient(algorithm, make, data, meta, state))
         make.close()
     for other in results[1:]:

@@ -21,7 +21,7 @@ import torch
 from helpers import IMAGES, SINUSOID, file_size_limit, images, options, pool, remains, untimed, write_folder
 from torch import nn
 
-from metaft import evaluate, meta_train, report, testing, training
+from metaft import evaluate, meta_train, report, testing, training, workers
 from metaft.__main__ import main as metaft
 from metaft.config import EvaluateConfig, MetaTrainConfig
 from metaft.errors import MetaftError
@@ -147,7 +147,8 @@ def test_the_result_of_a_regression(curve: Path):
 def test_the_result_of_a_classification(image_runs: dict[str, Path], squares: Path, algorithm: str, steps: int):
     result = json.loads((image_runs[algorithm] / "result.json").read_text())
     check_result(result, "accuracy", 4, steps)
-    assert (result["dataset"], result["engine"]) == (f"folder:{squares}", "threads")
+    engine = "processes" if workers.available() else "threads"
+    assert (result["dataset"], result["engine"]) == (f"folder:{squares}", engine)
     assert result["test"]["inner_steps"] == steps
     assert 0 <= result["test"]["inductive"]["accuracy"] <= 1
 

@@ -10,7 +10,7 @@ import scenarios
 import torch
 from torch import Tensor
 
-from metaft import algorithms, models, outer
+from metaft import algorithms, models, outer, workers
 from metaft.errors import MetaftError
 from metaft.types import Params
 
@@ -52,17 +52,16 @@ def test_many_threads_on_one_task_each_see_their_own_weights() -> None:
 
 def test_results_come_in_task_order_and_mean_is_the_mean() -> None:
     def grad(meta: Params, state: Params, knobs: Params, task: Tensor) -> algorithms.TaskGrad:
-        torch.randn(1).item()
         return algorithms.TaskGrad({"w": task * meta["w"]}, {"s": task}, {"loss": task.sum()})
 
     toy = algorithms.Algorithm(
         "toy", lambda key: ({}, {}), None, None, 0, "mse", "transductive", task_grad=grad  # type: ignore[arg-type]
     )  # fmt: skip
     tasks = torch.arange(10, dtype=torch.float64)[:, None]
-    for name in ("threads", "vmap"):
+    for name in outer.ENGINES[:3]:
         with outer.engine(name, threads=3, chunk=4) as engine:
-            assert [float(t) for t in engine.map(lambda t: t.sum(), tasks)] == list(range(10))
-            if name == "threads":
+            assert [float(t) for t in engine.map(lambda _, t: t.sum(), (), tasks)] == list(range(10))
+            if name != "vmap":
                 w, s = torch.tensor([2.0]).double(), torch.tensor([1.0]).double()
                 result = outer.meta_gradient(engine, toy, {"w": w}, {"s": s, "fixed": s}, tasks)
                 assert float(result.grads["w"]) == 9.0
@@ -76,21 +75,22 @@ def test_results_come_in_task_order_and_mean_is_the_mean() -> None:
 def test_engine_puts_back_the_callers_thread_setting() -> None:
     before = torch.get_num_threads()
     with outer.engine("threads", threads=2) as engine:
-        assert list(engine.map(lambda t: torch.get_num_threads(), torch.zeros(4, 1))) == [1] * 4
+        counts = engine.map(lambda _, t: torch.tensor(torch.get_num_threads()), (), torch.zeros(4, 1))
+        assert [int(count) for count in counts] == [1] * 4
     assert torch.get_num_threads() == before
 
 
 def test_an_error_inside_a_task_reaches_the_caller() -> None:
-    def fail(task: Tensor) -> Tensor:
+    def fail(_: object, task: Tensor) -> Tensor:
         raise RuntimeError(f"task {int(task)}")
 
     with outer.engine("threads", threads=2) as engine, pytest.raises(RuntimeError, match="task 0"):
-        list(engine.map(fail, torch.arange(4)))
+        list(engine.map(fail, (), torch.arange(4)))
 
 
 def test_auto_is_a_fixed_rule() -> None:
     with outer.engine(convolutional=True, device="cpu") as engine:
-        assert engine.name == "threads"
+        assert engine.name == ("processes" if workers.available() else "threads")
     with outer.engine(convolutional=False, device="cpu") as engine:
         assert engine.name == "vmap"
     with outer.engine(convolutional=True, device="cuda") as engine:

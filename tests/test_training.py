@@ -19,7 +19,7 @@ from helpers import images, pool, remains, sinusoid, untimed
 from metaft import checkpoint, meta_train, report, training
 from metaft import run as run_module
 from metaft.assemble import assemble
-from metaft.config import MetaTrainConfig, Settled
+from metaft.config import MetaTrainConfig, Settled, read_toml
 from metaft.errors import CheckpointError, Interrupted, MetaftError, NonFiniteError
 from metaft.meta_train import resume_run, run
 from metaft.outer import MetaGradient
@@ -418,7 +418,7 @@ def test_cut_off_between_the_two_renames_the_former_checkpoint_is_found(
 
 def test_threads_and_their_number_leave_no_trace(tmp_path: Path):
     for threads in (1, 2, 3):
-        run(images(tmp_path / str(threads), threads=threads, meta_batch=5), dataset=pool())
+        run(images(tmp_path / str(threads), threads=threads, task_chunk=2, meta_batch=5), dataset=pool())
     one = RunFolder(tmp_path / "1")
     for threads in (2, 3):
         other = RunFolder(tmp_path / str(threads))
@@ -428,6 +428,22 @@ def test_threads_and_their_number_leave_no_trace(tmp_path: Path):
             assert a.keys() == b.keys()
             assert all(torch.equal(a[name], b[name]) for name in a)
         assert untimed(json.loads(one.result.read_text())) == untimed(json.loads(other.result.read_text()))
+
+
+def test_a_run_writes_down_how_it_maps_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """So that a resume has the same bits wherever it is, and `--engine tune` is asked once."""
+    run(images(tmp_path / "auto", threads=2, meta_batch=5), dataset=pool())
+    assert read_toml(tmp_path / "auto/config.toml")["task_chunk"] == 3  # half of the tasks for each
+
+    found = {("threads", 2): 0.1, ("vmap", None): 0.2}
+    monkeypatch.setattr("metaft.assemble.tune", lambda *_, **__: found)
+    run(images(tmp_path / "tuned", engine="tune", iterations=2), dataset=pool())
+    settings = read_toml(tmp_path / "tuned/config.toml")
+    assert (settings["engine"], settings["task_chunk"]) == ("threads", 2)
+    monkeypatch.setattr("metaft.assemble.tune", lambda *_, **__: pytest.fail("tuned once more"))
+    resume_run(tmp_path / "tuned", dataset=pool())
+    settings = read_toml(tmp_path / "tuned/config.toml")
+    assert (settings["engine"], settings["task_chunk"]) == ("threads", 2)
 
 
 def test_another_seed_gives_another_run(tmp_path: Path):

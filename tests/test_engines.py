@@ -1,0 +1,264 @@
+"""Every engine gives the same numbers; processes give the bits of threads, and leave nothing behind."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import scenarios
+import torch
+from torch import Tensor
+
+from metaft import algorithms, outer, workers
+from metaft.errors import MetaftError
+from metaft.types import Params
+
+needs_fork = pytest.mark.skipif(not workers.available(), reason="this system cannot fork")
+
+ENGINES = [
+    ("threads", 2, 1),
+    ("threads", 2, 3),
+    ("threads", 1, None),
+    pytest.param(("processes", 2, 1), marks=needs_fork),
+    pytest.param(("processes", 2, 3), marks=needs_fork),
+    pytest.param(("processes", 3, None), marks=needs_fork),
+    ("vmap", 1, None),
+    ("vmap", 1, 3),
+]
+
+
+def close(found: Params, expected: Params) -> bool:
+    scale = max(float(v.abs().max()) for v in expected.values())
+    return all(float((found[k] - v).abs().max()) < 1e-10 * scale for k, v in expected.items())
+
+
+def looped(algorithm: algorithms.Algorithm, meta: Params, data: Any) -> Params:
+    """The mean of gradients that plain autograd takes, one task at a time."""
+    each = [outer.task_grad(algorithm, meta, {}, {}, type(data)(*[v[i] for v in data])).grads for i in range(5)]
+    return {k: torch.stack([g[k] for g in each]).mean(0) for k in meta}
+
+
+@pytest.mark.parametrize("spec", ENGINES)
+@pytest.mark.parametrize("norm", ["transductive", "inductive"])
+@pytest.mark.parametrize("model", ["conv4", "conv4-pool", "mlp"])
+@pytest.mark.parametrize("name", sorted(algorithms.ALGORITHMS))
+def test_engines_agree_in_float64(name: str, model: str, norm: str, spec: tuple[str, int, int | None]) -> None:
+    algorithm = algorithms.build(name, scenarios.model(model), {"norm": norm})
+    meta, state = algorithm.init(0)
+    data = scenarios.episodes(tasks=5)
+    engine_name, threads, chunk = spec
+    with outer.engine(engine_name, threads=threads, chunk=chunk) as engine:
+        found = outer.meta_gradient(engine, algorithm, meta, state, data)
+    assert close(found.grads, looped(algorithm, meta, data))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what the compiler itself imports
+@pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="needs a C++ compiler")
+@pytest.mark.parametrize("name", sorted(algorithms.ALGORITHMS))
+def test_compiled_agrees_in_float64(name: str) -> None:
+    algorithm = algorithms.build(name, scenarios.model("mlp"), {})
+    meta, state = algorithm.init(0)
+    data = scenarios.episodes(tasks=5)
+    with outer.engine("compiled") as engine:
+        for scale in (1.0, 0.5):  # the second time with other numbers in the compiled function
+            scaled = {k: v * scale for k, v in meta.items()}
+            found = outer.meta_gradient(engine, algorithm, scaled, state, data)
+            assert close(found.grads, looped(algorithm, scaled, data))
+
+
+def test_what_cannot_be_compiled_is_an_error_and_no_traceback() -> None:
+    def grad(meta: Params, state: Params, knobs: Params, task: Tensor) -> algorithms.TaskGrad:
+        if float(task) > 0:  # depends on the data
+            return algorithms.TaskGrad({"w": task}, {}, {})
+        return algorithms.TaskGrad({"w": -task}, {}, {})
+
+    with outer.engine("compiled") as engine, pytest.raises(MetaftError, match=r"engine: torch\.compile failed"):
+        outer.meta_gradient(engine, toy(grad), {"w": torch.ones(1)}, {}, torch.ones(3, 1))
+
+
+def toy(grad: Any) -> algorithms.Algorithm:
+    return algorithms.Algorithm(
+        "toy", lambda key: ({}, {}), None, None, 0, "mse", "transductive", task_grad=grad  # type: ignore[arg-type]
+    )  # fmt: skip
+
+
+@needs_fork
+@pytest.mark.parametrize("chunk", [1, 4])
+def test_processes_give_the_bits_of_threads_whatever_their_number(chunk: int) -> None:
+    algorithm = algorithms.maml(scenarios.model(dtype=torch.float32), inner_lr=0.1, inner_steps=2)
+    meta, state = algorithm.init(0)
+    data = scenarios.episodes(tasks=10, dtype=torch.float32)
+    with outer.engine("threads", threads=1, chunk=chunk) as engine:
+        expected = outer.meta_gradient(engine, algorithm, meta, state, data)
+    for count in (1, 2, 3):
+        with outer.engine("processes", threads=count, chunk=chunk) as engine:
+            for _ in range(2):
+                found = outer.meta_gradient(engine, algorithm, meta, state, data)
+                assert found.metrics == expected.metrics
+                assert all(torch.equal(found.grads[k], v) for k, v in expected.grads.items())
+
+
+@pytest.fixture
+def processes() -> Iterator[outer.Processes]:
+    if not workers.available():
+        pytest.skip("this system cannot fork")
+    with outer.engine("processes", threads=2, chunk=2) as engine:
+        assert isinstance(engine, outer.Processes)
+        yield engine
+
+
+def scaled(shared: Tensor, task: Tensor) -> Tensor:
+    return shared * task
+
+
+def test_results_of_processes_are_their_own(processes: outer.Processes) -> None:
+    """They come out of memory that the next call writes to."""
+    tasks = torch.arange(6.0)[:, None]
+    first = list(processes.map(scaled, torch.tensor(2.0), tasks))
+    total = processes.sum(scaled, torch.tensor(2.0), tasks)
+    second = list(processes.map(scaled, torch.tensor(-1.0), tasks[:3]))  # fewer tasks, other numbers
+    processes.sum(scaled, torch.tensor(-1.0), tasks)
+    assert [float(v) for v in first] == [0, 2, 4, 6, 8, 10]
+    assert [float(v) for v in second] == [0, -1, -2]
+    assert float(total) == 30
+    assert [float(v) for v in processes.map(scaled, torch.tensor(1.0), torch.ones(9, 1))] == [1.0] * 9  # and more
+
+
+def test_an_error_in_a_process_reaches_the_caller_and_work_goes_on(processes: outer.Processes) -> None:
+    def fail(shared: Tensor, task: Tensor) -> Tensor:
+        if int(task) in (3, 5):
+            raise MetaftError(f"task {int(task)}")
+        return task
+
+    assert len(list(processes.map(fail, torch.zeros(()), torch.zeros(6)))) == 6
+    with pytest.raises(MetaftError, match="task 3"):
+        list(processes.map(fail, torch.zeros(()), torch.arange(6)))
+    assert len(list(processes.map(fail, torch.zeros(()), torch.zeros(6)))) == 6
+
+
+def test_an_error_in_the_first_call_reaches_the_caller(processes: outer.Processes) -> None:
+    class Odd(Exception):
+        """Local, so it cannot be pickled."""
+
+    def fail(shared: Tensor, task: Tensor) -> Tensor:
+        raise Odd("first")
+
+    with pytest.raises(RuntimeError, match="Odd: first"):
+        processes.sum(fail, torch.zeros(()), torch.zeros(4))
+
+
+def test_a_worker_that_dies_is_named(processes: outer.Processes) -> None:
+    def die(shared: Tensor, task: Tensor) -> Tensor:
+        if int(task):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return task
+
+    list(processes.map(die, torch.zeros(()), torch.zeros(4)))
+    with pytest.raises(MetaftError, match=r"engine: a worker process ended \(signal 9\)"):
+        list(processes.map(die, torch.zeros(()), torch.ones(4)))
+
+
+def test_a_signal_to_all_processes_is_the_parents_to_answer(processes: outer.Processes) -> None:
+    processes.sum(scaled, torch.ones(()), torch.ones(4))
+    for each in processes._workers.values():
+        for worker in each._processes:
+            assert worker.pid is not None
+            os.kill(worker.pid, signal.SIGTERM)
+            os.kill(worker.pid, signal.SIGINT)
+    assert float(processes.sum(scaled, torch.ones(()), torch.ones(4))) == 4
+
+
+@needs_fork
+def test_a_program_that_forgets_to_close_ends_all_the_same() -> None:
+    code = (
+        "import torch; from metaft import outer\n"
+        "def f(s, t): return t\n"
+        "print(outer.Processes(2, 1).sum(f, torch.zeros(()), torch.ones(2)))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert "2." in done.stdout
+
+
+def children() -> set[int]:
+    found = set()
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            if int(stat.read_text().rpartition(")")[2].split()[1]) == os.getpid():
+                found.add(int(stat.parent.name))
+    return found
+
+
+@needs_fork
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs /proc")
+def test_no_process_is_left() -> None:
+    before = children()
+    with outer.engine("processes", threads=2) as engine:
+        engine.sum(scaled, torch.zeros(()), torch.zeros(4))
+        assert len(children() - before) == 2
+        for i in range(9):  # functions that come and go do not pile up
+
+            def fresh(shared: Tensor, task: Tensor, i: int = i) -> Tensor:
+                return task * i
+
+            engine.sum(fresh, torch.zeros(()), torch.zeros(4))
+        assert len(children() - before) <= 2 * 4
+    assert children() == before
+
+
+@needs_fork
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs /proc")
+def test_workers_end_with_a_parent_that_is_killed() -> None:
+    code = (
+        "import torch, time; from metaft import outer\n"
+        "def f(s, t): return t\n"
+        "with outer.engine('processes', threads=2, chunk=1) as e:\n"
+        "    e.sum(f, torch.zeros(()), torch.zeros(2))\n"
+        "    print(*[w.pid for v in e._workers.values() for w in v._processes], flush=True)\n"
+        "    time.sleep(60)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        pids = [int(word) for word in parent.stdout.readline().split()]
+        assert len(pids) == 2
+        parent.kill()
+    deadline = time.monotonic() + 20
+    while any(os.path.exists(f"/proc/{pid}") for pid in pids):
+        assert time.monotonic() < deadline, "workers outlive their parent"
+        time.sleep(0.1)
+
+
+def test_processes_are_refused_on_a_gpu() -> None:
+    with (
+        pytest.raises(MetaftError, match="engine: processes are for the CPU, not for cuda"),
+        outer.engine("processes", device="cuda"),
+    ):
+        pass
+
+
+def test_small_tasks_share_calls_and_large_ones_do_not() -> None:
+    assert outer.task_chunk(7_840, 32, 2) == 16
+    assert outer.task_chunk(62_720, 32, 2) == 8
+    assert outer.task_chunk(1_693_440, 4, 2) == 1
+    assert outer.task_chunk(7_840, 16, 8) == 2  # no process is left without work
+    assert outer.task_chunk(7_840, 1, 8) == 1
+
+
+def test_tune_tries_engines_and_puts_the_fastest_first() -> None:
+    algorithm = algorithms.maml(scenarios.model("mlp"), inner_lr=0.1)
+    meta, state = algorithm.init(0)
+    found = outer.tune(
+        algorithm, meta, state, scenarios.episodes(tasks=4), convolutional=False, threads=2, seconds=0.02
+    )
+    assert list(found.values()) == sorted(found.values())
+    names = {("threads", 1), ("threads", 2), ("vmap", None)}
+    assert set(found) == names | ({("processes", 1), ("processes", 2)} if workers.available() else set())
