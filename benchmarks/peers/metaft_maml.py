@@ -1,0 +1,65 @@
+"""metaft: its own Conv-4, `metaft.algorithms.maml`, and `metaft.meta_gradient` over an engine."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+
+import metaft
+import metaft.outer
+from benchmarks.peers.workloads import Options, Params, System, Tasks, Workload
+
+
+def model_for(workload: Workload, some: torch.Tensor) -> metaft.Model:
+    """The workload's Conv-4 in the precision and on the device of a tensor."""
+    return metaft.models.build(
+        "conv4" if workload.form == "stride" else "conv4-pool",
+        ways=workload.ways,
+        shape=workload.shape,
+        width=workload.width,
+        seed=0,
+        device=some.device,
+        dtype=some.dtype,
+    )
+
+
+def algorithm_for(workload: Workload, model: metaft.Model, options: Options) -> metaft.Algorithm:
+    return metaft.algorithms.maml(
+        model, inner_lr=workload.inner_lr, inner_steps=workload.inner_steps, first_order=options.first_order
+    )
+
+
+def in_flight(engine: metaft.Engine, tasks: Tasks) -> int:
+    """Tasks whose graphs an engine holds at the same time."""
+    meta_batch = len(tasks.support_x)
+    chunk, threads = getattr(engine, "chunk", None), getattr(engine, "threads", 1)
+    if engine.name in ("vmap", "compiled"):
+        return min(chunk or meta_batch, meta_batch)
+    values = sum(leaf[0].numel() for leaf in tasks)
+    return min(threads * (chunk or metaft.outer.task_chunk(values, meta_batch, threads)), meta_batch)
+
+
+def make(workload: Workload, params: Params, tasks: Tasks, options: Options) -> System:
+    stack = contextlib.ExitStack()
+    model = model_for(workload, tasks.support_x)
+    if {k: v.shape for k, v in params.items()} != {k: v.shape for k, v in model.params.items()}:
+        raise RuntimeError("metaft's Conv-4 has other parameters than the benchmark's")
+    engine = stack.enter_context(
+        metaft.engine(
+            options.engine,
+            convolutional=model.convolutional,
+            device=tasks.support_x.device,
+            threads=options.threads,
+        )
+    )
+    device = tasks.support_x.device
+    class_ids = torch.arange(workload.ways, device=device).expand(workload.meta_batch, -1)
+    episode = metaft.Episode(*tasks, class_ids, torch.arange(workload.meta_batch, device=device))
+    algorithm = algorithm_for(workload, model, options)
+    meta = {name: p.clone() for name, p in params.items()}
+
+    def step() -> Params:
+        return metaft.meta_gradient(engine, algorithm, meta, {}, episode).grads
+
+    return System(step, in_flight(engine, tasks), stack.close)
