@@ -99,19 +99,23 @@ class Processes:
         self._workers: dict[Any, workers.Workers] = {}
 
     def map(self, fn: TaskFunction[Shared, Tree, Out], shared: Shared, tasks: Tree) -> Iterator[Out]:
-        rows, spec = self._of(_rows_of, fn, shared, tasks, size=1).run(shared, tasks)
+        rows, spec = self._run(_rows_of, fn, shared, tasks, size=1)
         return iter([pytree.tree_unflatten([row[i].clone() for row in rows], spec) for i in range(_length(tasks))])
 
     def sum(self, fn: TaskFunction[Shared, Tree, Out], shared: Shared, tasks: Tree) -> Out:
         size = self.chunk or _chunk_of(tasks, self.threads)
-        rows, spec = self._of(_sum_of, fn, shared, tasks, size=size).run(shared, tasks)
+        rows, spec = self._run(_sum_of, fn, shared, tasks, size=size)
         return _added(pytree.tree_unflatten([row[i] for row in rows], spec) for i in range(len(rows[0])))
 
-    def _of(self, part: Any, fn: TaskFunction[Any, Any, Any], shared: Any, tasks: Any, size: int) -> workers.Workers:
-        leaves, spec = pytree.tree_flatten((shared, tasks))
-        key = (part, fn, size, spec, *((leaf.shape[1:], leaf.dtype) for leaf in leaves))
+    def _run(self, part: Any, fn: TaskFunction[Any, Any, Any], shared: Any, tasks: Any, size: int) -> Any:
+        shared_leaves, spec = pytree.tree_flatten(shared)
+        task_leaves, task_spec = pytree.tree_flatten(tasks)
+        if not len(task_leaves[0]):
+            raise MetaftError("meta_batch must be at least 1, got an empty batch of tasks")
+        shapes = [*(leaf.shape for leaf in shared_leaves), *(leaf.shape[1:] for leaf in task_leaves)]
+        key = (part, fn, size, spec, task_spec, *shapes, *(leaf.dtype for leaf in (*shared_leaves, *task_leaves)))
         found = self._workers.pop(key, None)
-        if found is not None and found.capacity < _length(tasks):
+        if found is not None and found.capacity < len(task_leaves[0]):
             found.close()
             found = None
         if found is None:
@@ -122,10 +126,16 @@ class Processes:
                 return pytree.tree_map(lambda leaf: leaf.unsqueeze(0), result) if summed else result
 
             found = workers.Workers(self.threads, run, shared, tasks, size=size, summed=summed)
+        try:
+            with torch.no_grad():
+                rows = found.run(shared, tasks)
+        except BaseException:  # some of them may still be at work, and their answers would be taken for the next call's
+            found.close()
+            raise
         self._workers[key] = found  # the last one used stands last
         while len(self._workers) > self._KEPT:
             self._workers.pop(next(iter(self._workers))).close()
-        return found
+        return rows
 
     def close(self) -> None:
         for each in self._workers.values():

@@ -79,8 +79,8 @@ class Workers:
         pipes = [context.Pipe() for _ in range(min(count, len(self._parts(self.capacity))))]
         self._ends = [ours for ours, _ in pipes]
         self._processes = [
-            context.Process(target=self._work, args=(rank, theirs, os.getpid()), name="metaft-task", daemon=True)
-            for rank, (_, theirs) in enumerate(pipes)
+            context.Process(target=self._work, args=(rank, pipes, os.getpid()), name="metaft-task", daemon=True)
+            for rank in range(len(pipes))
         ]
         with _quiet_fork():
             for process in self._processes:
@@ -144,8 +144,14 @@ class Workers:
         except Exception as error:  # to be raised by the parent
             end.send(_sendable(error))
 
-    def _work(self, rank: int, end: Connection, parent: int) -> None:
+    def _work(self, rank: int, pipes: list[tuple[Connection, Connection]], parent: int) -> None:
         _settle_in()
+        end = pipes[rank][1]
+        # A sibling that held this end open would hide from the parent that this worker died.
+        for ours, theirs in pipes:
+            ours.close()
+            if theirs is not end:
+                theirs.close()
         shared = pytree.tree_unflatten(self._shared, self._shared_spec)
         while True:
             while not end.poll(_ORPHAN_AFTER):

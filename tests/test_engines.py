@@ -168,6 +168,49 @@ def test_a_worker_that_dies_is_named(processes: outer.Processes) -> None:
         list(processes.map(die, torch.zeros(()), torch.ones(4)))
 
 
+@pytest.mark.parametrize("victim", [0, 1])
+def test_one_worker_of_two_that_dies_is_noticed(processes: outer.Processes, victim: int) -> None:
+    """The other one must not keep its pipe open."""
+    list(processes.map(scaled, torch.ones(()), torch.ones(4)))
+    (workers_,) = processes._workers.values()
+    pid = workers_._processes[victim].pid
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
+    with pytest.raises(MetaftError, match=r"engine: a worker process ended \(signal 9\)"):
+        list(processes.map(scaled, torch.ones(()), torch.ones(4)))
+    assert [float(v) for v in processes.map(scaled, torch.ones(()), torch.ones(4))] == [1.0] * 4
+
+
+def test_answers_to_an_interrupted_call_are_not_taken_for_the_next_ones(processes: outer.Processes) -> None:
+    def slow(shared: Tensor, task: Tensor) -> Tensor:
+        time.sleep(0.3 * float(shared > 1))
+        return shared * task
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    tasks = torch.arange(4.0)
+    list(processes.map(slow, torch.ones(()), tasks))
+    before = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, 0.2)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            list(processes.map(slow, torch.tensor(2.0), tasks))
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    for factor in (1.0, -3.0, 0.5):
+        assert [float(v) for v in processes.map(slow, torch.tensor(factor), tasks)] == [factor * i for i in range(4)]
+
+
+def test_shared_tensors_of_another_shape_get_workers_of_their_own(processes: outer.Processes) -> None:
+    def total(shared: Tensor, task: Tensor) -> Tensor:
+        return shared.sum() * task
+
+    for length in (3, 1, 5):
+        assert [float(v) for v in processes.map(total, torch.ones(length), torch.ones(2))] == [length] * 2
+
+
 def test_a_signal_to_all_processes_is_the_parents_to_answer(processes: outer.Processes) -> None:
     processes.sum(scaled, torch.ones(()), torch.ones(4))
     for each in processes._workers.values():

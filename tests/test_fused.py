@@ -197,3 +197,6 @@ def test_which_way_the_models_loss_goes(monkeypatch: pytest.MonkeyPatch) -> None
         calls.clear()
         model.loss(model.params, data.support_x, data.support_y, "cross_entropy")
         assert calls == expected
+        with plain_operations():
+            model.loss(model.params, data.support_x, data.support_y, "cross_entropy")
+        assert calls == expected

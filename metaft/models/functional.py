@@ -94,12 +94,7 @@ def functional(
         return bare(params, x, moments)
 
     def loss_of(params: Params, x: Tensor, y: Tensor, loss: Loss, *, curvature: bool = False) -> tuple[Tensor, Tensor]:
-        if (
-            fused is not None
-            and loss == "cross_entropy"
-            and x.device.type == "cpu"
-            and not torch.compiler.is_compiling()
-        ):
+        if fused is not None and loss == "cross_entropy" and x.device.type == "cpu" and not _plain.get():
             return fused.cross_entropy(params, x, y, curvature=curvature)
         prediction = whole(params, x, None)
         return LOSSES[loss](prediction, y), prediction.detach()
