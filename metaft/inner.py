@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TypeVar
 
 import torch
@@ -41,16 +41,20 @@ def descend(
     params: Params,
     *,
     steps: int,
-    lr: float,
+    lr: float | Mapping[str, Tensor],
     first_order: bool = False,
     adapt: Iterable[str] | None = None,
 ) -> Iterator[Params]:
     """Yield `params`, then the parameters after each of `steps` steps: p <- p - lr * dloss/dp.
 
-    Only names in `adapt` move (default: all). `first_order` treats each gradient as a constant, so that the
-    derivative of the result in `params` is the identity.
+    Only names in `adapt` move (default: all); `lr` is one rate, or one of each such name (a scalar, or elementwise).
+    `first_order` treats each gradient as a constant, so that the derivative of the result in `params` is the identity.
+    One parameter may have been computed from another: each gradient is the partial one, at which the others stay.
     """
     names = list(params) if adapt is None else list(adapt)
+    rates = lr if isinstance(lr, Mapping) else dict.fromkeys(names, lr)
+    # Nodes of their own: from a head that was made out of the body, autograd would go on into the body.
+    params = {k: p.view_as(p) for k, p in params.items()}
     yield params
     for _ in range(steps):
         fixed = params
@@ -60,7 +64,7 @@ def descend(
 
         moving = {k: params[k] for k in names}
         _, _, grads = value_and_grad(of_adapted, moving, create_graph=not first_order)
-        params = {**params, **{k: moving[k] - lr * grads[k] for k in names}}
+        params = {**params, **{k: moving[k] - rates[k] * grads[k] for k in names}}
         yield params
 
 

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import functools
 
-from torch import Tensor
-
-from metaft import inner
-from metaft.algorithms.base import Algorithm, moments_for
-from metaft.algorithms.query import query_loss
-from metaft.errors import MetaftError
+from metaft.algorithms.base import Algorithm
+from metaft.algorithms.gradient import by_gradient
 from metaft.models import Model
-from metaft.types import Fast, Loss, Norm, Params
+from metaft.types import Loss, Norm
 
 
 def maml(
@@ -37,50 +33,15 @@ def maml(
 
     Raises MetaftError for an inner_lr or inner_steps below 0.
     """
-    if not inner_lr >= 0:
-        raise MetaftError(f"inner_lr must be at least 0, got {inner_lr}")
-    if inner_steps < 0:
-        raise MetaftError(f"inner_steps must be at least 0, got {inner_steps}")
-    adapted = [name for name in model.params if adapt_norm or name not in model.norm]
-
-    def init(key: int) -> tuple[Params, Params]:
-        return {name: p.clone() for name, p in model.params.items()}, {}
-
-    def adapt(
-        meta: Params,
-        state: Params,
-        support_x: Tensor,
-        support_y: Tensor,
-        key: Tensor,
-        *,
-        ways: int,
-        steps: int,
-        trajectory: bool = False,
-        moments: bool = True,
-    ) -> Fast:
-        def support_loss(params: Params) -> Tensor:
-            return model.loss(params, support_x, support_y, loss, curvature=not first_order)[0]
-
-        def finish(params: Params) -> Fast:
-            return Fast(params, model.measure(params, support_x) if moments else (), {})
-
-        states = inner.descend(support_loss, meta, steps=steps, lr=inner_lr, first_order=first_order, adapt=adapted)
-        return inner.collect(states, finish, trajectory)
-
-    def predict(fast: Fast, x: Tensor, norm: Norm) -> Tensor:
-        return model.apply(fast.params, x, moments_for(norm, fast))
-
-    return Algorithm(
-        name="fomaml" if first_order else "maml",
-        init=init,
-        adapt=adapt,
-        predict=predict,
-        inner_steps=inner_steps,
+    return by_gradient(
+        "fomaml" if first_order else "maml",
+        model,
         loss=loss,
+        inner_lr=inner_lr,
+        inner_steps=inner_steps,
+        first_order=first_order,
         norm=norm,
-        task_loss=query_loss(
-            adapt, predict, ways=model.outputs, steps=inner_steps, loss=loss, norm=norm, loss_of=model.loss
-        ),
+        adapted=[name for name in model.params if adapt_norm or name not in model.norm],
     )
 
 

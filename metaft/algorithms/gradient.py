@@ -1,0 +1,94 @@
+"""Members whose inner loop is gradient descent on the support loss and whose objective is the query loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+
+from metaft import inner
+from metaft.algorithms.base import Algorithm, moments_for
+from metaft.algorithms.query import query_loss
+from metaft.errors import MetaftError
+from metaft.models import Model
+from metaft.types import Fast, Loss, Norm, Params
+
+
+def by_gradient(
+    name: str,
+    model: Model,
+    *,
+    loss: Loss,
+    inner_lr: float,
+    inner_steps: int,
+    first_order: bool,
+    norm: Norm,
+    adapted: Sequence[str],
+    learned: Params | None = None,
+    begin: Callable[[Params, Tensor, Tensor, int], Params] | None = None,
+    rates: Callable[[Params], Params] | None = None,
+    any_ways: bool = False,
+) -> Algorithm:
+    """MAML, up to which parameters move, from where, and how fast.
+
+    `adapted` names the parameters that the inner loop moves; the others keep their learned values. What a member may
+    have of its own: `learned`, the first `meta`, where that is not the model's parameters; `begin(meta, support_x,
+    support_y, ways)`, the weights before the first step, through which the meta-gradient runs; and `rates(meta)`, a
+    rate of each adapted parameter in the place of `inner_lr`.
+
+    Raises MetaftError for an inner_lr or inner_steps below 0.
+    """
+    if not inner_lr >= 0:
+        raise MetaftError(f"inner_lr must be at least 0, got {inner_lr}")
+    if inner_steps < 0:
+        raise MetaftError(f"inner_steps must be at least 0, got {inner_steps}")
+    first = model.params if learned is None else learned
+
+    def init(key: int) -> tuple[Params, Params]:
+        return {k: p.clone() for k, p in first.items()}, {}
+
+    def adapt(
+        meta: Params,
+        state: Params,
+        support_x: Tensor,
+        support_y: Tensor,
+        key: Tensor,
+        *,
+        ways: int,
+        steps: int,
+        trajectory: bool = False,
+        moments: bool = True,
+    ) -> Fast:
+        def support_loss(params: Params) -> Tensor:
+            return model.loss(params, support_x, support_y, loss, curvature=not first_order)[0]
+
+        def finish(params: Params) -> Fast:
+            return Fast(params, model.measure(params, support_x) if moments else (), {})
+
+        start = meta if begin is None else begin(meta, support_x, support_y, ways)
+        lr = inner_lr if rates is None else rates(meta)
+        states = inner.descend(support_loss, start, steps=steps, lr=lr, first_order=first_order, adapt=adapted)
+        return inner.collect(states, finish, trajectory)
+
+    def predict(fast: Fast, x: Tensor, norm: Norm) -> Tensor:
+        return model.apply(fast.params, x, moments_for(norm, fast))
+
+    return Algorithm(
+        name=name,
+        init=init,
+        adapt=adapt,
+        predict=predict,
+        inner_steps=inner_steps,
+        loss=loss,
+        norm=norm,
+        task_loss=query_loss(
+            adapt,
+            predict,
+            ways=None if any_ways else model.outputs,
+            steps=inner_steps,
+            loss=loss,
+            norm=norm,
+            loss_of=model.loss,
+        ),
+        any_ways=any_ways,
+    )
