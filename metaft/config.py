@@ -50,7 +50,7 @@ class MetaTrainConfig:
     """Tasks per meta-step, B (auto: 16; sinusoid: 25)."""
 
     algorithm: str = "maml"
-    """maml, fomaml (first-order) or protonet."""
+    """maml, fomaml (first-order), anil, boil, meta-sgd, proto-maml or protonet (see docs/algorithms.md)."""
     model: str | None = None
     """conv4 (stride 2, mean), conv4-pool (max-pool) or mlp (auto: by the input's shape)."""
     width: int | None = None
@@ -60,7 +60,7 @@ class MetaTrainConfig:
     inner_steps: int | None = None
     """Inner gradient steps in training (auto: 1; protonet: none)."""
     inner_lr: float | None = None
-    """Inner learning rate (auto: 0.4; sinusoid: 0.01)."""
+    """Inner learning rate; of meta-sgd the first one (auto: 0.4; proto-maml: 0.1; sinusoid: 0.01)."""
     adapt_norm: bool | None = None
     """--adapt-norm / --no-adapt-norm: let the inner loop move normalisation scales and shifts too (auto: on)."""
 

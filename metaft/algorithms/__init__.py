@@ -5,8 +5,12 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 
+from metaft.algorithms.anil import anil
 from metaft.algorithms.base import Algorithm, TaskGrad
+from metaft.algorithms.boil import boil
 from metaft.algorithms.maml import fomaml, maml
+from metaft.algorithms.meta_sgd import meta_sgd
+from metaft.algorithms.proto_maml import proto_maml
 from metaft.algorithms.protonet import protonet
 from metaft.algorithms.query import query_loss
 from metaft.errors import MetaftError, suggest
@@ -16,10 +20,14 @@ __all__ = [
     "ALGORITHMS",
     "Algorithm",
     "TaskGrad",
+    "anil",
+    "boil",
     "build",
     "fomaml",
     "hyper_parameters",
     "maml",
+    "meta_sgd",
+    "proto_maml",
     "protonet",
     "query_loss",
 ]
@@ -27,6 +35,10 @@ __all__ = [
 ALGORITHMS: dict[str, Callable[..., Algorithm]] = {
     "maml": maml,
     "fomaml": fomaml,
+    "anil": anil,
+    "boil": boil,
+    "meta-sgd": meta_sgd,
+    "proto-maml": proto_maml,
     "protonet": protonet,
 }
 

@@ -1,0 +1,39 @@
+"""ANIL: almost no inner loop."""
+
+from __future__ import annotations
+
+from metaft.algorithms.base import Algorithm
+from metaft.algorithms.gradient import by_gradient
+from metaft.models import Model
+from metaft.types import Loss, Norm
+
+
+def anil(
+    model: Model,
+    *,
+    loss: Loss = "cross_entropy",
+    inner_lr: float = 0.4,
+    inner_steps: int = 1,
+    first_order: bool = False,
+    norm: Norm = "transductive",
+) -> Algorithm:
+    """MAML in whose inner loop, in training and at test, only the head moves: the features are the learned ones.
+
+    Raghu, Raghu, Bengio and Vinyals 2020, https://arxiv.org/abs/1909.09157, section 4 (its formulas have no numbers):
+    of the layers 1..d only the last takes fast_d = meta_d - inner_lr * grad of the support loss, `inner_steps` times.
+    The outer loop learns all of them, and its gradient runs through the inner steps of the head into the body.
+
+    Not the paper's: the meta-gradient's mean over the meta-batch, `first_order` (as in `maml`), and `norm="inductive"`.
+
+    Raises MetaftError for an inner_lr or inner_steps below 0.
+    """
+    return by_gradient(
+        "anil",
+        model,
+        loss=loss,
+        inner_lr=inner_lr,
+        inner_steps=inner_steps,
+        first_order=first_order,
+        norm=norm,
+        adapted=model.head,
+    )
