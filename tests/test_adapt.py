@@ -67,6 +67,10 @@ Text = pytest.CaptureFixture[str]
 OWN: dict[str, dict[str, Any]] = {
     "maml": {"inner_lr": 0.3, "test_inner_steps": 2},
     "fomaml": {"inner_lr": 0.2, "adapt_norm": False, "test_inner_steps": 4},
+    "anil": {"inner_lr": 0.3, "test_inner_steps": 2},
+    "boil": {"inner_lr": 0.3, "adapt_norm": False, "test_inner_steps": 2},
+    "meta-sgd": {"inner_lr": 0.2, "test_inner_steps": 2},
+    "proto-maml": {"inner_lr": 0.05, "test_inner_steps": 2},
     "protonet": {},
 }
 """Settings of the runs that are no algorithm's defaults."""
@@ -563,7 +567,7 @@ def test_the_losses_along_the_inner_loop(name: str, runs: dict[str, Path], data:
     assert result_of(tmp_path / "o")["inner_steps"] == steps
 
 
-@pytest.mark.parametrize("name", ["maml", "fomaml"])
+@pytest.mark.parametrize("name", ["maml", "fomaml", "anil", "meta-sgd"])
 @pytest.mark.parametrize("classes", [2, 5])
 def test_with_another_number_of_classes_each_starts_from_the_mean_head_row(
     name: str, classes: int, runs: dict[str, Path], tmp_path: Path
@@ -611,7 +615,10 @@ def test_the_random_start_of_the_inner_loop_is_the_algorithms_own_initialisation
     monkeypatch.setattr(study, "inner", lambda *a, **k: made.append(real(*a, **k)) or made[-1])
     assert adapt.main(inner_words(runs[name], data, tmp_path / "o", seed=8)) == 0
     fresh = models.build("conv4", ways=3, shape=(1, 8, 8), width=4, seed=8).params
-    fresh = {k: v for k, v in fresh.items() if k in learned(runs[name])}
+    own = {k: v for k, v in OWN[name].items() if k != "test_inner_steps"}
+    first, _ = ALGORITHMS[name](models.build("conv4", ways=3, shape=(1, 8, 8), width=4, seed=99), **own).init(0)
+    assert first.keys() == learned(runs[name]).keys()
+    fresh = {k: fresh.get(k, v) for k, v in first.items()}
     x, y, _ = support_and_test(data)
     _, fast = meta_test(name, fresh, x, y, ways=3, steps=OWN[name].get("test_inner_steps", 0))
     body, head = parts_of(fast)

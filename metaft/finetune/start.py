@@ -158,7 +158,7 @@ def inner(
     """The algorithm's own inner loop on uint8 images [n, C, H, W], as in training and meta-test.
 
     A learned head has one row per class of a task; where the target has another number of classes, each of them starts
-    from the mean row. `learned=False` takes the algorithm's initialisation from `seed` instead of the run's. The
+    from the mean row (and, with the rates of Meta-SGD, moves at the mean rates of a row). `learned=False` takes the algorithm's initialisation from `seed` instead of the run's. The
     curve has the training loss before the first step and after each one, as "epoch" 0, 1, ...
     """
     settings, preprocessing = start.settings, start.preprocessing

@@ -1,0 +1,285 @@
+"""Members of the family against each other and against the paper's equations, in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import scenarios
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from metaft import algorithms, models, outer
+from metaft.algorithms import ALGORITHMS, Algorithm
+from metaft.algorithms.meta_sgd import RATE
+from metaft.errors import MetaftError
+from metaft.models import Model
+from metaft.types import NORMS, Episode, Norm, Params
+
+every_norm = pytest.mark.parametrize("norm", NORMS)
+every_order = pytest.mark.parametrize("first_order", [False, True])
+ONE_STEP_OR_THREE = pytest.mark.parametrize("steps", [1, 3])
+
+
+def gradient(algorithm: Algorithm, data: Episode, meta: Params | None = None) -> Params:
+    first, state = algorithm.init(0)
+    with outer.engine("threads", threads=1) as engine:
+        return outer.meta_gradient(engine, algorithm, first if meta is None else meta, state, data).grads
+
+
+def adapted(algorithm: Algorithm, task: Episode, steps: int, y: Tensor | None = None) -> Any:
+    meta, state = algorithm.init(0)
+    y = task.support_y if y is None else y
+    ways = task.class_ids.shape[-1]
+    return algorithm.adapt(meta, state, task.support_x, y, task.key, ways=ways, steps=steps)
+
+
+def moved(algorithm: Algorithm, names: Params, steps: int = 1) -> set[str]:
+    """Which parameters the inner loop moves."""
+    task = scenarios.one(scenarios.episodes())
+    before, after = (adapted(algorithm, task, s).params for s in (0, steps))
+    return {k for k in names if not torch.equal(before[k], after[k])}
+
+
+def head_only() -> Model:
+    module = nn.Sequential(nn.Flatten(), nn.Linear(scenarios.SHAPE[1] * scenarios.SHAPE[2], 3)).double()
+    return models.functional(models.initialise(module, 3))
+
+
+def descent_reference(
+    logits: Callable[[Params, Tensor], Tensor],
+    start: Callable[[Params, Episode], Params],
+    meta: Params,
+    data: Episode,
+    *,
+    names: set[str],
+    lr: float,
+    steps: int,
+    first_order: bool,
+) -> Params:
+    """The meta-gradient by torch.func and autograd alone, with `names` moving in the inner loop."""
+    leaves = {k: v.detach().clone().requires_grad_() for k, v in meta.items()}
+    total = torch.zeros((), dtype=torch.float64)
+    for i in range(len(data.key)):
+        task = scenarios.one(data, i)
+        fast = start(leaves, task)
+        for _ in range(steps):
+            still = {k: v for k, v in fast.items() if k not in names}
+
+            def loss(moving: Params, still: Params = still, task: Episode = task) -> Tensor:
+                return F.cross_entropy(logits({**still, **moving}, task.support_x), task.support_y)
+
+            grads = torch.func.grad(loss)({k: fast[k] for k in names})
+            fast = {**fast, **{k: fast[k] - lr * (g.detach() if first_order else g) for k, g in grads.items()}}
+        total = total + F.cross_entropy(logits(fast, task.query_x), task.query_y)
+    (total / len(data.key)).backward()
+    return {k: torch.zeros_like(v) if v.grad is None else v.grad for k, v in leaves.items()}
+
+
+def conv4_features(params: Params, x: Tensor) -> Tensor:
+    """Conv-4's features, by a head that passes them on."""
+    width = params["blocks.10.weight"].shape[0]
+    eye = {"head.weight": torch.eye(width, dtype=x.dtype), "head.bias": torch.zeros(width, dtype=x.dtype)}
+    return scenarios.conv4_reference({**params, **eye}, x)
+
+
+def means_of(params: Params, task: Episode) -> Tensor:
+    features = conv4_features(params, task.support_x)
+    return torch.stack([features[task.support_y == n].mean(0) for n in range(task.class_ids.shape[-1])])
+
+
+def from_prototypes(params: Params, task: Episode) -> Params:
+    c = means_of(params, task)
+    return {**params, "head.weight": 2 * c, "head.bias": -(c**2).sum(1)}
+
+
+# ---- ANIL and BOIL ------------------------------------------------------------------------------------------------
+
+
+@ONE_STEP_OR_THREE
+@every_order
+@pytest.mark.parametrize("name", ["anil", "boil"])
+def test_anil_and_boil_against_plain_autograd(name: str, first_order: bool, steps: int) -> None:
+    model, data = scenarios.model(), scenarios.episodes()
+    head = {"head.weight", "head.bias"}
+    expected = descent_reference(
+        scenarios.conv4_reference, lambda p, task: p, model.params, data,
+        names=head if name == "anil" else set(model.params) - head, lr=0.3, steps=steps, first_order=first_order,
+    )  # fmt: skip
+    member = ALGORITHMS[name](model, inner_lr=0.3, inner_steps=steps, first_order=first_order)
+    assert scenarios.relative_error(gradient(member, data), expected) < 1e-12
+
+
+@every_order
+@every_norm
+def test_anil_of_nothing_but_a_head_is_maml(first_order: bool, norm: Norm) -> None:
+    model, data = head_only(), scenarios.episodes()
+    hyper: dict[str, Any] = {"inner_lr": 0.05, "inner_steps": 3, "first_order": first_order, "norm": norm}
+    found, expected = (gradient(make(model, **hyper), data) for make in (algorithms.anil, algorithms.maml))
+    assert scenarios.relative_error(found, expected) < 1e-14
+    other = gradient(algorithms.maml(model, **{**hyper, "inner_steps": 2}), data)
+    assert scenarios.relative_error(other, expected) > 1e-2, "a scenario in which the inner loop does not count"
+
+
+def test_boil_of_nothing_but_a_head_is_refused() -> None:
+    with pytest.raises(
+        MetaftError, match=r"boil adapts all but the head, and \['1.bias', '1.weight'\] leave it nothing"
+    ):
+        algorithms.boil(head_only())
+
+
+@pytest.mark.parametrize("adapt_norm", [True, False])
+def test_anil_and_boil_part_what_maml_adapts(adapt_norm: bool) -> None:
+    model = scenarios.model()
+    head = moved(algorithms.anil(model), model.params)
+    body = moved(algorithms.boil(model, adapt_norm=adapt_norm), model.params)
+    whole = moved(algorithms.maml(model, adapt_norm=adapt_norm), model.params)
+    assert head == {"head.weight", "head.bias"}
+    assert not head & body
+    assert head | body == whole
+
+
+# ---- Meta-SGD -----------------------------------------------------------------------------------------------------
+
+
+@ONE_STEP_OR_THREE
+@every_order
+@every_norm
+@pytest.mark.parametrize("adapt_norm", [True, False])
+def test_meta_sgd_with_constant_rates_has_mamls_gradient(
+    adapt_norm: bool, norm: Norm, first_order: bool, steps: int
+) -> None:
+    model, data = scenarios.model(), scenarios.episodes()
+    hyper: dict[str, Any] = {"inner_lr": 0.3, "inner_steps": steps, "first_order": first_order}
+    hyper |= {"adapt_norm": adapt_norm, "norm": norm}
+    found = gradient(algorithms.meta_sgd(model, **hyper), data)
+    expected = gradient(algorithms.maml(model, **hyper), data)
+    assert scenarios.relative_error({k: found[k] for k in model.params}, expected) < 1e-13
+
+
+def test_meta_sgds_gradient_in_the_rates_of_one_step() -> None:
+    """fast = meta - rate * g, so that it is minus the support gradient at meta times the query gradient at fast."""
+    model, task = scenarios.model(), scenarios.one(scenarios.episodes())
+    g = torch.Generator().manual_seed(4)
+    meta, _ = algorithms.meta_sgd(model).init(0)
+    rates = {k: 0.3 * torch.randn(p.shape, generator=g, dtype=p.dtype) for k, p in model.params.items()}
+    meta |= {k + RATE: rate for k, rate in rates.items()}
+
+    def slope(at: Params, x: Tensor, y: Tensor) -> Params:
+        return torch.func.grad(lambda p: F.cross_entropy(scenarios.conv4_reference(p, x), y))(at)
+
+    support = slope(model.params, task.support_x, task.support_y)
+    query = slope({k: p - rates[k] * support[k] for k, p in model.params.items()}, task.query_x, task.query_y)
+    for order in (False, True):
+        found = gradient(algorithms.meta_sgd(model, first_order=order), Episode(*(t[None] for t in task)), meta)
+        assert scenarios.relative_error(
+            {k: found[k + RATE] for k in rates}, {k: -support[k] * query[k] for k in rates}
+        ) < 1e-12  # fmt: skip
+
+
+def test_meta_sgds_rates_have_names_that_no_parameter_has() -> None:
+    class Awkward(nn.Module):
+        """Names that a suffix could run into."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.rate = nn.Linear(4, 4)
+            self.weight = nn.ParameterDict({"rate": nn.Parameter(torch.ones(4))})
+            self.head = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.rate(x) * self.weight["rate"])
+
+    model = models.functional(Awkward())
+    meta, _ = algorithms.meta_sgd(model, inner_lr=0.25).init(0)
+    assert len(meta) == 2 * len(model.params)
+    for name, p in model.params.items():
+        assert torch.equal(meta[name], p)
+        assert torch.equal(meta[name + RATE], torch.full_like(p, 0.25))
+    layer = nn.Linear(2, 2)
+    with pytest.raises(KeyError, match="already exists"):  # why there is no such name
+        layer.add_module("weight", nn.ParameterDict())
+
+
+# ---- Proto-MAML ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("steps", [0, 1, 3])
+@every_order
+def test_proto_maml_against_plain_autograd(first_order: bool, steps: int) -> None:
+    model, data = scenarios.model(), scenarios.episodes()
+    body = {k: p for k, p in model.params.items() if k not in model.head}
+    expected = descent_reference(
+        scenarios.conv4_reference, from_prototypes, body, data,
+        names=set(model.params), lr=0.1, steps=steps, first_order=first_order,
+    )  # fmt: skip
+    member = algorithms.proto_maml(model, inner_lr=0.1, inner_steps=steps, first_order=first_order)
+    assert scenarios.relative_error(gradient(member, data), expected) < 1e-12
+
+
+@every_norm
+@pytest.mark.parametrize("change", [{"inner_steps": 0}, {"inner_lr": 0.0, "inner_steps": 2}])
+def test_proto_maml_that_takes_no_steps_is_protonet(change: dict[str, Any], norm: Norm) -> None:
+    model, data = scenarios.model(), scenarios.episodes()
+    member, protonet = algorithms.proto_maml(model, norm=norm, **change), algorithms.protonet(model, norm=norm)
+    assert scenarios.relative_error(gradient(member, data), gradient(protonet, data)) < 1e-12
+    task = scenarios.one(data)
+    found, expected = (
+        a.predict(adapted(a, task, a.inner_steps), task.query_x, norm).log_softmax(-1) for a in (member, protonet)
+    )
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+
+
+@every_norm
+def test_proto_maml_is_equivariant_to_a_permutation_of_labels(norm: Norm) -> None:
+    member = algorithms.proto_maml(scenarios.model(), norm=norm)
+    task = scenarios.one(scenarios.episodes())
+    order = torch.tensor([2, 0, 1])  # new label of class n
+    plain = member.predict(adapted(member, task, 3), task.query_x, norm)
+    renamed = member.predict(adapted(member, task, 3, order[task.support_y]), task.query_x, norm)
+    torch.testing.assert_close(renamed[:, order], plain, rtol=0, atol=1e-12)
+    assert float((renamed - plain).abs().max()) > 1e-2
+
+
+@pytest.mark.parametrize("ways", [2, 7])
+def test_proto_maml_learns_and_tests_at_any_ways(ways: int) -> None:
+    model = scenarios.model(ways=3)
+    data = scenarios.episodes(ways=ways)
+    member = algorithms.proto_maml(model, inner_lr=0.1, inner_steps=2)
+    assert member.any_ways
+    task = scenarios.one(data)
+    assert member.predict(adapted(member, task, 5), task.query_x, "inductive").shape == (3 * ways, ways)
+    body = {k: p for k, p in model.params.items() if k not in model.head}
+    expected = descent_reference(
+        scenarios.conv4_reference, from_prototypes, body, data,
+        names=set(model.params), lr=0.1, steps=2, first_order=False,
+    )  # fmt: skip
+    assert scenarios.relative_error(gradient(member, data), expected) < 1e-12
+
+
+def test_proto_maml_needs_a_bias() -> None:
+    module = nn.Sequential(nn.Flatten(), nn.Linear(9, 4), nn.Linear(4, 3, bias=False))
+    with pytest.raises(MetaftError, match=r"needs a head with weight and bias, and this one has \['weight'\]"):
+        algorithms.proto_maml(models.functional(module))
+
+
+# ---- all of them --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("change", [{"inner_lr": 0.0, "inner_steps": 3}, {"inner_steps": 0}], ids=["rate", "steps"])
+@pytest.mark.parametrize("name", sorted(k for k in ALGORITHMS if "inner_steps" in algorithms.hyper_parameters(k)))
+def test_without_an_inner_loop_the_meta_gradient_is_the_query_gradient(name: str, change: dict[str, Any]) -> None:
+    """At the weights that the inner loop would begin at, and in what they depend on."""
+    model, data = scenarios.model(), scenarios.episodes()
+    member = ALGORITHMS[name](model, **change)
+    found = gradient(member, data)
+    learned = {k: p for k, p in member.init(0)[0].items() if k in model.params}
+    expected = descent_reference(
+        scenarios.conv4_reference, from_prototypes if name == "proto-maml" else lambda p, task: p, learned, data,
+        names=set(), lr=0.0, steps=0, first_order=False,
+    )  # fmt: skip
+    assert scenarios.relative_error({k: found[k] for k in learned}, expected) < 1e-12
+    rates = [float(g.abs().max()) for k, g in found.items() if k not in learned]
+    assert all((g > 0) == (change["inner_steps"] > 0) for g in rates)
