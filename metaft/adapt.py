@@ -163,7 +163,7 @@ def _prepare(config: AdaptConfig, module: nn.Module | None) -> tuple[AdaptConfig
     """The config with nothing open, and what it names. Nothing is written."""
     from metaft.defaults import check_steps, device_of
     from metaft.finetune import target as targets
-    from metaft.finetune.start import from_nothing, from_run
+    from metaft.finetune.start import check_inner, from_nothing, from_run
 
     device_of(config.device)
     _check_method(config)
@@ -191,6 +191,7 @@ def _prepare(config: AdaptConfig, module: nn.Module | None) -> tuple[AdaptConfig
     else:
         assert start.settings is not None
         check_steps("inner_steps", config.inner_steps, start.settings.algorithm)
+        check_inner(start, len(target.class_names))
         mean_head = start.head_rows not in (None, len(target.class_names))
         open_values["inner_steps"] = MEAN_HEAD_STEPS if mean_head else start.settings.test_inner_steps
     if config.data.startswith("glyphs:"):

@@ -578,7 +578,8 @@ def test_with_another_number_of_classes_each_starts_from_the_mean_head_row(
     assert np.abs(rows["head.weight"] - meta["head.weight"][0].numpy()).max() > 0.01
     assert adapt.main(inner_words(runs[name], data, tmp_path / "0", inner_steps=0)) == 0
     start = dict(metaft.load(tmp_path / "0").head.named_parameters())
-    for part, row in rows.items():
+    for part in (k for k in rows if k in ("head.weight", "head.bias")):
+        row = rows[part]
         found = start[part.removeprefix("head.")].detach().numpy()
         assert found.shape == (classes, *row.shape)
         for own in found:
@@ -594,6 +595,36 @@ def test_with_another_number_of_classes_each_starts_from_the_mean_head_row(
     torch.testing.assert_close(logits.detach(), algorithm.predict(fast, query, "inductive"), rtol=0, atol=1e-4)
     (note,) = result_of(tmp_path / "2")["notes"]
     assert note == f"the run learned 3-way tasks: each of the {classes} classes starts from its mean head row"
+
+
+def test_boil_whose_head_stays_as_it_is_cannot_learn_another_number_of_classes(
+    runs: dict[str, Path], data: Path, tmp_path: Path, capsys: Text
+) -> None:
+    other = write_target(tmp_path / "d", {"train": 3, "test": 2}, classes="abcde")
+    assert adapt.main(inner_words(runs["boil"], other, tmp_path / "o")) == 2
+    message = "boil keeps the head of its 3-way tasks as it is, so its inner loop cannot learn the 5 classes"
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "o").exists()
+    assert adapt.main(words(runs["boil"], other, tmp_path / "o", epochs=1)) == 0
+
+
+@pytest.mark.parametrize("name", ["anil", "boil", "meta-sgd", "proto-maml"])
+def test_every_run_is_fine_tuned_from_its_backbone(
+    name: str, runs: dict[str, Path], data: Path, tmp_path: Path, fits: list[Seen]
+) -> None:
+    assert adapt.main(words(runs[name], data, tmp_path / "o", epochs=1)) == 0
+    assert fits[0].body
+    assert same(fits[0].body, {k: learned(runs[name])[k] for k in fits[0].body})
+
+
+def test_proto_maml_needs_no_head_rows(runs: dict[str, Path], tmp_path: Path) -> None:
+    data = write_target(tmp_path / "d", {"train": 3, "test": 2}, classes="abcde")
+    assert adapt.main(inner_words(runs["proto-maml"], data, tmp_path / "o", inner_steps=5)) == 0
+    assert result_of(tmp_path / "o")["notes"] == []
+    x, y, query = support_and_test(data)
+    algorithm, fast = meta_test("proto-maml", learned(runs["proto-maml"]), x, y, ways=5, steps=5)
+    logits = metaft.load(tmp_path / "o")(pixels_of(files_of(data / "test")[0]))
+    torch.testing.assert_close(logits.detach(), algorithm.predict(fast, query, "inductive"), rtol=0, atol=1e-5)
 
 
 def test_prototypes_need_no_head_rows(runs: dict[str, Path], tmp_path: Path) -> None:

@@ -76,6 +76,8 @@ class Algorithm:
     data: Literal["episodes", "batches"] = "episodes"
     any_ways: bool = False
     """Whether a task at test may have another number of classes than in training."""
+    adapts_head: bool = True
+    """Whether a task's own classes shape its head. Where not, classes that start from equal rows stay equal."""
 
     def __post_init__(self) -> None:
         if (self.task_loss is None) == (self.task_grad is None):

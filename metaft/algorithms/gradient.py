@@ -91,4 +91,5 @@ def by_gradient(
             loss_of=model.loss,
         ),
         any_ways=any_ways,
+        adapts_head=not set(model.head).isdisjoint(adapted),
     )

@@ -144,6 +144,25 @@ def build(
     return models.initialise(own, seed), head
 
 
+def check_inner(start: Start, classes: int) -> None:
+    """Raises MetaftError where the run's inner loop cannot tell this number of classes apart."""
+    if start.head_rows not in (None, classes) and not _algorithm(start, classes)[2].adapts_head:
+        raise MetaftError(
+            f"method: {start.about['algorithm']} keeps the head of its {start.head_rows}-way tasks as it is, so its "
+            f"inner loop cannot learn the {classes} classes of the target; take --method finetune"
+        )
+
+
+def _algorithm(
+    start: Start, classes: int, *, seed: int = 0, device: str = "cpu"
+) -> tuple[nn.Module, str, algorithms.Algorithm]:
+    """A fresh module for this number of classes, the name of its head, and the run's algorithm over it."""
+    assert start.settings is not None
+    module, head = build(start.architecture, seed, outputs=classes, module=start.module)
+    model = models.functional(module.to(device), head=head, architecture=start.architecture)
+    return module, head, algorithms.build(start.settings.algorithm, model, hyper(start.settings, "cross_entropy"))
+
+
 def inner(
     start: Start,
     images: Tensor,
@@ -158,14 +177,13 @@ def inner(
     """The algorithm's own inner loop on uint8 images [n, C, H, W], as in training and meta-test.
 
     A learned head has one row per class of a task; where the target has another number of classes, each of them starts
-    from the mean row (and, with the rates of Meta-SGD, moves at the mean rates of a row). `learned=False` takes the algorithm's initialisation from `seed` instead of the run's. The
-    curve has the training loss before the first step and after each one, as "epoch" 0, 1, ...
+    from the mean row (and moves at its mean rates, where rates are learned). `learned=False` takes the algorithm's
+    initialisation from `seed` instead of the run's. The curve has the training loss before the first step and after
+    each one, as "epoch" 0, 1, ...
     """
     settings, preprocessing = start.settings, start.preprocessing
     assert settings is not None and preprocessing is not None
-    module, head = build(start.architecture, seed, outputs=classes, module=start.module)
-    model = models.functional(module.to(device), head=head, architecture=start.architecture)
-    algorithm = algorithms.build(settings.algorithm, model, hyper(settings, "cross_entropy"))
+    module, head, algorithm = _algorithm(start, classes, seed=seed, device=device)
     meta, state = algorithm.init(seed)
     if learned:
         assert start.meta is not None
