@@ -108,7 +108,7 @@ def resume_run(
         own, snapshot = from_mapping(MetaTrainConfig, read_toml(folder.config), origin=str(folder.config)), None
     else:
         _, own, snapshot = open_run(path, which="last")
-    given = {} if config is None else {k: v for k, v in dataclasses.asdict(config).items() if v is not None}
+    given = {} if config is None else {k: v for k, v in dataclasses.asdict(config).items() if v not in (None, ())}
     named = {} if dataset is None else {"dataset": dataset.name}
     config = dataclasses.replace(own, **{**given, **named, "out": None})
     check_unchanged(config, own, path, except_for=RESUMABLE)
