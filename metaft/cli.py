@@ -175,7 +175,9 @@ def in_ranks(command: Callable[[Sequence[str], Ranks], None], argv: Sequence[str
         with contextlib.ExitStack() as stack:
             ranks = join()
             stack.callback(ranks.close)
-            if ranks.count > 1:  # torchrun ends all where one ended, and none may go before it has said what to say
+            if ranks.count > 1:
+                # torchrun ends all where one has ended. None may go before it has said why, nor with another status.
+                stack.callback(signal.signal, signal.SIGTERM, signal.SIG_IGN)
                 stack.enter_context(StopSignals(ranks))
             try:
                 with contextlib.ExitStack() as quiet:
