@@ -103,10 +103,13 @@ def engine_for(parts: Parts) -> AbstractContextManager[Engine]:
 def with_engine(parts: Parts, draw_batch: Callable[[], Any]) -> Parts:
     """The same with engine and chunk chosen, so that the run's folder tells them and a resume has the same bits.
 
-    `draw_batch` gives a meta-batch, on which `--engine tune` tries what there is.
+    `draw_batch` gives a meta-batch, on which `--engine tune` tries what there is. Raises MetaftError for a chunk beside
+    `tune`, which chooses it.
     """
     c = parts.config
     if c.engine == "tune":
+        if c.task_chunk is not None:
+            raise MetaftError(f"task_chunk: --engine tune chooses it by itself (given {c.task_chunk})")
         meta, state = parts.algorithm.init(c.seed)
         times = tune(
             parts.algorithm, meta, state, draw_batch(),

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from metaft.config import AdaptConfig, Config, MetaTrainConfig, from_mapping, read_toml
-from metaft.errors import Interrupted, MetaftError, suggest
+from metaft.errors import CheckpointError, Interrupted, MetaftError, suggest
 from metaft.names import is_text
 
 Arguments = TypeVar("Arguments")
@@ -102,7 +102,10 @@ def settings(
     elif resume is not None:
         from metaft.run import RunFolder
 
-        base = of_run(config, RunFolder.open(Path(resume)).config, "resume")
+        try:
+            base = of_run(config, RunFolder.open(Path(resume)).config, "resume")
+        except CheckpointError as error:
+            raise CheckpointError(f"resume: {error}") from None
     given = parse(arguments, argv, prog=prog, default=arguments(**dataclasses.asdict(base)))
     fields = {f.name: getattr(given, f.name) for f in dataclasses.fields(config)}
     return config(**fields), None if resume is None else Path(resume)
@@ -132,19 +135,54 @@ def check_unchanged(config: Any, own: Any, path: Path, *, except_for: Iterable[s
             )
 
 
-def guarded(command: Callable[[Sequence[str]], None], argv: Sequence[str] | None) -> int:
-    """Run a command and turn errors that the user can mend into one line on stderr and an exit status."""
+def guarded(command: Callable[[Sequence[str]], None], argv: Sequence[str] | None, *, smaller: str) -> int:
+    """Run a command and turn errors that the user can mend into one line on stderr and an exit status.
+
+    `smaller` names what takes less memory where there is not enough.
+    """
+    argv = sys.argv[1:] if argv is None else argv
     try:
-        command(sys.argv[1:] if argv is None else argv)
+        command(argv)
     except MetaftError as error:
-        print(f"metaft: {'' if isinstance(error, Interrupted) else 'error: '}{error}", file=sys.stderr)
+        line = _escaped(f"{_file_of(error, argv)}{error}")
+        print(f"metaft: {'' if isinstance(error, Interrupted) else 'error: '}{line}", file=sys.stderr)
         return error.status
+    except (MemoryError, RuntimeError, OSError, ImportError) as error:
+        said = _escaped(str(error).split("\n")[0])
+        if not isinstance(error, MemoryError) and not _NO_MEMORY.search(said):
+            raise
+        print(f"metaft: error: not enough memory ({said or type(error).__name__}); try {smaller}", file=sys.stderr)
+        return 1
     except SystemExit as done:  # tyro, after --help
         return done.code if isinstance(done.code, int) else 0
     except KeyboardInterrupt:  # before training or after the meta-test, when there is nothing to keep
         print("metaft: stopped", file=sys.stderr)
         return 128 + signal.SIGINT
     return 0
+
+
+# torch's allocators on a CPU and a GPU, oneDNN, the system's calls, and its loader while torch is imported.
+_NO_MEMORY = re.compile(
+    r"(?i)can ?not allocate memory|can't allocate memory|not enough memory|out of memory|bad_alloc|"
+    r"could not create a memory|failed to map segment|can't start new thread"
+)
+
+
+def _escaped(text: str) -> str:
+    """One line, whatever the names in it hold."""
+    return "\\n".join(text.splitlines())
+
+
+def _file_of(error: MetaftError, argv: Sequence[str]) -> str:
+    """`"my.toml: "` where the message begins with a field that comes from the TOML file."""
+    file = option(argv, "config")
+    found = re.match(r"\w+(?=[: ])", str(error))
+    if file is None or found is None or option(argv, found[0].replace("_", "-")) is not None:
+        return ""
+    try:
+        return f"{file}: " if found[0] in read_toml(Path(file)) else ""
+    except MetaftError:  # which is what the message is about
+        return ""
 
 
 class StopSignals:

@@ -103,7 +103,7 @@ class MetaTrainConfig:
     threads: int | None = None
     """Processes or threads, for engines of that name (auto: one per core); within an operation for others (auto: 1)."""
     task_chunk: int | None = None
-    """Tasks at once (auto: by their size, for processes and threads; all, for vmap and compiled)."""
+    """Tasks at once, at most (auto: by their size, for processes and threads; all, for vmap and compiled)."""
     log_every: int = 10
     """Meta-steps per row of metrics.jsonl."""
     checkpoint_every: int = 100

@@ -29,8 +29,8 @@ class Arguments(EvaluateConfig):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status: 0 done, 2 bad input, 130 or 143 stopped by Ctrl-C or SIGTERM."""
-    return guarded(_command, argv)
+    """Exit status: 0 done, 1 too little memory, 2 bad input, 130 or 143 stopped by Ctrl-C or SIGTERM."""
+    return guarded(_command, argv, smaller="--engine vmap with a smaller --task-chunk, or fewer --threads")
 
 
 def _command(argv: Sequence[str]) -> None:

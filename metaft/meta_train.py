@@ -46,8 +46,9 @@ class Arguments(MetaTrainConfig):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status: 0 done, 1 a loss that is not finite, 2 bad input, 130 or 143 stopped by Ctrl-C or SIGTERM."""
-    return guarded(_command, argv)
+    """Exit status: 0 done, 1 a loss that is not finite or too little memory, 2 bad input, 130 or 143 stopped by Ctrl-C
+    or SIGTERM."""
+    return guarded(_command, argv, smaller="a smaller --meta-batch, --task-chunk or --threads")
 
 
 def _command(argv: Sequence[str]) -> None:
@@ -81,7 +82,8 @@ def run(config: MetaTrainConfig, *, dataset: Dataset | None = None, module: nn.M
         else fresh_folder(Path("runs") / f"{file_name(parts.dataset.name)}-{c.algorithm}-{c.ways}w{c.shots}s-{c.seed}")
     )
     made = RunFolder.create(folder, to_toml(dataclasses.replace(c, out=None)))
-    return _go(made, parts, sources, None)
+    with made.held("out"):
+        return _go(made, parts, sources, None)
 
 
 def resume_run(
@@ -94,13 +96,23 @@ def resume_run(
     """Go on with a run from its last checkpoint. `config` may differ from the run's in RESUMABLE fields alone; what it
     leaves open is as in the run.
 
-    Raises MetaftError for another difference, CheckpointError where no checkpoint can be read.
+    Raises MetaftError for another difference and where another process is at this run, CheckpointError where no
+    checkpoint can be read.
     """
-    from metaft.assemble import assemble, open_run
-    from metaft.checkpoint import write_atomically
     from metaft.run import RunFolder
 
     folder = RunFolder.open(path)
+    with folder.held("resume"):
+        return _resume(folder, config, dataset, module)
+
+
+def _resume(
+    folder: RunFolder, config: MetaTrainConfig | None, dataset: Dataset | None, module: nn.Module | None
+) -> dict[str, Any]:
+    from metaft.assemble import assemble, open_run
+    from metaft.checkpoint import write_atomically
+
+    path = folder.path
     folder.make_folders()
     folder.mend()
     fresh = not folder.last.exists()
@@ -111,6 +123,8 @@ def resume_run(
     given = {} if config is None else {k: v for k, v in dataclasses.asdict(config).items() if v is not None}
     named = {} if dataset is None else {"dataset": dataset.name}
     config = dataclasses.replace(own, **{**given, **named, "out": None})
+    if config.engine == "tune" and config.task_chunk == own.task_chunk:  # as it was chosen once, by it or another rule
+        config = dataclasses.replace(config, task_chunk=None)
     check_unchanged(config, own, path, except_for=RESUMABLE)
     if snapshot is not None and config.iterations is not None and config.iterations < snapshot.position.step:
         raise MetaftError(
@@ -215,7 +229,7 @@ def finish(run: RunFolder, parts: Parts, mapped: Engine, source: Source, *, shou
         split="test", seed=c.eval_seed, episodes=c.test_episodes, steps=c.test_inner_steps, progress=progress,
     )  # fmt: skip
     bar.close()
-    timing = read_rows(run.timing)
+    timing = read_rows(run.timing, ["seconds", "validation_seconds"])
     seconds = sum(row["seconds"] for row in timing)
     training = seconds - sum(row["validation_seconds"] for row in timing)
     result = {

@@ -54,8 +54,9 @@ class Label(NamedTuple):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status: 0 done, though some files may be unreadable; 2 bad input, or no file that can be read."""
-    return guarded(_command, argv)
+    """Exit status: 0 done, though some files may be unreadable; 1 too little memory; 2 bad input, or no file that can
+    be read."""
+    return guarded(_command, argv, smaller="smaller images, or a machine with more")
 
 
 def _command(argv: Sequence[str]) -> None:
