@@ -164,7 +164,7 @@ def guarded(command: Callable[[Sequence[str]], None], argv: Sequence[str] | None
 # torch's allocators on a CPU and a GPU, oneDNN, the system's calls, and its loader while torch is imported.
 _NO_MEMORY = re.compile(
     r"(?i)can ?not allocate memory|can't allocate memory|not enough memory|out of memory|bad_alloc|"
-    r"could not create a memory|failed to map segment|can't start new thread"
+    r"could not create a (memory|primitive)|failed to map segment|can't start new thread"
 )
 
 

@@ -117,6 +117,8 @@ def load(
     )
     try:
         return entry.open(request)
+    except DataError as error:
+        raise DataError(f"dataset: {error}") from None
     except OSError as error:  # a name that is too long, a folder that may not be read
         raise DataError(f"dataset: {dataset!r} cannot be read ({error.strerror})") from None
 

@@ -49,7 +49,7 @@ class Plan:
     memory: int | None = None
     """Bytes of address space beyond what it has when it begins."""
     memory_after: int | None = None
-    """The same, but from this meta-step on."""
+    """The meta-step in which that is so, and a gigabyte asked for."""
     clock: bool = False
     """Whether the clock jumps by years, forwards and back, at each look at it."""
 
@@ -183,6 +183,8 @@ def _befall(plan: Plan) -> None:
     if plan.memory is not None and plan.memory_after is None:
         limit_memory(plan.memory)
     if plan.memory is not None and plan.memory_after is not None:
+        import torch
+
         from metaft import training
 
         memory, after, gradient = plan.memory, plan.memory_after, training.meta_gradient
@@ -190,6 +192,7 @@ def _befall(plan: Plan) -> None:
         def limited(*given: Any, step: int, **others: Any) -> Any:
             if step == after:
                 limit_memory(memory)
+                torch.empty(1 << 30, dtype=torch.uint8).zero_()
             return gradient(*given, step=step, **others)
 
         training.meta_gradient = limited
