@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import io
 import itertools
+import os
 import re
 import signal
+import stat
 import sys
+import tempfile
 import threading
 import types
 from collections.abc import Callable, Iterable, Sequence
@@ -56,7 +60,12 @@ def _switches(cls: type, argv: Sequence[str]) -> list[str]:
 
     tyro makes such pairs for a bool, but not for one that may also be left open (None).
     """
-    three_way = {f.name.replace("_", "-") for f in dataclasses.fields(cls) if f.type == "bool | None"}  # type: ignore[arg-type]
+    types_of = {f.name.replace("_", "-"): f.type for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    for word in argv:
+        name, _, value = word.partition("=")
+        if value and types_of.get(name.removeprefix("--").removeprefix("no-")) == "bool":
+            raise MetaftError(f"{name} takes no value, got {value!r}")
+    three_way = {name for name, kind in types_of.items() if kind == "bool | None"}
     out: list[str] = []
     for word, following in zip(argv, [*argv[1:], ""], strict=False):
         name = word.removeprefix("--").replace("_", "-")
@@ -213,6 +222,18 @@ class StopSignals:
         """Raises Interrupted with this message where a signal has come."""
         if self.received is not None:
             raise Interrupted(message, self.received)
+
+
+def check_writable(path: Path, field: str, folder: Path) -> None:
+    """Raises CheckpointError, naming `field`, for a file that could not be written; `folder` is to hold it."""
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            if stat.S_ISDIR(os.stat(path).st_mode):
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise CheckpointError(f"{field}: {path} cannot be written ({error.strerror})") from None
 
 
 def fresh_folder(base: Path) -> Path:

@@ -288,7 +288,7 @@ def check(config: MetaTrainConfig | EvaluateConfig | AdaptConfig | PredictConfig
             raise MetaftError(f"{field.name} must be above 0, got {value}")
         if field.name in _ABOVE_ZERO and value > 1e30:
             raise MetaftError(f"{field.name} must be at most 1e30, which float32 can still work with, got {value}")
-        if field.name in ("seed", "eval_seed") and value >= 2**63:
+        if type(value) is int and value >= 2**63:
             raise MetaftError(f"{field.name} must be below 2**63, got {value}")
     if config.device != "auto" and not re.fullmatch(r"cpu|cuda(:\d+)?", config.device):
         raise MetaftError(f"device must be auto, cpu, cuda or cuda:N, got {config.device!r}")

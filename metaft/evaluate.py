@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from metaft.cli import StopSignals, guarded, parse
+from metaft.cli import StopSignals, check_writable, guarded, parse
 from metaft.config import EvaluateConfig
 from metaft.errors import MetaftError
 
@@ -83,6 +84,9 @@ def run(
         dataset=dataset, module=module, architecture=snapshot.header["architecture"],
     )  # fmt: skip
     snapshot = fill(parts, snapshot)
+    if config.out is not None:  # before the work
+        out = Path(config.out)
+        check_writable(out, "out", next((p for p in out.absolute().parents if os.path.isdir(p)), out))
     c = parts.config
     ways = config.ways or c.test_ways
     shots = config.shots or c.test_shots

@@ -119,7 +119,7 @@ def _resume(
     if fresh:
         own, snapshot = from_mapping(MetaTrainConfig, read_toml(folder.config), origin=str(folder.config)), None
     else:
-        _, own, snapshot = open_run(path, which="last")
+        _, own, snapshot = open_run(path, which="last", field="resume")
     given = {} if config is None else {k: v for k, v in dataclasses.asdict(config).items() if v is not None}
     named = {} if dataset is None else {"dataset": dataset.name}
     config = dataclasses.replace(own, **{**given, **named, "out": None})

@@ -597,7 +597,7 @@ def test_evaluate_that_is_stopped_writes_nothing(
 def test_evaluate_that_cannot_write_says_so(curve: Path, tmp_path: Path, capsys: Text):
     (tmp_path / "file").write_text("")
     assert evaluate.main([str(curve), "--episodes", "2", "--out", str(tmp_path / "file" / "e.json")]) == 2
-    assert "e.json: cannot be written" in capsys.readouterr().err.splitlines()[-1]
+    assert "e.json cannot be written" in capsys.readouterr().err.splitlines()[-1]
 
 
 # ---- from Python --------------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from metaft.finetune import study
 from metaft.finetune.classifier import load
 from metaft.run import RunFolder
 from metaft.tasks import cache
+from metaft.training import load_snapshot
 
 FLIPS = 200 if FULL else 20
 EVERY = 4096 if FULL else 65536
@@ -90,12 +91,8 @@ def test_of_a_meta_training_run(harm: Callable[[bytes], list[bytes]], trained: P
     run = RunFolder(trained)
     size = run.last.stat().st_size
     assert size > 1_000_000
-    many = refused(
-        run.last,
-        harm,
-        lambda: open_run(trained, which="last"),
-        "previous.safetensors of step 4 is good, to use it: cp ",
-    )
+    good = f"previous.safetensors of step {load_snapshot(run.previous).position.step} is good, to use it: cp "
+    many = refused(run.last, harm, lambda: open_run(trained, which="last"), good)
     assert many == (FLIPS if harm is flipped else -(-size // EVERY))
     if FULL:
         refused(run.best, harm, lambda: open_run(trained), "last.safetensors of step 4 is good")
