@@ -336,7 +336,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise MetaftError(f"config: cannot read {path}: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # what tomllib raises, and Python at numbers and depths beyond it
         raise MetaftError(f"config: {path} is not valid TOML: {error}") from None
     return {key.replace("-", "_"): value for key, value in values.items()}
 

@@ -109,7 +109,7 @@ WORDS: dict[tuple[str, str], list[tuple[str, str]]] = {
     ("evaluate", "dataset"): [("glyph", "did you mean 'glyphs'"), ("", "''"), ("sinusoid", "[1, 8, 8]")],
     ("evaluate", "split"): [("finn", "folder"), ("", "''")],
     ("adapt", "init"): [("", "none")],
-    ("adapt", "data"): [("glyphs:Hebrwe", "did you mean 'Hebrew'"), ("", "''"), ("glyph:Hebrew", "glyphs:SCRIPT")],
+    ("adapt", "data"): [("glyphs:", "glyphs:SCRIPT"), ("", "''"), ("glyph:Hebrew", "glyphs:SCRIPT")],
 }
 
 # ---- paths --------------------------------------------------------------------------------------------------------
@@ -148,7 +148,7 @@ WITH = {("meta_train", "data_root"): ["--dataset=omniglot"], ("evaluate", "data_
 
 def of_words(command: str, option: str) -> Iterator[Row]:
     for value, part in WORDS.get((command, option), []):
-        yield Row(command, option, "word", (f"{flag(option)}={value}",), (value.rpartition(":")[2], part))
+        yield Row(command, option, "word", (f"{flag(option)}={value}",), (value, part))
     prefix, kinds = PATHS.get((command, option), ("", {}))
     for kind, path in kinds.items():
         argv = (*WITH.get((command, option), []), f"{flag(option)}={prefix}{path}")
@@ -256,6 +256,7 @@ TOGETHER = [
     ("adapt", "--inner-steps 3", ["inner_steps: --method finetune", "3"]),
     ("adapt", "--method inner --init none", ["method", "none"]),
     ("adapt", "--shots-per-class 9", ["shots_per_class = 9", "3 images"]),
+    ("adapt", "--data glyphs:Hebrwe --init none", ["data", "'Hebrwe'", "did you mean 'Hebrew'"]),
     ("adapt", "--data glyphs:Hebrew", ["data", "[1, 28, 28]", "[1, 8, 8]"]),
     ("predict", "--top 4", ["top must be at most the 3 classes", "4"]),
 ]

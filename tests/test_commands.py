@@ -496,6 +496,15 @@ def test_pictures_that_cannot_be_written_are_one_line_and_the_result_stays(
     assert (tmp_path / "r/result.json").exists()
 
 
+def test_a_row_of_metrics_that_somebody_edited_is_one_line(copy: Path, capsys: Text):
+    """Its last row of training has another name for the loss; drawing the curves finds out."""
+    text = (copy / "metrics.jsonl").read_text()
+    (copy / "metrics.jsonl").write_text(text.replace('"loss"', '"lots"'))
+    assert meta_train.main(["--resume", str(copy)]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line == f"metaft: error: {copy}/metrics.jsonl: a row is not one that a run writes (KeyError('loss'))"
+
+
 # ---- evaluate -----------------------------------------------------------------------------------------------------
 
 
