@@ -8,6 +8,7 @@ from __future__ import annotations
 import builtins
 import dataclasses
 import faulthandler
+import gc
 import importlib
 import json
 import multiprocessing
@@ -52,6 +53,8 @@ class Plan:
     """The meta-step in which that is so, and a gigabyte asked for."""
     clock: bool = False
     """Whether the clock jumps by years, forwards and back, at each look at it."""
+    weigh: Path | None = None
+    """A file for the memory that it and its workers take, in bytes, a line after each validation."""
 
 
 class Moments:
@@ -114,10 +117,12 @@ def kill_me() -> None:
 class Victim:
     """A command, `python -m metaft.COMMAND ARGV`, in a process of its own, without pictures and on one thread."""
 
-    def __init__(self, command: str, argv: Sequence[str], plan: Plan | None = None) -> None:
+    def __init__(self, command: str, argv: Sequence[str], plan: Plan | None = None, *, fresh: bool = False) -> None:
+        """`fresh` starts Python anew, so that no page of memory is shared with any other process."""
         folder = Path(tempfile.mkdtemp(prefix="metaft-victim-"))
         self.said_file, self.count_file = folder / "said", folder / "count"
-        self.process: BaseProcess = _context.Process(
+        context = multiprocessing.get_context("spawn") if fresh else _context
+        self.process: BaseProcess = context.Process(
             target=_run, args=(command, list(argv), plan or Plan(), self.said_file, self.count_file)
         )
         self.process.start()
@@ -180,6 +185,8 @@ def _befall(plan: Plan) -> None:
         real = time.time
         time.time = lambda: real() + (-1) ** next(jumps) * 1e8
         time.time_ns = lambda: int(1e9 * time.time())
+    if plan.weigh is not None:
+        weigh(plan.weigh)
     if plan.memory is not None and plan.memory_after is None:
         limit_memory(plan.memory)
     if plan.memory is not None and plan.memory_after is not None:
@@ -196,6 +203,31 @@ def _befall(plan: Plan) -> None:
             return gradient(*given, step=step, **others)
 
         training.meta_gradient = limited
+
+
+def weigh(file: Path) -> None:
+    from metaft import training
+
+    real = training.score_episodes
+
+    def weighed(*given: Any, **others: Any) -> Any:
+        found = real(*given, **others)
+        if not file.exists():
+            gc.collect()  # part of warming up: it copies the pages that workers share, which else comes at any time
+        with open(file, "a") as log:
+            log.write(f"{memory_of(os.getpid())}\n")
+        return found
+
+    training.score_episodes = weighed
+
+
+def memory_of(process: int) -> int:
+    """Resident bytes of a process and of those it started; a page that several share counts as one page."""
+    rollup = Path(f"/proc/{process}/smaps_rollup").read_text()
+    own = next(int(line.split()[1]) << 10 for line in rollup.splitlines() if line.startswith("Pss:"))
+    tasks = Path(f"/proc/{process}/task").iterdir()
+    children = [int(word) for task in tasks for word in (task / "children").read_text().split()]
+    return own + sum(map(memory_of, children))
 
 
 def limit_memory(spare: int) -> None:
