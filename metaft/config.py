@@ -63,15 +63,17 @@ class MetaTrainConfig:
     """Inner learning rate; of meta-sgd the first one (auto: 0.4; proto-maml: 0.1; sinusoid: 0.01)."""
     adapt_norm: bool | None = None
     """--adapt-norm / --no-adapt-norm: let the inner loop move normalisation scales and shifts too (auto: on)."""
+    hyper: tuple[str, ...] = ()
+    """NAME=VALUE ...: settings that only this algorithm has, e.g. first_order=true (see docs/algorithms.md)."""
 
     iterations: int | None = None
     """Meta-steps (auto: 1500; sinusoid: 15000)."""
-    outer_optimizer: Literal["adam", "sgd"] = "adam"
-    """Outer optimiser."""
+    outer_optimizer: Literal["adam", "sgd"] | None = None
+    """Outer optimiser (auto: adam)."""
     outer_lr: float | None = None
     """Outer learning rate, at the start of its schedule (auto: 0.003; sinusoid: 0.001)."""
-    outer_schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    """How the outer learning rate goes from its first value: not at all, or down to 0 at the last iteration."""
+    outer_schedule: Literal["constant", "linear", "cosine"] | None = None
+    """How the outer learning rate goes: constant, or down to 0 at the last iteration (auto: cosine)."""
     clip_value: float | None = None
     """Clip each entry of the meta-gradient to +- this."""
     clip_norm: float | None = None
@@ -124,7 +126,9 @@ class Settled(MetaTrainConfig):
     shots: int = 1
     query_shots: int = 5
     meta_batch: int = 16
+    outer_optimizer: Literal["adam", "sgd"] = "adam"
     outer_lr: float = 3e-3
+    outer_schedule: Literal["constant", "linear", "cosine"] = "cosine"
     model: str = "conv4"
     width: int = 64
     iterations: int = 1500
@@ -282,6 +286,10 @@ def check(config: MetaTrainConfig | EvaluateConfig | AdaptConfig | PredictConfig
             raise MetaftError(f"{field.name} must be finite, got {value}")
         if value is None or isinstance(value, (bool, str)):
             continue
+        if isinstance(value, tuple):
+            for item in value:
+                _check_type(field.name, item, str)
+            continue
         if field.name in _AT_LEAST and value < _AT_LEAST[field.name]:
             raise MetaftError(f"{field.name} must be at least {_AT_LEAST[field.name]}, got {value}")
         if field.name in _ABOVE_ZERO and value <= 0:
@@ -313,12 +321,13 @@ def _check_type(name: str, value: Any, hint: Any) -> None:
 
 def from_mapping(cls: type[Config], values: Mapping[str, Any], *, origin: str) -> Config:
     """A config from plain data. Raises MetaftError that names `origin` and the unknown or wrong field."""
-    known = {f.name for f in dataclasses.fields(cls)}
+    known = {f.name: f.default for f in dataclasses.fields(cls)}
     for key in values:
         if key not in known:
             raise MetaftError(f"{origin}: unknown field {key!r}{suggest(key, known)}")
+    lists = [key for key, value in values.items() if isinstance(value, list) and isinstance(known[key], tuple)]
     try:
-        return cls(**values)
+        return cls(**{**values, **{key: tuple(values[key]) for key in lists}})
     except MetaftError as error:
         raise MetaftError(f"{origin}: {error}") from None
 
@@ -345,4 +354,4 @@ def to_toml(config: MetaTrainConfig | EvaluateConfig | AdaptConfig) -> str:
     """The fields that have a value; TOML has no None, and a missing field means the default."""
     import tomli_w
 
-    return tomli_w.dumps({k: v for k, v in dataclasses.asdict(config).items() if v is not None})
+    return tomli_w.dumps({k: v for k, v in dataclasses.asdict(config).items() if v not in (None, ())})

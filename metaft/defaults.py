@@ -6,10 +6,13 @@ import dataclasses
 
 import torch
 
-from metaft.algorithms import hyper_parameters
+from metaft.algorithms import hyper_parameters, parse_hyper
 from metaft.config import MetaTrainConfig, Settled
 from metaft.errors import MetaftError
 from metaft.types import Dataset, Loss
+
+MEMBERS: dict[str, dict[str, object]] = {}
+"""What a member needs other than the rest, by the fields of a config."""
 
 
 def resolve(config: MetaTrainConfig, dataset: Dataset, *, default_rotate: bool, custom_model: bool = False) -> Settled:
@@ -28,7 +31,9 @@ def resolve(config: MetaTrainConfig, dataset: Dataset, *, default_rotate: bool, 
         # Half the published 32 tasks and three times the rate learn more per second: 5-way 1-shot Omniglot after 12,800
         # tasks is at 95.0 % with 16 and 0.004, at 93.1 % with 32 and 0.003, at 88.5 % with 32 and 0.001.
         "meta_batch": 25 if regression else 16,
+        "outer_optimizer": "adam",
         "outer_lr": 1e-3 if regression else 3e-3,
+        "outer_schedule": "cosine",
         "model": model,
         "width": 40 if model == "mlp" else 64,
         "iterations": 15000 if regression else 1500,
@@ -38,6 +43,7 @@ def resolve(config: MetaTrainConfig, dataset: Dataset, *, default_rotate: bool, 
         "test_query_shots": 100 if regression else 15,
         "test_inner_steps": (10 if regression else 3) if "inner_steps" in accepted else 0,
         **accepted,
+        **MEMBERS.get(config.algorithm, {}),
     }
     if regression and "inner_lr" in accepted:
         values["inner_lr"] = 0.01  # Finn et al. 2017, section 5.1
@@ -58,7 +64,8 @@ def hyper(config: MetaTrainConfig, loss: Loss) -> dict[str, object]:
         for name in ("inner_lr", "inner_steps", "adapt_norm")
         if getattr(config, name) is not None
     }
-    return {"loss": loss, "norm": config.batch_norm, **given}
+    own = parse_hyper(config.algorithm, config.hyper)
+    return {"loss": loss, "norm": config.batch_norm, **given, **own}
 
 
 def check_steps(field: str, steps: int | None, algorithm: str) -> None:

@@ -120,7 +120,7 @@ def _resume(
         own, snapshot = from_mapping(MetaTrainConfig, read_toml(folder.config), origin=str(folder.config)), None
     else:
         _, own, snapshot = open_run(path, which="last", field="resume")
-    given = {} if config is None else {k: v for k, v in dataclasses.asdict(config).items() if v is not None}
+    given = {} if config is None else {k: v for k, v in dataclasses.asdict(config).items() if v not in (None, ())}
     named = {} if dataset is None else {"dataset": dataset.name}
     config = dataclasses.replace(own, **{**given, **named, "out": None})
     if config.engine == "tune" and config.task_chunk == own.task_chunk:  # as it was chosen once, by it or another rule
@@ -132,7 +132,10 @@ def _resume(
         )
     parts = assemble(config, dataset=dataset, module=module, architecture=snapshot and snapshot.header["architecture"])
     sources = _sources(parts)
-    parts = _with_engine(parts, sources[0])
+    before = None
+    if snapshot is not None and config.task_chunk == own.task_chunk:
+        before = snapshot.header["environment"]["engine"]
+    parts = _with_engine(parts, sources[0], before=before)
     if snapshot is None or snapshot.position.step < parts.config.iterations:
         folder.result.unlink(missing_ok=True)  # of a shorter run; it would not be this one's
     if dataclasses.asdict(config) != dataclasses.asdict(own):
@@ -140,12 +143,12 @@ def _resume(
     return _go(folder, parts, sources, snapshot)
 
 
-def _with_engine(parts: Parts, train: Source) -> Parts:
+def _with_engine(parts: Parts, train: Source, *, before: str | None = None) -> Parts:
     from metaft.assemble import with_engine
     from metaft.training import draw
 
     c = parts.config
-    return with_engine(parts, lambda: draw(parts.algorithm, train, c.seed, range(c.meta_batch)))
+    return with_engine(parts, lambda: draw(parts.algorithm, train, c.seed, range(c.meta_batch)), before=before)
 
 
 def _sources(parts: Parts) -> tuple[Source, Source, Source]:

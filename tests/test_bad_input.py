@@ -90,7 +90,7 @@ def of_type(command: str, option: str, kind: Any) -> Iterator[Row]:
     elif typing.get_origin(kind) is Literal:
         yield row("type", "nonsense", *typing.get_args(kind))
         yield row("type", typing.get_args(kind)[0].upper())
-    if kind is not bool and option not in POSITIONAL:
+    if kind is not bool and typing.get_origin(kind) is not tuple and option not in POSITIONAL:
         yield Row(command, option, "nothing", (flag(option),), ())
 
 
@@ -106,6 +106,12 @@ WORDS: dict[tuple[str, str], list[tuple[str, str]]] = {
     ("meta_train", "split"): [("finn", "folder"), ("", "''")],
     ("meta_train", "algorithm"): [("mam", "did you mean 'maml'"), ("", "''"), ("MAML", "did you mean 'maml'")],
     ("meta_train", "model"): [("conv5", "did you mean 'conv4'"), ("", "''"), ("custom", "module from Python")],
+    ("meta_train", "hyper"): [
+        ("inner_lr=1", "option by itself"),
+        ("x", "NAME=VALUE"),
+        ("nothing=1", "'nothing'"),
+        ("=", "''"),
+    ],
     ("evaluate", "dataset"): [("glyph", "did you mean 'glyphs'"), ("", "''"), ("sinusoid", "[1, 8, 8]")],
     ("evaluate", "split"): [("finn", "folder"), ("", "''")],
     ("adapt", "init"): [("", "none")],
@@ -272,7 +278,7 @@ def test_options_that_do_not_go_together_likewise(
 
 
 OTHER: dict[str, Any] = {"dataset": "glyphs", "split": "finn", "algorithm": "fomaml", "model": "mlp", "init": "none"}
-OTHER |= {"data": "glyphs:Hebrew", "channels": 3, "data_root": "x"}
+OTHER |= {"hyper": "a=1", "data": "glyphs:Hebrew", "channels": 3, "data_root": "x"}
 
 
 def another(option: str, kind: Any, now: Any) -> Any:
@@ -301,9 +307,9 @@ def test_a_resumed_run_keeps_every_setting_but_those_of_a_list(
     kind, now = fields(command)[option], read_toml(run / "config.toml").get(option)
     value = another(option, kind, now)
     words = [flag(option), str(value)] if kind is not bool else [f"--{'' if value else 'no-'}{flag(option)[2:]}"]
-    shown = repr(float(value) if kind is float else value)
+    shown = value if typing.get_origin(kind) is tuple else repr(float(value) if kind is float else value)
     said = f"{option}: a resumed run keeps its settings"
-    refuse(command, ["--resume", str(run), *words], capsys, said, repr(now), shown)
+    refuse(command, ["--resume", str(run), *words], capsys, said, repr(now) if now is not None else "", shown)
     assert list(in_tmp.iterdir()) == []
 
 

@@ -188,3 +188,29 @@ def test_bounds_name_fields_that_exist():
         f.name for cls in (MetaTrainConfig, EvaluateConfig, AdaptConfig, PredictConfig) for f in dataclasses.fields(cls)
     }
     assert known >= set(module._AT_LEAST) | module._ABOVE_ZERO
+
+
+@pytest.mark.parametrize(
+    ("assignments", "message"),
+    [
+        (["first_order"], "'first_order' is not NAME=VALUE"),
+        (["firstorder=true"], "anil has no 'firstorder'.*did you mean 'first_order'"),
+        (["inner_lr=0.1"], "anil has no 'inner_lr'.*--inner-lr is an option by itself"),
+        (["first_order=true", "first_order=false"], "'first_order' is given twice"),
+        (["first_order=1"], "'first_order=1' must be true or false"),
+    ],
+)
+def test_a_members_own_settings_are_checked(assignments: list[str], message: str) -> None:
+    config = MetaTrainConfig(algorithm="anil", hyper=tuple(assignments))
+    with pytest.raises(MetaftError, match=message):
+        hyper(config, "cross_entropy")
+
+
+def test_a_members_own_settings_come_from_toml_and_go_there(tmp_path: Path) -> None:
+    file = tmp_path / "c.toml"
+    file.write_text('algorithm = "anil"\nhyper = ["first_order=True"]')
+    config = from_mapping(MetaTrainConfig, read_toml(file), origin=str(file))
+    assert hyper(config, "cross_entropy")["first_order"] is True
+    file.write_text(to_toml(config))
+    assert from_mapping(MetaTrainConfig, read_toml(file), origin=str(file)) == config
+    assert "hyper must be str, got 3" in message({"hyper": [3]})

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
 
 from metaft.algorithms.anil import anil
 from metaft.algorithms.base import Algorithm, TaskGrad
@@ -27,6 +29,7 @@ __all__ = [
     "hyper_parameters",
     "maml",
     "meta_sgd",
+    "parse_hyper",
     "proto_maml",
     "protonet",
     "query_loss",
@@ -50,8 +53,55 @@ def hyper_parameters(name: str) -> dict[str, object]:
     """
     if name not in ALGORITHMS:
         raise MetaftError(f"algorithm: no {name!r}, known are {sorted(ALGORITHMS)}{suggest(name, ALGORITHMS)}")
-    parameters = inspect.signature(ALGORITHMS[name]).parameters.values()
-    return {p.name: p.default for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
+    member = ALGORITHMS[name]
+    fixed = member.keywords if isinstance(member, functools.partial) else {}
+    parameters = inspect.signature(member).parameters.values()
+    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in fixed}
+
+
+COMMON = frozenset({"loss", "norm", "inner_lr", "inner_steps", "adapt_norm"})
+"""Hyper-parameters that have an option of their own on the command line."""
+
+
+def parse_hyper(name: str, assignments: Iterable[str]) -> dict[str, object]:
+    """`NAME=VALUE` each, to what `build` takes: values have the type of the member's default.
+
+    Raises MetaftError for anything else than NAME=VALUE, a name that the member has not, or has as an option of its
+    own, a name given twice, or a value of another type.
+    """
+    known = {k: default for k, default in hyper_parameters(name).items() if k not in COMMON}
+    found: dict[str, object] = {}
+    for assignment in assignments:
+        key, equals, text = assignment.partition("=")
+        if not equals:
+            raise MetaftError(f"hyper: {assignment!r} is not NAME=VALUE")
+        if key not in known:
+            has = f"it has {', '.join(sorted(known))}" if known else "it has none"
+            option = f"; --{key.replace('_', '-')} is an option by itself" if key in COMMON else ""
+            raise MetaftError(
+                f"hyper: {name} has no {key!r} (given {assignment!r}); {has}{option}{suggest(key, known)}"
+            )
+        if key in found:
+            raise MetaftError(f"hyper: {key!r} is given twice ({assignment!r})")
+        found[key] = _typed(assignment, text, known[key])
+    return found
+
+
+def _typed(assignment: str, text: str, like: object) -> object:
+    if isinstance(like, str):
+        return text
+    if isinstance(like, bool):
+        if text.lower() not in ("true", "false"):
+            raise MetaftError(f"hyper: {assignment!r} must be true or false")
+        return text.lower() == "true"
+    kind = int if isinstance(like, int) else float
+    try:
+        value = kind(text)
+    except ValueError:
+        raise MetaftError(f"hyper: {assignment!r} must be {kind.__name__}") from None
+    if not math.isfinite(value):
+        raise MetaftError(f"hyper: {assignment!r} must be finite")
+    return value
 
 
 def build(name: str, model: Model, hyper: Mapping[str, object]) -> Algorithm:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from metaft import algorithms, models
 from metaft.assemble import open_run
-from metaft.config import Settled
+from metaft.config import Settled, from_mapping
 from metaft.defaults import hyper, model_for
 from metaft.errors import CheckpointError, MetaftError, NonFiniteError
 from metaft.finetune import heads
@@ -82,7 +82,7 @@ def from_run(path: Path, module: nn.Module | None = None) -> Start:
         architecture=architecture,
         shape=list(architecture["shape"]) if p is None else [p.channels, p.height, p.width],
         preprocessing=p,
-        settings=Settled(**header["config"]),
+        settings=from_mapping(Settled, header["config"], origin=f"checkpoint of {path}"),
         meta=snapshot.meta,
         state=snapshot.state,
         module=module,
