@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers import SINUSOID, options
@@ -140,6 +141,21 @@ def test_one_that_was_removed_meanwhile_is_made_again(tmp_path: Path, monkeypatc
         assert len(times) == 2
         with pytest.raises(MetaftError), held(file, "out: x"):
             pass
+
+
+def test_a_run_that_began_between_look_and_lock_is_not_written_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = RunFolder.held
+
+    def late(self: RunFolder, field: str) -> Any:
+        self.config.write_text("theirs")
+        return real(self, field)
+
+    monkeypatch.setattr(RunFolder, "held", late)
+    with pytest.raises(MetaftError, match=r"^out: .* already exists"):
+        RunFolder.create(tmp_path / "r", "mine")
+    assert (tmp_path / "r/config.toml").read_text() == "theirs"
 
 
 def test_a_forked_process_does_not_hold_it(tmp_path: Path) -> None:
