@@ -18,7 +18,7 @@ from typing import Any, Literal, TypeVar
 
 from metaft.errors import MetaftError, suggest
 
-Config = TypeVar("Config", "MetaTrainConfig", "EvaluateConfig", "AdaptConfig")
+Config = TypeVar("Config", "MetaTrainConfig", "Settled", "EvaluateConfig", "AdaptConfig")
 
 
 @dataclasses.dataclass(frozen=True)
