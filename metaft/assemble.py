@@ -22,7 +22,7 @@ from metaft.config import MetaTrainConfig, Settled, from_mapping, read_toml
 from metaft.defaults import device_of, hyper, resolve
 from metaft.errors import CheckpointError, MetaftError
 from metaft.models import Model
-from metaft.outer import Engine, engine, settled_name, task_chunk, tune
+from metaft.outer import PARALLEL, Engine, engine, settled_name, task_chunk, tune
 from metaft.run import RunFolder
 from metaft.training import Snapshot, load_snapshot
 from metaft.types import Dataset
@@ -100,12 +100,16 @@ def engine_for(parts: Parts) -> AbstractContextManager[Engine]:
     )
 
 
-def with_engine(parts: Parts, draw_batch: Callable[[], Any]) -> Parts:
-    """The same with engine and chunk chosen, so that the run's folder tells them and a resume has the same bits.
+def with_engine(parts: Parts, draw_batch: Callable[[], Any], *, before: str | None = None) -> Parts:
+    """The same with the chunk settled, and the engine where it was to be tuned, so that a resume has the same bits.
 
-    `draw_batch` gives a meta-batch, on which `--engine tune` tries what there is.
+    `draw_batch` gives a meta-batch, on which `--engine tune` tries what there is. `before` is the engine that a resumed
+    run had: its chunk is forgotten where another kind follows.
     """
     c = parts.config
+    name = settled_name(c.engine, convolutional=parts.model.convolutional, device=parts.device)
+    if before is not None and (before in PARALLEL) != (name in PARALLEL):
+        c = dataclasses.replace(c, task_chunk=None)
     if c.engine == "tune":
         meta, state = parts.algorithm.init(c.seed)
         times = tune(
@@ -116,8 +120,7 @@ def with_engine(parts: Parts, draw_batch: Callable[[], Any]) -> Parts:
         (name, chunk), *_ = times
         print(f"engine: {_called(name, chunk)}; ms per meta-step: {tried}", file=sys.stderr)
         c = dataclasses.replace(c, engine=name, task_chunk=chunk)
-    name = settled_name(c.engine, convolutional=parts.model.convolutional, device=parts.device)
-    if c.task_chunk is None and name in ("processes", "threads"):
+    elif c.task_chunk is None and name in PARALLEL:
         values = c.ways * (c.shots + c.query_shots) * math.prod(parts.dataset.shape)
         c = dataclasses.replace(c, task_chunk=task_chunk(values, c.meta_batch, c.threads or torch.get_num_threads()))
     return dataclasses.replace(parts, config=c)

@@ -120,7 +120,10 @@ def resume_run(
         )
     parts = assemble(config, dataset=dataset, module=module, architecture=snapshot and snapshot.header["architecture"])
     sources = _sources(parts)
-    parts = _with_engine(parts, sources[0])
+    before = None
+    if snapshot is not None and config.task_chunk == own.task_chunk:
+        before = snapshot.header["environment"]["engine"]
+    parts = _with_engine(parts, sources[0], before=before)
     if snapshot is None or snapshot.position.step < parts.config.iterations:
         folder.result.unlink(missing_ok=True)  # of a shorter run; it would not be this one's
     if dataclasses.asdict(config) != dataclasses.asdict(own):
@@ -128,12 +131,12 @@ def resume_run(
     return _go(folder, parts, sources, snapshot)
 
 
-def _with_engine(parts: Parts, train: Source) -> Parts:
+def _with_engine(parts: Parts, train: Source, *, before: str | None = None) -> Parts:
     from metaft.assemble import with_engine
     from metaft.training import draw
 
     c = parts.config
-    return with_engine(parts, lambda: draw(parts.algorithm, train, c.seed, range(c.meta_batch)))
+    return with_engine(parts, lambda: draw(parts.algorithm, train, c.seed, range(c.meta_batch)), before=before)
 
 
 def _sources(parts: Parts) -> tuple[Source, Source, Source]:

@@ -33,11 +33,9 @@ def algorithm_for(workload: Workload, model: metaft.Model, options: Options) -> 
 def in_flight(engine: metaft.Engine, tasks: Tasks) -> int:
     """Tasks whose graphs an engine holds at the same time."""
     meta_batch = len(tasks.support_x)
-    chunk, threads = getattr(engine, "chunk", None), getattr(engine, "threads", 1)
-    if engine.name in ("vmap", "compiled"):
-        return min(chunk or meta_batch, meta_batch)
-    values = sum(leaf[0].numel() for leaf in tasks)
-    return min(threads * (chunk or metaft.outer.task_chunk(values, meta_batch, threads)), meta_batch)
+    if isinstance(engine, metaft.outer.Threads | metaft.outer.Processes):
+        return min(engine.threads * engine.chunk_of(tasks), meta_batch)
+    return min(getattr(engine, "chunk", None) or meta_batch, meta_batch)
 
 
 def make(workload: Workload, params: Params, tasks: Tasks, options: Options) -> System:

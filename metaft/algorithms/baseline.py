@@ -14,13 +14,11 @@ from metaft.errors import MetaftError
 from metaft.inner import value_and_grad
 from metaft.metrics import figure
 from metaft.models import Model
-from metaft.tasks.sampler import raw_words
+from metaft.tasks.sampler import Stream, raw_words
 from metaft.types import Fast, Loss, Norm, Params
 
 CLASSES = ".classes"
 """Ends the names of the head of pre-training: "head.weight.classes". No model has such names, as in `meta_sgd`."""
-
-STREAM = 6  # of raw_words; `metaft.finetune.heads` lists the others
 
 
 def baseline(
@@ -135,7 +133,7 @@ def _pretrained(
 
     def init(key: int) -> tuple[Params, Params]:
         # Numbers of its own: a backbone of the same seed shares none.
-        own = torch.Generator().manual_seed(int(raw_words(key, "train", [0], 1, stream=STREAM)[0, 0] >> 1))
+        own = torch.Generator().manual_seed(int(raw_words(key, "train", [0], 1, stream=Stream.BASELINES)[0, 0] >> 1))
         like = model.params[model.head[0]]
         head = {part: torch.zeros(classes, *shape, dtype=like.dtype) for part, shape in parts.items()}
         nn.init.xavier_uniform_(head["weight"], generator=own)

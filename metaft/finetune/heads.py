@@ -12,9 +12,7 @@ from metaft.algorithms.matching_net import matched
 from metaft.algorithms.protonet import class_means
 from metaft.errors import MetaftError, suggest
 from metaft.models import initialise
-from metaft.tasks.sampler import raw_words
-
-STREAM = 5  # of raw_words: 0 episodes, 1 batches, 2 glyphs, 3 the draw of training images, 4 fine-tuning, 6 `baseline`
+from metaft.tasks.sampler import Stream, raw_words
 
 
 class Cosine(nn.Module):
@@ -103,5 +101,5 @@ def build(name: str, features: Tensor, labels: Tensor, classes: int, seed: int) 
     """
     if name not in HEADS:
         raise MetaftError(f"head: no {name!r}, known are {sorted(HEADS)}{suggest(name, HEADS)}")
-    own = int(raw_words(seed, "train", [0], 1, stream=STREAM)[0, 0])
+    own = int(raw_words(seed, "train", [0], 1, stream=Stream.HEADS)[0, 0])
     return HEADS[name](features, labels, classes, own).to(features)
