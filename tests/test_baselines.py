@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,10 +13,16 @@ import pytest
 import scenarios
 import torch
 import torch.nn.functional as F
+from helpers import images, pool
 from torch import Tensor, nn
 
-from metaft import algorithms, outer
+from metaft import algorithms, evaluate, meta_train, outer
 from metaft.algorithms.baseline import CLASSES, fit
+from metaft.config import EvaluateConfig, MetaTrainConfig, read_toml
+from metaft.defaults import resolve
+from metaft.errors import MetaftError
+from metaft.run import read_rows
+from metaft.training import load_snapshot
 from metaft.types import NORMS, Episode, Norm, Params
 
 
@@ -149,3 +158,60 @@ def test_pre_trained_heads_share_no_random_numbers_with_the_backbone() -> None:
     plain = torch.empty(12, 4, dtype=torch.float64)
     nn.init.xavier_uniform_(plain, generator=torch.Generator().manual_seed(1))
     assert not torch.equal(first, plain)
+
+
+# ---- as runs ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("metaft.report.draw_pictures", lambda *_: [])
+
+
+def test_defaults_of_the_baselines() -> None:
+    settled = resolve(MetaTrainConfig(algorithm="baseline++"), pool(), default_rotate=False)
+    assert (settled.outer_lr, settled.test_inner_steps, settled.inner_lr, settled.inner_steps) == (
+        1e-3,
+        100,
+        0.01,
+        None,
+    )
+    assert settled.hyper == ("classes=6",)
+    own = MetaTrainConfig(algorithm="baseline", hyper=("momentum=0.5",), test_inner_steps=7)
+    settled = resolve(own, pool(), default_rotate=False)
+    assert (settled.hyper, settled.test_inner_steps) == (("momentum=0.5", "classes=6"), 7)
+
+
+@pytest.mark.usefixtures("_no_pictures")
+@pytest.mark.parametrize("name", ["baseline", "baseline++"])
+def test_a_run_knows_its_number_of_classes_wherever_it_goes_on(name: str, tmp_path: Path) -> None:
+    path, squares = tmp_path / "run", pool()
+    own = {"algorithm": name, "hyper": ("momentum=0.5",), "test_inner_steps": 3}
+    whole = meta_train.run(images(tmp_path / "whole", **own), dataset=squares)
+    short = images(path, iterations=2, outer_schedule="constant", **own)
+    meta_train.run(short, dataset=squares)
+    assert read_toml(path / "config.toml")["hyper"] == ["momentum=0.5", "classes=6"]
+    more = dataclasses.replace(short, iterations=5)
+    resumed = meta_train.resume_run(path, more, dataset=squares)
+    assert load_snapshot(path / "checkpoints/last.safetensors").meta[f"head.weight{CLASSES}"].shape == (6, 4)
+    assert (resumed["iterations"], len(resumed["test"]["inductive"]["accuracy_per_step"])) == (5, 4)
+    rows = [row for row in read_rows(tmp_path / "whole/metrics.jsonl") if row["kind"] == "train"]
+    assert all(0 <= row["accuracy"] <= 1 and row["loss"] > 0 for row in rows)
+    again = evaluate.run(tmp_path / "whole", dataset=squares)
+    assert again["test"]["inductive"] == whole["test"]["inductive"]
+    with pytest.raises(MetaftError, match="hyper: a resumed run keeps its settings"):
+        meta_train.resume_run(path, dataclasses.replace(more, hyper=("momentum=0.6",)), dataset=squares)
+    # Another data set has another number of classes to train on, and a task may have any number.
+    splits = {"train": np.arange(2), "val": np.arange(2, 4), "test": np.arange(4, 14)}
+    other = dataclasses.replace(squares, splits=splits, name="others")
+    config = EvaluateConfig(dataset="others", ways=7, inner_steps=5, out=str(tmp_path / "e.json"))
+    evaluate.run(path, config, dataset=other)
+    test = json.loads((tmp_path / "e.json").read_text())["test"]
+    assert (test["ways"], test["inner_steps"]) == (7, 5)
+
+
+def test_fewer_outputs_than_classes_are_refused(tmp_path: Path) -> None:
+    config = images(tmp_path / "run", algorithm="baseline", hyper=("classes=5",))
+    with pytest.raises(MetaftError, match=r"hyper: classes=5 are fewer than the 6 that squares-8 has to train on"):
+        meta_train.run(config, dataset=pool())
+    assert not (tmp_path / "run").exists()
