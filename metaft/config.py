@@ -26,17 +26,18 @@ class MetaTrainConfig:
     """Learn an initialisation from few-shot episodes, then meta-test it."""
 
     dataset: str = "glyphs"
-    """glyphs (built in), omniglot, sinusoid, or folder:PATH (class folders, with or without train/ val/ test/)."""
+    """glyphs (built in), omniglot, sinusoid, folder:PATH (class folders, with or without train/ val/ test/), or
+    l2l:NAME (learn2learn's data set of that name, e.g. l2l:cifarfs)."""
     data_root: str | None = None
     """Folder that holds the data sets (auto: the environment variable METAFT_DATA)."""
     download: bool = False
-    """Fetch the data set first, where that is possible (omniglot)."""
+    """Fetch the data set first, where that is possible (omniglot, l2l:NAME)."""
     split: str | None = None
     """How classes are split. omniglot: finn (default), vinyals, alphabets."""
     image_size: int | None = None
-    """folder: pixels per side (auto: 28 for grey images, 84 for colour)."""
+    """folder, l2l: pixels per side (auto: 28 for grey images, 84 for colour; l2l: their own where all are squares)."""
     channels: int | None = None
-    """folder: 1 or 3 (auto: 1 where a sample of the images is grey)."""
+    """folder, l2l: 1 or 3 (auto: 1 where a sample of the images is grey)."""
     rotate: bool | None = None
     """--rotate / --no-rotate: one random quarter turn per class and task (auto: on for omniglot's finn split)."""
 
@@ -50,7 +51,8 @@ class MetaTrainConfig:
     """Tasks per meta-step, B (auto: 16; sinusoid: 25)."""
 
     algorithm: str = "maml"
-    """maml, fomaml (first-order), anil, boil, meta-sgd, proto-maml or protonet (see docs/algorithms.md)."""
+    """maml, fomaml (first-order), anil, boil, meta-sgd, proto-maml, protonet, matching-net, baseline or baseline++ (see
+    docs/algorithms.md)."""
     model: str | None = None
     """conv4 (stride 2, mean), conv4-pool (max-pool) or mlp (auto: by the input's shape)."""
     width: int | None = None
