@@ -60,9 +60,10 @@ class MetaTrainConfig:
     batch_norm: Literal["transductive", "inductive"] = "transductive"
     """How training queries are normalised: with their own statistics, or with the support set's."""
     inner_steps: int | None = None
-    """Inner gradient steps in training (auto: 1; protonet: none)."""
+    """Inner gradient steps in training (auto: 1; protonet, matching-net, baseline, baseline++: none)."""
     inner_lr: float | None = None
-    """Inner learning rate; of meta-sgd the first one (auto: 0.4; proto-maml: 0.1; sinusoid: 0.01)."""
+    """Inner learning rate; of meta-sgd the first one (auto: 0.4; proto-maml: 0.1; baseline, baseline++: 0.01 for
+    a task's head; sinusoid: 0.01)."""
     adapt_norm: bool | None = None
     """--adapt-norm / --no-adapt-norm: let the inner loop move normalisation scales and shifts too (auto: on)."""
     hyper: tuple[str, ...] = ()
@@ -73,7 +74,8 @@ class MetaTrainConfig:
     outer_optimizer: Literal["adam", "sgd"] | None = None
     """Outer optimiser (auto: adam)."""
     outer_lr: float | None = None
-    """Outer learning rate, at the start of its schedule (auto: 0.003; sinusoid: 0.001)."""
+    """Outer learning rate, at the start of its schedule (auto: 0.003; sinusoid, baseline, baseline++:
+    0.001)."""
     outer_schedule: Literal["constant", "linear", "cosine"] | None = None
     """How the outer learning rate goes: constant, or down to 0 at the last iteration (auto: cosine)."""
     clip_value: float | None = None
@@ -94,7 +96,8 @@ class MetaTrainConfig:
     test_query_shots: int | None = None
     """Query images per class in validation and test (auto: 15; sinusoid: 100)."""
     test_inner_steps: int | None = None
-    """Inner steps in validation and test (auto: 3; sinusoid: 10; protonet: none)."""
+    """Inner steps in validation and test (auto: 3; sinusoid: 10; baseline, baseline++: 100; protonet,
+    matching-net: none)."""
     test_episodes: int = 1000
     """Test episodes."""
 

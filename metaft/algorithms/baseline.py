@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from metaft.algorithms.base import Algorithm, moments_for
 from metaft.errors import MetaftError
-from metaft.inner import value_and_grad
+from metaft.inner import at_step, value_and_grad
 from metaft.metrics import figure
 from metaft.models import Model
 from metaft.tasks.sampler import Stream, raw_words
@@ -51,13 +51,13 @@ def baseline(
         product = features @ head["weight"].mT
         return product + head["bias"].unsqueeze(-2) if "bias" in head else product
 
-    parts = {name.rpartition(".")[2]: model.params[name].shape[1:] for name in model.head}
+    rows = {name.rpartition(".")[2]: model.params[name].shape[1:] for name in model.head}
 
     def begin(features: Tensor, ways: int) -> Params:
-        return {part: features.new_zeros(ways, *shape) for part, shape in parts.items()}
+        return {part: features.new_zeros(ways, *shape) for part, shape in rows.items()}
 
     return _pretrained(
-        "baseline", model, loss, classes, norm, parts, logits, begin,
+        "baseline", model, loss, classes, norm, _Head(rows, logits, begin),
         lr=inner_lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay,
     )  # fmt: skip
 
@@ -92,9 +92,9 @@ def baseline_plus_plus(
     def begin(features: Tensor, ways: int) -> Params:
         return {"weight": F.normalize(features.mean(0), dim=0).expand(ways, -1)}
 
+    rows = {"weight": model.params[model.head[0]].shape[1:]}
     return _pretrained(
-        "baseline++", model, loss, classes, norm, {"weight": model.params[model.head[0]].shape[1:]}, logits, begin,
-        constant=lambda ways: {"scale": _scale(ways)},
+        "baseline++", model, loss, classes, norm, _Head(rows, logits, begin, lambda ways: {"scale": _scale(ways)}),
         lr=inner_lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay,
     )  # fmt: skip
 
@@ -103,23 +103,21 @@ def _scale(rows: int) -> float:
     return 2.0 if rows <= 200 else 10.0
 
 
-def _pretrained(
-    name: str,
-    model: Model,
-    loss: Loss,
-    classes: int,
-    norm: Norm,
-    parts: dict[str, torch.Size],
-    logits: Callable[[Params, Tensor], Tensor],
-    begin: Callable[[Tensor, int], Params],
-    constant: Callable[[int], dict[str, float]] = lambda ways: {},
-    **sgd: float,
-) -> Algorithm:
-    """Both members, up to their heads: tensors with one row per class, of the shapes in `parts`.
+class _Head(NamedTuple):
+    """Tensors with one row per class, and what they make of features [n, D]."""
 
-    `logits` takes a head, or several along a leading axis, and features [n, D]; `begin` makes a task's head from its
-    support features and ways; `constant` is what else a stored head needs.
-    """
+    rows: dict[str, torch.Size]
+    """Shape of a row of each tensor."""
+    logits: Callable[[Params, Tensor], Tensor]
+    """Of one head, or of several along a leading axis."""
+    begin: Callable[[Tensor, int], Params]
+    """(support features, ways) -> a task's head before its first step."""
+    constant: Callable[[int], dict[str, float]] = lambda ways: {}
+    """What else a stored head needs."""
+
+
+def _pretrained(name: str, model: Model, loss: Loss, classes: int, norm: Norm, head: _Head, **sgd: float) -> Algorithm:
+    """Both members, up to their heads. Raises MetaftError as they do."""
     if loss != "cross_entropy":
         raise MetaftError(f"{name} classifies; it cannot learn a data set whose loss is {loss!r}")
     if classes < 1:
@@ -129,21 +127,22 @@ def _pretrained(
             raise MetaftError(f"{field} must be at least 0, got {value}")
     layer = model.head[0].rpartition(".")[0]
     body = [k for k in model.params if k not in model.head]
-    whole = {part: f"{layer}.{part}{CLASSES}" for part in parts}
+    parts = {part: f"{layer}.{part}" for part in head.rows}
 
     def init(key: int) -> tuple[Params, Params]:
         # Numbers of its own: a backbone of the same seed shares none.
         own = torch.Generator().manual_seed(int(raw_words(key, "train", [0], 1, stream=Stream.BASELINES)[0, 0] >> 1))
         like = model.params[model.head[0]]
-        head = {part: torch.zeros(classes, *shape, dtype=like.dtype) for part, shape in parts.items()}
-        nn.init.xavier_uniform_(head["weight"], generator=own)
+        whole = {part: torch.zeros(classes, *shape, dtype=like.dtype) for part, shape in head.rows.items()}
+        nn.init.xavier_uniform_(whole["weight"], generator=own)
         return {
             **{k: model.params[k].clone() for k in body},
-            **{whole[part]: value.to(like.device) for part, value in head.items()},
+            **{parts[part] + CLASSES: value.to(like.device) for part, value in whole.items()},
         }, {}
 
     def task_loss(meta: Params, state: Params, knobs: Params, batch: Any) -> tuple[Tensor, tuple[Params, Params]]:
-        prediction = logits({part: meta[k] for part, k in whole.items()}, model.features(meta, batch.x, None))
+        whole = {part: meta[k + CLASSES] for part, k in parts.items()}
+        prediction = head.logits(whole, model.features(meta, batch.x, None))
         value = F.cross_entropy(prediction, batch.y)
         metrics = {"loss": value.detach(), "accuracy": figure(loss, prediction.detach(), batch.y)}
         return value, ({}, metrics)
@@ -162,34 +161,31 @@ def _pretrained(
     ) -> Fast:
         features = model.features(meta, support_x, None)
 
-        def support_loss(head: Params) -> tuple[Tensor, tuple[()]]:
-            return F.cross_entropy(logits(head, features), support_y), ()
+        def support_loss(own: Params) -> tuple[Tensor, tuple[()]]:
+            return F.cross_entropy(head.logits(own, features), support_y), ()
 
-        heads = list(fit(support_loss, begin(features, ways), steps=steps, **sgd))
+        heads = list(fit(support_loss, head.begin(features, ways), steps=steps, **sgd))
         still = {k: meta[k] for k in body}
-        still |= {f"{layer}.{k}": features.new_tensor(v) for k, v in constant(ways).items()}
+        still |= {f"{layer}.{k}": features.new_tensor(v) for k, v in head.constant(ways).items()}
         measured = model.measure(meta, support_x) if moments else ()
         if not trajectory:
-            return Fast({**still, **{f"{layer}.{part}": v for part, v in heads[-1].items()}}, measured, {})
+            return Fast({**still, **{parts[part]: v for part, v in heads[-1].items()}}, measured, {})
 
         def every(t: Tensor) -> Tensor:  # a view: a hundred copies of a backbone would be much
             return t.expand(steps + 1, *t.shape)
 
-        moving = {f"{layer}.{part}": torch.stack([head[part] for head in heads]) for part in parts}
-        return Fast(
-            {**{k: every(v) for k, v in still.items()}, **moving},
-            tuple((every(mean), every(var)) for mean, var in measured),
-            {},
-        )
+        moving = {k: torch.stack([own[part] for own in heads]) for part, k in parts.items()}
+        still = {k: every(v) for k, v in still.items()}
+        return Fast({**still, **moving}, tuple((every(mean), every(var)) for mean, var in measured), {})
 
     def predict(fast: Fast, x: Tensor, norm: Norm) -> Tensor:
-        head = {part: fast.params[f"{layer}.{part}"] for part in parts}
-        return logits(head, model.features(fast.params, x, moments_for(norm, fast)))
+        own = {part: fast.params[k] for part, k in parts.items()}
+        return head.logits(own, model.features(fast.params, x, moments_for(norm, fast)))
 
     def predict_steps(every: Fast, x: Tensor, norm: Norm) -> Tensor:
-        first = Fast({k: every.params[k][0] for k in body}, tuple((mean[0], var[0]) for mean, var in every.moments), {})
-        heads = {part: every.params[f"{layer}.{part}"] for part in parts}
-        return logits(heads, model.features(first.params, x, moments_for(norm, first)))
+        first = at_step(every, 0)
+        heads = {part: every.params[k] for part, k in parts.items()}
+        return head.logits(heads, model.features(first.params, x, moments_for(norm, first)))
 
     return Algorithm(
         name=name,
