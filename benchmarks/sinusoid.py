@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # to be run as a file, too
 
@@ -199,6 +200,9 @@ def figure(rows: Sequence[Row]) -> Figure:
                 color=colour, ls=line, marker=marker, ms=4, lw=1.2, elinewidth=0.6, label=row["member"],
             )  # fmt: skip
         panel.set_yscale("log")
+        panel.yaxis.set_major_formatter("{x:g}")
+        panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panel.yaxis.set_minor_formatter(NullFormatter())
         panel.set_title(f"{k} points", fontsize=10)
         decorate(panel, "inner steps at test", "mean squared error", legend=k == shots[0])
     return drawn

@@ -20,6 +20,7 @@ from metaft.algorithms.base import Algorithm, TaskGrad
 from metaft.errors import MetaftError, suggest
 from metaft.inner import value_and_grad
 from metaft.models.functional import plain_operations
+from metaft.ranks import ALONE, Ranks
 from metaft.types import Episode, Params
 
 Tree = TypeVar("Tree")
@@ -417,17 +418,26 @@ class MetaGradient(NamedTuple):
 
 
 def meta_gradient(
-    engine: Engine, algorithm: Algorithm, meta: Params, state: Params, tasks: Episode | Any, *, step: int = 0
+    engine: Engine,
+    algorithm: Algorithm,
+    meta: Params,
+    state: Params,
+    tasks: Episode | Any,
+    *,
+    step: int = 0,
+    ranks: Ranks = ALONE,
 ) -> MetaGradient:
     """Mean of the tasks' gradients in `meta`, summed in task order so that the bits do not depend on timing.
 
-    `step` sets the algorithm's knobs. Neither `meta` nor `state` is changed.
+    `step` sets the algorithm's knobs. Of several `ranks` each gives its own tasks, at least one, and all get the mean
+    over all tasks. Neither `meta` nor `state` is changed.
     """
     # Mapping per-task gradients, not differentiating a mapped loss: the latter is silently wrong at second order for
     # batch normalisation under vmap.
     total = engine.sum(_task_grad_of(algorithm), (meta, state, algorithm.schedule(step)), tasks)
-    count = _length(tasks)
-    mean: TaskGrad = pytree.tree_map(lambda leaf: leaf / count, total)
+    leaves, spec = pytree.tree_flatten(total)
+    *leaves, count = ranks.sum_flat([*leaves, torch.tensor(float(_length(tasks)), device=leaves[0].device)])
+    mean: TaskGrad = pytree.tree_unflatten([leaf / int(count) for leaf in leaves], spec)
     return MetaGradient(
         grads=mean.grads,
         state={
