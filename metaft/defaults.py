@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 
@@ -11,7 +12,9 @@ from metaft.config import MetaTrainConfig, Settled
 from metaft.errors import MetaftError
 from metaft.types import Dataset, Loss
 
-MEMBERS: dict[str, dict[str, object]] = {}
+_SUPERVISED: dict[str, object] = {"outer_lr": 1e-3, "test_inner_steps": 100}  # Chen et al. 2019
+
+MEMBERS: dict[str, dict[str, object]] = {"baseline": _SUPERVISED, "baseline++": _SUPERVISED}
 """What a member needs other than the rest, by the fields of a config."""
 
 
@@ -53,6 +56,8 @@ def resolve(config: MetaTrainConfig, dataset: Dataset, *, default_rotate: bool, 
     if custom_model:  # whatever was asked for, this is what is recorded
         config = dataclasses.replace(config, model="custom")
     names = {f.name for f in dataclasses.fields(config)}
+    if "classes" in accepted and "classes" not in parse_hyper(config.algorithm, config.hyper):
+        config = dataclasses.replace(config, hyper=(*config.hyper, f"classes={train_classes(dataset)}"))
     open_fields = {k: v for k, v in values.items() if k in names and getattr(config, k) is None}
     return Settled(**{**dataclasses.asdict(config), **open_fields})
 
@@ -68,9 +73,15 @@ def hyper(config: MetaTrainConfig, loss: Loss) -> dict[str, object]:
     return {"loss": loss, "norm": config.batch_norm, **given, **own}
 
 
+def train_classes(dataset: Dataset) -> int:
+    """How many classes a data set has to train on, 0 where it has none."""
+    classes: Any = dataset.describe().get("classes", {})
+    return len(classes.get("train", ()))
+
+
 def check_steps(field: str, steps: int | None, algorithm: str) -> None:
     """Raises MetaftError for inner steps asked of a member that has none."""
-    if steps and "inner_steps" not in hyper_parameters(algorithm):
+    if steps and "inner_lr" not in hyper_parameters(algorithm):
         raise MetaftError(f"{field}: {algorithm} has no inner steps (given {steps})")
 
 

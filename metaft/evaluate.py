@@ -78,7 +78,7 @@ def run(
         # Nothing of the old data set's own settings is meant for the new one.
         fields |= {"dataset": config.dataset, "split": config.split, "rotate": None}
         # A folder is read as the run's own images were; a data set with its own size takes no such wish.
-        images = snapshot.header.get("preprocessing", {}) if config.dataset.startswith("folder:") else {}
+        images = snapshot.header.get("preprocessing", {}) if config.dataset.startswith(("folder:", "l2l:")) else {}
         fields |= {"channels": images.get("channels"), "image_size": images.get("height")}
     if config.rotate is not None:
         fields["rotate"] = config.rotate

@@ -153,6 +153,8 @@ def _resume(
     path = folder.path
     own, snapshot = ranks.on_first(lambda: _reopened(folder))
     given = {} if config is None else {k: v for k, v in dataclasses.asdict(config).items() if v not in (None, ())}
+    if set(given.get("hyper", ())) <= set(own.hyper):  # a run adds what it found out itself
+        given.pop("hyper", None)
     named = {} if dataset is None else {"dataset": dataset.name}
     config = dataclasses.replace(own, **{**given, **named, "out": None})
     if config.engine == "tune" and config.task_chunk == own.task_chunk:  # as it was chosen once, by it or another rule
@@ -209,12 +211,18 @@ def _sources(parts: Parts) -> tuple[Source, Source, Source]:
 
     Raises MetaftError where the data cannot give them.
     """
+    from metaft.algorithms import parse_hyper
+    from metaft.defaults import train_classes
+
     c = parts.config
     if c.test_ways != c.ways and not parts.algorithm.any_ways:
         raise MetaftError(
             f"test_ways: {c.algorithm} learns a head with one output per class, so {c.test_ways} ways at test "
             f"cannot follow {c.ways} in training"
         )
+    rows, found = parse_hyper(c.algorithm, c.hyper).get("classes"), train_classes(parts.dataset)
+    if isinstance(rows, int) and rows < found:
+        raise MetaftError(f"hyper: classes={rows} are fewer than the {found} that {parts.dataset.name} has to train on")
     train = parts.dataset.source(
         ways=c.ways, shots=c.shots, query_shots=c.query_shots, rotate=c.rotate, splits=("train",)
     )

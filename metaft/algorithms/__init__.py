@@ -9,8 +9,10 @@ from collections.abc import Callable, Iterable, Mapping
 
 from metaft.algorithms.anil import anil
 from metaft.algorithms.base import Algorithm, TaskGrad
+from metaft.algorithms.baseline import baseline, baseline_plus_plus
 from metaft.algorithms.boil import boil
 from metaft.algorithms.maml import fomaml, maml
+from metaft.algorithms.matching_net import matching_net
 from metaft.algorithms.meta_sgd import meta_sgd
 from metaft.algorithms.proto_maml import proto_maml
 from metaft.algorithms.protonet import protonet
@@ -23,11 +25,14 @@ __all__ = [
     "Algorithm",
     "TaskGrad",
     "anil",
+    "baseline",
+    "baseline_plus_plus",
     "boil",
     "build",
     "fomaml",
     "hyper_parameters",
     "maml",
+    "matching_net",
     "meta_sgd",
     "parse_hyper",
     "proto_maml",
@@ -43,6 +48,9 @@ ALGORITHMS: dict[str, Callable[..., Algorithm]] = {
     "meta-sgd": meta_sgd,
     "proto-maml": proto_maml,
     "protonet": protonet,
+    "matching-net": matching_net,
+    "baseline": baseline,
+    "baseline++": baseline_plus_plus,
 }
 
 

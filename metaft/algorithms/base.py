@@ -78,6 +78,8 @@ class Algorithm:
     """Whether a task at test may have another number of classes than in training."""
     adapts_head: bool = True
     """Whether a task's own classes shape its head. Where not, classes that start from equal rows stay equal."""
+    predict_steps: Predict | None = None
+    """`predict` for every step of a trajectory, [steps + 1, n, outputs], where that costs less than one by one."""
 
     def __post_init__(self) -> None:
         if (self.task_loss is None) == (self.task_grad is None):
