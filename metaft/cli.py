@@ -11,12 +11,13 @@ import signal
 import sys
 import threading
 import types
-from collections.abc import Callable, Iterable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from metaft.config import AdaptConfig, Config, MetaTrainConfig, from_mapping, read_toml
-from metaft.errors import Interrupted, MetaftError, suggest
+from metaft.errors import Interrupted, MetaftError, MetaftWarning, suggest
 from metaft.names import is_text
 
 Arguments = TypeVar("Arguments")
@@ -135,7 +136,8 @@ def check_unchanged(config: Any, own: Any, path: Path, *, except_for: Iterable[s
 def guarded(command: Callable[[Sequence[str]], None], argv: Sequence[str] | None) -> int:
     """Run a command and turn errors that the user can mend into one line on stderr and an exit status."""
     try:
-        command(sys.argv[1:] if argv is None else argv)
+        with _noted_warnings():
+            command(sys.argv[1:] if argv is None else argv)
     except MetaftError as error:
         print(f"metaft: {'' if isinstance(error, Interrupted) else 'error: '}{error}", file=sys.stderr)
         return error.status
@@ -145,6 +147,24 @@ def guarded(command: Callable[[Sequence[str]], None], argv: Sequence[str] | None
         print("metaft: stopped", file=sys.stderr)
         return 128 + signal.SIGINT
     return 0
+
+
+@contextlib.contextmanager
+def _noted_warnings() -> Iterator[None]:
+    """Inside, a MetaftWarning is one line on stderr without the place in the code."""
+    former = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], *place: Any, **kwargs: Any) -> None:
+        if issubclass(category, MetaftWarning):
+            print(f"metaft: note: {message}", file=sys.stderr)
+        else:
+            former(message, category, *place, **kwargs)
+
+    warnings.showwarning = show
+    try:
+        yield
+    finally:
+        warnings.showwarning = former
 
 
 class StopSignals:

@@ -34,6 +34,10 @@ class Interrupted(MetaftError):
         self.status = 128 + signal_number
 
 
+class MetaftWarning(UserWarning):
+    """What was asked for is done, but may not be what was meant. The commands print it as one line, once."""
+
+
 def suggest(word: str, known: Iterable[str]) -> str:
     """`"; did you mean 'x'?"` for the known word nearest to a misspelt one, or nothing."""
     near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)

@@ -36,6 +36,25 @@ def value_and_grad(
     return value, aux, dict(zip(leaves, grads, strict=True))
 
 
+def hessian_product(loss: Callable[[Params], Tensor], params: Params) -> Callable[[Params], Params]:
+    """v -> H v with H the Hessian of `loss` at `params`, a constant. The loss is computed once for all products."""
+    if in_transform():
+        _, product = torch.func.vjp(torch.func.grad(loss), params)
+        return lambda v: product(v)[0]
+    with torch.enable_grad():
+        leaves = {k: p.detach().requires_grad_() for k, p in params.items()}
+        grads = torch.autograd.grad(loss(leaves), list(leaves.values()), create_graph=True, materialize_grads=True)
+    curved = {k: g for k, g in zip(leaves, grads, strict=True) if g.requires_grad}
+
+    def product_of(v: Params) -> Params:
+        rows = torch.autograd.grad(
+            list(curved.values()), list(leaves.values()), [v[k] for k in curved], retain_graph=True, materialize_grads=True
+        )  # fmt: skip
+        return dict(zip(leaves, rows, strict=True))
+
+    return product_of
+
+
 def descend(
     loss: Callable[[Params], Tensor],
     params: Params,

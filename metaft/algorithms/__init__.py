@@ -10,11 +10,14 @@ from collections.abc import Callable, Iterable, Mapping
 from metaft.algorithms.anil import anil
 from metaft.algorithms.base import Algorithm, TaskGrad
 from metaft.algorithms.boil import boil
+from metaft.algorithms.cavia import cavia
+from metaft.algorithms.imaml import imaml
 from metaft.algorithms.maml import fomaml, maml
 from metaft.algorithms.meta_sgd import meta_sgd
 from metaft.algorithms.proto_maml import proto_maml
 from metaft.algorithms.protonet import protonet
 from metaft.algorithms.query import query_loss
+from metaft.algorithms.unicorn_maml import unicorn_maml
 from metaft.errors import MetaftError, suggest
 from metaft.models import Model
 
@@ -25,14 +28,17 @@ __all__ = [
     "anil",
     "boil",
     "build",
+    "cavia",
     "fomaml",
     "hyper_parameters",
+    "imaml",
     "maml",
     "meta_sgd",
     "parse_hyper",
     "proto_maml",
     "protonet",
     "query_loss",
+    "unicorn_maml",
 ]
 
 ALGORITHMS: dict[str, Callable[..., Algorithm]] = {
@@ -41,7 +47,10 @@ ALGORITHMS: dict[str, Callable[..., Algorithm]] = {
     "anil": anil,
     "boil": boil,
     "meta-sgd": meta_sgd,
+    "imaml": imaml,
+    "cavia": cavia,
     "proto-maml": proto_maml,
+    "unicorn-maml": unicorn_maml,
     "protonet": protonet,
 }
 

@@ -27,14 +27,17 @@ def by_gradient(
     learned: Params | None = None,
     begin: Callable[[Params, Tensor, Tensor, int], Params] | None = None,
     rates: Callable[[Params], Params] | None = None,
+    weights: Callable[[Params], Params] = lambda params: params,
+    penalty: Callable[[Params, Params], Tensor] | None = None,
     any_ways: bool = False,
 ) -> Algorithm:
     """MAML, up to which parameters move, from where, and how fast.
 
     `adapted` names the parameters that the inner loop moves; the others keep their learned values. What a member may
     have of its own: `learned`, the first `meta`, where that is not the model's parameters; `begin(meta, support_x,
-    support_y, ways)`, the weights before the first step, through which the meta-gradient runs; and `rates(meta)`, a
-    rate of each adapted parameter in the place of `inner_lr`.
+    support_y, ways)`, the weights before the first step, through which the meta-gradient runs; `rates(meta)`, a rate
+    of each adapted parameter in the place of `inner_lr`; `weights(params)`, the model's parameters, where what the
+    inner loop works on are others; and `penalty(meta, params)`, what it minimises besides the support loss.
 
     Raises MetaftError for an inner_lr or inner_steps below 0.
     """
@@ -60,10 +63,12 @@ def by_gradient(
         moments: bool = True,
     ) -> Fast:
         def support_loss(params: Params) -> Tensor:
-            return model.loss(params, support_x, support_y, loss, curvature=not first_order)[0]
+            value, _ = model.loss(weights(params), support_x, support_y, loss, curvature=not first_order)
+            return value if penalty is None else value + penalty(meta, params)
 
         def finish(params: Params) -> Fast:
-            return Fast(params, model.measure(params, support_x) if moments else (), {})
+            fast = weights(params)
+            return Fast(fast, model.measure(fast, support_x) if moments else (), {})
 
         start = meta if begin is None else begin(meta, support_x, support_y, ways)
         lr = inner_lr if rates is None else rates(meta)

@@ -24,6 +24,7 @@ class Stream(enum.IntEnum):
     TARGET_DRAWS = 3
     FINE_TUNING = 4
     HEADS = 5
+    CONTEXT = 6
 
 
 def raw_words(
