@@ -11,8 +11,13 @@ from metaft.config import MetaTrainConfig, Settled
 from metaft.errors import MetaftError
 from metaft.types import Dataset, Loss
 
-MEMBERS: dict[str, dict[str, object]] = {}
-"""What a member needs other than the rest, by the fields of a config."""
+MEMBERS: dict[str, dict[str, object]] = {
+    "reptile": {"outer_optimizer": "sgd", "outer_lr": 1.0, "outer_schedule": "linear", "test_inner_steps": 10},
+    "imaml": {"test_inner_steps": 16},
+    "cavia": {"inner_lr": 1.0, "test_inner_steps": 2},
+    "unicorn-maml": {"test_inner_steps": 5},
+}
+"""What a member needs other than the rest, by the fields of a config; the data set does not change it."""
 
 
 def resolve(config: MetaTrainConfig, dataset: Dataset, *, default_rotate: bool, custom_model: bool = False) -> Settled:
@@ -43,10 +48,10 @@ def resolve(config: MetaTrainConfig, dataset: Dataset, *, default_rotate: bool, 
         "test_query_shots": 100 if regression else 15,
         "test_inner_steps": (10 if regression else 3) if "inner_steps" in accepted else 0,
         **accepted,
+        # Finn et al. 2017, section 5.1
+        **({"inner_lr": 0.01} if regression and "inner_lr" in accepted else {}),
         **MEMBERS.get(config.algorithm, {}),
     }
-    if regression and "inner_lr" in accepted:
-        values["inner_lr"] = 0.01  # Finn et al. 2017, section 5.1
     if config.rotate and not image:
         raise MetaftError(f"rotate: {config.dataset} has no images to rotate")
     check_steps("test_inner_steps", config.test_inner_steps, config.algorithm)

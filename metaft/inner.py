@@ -15,18 +15,18 @@ Aux = TypeVar("Aux")
 
 
 def value_and_grad(
-    loss: Callable[[Params], tuple[Tensor, Aux]], params: Params, *, create_graph: bool
+    loss: Callable[[Params], tuple[Tensor, Aux]], params: Params, *, create_graph: bool, others: Iterable[Tensor] = ()
 ) -> tuple[Tensor, Aux, Params]:
     """Value (scalar), auxiliary output and gradient of `loss` at `params`.
 
-    With `create_graph` the gradient is itself differentiable, as far as `params` depend on something that is being
-    differentiated; without, it is a constant. Plain autograd where possible, torch.func inside its transforms.
+    With `create_graph` the gradient is itself differentiable, as far as `params`, or `others` that the loss uses, depend
+    on something that is being differentiated; without, it is a constant. Plain autograd where possible, torch.func inside its transforms.
     Parameters that the loss does not use have gradient 0.
     """
     if in_transform():
         grads, (value, aux) = torch.func.grad_and_value(loss, has_aux=True)(params)
         return value, aux, grads if create_graph else {k: g.detach() for k, g in grads.items()}
-    tracked = any(p.requires_grad for p in params.values())
+    tracked = any(p.requires_grad for p in (*params.values(), *others))
     with torch.enable_grad():
         leaves = {k: p if p.requires_grad else p.detach().requires_grad_() for k, p in params.items()}
         value, aux = loss(leaves)
@@ -82,7 +82,7 @@ def descend(
             return loss({**fixed, **moving}), ()
 
         moving = {k: params[k] for k in names}
-        _, _, grads = value_and_grad(of_adapted, moving, create_graph=not first_order)
+        _, _, grads = value_and_grad(of_adapted, moving, create_graph=not first_order, others=fixed.values())
         params = {**params, **{k: moving[k] - rates[k] * grads[k] for k in names}}
         yield params
 

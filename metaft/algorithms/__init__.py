@@ -17,6 +17,7 @@ from metaft.algorithms.meta_sgd import meta_sgd
 from metaft.algorithms.proto_maml import proto_maml
 from metaft.algorithms.protonet import protonet
 from metaft.algorithms.query import query_loss
+from metaft.algorithms.reptile import reptile
 from metaft.algorithms.unicorn_maml import unicorn_maml
 from metaft.errors import MetaftError, suggest
 from metaft.models import Model
@@ -38,6 +39,7 @@ __all__ = [
     "proto_maml",
     "protonet",
     "query_loss",
+    "reptile",
     "unicorn_maml",
 ]
 
@@ -47,6 +49,7 @@ ALGORITHMS: dict[str, Callable[..., Algorithm]] = {
     "anil": anil,
     "boil": boil,
     "meta-sgd": meta_sgd,
+    "reptile": reptile,
     "imaml": imaml,
     "cavia": cavia,
     "proto-maml": proto_maml,
