@@ -61,6 +61,8 @@ class MetaTrainConfig:
     """Inner gradient steps in training (auto: 1; protonet: none)."""
     inner_lr: float | None = None
     """Inner learning rate; of meta-sgd the first one (auto: 0.4; proto-maml: 0.1; sinusoid: 0.01)."""
+    inner_optimizer: str | None = None
+    """sgd, momentum, nesterov or adam, or with numbers: momentum:momentum=0.5, adam:beta1=0,eps=1e-6 (auto: sgd)."""
     adapt_norm: bool | None = None
     """--adapt-norm / --no-adapt-norm: let the inner loop move normalisation scales and shifts too (auto: on)."""
     hyper: tuple[str, ...] = ()

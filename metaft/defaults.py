@@ -66,7 +66,7 @@ def hyper(config: MetaTrainConfig, loss: Loss) -> dict[str, object]:
     """What to hand the algorithm: the settings it knows, and those it does not but the user gave (an error there)."""
     given = {
         name: getattr(config, name)
-        for name in ("inner_lr", "inner_steps", "adapt_norm")
+        for name in ("inner_lr", "inner_steps", "inner_optimizer", "adapt_norm")
         if getattr(config, name) is not None
     }
     own = parse_hyper(config.algorithm, config.hyper)

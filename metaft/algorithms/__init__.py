@@ -71,7 +71,7 @@ def hyper_parameters(name: str) -> dict[str, object]:
     return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in fixed}
 
 
-COMMON = frozenset({"loss", "norm", "inner_lr", "inner_steps", "adapt_norm"})
+COMMON = frozenset({"loss", "norm", "inner_lr", "inner_steps", "inner_optimizer", "adapt_norm"})
 """Hyper-parameters that have an option of their own on the command line."""
 
 

@@ -10,6 +10,7 @@ from torch import nn
 from metaft.algorithms.base import Algorithm
 from metaft.algorithms.gradient import by_gradient
 from metaft.errors import MetaftError
+from metaft.inner_optim import InnerOptimizer
 from metaft.models import Model
 from metaft.tasks.sampler import Stream, raw_words
 from metaft.types import Loss, Norm, Params
@@ -25,6 +26,7 @@ def cavia(
     loss: Loss = "cross_entropy",
     inner_lr: float = 1.0,
     inner_steps: int = 2,
+    inner_optimizer: str | InnerOptimizer = "sgd",
     first_order: bool = False,
     norm: Norm = "transductive",
     context: int = 100,
@@ -50,7 +52,8 @@ def cavia(
     default of `context` for all models (there 100 for mini-ImageNet, around 5 for sine waves); no decay of the outer
     rate by steps; and the meta-gradient's mean over the meta-batch.
 
-    Raises MetaftError for an inner_lr or inner_steps below 0, a context below 1, or a model without such a layer.
+    Raises MetaftError for an inner_lr or inner_steps below 0, an unknown optimiser, a context below 1, or a model
+    without such a layer.
     """
     if context < 1:
         raise MetaftError(f"context must be at least 1, got {context}")
@@ -70,6 +73,7 @@ def cavia(
         loss=loss,
         inner_lr=inner_lr,
         inner_steps=inner_steps,
+        inner_optimizer=inner_optimizer,
         first_order=first_order,
         norm=norm,
         adapted=[CONTEXT],

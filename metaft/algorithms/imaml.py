@@ -13,6 +13,7 @@ from metaft.algorithms.gradient import by_gradient
 from metaft.algorithms.query import judge
 from metaft.errors import MetaftError
 from metaft.inner import hessian_product, value_and_grad
+from metaft.inner_optim import InnerOptimizer
 from metaft.models import Model
 from metaft.types import Episode, Fast, Loss, Norm, Params
 
@@ -25,6 +26,7 @@ def imaml(
     loss: Loss = "cross_entropy",
     inner_lr: float = 0.1,
     inner_steps: int = 16,
+    inner_optimizer: str | InnerOptimizer = "sgd",
     norm: Norm = "transductive",
     strength: float = 2.0,
     cg_steps: int = 5,
@@ -50,7 +52,8 @@ def imaml(
     conjugate gradients (its code adds some), `strength` is not learned, the meta-gradient's mean over the meta-batch,
     and `norm="inductive"`, in which the query gradient runs through the support set's moments at fast too.
 
-    Raises MetaftError for an inner_lr or inner_steps below 0, a strength not above 0, or cg_steps below 1.
+    Raises MetaftError for an inner_lr or inner_steps below 0, an unknown optimiser, a strength not above 0, or cg_steps
+    below 1.
     """
     if not strength > 0:
         raise MetaftError(f"strength must be above 0, got {strength}")
@@ -67,6 +70,7 @@ def imaml(
         loss=loss,
         inner_lr=inner_lr,
         inner_steps=inner_steps,
+        inner_optimizer=inner_optimizer,
         first_order=True,  # nothing differentiates through the steps
         norm=norm,
         adapted=list(model.params),
@@ -101,9 +105,7 @@ def imaml(
     )
 
 
-def conjugate_gradients(
-    matrix: Callable[[Params], Params], b: Params, steps: int
-) -> tuple[Params, Tensor]:
+def conjugate_gradients(matrix: Callable[[Params], Params], b: Params, steps: int) -> tuple[Params, Tensor]:
     """(x, 1 where a direction of negative curvature was met or else 0): x solves matrix(x) = b, up to `steps` steps.
 
     `matrix` is symmetric. From x = 0; it stops before a direction along which the matrix is not positive, at x = b if

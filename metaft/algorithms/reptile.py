@@ -11,6 +11,7 @@ from metaft import inner_optim
 from metaft.algorithms.base import Algorithm, TaskGrad, moments_for
 from metaft.errors import MetaftError
 from metaft.inner import collect, value_and_grad
+from metaft.inner_optim import InnerOptimizer
 from metaft.keyed import minibatches
 from metaft.metrics import FIGURES, figure
 from metaft.models import Model
@@ -26,7 +27,7 @@ def reptile(
     loss: Loss = "cross_entropy",
     inner_lr: float = 1e-3,
     inner_steps: int = 5,
-    inner_optimizer: str = "adam:beta1=0",
+    inner_optimizer: str | InnerOptimizer = "adam:beta1=0",
     norm: Norm = "transductive",
     batch_size: int = 10,
     keep_moments: bool = False,
@@ -48,7 +49,7 @@ def reptile(
     Not the paper's: Adam's state is new in each task by default. `norm` says only by which figure a checkpoint is
     chosen: mini-batches are always normalised with their own moments.
 
-    Raises MetaftError for an inner_lr below 0, inner_steps or a batch_size below 1, or an unknown inner_optimizer.
+    Raises MetaftError for an inner_lr below 0, inner_steps or a batch_size below 1, or an unknown optimiser.
     """
     if not inner_lr >= 0:
         raise MetaftError(f"inner_lr must be at least 0, got {inner_lr}")

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from metaft.algorithms.base import Algorithm
 from metaft.algorithms.gradient import by_gradient
+from metaft.inner_optim import InnerOptimizer
 from metaft.models import Model
 from metaft.types import Loss, Norm, Params
 
@@ -16,6 +17,7 @@ def unicorn_maml(
     loss: Loss = "cross_entropy",
     inner_lr: float = 0.4,
     inner_steps: int = 5,
+    inner_optimizer: str | InnerOptimizer = "sgd",
     first_order: bool = False,
     adapt_norm: bool = True,
     norm: Norm = "transductive",
@@ -35,7 +37,7 @@ def unicorn_maml(
     query logits by a temperature, no supervised pre-training of the body, fewer steps (there 15 and more), and the
     meta-gradient's mean over the meta-batch. `adapt_norm` is that of `maml`.
 
-    Raises MetaftError for an inner_lr or inner_steps below 0.
+    Raises MetaftError for an inner_lr or inner_steps below 0, or an unknown optimiser.
     """
 
     def begin(meta: Params, x: Tensor, y: Tensor, ways: int) -> Params:
@@ -48,6 +50,7 @@ def unicorn_maml(
         loss=loss,
         inner_lr=inner_lr,
         inner_steps=inner_steps,
+        inner_optimizer=inner_optimizer,
         first_order=first_order,
         norm=norm,
         adapted=[name for name in model.params if adapt_norm or name not in model.norm],
