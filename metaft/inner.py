@@ -43,7 +43,7 @@ def value_and_grad(
 def hessian_product(loss: Callable[[Params], Tensor], params: Params) -> Callable[[Params], Params]:
     """v -> H v with H the Hessian of `loss` at `params`, a constant. The loss is computed once for all products."""
     if in_transform():
-        _, product = torch.func.vjp(torch.func.grad(loss), params)
+        product = torch.func.vjp(torch.func.grad(loss), params)[1]
         return lambda v: product(v)[0]
     with torch.enable_grad():
         leaves = {k: p.detach().requires_grad_() for k, p in params.items()}
