@@ -15,12 +15,13 @@ import sys
 import tempfile
 import threading
 import types
-from collections.abc import Callable, Iterable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from metaft.config import AdaptConfig, Config, MetaTrainConfig, from_mapping, read_toml
-from metaft.errors import CheckpointError, Interrupted, MetaftError, SaidElsewhere, suggest
+from metaft.errors import CheckpointError, Interrupted, MetaftError, MetaftWarning, SaidElsewhere, suggest
 from metaft.names import is_text
 from metaft.ranks import ALONE, Ranks, join
 
@@ -170,7 +171,8 @@ def guarded(command: Callable[[Sequence[str]], None], argv: Sequence[str] | None
     """
     argv = sys.argv[1:] if argv is None else argv
     try:
-        command(argv)
+        with _noted_warnings():
+            command(argv)
     except MetaftError as error:
         if not isinstance(error, SaidElsewhere):
             line = _escaped(f"{_file_of(error, argv)}{error}")
@@ -188,6 +190,24 @@ def guarded(command: Callable[[Sequence[str]], None], argv: Sequence[str] | None
         print("metaft: stopped", file=sys.stderr)
         return 128 + signal.SIGINT
     return 0
+
+
+@contextlib.contextmanager
+def _noted_warnings() -> Iterator[None]:
+    """Inside, a MetaftWarning is one line on stderr without the place in the code."""
+    former = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], *place: Any, **kwargs: Any) -> None:
+        if issubclass(category, MetaftWarning):
+            print(f"metaft: note: {message}", file=sys.stderr)
+        else:
+            former(message, category, *place, **kwargs)
+
+    warnings.showwarning = show
+    try:
+        yield
+    finally:
+        warnings.showwarning = former
 
 
 # torch's allocators on a CPU and a GPU, oneDNN, the system's calls, and its loader while torch is imported.

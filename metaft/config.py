@@ -64,6 +64,8 @@ class MetaTrainConfig:
     inner_lr: float | None = None
     """Inner learning rate; of meta-sgd the first one (auto: 0.4; proto-maml: 0.1; baseline, baseline++: 0.01 for
     a task's head; sinusoid: 0.01)."""
+    inner_optimizer: str | None = None
+    """sgd, momentum, nesterov or adam, or with numbers: momentum:momentum=0.5, adam:beta1=0,eps=1e-6 (auto: sgd)."""
     adapt_norm: bool | None = None
     """--adapt-norm / --no-adapt-norm: let the inner loop move normalisation scales and shifts too (auto: on)."""
     hyper: tuple[str, ...] = ()

@@ -57,6 +57,10 @@ class SaidElsewhere(MetaftError):
         self.status = status
 
 
+class MetaftWarning(UserWarning):
+    """What was asked for is done, but may not be what was meant. The commands print it as one line, once."""
+
+
 def suggest(word: str, known: Iterable[str]) -> str:
     """`"; did you mean 'x'?"` for the known word nearest to a misspelt one, or nothing."""
     lower = {name.lower(): name for name in known}
