@@ -58,7 +58,7 @@ class MetaTrainConfig:
     batch_norm: Literal["transductive", "inductive"] = "transductive"
     """How training queries are normalised: with their own statistics, or with the support set's."""
     inner_steps: int | None = None
-    """Inner gradient steps in training (auto: 1; protonet, matching-net, baseline, baseline++: none)."""
+    """Inner gradient steps in training (auto: 1, or what the member says; protonet: none)."""
     inner_lr: float | None = None
     """Inner learning rate; of meta-sgd the first one (auto: 0.4, or what the member says; sinusoid: 0.01)."""
     inner_optimizer: str | None = None
@@ -94,8 +94,7 @@ class MetaTrainConfig:
     test_query_shots: int | None = None
     """Query images per class in validation and test (auto: 15; sinusoid: 100)."""
     test_inner_steps: int | None = None
-    """Inner steps in validation and test (auto: 3; sinusoid: 10; baseline, baseline++: 100; protonet,
-    matching-net: none)."""
+    """Inner steps in validation and test (auto: 3, or what the member says; sinusoid: 10; protonet: none)."""
     test_episodes: int = 1000
     """Test episodes."""
 
