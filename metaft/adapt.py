@@ -55,6 +55,8 @@ class Arguments(AdaptConfig):
     """TOML file with any of these fields; the command line wins."""
     resume: str | None = None
     """Run folder to go on with; its own settings apply."""
+    auto_resume: bool = False
+    """Go on with the run in --out where there is one already, and start it where there is none."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -24,6 +24,7 @@ from metaft.defaults import device_of, hyper, resolve
 from metaft.errors import CheckpointError, MetaftError
 from metaft.models import Model
 from metaft.outer import PARALLEL, Engine, engine, settled_name, task_chunk, tune
+from metaft.ranks import Ranks
 from metaft.run import RunFolder
 from metaft.training import Snapshot, load_snapshot
 from metaft.types import Dataset
@@ -103,12 +104,12 @@ def engine_for(parts: Parts) -> AbstractContextManager[Engine]:
     )
 
 
-def with_engine(parts: Parts, draw_batch: Callable[[], Any], *, before: str | None = None) -> Parts:
+def with_engine(parts: Parts, draw_batch: Callable[[], Any], *, ranks: int = 1, before: str | None = None) -> Parts:
     """The same with the chunk settled, and the engine where it was to be tuned, so that a resume has the same bits.
 
-    `draw_batch` gives a meta-batch, on which `--engine tune` tries what there is. `before` is the engine that a resumed
-    run had: its chunk is forgotten where another kind follows. Raises MetaftError for a chunk beside `tune`, which
-    chooses it.
+    `draw_batch` gives the part of a meta-batch that one of `ranks` processes takes, on which `--engine tune` tries what
+    there is. `before` is the engine that a resumed run had: its chunk is forgotten where another kind follows. Raises
+    MetaftError for a chunk beside `tune`, which chooses it.
     """
     c = parts.config
     name = settled_name(c.engine, convolutional=parts.model.convolutional, device=parts.device)
@@ -127,9 +128,17 @@ def with_engine(parts: Parts, draw_batch: Callable[[], Any], *, before: str | No
         print(f"engine: {_called(name, chunk)}; ms per meta-step: {tried}", file=sys.stderr)
         c = dataclasses.replace(c, engine=name, task_chunk=chunk)
     elif c.task_chunk is None and name in PARALLEL:
+        threads = c.threads or torch.get_num_threads()
         values = c.ways * (c.shots + c.query_shots) * math.prod(parts.dataset.shape)
-        c = dataclasses.replace(c, task_chunk=task_chunk(values, c.meta_batch, c.threads or torch.get_num_threads()))
+        c = dataclasses.replace(c, task_chunk=task_chunk(values, -(-c.meta_batch // ranks), threads))
     return dataclasses.replace(parts, config=c)
+
+
+def check_ranks(parts: Parts, ranks: Ranks) -> None:
+    """Raises MetaftError where ranks have other data than rank 0 or another kind of device, or share a GPU."""
+    ranks.check_device(parts.device)
+    ranks.check_same("device", lambda: torch.device(parts.device).type)
+    ranks.check_same(f"dataset: the class split of {parts.dataset.name}", lambda: parts.dataset.split_hash)
 
 
 def _called(name: str, chunk: int | None) -> str:
@@ -152,8 +161,8 @@ def read_snapshot(run: RunFolder, wanted: Path) -> Snapshot:
     return run.load(wanted, load_snapshot, lambda snapshot: f"of step {snapshot.position.step}")
 
 
-def header(parts: Parts, engine: Engine) -> dict[str, Any]:
-    """The plain data that every checkpoint of a run carries."""
+def header(parts: Parts, engine: Engine, ranks: int = 1) -> dict[str, Any]:
+    """The plain data that every checkpoint of a run on so many processes carries."""
     return {
         "version": __version__,
         # Not where the folder is: it may move, and a resumed run must end with the same bytes.
@@ -162,7 +171,7 @@ def header(parts: Parts, engine: Engine) -> dict[str, Any]:
         "dataset": parts.dataset.name,
         "split_hash": parts.dataset.split_hash,
         **parts.dataset.describe(),
-        "environment": environment(engine, parts.device),
+        "environment": {**environment(engine, parts.device), "ranks": str(ranks)},
     }
 
 

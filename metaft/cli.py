@@ -15,13 +15,15 @@ import sys
 import tempfile
 import threading
 import types
-from collections.abc import Callable, Iterable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from metaft.config import AdaptConfig, Config, MetaTrainConfig, from_mapping, read_toml
-from metaft.errors import CheckpointError, Interrupted, MetaftError, suggest
+from metaft.errors import CheckpointError, Interrupted, MetaftError, MetaftWarning, SaidElsewhere, suggest
 from metaft.names import is_text
+from metaft.ranks import ALONE, Ranks, join
 
 Arguments = TypeVar("Arguments")
 
@@ -89,13 +91,13 @@ def option(argv: Sequence[str], name: str) -> str | None:
 
 
 def settings(
-    arguments: type[Any], config: type[Config], argv: Sequence[str], *, prog: str
+    arguments: type[Any], config: type[Config], argv: Sequence[str], *, prog: str, restarted: bool = False
 ) -> tuple[Config, Path | None]:
     """Settings of a command that has `--config` and `--resume`: (what holds now, the run folder to go on with).
 
-    `arguments` is `config` with the fields `config` and `resume` added. What the command line leaves out is as in the
-    TOML file or in the run. Raises MetaftError for what `parse` and `from_mapping` refuse, and for options that
-    contradict each other.
+    `arguments` is `config` with the fields `config`, `resume` and `auto_resume` added. What the command line leaves out
+    is as in the TOML file or in the run. A command that is `restarted` goes on with the run that it began. Raises
+    MetaftError for what `parse` and `from_mapping` refuse, and for options that contradict each other.
     """
     for word in argv:
         if not is_text(word):
@@ -117,7 +119,25 @@ def settings(
             raise CheckpointError(f"resume: {error}") from None
     given = parse(arguments, argv, prog=prog, default=arguments(**dataclasses.asdict(base)))
     fields = {f.name: getattr(given, f.name) for f in dataclasses.fields(config)}
+    if resume is None and (given.auto_resume or restarted):
+        return _taken_up(config, config(**fields))
     return config(**fields), None if resume is None else Path(resume)
+
+
+def _taken_up(kind: type[Config], config: Config) -> tuple[Config, Path | None]:
+    """Settings as given, and the run in `--out` where there is one to go on with."""
+    from metaft.run import RunFolder
+
+    if config.out is None:
+        raise MetaftError("auto_resume: give --out too, the folder of the run to go on with")
+    folder = RunFolder(Path(config.out))
+    if not folder.config.exists():
+        return config, None
+    own = of_run(kind, folder.config, "out")
+    config = dataclasses.replace(config, out=None)
+    if isinstance(config, MetaTrainConfig) and isinstance(own, MetaTrainConfig) and config.engine == "tune":
+        config = dataclasses.replace(config, engine=own.engine, task_chunk=own.task_chunk)  # tuned once, for all
+    return config, folder.path
 
 
 def of_run(config: type[Config], file: Path, field: str) -> Config:
@@ -151,10 +171,12 @@ def guarded(command: Callable[[Sequence[str]], None], argv: Sequence[str] | None
     """
     argv = sys.argv[1:] if argv is None else argv
     try:
-        command(argv)
+        with _noted_warnings():
+            command(argv)
     except MetaftError as error:
-        line = _escaped(f"{_file_of(error, argv)}{error}")
-        print(f"metaft: {'' if isinstance(error, Interrupted) else 'error: '}{line}", file=sys.stderr)
+        if not isinstance(error, SaidElsewhere):
+            line = _escaped(f"{_file_of(error, argv)}{error}")
+            print(f"metaft: {'' if isinstance(error, Interrupted) else 'error: '}{line}", file=sys.stderr)
         return error.status
     except (MemoryError, RuntimeError, OSError, ImportError) as error:
         said = _escaped(str(error).split("\n")[0])
@@ -168,6 +190,24 @@ def guarded(command: Callable[[Sequence[str]], None], argv: Sequence[str] | None
         print("metaft: stopped", file=sys.stderr)
         return 128 + signal.SIGINT
     return 0
+
+
+@contextlib.contextmanager
+def _noted_warnings() -> Iterator[None]:
+    """Inside, a MetaftWarning is one line on stderr without the place in the code."""
+    former = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], *place: Any, **kwargs: Any) -> None:
+        if issubclass(category, MetaftWarning):
+            print(f"metaft: note: {message}", file=sys.stderr)
+        else:
+            former(message, category, *place, **kwargs)
+
+    warnings.showwarning = show
+    try:
+        yield
+    finally:
+        warnings.showwarning = former
 
 
 # torch's allocators on a CPU and a GPU, oneDNN, the system's calls, and its loader while torch is imported.
@@ -194,10 +234,39 @@ def _file_of(error: MetaftError, argv: Sequence[str]) -> str:
         return ""
 
 
-class StopSignals:
-    """Turns the first SIGINT or SIGTERM into a request that the run asks for at safe points; a second one is final."""
+def in_ranks(command: Callable[[Sequence[str], Ranks], None], argv: Sequence[str] | None, *, smaller: str) -> int:
+    """`guarded` for a command that torchrun may start several times: rank 0 alone prints, and one speaks of errors."""
 
-    def __init__(self) -> None:
+    def together(argv: Sequence[str]) -> None:
+        with contextlib.ExitStack() as stack:
+            ranks = join()
+            stack.callback(ranks.close)
+            if ranks.count > 1:
+                # torchrun ends all where one has ended. None may go before it has said why, nor with another status.
+                stack.callback(signal.signal, signal.SIGTERM, signal.SIG_IGN)
+                stack.enter_context(StopSignals(ranks))
+            try:
+                with contextlib.ExitStack() as quiet:
+                    if ranks.rank:
+                        nowhere = quiet.enter_context(open(os.devnull, "w", encoding="utf-8"))
+                        quiet.enter_context(contextlib.redirect_stdout(nowhere))
+                        quiet.enter_context(contextlib.redirect_stderr(nowhere))
+                    command(argv, ranks)
+            except MetaftError as error:
+                raise ranks.last_words(error) from None
+
+    return guarded(together, argv, smaller=smaller)
+
+
+class StopSignals:
+    """Turns SIGINT and SIGTERM into a request that the run asks for at safe points; a second SIGINT is final.
+
+    A second SIGTERM is not: under torchrun each process may get one from the scheduler and one from torchrun. Several
+    ranks learn of a request together, see `Ranks.stop`.
+    """
+
+    def __init__(self, ranks: Ranks = ALONE) -> None:
+        self.ranks = ranks
         self.received: int | None = None
         self._former: dict[int, Any] = {}
 
@@ -213,15 +282,18 @@ class StopSignals:
             signal.signal(number, handler)
 
     def _receive(self, number: int, frame: types.FrameType | None) -> None:
-        if self.received is not None:
+        if self.received is not None and number == signal.SIGINT:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
         self.received = number
+        if self.ranks.count > 1:
+            self.ranks.asked = number
 
     def check(self, message: str) -> None:
-        """Raises Interrupted with this message where a signal has come."""
-        if self.received is not None:
-            raise Interrupted(message, self.received)
+        """Raises Interrupted with this message where a signal has come, to any rank."""
+        number = self.received if self.ranks.count == 1 else self.ranks.stop
+        if number:
+            raise Interrupted(message, number)
 
 
 def check_writable(path: Path, field: str, folder: Path) -> None:

@@ -26,17 +26,17 @@ class MetaTrainConfig:
     """Learn an initialisation from few-shot episodes, then meta-test it."""
 
     dataset: str = "glyphs"
-    """glyphs (built in), omniglot, sinusoid, or folder:PATH (class folders, with or without train/ val/ test/)."""
+    """glyphs (built in), omniglot, sinusoid, folder:PATH (class folders), or l2l:NAME (learn2learn's, e.g. cifarfs)."""
     data_root: str | None = None
     """Folder that holds the data sets (auto: the environment variable METAFT_DATA)."""
     download: bool = False
-    """Fetch the data set first, where that is possible (omniglot)."""
+    """Fetch the data set first, where that is possible (omniglot, l2l:NAME)."""
     split: str | None = None
     """How classes are split. omniglot: finn (default), vinyals, alphabets."""
     image_size: int | None = None
-    """folder: pixels per side (auto: 28 for grey images, 84 for colour)."""
+    """folder, l2l: pixels per side (auto: 28 for grey images, 84 for colour; l2l: their own where all are squares)."""
     channels: int | None = None
-    """folder: 1 or 3 (auto: 1 where a sample of the images is grey)."""
+    """folder, l2l: 1 or 3 (auto: 1 where a sample of the images is grey)."""
     rotate: bool | None = None
     """--rotate / --no-rotate: one random quarter turn per class and task (auto: on for omniglot's finn split)."""
 
@@ -50,7 +50,7 @@ class MetaTrainConfig:
     """Tasks per meta-step, B (auto: 16; sinusoid: 25)."""
 
     algorithm: str = "maml"
-    """maml, fomaml (first-order), anil, boil, meta-sgd, proto-maml or protonet (see docs/algorithms.md)."""
+    """Member of the family, e.g. fomaml, anil, reptile, proto-maml, protonet, baseline (all: docs/algorithms.md)."""
     model: str | None = None
     """conv4 (stride 2, mean), conv4-pool (max-pool) or mlp (auto: by the input's shape)."""
     width: int | None = None
@@ -58,9 +58,11 @@ class MetaTrainConfig:
     batch_norm: Literal["transductive", "inductive"] = "transductive"
     """How training queries are normalised: with their own statistics, or with the support set's."""
     inner_steps: int | None = None
-    """Inner gradient steps in training (auto: 1; protonet: none)."""
+    """Inner gradient steps in training (auto: 1, or what the member says; protonet: none)."""
     inner_lr: float | None = None
-    """Inner learning rate; of meta-sgd the first one (auto: 0.4; proto-maml: 0.1; sinusoid: 0.01)."""
+    """Inner learning rate; of meta-sgd the first one (auto: 0.4, or what the member says; sinusoid: 0.01)."""
+    inner_optimizer: str | None = None
+    """sgd, momentum, nesterov or adam, or with numbers: momentum:momentum=0.5, adam:beta1=0,eps=1e-6 (auto: sgd)."""
     adapt_norm: bool | None = None
     """--adapt-norm / --no-adapt-norm: let the inner loop move normalisation scales and shifts too (auto: on)."""
     hyper: tuple[str, ...] = ()
@@ -71,7 +73,7 @@ class MetaTrainConfig:
     outer_optimizer: Literal["adam", "sgd"] | None = None
     """Outer optimiser (auto: adam)."""
     outer_lr: float | None = None
-    """Outer learning rate, at the start of its schedule (auto: 0.003; sinusoid: 0.001)."""
+    """Outer rate, at the start of its schedule (auto: 0.003, or what the member says; sinusoid: 0.001)."""
     outer_schedule: Literal["constant", "linear", "cosine"] | None = None
     """How the outer learning rate goes: constant, or down to 0 at the last iteration (auto: cosine)."""
     clip_value: float | None = None
@@ -92,7 +94,7 @@ class MetaTrainConfig:
     test_query_shots: int | None = None
     """Query images per class in validation and test (auto: 15; sinusoid: 100)."""
     test_inner_steps: int | None = None
-    """Inner steps in validation and test (auto: 3; sinusoid: 10; protonet: none)."""
+    """Inner steps in validation and test (auto: 3, or what the member says; sinusoid: 10; protonet: none)."""
     test_episodes: int = 1000
     """Test episodes."""
 

@@ -103,8 +103,10 @@ def print_test(test: Mapping[str, Any]) -> None:
     for mode in NORMS:
         figures = test[mode]
         per_step = figures[f"{name}_per_step"]
-        steps = ", ".join(f"{100 * v:.1f}" if name == "accuracy" else f"{v:.3f}" for v in per_step)
-        tail = f"   after each step from 0: {steps}" if len(per_step) > 1 else ""
+        stride = max(1, (len(per_step) - 1) // 10)  # of a hundred steps every tenth
+        steps = ", ".join(f"{100 * v:.1f}" if name == "accuracy" else f"{v:.3f}" for v in per_step[::stride])
+        which = "each step" if stride == 1 else f"every {stride} steps"
+        tail = f"   after {which} from 0: {steps}" if len(per_step) > 1 else ""
         print(f"  {mode:<24}{percent(name, figures[name], figures['ci95'])}{tail}")
     if "pixel_nearest_neighbour" in test:
         floor = test["pixel_nearest_neighbour"]

@@ -130,6 +130,7 @@ def test_the_result_of_a_regression(curve: Path):
         "seed": 0,
         "device": "cpu",
         "engine": "vmap",
+        "ranks": 1,
         "seconds": 0,
         "tasks_per_second": 0,
         "test": 0,
@@ -381,10 +382,10 @@ def test_a_signal_leaves_a_checkpoint_and_the_command_to_go_on(
     real, out = training.meta_gradient, tmp_path / "r"
     former = signal.getsignal(number)
 
-    def meta_gradient(*arguments: Any, step: int) -> Any:
+    def meta_gradient(*arguments: Any, step: int, **more: Any) -> Any:
         if step == 4:
             signal.raise_signal(number)
-        return real(*arguments, step=step)
+        return real(*arguments, step=step, **more)
 
     monkeypatch.setattr(training, "meta_gradient", meta_gradient)
     assert meta_train.main([*options(SINUSOID), "--out", str(out)]) == 128 + number

@@ -518,8 +518,8 @@ def _config_of(path: Path) -> MetaTrainConfig:
 def spoil(monkeypatch: pytest.MonkeyPatch, at: int, change: Callable[[MetaGradient], MetaGradient]) -> None:
     real = training.meta_gradient
 
-    def meta_gradient(*arguments: Any, step: int) -> MetaGradient:
-        result = real(*arguments, step=step)
+    def meta_gradient(*arguments: Any, step: int, **more: Any) -> MetaGradient:
+        result = real(*arguments, step=step, **more)
         return change(result) if step == at else result
 
     monkeypatch.setattr(training, "meta_gradient", meta_gradient)

@@ -208,9 +208,12 @@ def _head(fast: Fast, head: str) -> nn.Module:
     """What turns features into logits at these fast weights. Raises MetaftError where that is no head that we know."""
     if fast.extra.keys() == {"prototypes"}:
         return heads.Prototype(fast.extra["prototypes"])
+    if fast.extra.keys() == {"support", "labels", "scale"}:
+        return heads.Matching(**fast.extra)
     if fast.extra:
         raise MetaftError(f"method: the fast weights hold {sorted(fast.extra)}, which no classifier head can store")
-    return heads.filled("linear", {k.rpartition(".")[2]: v for k, v in fast.params.items() if _of(k, head)})
+    own = {k.rpartition(".")[2]: v for k, v in fast.params.items() if _of(k, head)}
+    return heads.filled("cosine" if "scale" in own else "linear", own)
 
 
 def _of(name: str, head: str) -> bool:

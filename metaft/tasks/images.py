@@ -120,14 +120,15 @@ def open_image(path: Path) -> Image.Image:
     try:
         with Image.open(path) as file:
             file.load()
-            return _plain(ImageOps.exif_transpose(file))
+            return plain(ImageOps.exif_transpose(file))
     except MemoryError:
         raise
     except Exception as error:  # a broken file makes a decoder raise anything: IndexError, struct.error, ...
         raise DataError(f"image {path} cannot be read: {' '.join(str(error).split())}") from error
 
 
-def _plain(image: Image.Image) -> Image.Image:
+def plain(image: Image.Image) -> Image.Image:
+    """A decoded picture as mode "L" or "RGB". Raises ValueError for pixels without a fixed range."""
     if image.mode.startswith("I"):
         return _from_deep_grey(image)
     if image.mode in ("1", "L"):
