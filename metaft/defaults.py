@@ -6,12 +6,14 @@ import dataclasses
 
 import torch
 
-from metaft.algorithms import hyper_parameters, parse_hyper
+from metaft.algorithms import OPTIONS, hyper_parameters, parse_hyper
 from metaft.config import MetaTrainConfig, Settled
 from metaft.errors import MetaftError
 from metaft.types import Dataset, Loss
 
-MEMBERS: dict[str, dict[str, object]] = {}
+MEMBERS: dict[str, dict[str, object]] = {
+    "maml++": {"outer_schedule": "cosine"},  # a part of it, whatever the others' is
+}
 """What a member needs other than the rest, by the fields of a config."""
 
 
@@ -23,7 +25,10 @@ def resolve(config: MetaTrainConfig, dataset: Dataset, *, default_rotate: bool, 
     ways = config.ways or (1 if regression else 5)
     shots = config.shots or (10 if regression else 1)
     model = "custom" if custom_model else config.model or model_for(dataset.shape)
+    steps = config.inner_steps if config.inner_steps is not None else accepted.get("inner_steps", 0)
+    assert isinstance(steps, int)
     values: dict[str, object] = {
+        **accepted,
         "rotate": default_rotate,
         "ways": ways,
         "shots": shots,
@@ -41,14 +46,15 @@ def resolve(config: MetaTrainConfig, dataset: Dataset, *, default_rotate: bool, 
         "test_ways": ways,
         "test_shots": shots,
         "test_query_shots": 100 if regression else 15,
-        "test_inner_steps": (10 if regression else 3) if "inner_steps" in accepted else 0,
-        **accepted,
+        "test_inner_steps": max(10 if regression else 3, steps) if "inner_steps" in accepted else 0,
         **MEMBERS.get(config.algorithm, {}),
     }
     if regression and "inner_lr" in accepted:
         values["inner_lr"] = 0.01  # Finn et al. 2017, section 5.1
     if config.rotate and not image:
         raise MetaftError(f"rotate: {config.dataset} has no images to rotate")
+    if config.inner_augment not in (None, "none") and not image:
+        raise MetaftError(f"inner_augment: {config.dataset} has no images to {config.inner_augment}")
     check_steps("test_inner_steps", config.test_inner_steps, config.algorithm)
     if custom_model:  # whatever was asked for, this is what is recorded
         config = dataclasses.replace(config, model="custom")
@@ -59,11 +65,9 @@ def resolve(config: MetaTrainConfig, dataset: Dataset, *, default_rotate: bool, 
 
 def hyper(config: MetaTrainConfig, loss: Loss) -> dict[str, object]:
     """What to hand the algorithm: the settings it knows, and those it does not but the user gave (an error there)."""
-    given = {
-        name: getattr(config, name)
-        for name in ("inner_lr", "inner_steps", "inner_optimizer", "adapt_norm")
-        if getattr(config, name) is not None
-    }
+    given = {name: getattr(config, name) for name in OPTIONS if getattr(config, name) is not None}
+    if "iterations" not in hyper_parameters(config.algorithm):  # every run has them, few members care
+        given.pop("iterations", None)
     own = parse_hyper(config.algorithm, config.hyper)
     return {"loss": loss, "norm": config.batch_norm, **given, **own}
 

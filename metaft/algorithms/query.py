@@ -2,12 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from metaft.algorithms.base import Adapt, Predict, TaskLoss
 from metaft.metrics import FIGURES, LOSSES, figure
 from metaft.models.functional import LossOf
-from metaft.types import Episode, Loss, Norm, Params
+from metaft.types import Episode, Fast, Loss, Norm, Params
+
+
+def loss_at(
+    predict: Predict, *, loss: Loss, norm: Norm, loss_of: LossOf | None = None
+) -> Callable[[Fast, Episode], tuple[Tensor, Tensor]]:
+    """(fast, one task) -> the loss of its queries, and their prediction; `loss_of` as in `query_loss`."""
+
+    def value_and_prediction(fast: Fast, episode: Episode) -> tuple[Tensor, Tensor]:
+        if loss_of is not None and norm == "transductive":
+            return loss_of(fast.params, episode.query_x, episode.query_y, loss)
+        prediction = predict(fast, episode.query_x, norm)
+        return LOSSES[loss](prediction, episode.query_y), prediction
+
+    return value_and_prediction
+
+
+def metrics_of(loss: Loss, value: Tensor, prediction: Tensor, target: Tensor) -> dict[str, Tensor]:
+    """What a task logs: its loss, and its figure of merit."""
+    return {"loss": value.detach(), FIGURES[loss]: figure(loss, prediction.detach(), target)}
 
 
 def query_loss(
@@ -25,6 +46,7 @@ def query_loss(
     `loss_of` is the model's own `loss`, for members whose `predict` applies the model at the fast weights: it may be
     faster where the queries are normalised with their own moments.
     """
+    judge = loss_at(predict, loss=loss, norm=norm, loss_of=loss_of)
 
     def task_loss(
         meta: Params, state: Params, knobs: Params, episode: Episode
@@ -39,13 +61,7 @@ def query_loss(
             steps=steps,
             moments=norm == "inductive",  # transductive prediction has no use for them
         )
-        if loss_of is not None and norm == "transductive":
-            value, prediction = loss_of(fast.params, episode.query_x, episode.query_y, loss)
-        else:
-            prediction = predict(fast, episode.query_x, norm)
-            value = LOSSES[loss](prediction, episode.query_y)
-        metrics = {"loss": value.detach()}
-        metrics[FIGURES[loss]] = figure(loss, prediction.detach(), episode.query_y)
-        return value, ({}, metrics)
+        value, prediction = judge(fast, episode)
+        return value, ({}, metrics_of(loss, value, prediction, episode.query_y))
 
     return task_loss
