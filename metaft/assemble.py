@@ -18,11 +18,13 @@ from torch import nn
 from metaft import algorithms, models, tasks
 from metaft._version import __version__
 from metaft.algorithms.base import Algorithm
-from metaft.config import MetaTrainConfig, Settled, from_mapping, read_toml
+from metaft.cli import of_run
+from metaft.config import MetaTrainConfig, Settled
 from metaft.defaults import device_of, hyper, resolve
 from metaft.errors import CheckpointError, MetaftError
 from metaft.models import Model
-from metaft.outer import Engine, engine, settled_name, task_chunk, tune
+from metaft.outer import PARALLEL, Engine, engine, settled_name, task_chunk, tune
+from metaft.ranks import Ranks
 from metaft.run import RunFolder
 from metaft.training import Snapshot, load_snapshot
 from metaft.types import Dataset
@@ -81,7 +83,9 @@ def assemble(
                 f"ways: the module's head has {model.outputs} outputs, but tasks have {settled.ways} classes"
             )
     elif settled.model == "custom":
-        raise MetaftError("model: this run was trained with a module from Python; hand it over there (module=...)")
+        raise MetaftError(
+            "model: this run was trained with a module from Python (custom); hand it over there (module=...)"
+        )
     else:
         model = models.build(
             settled.model, ways=settled.ways, shape=dataset.shape, width=settled.width, dropout=settled.dropout,
@@ -103,13 +107,20 @@ def engine_for(parts: Parts) -> AbstractContextManager[Engine]:
     )
 
 
-def with_engine(parts: Parts, draw_batch: Callable[[], Any]) -> Parts:
-    """The same with engine and chunk chosen, so that the run's folder tells them and a resume has the same bits.
+def with_engine(parts: Parts, draw_batch: Callable[[], Any], *, ranks: int = 1, before: str | None = None) -> Parts:
+    """The same with the chunk settled, and the engine where it was to be tuned, so that a resume has the same bits.
 
-    `draw_batch` gives a meta-batch, on which `--engine tune` tries what there is.
+    `draw_batch` gives the part of a meta-batch that one of `ranks` processes takes, on which `--engine tune` tries what
+    there is. `before` is the engine that a resumed run had: its chunk is forgotten where another kind follows. Raises
+    MetaftError for a chunk beside `tune`, which chooses it.
     """
     c = parts.config
+    name = settled_name(c.engine, convolutional=parts.model.convolutional, device=parts.device)
+    if before is not None and (before in PARALLEL) != (name in PARALLEL):
+        c = dataclasses.replace(c, task_chunk=None)
     if c.engine == "tune":
+        if c.task_chunk is not None:
+            raise MetaftError(f"task_chunk: --engine tune chooses it by itself (given {c.task_chunk})")
         meta, state = parts.algorithm.init(c.seed)
         times = tune(
             parts.algorithm, meta, state, draw_batch(),
@@ -119,21 +130,32 @@ def with_engine(parts: Parts, draw_batch: Callable[[], Any]) -> Parts:
         (name, chunk), *_ = times
         print(f"engine: {_called(name, chunk)}; ms per meta-step: {tried}", file=sys.stderr)
         c = dataclasses.replace(c, engine=name, task_chunk=chunk)
-    name = settled_name(c.engine, convolutional=parts.model.convolutional, device=parts.device)
-    if c.task_chunk is None and name in ("processes", "threads"):
+    elif c.task_chunk is None and name in PARALLEL:
+        threads = c.threads or torch.get_num_threads()
         values = c.ways * (c.shots + c.query_shots) * math.prod(parts.dataset.shape)
-        c = dataclasses.replace(c, task_chunk=task_chunk(values, c.meta_batch, c.threads or torch.get_num_threads()))
+        c = dataclasses.replace(c, task_chunk=task_chunk(values, -(-c.meta_batch // ranks), threads))
     return dataclasses.replace(parts, config=c)
+
+
+def check_ranks(parts: Parts, ranks: Ranks) -> None:
+    """Raises MetaftError where ranks have other data than rank 0 or another kind of device, or share a GPU."""
+    ranks.check_device(parts.device)
+    ranks.check_same("device", lambda: torch.device(parts.device).type)
+    ranks.check_same(f"dataset: the class split of {parts.dataset.name}", lambda: parts.dataset.split_hash)
 
 
 def _called(name: str, chunk: int | None) -> str:
     return f"{name} with {'all tasks' if chunk is None else f'{chunk} tasks'} at once"
 
 
-def open_run(path: Path, *, which: str = "best") -> tuple[RunFolder, MetaTrainConfig, Snapshot]:
-    """A run's settings and one of its checkpoints. Raises CheckpointError with the checkpoint to use instead."""
+def open_run(path: Path, *, which: str = "best", field: str = "run") -> tuple[RunFolder, MetaTrainConfig, Snapshot]:
+    """A meta-training run's settings and one of its checkpoints.
+
+    Raises MetaftError, naming `field`, for another command's run, and CheckpointError with the checkpoint to use
+    instead of one that cannot be read.
+    """
     run = RunFolder.open(path)
-    config = from_mapping(MetaTrainConfig, read_toml(run.config), origin=str(run.config))
+    config = of_run(MetaTrainConfig, run.config, field)
     return run, config, read_snapshot(run, run.best if which == "best" else run.last)
 
 
@@ -142,8 +164,8 @@ def read_snapshot(run: RunFolder, wanted: Path) -> Snapshot:
     return run.load(wanted, load_snapshot, lambda snapshot: f"of step {snapshot.position.step}")
 
 
-def header(parts: Parts, engine: Engine) -> dict[str, Any]:
-    """The plain data that every checkpoint of a run carries."""
+def header(parts: Parts, engine: Engine, ranks: int = 1) -> dict[str, Any]:
+    """The plain data that every checkpoint of a run on so many processes carries."""
     return {
         "version": __version__,
         # Not where the folder is: it may move, and a resumed run must end with the same bytes.
@@ -152,7 +174,7 @@ def header(parts: Parts, engine: Engine) -> dict[str, Any]:
         "dataset": parts.dataset.name,
         "split_hash": parts.dataset.split_hash,
         **parts.dataset.describe(),
-        "environment": environment(engine, parts.device),
+        "environment": {**environment(engine, parts.device), "ranks": str(ranks)},
     }
 
 

@@ -18,7 +18,7 @@ from typing import Any, Literal, TypeVar
 
 from metaft.errors import MetaftError, suggest
 
-Config = TypeVar("Config", "MetaTrainConfig", "EvaluateConfig", "AdaptConfig")
+Config = TypeVar("Config", "MetaTrainConfig", "Settled", "EvaluateConfig", "AdaptConfig")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,17 +26,18 @@ class MetaTrainConfig:
     """Learn an initialisation from few-shot episodes, then meta-test it."""
 
     dataset: str = "glyphs"
-    """glyphs (built in), omniglot, sinusoid, or folder:PATH (class folders, with or without train/ val/ test/)."""
+    """glyphs (built in), omniglot, sinusoid, folder:PATH (class folders, with or without train/ val/ test/), or
+    l2l:NAME (learn2learn's data set of that name, e.g. l2l:cifarfs)."""
     data_root: str | None = None
     """Folder that holds the data sets (auto: the environment variable METAFT_DATA)."""
     download: bool = False
-    """Fetch the data set first, where that is possible (omniglot)."""
+    """Fetch the data set first, where that is possible (omniglot, l2l:NAME)."""
     split: str | None = None
     """How classes are split. omniglot: finn (default), vinyals, alphabets."""
     image_size: int | None = None
-    """folder: pixels per side (auto: 28 for grey images, 84 for colour)."""
+    """folder, l2l: pixels per side (auto: 28 for grey images, 84 for colour; l2l: their own where all are squares)."""
     channels: int | None = None
-    """folder: 1 or 3 (auto: 1 where a sample of the images is grey)."""
+    """folder, l2l: 1 or 3 (auto: 1 where a sample of the images is grey)."""
     rotate: bool | None = None
     """--rotate / --no-rotate: one random quarter turn per class and task (auto: on for omniglot's finn split)."""
 
@@ -50,7 +51,7 @@ class MetaTrainConfig:
     """Tasks per meta-step, B (auto: 16; sinusoid: 25)."""
 
     algorithm: str = "maml"
-    """maml, fomaml, anil, boil, meta-sgd, maml++, meta-curvature, proto-maml or protonet (see docs/algorithms.md)."""
+    """The published algorithm's name: maml, fomaml, anil, boil, ... (docs/algorithms.md has them all)."""
     model: str | None = None
     """conv4 (stride 2, mean), conv4-pool (max-pool) or mlp (auto: by the input's shape)."""
     width: int | None = None
@@ -60,9 +61,9 @@ class MetaTrainConfig:
     batch_norm: Literal["transductive", "inductive"] = "transductive"
     """How training queries are normalised: with their own statistics, or with the support set's."""
     inner_steps: int | None = None
-    """Inner gradient steps in training (auto: 1; maml++: 5; protonet: none)."""
+    """Inner gradient steps in training (auto: 1, or what the algorithm has in docs/algorithms.md)."""
     inner_lr: float | None = None
-    """Inner learning rate, where it is learned the first (auto: 0.4; maml++, proto-maml: 0.1; sinusoid: 0.01)."""
+    """Inner learning rate, at first (auto: 0.4, or what the algorithm has in docs/algorithms.md; sinusoid: 0.01)."""
     inner_optimizer: str | None = None
     """sgd, momentum, nesterov or adam, or with numbers: momentum:momentum=0.5, adam:beta1=0,eps=1e-6 (auto: sgd)."""
     inner_augment: Literal["none", "shift"] | None = None
@@ -77,7 +78,8 @@ class MetaTrainConfig:
     outer_optimizer: Literal["adam", "sgd"] | None = None
     """Outer optimiser (auto: adam)."""
     outer_lr: float | None = None
-    """Outer learning rate, at the start of its schedule (auto: 0.003; sinusoid: 0.001)."""
+    """Outer learning rate, at the start of its schedule (auto: 0.003; sinusoid, baseline, baseline++:
+    0.001)."""
     outer_schedule: Literal["constant", "linear", "cosine"] | None = None
     """How the outer learning rate goes: constant, or down to 0 at the last iteration (auto: cosine)."""
     clip_value: float | None = None
@@ -98,7 +100,7 @@ class MetaTrainConfig:
     test_query_shots: int | None = None
     """Query images per class in validation and test (auto: 15; sinusoid: 100)."""
     test_inner_steps: int | None = None
-    """Inner steps in validation and test (auto: 3, sinusoid 10, or --inner-steps if more; protonet: none)."""
+    """Inner steps in validation and test (auto: 3, sinusoid 10, or --inner-steps if more; docs/algorithms.md)."""
     test_episodes: int = 1000
     """Test episodes."""
 
@@ -111,7 +113,7 @@ class MetaTrainConfig:
     threads: int | None = None
     """Processes or threads, for engines of that name (auto: one per core); within an operation for others (auto: 1)."""
     task_chunk: int | None = None
-    """Tasks at once (auto: by their size, for processes and threads; all, for vmap and compiled)."""
+    """Tasks at once, at most (auto: by their size, for processes and threads; all, for vmap and compiled)."""
     log_every: int = 10
     """Meta-steps per row of metrics.jsonl."""
     checkpoint_every: int = 100
@@ -303,7 +305,7 @@ def check(config: MetaTrainConfig | EvaluateConfig | AdaptConfig | PredictConfig
             raise MetaftError(f"{field.name} must be above 0, got {value}")
         if field.name in _ABOVE_ZERO and value > 1e30:
             raise MetaftError(f"{field.name} must be at most 1e30, which float32 can still work with, got {value}")
-        if field.name in ("seed", "eval_seed") and value >= 2**63:
+        if type(value) is int and value >= 2**63:
             raise MetaftError(f"{field.name} must be below 2**63, got {value}")
     if getattr(config, "dropout", 0.0) >= 1:
         raise MetaftError(f"dropout must be below 1, got {getattr(config, 'dropout')}")  # noqa: B009
@@ -354,7 +356,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise MetaftError(f"config: cannot read {path}: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # what tomllib raises, and Python at numbers and depths beyond it
         raise MetaftError(f"config: {path} is not valid TOML: {error}") from None
     return {key.replace("-", "_"): value for key, value in values.items()}
 

@@ -10,6 +10,8 @@ class MetaftError(Exception):
     """Bad input: the commands print the message alone and end with exit status 2."""
 
     status = 2
+    by_all = False
+    """Whether all processes of a job raise it at the same point, so that the first of them is sure to say it."""
 
 
 class DataError(MetaftError):
@@ -24,17 +26,43 @@ class NonFiniteError(MetaftError):
     """Training produced a loss or gradient that is not finite; exit status 1, since the input was well-formed."""
 
     status = 1
+    by_all = True
 
 
 class Interrupted(MetaftError):
     """A signal asked the run to stop; its number decides the exit status (128 + number, as shells do)."""
+
+    by_all = True
 
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message)
         self.status = 128 + signal_number
 
 
+class RankLost(MetaftError):
+    """Another process of the job died, or did not answer in time; exit status 1, since the input was well-formed."""
+
+    status = 1
+    hint = ""
+    """How to go on, to be added to what is known of the other process."""
+
+
+class SaidElsewhere(MetaftError):
+    """An error that another process of the job puts into words; this one only ends with its status."""
+
+    by_all = True
+
+    def __init__(self, status: int) -> None:
+        super().__init__("another process of this job says why")
+        self.status = status
+
+
+class MetaftWarning(UserWarning):
+    """What was asked for is done, but may not be what was meant. The commands print it as one line, once."""
+
+
 def suggest(word: str, known: Iterable[str]) -> str:
     """`"; did you mean 'x'?"` for the known word nearest to a misspelt one, or nothing."""
-    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {near[0]!r}?" if near else ""
+    lower = {name.lower(): name for name in known}
+    near = difflib.get_close_matches(word.lower(), lower, n=1, cutoff=0.5)
+    return f"; did you mean {lower[near[0]]!r}?" if near else ""

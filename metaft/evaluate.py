@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,9 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from metaft.cli import StopSignals, guarded, parse
+from metaft.cli import StopSignals, check_writable, in_ranks, parse
 from metaft.config import EvaluateConfig
 from metaft.errors import MetaftError
+from metaft.ranks import ALONE, Ranks
 
 if TYPE_CHECKING:
     from torch import nn
@@ -29,18 +31,18 @@ class Arguments(EvaluateConfig):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status: 0 done, 2 bad input, 130 or 143 stopped by Ctrl-C or SIGTERM."""
-    return guarded(_command, argv)
+    """Exit status: 0 done, 1 too little memory, 2 bad input, 130 or 143 stopped by Ctrl-C or SIGTERM."""
+    return in_ranks(_command, argv, smaller="--engine vmap with a smaller --task-chunk, or fewer --threads")
 
 
-def _command(argv: Sequence[str]) -> None:
-    given = parse(Arguments, argv, prog="python -m metaft.evaluate")
+def _command(argv: Sequence[str], ranks: Ranks) -> None:
+    given = ranks.on_first(lambda: parse(Arguments, argv, prog="python -m metaft.evaluate"))
     config = EvaluateConfig(**{f.name: getattr(given, f.name) for f in dataclasses.fields(EvaluateConfig)})
 
     from metaft.allocator import keep_freed_memory
 
     keep_freed_memory()
-    run(Path(given.run), config)
+    run(Path(given.run), config, ranks=ranks)
 
 
 def run(
@@ -49,14 +51,15 @@ def run(
     *,
     dataset: Dataset | None = None,
     module: nn.Module | None = None,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
     """Meta-test a run; writes and returns what `RUN/evaluations/NAME.json` holds.
 
-    `dataset` and `module` as in `metaft.meta_train.run`. Raises MetaftError where the run cannot be tested so: other
-    ways than its head has outputs, inputs of another shape, too few classes or images.
+    `dataset`, `module` and `ranks` as in `metaft.meta_train.run`. Raises MetaftError where the run cannot be tested so:
+    other ways than its head has outputs, inputs of another shape, too few classes or images.
     """
     from metaft._version import __version__
-    from metaft.assemble import assemble, engine_for, fill, open_run
+    from metaft.assemble import assemble, check_ranks, engine_for, fill, open_run
     from metaft.defaults import check_steps
     from metaft.progress import Progress
     from metaft.report import print_test
@@ -64,7 +67,8 @@ def run(
     from metaft.testing import meta_test
 
     config = config or EvaluateConfig()
-    folder, trained, snapshot = open_run(path, which=config.checkpoint)
+    which = config.checkpoint
+    folder, trained, snapshot = ranks.on_first(lambda: open_run(path, which=which))
     fields = {name: getattr(config, name) for name in ("device", "engine", "threads", "task_chunk", "download")}
     if config.data_root is not None:
         fields["data_root"] = config.data_root
@@ -74,15 +78,17 @@ def run(
         # Nothing of the old data set's own settings is meant for the new one.
         fields |= {"dataset": config.dataset, "split": config.split, "rotate": None}
         # A folder is read as the run's own images were; a data set with its own size takes no such wish.
-        images = snapshot.header.get("preprocessing", {}) if config.dataset.startswith("folder:") else {}
+        images = snapshot.header.get("preprocessing", {}) if config.dataset.startswith(("folder:", "l2l:")) else {}
         fields |= {"channels": images.get("channels"), "image_size": images.get("height")}
     if config.rotate is not None:
         fields["rotate"] = config.rotate
-    parts = assemble(
-        dataclasses.replace(trained, **fields),
-        dataset=dataset, module=module, architecture=snapshot.header["architecture"],
-    )  # fmt: skip
+    wanted, architecture = dataclasses.replace(trained, **fields), snapshot.header["architecture"]
+    parts = ranks.in_turn(lambda: assemble(wanted, dataset=dataset, module=module, architecture=architecture))
+    check_ranks(parts, ranks)
     snapshot = fill(parts, snapshot)
+    if config.out is not None:  # before the work
+        out = Path(config.out)
+        check_writable(out, "out", next((p for p in out.absolute().parents if os.path.isdir(p)), out))
     c = parts.config
     ways = config.ways or c.test_ways
     shots = config.shots or c.test_shots
@@ -106,7 +112,7 @@ def run(
     episodes = config.episodes or c.test_episodes
     bar = Progress("meta-test", episodes, "episode")
     with (
-        StopSignals() as signals,
+        StopSignals(ranks) as signals,
         engine_for(parts) as mapped,
     ):
 
@@ -116,7 +122,7 @@ def run(
 
         test = meta_test(
             mapped, parts.algorithm, snapshot.meta, snapshot.state, source,
-            split=config.set, seed=seed, episodes=episodes, steps=steps, progress=progress,
+            split=config.set, seed=seed, episodes=episodes, steps=steps, ranks=ranks, progress=progress,
         )  # fmt: skip
         name = mapped.name
     bar.close()
@@ -133,13 +139,14 @@ def run(
         "algorithm": c.algorithm,
         "device": parts.device,
         "engine": name,
+        "ranks": ranks.count,
         "test": test,
     }
     protocol = f"{ways}w{shots}s{queries}q-{test['inner_steps']}steps-{episodes}x-seed{seed}"
     data = "-".join(filter(None, (parts.dataset.name, c.split, config.set, "rotated" if c.rotate else "")))
     default = f"{file_name(data)}-{protocol}-{config.checkpoint}.json"
     out = Path(config.out) if config.out is not None else folder.path / "evaluations" / default
-    folder.write_json(out, result)
+    ranks.on_first(lambda: folder.write_json(out, result))
     print_test(test)
     if seen and config.set != "train":
         print(f"  (note: {seen} of these classes were trained on, so this is not a test on new classes)")

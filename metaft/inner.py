@@ -19,18 +19,18 @@ Rates = float | Mapping[str, Tensor] | Callable[[Params, int], Params]
 
 
 def value_and_grad(
-    loss: Callable[[Params], tuple[Tensor, Aux]], params: Params, *, create_graph: bool
+    loss: Callable[[Params], tuple[Tensor, Aux]], params: Params, *, create_graph: bool, others: Iterable[Tensor] = ()
 ) -> tuple[Tensor, Aux, Params]:
     """Value (scalar), auxiliary output and gradient of `loss` at `params`.
 
-    With `create_graph` the gradient is itself differentiable, as far as `params` depend on something that is being
-    differentiated; without, it is a constant. Plain autograd where possible, torch.func inside its transforms.
-    Parameters that the loss does not use have gradient 0.
+    With `create_graph` the gradient is itself differentiable, as far as `params`, or `others` that the loss uses,
+    depend on something that is being differentiated; without, it is a constant. Plain autograd where possible,
+    torch.func inside its transforms. Parameters that the loss does not use have gradient 0.
     """
     if in_transform():
         grads, (value, aux) = torch.func.grad_and_value(loss, has_aux=True)(params)
         return value, aux, grads if create_graph else {k: g.detach() for k, g in grads.items()}
-    tracked = any(p.requires_grad for p in params.values())
+    tracked = any(p.requires_grad for p in (*params.values(), *others))
     with torch.enable_grad():
         leaves = {k: p if p.requires_grad else p.detach().requires_grad_() for k, p in params.items()}
         value, aux = loss(leaves)
@@ -38,6 +38,26 @@ def value_and_grad(
             value, list(leaves.values()), create_graph=create_graph and tracked, materialize_grads=True
         )
     return value, aux, dict(zip(leaves, grads, strict=True))
+
+
+def hessian_product(loss: Callable[[Params], Tensor], params: Params) -> Callable[[Params], Params]:
+    """v -> H v with H the Hessian of `loss` at `params`, a constant. The loss is computed once for all products."""
+    if in_transform():
+        product = torch.func.vjp(torch.func.grad(loss), params)[1]
+        return lambda v: product(v)[0]
+    with torch.enable_grad():
+        leaves = {k: p.detach().requires_grad_() for k, p in params.items()}
+        grads = torch.autograd.grad(loss(leaves), list(leaves.values()), create_graph=True, materialize_grads=True)
+    curved = {k: g for k, g in zip(leaves, grads, strict=True) if g.requires_grad}
+
+    def product_of(v: Params) -> Params:
+        along = [v[k] for k in curved]
+        rows = torch.autograd.grad(
+            list(curved.values()), list(leaves.values()), along, retain_graph=True, materialize_grads=True
+        )
+        return dict(zip(leaves, rows, strict=True))
+
+    return product_of
 
 
 def descend(
@@ -70,7 +90,7 @@ def descend(
             return loss({**fixed, **moving}, step), ()
 
         moving = {k: params[k] for k in names}
-        _, _, grads = value_and_grad(of_adapted, moving, create_graph=not first_order)
+        _, _, grads = value_and_grad(of_adapted, moving, create_graph=not first_order, others=fixed.values())
         directions, state = optimizer.update(grads, state, step)
         moves = lr(directions, step) if callable(lr) else _scaled(lr, directions)
         params = {**params, **{k: moving[k] - moves[k] for k in names}}

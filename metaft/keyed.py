@@ -1,32 +1,49 @@
-"""Random numbers as a pure function of a key: the same in every thread, process and engine, and on every device."""
+"""Randomness as an argument: choices that are a function of an integer key, for ONE task. Pure, also under vmap."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-_MASK = 0xFFFFFFFF
+# SplitMix64 (Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators"), in signed integers that
+# wrap around.
+_STEP = 0x9E3779B97F4A7C15 - 2**64
+_FACTORS = ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64))
+
+
+def permutation(key: Tensor, n: int, draw: int = 0) -> Tensor:
+    """An order of n things, int64 [n], that depends on (key, draw) alone: key [] int64."""
+    own = _mixed(_mixed(key) + draw * _STEP % 2**63)
+    return _mixed(own + torch.arange(1, n + 1, device=key.device) * _STEP).sort(stable=True).indices
+
+
+def minibatches(key: Tensor, n: int, size: int, steps: int) -> Tensor:
+    """Which of n examples each step takes, int64 [steps, size]: passes over all of them, each in an order of its own.
+
+    A batch may end one pass and begin the next.
+    """
+    passes = -(-steps * size // n)
+    return torch.cat([permutation(key, n, i) for i in range(max(1, passes))])[: steps * size].view(steps, size)
 
 
 def words(key: Tensor, *where: int, count: int) -> Tensor:
-    """[count] int64 in 0..2^32-1 for a key [] int64 and the place `where` that asks, a few numbers in 0..2^32-1.
+    """Numbers in 0..2^32-1, int64 [count], that depend on (key, where) alone: key [] int64, `where` from 0 on.
 
-    Neither state nor generator: element i is a hash of (key, where, i), so that under vmap each task has its own.
+    `where` says what they are for (the step, the layer, ...), so that one key serves for all.
     """
-    stream = _mixed(_mixed(key & _MASK) ^ ((key >> 32) & _MASK))
+    own = _mixed(key)
     for number in where:
-        stream = _mixed(stream ^ number)
-    elements = torch.arange(count, device=key.device)
-    # Mixed once before they meet the stream: otherwise two streams that differ in low bits would be permutations.
-    return _mixed(_mixed(elements) ^ stream)
+        own = _mixed(own + (number + 1) * _STEP % 2**63)
+    return _shifted(_mixed(own + torch.arange(1, count + 1, device=key.device) * _STEP), 32)
 
 
 def _mixed(x: Tensor) -> Tensor:
-    """A bijection of 32-bit words that spreads every bit over all: the hash of Wellons' hash-prospector, public domain.
+    """Scrambled bits of int64 x, one to one."""
+    for shift, factor in _FACTORS:
+        x = (x ^ _shifted(x, shift)) * factor
+    return x ^ _shifted(x, 31)
 
-    In int64, where its multipliers below 2^31 cannot overflow. 1 is added first, since 0 would stay 0.
-    """
-    x = (x + 1) & _MASK
-    x = ((x ^ (x >> 16)) * 0x21F0AAAD) & _MASK
-    x = ((x ^ (x >> 15)) * 0x735A2D97) & _MASK
-    return x ^ (x >> 15)
+
+def _shifted(x: Tensor, by: int) -> Tensor:
+    """x >> by with zeros coming in: of signed integers torch would copy the sign."""
+    return (x >> by) & ((1 << (64 - by)) - 1)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from metaft.cli import StopSignals, check_unchanged, fresh_folder, guarded, settings
+from metaft.cli import StopSignals, check_unchanged, fresh_folder, in_ranks, settings
 from metaft.config import MetaTrainConfig, from_mapping, read_toml, to_toml
-from metaft.errors import DataError, MetaftError
+from metaft.errors import DataError, MetaftError, RankLost
+from metaft.ranks import ALONE, Ranks
 
 if TYPE_CHECKING:
     from torch import nn
@@ -43,45 +46,69 @@ class Arguments(MetaTrainConfig):
     """TOML file with any of these fields; the command line wins."""
     resume: str | None = None
     """Run folder to go on with; its own settings apply."""
+    auto_resume: bool = False
+    """Go on with the run in --out where there is one already, and start it where there is none."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status: 0 done, 1 a loss that is not finite, 2 bad input, 130 or 143 stopped by Ctrl-C or SIGTERM."""
-    return guarded(_command, argv)
+    """Exit status: 0 done, 1 a loss that is not finite, too little memory, or a process of the job lost, 2 bad input,
+    130 or 143 stopped by Ctrl-C or SIGTERM."""
+    return in_ranks(_command, argv, smaller="a smaller --meta-batch, --task-chunk or --threads")
 
 
-def _command(argv: Sequence[str]) -> None:
-    config, resume = settings(Arguments, MetaTrainConfig, argv, prog="python -m metaft.meta_train")
+def _command(argv: Sequence[str], ranks: Ranks) -> None:
+    config, resume = ranks.on_first(lambda: _asked_for(argv, ranks))
 
     from metaft.allocator import keep_freed_memory
 
     keep_freed_memory()
     if resume is None:
-        run(config)
+        run(config, ranks=ranks)
     else:
-        resume_run(resume, config)
+        resume_run(resume, config, ranks=ranks)
 
 
-def run(config: MetaTrainConfig, *, dataset: Dataset | None = None, module: nn.Module | None = None) -> dict[str, Any]:
+def _asked_for(argv: Sequence[str], ranks: Ranks) -> tuple[MetaTrainConfig, Path | None]:
+    config, resume = settings(
+        Arguments, MetaTrainConfig, argv, prog="python -m metaft.meta_train", restarted=ranks.restarted
+    )
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
+    if resume is None and config.out is None and restarts:
+        raise MetaftError(
+            f"out: with --max-restarts {restarts} give --out, so that a restart finds the run to go on with"
+        )
+    return config, resume
+
+
+def run(
+    config: MetaTrainConfig,
+    *,
+    dataset: Dataset | None = None,
+    module: nn.Module | None = None,
+    ranks: Ranks = ALONE,
+) -> dict[str, Any]:
     """Train and meta-test in a new run folder; returns what `result.json` holds.
 
-    `dataset` and `module` bring your own data and model (its head must have `ways` outputs). Raises MetaftError for
-    settings that do not fit together, before anything is written.
+    `dataset` and `module` bring your own data and model (its head must have `ways` outputs); `ranks` (of
+    `metaft.ranks.join`) shares the work with other processes that call this too. Raises MetaftError for settings that
+    do not fit together, before anything is written.
     """
     from metaft.assemble import assemble
     from metaft.run import RunFolder, file_name
 
-    parts = assemble(config, dataset=dataset, module=module)
+    parts = ranks.in_turn(lambda: assemble(config, dataset=dataset, module=module))
     sources = _sources(parts)
-    parts = _with_engine(parts, sources[0])
+    parts = _with_engine(parts, sources[0], ranks)
     c = parts.config
-    folder = (
-        Path(c.out)
-        if c.out is not None
-        else fresh_folder(Path("runs") / f"{file_name(parts.dataset.name)}-{c.algorithm}-{c.ways}w{c.shots}s-{c.seed}")
-    )
-    made = RunFolder.create(folder, to_toml(dataclasses.replace(c, out=None)))
-    return _go(made, parts, sources, None)
+
+    def create() -> RunFolder:
+        name = f"{file_name(parts.dataset.name)}-{c.algorithm}-{c.ways}w{c.shots}s-{c.seed}"
+        folder = Path(c.out) if c.out is not None else fresh_folder(Path("runs") / name)
+        return RunFolder.create(folder, to_toml(dataclasses.replace(c, out=None)))
+
+    made = ranks.on_first(create)
+    with _held(made, "out", ranks):
+        return _go(made, parts, sources, None, ranks)
 
 
 def resume_run(
@@ -90,48 +117,93 @@ def resume_run(
     *,
     dataset: Dataset | None = None,
     module: nn.Module | None = None,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
     """Go on with a run from its last checkpoint. `config` may differ from the run's in RESUMABLE fields alone; what it
     leaves open is as in the run.
 
-    Raises MetaftError for another difference, CheckpointError where no checkpoint can be read.
+    Raises MetaftError for another difference and where another process is at this run, CheckpointError where no
+    checkpoint can be read.
     """
-    from metaft.assemble import assemble, open_run
-    from metaft.checkpoint import write_atomically
     from metaft.run import RunFolder
 
-    folder = RunFolder.open(path)
-    folder.make_folders()
-    folder.mend()
-    fresh = not folder.last.exists()
-    if fresh:
-        own, snapshot = from_mapping(MetaTrainConfig, read_toml(folder.config), origin=str(folder.config)), None
-    else:
-        _, own, snapshot = open_run(path, which="last")
+    folder = ranks.on_first(lambda: RunFolder.open(path))
+    with _held(folder, "resume", ranks):
+        return _resume(folder, config, dataset, module, ranks)
+
+
+@contextlib.contextmanager
+def _held(run: RunFolder, field: str, ranks: Ranks) -> Iterator[None]:
+    """The lock on a run folder, held by rank 0. Raises MetaftError, on all ranks, where another process has it."""
+    with contextlib.ExitStack() as stack:
+        ranks.on_first(lambda: stack.enter_context(run.held(field)))
+        yield
+
+
+def _resume(
+    folder: RunFolder,
+    config: MetaTrainConfig | None,
+    dataset: Dataset | None,
+    module: nn.Module | None,
+    ranks: Ranks,
+) -> dict[str, Any]:
+    from metaft.assemble import assemble
+    from metaft.checkpoint import write_atomically
+
+    path = folder.path
+    own, snapshot = ranks.on_first(lambda: _reopened(folder))
     given = {} if config is None else {k: v for k, v in dataclasses.asdict(config).items() if v not in (None, ())}
+    if set(given.get("hyper", ())) <= set(own.hyper):  # a run adds what it found out itself
+        given.pop("hyper", None)
     named = {} if dataset is None else {"dataset": dataset.name}
     config = dataclasses.replace(own, **{**given, **named, "out": None})
+    if config.engine == "tune" and config.task_chunk == own.task_chunk:  # as it was chosen once, by it or another rule
+        config = dataclasses.replace(config, task_chunk=None)
     check_unchanged(config, own, path, except_for=RESUMABLE)
     if snapshot is not None and config.iterations is not None and config.iterations < snapshot.position.step:
         raise MetaftError(
             f"iterations must be at least the {snapshot.position.step} already done, got {config.iterations}"
         )
-    parts = assemble(config, dataset=dataset, module=module, architecture=snapshot and snapshot.header["architecture"])
+    architecture = snapshot and snapshot.header["architecture"]
+    parts = ranks.in_turn(lambda: assemble(config, dataset=dataset, module=module, architecture=architecture))
     sources = _sources(parts)
-    parts = _with_engine(parts, sources[0])
-    if snapshot is None or snapshot.position.step < parts.config.iterations:
-        folder.result.unlink(missing_ok=True)  # of a shorter run; it would not be this one's
-    if dataclasses.asdict(config) != dataclasses.asdict(own):
-        write_atomically(folder.config, to_toml(parts.config).encode())
-    return _go(folder, parts, sources, snapshot)
+    before = None
+    if snapshot is not None and config.task_chunk == own.task_chunk:
+        before = snapshot.header["environment"]["engine"]
+    parts = _with_engine(parts, sources[0], ranks, before=before)
+    if ranks.rank == 0:
+        if snapshot is None or snapshot.position.step < parts.config.iterations:
+            folder.result.unlink(missing_ok=True)  # of a shorter run; it would not be this one's
+        if dataclasses.asdict(config) != dataclasses.asdict(own):
+            write_atomically(folder.config, to_toml(parts.config).encode())
+    return _go(folder, parts, sources, snapshot, ranks)
 
 
-def _with_engine(parts: Parts, train: Source) -> Parts:
-    from metaft.assemble import with_engine
+def _reopened(folder: RunFolder) -> tuple[MetaTrainConfig, Snapshot | None]:
+    """A run that was begun: its settings and last checkpoint, if it got so far."""
+    from metaft.assemble import open_run
+
+    folder.make_folders()
+    folder.mend()
+    if not folder.last.exists():
+        return from_mapping(MetaTrainConfig, read_toml(folder.config), origin=str(folder.config)), None
+    _, own, snapshot = open_run(folder.path, which="last", field="resume")
+    return own, snapshot
+
+
+def _with_engine(parts: Parts, train: Source, ranks: Ranks, *, before: str | None = None) -> Parts:
+    """The same with engine and chunk settled, as rank 0 finds them. Raises MetaftError for too few tasks, and where the
+    ranks' data or devices are not of a kind."""
+    from metaft.assemble import check_ranks, with_engine
     from metaft.training import draw
 
     c = parts.config
-    return with_engine(parts, lambda: draw(parts.algorithm, train, c.seed, range(c.meta_batch)))
+    check_ranks(parts, ranks)
+    if c.meta_batch < ranks.count:
+        raise MetaftError(f"meta_batch must be at least the number of processes, got {c.meta_batch} for {ranks.count}")
+    mine = ranks.share(range(c.meta_batch))
+    chosen = with_engine(parts, lambda: draw(parts.algorithm, train, c.seed, mine), ranks=ranks.count, before=before)
+    return dataclasses.replace(parts, config=ranks.on_first(lambda: chosen.config))
 
 
 def _sources(parts: Parts) -> tuple[Source, Source, Source]:
@@ -139,12 +211,18 @@ def _sources(parts: Parts) -> tuple[Source, Source, Source]:
 
     Raises MetaftError where the data cannot give them.
     """
+    from metaft.algorithms import parse_hyper
+    from metaft.defaults import train_classes
+
     c = parts.config
     if c.test_ways != c.ways and not parts.algorithm.any_ways:
         raise MetaftError(
             f"test_ways: {c.algorithm} learns a head with one output per class, so {c.test_ways} ways at test "
             f"cannot follow {c.ways} in training"
         )
+    rows, found = parse_hyper(c.algorithm, c.hyper).get("classes"), train_classes(parts.dataset)
+    if isinstance(rows, int) and rows < found:
+        raise MetaftError(f"hyper: classes={rows} are fewer than the {found} that {parts.dataset.name} has to train on")
     train = parts.dataset.source(
         ways=c.ways, shots=c.shots, query_shots=c.query_shots, rotate=c.rotate, splits=("train",)
     )
@@ -161,49 +239,61 @@ def _sources(parts: Parts) -> tuple[Source, Source, Source]:
     return train, val, test
 
 
-def _go(run: RunFolder, parts: Parts, sources: tuple[Source, Source, Source], start: Snapshot | None) -> dict[str, Any]:
-    from metaft.assemble import engine_for, environment, fill, header, say_what_changed
-    from metaft.training import Position, Snapshot, train
+def _go(
+    run: RunFolder, parts: Parts, sources: tuple[Source, Source, Source], start: Snapshot | None, ranks: Ranks
+) -> dict[str, Any]:
+    from metaft.assemble import engine_for, fill, header, say_what_changed
+    from metaft.training import begin, train
 
     c = parts.config
-    resume_hint = f"python -m metaft.meta_train --resume {shlex.quote(str(run.path))}"
+    launch = "python" if ranks.count == 1 else "torchrun ..."
+    resume_hint = f"{launch} -m metaft.meta_train --resume {shlex.quote(str(run.path))}"
     with (
-        StopSignals() as signals,
+        StopSignals(ranks) as signals,
         engine_for(parts) as mapped,
     ):
+        now = header(parts, mapped, ranks.count)
         if start is None:
-            meta, state = parts.algorithm.init(c.seed)
-            start = Snapshot(meta, state, {}, Position(), header(parts, mapped))
+            start = ranks.on_first(lambda: begin(parts.algorithm, c.seed, now))
         else:
-            say_what_changed(start.header["environment"], environment(mapped, parts.device))
+            say_what_changed(start.header["environment"], now["environment"])
             if start.header["split_hash"] != parts.dataset.split_hash:
                 raise MetaftError(
                     f"dataset: the class split of {parts.dataset.name} is not the one {run.path} began with"
                 )
-            start = dataclasses.replace(fill(parts, start), header=header(parts, mapped))
             print(f"resuming {run.path} at step {start.position.step}", file=sys.stderr)
+        start = dataclasses.replace(fill(parts, start), header=now)
         print(
             f"{parts.dataset.name} · {c.algorithm} · {c.ways}-way {c.shots}-shot · {c.model} · "
-            f"{mapped.name} on {parts.device} · run folder {run.path}",
+            f"{mapped.name} on {parts.device}{f', {ranks.count} processes' if ranks.count > 1 else ''} · "
+            f"run folder {run.path}",
             file=sys.stderr,
         )
         stop = f"stopped; a checkpoint is in {run.checkpoints}, go on with: {resume_hint}"
-        train(run, c, parts.algorithm, mapped, sources[0], sources[1], start, should_stop=lambda: signals.check(stop))
-        return finish(run, parts, mapped, sources[2], should_stop=lambda: signals.check(stop))
+
+        def should_stop() -> None:
+            signals.check(stop)
+
+        try:
+            train(run, c, parts.algorithm, mapped, sources[0], sources[1], start, ranks=ranks, should_stop=should_stop)
+            return finish(run, parts, mapped, sources[2], ranks=ranks, should_stop=should_stop)
+        except RankLost as lost:
+            lost.hint = f"; the last checkpoint is {run.last}, go on with: {resume_hint}"
+            raise
 
 
-def finish(run: RunFolder, parts: Parts, mapped: Engine, source: Source, *, should_stop: Any) -> dict[str, Any]:
+def finish(
+    run: RunFolder, parts: Parts, mapped: Engine, source: Source, *, ranks: Ranks, should_stop: Callable[[], None]
+) -> dict[str, Any]:
     """Meta-test the checkpoint that was best on validation; write result.json and the pictures; say what came out."""
-    from metaft._version import __version__
     from metaft.assemble import fill, read_snapshot
     from metaft.progress import Progress
-    from metaft.report import draw_pictures, print_summary
-    from metaft.run import read_rows
     from metaft.testing import meta_test
 
     c = parts.config
     # Where no validation figure was finite there is no best one.
-    best = fill(parts, read_snapshot(run, run.best if run.best.exists() else run.last))
+    best = ranks.on_first(lambda: read_snapshot(run, run.best if run.best.exists() else run.last))
+    best = fill(parts, best)
     bar = Progress("meta-test", c.test_episodes, "episode")
 
     def progress(done: int) -> None:
@@ -212,10 +302,28 @@ def finish(run: RunFolder, parts: Parts, mapped: Engine, source: Source, *, shou
 
     test = meta_test(
         mapped, parts.algorithm, best.meta, best.state, source,
-        split="test", seed=c.eval_seed, episodes=c.test_episodes, steps=c.test_inner_steps, progress=progress,
+        split="test", seed=c.eval_seed, episodes=c.test_episodes, steps=c.test_inner_steps,
+        ranks=ranks, progress=progress,
     )  # fmt: skip
     bar.close()
-    timing = read_rows(run.timing)
+    return ranks.on_first(lambda: _report(run, parts, mapped, source, best, test, ranks.count))
+
+
+def _report(
+    run: RunFolder,
+    parts: Parts,
+    mapped: Engine,
+    source: Source,
+    best: Snapshot,
+    test: Mapping[str, Any],
+    ranks: int,
+) -> dict[str, Any]:
+    from metaft._version import __version__
+    from metaft.report import draw_pictures, print_summary
+    from metaft.run import read_rows
+
+    c = parts.config
+    timing = read_rows(run.timing, ["seconds", "validation_seconds"])
     seconds = sum(row["seconds"] for row in timing)
     training = seconds - sum(row["validation_seconds"] for row in timing)
     result = {
@@ -232,6 +340,7 @@ def finish(run: RunFolder, parts: Parts, mapped: Engine, source: Source, *, shou
         "seed": c.seed,
         "device": parts.device,
         "engine": mapped.name,
+        "ranks": ranks,
         "seconds": round(seconds, 3),
         "tasks_per_second": round(c.iterations * c.meta_batch / training, 1) if training else None,
         "test": test,

@@ -7,6 +7,7 @@ import functools
 import math
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -17,9 +18,10 @@ from torch.utils import _pytree as pytree
 
 from metaft import workers
 from metaft.algorithms.base import Algorithm, TaskGrad
-from metaft.errors import MetaftError, suggest
+from metaft.errors import MetaftError, MetaftWarning, suggest
 from metaft.inner import value_and_grad
 from metaft.models.functional import plain_operations
+from metaft.ranks import ALONE, Ranks
 from metaft.types import Episode, Params
 
 Tree = TypeVar("Tree")
@@ -48,7 +50,30 @@ class Engine(Protocol):
     def close(self) -> None: ...
 
 
-class Threads:
+class _Parallel:
+    """What threads and processes share: several chunks of tasks at the same time, each on one core."""
+
+    def __init__(self, name: str, threads: int, chunk: int | None) -> None:
+        self.name = name
+        self.threads = _at_least_1("threads", threads)
+        self.chunk = None if chunk is None else _at_least_1("task_chunk", chunk)
+        # Hold the caller to one intra-op thread: after each parallel operation of its own the OpenMP team would spin
+        # on a core that the tasks need (measured: 1.6 times slower steps on 2 cores).
+        self._intra_op = torch.get_num_threads()
+        torch.set_num_threads(1)
+
+    def chunk_of(self, tasks: Any) -> int:
+        """How many of these tasks each of them takes at once."""
+        if self.chunk is not None:
+            return self.chunk
+        count = _length(tasks)
+        return task_chunk(sum(leaf.numel() for leaf in pytree.tree_leaves(tasks)) // count, count, self.threads)
+
+    def close(self) -> None:
+        torch.set_num_threads(self._intra_op)
+
+
+class Threads(_Parallel):
     """Tasks side by side in threads of one intra-op thread each; sums take `chunk` tasks at once per thread, by vmap.
 
     Bits do not depend on how many threads there are, since each chunk runs whole on one of them, alone. Right for
@@ -57,10 +82,7 @@ class Threads:
     """
 
     def __init__(self, threads: int, chunk: int | None = None) -> None:
-        self.name = "threads"
-        self.threads = _at_least_1("threads", threads)
-        self.chunk = None if chunk is None else _at_least_1("task_chunk", chunk)
-        self._intra_op = _one_intra_op_thread()
+        super().__init__("threads", threads, chunk)
         self._pool = ThreadPoolExecutor(threads, "metaft-task", initializer=torch.set_num_threads, initargs=(1,))
 
     def map(self, fn: TaskFunction[Shared, Tree, Out], shared: Shared, tasks: Tree) -> Iterator[Out]:
@@ -68,18 +90,14 @@ class Threads:
         return (row for part in parts for row in _unstacked(part))
 
     def sum(self, fn: TaskFunction[Shared, Tree, Out], shared: Shared, tasks: Tree) -> Out:
-        return _added(
-            self._pool.map(
-                lambda chunk: _sum_of(fn, shared, chunk), _chunks(tasks, self.chunk or _chunk_of(tasks, self.threads))
-            )
-        )
+        return _added(self._pool.map(lambda chunk: _sum_of(fn, shared, chunk), _chunks(tasks, self.chunk_of(tasks))))
 
     def close(self) -> None:
         self._pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(self._intra_op)
+        super().close()
 
 
-class Processes:
+class Processes(_Parallel):
     """As `Threads`, with a process for each: the same bits, and none waits for another one's Python.
 
     For the CPU of systems that can fork. The workers of a function are forked at its first call, which computes one
@@ -90,12 +108,9 @@ class Processes:
     """Functions whose workers are kept: those of training and of a validation, and some to spare."""
 
     def __init__(self, threads: int, chunk: int | None = None) -> None:
-        self.name = "processes"
-        self.threads = _at_least_1("threads", threads)
-        self.chunk = None if chunk is None else _at_least_1("task_chunk", chunk)
         if not workers.available():
             raise MetaftError("engine: this system cannot fork processes; use threads")
-        self._intra_op = _one_intra_op_thread()
+        super().__init__("processes", threads, chunk)
         self._workers: dict[Any, workers.Workers] = {}
 
     def map(self, fn: TaskFunction[Shared, Tree, Out], shared: Shared, tasks: Tree) -> Iterator[Out]:
@@ -103,19 +118,17 @@ class Processes:
         return iter([pytree.tree_unflatten([row[i].clone() for row in rows], spec) for i in range(_length(tasks))])
 
     def sum(self, fn: TaskFunction[Shared, Tree, Out], shared: Shared, tasks: Tree) -> Out:
-        size = self.chunk or _chunk_of(tasks, self.threads)
-        rows, spec = self._run(_sum_of, fn, shared, tasks, size=size)
+        rows, spec = self._run(_sum_of, fn, shared, tasks, size=self.chunk_of(tasks))
         return _added(pytree.tree_unflatten([row[i] for row in rows], spec) for i in range(len(rows[0])))
 
     def _run(self, part: Any, fn: TaskFunction[Any, Any, Any], shared: Any, tasks: Any, size: int) -> Any:
         shared_leaves, spec = pytree.tree_flatten(shared)
         task_leaves, task_spec = pytree.tree_flatten(tasks)
-        if not len(task_leaves[0]):
-            raise MetaftError("meta_batch must be at least 1, got an empty batch of tasks")
+        count = _length(tasks)
         shapes = [*(leaf.shape for leaf in shared_leaves), *(leaf.shape[1:] for leaf in task_leaves)]
         key = (part, fn, size, spec, task_spec, *shapes, *(leaf.dtype for leaf in (*shared_leaves, *task_leaves)))
         found = self._workers.pop(key, None)
-        if found is not None and found.capacity < len(task_leaves[0]):
+        if found is not None and found.capacity < count:
             found.close()
             found = None
         if found is None:
@@ -141,7 +154,7 @@ class Processes:
         for each in self._workers.values():
             each.close()
         self._workers.clear()
-        torch.set_num_threads(self._intra_op)
+        super().close()
 
 
 class Vmap:
@@ -225,14 +238,6 @@ def _at_least_1(field: str, value: int) -> int:
     return value
 
 
-def _one_intra_op_thread() -> int:
-    """Hold the caller to one intra-op thread; returns how many it had. After each parallel operation of its own the
-    OpenMP team would spin on a core that the tasks need (measured: 1.6 times slower steps on 2 cores)."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    return before
-
-
 def task_chunk(values: int, meta_batch: int, threads: int) -> int:
     """How many tasks of `values` numbers each (images and all) a thread or process takes at once.
 
@@ -243,19 +248,16 @@ def task_chunk(values: int, meta_batch: int, threads: int) -> int:
 
 
 def _length(tasks: Any) -> int:
-    return pytree.tree_leaves(tasks)[0].shape[0]
-
-
-def _chunk_of(tasks: Any, threads: int) -> int:
-    count = _length(tasks)
-    return task_chunk(sum(leaf.numel() for leaf in pytree.tree_leaves(tasks)) // max(1, count), count, threads)
+    count = pytree.tree_leaves(tasks)[0].shape[0]
+    if not count:
+        raise MetaftError("meta_batch must be at least 1, got an empty batch of tasks")
+    return count
 
 
 def _chunks(tasks: Tree, size: int | None) -> list[Tree]:
     leaves, spec = pytree.tree_flatten(tasks)
-    if not len(leaves[0]):
-        raise MetaftError("meta_batch must be at least 1, got an empty batch of tasks")
-    parts = [leaf.split(size or len(leaf)) for leaf in leaves]
+    count = _length(tasks)
+    parts = [leaf.split(size or count) for leaf in leaves]
     return [pytree.tree_unflatten(list(part), spec) for part in zip(*parts, strict=True)]
 
 
@@ -300,7 +302,10 @@ def _unstacked(results: Out) -> list[Out]:
     return [pytree.tree_unflatten([leaf[i] for leaf in leaves], spec) for i in range(leaves[0].shape[0])]
 
 
-ENGINES = ("processes", "threads", "vmap", "compiled")
+PARALLEL = ("processes", "threads")
+"""Engines that give the same bits for the same chunk."""
+
+ENGINES = (*PARALLEL, "vmap", "compiled")
 
 
 def settled_name(name: str, *, convolutional: bool, device: str | torch.device) -> str:
@@ -334,7 +339,7 @@ def engine(
         raise MetaftError(f"engine: no {name!r}, known are {['auto', *ENGINES]}{suggest(name, ENGINES)}")
     if name == "processes" and not on_cpu:
         raise MetaftError(f"engine: processes are for the CPU, not for {device}; use vmap")
-    if name in ("processes", "threads"):
+    if name in PARALLEL:
         count = torch.get_num_threads() if threads is None else threads
         made: Engine = (Processes if name == "processes" else Threads)(count, chunk)
     else:
@@ -366,7 +371,7 @@ def tune(
     sizes = [size for size in (1, 2, 4, 8, 16) if size <= -(-total // count)]
     candidates: list[tuple[str, int | None]] = [("vmap", None), *([] if on_cpu else [("compiled", None)])]
     if on_cpu:
-        parallel = [name for name in ("processes", "threads") if name == "threads" or workers.available()]
+        parallel = [name for name in PARALLEL if name == "threads" or workers.available()]
         candidates += [(name, size) for name in parallel for size in sizes]
     found: dict[tuple[str, int | None], float] = {}
     for name, chunk in candidates:
@@ -414,21 +419,35 @@ class MetaGradient(NamedTuple):
 
 
 def meta_gradient(
-    engine: Engine, algorithm: Algorithm, meta: Params, state: Params, tasks: Episode | Any, *, step: int = 0
+    engine: Engine,
+    algorithm: Algorithm,
+    meta: Params,
+    state: Params,
+    tasks: Episode | Any,
+    *,
+    step: int = 0,
+    ranks: Ranks = ALONE,
 ) -> MetaGradient:
     """Mean of the tasks' gradients in `meta`, summed in task order so that the bits do not depend on timing.
 
-    `step` sets the algorithm's knobs. Neither `meta` nor `state` is changed.
+    `step` sets the algorithm's knobs. Of several `ranks` each gives its own tasks, at least one, and all get the mean
+    over all tasks. Neither `meta` nor `state` is changed. Warns (MetaftWarning) of what the algorithm says to warn of,
+    where a task met it.
     """
     # Mapping per-task gradients, not differentiating a mapped loss: the latter is silently wrong at second order for
     # batch normalisation under vmap.
     total = engine.sum(_task_grad_of(algorithm), (meta, state, algorithm.schedule(step)), tasks)
-    count = _length(tasks)
-    mean: TaskGrad = pytree.tree_map(lambda leaf: leaf / count, total)
+    leaves, spec = pytree.tree_flatten(total)
+    *leaves, count = ranks.sum_flat([*leaves, torch.tensor(float(_length(tasks)), device=leaves[0].device)])
+    mean: TaskGrad = pytree.tree_unflatten([leaf / int(count) for leaf in leaves], spec)
+    metrics = {name: float(value) for name, value in mean.metrics.items()}
+    for name, text in algorithm.cautions.items():
+        if metrics[name] > 0:
+            warnings.warn(text, MetaftWarning, stacklevel=2)
     return MetaGradient(
         grads=mean.grads,
         state={
             name: value + mean.state_delta[name] if name in mean.state_delta else value for name, value in state.items()
         },
-        metrics={name: float(value) for name, value in mean.metrics.items()},
+        metrics=metrics,
     )

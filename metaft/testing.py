@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -13,7 +13,8 @@ from metaft.algorithms.base import Algorithm
 from metaft.inner import at_step
 from metaft.metrics import FIGURES, figure, mean_ci95, nearest_neighbour
 from metaft.outer import Engine
-from metaft.types import NORMS, Episode, Params, Source, Split
+from metaft.ranks import ALONE, Ranks
+from metaft.types import NORMS, Episode, Fast, Norm, Params, Source, Split
 
 
 def task_scores(algorithm: Algorithm, meta: Params, state: Params, task: Episode, *, ways: int, steps: int) -> Tensor:
@@ -24,17 +25,19 @@ def task_scores(algorithm: Algorithm, meta: Params, state: Params, task: Episode
     trajectory = algorithm.adapt(
         meta, state, task.support_x, task.support_y, task.key, ways=ways, steps=steps, trajectory=True
     )
-    length = next(iter(trajectory.params.values())).shape[0]
     rows = [
-        torch.stack(
-            [
-                figure(algorithm.loss, algorithm.predict(at_step(trajectory, s), task.query_x, norm), task.query_y)
-                for s in range(length)
-            ]
-        )
+        torch.stack([figure(algorithm.loss, p, task.query_y) for p in predictions(algorithm, trajectory, task, norm)])
         for norm in NORMS
     ]
     return torch.stack(rows).detach()
+
+
+def predictions(algorithm: Algorithm, trajectory: Fast, task: Episode, norm: Norm) -> Iterable[Tensor]:
+    """The task's queries as predicted before the first step and after each one, [n, outputs] each."""
+    if algorithm.predict_steps is not None:
+        return algorithm.predict_steps(trajectory, task.query_x, norm).unbind()
+    length = next(iter(trajectory.params.values())).shape[0]
+    return (algorithm.predict(at_step(trajectory, s), task.query_x, norm) for s in range(length))
 
 
 @functools.lru_cache(maxsize=16)
@@ -55,20 +58,38 @@ def score_episodes(
     episodes: int,
     steps: int,
     at_once: int = 32,
+    ranks: Ranks = ALONE,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Tensor:
-    """float64 [episodes, 2, steps + 1]: `task_scores` of episodes 0 .. episodes-1 of a split.
+    """float64 [episodes, 2, steps + 1]: `task_scores` of episodes 0 .. episodes-1 of a split, shared out among ranks.
 
     Only scores are kept from one chunk of `at_once` episodes to the next, so memory does not grow with their number.
     `progress` is called after each chunk; it may raise to stop.
     """
-    chunks: list[Tensor] = []
-    for first in range(0, episodes, at_once):
-        tasks = source.episodes(seed, split, range(first, min(first + at_once, episodes)))
+
+    def score(indices: range) -> Tensor:
+        tasks = source.episodes(seed, split, indices)
         scores = engine.map(_scores_of(algorithm, source.ways, steps), (meta, state), tasks)
-        chunks.append(torch.stack(list(scores)).double().cpu())
-        progress(min(first + at_once, episodes))
-    return torch.cat(chunks)
+        return torch.stack(list(scores)).double().cpu()
+
+    return _in_chunks(score, episodes, at_once, ranks, progress)
+
+
+def _in_chunks(
+    score: Callable[[range], Tensor],
+    episodes: int,
+    at_once: int,
+    ranks: Ranks,
+    progress: Callable[[int], None] = lambda done: None,
+) -> Tensor:
+    """[episodes, ...]: `score` of chunk after chunk of `at_once` episodes per rank, in the episodes' order."""
+    rows: list[Tensor] = []
+    for first in range(0, episodes, at_once * ranks.count):
+        chunk = range(first, min(first + at_once * ranks.count, episodes))
+        mine = ranks.share(chunk)
+        rows += [part for part in ranks.gather(score(mine) if mine else None) if part is not None]
+        progress(chunk.stop)
+    return torch.cat(rows)
 
 
 def summarise(scores: Tensor, figure_name: str) -> dict[str, dict[str, Any]]:
@@ -97,12 +118,13 @@ def meta_test(
     seed: int,
     episodes: int,
     steps: int,
+    ranks: Ranks = ALONE,
     progress: Callable[[int], None] = lambda done: None,
 ) -> dict[str, Any]:
     """The "test" object of result.json: protocol and figures, with pixel nearest neighbour on the same episodes."""
     scores = score_episodes(
         engine, algorithm, meta, state, source,
-        split=split, seed=seed, episodes=episodes, steps=steps, progress=progress,
+        split=split, seed=seed, episodes=episodes, steps=steps, ranks=ranks, progress=progress,
     )  # fmt: skip
     result: dict[str, Any] = {
         "split": split,
@@ -115,14 +137,12 @@ def meta_test(
         **summarise(scores, FIGURES[algorithm.loss]),
     }
     if algorithm.loss == "cross_entropy":
-        result["pixel_nearest_neighbour"] = _pixel_baseline(source, split=split, seed=seed, episodes=episodes)
+        values = _in_chunks(lambda indices: _pixel_baseline(source, split, seed, indices), episodes, 32, ranks)
+        mean, ci95 = mean_ci95(values)
+        result["pixel_nearest_neighbour"] = {"accuracy": mean.item(), "ci95": ci95.item(), "episodes": episodes}
     return result
 
 
-def _pixel_baseline(source: Source, *, split: Split, seed: int, episodes: int, at_once: int = 32) -> dict[str, Any]:
-    values: list[Tensor] = []
-    for first in range(0, episodes, at_once):
-        tasks = source.episodes(seed, split, range(first, min(first + at_once, episodes)))
-        values += [nearest_neighbour(*four) for four in zip(*tasks[:4], strict=True)]
-    mean, ci95 = mean_ci95(torch.stack(values).cpu())
-    return {"accuracy": mean.item(), "ci95": ci95.item(), "episodes": episodes}
+def _pixel_baseline(source: Source, split: Split, seed: int, indices: range) -> Tensor:
+    tasks = source.episodes(seed, split, indices)
+    return torch.stack([nearest_neighbour(*four) for four in zip(*tasks[:4], strict=True)]).cpu()

@@ -18,6 +18,7 @@ from metaft.errors import CheckpointError, NonFiniteError
 from metaft.metrics import FIGURES, better
 from metaft.outer import Engine, meta_gradient
 from metaft.progress import Progress
+from metaft.ranks import ALONE, Ranks
 from metaft.run import RunFolder, append_row, cut_back
 from metaft.testing import score_episodes, summarise
 from metaft.types import Params, Source
@@ -49,13 +50,15 @@ class Snapshot:
     header: Mapping[str, Any]
 
 
+def tensors_of(snapshot: Snapshot) -> dict[str, Tensor]:
+    """All of them, named as in a checkpoint."""
+    parts = {"meta": snapshot.meta, "state": snapshot.state, "optimizer": snapshot.optimizer}
+    return {f"{part}/{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
+
+
 def save_snapshot(run: RunFolder, snapshot: Snapshot, *, best: bool = False) -> None:
     """Write `checkpoints/best` or `checkpoints/last`; the former last one is kept as `previous`."""
-    tensors = {
-        **{f"meta/{k}": v for k, v in snapshot.meta.items()},
-        **{f"state/{k}": v for k, v in snapshot.state.items()},
-        **{f"optimizer/{k}": v for k, v in snapshot.optimizer.items()},
-    }
+    tensors = tensors_of(snapshot)
     header = {**snapshot.header, "position": dataclasses.asdict(snapshot.position)}
     # JSON has no NaN
     header["position"]["best"] = None if math.isnan(snapshot.position.best) else snapshot.position.best
@@ -66,8 +69,10 @@ def save_snapshot(run: RunFolder, snapshot: Snapshot, *, best: bool = False) -> 
 
 
 def load_snapshot(path: Any) -> Snapshot:
-    """Raises CheckpointError, see `metaft.checkpoint.load`."""
+    """Raises CheckpointError, see `metaft.checkpoint.load`, and for a checkpoint of another command."""
     tensors, header = checkpoint.load(path)
+    if "position" not in header:
+        raise CheckpointError(f"checkpoint {path}: not of a meta-training run")
     p = header["position"]
     position = Position(
         step=p["step"],
@@ -78,6 +83,12 @@ def load_snapshot(path: Any) -> Snapshot:
     )
     meta, state, optimizer = (checkpoint.under(tensors, part) for part in ("meta", "state", "optimizer"))
     return Snapshot(meta, state, optimizer, position, header)
+
+
+def begin(algorithm: Algorithm, seed: int, header: Mapping[str, Any]) -> Snapshot:
+    """The first snapshot of a run, on the CPU."""
+    meta, state = ({k: t.cpu() for k, t in tensors.items()} for tensors in algorithm.init(seed))
+    return Snapshot(meta, state, {}, Position(), header)
 
 
 def outer_lr(config: Settled, step: int) -> float:
@@ -137,20 +148,23 @@ def train(
     val_source: Source,
     start: Snapshot,
     *,
+    ranks: Ranks = ALONE,
     should_stop: Callable[[], None] = lambda: None,
 ) -> Snapshot:
     """Train from `start` to `config.iterations`, writing rows, checkpoints and validations; returns the final state.
 
-    `should_stop` is asked after every step and chunk of validation, and raises to stop; the checkpoint is then
-    written first. Raises NonFiniteError at a loss or gradient that is not finite, with the state before that step
-    saved.
+    All ranks start alike and take the same steps, each with its share of the tasks; rank 0 alone writes. `should_stop`
+    is asked after every step and chunk of validation, and raises to stop; the checkpoint is then written first. Raises
+    NonFiniteError at a loss or gradient that is not finite, with the state before that step saved.
     """
     name = FIGURES[algorithm.loss]
     outer = Outer(config, start.meta, start.optimizer)
     state, position = start.state, start.position
-    # A row of training that the checkpoint's window still holds will be written again.
-    cut_back(run.metrics, position.step - len(position.window), position.evaluated)
-    cut_back(run.timing, position.step, position.evaluated)
+    writes = ranks.rank == 0
+    if writes:
+        # A row of training that the checkpoint's window still holds will be written again.
+        cut_back(run.metrics, position.step - len(position.window), position.evaluated)
+        cut_back(run.timing, position.step, position.evaluated)
     bar = Progress("meta-train", config.iterations, "step", done=position.step, per_unit=config.meta_batch)
     clock, clock_step, validating = time.perf_counter(), position.step, 0.0
 
@@ -158,8 +172,14 @@ def train(
         meta = {k: v.detach().clone() for k, v in outer.meta.items()}
         return Snapshot(meta, state, outer.moments(), position, start.header)
 
+    def log(row: Mapping[str, Any], *, sync: bool = False) -> None:
+        if writes:
+            append_row(run.metrics, row, sync=sync)
+
     def save() -> None:
         nonlocal clock, clock_step, validating
+        if not writes:
+            return
         now = time.perf_counter()
         row = {"step": position.step, "seconds": now - clock, "validation_seconds": validating}
         if position.step > clock_step:
@@ -169,12 +189,12 @@ def train(
         clock, clock_step, validating = now, position.step, 0.0
 
     try:
-        if not run.last.exists():  # a run killed before its first step must begin with the same parameters
+        if writes and not run.last.exists():  # a run killed before its first step must begin with the same parameters
             save_snapshot(run, snapshot())
         while True:
             if position.window and (position.step % config.log_every == 0 or position.step == config.iterations):
                 loss, shown = (math.fsum(c) / len(position.window) for c in zip(*position.window, strict=True))
-                append_row(run.metrics, {"kind": "train", "step": position.step, "loss": loss, name: shown})
+                log({"kind": "train", "step": position.step, "loss": loss, name: shown})
                 position = dataclasses.replace(position, window=())
                 bar.update(position.step, **_shown(name, loss, shown))
 
@@ -184,24 +204,26 @@ def train(
                 scores = score_episodes(
                     engine, algorithm, outer.meta, state, val_source,
                     split="val", seed=config.eval_seed, episodes=config.eval_episodes,
-                    steps=config.test_inner_steps, progress=lambda done: should_stop(),
+                    steps=config.test_inner_steps, ranks=ranks, progress=lambda done: should_stop(),
                 )  # fmt: skip
                 summary = summarise(scores, name)
-                append_row(run.metrics, {"kind": "val", "step": position.step, **summary}, sync=True)
+                log({"kind": "val", "step": position.step, **summary}, sync=True)
                 validating += time.perf_counter() - before
                 value = summary[config.batch_norm][name]
                 position = dataclasses.replace(position, evaluated=position.step)
                 if better(algorithm.loss, value, position.best):
                     position = dataclasses.replace(position, best=value, best_step=position.step)
-                    save_snapshot(run, snapshot(), best=True)
+                    if writes:
+                        save_snapshot(run, snapshot(), best=True)
                 save()
                 bar.say(f"step {position.step}: validation {describe(name, summary)}")
             if position.step == config.iterations:
                 return snapshot()
 
             first = position.step * config.meta_batch
-            tasks = draw(algorithm, source, config.seed, range(first, first + config.meta_batch))
-            result = meta_gradient(engine, algorithm, outer.meta, state, tasks, step=position.step)
+            mine = ranks.share(range(first, first + config.meta_batch))
+            tasks = draw(algorithm, source, config.seed, mine)
+            result = meta_gradient(engine, algorithm, outer.meta, state, tasks, step=position.step, ranks=ranks)
             _check_finite(result.metrics, result.grads, position.step, run)
             outer.step(result.grads, position.step)
             state = result.state
@@ -209,6 +231,7 @@ def train(
             window = (*position.window, (result.metrics["loss"], result.metrics[name]))
             position = dataclasses.replace(position, step=position.step + 1, window=window)
             if position.step % config.checkpoint_every == 0:
+                ranks.check_same(f"step {position.step}: the digest of the parameters", lambda: _digest(snapshot()))
                 save()
             should_stop()
     except CheckpointError:  # the disk refuses; trying once more would hide why
@@ -221,6 +244,10 @@ def train(
         raise
     finally:
         bar.close()
+
+
+def _digest(snapshot: Snapshot) -> str:
+    return checkpoint.digest("", tensors_of(snapshot))[:16]
 
 
 def draw(algorithm: Algorithm, source: Source, seed: int, indices: range) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import dataclasses
+import gc
 import math
 import mmap
 import multiprocessing
@@ -14,6 +15,7 @@ import signal
 import warnings
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 import torch
@@ -65,9 +67,8 @@ class Workers:
             probe = context.Process(target=self._probe, args=(theirs, shared, tasks), daemon=True)
             probe.start()
         theirs.close()
-        self._processes, self._ends = [probe], [ours]
         try:
-            rows = self._receive(0)
+            rows = _received(ours, probe)
         finally:
             probe.join()
             ours.close()
@@ -99,9 +100,9 @@ class Workers:
             mine[:count].copy_(leaf)
         failures: list[tuple[int, BaseException]] = []
         for end in self._ends:
-            self._send(end, count)
-        for rank in range(len(self._ends)):
-            failures += self._receive(rank)
+            _send(end, count)
+        for end, process in zip(self._ends, self._processes, strict=True):
+            failures += _received(end, process)
         if failures:
             raise min(failures, key=lambda failure: failure[0])[1]
         rows = len(self._parts(count)) if self._summed else count
@@ -111,27 +112,13 @@ class Workers:
         """End the processes. A second time does nothing."""
         atexit.unregister(self.close)
         for end in self._ends:
-            self._send(end, None)
+            _send(end, None)
             end.close()
         for process in self._processes:
             process.join(_ORPHAN_AFTER)
             if process.is_alive():  # in the middle of a part that nobody waits for any more
                 process.kill()
                 process.join()
-
-    @staticmethod
-    def _send(end: Connection, what: int | None) -> None:
-        with contextlib.suppress(OSError):  # the worker is gone, which the answer that does not come will tell
-            end.send(what)
-
-    def _receive(self, rank: int) -> Any:
-        try:
-            return self._ends[rank].recv()
-        except (EOFError, OSError):
-            process = self._processes[rank]
-            process.join(_ORPHAN_AFTER)
-            how = f"signal {-code}" if (code := process.exitcode or 0) < 0 else f"exit status {process.exitcode}"
-            raise MetaftError(f"engine: a worker process ended ({how}), perhaps for want of memory") from None
 
     def _parts(self, count: int) -> list[tuple[int, int]]:
         return [(first, min(first + self._size, count)) for first in range(0, count, self._size)]
@@ -180,10 +167,25 @@ class Workers:
         return []
 
 
+def _send(end: Connection, what: int | None) -> None:
+    with contextlib.suppress(OSError):  # the worker is gone, which the answer that does not come will tell
+        end.send(what)
+
+
+def _received(end: Connection, process: BaseProcess) -> Any:
+    try:
+        return end.recv()
+    except (EOFError, OSError):
+        process.join(_ORPHAN_AFTER)
+        how = f"signal {-code}" if (code := process.exitcode or 0) < 0 else f"exit status {process.exitcode}"
+        raise MetaftError(f"engine: a worker process ended ({how}), perhaps for want of memory") from None
+
+
 def _settle_in() -> None:
     # The parent decides what a signal means that all processes of a job get: it may want to write a checkpoint first.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    gc.freeze()  # a collection would write to each object that is inherited, and so copy the pages that are shared
     torch.set_num_threads(1)
 
 

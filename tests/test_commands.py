@@ -130,6 +130,7 @@ def test_the_result_of_a_regression(curve: Path):
         "seed": 0,
         "device": "cpu",
         "engine": "vmap",
+        "ranks": 1,
         "seconds": 0,
         "tasks_per_second": 0,
         "test": 0,
@@ -381,10 +382,10 @@ def test_a_signal_leaves_a_checkpoint_and_the_command_to_go_on(
     real, out = training.meta_gradient, tmp_path / "r"
     former = signal.getsignal(number)
 
-    def meta_gradient(*arguments: Any, step: int) -> Any:
+    def meta_gradient(*arguments: Any, step: int, **more: Any) -> Any:
         if step == 4:
             signal.raise_signal(number)
-        return real(*arguments, step=step)
+        return real(*arguments, step=step, **more)
 
     monkeypatch.setattr(training, "meta_gradient", meta_gradient)
     assert meta_train.main([*options(SINUSOID), "--out", str(out)]) == 128 + number
@@ -496,6 +497,15 @@ def test_pictures_that_cannot_be_written_are_one_line_and_the_result_stays(
     assert (tmp_path / "r/result.json").exists()
 
 
+def test_a_row_of_metrics_that_somebody_edited_is_one_line(copy: Path, capsys: Text):
+    """Its last row of training has another name for the loss; drawing the curves finds out."""
+    text = (copy / "metrics.jsonl").read_text()
+    (copy / "metrics.jsonl").write_text(text.replace('"loss"', '"lots"'))
+    assert meta_train.main(["--resume", str(copy)]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line == f"metaft: error: {copy}/metrics.jsonl: a row is not one that a run writes (KeyError('loss'))"
+
+
 # ---- evaluate -----------------------------------------------------------------------------------------------------
 
 
@@ -597,7 +607,7 @@ def test_evaluate_that_is_stopped_writes_nothing(
 def test_evaluate_that_cannot_write_says_so(curve: Path, tmp_path: Path, capsys: Text):
     (tmp_path / "file").write_text("")
     assert evaluate.main([str(curve), "--episodes", "2", "--out", str(tmp_path / "file" / "e.json")]) == 2
-    assert "e.json: cannot be written" in capsys.readouterr().err.splitlines()[-1]
+    assert "e.json cannot be written" in capsys.readouterr().err.splitlines()[-1]
 
 
 # ---- from Python --------------------------------------------------------------------------------------------------

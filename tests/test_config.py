@@ -185,6 +185,8 @@ def test_curves_cannot_be_rotated_or_shifted():
         resolve(MetaTrainConfig(dataset="sinusoid", rotate=True), Sinusoid(), default_rotate=False)
     with pytest.raises(MetaftError, match="inner_augment: sinusoid has no images to shift"):
         resolve(MetaTrainConfig(dataset="sinusoid", inner_augment="shift"), Sinusoid(), default_rotate=False)
+    with pytest.raises(MetaftError, match=r"dropout: protonet has no inner steps to drop in \(given 0.5\)"):
+        resolve(MetaTrainConfig(algorithm="protonet", dropout=0.5), pool(), default_rotate=True)
 
 
 def test_tests_take_no_fewer_inner_steps_than_training():

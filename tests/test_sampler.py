@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from metaft.errors import MetaftError
-from metaft.tasks.sampler import choose, raw_words, uniform
+from metaft.tasks.sampler import Stream, choose, raw_words, uniform
 from metaft.types import SPLITS
 
 SEEDS = st.integers(0, 2**64 - 1)
@@ -46,7 +46,7 @@ def test_a_contiguous_stretch_equals_scattered_items(seed: int, first: int, word
 def test_items_seeds_splits_and_streams_share_no_words() -> None:
     """Of 64-bit words even one in common means overlapping stretches."""
     draws = [
-        raw_words(seed, split, range(50), 11, stream=stream)
+        raw_words(seed, split, range(50), 11, stream=Stream(stream))
         for seed in (0, 1, 2**64 - 1)
         for split in SPLITS
         for stream in (0, 1, 2)

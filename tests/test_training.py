@@ -446,6 +446,18 @@ def test_a_run_writes_down_how_it_maps_tasks(tmp_path: Path, monkeypatch: pytest
     assert (settings["engine"], settings["task_chunk"]) == ("threads", 2)
 
 
+def test_a_chunk_is_forgotten_with_the_kind_of_engine_that_it_was_chosen_for(tmp_path: Path):
+    config = images(tmp_path / "run", threads=2, meta_batch=5, engine="threads", iterations=1)
+    run(config, dataset=pool())
+    assert read_toml(tmp_path / "run/config.toml")["task_chunk"] == 3
+    longer = dataclasses.replace(config, out=None, iterations=2, engine="vmap")
+    resume_run(tmp_path / "run", longer, dataset=pool())
+    assert "task_chunk" not in read_toml(tmp_path / "run/config.toml")
+    longer = dataclasses.replace(longer, iterations=3, engine="threads", task_chunk=2)
+    resume_run(tmp_path / "run", longer, dataset=pool())
+    assert read_toml(tmp_path / "run/config.toml")["task_chunk"] == 2
+
+
 def test_another_seed_gives_another_run(tmp_path: Path):
     """The tests above compare bytes; this one says that the bytes are about something."""
     run(sinusoid(tmp_path / "0"))
@@ -506,8 +518,8 @@ def _config_of(path: Path) -> MetaTrainConfig:
 def spoil(monkeypatch: pytest.MonkeyPatch, at: int, change: Callable[[MetaGradient], MetaGradient]) -> None:
     real = training.meta_gradient
 
-    def meta_gradient(*arguments: Any, step: int) -> MetaGradient:
-        result = real(*arguments, step=step)
+    def meta_gradient(*arguments: Any, step: int, **more: Any) -> MetaGradient:
+        result = real(*arguments, step=step, **more)
         return change(result) if step == at else result
 
     monkeypatch.setattr(training, "meta_gradient", meta_gradient)

@@ -9,14 +9,20 @@ from collections.abc import Callable, Iterable, Mapping
 
 from metaft.algorithms.anil import anil
 from metaft.algorithms.base import Algorithm, TaskGrad
+from metaft.algorithms.baseline import baseline, baseline_plus_plus
 from metaft.algorithms.boil import boil
+from metaft.algorithms.cavia import cavia
+from metaft.algorithms.imaml import imaml
 from metaft.algorithms.maml import fomaml, maml
 from metaft.algorithms.maml_plus_plus import maml_plus_plus
+from metaft.algorithms.matching_net import matching_net
 from metaft.algorithms.meta_curvature import meta_curvature
 from metaft.algorithms.meta_sgd import meta_sgd
 from metaft.algorithms.proto_maml import proto_maml
 from metaft.algorithms.protonet import protonet
 from metaft.algorithms.query import query_loss
+from metaft.algorithms.reptile import reptile
+from metaft.algorithms.unicorn_maml import unicorn_maml
 from metaft.errors import MetaftError, suggest
 from metaft.models import Model
 
@@ -25,18 +31,25 @@ __all__ = [
     "Algorithm",
     "TaskGrad",
     "anil",
+    "baseline",
+    "baseline_plus_plus",
     "boil",
     "build",
+    "cavia",
     "fomaml",
     "hyper_parameters",
+    "imaml",
     "maml",
     "maml_plus_plus",
     "meta_curvature",
+    "matching_net",
     "meta_sgd",
     "parse_hyper",
     "proto_maml",
     "protonet",
     "query_loss",
+    "reptile",
+    "unicorn_maml",
 ]
 
 ALGORITHMS: dict[str, Callable[..., Algorithm]] = {
@@ -47,8 +60,15 @@ ALGORITHMS: dict[str, Callable[..., Algorithm]] = {
     "meta-sgd": meta_sgd,
     "maml++": maml_plus_plus,
     "meta-curvature": meta_curvature,
+    "reptile": reptile,
+    "imaml": imaml,
+    "cavia": cavia,
     "proto-maml": proto_maml,
+    "unicorn-maml": unicorn_maml,
     "protonet": protonet,
+    "matching-net": matching_net,
+    "baseline": baseline,
+    "baseline++": baseline_plus_plus,
 }
 
 

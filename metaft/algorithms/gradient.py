@@ -33,6 +33,8 @@ def by_gradient(
     begin: Callable[[Params, Tensor, Tensor, int], Params] | None = None,
     rates: Callable[[Params], inner.Rates] | None = None,
     at: Callable[[Params, int], Params] | None = None,
+    weights: Callable[[Params], Params] = lambda params: params,
+    penalty: Callable[[Params, Params], Tensor] | None = None,
     any_ways: bool = False,
 ) -> Algorithm:
     """MAML, up to which parameters move, from where, and how fast.
@@ -40,8 +42,10 @@ def by_gradient(
     `adapted` names the parameters that the inner loop moves; the others keep their learned values. What a member may
     have of its own: `learned`, the first `meta`, where that is not the model's parameters; `begin(meta, support_x,
     support_y, ways)`, the weights before the first step, through which the meta-gradient runs; `rates(meta)` in the
-    place of `inner_lr`, what each direction of `inner_optimizer` is multiplied by (see `metaft.inner.Rates`); and
-    `at(meta, step)`, parameters that do not move but are others in inner step 0, 1, ... and in predictions after it.
+    place of `inner_lr`, what each direction of `inner_optimizer` is multiplied by (see `metaft.inner.Rates`);
+    `at(meta, step)`, parameters that do not move but are others in inner step 0, 1, ... and in predictions after it;
+    `weights(params)`, the model's parameters, where what the inner loop works on are others; and `penalty(meta,
+    params)`, what it minimises besides the support loss.
 
     Dropout acts in the support loss of each step, and `inner_augment` on its images, in training and at test; masks and
     shifts follow from the task's key and the step. Prototypes, moments and predictions see neither.
@@ -76,10 +80,13 @@ def by_gradient(
         def support_loss(params: Params, step: int) -> Tensor:
             x = augment(support_x, key, step)
             with use_dropout(key, step):
-                return model.loss(at_step(params, step), x, support_y, loss, curvature=not first_order)[0]
+                at_weights = weights(at_step(params, step))
+                value, _ = model.loss(at_weights, x, support_y, loss, curvature=not first_order)
+            return value if penalty is None else value + penalty(meta, params)
 
         def finish(params: Params) -> Fast:
-            return Fast(params, model.measure(params, support_x) if moments else (), {})
+            fast = weights(params)
+            return Fast(fast, model.measure(fast, support_x) if moments else (), {})
 
         start = meta if begin is None else begin(meta, support_x, support_y, ways)
         lr = inner_lr if rates is None else rates(meta)

@@ -11,7 +11,7 @@ from metaft import inner
 from metaft.algorithms.base import Algorithm
 from metaft.algorithms.gradient import by_gradient
 from metaft.algorithms.meta_sgd import RATE
-from metaft.algorithms.query import loss_at, metrics_of
+from metaft.algorithms.query import judge
 from metaft.errors import MetaftError
 from metaft.inner_optim import InnerOptimizer
 from metaft.models import Model
@@ -111,7 +111,7 @@ def maml_plus_plus(
         at=at,
     )
     statistics = _initial_statistics(model, inner_steps + 1) if step_statistics else {}
-    judge = loss_at(base.predict, loss=loss, norm=norm, loss_of=model.loss)
+    judged = judge(base.predict, loss=loss, norm=norm, loss_of=model.loss)
 
     def init(key: int) -> tuple[Params, Params]:
         return base.init(key)[0], {k: v.clone() for k, v in statistics.items()}
@@ -159,10 +159,10 @@ def maml_plus_plus(
             fast = fast._replace(moments=_pairs(state))
         first = min(1, inner_steps) if multi_step else inner_steps
         steps = range(first, inner_steps + 1)
-        judged = [judge(inner.at_step(fast, s) if trajectory else fast, episode) for s in steps]
-        losses = torch.stack([value for value, _ in judged])
-        value = (knobs["weights"].to(losses) * losses).sum() if len(judged) > 1 else losses[0]
-        return value, (delta, metrics_of(loss, value, judged[-1][1], episode.query_y))
+        results = [judged(inner.at_step(fast, s) if trajectory else fast, episode) for s in steps]
+        losses = torch.stack([value for value, _ in results])
+        value = (knobs["weights"].to(losses) * losses).sum() if len(results) > 1 else losses[0]
+        return value, (delta, {**results[-1][1], "loss": value.detach()})
 
     def schedule(step: int) -> Params:
         early = 1 - min(1.0, step / (multi_step * iterations)) if multi_step else 0.0

@@ -85,5 +85,6 @@ def _transformed(g: Tensor, matrices: list[Tensor | None]) -> Tensor:
     modes = _modes(g)
     for i, matrix in enumerate(matrices):
         if matrix is not None:
-            modes = torch.tensordot(matrix, modes, dims=([1], [i])).movedim(0, i)
+            rows = modes.movedim(i, 0)
+            modes = (matrix @ rows.reshape(len(rows), -1)).view(rows.shape).movedim(0, i)
     return modes.reshape(g.shape)

@@ -18,11 +18,9 @@ from metaft.errors import MetaftError, NonFiniteError
 from metaft.finetune import heads
 from metaft.models.stored import with_stored_moments
 from metaft.tasks.pool import Preprocessing
-from metaft.tasks.sampler import raw_words, uniform
+from metaft.tasks.sampler import Stream, raw_words, uniform
 
 SMALLER = "try a smaller --lr"
-
-STREAM = 4  # of raw_words: 0 episodes, 1 batches, 2 glyphs, 3 the draw of training images
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,7 +205,7 @@ def _validate(model: nn.ModuleDict, x_train: Tensor, x: Tensor, y: Tensor) -> di
 
 def _batches(n: int, recipe: Recipe, epoch: int) -> list[np.ndarray]:
     """Rows of each batch of one epoch; a last batch of one image joins the one before, where it has statistics."""
-    order = np.argsort(raw_words(recipe.seed, "train", [epoch], n, stream=STREAM)[0], kind="stable")
+    order = np.argsort(raw_words(recipe.seed, "train", [epoch], n, stream=Stream.FINE_TUNING)[0], kind="stable")
     cuts = list(range(recipe.batch_size, n, recipe.batch_size))
     if cuts and n - cuts[-1] == 1:
         cuts.pop()
@@ -218,7 +216,7 @@ def _moves(n: int, recipe: Recipe, epoch: int) -> Tensor | None:
     """[n, 3] uniform in -1..1 for the n images' angles and shifts in an epoch, or None where they stay as they are."""
     if recipe.augment == "none":
         return None
-    words = raw_words(recipe.seed, "val", [epoch], 3 * n, stream=STREAM)[0].reshape(n, 3)
+    words = raw_words(recipe.seed, "val", [epoch], 3 * n, stream=Stream.FINE_TUNING)[0].reshape(n, 3)
     return torch.from_numpy(2 * uniform(words) - 1).float()
 
 

@@ -19,9 +19,8 @@ from metaft.tasks.folder import preprocessing_for
 from metaft.tasks.glyphs import glyphs
 from metaft.tasks.images import is_dark_on_bright, is_grey, list_below, list_classes, read_all, subfolders
 from metaft.tasks.pool import Preprocessing
-from metaft.tasks.sampler import choose, raw_words
+from metaft.tasks.sampler import Stream, choose, raw_words
 
-STREAM = 3  # of raw_words: 0 episodes, 1 batches, 2 glyphs
 VALIDATION_FROM, VALIDATION_SHARE = 10, 5  # from 10 images per class, one in 5 is for validation
 
 
@@ -268,7 +267,7 @@ def draw(
         if len(own) < k + spare:
             need = f"shots_per_class + 1 for the test = {k + 1}" if keep_some else f"shots_per_class = {k}"
             raise DataError(f"data: class {name!r} has {len(own)} images to draw from, fewer than {need}")
-        words = raw_words(seed, "train", [label], k, stream=STREAM)
+        words = raw_words(seed, "train", [label], k, stream=Stream.TARGET_DRAWS)
         drawn.append(own[choose(words, np.array([len(own)]))[0]])
     taken = np.sort(np.concatenate(drawn))
     return taken, np.setdiff1d(rows, taken)
@@ -282,7 +281,7 @@ def validation_part(labels: np.ndarray, train: np.ndarray, seed: int) -> tuple[n
     val = []
     for label, count in enumerate(counts):
         own = train[labels[train] == label]
-        words = raw_words(seed, "val", [label], int(count) // VALIDATION_SHARE, stream=STREAM)
+        words = raw_words(seed, "val", [label], int(count) // VALIDATION_SHARE, stream=Stream.TARGET_DRAWS)
         val.append(own[choose(words, np.array([count]))[0]])
     picked = np.sort(np.concatenate(val))
     return np.setdiff1d(train, picked), picked

@@ -301,18 +301,11 @@ def _derivative(form: _Form, x: Tensor, p: _Params, layers: Sequence[_Layer], to
     tasks, n = top.gl.shape[:2]
     below: list[Tensor] = [_images(y, size) for y, size in zip([x, *(v.y for v in layers)], form.sizes, strict=True)]
     dbelow: list[Tensor | None] = [None]
+    dy = x
     ups = []
     for i, v in enumerate(layers):
         w, dw, gamma, m = p.weights[i], d.weights[i], p.scales[i], v.z.shape[1]
-        dx = dbelow[i]
-        if dx is None:
-            dz = _conv(below[i], dw, form.stride)
-        elif w.dim() == 5 or tasks == 1:
-            both = torch.cat([dx, below[i]], 1), torch.cat([_own(w, tasks), _own(dw, tasks)], 2)
-            dz = _conv(*both, form.stride)
-        else:
-            dz = _conv(dx, w, form.stride) + _conv(below[i], dw, form.stride)
-        dz = _rows(dz, tasks)
+        dz = _rows(_conv_along(below[i], w, dbelow[i], dw, form.stride, tasks), tasks)
         at_peaks = dz if v.at is None else _pooled(dz, v.at, form.z_sizes[i])
         scale = gamma * v.s
         total = _total(dz)
@@ -325,14 +318,12 @@ def _derivative(form: _Form, x: Tensor, p: _Params, layers: Sequence[_Layer], to
         ups.append((dz, total, c, k))
         dbelow.append(_images(dy, form.sizes[i + 1]))
 
-    last = dbelow[-1]
-    assert last is not None
-    dfeatures = _features(form, _rows(last, tasks), n)
+    dfeatures = _features(form, dy, n)
     dlogits = torch.baddbmm(d.bias.unsqueeze(1), dfeatures, p.head.transpose(1, 2))
     dlogits = dlogits.baddbmm_(top.features, d.head.transpose(1, 2))
     dgl = top.chances * (dlogits - (top.chances * dlogits).sum(-1, keepdim=True)) / n
     dhead = (dgl.transpose(1, 2) @ top.features).baddbmm_(top.gl.transpose(1, 2), dfeatures)
-    dgy = _from_features(form, (dgl @ p.head).baddbmm_(top.gl, d.head), last.shape[1])
+    dgy = _from_features(form, (dgl @ p.head).baddbmm_(top.gl, d.head), dy.shape[-1])
 
     weights: list[Tensor] = []
     scales: list[Tensor] = []
@@ -364,13 +355,25 @@ def _derivative(form: _Form, x: Tensor, p: _Params, layers: Sequence[_Layer], to
             continue
         g_both, x_both = _per_task(dgz, gz, tasks), _per_task(below[i], dx, tasks)
         weights.append(_conv_to_weights(g_both, x_both, w, form.stride, tasks))
-        if w.dim() == 5 or tasks == 1:
-            both = torch.cat([dgz, gz], 1), torch.cat([_own(w, tasks), _own(dw, tasks)], 1)
-            dgx = _conv_to_images(both[0], below[i], both[1], form.stride)
-        else:
-            dgx = _conv_to_images(dgz, below[i], w, form.stride) + _conv_to_images(gz, below[i], dw, form.stride)
-        dgy = _rows(dgx, tasks)
+        dgy = _rows(_conv_to_images_along(gz, below[i], w, dgz, dw, form.stride, tasks), tasks)
     return [*reversed(weights), *reversed(scales), *reversed(shifts), dhead, dgl.sum(1)]
+
+
+def _conv_along(x: Tensor, w: Tensor, dx: Tensor | None, dw: Tensor, stride: int, tasks: int) -> Tensor:
+    """The derivative of `_conv` along (dx, dw): with a task's own weights one convolution, twice as deep."""
+    if dx is None:
+        return _conv(x, dw, stride)
+    if w.dim() == 5 or tasks == 1:
+        return _conv(torch.cat([dx, x], 1), torch.cat([_own(w, tasks), _own(dw, tasks)], 2), stride)
+    return _conv(dx, w, stride) + _conv(x, dw, stride)
+
+
+def _conv_to_images_along(gz: Tensor, x: Tensor, w: Tensor, dgz: Tensor, dw: Tensor, stride: int, tasks: int) -> Tensor:
+    """The derivative of `_conv_to_images` along (dgz, dw), likewise."""
+    if w.dim() == 5 or tasks == 1:
+        deep = torch.cat([_own(w, tasks), _own(dw, tasks)], 1)
+        return _conv_to_images(torch.cat([dgz, gz], 1), x, deep, stride)
+    return _conv_to_images(dgz, x, w, stride) + _conv_to_images(gz, x, dw, stride)
 
 
 def _per_task(a: Tensor, b: Tensor, tasks: int) -> Tensor:

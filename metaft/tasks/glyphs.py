@@ -19,7 +19,7 @@ from metaft.errors import DataError
 from metaft.tasks.cache import cached
 from metaft.tasks.letters import SCRIPTS, face_paths, faces_of, ink, load_face, table
 from metaft.tasks.pool import ClassPool, Preprocessing
-from metaft.tasks.sampler import raw_words, uniform
+from metaft.tasks.sampler import Stream, raw_words, uniform
 from metaft.types import SPLITS
 
 SIDE = 28
@@ -28,7 +28,6 @@ INSTANCES = 20
 _VERSION = 1
 """Of the renderer; raise it with every change to the pixels."""
 
-_STREAM = 2  # of raw_words: episodes and batches use 0 and 1
 _POINTS = 64  # size at which a face is rasterised, before it is bent to its place
 _FINE = 2 * SIDE  # bent at twice the size, then averaged down, which smooths the edges
 _CELLS = 4  # the elastic map is bilinear within each of 4 x 4 cells
@@ -64,7 +63,7 @@ def glyphs() -> ClassPool:
 
 def render(code_points: tuple[int, ...]) -> np.ndarray:
     """uint8 [letters, 20, 28, 28]. A letter's pixels depend on its code point alone, not on the other letters."""
-    words = raw_words(0, "train", code_points, INSTANCES * _WORDS, stream=_STREAM)
+    words = raw_words(0, "train", code_points, INSTANCES * _WORDS, stream=Stream.GLYPHS)
     maps = _maps(2.0 * uniform(words).reshape(len(code_points), INSTANCES, _WORDS) - 1.0)
     return np.stack([_draw_letter(c, letter_maps) for c, letter_maps in zip(code_points, maps, strict=True)])
 

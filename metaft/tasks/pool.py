@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from metaft.errors import DataError
-from metaft.tasks.sampler import choose, raw_words
+from metaft.tasks.sampler import Stream, choose, raw_words
 from metaft.types import SPLITS, Batch, Episode, Loss, Split
 
 Polarity = Literal["bright-on-black", "as-is"]
@@ -30,6 +30,10 @@ class Preprocessing:
     mean: tuple[float, ...] = (0.0,)
     """Per channel, in units of the pixel range 0..1; a single value serves every channel."""
     std: tuple[float, ...] = (1.0,)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.channels, self.height, self.width
 
     @classmethod
     def from_plain(cls, values: Mapping[str, Any]) -> Preprocessing:
@@ -234,7 +238,7 @@ class ClassEpisodes:
     def batches(self, seed: int, split: Split, indices: Sequence[int], size: int) -> Batch:
         """`size` images a batch: a class uniformly, then one of its images uniformly."""
         classes = self._classes(split)
-        words = raw_words(seed, split, indices, 2 * size + 1, stream=1)
+        words = raw_words(seed, split, indices, 2 * size + 1, stream=Stream.BATCHES)
         y = (words[:, :size] % np.uint64(len(classes))).astype(np.int64)
         class_ids = classes[y]
         image = (words[:, size : 2 * size] % self.pool.counts[class_ids].astype(np.uint64)).astype(np.int64)

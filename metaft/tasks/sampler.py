@@ -6,6 +6,7 @@ are taken from it. Episode i reads its own stretch of the counter, and no sample
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Sequence
 
 import numpy as np
@@ -14,11 +15,23 @@ from metaft.errors import MetaftError
 from metaft.types import SPLITS, Split
 
 
-def raw_words(seed: int, split: Split, indices: Sequence[int], words: int, *, stream: int = 0) -> np.ndarray:
-    """uint64 [len(indices), words]: row j holds the Philox words of item `indices[j]`.
+class Stream(enum.IntEnum):
+    """Uses of random words that must not share any. Never renumber: every drawn figure would change."""
 
-    `stream` separates uses that must not share words (0 episodes, 1 batches).
-    """
+    EPISODES = 0
+    BATCHES = 1
+    GLYPHS = 2
+    TARGET_DRAWS = 3
+    FINE_TUNING = 4
+    HEADS = 5
+    BASELINES = 6
+    CONTEXT = 7
+
+
+def raw_words(
+    seed: int, split: Split, indices: Sequence[int], words: int, *, stream: Stream = Stream.EPISODES
+) -> np.ndarray:
+    """uint64 [len(indices), words]: row j holds the Philox words of item `indices[j]`."""
     if not 0 <= seed < 2**64:
         raise MetaftError(f"seed must be in 0..2**64-1, got {seed}")
     blocks = -(-words // 4)  # Philox yields four words per count

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from metaft.errors import DataError
-from metaft.tasks.sampler import raw_words, uniform
+from metaft.tasks.sampler import Stream, raw_words, uniform
 from metaft.types import SPLITS, Batch, Episode, Loss, Split
 
 AMPLITUDE = (0.1, 5.0)
@@ -84,7 +84,7 @@ class SinusoidTasks:
     def episodes(self, seed: int, split: Split, indices: Sequence[int]) -> Episode:
         """Tasks number `indices`: support [B, K, 1], query [B, Q, 1], class_ids all 0 [B, 1]."""
         points = self.shots + self.query_shots
-        words = self._words(seed, split, indices, 2 + points + 1, stream=0)
+        words = self._words(seed, split, indices, 2 + points + 1, stream=Stream.EPISODES)
         x = _between(X, words[:, 2:-1])
         y = _wave(words[:, :1], words[:, 1:2], x)
         return Episode(
@@ -101,12 +101,12 @@ class SinusoidTasks:
 
         x and y are [B, size, 1].
         """
-        words = self._words(seed, split, indices, 3 * size + 1, stream=1)
+        words = self._words(seed, split, indices, 3 * size + 1, stream=Stream.BATCHES)
         x = _between(X, words[:, 2 * size : 3 * size])
         y = _wave(words[:, :size], words[:, size : 2 * size], x)
         return Batch(x=self._tensor(x), y=self._tensor(y), key=self._key(words))
 
-    def _words(self, seed: int, split: Split, indices: Sequence[int], words: int, stream: int) -> np.ndarray:
+    def _words(self, seed: int, split: Split, indices: Sequence[int], words: int, stream: Stream) -> np.ndarray:
         if split not in self.splits:
             raise DataError(f"{self.name}: split {split!r} is not one of {list(self.splits)}, which were asked for")
         return raw_words(seed, split, indices, words, stream=stream)

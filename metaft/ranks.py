@@ -1,0 +1,307 @@
+"""Many processes of one run: which one this is, what they add up and tell each other, and who speaks when one is lost.
+
+torchrun starts the same command many times and tells each process in its environment which one it is (its *rank*). All
+ranks compute, each its share; rank 0 alone reads and writes the run folder, and prints. Without torchrun there is one
+rank, which needs nothing of torch.distributed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import math
+import os
+import signal
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+from metaft.errors import MetaftError, RankLost, SaidElsewhere
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Value = TypeVar("Value")
+
+_GRACE = 5.0
+"""Seconds in which ranks that lost each other say that they are still there: torchrun kills what is left after 30."""
+_LAST_STEP = 20.0
+"""Seconds that the others leave rank 0 for a last checkpoint, before torchrun learns that they have ended."""
+
+
+class Ranks:
+    """Rank `rank` of `count`. This one is alone: whatever ranks do together is done at once, and costs nothing."""
+
+    def __init__(self, rank: int = 0, count: int = 1, local: int = 0) -> None:
+        self.rank, self.count = rank, count
+        self.local = local
+        """Number of this process on its machine."""
+        self.asked = 0
+        """Number of the signal that asks this process to stop; 0: none."""
+        self.stop = 0
+        """The same as all ranks know it since their last `sum_flat` or `gather`, so that all stop at the same point."""
+        self.restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+        """Whether torchrun has started this job before, which then ended with an error."""
+
+    def share(self, indices: range) -> range:
+        """This rank's part of consecutive numbers: in rank order, the first parts longer by one where they must be."""
+        each, more = divmod(len(indices), self.count)
+        first = self.rank * each + min(self.rank, more)
+        return indices[first : first + each + (self.rank < more)]
+
+    def sum_flat(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Each tensor added up over ranks, all in one all-reduce; all ranks get the same bits. Inputs stay as they are.
+
+        Sums are in float32, or in float64 where one of the tensors is wider (or holds integers). Raises RankLost.
+        """
+        if self.count == 1:
+            return list(tensors)
+        import torch
+
+        short = {torch.float32, torch.float16, torch.bfloat16}
+        wide = torch.float32 if all(t.dtype in short for t in tensors) else torch.float64
+        parts = [t.detach().reshape(-1).to(wide) for t in tensors]
+        flat = torch.cat([*parts, parts[0].new_tensor([self.asked])])
+        self._add(flat)
+        *sums, asked = flat.split([*(len(part) for part in parts), 1])
+        self._agree(float(asked) > 0)
+        return [s.view(t.shape).to(t.dtype) for s, t in zip(sums, tensors, strict=True)]
+
+    def gather(self, value: Value) -> list[Value]:
+        """Every rank's value (small plain data), in rank order, on all of them. Raises RankLost."""
+        if self.count == 1:
+            return [value]
+        found = self._all((self.asked, value))
+        self._agree(any(asked for asked, _ in found))
+        return [value for _, value in found]
+
+    def on_first(self, function: Callable[[], Value]) -> Value:
+        """What rank 0's `function()` gives; the others do not call theirs. An error there ends all. Raises RankLost."""
+        if self.count == 1:
+            return function()
+        value, error = None, None
+        if self.rank == 0:
+            try:
+                value = function()
+            except (MetaftError, SystemExit) as raised:
+                error = raised
+        ended = (type(error) is SystemExit, getattr(error, "status", 0)) if error is not None else None
+        value, ended = self._from_first((value, ended))
+        if error is not None:
+            raise error
+        if ended is not None:
+            raise SystemExit(0) if ended[0] else SaidElsewhere(ended[1])
+        return value
+
+    def in_turn(self, function: Callable[[], Value]) -> Value:
+        """`function()`, first by one rank of each machine, then by the others, who find downloads and caches ready."""
+        if self.count == 1:
+            return function()
+        if self.local == 0:
+            value = function()
+            self.gather(None)
+            return value
+        self.gather(None)
+        return function()
+
+    def check_same(self, what: str, value: Callable[[], object]) -> None:
+        """Raises MetaftError, on all ranks, where a value (small plain data) is not that of rank 0."""
+        if self.count == 1:
+            return
+        found = self.gather(value())
+        others = [rank for rank, each in enumerate(found) if each != found[0]]
+        if others:
+            raise MetaftError(f"{what}: {found[others[0]]} on {_named(others)}, {found[0]} on rank 0")
+
+    def check_device(self, device: str) -> None:
+        """Raises MetaftError for a device that this rank would share with another, or that is not there.
+
+        `cuda` is this rank's own GPU, the one of its number on the machine.
+        """
+        if self.count == 1 or not device.startswith("cuda"):
+            return
+        import torch
+
+        there = torch.cuda.device_count()
+        if self.local >= there:
+            raise MetaftError(
+                f"device: torchrun starts {self.local + 1} processes or more on this machine, which has {there} GPUs; "
+                f"give --nproc-per-node {there}"
+            )
+        if device not in ("cuda", f"cuda:{self.local}"):
+            raise MetaftError(f"device: each process has a GPU of its own; give cuda, not {device!r}")
+
+    def last_words(self, error: MetaftError) -> MetaftError:
+        """What this rank has to say of an error that ends it: one rank speaks for all, the others' is SaidElsewhere."""
+        return error
+
+    def close(self) -> None:
+        """Leave the others."""
+
+    def _agree(self, asked: bool) -> None:
+        self.stop = (self.asked or signal.SIGTERM) if asked else 0
+
+    def _add(self, flat: Tensor) -> None:
+        raise NotImplementedError
+
+    def _all(self, value: Any) -> list[Any]:
+        raise NotImplementedError
+
+    def _from_first(self, value: Any) -> Any:
+        raise NotImplementedError
+
+
+ALONE: Final = Ranks()
+"""One process by itself."""
+
+
+def join() -> Ranks:
+    """This process's place among those that torchrun started, or alone. The caller closes it.
+
+    gloo carries what is on the CPU, NCCL what is on GPUs. Raises MetaftError for an environment that is not
+    torchrun's, and RankLost where the others do not come within METAFT_RANKS_TIMEOUT seconds (600).
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return Ranks()
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise MetaftError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {missing[0]} is not set; start with torchrun")
+    return _Group(_timeout())
+
+
+def _timeout() -> float:
+    text = os.environ.get("METAFT_RANKS_TIMEOUT", "600")
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) < math.inf:
+            return float(text)
+    raise MetaftError(f"METAFT_RANKS_TIMEOUT must be a number of seconds above 0, got {text!r}")
+
+
+class _Group(Ranks):
+    """One of several, through torch.distributed."""
+
+    def __init__(self, timeout: float) -> None:
+        # `nn` keeps the group that is there when it is first imported: later, `close` could not close its connections.
+        import torch.distributed.nn
+        from torch import distributed
+        from torch.distributed import PrefixStore  # pyright: ignore[reportPrivateImportUsage]
+        from torch.distributed.rendezvous import rendezvous
+
+        e = os.environ
+        super().__init__(int(e["RANK"]), int(e["WORLD_SIZE"]), int(e.get("LOCAL_RANK", 0)))
+        self._timeout = timeout
+        if on_gpus := torch.cuda.is_available() and distributed.is_nccl_available():
+            # NCCL reports a lost rank where it waits, instead of ending the process from a thread of its own.
+            e.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")
+            if self.local < torch.cuda.device_count():
+                torch.cuda.set_device(self.local)
+        backend = "cpu:gloo,cuda:nccl" if on_gpus else "gloo"
+        limit = datetime.timedelta(seconds=timeout)
+        with self._watched():
+            # torchrun keeps the store, so that it outlives ranks: it is where they say why they end.
+            store, _, _ = next(rendezvous("env://", timeout=limit))
+            self._store = PrefixStore("metaft", store)
+            store = PrefixStore("group", store)
+            distributed.init_process_group(backend, store=store, rank=self.rank, world_size=self.count, timeout=limit)
+        # On another machine than the one that failed, torchrun counts no restart.
+        self.restarted = any(self.gather(self.restarted))
+
+    @contextlib.contextmanager
+    def _watched(self) -> Any:
+        start = time.monotonic()
+        try:
+            yield
+        except (RuntimeError, ValueError) as error:  # torch.distributed raises no narrower ones
+            waited = time.monotonic() - start
+            why = " ".join(str(error).split("\n")[0].split())
+            raise RankLost(f"{why}; waited {waited:.0f} of METAFT_RANKS_TIMEOUT={self._timeout:g} s") from error
+
+    def _add(self, flat: Tensor) -> None:
+        from torch import distributed
+
+        with self._watched():
+            distributed.all_reduce(flat)
+
+    def _all(self, value: Any) -> list[Any]:
+        from torch import distributed
+
+        found: list[Any] = [None] * self.count
+        with self._watched():
+            distributed.all_gather_object(found, value)
+        return found
+
+    def _from_first(self, value: Any) -> Any:
+        from torch import distributed
+
+        box = [value]
+        with self._watched():
+            distributed.broadcast_object_list(box)
+        return box[0]
+
+    def close(self) -> None:
+        from torch import distributed
+
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
+
+    def last_words(self, error: MetaftError) -> MetaftError:
+        mine = "" if isinstance(error, RankLost) else str(error)
+        try:
+            speaks = self._speaks(error, mine)
+            ends = self._ends() if speaks else {}
+        except RuntimeError:  # the store is gone, and its machine with it: one process of each other machine says so
+            speaks, ends = self.local == 0, {self.rank: mine}
+        if not speaks:
+            return SaidElsewhere(error.status)
+        if mine:
+            error.args = (mine if self.rank == 0 else f"rank {self.rank}: {mine}",)
+        else:
+            error.args = (f"{self._cause(ends, str(error))}{getattr(error, 'hint', '')}",)
+        return error
+
+    def _speaks(self, error: MetaftError, mine: str) -> bool:
+        """Whether this rank is the one that says why the job ends: the lowest of those that are still there."""
+
+        def told() -> bool:
+            return self._store.check(["told"])
+
+        if not error.by_all:
+            self._store.set(f"end/{self.rank}", json.dumps(mine))
+            self._store.add("ends", 1)
+        self.close()  # whoever waits for this rank learns it now
+        if self.rank and error.by_all:
+            self._until(told, _LAST_STEP)
+            return False
+        if self.rank or not mine:
+            self._until(lambda: told() or self._store.add("ends", 0) == self.count, _GRACE)
+        if any(self._store.check([f"end/{rank}"]) for rank in range(self.rank)):
+            self._until(told, _GRACE)
+            return False
+        return self._store.add("told", 1) == 1
+
+    def _ends(self) -> dict[int, str]:
+        """Why each rank ends that has said so; "" where it only lost the others."""
+        keys = {rank: f"end/{rank}" for rank in range(self.count)}
+        return {rank: json.loads(self._store.get(key)) for rank, key in keys.items() if self._store.check([key])}
+
+    def _cause(self, ends: dict[int, str], detail: str) -> str:
+        for rank, reason in sorted(ends.items()):
+            if reason:
+                return f"rank {rank}: {reason}"
+        silent = [rank for rank in range(self.count) if rank not in ends]
+        if not silent:
+            return f"the ranks lost each other ({detail})"
+        words = "does not answer, it died or hangs" if len(silent) == 1 else "do not answer, they died or hang"
+        return f"{_named(silent)} of {self.count} {words}"
+
+    @staticmethod
+    def _until(condition: Callable[[], bool], seconds: float) -> None:
+        end = time.monotonic() + seconds
+        while not condition() and time.monotonic() < end:
+            time.sleep(0.05)
+
+
+def _named(ranks: Sequence[int]) -> str:
+    shown = ", ".join(map(str, ranks[:8])) + (", ..." if len(ranks) > 8 else "")
+    return f"rank{'s' if len(ranks) > 1 else ''} {shown}"
