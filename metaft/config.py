@@ -26,8 +26,7 @@ class MetaTrainConfig:
     """Learn an initialisation from few-shot episodes, then meta-test it."""
 
     dataset: str = "glyphs"
-    """glyphs (built in), omniglot, sinusoid, folder:PATH (class folders, with or without train/ val/ test/), or
-    l2l:NAME (learn2learn's data set of that name, e.g. l2l:cifarfs)."""
+    """glyphs (built in), omniglot, sinusoid, folder:PATH (class folders), or l2l:NAME (learn2learn's, e.g. cifarfs)."""
     data_root: str | None = None
     """Folder that holds the data sets (auto: the environment variable METAFT_DATA)."""
     download: bool = False
@@ -51,7 +50,7 @@ class MetaTrainConfig:
     """Tasks per meta-step, B (auto: 16; sinusoid: 25)."""
 
     algorithm: str = "maml"
-    """The published algorithm's name: maml, fomaml, anil, boil, ... (docs/algorithms.md has them all)."""
+    """Member of the family, e.g. fomaml, anil, reptile, proto-maml, protonet, baseline (all: docs/algorithms.md)."""
     model: str | None = None
     """conv4 (stride 2, mean), conv4-pool (max-pool) or mlp (auto: by the input's shape)."""
     width: int | None = None
@@ -61,9 +60,9 @@ class MetaTrainConfig:
     batch_norm: Literal["transductive", "inductive"] = "transductive"
     """How training queries are normalised: with their own statistics, or with the support set's."""
     inner_steps: int | None = None
-    """Inner gradient steps in training (auto: 1, or what the algorithm has in docs/algorithms.md)."""
+    """Inner gradient steps in training (auto: 1, or what the member says; protonet: none)."""
     inner_lr: float | None = None
-    """Inner learning rate, at first (auto: 0.4, or what the algorithm has in docs/algorithms.md; sinusoid: 0.01)."""
+    """Inner learning rate; where it is learned, the first one (auto: 0.4, or what the member says; sinusoid: 0.01)."""
     inner_optimizer: str | None = None
     """sgd, momentum, nesterov or adam, or with numbers: momentum:momentum=0.5, adam:beta1=0,eps=1e-6 (auto: sgd)."""
     inner_augment: Literal["none", "shift"] | None = None
@@ -78,8 +77,7 @@ class MetaTrainConfig:
     outer_optimizer: Literal["adam", "sgd"] | None = None
     """Outer optimiser (auto: adam)."""
     outer_lr: float | None = None
-    """Outer learning rate, at the start of its schedule (auto: 0.003; sinusoid, baseline, baseline++:
-    0.001)."""
+    """Outer rate, at the start of its schedule (auto: 0.003, or what the member says; sinusoid: 0.001)."""
     outer_schedule: Literal["constant", "linear", "cosine"] | None = None
     """How the outer learning rate goes: constant, or down to 0 at the last iteration (auto: cosine)."""
     clip_value: float | None = None
@@ -100,7 +98,7 @@ class MetaTrainConfig:
     test_query_shots: int | None = None
     """Query images per class in validation and test (auto: 15; sinusoid: 100)."""
     test_inner_steps: int | None = None
-    """Inner steps in validation and test (auto: 3, sinusoid 10, or --inner-steps if more; docs/algorithms.md)."""
+    """Inner steps in validation and test (auto: 3, sinusoid: 10, or --inner-steps if more, or what the member says)."""
     test_episodes: int = 1000
     """Test episodes."""
 
