@@ -97,6 +97,12 @@ TABLE = [
         exact=False,
     ),
     Row(
+        "reptile-dropout-shift",
+        lambda m, norm: algorithms.reptile(m, inner_lr=0.01, inner_steps=3, norm=norm, inner_augment="shift"),
+        exact=False,
+        dropout=0.3,
+    ),
+    Row(
         "reptile-kept-moments",
         lambda m, norm: algorithms.reptile(m, inner_lr=0.01, inner_steps=3, keep_moments=True, norm=norm),
         exact=False,
