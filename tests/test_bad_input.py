@@ -289,7 +289,14 @@ def test_options_that_do_not_go_together_likewise(
 
 
 OTHER: dict[str, Any] = {"dataset": "glyphs", "split": "finn", "algorithm": "fomaml", "model": "mlp", "init": "none"}
-OTHER |= {"hyper": "a=1", "inner_optimizer": "adam", "data": "glyphs:Hebrew", "channels": 3, "data_root": "x"}
+OTHER |= {
+    "hyper": "a=1",
+    "inner_optimizer": "adam",
+    "dropout": 0.5,
+    "data": "glyphs:Hebrew",
+    "channels": 3,
+    "data_root": "x",
+}
 
 
 def another(option: str, kind: Any, now: Any) -> Any:
