@@ -26,8 +26,7 @@ class MetaTrainConfig:
     """Learn an initialisation from few-shot episodes, then meta-test it."""
 
     dataset: str = "glyphs"
-    """glyphs (built in), omniglot, sinusoid, folder:PATH (class folders, with or without train/ val/ test/), or
-    l2l:NAME (learn2learn's data set of that name, e.g. l2l:cifarfs)."""
+    """glyphs (built in), omniglot, sinusoid, folder:PATH (class folders) or l2l:NAME (learn2learn's, as l2l:fc100)."""
     data_root: str | None = None
     """Folder that holds the data sets (auto: the environment variable METAFT_DATA)."""
     download: bool = False
@@ -51,8 +50,7 @@ class MetaTrainConfig:
     """Tasks per meta-step, B (auto: 16; sinusoid: 25)."""
 
     algorithm: str = "maml"
-    """maml, fomaml (first-order), anil, boil, meta-sgd, proto-maml, protonet, matching-net, baseline or baseline++ (see
-    docs/algorithms.md)."""
+    """A member of docs/algorithms.md: maml, fomaml, anil, boil, meta-sgd, protonet, matching-net, baseline++, ..."""
     model: str | None = None
     """conv4 (stride 2, mean), conv4-pool (max-pool) or mlp (auto: by the input's shape)."""
     width: int | None = None
@@ -60,10 +58,9 @@ class MetaTrainConfig:
     batch_norm: Literal["transductive", "inductive"] = "transductive"
     """How training queries are normalised: with their own statistics, or with the support set's."""
     inner_steps: int | None = None
-    """Inner gradient steps in training (auto: 1; protonet, matching-net, baseline, baseline++: none)."""
+    """Inner gradient steps in training (auto: 1; protonet, matching-net, baselines: none)."""
     inner_lr: float | None = None
-    """Inner learning rate; of meta-sgd the first one (auto: 0.4; proto-maml: 0.1; baseline, baseline++: 0.01 for
-    a task's head; sinusoid: 0.01)."""
+    """Inner learning rate; of meta-sgd the first one (auto: 0.4; proto-maml: 0.1; baselines, sinusoid: 0.01)."""
     adapt_norm: bool | None = None
     """--adapt-norm / --no-adapt-norm: let the inner loop move normalisation scales and shifts too (auto: on)."""
     hyper: tuple[str, ...] = ()
@@ -74,8 +71,7 @@ class MetaTrainConfig:
     outer_optimizer: Literal["adam", "sgd"] | None = None
     """Outer optimiser (auto: adam)."""
     outer_lr: float | None = None
-    """Outer learning rate, at the start of its schedule (auto: 0.003; sinusoid, baseline, baseline++:
-    0.001)."""
+    """Outer learning rate, at the start of its schedule (auto: 0.003; sinusoid, baselines: 0.001)."""
     outer_schedule: Literal["constant", "linear", "cosine"] | None = None
     """How the outer learning rate goes: constant, or down to 0 at the last iteration (auto: cosine)."""
     clip_value: float | None = None
@@ -96,8 +92,7 @@ class MetaTrainConfig:
     test_query_shots: int | None = None
     """Query images per class in validation and test (auto: 15; sinusoid: 100)."""
     test_inner_steps: int | None = None
-    """Inner steps in validation and test (auto: 3; sinusoid: 10; baseline, baseline++: 100; protonet,
-    matching-net: none)."""
+    """Inner steps in validation and test (auto: 3; sinusoid: 10; baselines: 100; protonet, matching-net: none)."""
     test_episodes: int = 1000
     """Test episodes."""
 
