@@ -99,8 +99,9 @@ def unrolled(data: Episode, *, name: str, steps: int, first_order: bool) -> Para
             (g,) = torch.autograd.grad(loss, w, create_graph=True)
             history.append(g.detach() if first_order else g)
             if name == "adam":  # the moments in closed form: weighted sums of all gradients so far
-                m = sum(0.1 * 0.9 ** (t - s) * h for s, h in enumerate(history, 1)) / (1 - 0.9**t)
-                v = sum(0.001 * 0.999 ** (t - s) * h**2 for s, h in enumerate(history, 1)) / (1 - 0.999**t)
+                none = torch.zeros_like(w)
+                m = sum((0.1 * 0.9 ** (t - s) * h for s, h in enumerate(history, 1)), none) / (1 - 0.9**t)
+                v = sum((0.001 * 0.999 ** (t - s) * h**2 for s, h in enumerate(history, 1)), none) / (1 - 0.999**t)
                 alive = v.detach() > 0
                 move = torch.zeros_like(w).masked_scatter(alive, m[alive] / (v[alive].sqrt() + 1e-8))
             elif name == "sgd":
