@@ -90,6 +90,9 @@ def unrolled(data: Episode, *, name: str, steps: int, first_order: bool) -> Para
         parts = v.split([s.numel() for s in shapes.values()])
         return {k: part.view(s) for (k, s), part in zip(shapes.items(), parts, strict=True)}
 
+    def age(t: int) -> Tensor:
+        return torch.arange(t - 1, -1, -1, dtype=torch.float64).unsqueeze(1)
+
     total = torch.zeros((), dtype=torch.float64)
     for i in range(len(data.key)):
         task = scenarios.one(data, i)
@@ -107,7 +110,7 @@ def unrolled(data: Episode, *, name: str, steps: int, first_order: bool) -> Para
             elif name == "sgd":
                 move = history[-1]
             else:
-                b = sum(0.9 ** (t - s) * h for s, h in enumerate(history, 1))
+                b = (0.9 ** age(t) * torch.stack(history)).sum(0)
                 move = history[-1] + 0.9 * b if name == "nesterov" else b
             w = w - 0.1 * move
         total = total + F.mse_loss(forward(named(w), task.query_x), task.query_y)
