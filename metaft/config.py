@@ -61,6 +61,8 @@ class MetaTrainConfig:
     """Inner gradient steps in training (auto: 1; protonet, matching-net, baselines: none)."""
     inner_lr: float | None = None
     """Inner learning rate; of meta-sgd the first one (auto: 0.4; proto-maml: 0.1; baselines, sinusoid: 0.01)."""
+    inner_optimizer: str | None = None
+    """sgd, momentum, nesterov or adam, or with numbers: momentum:momentum=0.5, adam:beta1=0,eps=1e-6 (auto: sgd)."""
     adapt_norm: bool | None = None
     """--adapt-norm / --no-adapt-norm: let the inner loop move normalisation scales and shifts too (auto: on)."""
     hyper: tuple[str, ...] = ()
@@ -105,7 +107,7 @@ class MetaTrainConfig:
     threads: int | None = None
     """Processes or threads, for engines of that name (auto: one per core); within an operation for others (auto: 1)."""
     task_chunk: int | None = None
-    """Tasks at once (auto: by their size, for processes and threads; all, for vmap and compiled)."""
+    """Tasks at once, at most (auto: by their size, for processes and threads; all, for vmap and compiled)."""
     log_every: int = 10
     """Meta-steps per row of metrics.jsonl."""
     checkpoint_every: int = 100
@@ -296,7 +298,7 @@ def check(config: MetaTrainConfig | EvaluateConfig | AdaptConfig | PredictConfig
             raise MetaftError(f"{field.name} must be above 0, got {value}")
         if field.name in _ABOVE_ZERO and value > 1e30:
             raise MetaftError(f"{field.name} must be at most 1e30, which float32 can still work with, got {value}")
-        if field.name in ("seed", "eval_seed") and value >= 2**63:
+        if type(value) is int and value >= 2**63:
             raise MetaftError(f"{field.name} must be below 2**63, got {value}")
     if config.device != "auto" and not re.fullmatch(r"cpu|cuda(:\d+)?", config.device):
         raise MetaftError(f"device must be auto, cpu, cuda or cuda:N, got {config.device!r}")
@@ -345,7 +347,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise MetaftError(f"config: cannot read {path}: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # what tomllib raises, and Python at numbers and depths beyond it
         raise MetaftError(f"config: {path} is not valid TOML: {error}") from None
     return {key.replace("-", "_"): value for key, value in values.items()}
 

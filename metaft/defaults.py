@@ -14,8 +14,15 @@ from metaft.types import Dataset, Loss
 
 _SUPERVISED: dict[str, object] = {"outer_lr": 1e-3, "test_inner_steps": 100}  # Chen et al. 2019
 
-MEMBERS: dict[str, dict[str, object]] = {"baseline": _SUPERVISED, "baseline++": _SUPERVISED}
-"""What a member needs other than the rest, by the fields of a config."""
+MEMBERS: dict[str, dict[str, object]] = {
+    "reptile": {"outer_optimizer": "sgd", "outer_lr": 1.0, "outer_schedule": "linear", "test_inner_steps": 10},
+    "imaml": {"test_inner_steps": 16},
+    "cavia": {"inner_lr": 1.0, "test_inner_steps": 2},
+    "unicorn-maml": {"test_inner_steps": 5},
+    "baseline": _SUPERVISED,
+    "baseline++": _SUPERVISED,
+}
+"""What a member needs other than the rest, by the fields of a config; the data set does not change it."""
 
 
 def resolve(config: MetaTrainConfig, dataset: Dataset, *, default_rotate: bool, custom_model: bool = False) -> Settled:
@@ -46,10 +53,10 @@ def resolve(config: MetaTrainConfig, dataset: Dataset, *, default_rotate: bool, 
         "test_query_shots": 100 if regression else 15,
         "test_inner_steps": (10 if regression else 3) if "inner_steps" in accepted else 0,
         **accepted,
+        # Finn et al. 2017, section 5.1
+        **({"inner_lr": 0.01} if regression and "inner_lr" in accepted else {}),
         **MEMBERS.get(config.algorithm, {}),
     }
-    if regression and "inner_lr" in accepted:
-        values["inner_lr"] = 0.01  # Finn et al. 2017, section 5.1
     if config.rotate and not image:
         raise MetaftError(f"rotate: {config.dataset} has no images to rotate")
     check_steps("test_inner_steps", config.test_inner_steps, config.algorithm)
@@ -66,7 +73,7 @@ def hyper(config: MetaTrainConfig, loss: Loss) -> dict[str, object]:
     """What to hand the algorithm: the settings it knows, and those it does not but the user gave (an error there)."""
     given = {
         name: getattr(config, name)
-        for name in ("inner_lr", "inner_steps", "adapt_norm")
+        for name in ("inner_lr", "inner_steps", "inner_optimizer", "adapt_norm")
         if getattr(config, name) is not None
     }
     own = parse_hyper(config.algorithm, config.hyper)

@@ -28,13 +28,11 @@ def draw_pictures(run: RunFolder, parts: Parts, best: Snapshot, source: Source, 
     rows = read_rows(run.metrics)
     curves, steps, episode = (run.plots / f"{stem}.png" for stem in ("curves", "steps", "episode"))
     try:
-        plots.curves(
-            curves,
-            [r for r in rows if r["kind"] == "train"],
-            [r for r in rows if r["kind"] == "val"],
-            name,
-            best_step=best.position.best_step,
-        )
+        try:
+            train, val = ([r for r in rows if r["kind"] == kind] for kind in ("train", "val"))
+            plots.curves(curves, train, val, name, best_step=best.position.best_step)
+        except (KeyError, TypeError) as error:
+            raise CheckpointError(f"{run.metrics}: a row is not one that a run writes ({error!r})") from None
         plots.steps(steps, test)
         _draw_episode(episode, parts, best, source)
     except OSError as error:

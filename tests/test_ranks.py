@@ -426,7 +426,7 @@ def test_the_same_command_goes_on_where_there_is_a_run(tmp_path: Path, restarted
     RunFolder.create(tmp_path / "r", to_toml(tuned))
     config, resume = asked(meta_train.Arguments, MetaTrainConfig, *words)
     assert (config, resume) == (tuned, tmp_path / "r"), "tuned once is enough"
-    with pytest.raises(MetaftError, match="is a run of metaft.meta_train, not of metaft.adapt"):
+    with pytest.raises(MetaftError, match=r"is a run of metaft\.meta_train, not of metaft\.adapt"):
         asked(adapt.Arguments, adapt.AdaptConfig, "--out", out)
     with pytest.raises(MetaftError, match="auto_resume: give --out too"):
         asked(meta_train.Arguments, MetaTrainConfig)

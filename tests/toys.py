@@ -107,7 +107,8 @@ def _descend(model: Model, lr: float = 0.1) -> Any:
             return Fast(params, model.measure(params, support_x) if moments else (), {})
 
         start = {k: meta[k] for k in model.params}
-        states = inner.descend(_support_loss(model, support_x, support_y), start, steps=steps, lr=lr)
+        loss = _support_loss(model, support_x, support_y)
+        states = inner.descend(lambda params, step: loss(params), start, steps=steps, lr=lr)
         return inner.collect(states, finish, trajectory)
 
     return adapt

@@ -133,10 +133,13 @@ def load(
         image_size=image_size,
         channels=channels,
     )
+    field, value = ("data_root", data_root) if data_root and not path else ("dataset", dataset)
     try:
         return entry.open(request)
+    except DataError as error:
+        raise DataError(f"{field}: {error}") from None
     except OSError as error:  # a name that is too long, a folder that may not be read
-        raise DataError(f"dataset: {dataset!r} cannot be read ({error.strerror})") from None
+        raise DataError(f"{field}: {value!r} cannot be read ({error.strerror})") from None
 
 
 def default_rotate(dataset: str, split: str | None = None) -> bool:

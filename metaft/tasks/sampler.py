@@ -25,6 +25,7 @@ class Stream(enum.IntEnum):
     FINE_TUNING = 4
     HEADS = 5
     BASELINES = 6
+    CONTEXT = 7
 
 
 def raw_words(
