@@ -446,8 +446,9 @@ def test_proto_maml_that_takes_no_steps_is_protonet(change: dict[str, Any], norm
 
 
 @every_norm
-def test_proto_maml_is_equivariant_to_a_permutation_of_labels(norm: Norm) -> None:
-    member = algorithms.proto_maml(scenarios.model(), norm=norm)
+@pytest.mark.parametrize("name", ["proto-maml", "unicorn-maml"])
+def test_members_without_rows_of_their_own_are_equivariant_to_a_permutation_of_labels(name: str, norm: Norm) -> None:
+    member = ALGORITHMS[name](scenarios.model(), norm=norm)
     task = scenarios.one(scenarios.episodes())
     order = torch.tensor([2, 0, 1])  # new label of class n
     plain = member.predict(adapted(member, task, 3), task.query_x, norm)
@@ -457,16 +458,16 @@ def test_proto_maml_is_equivariant_to_a_permutation_of_labels(norm: Norm) -> Non
 
 
 @pytest.mark.parametrize("ways", [2, 7])
-def test_proto_maml_learns_and_tests_at_any_ways(ways: int) -> None:
+@pytest.mark.parametrize(("name", "start"), [("proto-maml", from_prototypes), ("unicorn-maml", from_one_row)])
+def test_members_without_rows_of_their_own_learn_and_test_at_any_ways(name: str, start: Any, ways: int) -> None:
     model = scenarios.model(ways=3)
     data = scenarios.episodes(ways=ways)
-    member = algorithms.proto_maml(model, inner_lr=0.1, inner_steps=2)
+    member = ALGORITHMS[name](model, inner_lr=0.1, inner_steps=2)
     assert member.any_ways
     task = scenarios.one(data)
     assert member.predict(adapted(member, task, 5), task.query_x, "inductive").shape == (3 * ways, ways)
-    body = {k: p for k, p in model.params.items() if k not in model.head}
     expected = descent_reference(
-        scenarios.conv4_reference, from_prototypes, body, data,
+        scenarios.conv4_reference, start, member.init(0)[0], data,
         names=set(model.params), lr=0.1, steps=2, first_order=False,
     )  # fmt: skip
     assert scenarios.relative_error(gradient(member, data), expected) < 1e-12
@@ -476,6 +477,107 @@ def test_proto_maml_needs_a_bias() -> None:
     module = nn.Sequential(nn.Flatten(), nn.Linear(9, 4), nn.Linear(4, 3, bias=False))
     with pytest.raises(MetaftError, match=r"needs a head with weight and bias, and this one has \['weight'\]"):
         algorithms.proto_maml(models.functional(module))
+
+
+# ---- UNICORN-MAML -------------------------------------------------------------------------------------------------
+
+
+@every_order
+@pytest.mark.parametrize("loss", ["cross_entropy", "mse"])
+def test_unicorns_row_has_the_sum_of_mamls_gradients_at_equal_rows(loss: Any, first_order: bool) -> None:
+    """Cross-entropy does not see what all rows have in common, so that its sums are 0; squared errors do."""
+    model, data = scenarios.model(), scenarios.episodes()
+    if loss == "mse":
+        ones = torch.eye(3, dtype=torch.float64)
+        data = data._replace(support_y=ones[data.support_y], query_y=ones[data.query_y])
+    hyper: dict[str, Any] = {"inner_lr": 0.1, "inner_steps": 3, "first_order": first_order, "loss": loss}
+    unicorn = algorithms.unicorn_maml(model, **hyper)
+    row, _ = unicorn.init(0)
+    rows = gradient(algorithms.maml(model, **hyper), data, from_one_row(row, scenarios.one(data)))
+    found = gradient(unicorn, data)
+    expected = {k: g.sum(0, keepdim=True) if k in model.head else g for k, g in rows.items()}
+    assert scenarios.relative_error(found, expected) < 1e-13
+    sizes = {k: (float(rows[k].abs().max()), float(found[k].abs().max())) for k in model.head}
+    assert all(each > 1e-3 and (total > 1e-3) == (loss == "mse") for each, total in sizes.values())
+    assert all(total < 1e-14 for _, total in sizes.values()) == (loss == "cross_entropy")
+
+
+def test_unicorns_first_step_moves_the_head_alone() -> None:
+    model = scenarios.model()
+    member = algorithms.unicorn_maml(model)
+    task = scenarios.one(scenarios.episodes())
+    start, first, second = (adapted(member, task, n).params for n in range(3))
+    steps = [{k for k in p if float((q[k] - p[k]).abs().max()) > 1e-9} for p, q in ((start, first), (first, second))]
+    assert steps[0] == {"head.weight"}, "nor do the biases, since all classes have as many images"
+    assert steps[1] == set(model.params)
+
+
+# ---- CAVIA --------------------------------------------------------------------------------------------------------
+
+
+def contextual_mlp(params: Params, x: Tensor) -> Tensor:
+    """The context beside the input, as the paper has it, from the definition."""
+    x = torch.cat([x.flatten(1), params["context"].expand(len(x), -1)], 1)
+    first = torch.cat([params["hidden.0.weight"], params["hidden.0.bias" + MAP]], 1)
+    h = F.relu(F.linear(x, first, params["hidden.0.bias"]))
+    h = F.relu(F.linear(h, params["hidden.2.weight"], params["hidden.2.bias"]))
+    return F.linear(h, params["head.weight"], params["head.bias"])
+
+
+def contextual_conv4(params: Params, x: Tensor) -> Tensor:
+    """FiLM behind the third normalisation, from the definition."""
+    for i in range(0, 12, 3):
+        x = F.conv2d(x, params[f"blocks.{i}.weight"], stride=2, padding=1)
+        x = F.batch_norm(x, None, None, params[f"blocks.{i + 1}.weight"], params[f"blocks.{i + 1}.bias"], training=True)
+        if i == 6:
+            gamma, beta = (params[f"blocks.7.{kind}{MAP}"] @ params["context"] for kind in ("weight", "bias"))
+            x = (1 + gamma[:, None, None]) * x + beta[:, None, None]
+        x = F.relu(x)
+    return F.linear(x.mean((2, 3)), params["head.weight"], params["head.bias"])
+
+
+@ONE_STEP_OR_THREE
+@every_order
+@pytest.mark.parametrize(("name", "logits"), [("mlp", contextual_mlp), ("conv4", contextual_conv4)])
+def test_cavia_against_plain_autograd(name: str, logits: Any, first_order: bool, steps: int) -> None:
+    data = scenarios.episodes()
+    member = algorithms.cavia(
+        scenarios.model(name), inner_lr=0.8, inner_steps=steps, first_order=first_order, context=3
+    )
+    expected = descent_reference(
+        logits, lambda p, task: {**p, "context": torch.zeros(3, dtype=torch.float64)}, member.init(0)[0], data,
+        names={"context"}, lr=0.8, steps=steps, first_order=first_order,
+    )  # fmt: skip
+    assert scenarios.relative_error(gradient(member, data), expected) < 1e-12
+
+
+def test_cavias_fast_weights_are_a_plain_models() -> None:
+    model, task = scenarios.model(), scenarios.one(scenarios.episodes())
+    member = algorithms.cavia(model, context=3)
+    fast = adapted(member, task, 2)
+    assert fast.params.keys() == model.params.keys()
+    assert moved(member, model.params) == {"blocks.7.weight", "blocks.7.bias"}
+    torch.testing.assert_close(
+        member.predict(fast, task.query_x, "transductive"), scenarios.conv4_reference(fast.params, task.query_x)
+    )
+
+
+def test_cavias_maps_are_drawn_from_the_key() -> None:
+    model = scenarios.model("mlp", width=16)
+    member = algorithms.cavia(model)
+    maps = [member.init(key)[0]["hidden.0.bias" + MAP] for key in (0, 0, 1)]
+    assert torch.equal(maps[0], maps[1])
+    assert not torch.equal(maps[0], maps[2])
+    bound = (6 / 116) ** 0.5
+    assert 0.9 * bound < float(maps[0].abs().max()) < bound
+
+
+def test_cavia_of_a_module_of_ones_own_needs_the_layers_name() -> None:
+    module = nn.Sequential(nn.Flatten(), nn.Linear(256, 4), nn.ReLU(), nn.Linear(4, 3)).double()
+    model = models.functional(models.initialise(module, 3))
+    with pytest.raises(MetaftError, match=r"takes cavia's context into a module of your own, of \['1', '3'\]"):
+        algorithms.cavia(model)
+    assert moved(algorithms.cavia(model, layer="1"), model.params) == {"1.bias"}
 
 
 # ---- all of them --------------------------------------------------------------------------------------------------
