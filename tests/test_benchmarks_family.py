@@ -59,7 +59,7 @@ def test_every_member_with_an_inner_loop_learns_curves(name: str) -> None:
             adam.step()
             state = found.state
             losses.append(found.metrics["mse"])
-    assert losses[-1] < 0.8 * losses[0]
+    assert losses[-1] < 0.9 * losses[0]
 
 
 def test_the_sinusoid_table_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Text) -> None:
