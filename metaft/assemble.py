@@ -171,7 +171,7 @@ def environment(engine: Engine, device: str) -> dict[str, str]:
         "engine": engine.name,
         "chunk": str(getattr(engine, "chunk", None)),
         # Processes and threads give the same bits whatever their number.
-        "threads": str(getattr(engine, "threads", None)) if engine.name in ("vmap", "compiled") else "any",
+        "threads": str(getattr(engine, "threads", None)) if engine.name not in PARALLEL else "any",
         **machine(device),
     }
 
