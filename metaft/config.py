@@ -107,6 +107,10 @@ class MetaTrainConfig:
     """Processes or threads, for engines of that name (auto: one per core); within an operation for others (auto: 1)."""
     task_chunk: int | None = None
     """Tasks at once (auto: by their size, for processes and threads; all, for the others, or as many as fit)."""
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
+    """What models compute in; parameters and gradients are fp32 in all. tf32 is for GPUs; bf16 is slow on most CPUs."""
+    inner_checkpoint: bool = False
+    """Recompute inner steps in the backward pass: many steps then take little memory, and more time."""
     log_every: int = 10
     """Meta-steps per row of metrics.jsonl."""
     checkpoint_every: int = 100

@@ -257,7 +257,7 @@ class StaticSteps:
 
 
 def recorded(step: Callable[[], None]) -> Callable[[], None]:
-    """A function of GPU tensors in place, recorded as a CUDA graph, which takes a few runs of it; says how long it took.
+    """A function of GPU tensors in place, recorded as a CUDA graph, which takes a few runs of it and is said.
 
     What cannot be recorded runs as it is, with one line that says so.
     """

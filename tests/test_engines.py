@@ -332,7 +332,9 @@ def test_a_batch_that_does_not_fit_is_chunked_and_gives_the_same(
     with outer.engine("graph") as engine:
         found = outer.meta_gradient(engine, algorithm, meta, state, data)
         said = capsys.readouterr().err
-        assert said == (f"note: 5 tasks at once do not fit into the device's memory; {fits[0]} do\n" if most < 5 else "")
+        assert said == (
+            f"note: 5 tasks at once do not fit into the device's memory; {fits[0]} do\n" if most < 5 else ""
+        )
         assert tried[-len(fits) :] == fits
         tried.clear()
         outer.meta_gradient(engine, algorithm, meta, state, data)
