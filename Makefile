@@ -12,10 +12,10 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format types check clean
+.PHONY: help install demo test test-faults lint format types check clean
 
 help: ## this list
-	@awk -F ': .*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ': .*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo "Variables: PYTHON=$(PYTHON) VENV=$(VENV) OUT=$(OUT) ITERATIONS=$(ITERATIONS) ARGS=$(ARGS)"
 
 install: $(INSTALLED) ## create the virtual environment and install metaft into it, editable
@@ -30,6 +30,9 @@ endif
 
 test: $(INSTALLED) ## run all tests, the slow ones and the docstrings' examples too
 	$(BIN)/python -m pytest $(ARGS)
+
+test-faults: $(INSTALLED) ## kill, starve and damage runs for real, in full: ten minutes and more (docs/reliability.md)
+	METAFT_FAULTS=full $(BIN)/python -m pytest tests/faults tests/test_fuzz.py tests/test_bad_input.py $(ARGS)
 
 lint: $(INSTALLED) ## check style and layout
 	$(BIN)/ruff check .

@@ -1,6 +1,8 @@
 """What a meta-step of metaft costs as the meta-batch, inner steps, ways, queries or threads grow, beside its floor.
 
     python benchmarks/scaling.py --base omniglot-5w1s-q15 --seconds 2 --out runs/scaling.json
+    python benchmarks/scaling.py --ranks 2 --seconds 10     # processes of one thread each, started by torchrun
+    python benchmarks/scaling.py --cost-model               # many GPUs on paper: docs/performance.md
 
 One setting is varied at a time. The floor is the arithmetic of the step's convolutions and matrix products, counted by
 torch's flop counter on metaft's own step, over the rate of one large convolution that is measured in the same run with
@@ -28,9 +30,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # to be run as a file, too
 
+from benchmarks import ranked
 from benchmarks.peers import metaft_maml
 from benchmarks.peers.workloads import WORKLOADS, Options, Workload, draw_params, draw_tasks
-from benchmarks.throughput import cpu_model, git
+from benchmarks.throughput import provenance
 from metaft.allocator import keep_freed_memory
 from metaft.errors import MetaftError
 from metaft.outer import task_grad
@@ -43,8 +46,12 @@ AXES: dict[str, tuple[int, ...]] = {
     "ways": (2, 5, 10, 20),
     "query_shots": (1, 5, 10, 15),
     "threads": (1, 2, 4, 8, 16, 32, 64),
+    "ranks": (1, 2, 4, 8, 16, 32, 64),
 }
-"""Values tried; threads only up to the number that torch would use."""
+"""Values tried; threads and ranks only up to the number that is asked for."""
+
+ROUNDS = 3
+"""Turns that numbers of ranks take, so that what else the machine does meets all of them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,9 +61,10 @@ class Settings:
     threads: int
     seconds: float
     engine: str
+    ranks: int = 1
 
     def __post_init__(self) -> None:
-        for field in ("seconds", "threads"):
+        for field in ("seconds", "threads", "ranks"):
             if not getattr(self, field) > 0:
                 raise MetaftError(f"{field} must be above 0, got {getattr(self, field)}")
 
@@ -104,6 +112,22 @@ def point(workload: Workload, threads: int, settings: Settings, peak: float) -> 
             times.append(1000 * (time.perf_counter() - start))
     finally:
         system.close()
+    return summary(workload, times, peak)
+
+
+def ranked_points(workload: Workload, counts: Sequence[int], settings: Settings, peaks: dict[int, float]) -> Any:
+    """(ranks, the same for so many) for each number, with the speed-up over one rank."""
+    times: dict[int, list[float]] = {ranks: [] for ranks in counts}
+    for _ in range(ROUNDS):
+        for ranks, found in times.items():
+            found += ranked.times(workload, ranks, seconds=settings.seconds / ROUNDS, engine=settings.engine)
+    for ranks, found in times.items():
+        speedup = statistics.median(times[counts[0]]) / statistics.median(found)
+        yield ranks, {**summary(workload, found, peaks[ranks]), "speedup": speedup}
+
+
+def summary(workload: Workload, times: list[float], peak: float) -> dict[str, Any]:
+    """Milliseconds of meta-steps in figures, and their floor at `peak` GFLOP/s."""
     q1, median, q3 = statistics.quantiles(times, n=4)
     work = gflop(workload)
     return {
@@ -119,15 +143,13 @@ def run(settings: Settings, out: Path) -> dict[str, Any]:
     """Measure every axis; the JSON is written after each, so that a stop loses only the one under way."""
     keep_freed_memory()
     values = {axis: AXES[axis] for axis in settings.axes}
-    if "threads" in values:
-        values["threads"] = tuple(t for t in values["threads"] if t <= settings.threads)
-    counts = {settings.threads, *values.get("threads", ())}
+    for axis, most in (("threads", settings.threads), ("ranks", settings.ranks)):
+        if axis in values:
+            values[axis] = tuple(count for count in values[axis] if count <= most)
+    counts = {settings.threads, *values.get("threads", ()), *values.get("ranks", ())}
     peaks = {threads: rate(threads, min(1.0, settings.seconds)) for threads in sorted(counts)}
     results: dict[str, Any] = {
-        "benchmark": "scaling",
-        "commit": git("rev-parse", "HEAD"),
-        "changed_since_commit": bool(git("status", "--porcelain", "--untracked-files=no")),
-        "machine": {"cpu": cpu_model(), "torch": torch.__version__},
+        **provenance("scaling"),
         "settings": {**dataclasses.asdict(settings), "base": dataclasses.asdict(settings.base)},
         "convolution_gflop_per_second": peaks,
         "axes": {},
@@ -135,19 +157,27 @@ def run(settings: Settings, out: Path) -> dict[str, Any]:
     for axis in settings.axes:
         rows = results["axes"][axis] = []
         print(f"\n{settings.base.name}, {axis}\n  {axis:>12}  ms/step  tasks/s  floor ms  of floor", flush=True)
-        for value in values[axis]:
-            threads = value if axis == "threads" else settings.threads
-            workload = settings.base if axis == "threads" else dataclasses.replace(settings.base, **{axis: value})
-            found = point(workload, threads, settings, peaks[threads])
+        for value, found in _points(axis, values[axis], settings, peaks):
             rows.append({axis: value, **found})
             ms, floor = found["ms"]["median"], found["floor_ms"]
-            print(
-                f"  {value:>12}{ms:>9.1f}{found['tasks_per_second']:>9.1f}{floor:>10.1f}{ms / floor:>9.1f}x", flush=True
-            )
+            faster = f"   {found['speedup']:.2f} times one rank" if "speedup" in found else ""
+            line = f"  {value:>12}{ms:>9.1f}{found['tasks_per_second']:>9.1f}{floor:>10.1f}{ms / floor:>9.1f}x"
+            print(line + faster, flush=True)
             out.parent.mkdir(parents=True, exist_ok=True)
             out.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     save(figure(results), out.with_suffix(".png"))
     return results
+
+
+def _points(axis: str, values: Sequence[int], settings: Settings, peaks: dict[int, float]) -> Any:
+    """(value, its figures) for each value of an axis, as they are found."""
+    if axis == "ranks":
+        yield from ranked_points(settings.base, values, settings, peaks)
+        return
+    for value in values:
+        threads = value if axis == "threads" else settings.threads
+        workload = settings.base if axis == "threads" else dataclasses.replace(settings.base, **{axis: value})
+        yield value, point(workload, threads, settings, peaks[threads])
 
 
 def figure(results: dict[str, Any]) -> Figure:
@@ -168,12 +198,23 @@ def figure(results: dict[str, Any]) -> Figure:
     return drawn
 
 
+def cost_model(workload: Workload) -> str:
+    """What many GPUs would make of a workload, on paper."""
+    numbers = sum(p.numel() for p in draw_params(workload).values()) + 4  # loss, accuracy, tasks, request to stop
+    return (
+        f"{workload.name}: {numbers} numbers, {4 * numbers} bytes per all-reduce\n\n"
+        f"{ranked.cost_table(4 * numbers, workload.meta_batch)}"
+    )
+
+
 def parse(argv: Sequence[str] | None) -> tuple[Settings, Path]:
     """Settings and where to write. Raises MetaftError, or SystemExit as argparse does."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--base", choices=WORKLOADS, default="omniglot-5w1s-q15", metavar="NAME", help=" ".join(WORKLOADS))
-    add("--axis", nargs="+", choices=AXES, default=list(AXES), metavar="NAME", help=" ".join(AXES))
+    add("--axis", nargs="+", choices=AXES, metavar="NAME", help=f"{' '.join(AXES)} (auto: all but ranks)")
+    add("--ranks", type=int, metavar="N", help="the axis ranks alone, up to so many processes of one thread each")
+    add("--cost-model", action="store_true", help="print what many GPUs would make of the base, on paper, and end")
     add("--threads", type=int, help="processes or threads (auto: torch's own choice)")
     add("--seconds", type=float, default=2.0, help="timed per point")
     add("--engine", default="auto")
@@ -182,8 +223,14 @@ def parse(argv: Sequence[str] | None) -> tuple[Settings, Path]:
     if given.out.suffix != ".json":
         raise MetaftError(f"out must end in .json, got {given.out}")
     threads = torch.get_num_threads() if given.threads is None else given.threads
-    axes = tuple(dict.fromkeys(given.axis))
-    return Settings(WORKLOADS[given.base], axes, threads, given.seconds, given.engine), given.out
+    base = WORKLOADS[given.base]
+    if given.cost_model:
+        print(cost_model(base))
+        raise SystemExit(0)
+    if given.ranks is not None:
+        return Settings(base, ("ranks",), 1, given.seconds, given.engine, given.ranks), given.out
+    axes = tuple(dict.fromkeys(given.axis or [axis for axis in AXES if axis != "ranks"]))
+    return Settings(base, axes, threads, given.seconds, given.engine), given.out
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -265,10 +265,10 @@ def ratio(systems: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     return {"ratio_to_best_peer": medians[best] / systems["metaft"]["ms"]["median"], "best_peer": best}
 
 
-def environment_of(settings: Settings) -> dict[str, Any]:
-    """Commit, machine and settings: what a figure is worth nothing without."""
+def provenance(benchmark: str, device: str = "cpu") -> dict[str, Any]:
+    """Commit and machine: what a figure is worth nothing without."""
     return {
-        "benchmark": "throughput",
+        "benchmark": benchmark,
         "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "commit": git("rev-parse", "HEAD"),
         "changed_since_commit": bool(git("status", "--porcelain", "--untracked-files=no")),
@@ -276,11 +276,18 @@ def environment_of(settings: Settings) -> dict[str, Any]:
             "cpu": cpu_model(),
             "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
             "capability": torch.backends.cpu.get_cpu_capability(),
-            "gpu": torch.cuda.get_device_name(settings.device) if settings.device != "cpu" else None,
+            "gpu": torch.cuda.get_device_name(device) if device != "cpu" else None,
             "torch": torch.__version__,
             "python": platform.python_version(),
             "system": platform.platform(),
         },
+    }
+
+
+def environment_of(settings: Settings) -> dict[str, Any]:
+    """Commit, machine and settings."""
+    return {
+        **provenance("throughput", settings.device),
         "settings": {
             "threads": settings.threads,
             "device": settings.device,

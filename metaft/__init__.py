@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     )
     from metaft.algorithms import Algorithm
     from metaft.config import AdaptConfig, EvaluateConfig, MetaTrainConfig
-    from metaft.errors import CheckpointError, DataError, MetaftError, NonFiniteError
+    from metaft.errors import CheckpointError, DataError, MetaftError, MetaftWarning, NonFiniteError
     from metaft.finetune.classifier import Classifier, load
     from metaft.models import Model, functional
     from metaft.outer import Engine, MetaGradient, engine, meta_gradient
@@ -59,6 +59,7 @@ _NAMES = {
     "MetaGradient": "metaft.outer",
     "MetaTrainConfig": "metaft.config",
     "MetaftError": "metaft.errors",
+    "MetaftWarning": "metaft.errors",
     "Model": "metaft.models",
     "NonFiniteError": "metaft.errors",
     "engine": "metaft.outer",
@@ -81,6 +82,7 @@ __all__ = [
     "MetaGradient",
     "MetaTrainConfig",
     "MetaftError",
+    "MetaftWarning",
     "Model",
     "NonFiniteError",
     "__version__",

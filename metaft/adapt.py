@@ -60,8 +60,9 @@ class Arguments(AdaptConfig):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status: 0 done, 1 a loss that is not finite, 2 bad input, 130 or 143 stopped by Ctrl-C or SIGTERM."""
-    return guarded(_command, argv)
+    """Exit status: 0 done, 1 a loss that is not finite or too little memory, 2 bad input, 130 or 143 stopped by Ctrl-C
+    or SIGTERM."""
+    return guarded(_command, argv, smaller="a smaller --batch-size, or fewer images")
 
 
 def _command(argv: Sequence[str]) -> None:
@@ -89,21 +90,29 @@ def run(config: AdaptConfig, *, module: nn.Module | None = None) -> dict[str, An
     name = f"adapt-{file_name(target.name)}-{file_name(Path(start.name).name)}-{settled.seed}"
     folder = Path(settled.out) if settled.out is not None else fresh_folder(RUNS / name)
     made = RunFolder.create(folder, to_toml(dataclasses.replace(settled, out=None)))
-    return _go(made, settled, start, target, Position())
+    with made.held("out"):
+        return _go(made, settled, start, target, Position())
 
 
 def resume_run(path: Path, config: AdaptConfig | None = None, *, module: nn.Module | None = None) -> dict[str, Any]:
     """Go on with a run from its last checkpoint. `config` may differ from the run's in RESUMABLE fields alone.
 
-    Raises MetaftError for another difference, and where the images or the initialisation are no longer those that the
-    run began with; CheckpointError where no checkpoint can be read.
+    Raises MetaftError for another difference, where the images or the initialisation are no longer those that the run
+    began with, and where another process is at this run; CheckpointError where no checkpoint can be read.
     """
-    from metaft.assemble import say_what_changed
-    from metaft.checkpoint import write_atomically
-    from metaft.finetune.study import Position, read
     from metaft.run import RunFolder
 
     folder = RunFolder.open(path)
+    with folder.held("resume"):
+        return _resume(folder, config, module)
+
+
+def _resume(folder: RunFolder, config: AdaptConfig | None, module: nn.Module | None) -> dict[str, Any]:
+    from metaft.assemble import say_what_changed
+    from metaft.checkpoint import write_atomically
+    from metaft.finetune.study import Position, read
+
+    path = folder.path
     own = of_run(AdaptConfig, folder.config, "resume")
     given = {} if config is None else {k: v for k, v in dataclasses.asdict(config).items() if v is not None}
     config = dataclasses.replace(own, **{**given, "out": None})
@@ -307,7 +316,7 @@ def result_of(
 
     names = starts(start)
     rows = rows_of(target, config, 0)
-    timing = read_rows(folder.timing)
+    timing = read_rows(folder.timing, ["fit", "seconds"])
     fits = [
         {k: v for k, v in fit.items() if k not in ("draw", "start")} | {"seconds": round(seconds(timing, number), 3)}
         for number, fit in enumerate(position.fits)

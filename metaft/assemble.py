@@ -18,7 +18,8 @@ from torch import nn
 from metaft import algorithms, models, tasks
 from metaft._version import __version__
 from metaft.algorithms.base import Algorithm
-from metaft.config import MetaTrainConfig, Settled, from_mapping, read_toml
+from metaft.cli import of_run
+from metaft.config import MetaTrainConfig, Settled
 from metaft.defaults import device_of, hyper, resolve
 from metaft.errors import CheckpointError, MetaftError
 from metaft.models import Model
@@ -82,7 +83,9 @@ def assemble(
                 f"ways: the module's head has {model.outputs} outputs, but tasks have {settled.ways} classes"
             )
     elif settled.model == "custom":
-        raise MetaftError("model: this run was trained with a module from Python; hand it over there (module=...)")
+        raise MetaftError(
+            "model: this run was trained with a module from Python (custom); hand it over there (module=...)"
+        )
     else:
         model = models.build(
             settled.model, ways=settled.ways, shape=dataset.shape, width=settled.width, seed=settled.seed, device=device
@@ -123,13 +126,16 @@ def with_engine(parts: Parts, draw_batch: Callable[[], Any], *, ranks: int = 1, 
     """The same with the chunk settled, and the engine where it was to be tuned, so that a resume has the same bits.
 
     `draw_batch` gives the part of a meta-batch that one of `ranks` processes takes, on which `--engine tune` tries what
-    there is. `before` is the engine that a resumed run had: its chunk is forgotten where another kind follows.
+    there is. `before` is the engine that a resumed run had: its chunk is forgotten where another kind follows. Raises
+    MetaftError for a chunk beside `tune`, which chooses it.
     """
     c = parts.config
     name = settled_name(c.engine, convolutional=parts.model.convolutional, device=parts.device)
     if before is not None and (before in PARALLEL) != (name in PARALLEL):
         c = dataclasses.replace(c, task_chunk=None)
     if c.engine == "tune":
+        if c.task_chunk is not None:
+            raise MetaftError(f"task_chunk: --engine tune chooses it by itself (given {c.task_chunk})")
         meta, state = parts.algorithm.init(c.seed)
         times = tune(
             parts.algorithm, meta, state, draw_batch(),
@@ -157,10 +163,14 @@ def _called(name: str, chunk: int | None) -> str:
     return f"{name} with {'all tasks' if chunk is None else f'{chunk} tasks'} at once"
 
 
-def open_run(path: Path, *, which: str = "best") -> tuple[RunFolder, MetaTrainConfig, Snapshot]:
-    """A run's settings and one of its checkpoints. Raises CheckpointError with the checkpoint to use instead."""
+def open_run(path: Path, *, which: str = "best", field: str = "run") -> tuple[RunFolder, MetaTrainConfig, Snapshot]:
+    """A meta-training run's settings and one of its checkpoints.
+
+    Raises MetaftError, naming `field`, for another command's run, and CheckpointError with the checkpoint to use
+    instead of one that cannot be read.
+    """
     run = RunFolder.open(path)
-    config = from_mapping(MetaTrainConfig, read_toml(run.config), origin=str(run.config))
+    config = of_run(MetaTrainConfig, run.config, field)
     return run, config, read_snapshot(run, run.best if which == "best" else run.last)
 
 

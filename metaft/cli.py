@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import io
 import itertools
 import os
 import re
 import signal
+import stat
 import sys
+import tempfile
 import threading
 import types
-from collections.abc import Callable, Iterable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from metaft.config import AdaptConfig, Config, MetaTrainConfig, from_mapping, read_toml
-from metaft.errors import Interrupted, MetaftError, SaidElsewhere, suggest
+from metaft.errors import CheckpointError, Interrupted, MetaftError, MetaftWarning, SaidElsewhere, suggest
 from metaft.names import is_text
 from metaft.ranks import ALONE, Ranks, join
 
@@ -58,7 +62,12 @@ def _switches(cls: type, argv: Sequence[str]) -> list[str]:
 
     tyro makes such pairs for a bool, but not for one that may also be left open (None).
     """
-    three_way = {f.name.replace("_", "-") for f in dataclasses.fields(cls) if f.type == "bool | None"}  # type: ignore[arg-type]
+    types_of = {f.name.replace("_", "-"): f.type for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    for word in argv:
+        name, _, value = word.partition("=")
+        if value and types_of.get(name.removeprefix("--").removeprefix("no-")) == "bool":
+            raise MetaftError(f"{name} takes no value, got {value!r}")
+    three_way = {name for name, kind in types_of.items() if kind == "bool | None"}
     out: list[str] = []
     for word, following in zip(argv, [*argv[1:], ""], strict=False):
         name = word.removeprefix("--").replace("_", "-")
@@ -104,7 +113,10 @@ def settings(
     elif resume is not None:
         from metaft.run import RunFolder
 
-        base = of_run(config, RunFolder.open(Path(resume)).config, "resume")
+        try:
+            base = of_run(config, RunFolder.open(Path(resume)).config, "resume")
+        except CheckpointError as error:
+            raise CheckpointError(f"resume: {error}") from None
     given = parse(arguments, argv, prog=prog, default=arguments(**dataclasses.asdict(base)))
     fields = {f.name: getattr(given, f.name) for f in dataclasses.fields(config)}
     if resume is None and (given.auto_resume or restarted):
@@ -152,14 +164,26 @@ def check_unchanged(config: Any, own: Any, path: Path, *, except_for: Iterable[s
             )
 
 
-def guarded(command: Callable[[Sequence[str]], None], argv: Sequence[str] | None) -> int:
-    """Run a command and turn errors that the user can mend into one line on stderr and an exit status."""
+def guarded(command: Callable[[Sequence[str]], None], argv: Sequence[str] | None, *, smaller: str) -> int:
+    """Run a command and turn errors that the user can mend into one line on stderr and an exit status.
+
+    `smaller` names what takes less memory where there is not enough.
+    """
+    argv = sys.argv[1:] if argv is None else argv
     try:
-        command(sys.argv[1:] if argv is None else argv)
+        with _noted_warnings():
+            command(argv)
     except MetaftError as error:
         if not isinstance(error, SaidElsewhere):
-            print(f"metaft: {'' if isinstance(error, Interrupted) else 'error: '}{error}", file=sys.stderr)
+            line = _escaped(f"{_file_of(error, argv)}{error}")
+            print(f"metaft: {'' if isinstance(error, Interrupted) else 'error: '}{line}", file=sys.stderr)
         return error.status
+    except (MemoryError, RuntimeError, OSError, ImportError) as error:
+        said = _escaped(str(error).split("\n")[0])
+        if not isinstance(error, MemoryError) and not _NO_MEMORY.search(said):
+            raise
+        print(f"metaft: error: not enough memory ({said or type(error).__name__}); try {smaller}", file=sys.stderr)
+        return 1
     except SystemExit as done:  # tyro, after --help
         return done.code if isinstance(done.code, int) else 0
     except KeyboardInterrupt:  # before training or after the meta-test, when there is nothing to keep
@@ -168,14 +192,58 @@ def guarded(command: Callable[[Sequence[str]], None], argv: Sequence[str] | None
     return 0
 
 
-def in_ranks(command: Callable[[Sequence[str], Ranks], None], argv: Sequence[str] | None) -> int:
+@contextlib.contextmanager
+def _noted_warnings() -> Iterator[None]:
+    """Inside, a MetaftWarning is one line on stderr without the place in the code."""
+    former = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], *place: Any, **kwargs: Any) -> None:
+        if issubclass(category, MetaftWarning):
+            print(f"metaft: note: {message}", file=sys.stderr)
+        else:
+            former(message, category, *place, **kwargs)
+
+    warnings.showwarning = show
+    try:
+        yield
+    finally:
+        warnings.showwarning = former
+
+
+# torch's allocators on a CPU and a GPU, oneDNN, the system's calls, and its loader while torch is imported.
+_NO_MEMORY = re.compile(
+    r"(?i)can ?not allocate memory|can't allocate memory|not enough memory|out of memory|bad_alloc|"
+    r"could not create a (memory|primitive)|failed to map segment|can't start new thread"
+)
+
+
+def _escaped(text: str) -> str:
+    """One line, whatever the names in it hold."""
+    return "\\n".join(text.splitlines())
+
+
+def _file_of(error: MetaftError, argv: Sequence[str]) -> str:
+    """`"my.toml: "` where the message begins with a field that comes from the TOML file."""
+    file = option(argv, "config")
+    found = re.match(r"\w+(?=[: ])", str(error))
+    if file is None or found is None or option(argv, found[0].replace("_", "-")) is not None:
+        return ""
+    try:
+        return f"{file}: " if found[0] in read_toml(Path(file)) else ""
+    except MetaftError:  # which is what the message is about
+        return ""
+
+
+def in_ranks(command: Callable[[Sequence[str], Ranks], None], argv: Sequence[str] | None, *, smaller: str) -> int:
     """`guarded` for a command that torchrun may start several times: rank 0 alone prints, and one speaks of errors."""
 
     def together(argv: Sequence[str]) -> None:
         with contextlib.ExitStack() as stack:
             ranks = join()
             stack.callback(ranks.close)
-            if ranks.count > 1:  # torchrun ends all where one ended, and none may go before it has said what to say
+            if ranks.count > 1:
+                # torchrun ends all where one has ended. None may go before it has said why, nor with another status.
+                stack.callback(signal.signal, signal.SIGTERM, signal.SIG_IGN)
                 stack.enter_context(StopSignals(ranks))
             try:
                 with contextlib.ExitStack() as quiet:
@@ -187,7 +255,7 @@ def in_ranks(command: Callable[[Sequence[str], Ranks], None], argv: Sequence[str
             except MetaftError as error:
                 raise ranks.last_words(error) from None
 
-    return guarded(together, argv)
+    return guarded(together, argv, smaller=smaller)
 
 
 class StopSignals:
@@ -226,6 +294,18 @@ class StopSignals:
         number = self.received if self.ranks.count == 1 else self.ranks.stop
         if number:
             raise Interrupted(message, number)
+
+
+def check_writable(path: Path, field: str, folder: Path) -> None:
+    """Raises CheckpointError, naming `field`, for a file that could not be written; `folder` is to hold it."""
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            if stat.S_ISDIR(os.stat(path).st_mode):
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise CheckpointError(f"{field}: {path} cannot be written ({error.strerror})") from None
 
 
 def fresh_folder(base: Path) -> Path:

@@ -18,7 +18,7 @@ from typing import Any, Literal, TypeVar
 
 from metaft.errors import MetaftError, suggest
 
-Config = TypeVar("Config", "MetaTrainConfig", "EvaluateConfig", "AdaptConfig")
+Config = TypeVar("Config", "MetaTrainConfig", "Settled", "EvaluateConfig", "AdaptConfig")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,17 +26,18 @@ class MetaTrainConfig:
     """Learn an initialisation from few-shot episodes, then meta-test it."""
 
     dataset: str = "glyphs"
-    """glyphs (built in), omniglot, sinusoid, or folder:PATH (class folders, with or without train/ val/ test/)."""
+    """glyphs (built in), omniglot, sinusoid, folder:PATH (class folders, with or without train/ val/ test/), or
+    l2l:NAME (learn2learn's data set of that name, e.g. l2l:cifarfs)."""
     data_root: str | None = None
     """Folder that holds the data sets (auto: the environment variable METAFT_DATA)."""
     download: bool = False
-    """Fetch the data set first, where that is possible (omniglot)."""
+    """Fetch the data set first, where that is possible (omniglot, l2l:NAME)."""
     split: str | None = None
     """How classes are split. omniglot: finn (default), vinyals, alphabets."""
     image_size: int | None = None
-    """folder: pixels per side (auto: 28 for grey images, 84 for colour)."""
+    """folder, l2l: pixels per side (auto: 28 for grey images, 84 for colour; l2l: their own where all are squares)."""
     channels: int | None = None
-    """folder: 1 or 3 (auto: 1 where a sample of the images is grey)."""
+    """folder, l2l: 1 or 3 (auto: 1 where a sample of the images is grey)."""
     rotate: bool | None = None
     """--rotate / --no-rotate: one random quarter turn per class and task (auto: on for omniglot's finn split)."""
 
@@ -50,7 +51,8 @@ class MetaTrainConfig:
     """Tasks per meta-step, B (auto: 16; sinusoid: 25)."""
 
     algorithm: str = "maml"
-    """maml, fomaml (first-order), anil, boil, meta-sgd, proto-maml or protonet (see docs/algorithms.md)."""
+    """maml, fomaml (first-order), anil, boil, meta-sgd, proto-maml, protonet, matching-net, baseline or baseline++ (see
+    docs/algorithms.md)."""
     model: str | None = None
     """conv4 (stride 2, mean), conv4-pool (max-pool) or mlp (auto: by the input's shape)."""
     width: int | None = None
@@ -58,9 +60,12 @@ class MetaTrainConfig:
     batch_norm: Literal["transductive", "inductive"] = "transductive"
     """How training queries are normalised: with their own statistics, or with the support set's."""
     inner_steps: int | None = None
-    """Inner gradient steps in training (auto: 1; protonet: none)."""
+    """Inner gradient steps in training (auto: 1; protonet, matching-net, baseline, baseline++: none)."""
     inner_lr: float | None = None
-    """Inner learning rate; of meta-sgd the first one (auto: 0.4; proto-maml: 0.1; sinusoid: 0.01)."""
+    """Inner learning rate; of meta-sgd the first one (auto: 0.4; proto-maml: 0.1; baseline, baseline++: 0.01 for
+    a task's head; sinusoid: 0.01)."""
+    inner_optimizer: str | None = None
+    """sgd, momentum, nesterov or adam, or with numbers: momentum:momentum=0.5, adam:beta1=0,eps=1e-6 (auto: sgd)."""
     adapt_norm: bool | None = None
     """--adapt-norm / --no-adapt-norm: let the inner loop move normalisation scales and shifts too (auto: on)."""
     hyper: tuple[str, ...] = ()
@@ -71,7 +76,8 @@ class MetaTrainConfig:
     outer_optimizer: Literal["adam", "sgd"] | None = None
     """Outer optimiser (auto: adam)."""
     outer_lr: float | None = None
-    """Outer learning rate, at the start of its schedule (auto: 0.003; sinusoid: 0.001)."""
+    """Outer learning rate, at the start of its schedule (auto: 0.003; sinusoid, baseline, baseline++:
+    0.001)."""
     outer_schedule: Literal["constant", "linear", "cosine"] | None = None
     """How the outer learning rate goes: constant, or down to 0 at the last iteration (auto: cosine)."""
     clip_value: float | None = None
@@ -92,7 +98,8 @@ class MetaTrainConfig:
     test_query_shots: int | None = None
     """Query images per class in validation and test (auto: 15; sinusoid: 100)."""
     test_inner_steps: int | None = None
-    """Inner steps in validation and test (auto: 3; sinusoid: 10; protonet: none)."""
+    """Inner steps in validation and test (auto: 3; sinusoid: 10; baseline, baseline++: 100; protonet,
+    matching-net: none)."""
     test_episodes: int = 1000
     """Test episodes."""
 
@@ -106,7 +113,7 @@ class MetaTrainConfig:
     threads: int | None = None
     """Processes or threads, for engines of that name (auto: one per core); within an operation for others (auto: 1)."""
     task_chunk: int | None = None
-    """Tasks at once (auto: by their size, for processes and threads; all, for the others, or as many as fit)."""
+    """Tasks at once, at most (auto: by their size, for processes and threads; all, for the others, or as many as fit)."""
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"
     """What models compute in; parameters and gradients are fp32 in all. tf32 is for GPUs; bf16 is slow on most CPUs."""
     inner_checkpoint: bool = False
@@ -301,7 +308,7 @@ def check(config: MetaTrainConfig | EvaluateConfig | AdaptConfig | PredictConfig
             raise MetaftError(f"{field.name} must be above 0, got {value}")
         if field.name in _ABOVE_ZERO and value > 1e30:
             raise MetaftError(f"{field.name} must be at most 1e30, which float32 can still work with, got {value}")
-        if field.name in ("seed", "eval_seed") and value >= 2**63:
+        if type(value) is int and value >= 2**63:
             raise MetaftError(f"{field.name} must be below 2**63, got {value}")
     if config.device != "auto" and not re.fullmatch(r"cpu|cuda(:\d+)?", config.device):
         raise MetaftError(f"device must be auto, cpu, cuda or cuda:N, got {config.device!r}")
@@ -350,7 +357,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise MetaftError(f"config: cannot read {path}: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # what tomllib raises, and Python at numbers and depths beyond it
         raise MetaftError(f"config: {path} is not valid TOML: {error}") from None
     return {key.replace("-", "_"): value for key, value in values.items()}
 

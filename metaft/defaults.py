@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 
@@ -11,8 +12,17 @@ from metaft.config import MetaTrainConfig, Settled
 from metaft.errors import MetaftError
 from metaft.types import Dataset, Loss
 
-MEMBERS: dict[str, dict[str, object]] = {}
-"""What a member needs other than the rest, by the fields of a config."""
+_SUPERVISED: dict[str, object] = {"outer_lr": 1e-3, "test_inner_steps": 100}  # Chen et al. 2019
+
+MEMBERS: dict[str, dict[str, object]] = {
+    "reptile": {"outer_optimizer": "sgd", "outer_lr": 1.0, "outer_schedule": "linear", "test_inner_steps": 10},
+    "imaml": {"test_inner_steps": 16},
+    "cavia": {"inner_lr": 1.0, "test_inner_steps": 2},
+    "unicorn-maml": {"test_inner_steps": 5},
+    "baseline": _SUPERVISED,
+    "baseline++": _SUPERVISED,
+}
+"""What a member needs other than the rest, by the fields of a config; the data set does not change it."""
 
 
 def resolve(config: MetaTrainConfig, dataset: Dataset, *, default_rotate: bool, custom_model: bool = False) -> Settled:
@@ -43,16 +53,18 @@ def resolve(config: MetaTrainConfig, dataset: Dataset, *, default_rotate: bool, 
         "test_query_shots": 100 if regression else 15,
         "test_inner_steps": (10 if regression else 3) if "inner_steps" in accepted else 0,
         **accepted,
+        # Finn et al. 2017, section 5.1
+        **({"inner_lr": 0.01} if regression and "inner_lr" in accepted else {}),
         **MEMBERS.get(config.algorithm, {}),
     }
-    if regression and "inner_lr" in accepted:
-        values["inner_lr"] = 0.01  # Finn et al. 2017, section 5.1
     if config.rotate and not image:
         raise MetaftError(f"rotate: {config.dataset} has no images to rotate")
     check_steps("test_inner_steps", config.test_inner_steps, config.algorithm)
     if custom_model:  # whatever was asked for, this is what is recorded
         config = dataclasses.replace(config, model="custom")
     names = {f.name for f in dataclasses.fields(config)}
+    if "classes" in accepted and "classes" not in parse_hyper(config.algorithm, config.hyper):
+        config = dataclasses.replace(config, hyper=(*config.hyper, f"classes={train_classes(dataset)}"))
     open_fields = {k: v for k, v in values.items() if k in names and getattr(config, k) is None}
     return Settled(**{**dataclasses.asdict(config), **open_fields})
 
@@ -61,16 +73,22 @@ def hyper(config: MetaTrainConfig, loss: Loss) -> dict[str, object]:
     """What to hand the algorithm: the settings it knows, and those it does not but the user gave (an error there)."""
     given = {
         name: getattr(config, name)
-        for name in ("inner_lr", "inner_steps", "adapt_norm")
+        for name in ("inner_lr", "inner_steps", "inner_optimizer", "adapt_norm")
         if getattr(config, name) is not None
     }
     own = parse_hyper(config.algorithm, config.hyper)
     return {"loss": loss, "norm": config.batch_norm, **given, **own}
 
 
+def train_classes(dataset: Dataset) -> int:
+    """How many classes a data set has to train on, 0 where it has none."""
+    classes: Any = dataset.describe().get("classes", {})
+    return len(classes.get("train", ()))
+
+
 def check_steps(field: str, steps: int | None, algorithm: str) -> None:
     """Raises MetaftError for inner steps asked of a member that has none."""
-    if steps and "inner_steps" not in hyper_parameters(algorithm):
+    if steps and "inner_lr" not in hyper_parameters(algorithm):
         raise MetaftError(f"{field}: {algorithm} has no inner steps (given {steps})")
 
 

@@ -57,7 +57,12 @@ class SaidElsewhere(MetaftError):
         self.status = status
 
 
+class MetaftWarning(UserWarning):
+    """What was asked for is done, but may not be what was meant. The commands print it as one line, once."""
+
+
 def suggest(word: str, known: Iterable[str]) -> str:
     """`"; did you mean 'x'?"` for the known word nearest to a misspelt one, or nothing."""
-    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {near[0]!r}?" if near else ""
+    lower = {name.lower(): name for name in known}
+    near = difflib.get_close_matches(word.lower(), lower, n=1, cutoff=0.5)
+    return f"; did you mean {lower[near[0]]!r}?" if near else ""

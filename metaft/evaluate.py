@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from metaft.cli import StopSignals, in_ranks, parse
+from metaft.cli import StopSignals, check_writable, in_ranks, parse
 from metaft.config import EvaluateConfig
 from metaft.errors import MetaftError
 from metaft.ranks import ALONE, Ranks
@@ -30,8 +31,8 @@ class Arguments(EvaluateConfig):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status: 0 done, 2 bad input, 130 or 143 stopped by Ctrl-C or SIGTERM."""
-    return in_ranks(_command, argv)
+    """Exit status: 0 done, 1 too little memory, 2 bad input, 130 or 143 stopped by Ctrl-C or SIGTERM."""
+    return in_ranks(_command, argv, smaller="--engine vmap with a smaller --task-chunk, or fewer --threads")
 
 
 def _command(argv: Sequence[str], ranks: Ranks) -> None:
@@ -77,7 +78,7 @@ def run(
         # Nothing of the old data set's own settings is meant for the new one.
         fields |= {"dataset": config.dataset, "split": config.split, "rotate": None}
         # A folder is read as the run's own images were; a data set with its own size takes no such wish.
-        images = snapshot.header.get("preprocessing", {}) if config.dataset.startswith("folder:") else {}
+        images = snapshot.header.get("preprocessing", {}) if config.dataset.startswith(("folder:", "l2l:")) else {}
         fields |= {"channels": images.get("channels"), "image_size": images.get("height")}
     if config.rotate is not None:
         fields["rotate"] = config.rotate
@@ -85,6 +86,9 @@ def run(
     parts = ranks.in_turn(lambda: assemble(wanted, dataset=dataset, module=module, architecture=architecture))
     check_ranks(parts, ranks)
     snapshot = fill(parts, snapshot)
+    if config.out is not None:  # before the work
+        out = Path(config.out)
+        check_writable(out, "out", next((p for p in out.absolute().parents if os.path.isdir(p)), out))
     c = parts.config
     ways = config.ways or c.test_ways
     shots = config.shots or c.test_shots

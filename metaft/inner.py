@@ -8,25 +8,29 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from metaft.inner_optim import InnerOptimizer, sgd
 from metaft.models.norm import in_transform
 from metaft.types import Fast, Params
 
 Aux = TypeVar("Aux")
 
+Rates = float | Mapping[str, Tensor] | Callable[[Params, int], Params]
+"""One rate, one of each parameter (a scalar, or elementwise), or what (directions, step 0, 1, ...) amount to."""
+
 
 def value_and_grad(
-    loss: Callable[[Params], tuple[Tensor, Aux]], params: Params, *, create_graph: bool
+    loss: Callable[[Params], tuple[Tensor, Aux]], params: Params, *, create_graph: bool, others: Iterable[Tensor] = ()
 ) -> tuple[Tensor, Aux, Params]:
     """Value (scalar), auxiliary output and gradient of `loss` at `params`.
 
-    With `create_graph` the gradient is itself differentiable, as far as `params` depend on something that is being
-    differentiated; without, it is a constant. Plain autograd where possible, torch.func inside its transforms.
-    Parameters that the loss does not use have gradient 0.
+    With `create_graph` the gradient is itself differentiable, as far as `params`, or `others` that the loss uses,
+    depend on something that is being differentiated; without, it is a constant. Plain autograd where possible,
+    torch.func inside its transforms. Parameters that the loss does not use have gradient 0.
     """
     if in_transform():
         grads, (value, aux) = torch.func.grad_and_value(loss, has_aux=True)(params)
         return value, aux, grads if create_graph else {k: g.detach() for k, g in grads.items()}
-    tracked = any(p.requires_grad for p in params.values())
+    tracked = any(p.requires_grad for p in (*params.values(), *others))
     with torch.enable_grad():
         leaves = {k: p if p.requires_grad else p.detach().requires_grad_() for k, p in params.items()}
         value, aux = loss(leaves)
@@ -36,36 +40,65 @@ def value_and_grad(
     return value, aux, dict(zip(leaves, grads, strict=True))
 
 
+def hessian_product(loss: Callable[[Params], Tensor], params: Params) -> Callable[[Params], Params]:
+    """v -> H v with H the Hessian of `loss` at `params`, a constant. The loss is computed once for all products."""
+    if in_transform():
+        product = torch.func.vjp(torch.func.grad(loss), params)[1]
+        return lambda v: product(v)[0]
+    with torch.enable_grad():
+        leaves = {k: p.detach().requires_grad_() for k, p in params.items()}
+        grads = torch.autograd.grad(loss(leaves), list(leaves.values()), create_graph=True, materialize_grads=True)
+    curved = {k: g for k, g in zip(leaves, grads, strict=True) if g.requires_grad}
+
+    def product_of(v: Params) -> Params:
+        along = [v[k] for k in curved]
+        rows = torch.autograd.grad(
+            list(curved.values()), list(leaves.values()), along, retain_graph=True, materialize_grads=True
+        )
+        return dict(zip(leaves, rows, strict=True))
+
+    return product_of
+
+
 def descend(
-    loss: Callable[[Params], Tensor],
+    loss: Callable[[Params, int], Tensor],
     params: Params,
     *,
     steps: int,
-    lr: float | Mapping[str, Tensor],
+    lr: Rates,
     first_order: bool = False,
     adapt: Iterable[str] | None = None,
+    optimizer: InnerOptimizer | None = None,
 ) -> Iterator[Params]:
     """Yield `params`, then the parameters after each of `steps` steps: p <- p - lr * dloss/dp.
 
-    Only names in `adapt` move (default: all); `lr` is one rate, or one of each such name (a scalar, or elementwise).
-    `first_order` treats each gradient as a constant, so that the derivative of the result in `params` is the identity.
-    One parameter may have been computed from another: each gradient is the partial one, at which the others stay.
+    `loss` takes the parameters and the number of the step, 0, 1, ... Only names in `adapt` move (default: all); an
+    `optimizer` makes a direction of the gradient. `first_order` treats each gradient as a constant, so that the
+    derivative of the result in `params` is the identity. One parameter may have been computed from another: each
+    gradient is the partial one, at which the others stay.
     """
     names = list(params) if adapt is None else list(adapt)
-    rates = lr if isinstance(lr, Mapping) else dict.fromkeys(names, lr)
+    optimizer = sgd() if optimizer is None else optimizer
     # Nodes of their own: from a head that was made out of the body, autograd would go on into the body.
     params = {k: p.view_as(p) for k, p in params.items()}
     yield params
-    for _ in range(steps):
+    state = optimizer.init({k: params[k] for k in names})
+    for step in range(steps):
         fixed = params
 
-        def of_adapted(moving: Params, fixed: Params = fixed) -> tuple[Tensor, tuple[()]]:
-            return loss({**fixed, **moving}), ()
+        def of_adapted(moving: Params, fixed: Params = fixed, step: int = step) -> tuple[Tensor, tuple[()]]:
+            return loss({**fixed, **moving}, step), ()
 
         moving = {k: params[k] for k in names}
-        _, _, grads = value_and_grad(of_adapted, moving, create_graph=not first_order)
-        params = {**params, **{k: moving[k] - rates[k] * grads[k] for k in names}}
+        _, _, grads = value_and_grad(of_adapted, moving, create_graph=not first_order, others=fixed.values())
+        directions, state = optimizer.update(grads, state, step)
+        moves = lr(directions, step) if callable(lr) else _scaled(lr, directions)
+        params = {**params, **{k: moving[k] - moves[k] for k in names}}
         yield params
+
+
+def _scaled(lr: float | Mapping[str, Tensor], directions: Params) -> Params:
+    return {k: (lr[k] if isinstance(lr, Mapping) else lr) * d for k, d in directions.items()}
 
 
 def collect(states: Iterator[Params], finish: Callable[[Params], Fast], trajectory: bool) -> Fast:

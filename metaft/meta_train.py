@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import shlex
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,9 +52,9 @@ class Arguments(MetaTrainConfig):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status: 0 done, 1 a loss that is not finite or a process of the job lost, 2 bad input, 130 or 143 stopped by
-    Ctrl-C or SIGTERM."""
-    return in_ranks(_command, argv)
+    """Exit status: 0 done, 1 a loss that is not finite, too little memory, or a process of the job lost, 2 bad input,
+    130 or 143 stopped by Ctrl-C or SIGTERM."""
+    return in_ranks(_command, argv, smaller="a smaller --meta-batch, --task-chunk or --threads")
 
 
 def _command(argv: Sequence[str], ranks: Ranks) -> None:
@@ -106,7 +107,9 @@ def run(
         folder = Path(c.out) if c.out is not None else fresh_folder(Path("runs") / name)
         return RunFolder.create(folder, to_toml(dataclasses.replace(c, out=None)))
 
-    return _go(ranks.on_first(create), parts, sources, None, ranks)
+    made = ranks.on_first(create)
+    with _held(made, "out", ranks):
+        return _go(made, parts, sources, None, ranks)
 
 
 def resume_run(
@@ -120,15 +123,43 @@ def resume_run(
     """Go on with a run from its last checkpoint. `config` may differ from the run's in RESUMABLE fields alone; what it
     leaves open is as in the run.
 
-    Raises MetaftError for another difference, CheckpointError where no checkpoint can be read.
+    Raises MetaftError for another difference and where another process is at this run, CheckpointError where no
+    checkpoint can be read.
     """
+    from metaft.run import RunFolder
+
+    folder = ranks.on_first(lambda: RunFolder.open(path))
+    with _held(folder, "resume", ranks):
+        return _resume(folder, config, dataset, module, ranks)
+
+
+@contextlib.contextmanager
+def _held(run: RunFolder, field: str, ranks: Ranks) -> Iterator[None]:
+    """The lock on a run folder, held by rank 0. Raises MetaftError, on all ranks, where another process has it."""
+    with contextlib.ExitStack() as stack:
+        ranks.on_first(lambda: stack.enter_context(run.held(field)))
+        yield
+
+
+def _resume(
+    folder: RunFolder,
+    config: MetaTrainConfig | None,
+    dataset: Dataset | None,
+    module: nn.Module | None,
+    ranks: Ranks,
+) -> dict[str, Any]:
     from metaft.assemble import assemble
     from metaft.checkpoint import write_atomically
 
-    folder, own, snapshot = ranks.on_first(lambda: _reopened(path))
+    path = folder.path
+    own, snapshot = ranks.on_first(lambda: _reopened(folder))
     given = {} if config is None else {k: v for k, v in dataclasses.asdict(config).items() if v not in (None, ())}
+    if set(given.get("hyper", ())) <= set(own.hyper):  # a run adds what it found out itself
+        given.pop("hyper", None)
     named = {} if dataset is None else {"dataset": dataset.name}
     config = dataclasses.replace(own, **{**given, **named, "out": None})
+    if config.engine == "tune" and config.task_chunk == own.task_chunk:  # as it was chosen once, by it or another rule
+        config = dataclasses.replace(config, task_chunk=None)
     check_unchanged(config, own, path, except_for=RESUMABLE)
     if snapshot is not None and config.iterations is not None and config.iterations < snapshot.position.step:
         raise MetaftError(
@@ -149,17 +180,16 @@ def resume_run(
     return _go(folder, parts, sources, snapshot, ranks)
 
 
-def _reopened(path: Path) -> tuple[RunFolder, MetaTrainConfig, Snapshot | None]:
-    """A run that was begun: its folder, settings and last checkpoint, if it got so far."""
+def _reopened(folder: RunFolder) -> tuple[MetaTrainConfig, Snapshot | None]:
+    """A run that was begun: its settings and last checkpoint, if it got so far."""
     from metaft.assemble import open_run
-    from metaft.run import RunFolder
 
-    folder = RunFolder.open(path)
     folder.make_folders()
     folder.mend()
-    if folder.last.exists():
-        return open_run(path, which="last")
-    return folder, from_mapping(MetaTrainConfig, read_toml(folder.config), origin=str(folder.config)), None
+    if not folder.last.exists():
+        return from_mapping(MetaTrainConfig, read_toml(folder.config), origin=str(folder.config)), None
+    _, own, snapshot = open_run(folder.path, which="last", field="resume")
+    return own, snapshot
 
 
 def _with_engine(parts: Parts, train: Source, ranks: Ranks, *, before: str | None = None) -> Parts:
@@ -182,12 +212,18 @@ def _sources(parts: Parts) -> tuple[Source, Source, Source]:
 
     Raises MetaftError where the data cannot give them.
     """
+    from metaft.algorithms import parse_hyper
+    from metaft.defaults import train_classes
+
     c = parts.config
     if c.test_ways != c.ways and not parts.algorithm.any_ways:
         raise MetaftError(
             f"test_ways: {c.algorithm} learns a head with one output per class, so {c.test_ways} ways at test "
             f"cannot follow {c.ways} in training"
         )
+    rows, found = parse_hyper(c.algorithm, c.hyper).get("classes"), train_classes(parts.dataset)
+    if isinstance(rows, int) and rows < found:
+        raise MetaftError(f"hyper: classes={rows} are fewer than the {found} that {parts.dataset.name} has to train on")
     train = parts.dataset.source(
         ways=c.ways, shots=c.shots, query_shots=c.query_shots, rotate=c.rotate, splits=("train",)
     )
@@ -288,7 +324,7 @@ def _report(
     from metaft.run import read_rows
 
     c = parts.config
-    timing = read_rows(run.timing)
+    timing = read_rows(run.timing, ["seconds", "validation_seconds"])
     seconds = sum(row["seconds"] for row in timing)
     training = seconds - sum(row["validation_seconds"] for row in timing)
     result = {

@@ -8,6 +8,7 @@ import math
 import statistics
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -18,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from metaft import workers
 from metaft.algorithms.base import Algorithm, TaskGrad
-from metaft.errors import MetaftError, suggest
+from metaft.errors import MetaftError, MetaftWarning, suggest
 from metaft.inner import value_and_grad
 from metaft.models.functional import plain_operations
 from metaft.ranks import ALONE, Ranks
@@ -473,7 +474,8 @@ def meta_gradient(
     """Mean of the tasks' gradients in `meta`, summed in task order so that the bits do not depend on timing.
 
     `step` sets the algorithm's knobs. Of several `ranks` each gives its own tasks, at least one, and all get the mean
-    over all tasks. Neither `meta` nor `state` is changed.
+    over all tasks. Neither `meta` nor `state` is changed. Warns (MetaftWarning) of what the algorithm says to warn of,
+    where a task met it.
     """
     # Mapping per-task gradients, not differentiating a mapped loss: the latter is silently wrong at second order for
     # batch normalisation under vmap.
@@ -481,10 +483,14 @@ def meta_gradient(
     leaves, spec = pytree.tree_flatten(total)
     *leaves, count = ranks.sum_flat([*leaves, torch.tensor(float(_length(tasks)), device=leaves[0].device)])
     mean: TaskGrad = pytree.tree_unflatten([leaf / int(count) for leaf in leaves], spec)
+    metrics = {name: float(value) for name, value in mean.metrics.items()}
+    for name, text in algorithm.cautions.items():
+        if metrics[name] > 0:
+            warnings.warn(text, MetaftWarning, stacklevel=2)
     return MetaGradient(
         grads=mean.grads,
         state={
             name: value + mean.state_delta[name] if name in mean.state_delta else value for name, value in state.items()
         },
-        metrics={name: float(value) for name, value in mean.metrics.items()},
+        metrics=metrics,
     )

@@ -8,7 +8,6 @@ import errno
 import io
 import os
 import sys
-import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import tyro
 
-from metaft.cli import guarded, parse
+from metaft.cli import check_writable, guarded, parse
 from metaft.config import PredictConfig
 from metaft.errors import CheckpointError, DataError, MetaftError
 
@@ -54,8 +53,9 @@ class Label(NamedTuple):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status: 0 done, though some files may be unreadable; 2 bad input, or no file that can be read."""
-    return guarded(_command, argv)
+    """Exit status: 0 done, though some files may be unreadable; 1 too little memory; 2 bad input, or no file that can
+    be read."""
+    return guarded(_command, argv, smaller="smaller images, or a machine with more")
 
 
 def _command(argv: Sequence[str]) -> None:
@@ -64,7 +64,7 @@ def _command(argv: Sequence[str]) -> None:
         raise MetaftError("images: name at least one picture file or folder")
     files = list_files(given.images)
     if given.csv is not None:
-        check_writable(Path(given.csv))
+        check_writable(Path(given.csv), "csv", Path(given.csv).parent)
 
     from metaft.defaults import device_of
     from metaft.finetune.classifier import load
@@ -72,7 +72,10 @@ def _command(argv: Sequence[str]) -> None:
     device = device_of(given.device)
     with warnings.catch_warnings(record=True) as said:  # a line each, without the place in the code
         warnings.simplefilter("always")
-        classifier = load(given.run, device=device)
+        try:
+            classifier = load(given.run, device=device)
+        except CheckpointError as error:
+            raise CheckpointError(f"run: {error}") from None
     for warning in said:
         print(f"metaft: note: {warning.message}", file=sys.stderr)
     classes = len(classifier.class_names)
@@ -119,8 +122,9 @@ def list_files(images: Sequence[str]) -> list[Path]:
             path.stat()
         except (FileNotFoundError, NotADirectoryError):
             raise DataError(f"images: {path} does not exist") from None
-        except OSError:  # in a locked folder, or a link to itself: unreadable, but no reason to stop
-            pass
+        except OSError as error:  # in a locked folder, or a link to itself: unreadable, but no reason to stop
+            if error.errno == errno.ENAMETOOLONG:
+                raise DataError(f"images: {path} does not exist ({error.strerror})") from None
         found = list_below(path) if os.path.isdir(path) else [path]
         if not found:
             raise DataError(f"images: folder {path} holds no pictures")
@@ -159,17 +163,6 @@ def _read(classifier: Classifier, file: Path) -> tuple[Tensor, bool] | DataError
     except DataError as error:
         return error
     return classifier.fitted(image), classifier.preprocessing.channels == 1 and not is_grey(image)
-
-
-def check_writable(path: Path) -> None:
-    """Raises CheckpointError for a file that `write_csv` could not write."""
-    try:
-        if path.is_dir():
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        raise CheckpointError(f"csv: {path} cannot be written ({error.strerror})") from None
 
 
 def write_csv(path: Path, labels: Sequence[Label], top: int) -> None:

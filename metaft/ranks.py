@@ -182,7 +182,8 @@ class _Group(Ranks):
     """One of several, through torch.distributed."""
 
     def __init__(self, timeout: float) -> None:
-        import torch
+        # `nn` keeps the group that is there when it is first imported: later, `close` could not close its connections.
+        import torch.distributed.nn
         from torch import distributed
         from torch.distributed import PrefixStore  # pyright: ignore[reportPrivateImportUsage]
         from torch.distributed.rendezvous import rendezvous

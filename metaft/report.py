@@ -28,13 +28,11 @@ def draw_pictures(run: RunFolder, parts: Parts, best: Snapshot, source: Source, 
     rows = read_rows(run.metrics)
     curves, steps, episode = (run.plots / f"{stem}.png" for stem in ("curves", "steps", "episode"))
     try:
-        plots.curves(
-            curves,
-            [r for r in rows if r["kind"] == "train"],
-            [r for r in rows if r["kind"] == "val"],
-            name,
-            best_step=best.position.best_step,
-        )
+        try:
+            train, val = ([r for r in rows if r["kind"] == kind] for kind in ("train", "val"))
+            plots.curves(curves, train, val, name, best_step=best.position.best_step)
+        except (KeyError, TypeError) as error:
+            raise CheckpointError(f"{run.metrics}: a row is not one that a run writes ({error!r})") from None
         plots.steps(steps, test)
         _draw_episode(episode, parts, best, source)
     except OSError as error:
@@ -105,8 +103,10 @@ def print_test(test: Mapping[str, Any]) -> None:
     for mode in NORMS:
         figures = test[mode]
         per_step = figures[f"{name}_per_step"]
-        steps = ", ".join(f"{100 * v:.1f}" if name == "accuracy" else f"{v:.3f}" for v in per_step)
-        tail = f"   after each step from 0: {steps}" if len(per_step) > 1 else ""
+        stride = max(1, (len(per_step) - 1) // 10)  # of a hundred steps every tenth
+        steps = ", ".join(f"{100 * v:.1f}" if name == "accuracy" else f"{v:.3f}" for v in per_step[::stride])
+        which = "each step" if stride == 1 else f"every {stride} steps"
+        tail = f"   after {which} from 0: {steps}" if len(per_step) > 1 else ""
         print(f"  {mode:<24}{percent(name, figures[name], figures['ci95'])}{tail}")
     if "pixel_nearest_neighbour" in test:
         floor = test["pixel_nearest_neighbour"]

@@ -1,7 +1,7 @@
 """The run folder: what one command leaves for the next.
 
     config.toml  metrics.jsonl  timing.jsonl  checkpoints/{last,previous,best}.safetensors  plots/*.png  result.json
-    classifier.safetensors and report.txt of metaft.adapt
+    classifier.safetensors and report.txt of metaft.adapt; .metaft.lock while a command writes to it
 
 metrics.jsonl holds no clock time, so that a resumed run ends with the same bytes as one that was never stopped;
 seconds are in timing.jsonl.
@@ -14,7 +14,8 @@ import math
 import os
 import re
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,6 +24,7 @@ from torch import Tensor
 from metaft import checkpoint
 from metaft.checkpoint import write_atomically
 from metaft.errors import CheckpointError, MetaftError
+from metaft.lock import held
 
 Loaded = TypeVar("Loaded")
 
@@ -37,6 +39,7 @@ class RunFolder:
         self.config = path / "config.toml"
         self.metrics = path / "metrics.jsonl"
         self.timing = path / "timing.jsonl"
+        self.lock = path / ".metaft.lock"
         self.result = path / "result.json"
         self.plots = path / "plots"
         self.checkpoints = path / "checkpoints"
@@ -50,17 +53,31 @@ class RunFolder:
         """A new run. Raises MetaftError where the folder holds something already or cannot be made."""
         run = cls(path)
         try:
-            # A run killed before its settings were written leaves nothing but hidden temporaries.
-            if path.exists() and (not path.is_dir() or any(not p.name.startswith(".") for p in path.iterdir())):
-                raise MetaftError(
-                    f"out: {path} already exists; choose another --out, or continue that run with --resume {path}"
-                )
+            run._check_free()
             path.mkdir(parents=True, exist_ok=True)
-            write_atomically(run.config, config_toml.encode())  # first: what has settings can be resumed
-            run.make_folders()
+            with run.held("out"):
+                run._check_free()  # of two that were started at once, one is first
+                write_atomically(run.config, config_toml.encode())  # first: what has settings can be resumed
+                run.make_folders()
         except OSError as error:
             raise MetaftError(f"out: cannot make {path} ({error.strerror})") from None
         return run
+
+    def _check_free(self) -> None:
+        """Raises MetaftError where the folder holds anything, or is none."""
+        # A run killed before its settings were written leaves nothing but hidden temporaries.
+        path = self.path
+        if path.exists() and (not path.is_dir() or any(not p.name.startswith(".") for p in path.iterdir())):
+            if self.lock.exists():
+                with self.held("out"):  # the process that is at it is what to know first
+                    pass
+            raise MetaftError(
+                f"out: {path} already exists; choose another --out, or continue that run with --resume {path}"
+            )
+
+    def held(self, field: str) -> AbstractContextManager[None]:
+        """Inside, no other process can write to this run. Raises MetaftError, naming `field` and the one that does."""
+        return held(self.lock, f"{field}: {self.path}")
 
     @classmethod
     def open(cls, path: Path) -> RunFolder:
@@ -148,24 +165,30 @@ def append_row(path: Path, row: Mapping[str, Any], *, sync: bool = False) -> Non
         raise CheckpointError(f"{path}: cannot be written ({error.strerror})") from None
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a line file. A last line that was cut off by a crash is left out.
+def read_rows(path: Path, numbers: Iterable[str] = ()) -> list[dict[str, Any]]:
+    """The rows of a line file, each of which has these `numbers`. A last line that a crash cut off is left out.
 
-    Raises CheckpointError where another line is not JSON.
+    Raises CheckpointError where the file cannot be read, or another line is not such a row.
     """
     if not path.exists():
         return []
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
     rows: list[dict[str, Any]] = []
-    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     for number, line in enumerate(lines, 1):
         if not line:
             continue
         try:
-            rows.append(json.loads(line))
-        except ValueError:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
             if number == len(lines):  # no newline behind it: the write never finished
                 break
             raise CheckpointError(f"{path}, line {number}: not JSON: {line[:60]!r}") from None
+        if not isinstance(row, dict) or not all(isinstance(row.get(name), (int, float)) for name in numbers):
+            raise CheckpointError(f"{path}, line {number}: not a row of this file: {line[:60]!r}")
+        rows.append(row)
     return rows
 
 
@@ -173,7 +196,7 @@ def cut_back(path: Path, step: int, evaluated: int) -> None:
     """Drop rows of steps that the checkpoint does not know: training beyond `step`, validation beyond `evaluated`."""
     if not path.exists():
         return
-    kept = [r for r in read_rows(path) if r["step"] <= (evaluated if r.get("kind") == "val" else step)]
+    kept = [r for r in read_rows(path, ["step"]) if r["step"] <= (evaluated if r.get("kind") == "val" else step)]
     write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from metaft.inner import at_step
 from metaft.metrics import FIGURES, figure, mean_ci95, nearest_neighbour
 from metaft.outer import Engine
 from metaft.ranks import ALONE, Ranks
-from metaft.types import NORMS, Episode, Params, Source, Split
+from metaft.types import NORMS, Episode, Fast, Norm, Params, Source, Split
 
 
 def task_scores(algorithm: Algorithm, meta: Params, state: Params, task: Episode, *, ways: int, steps: int) -> Tensor:
@@ -25,17 +25,19 @@ def task_scores(algorithm: Algorithm, meta: Params, state: Params, task: Episode
     trajectory = algorithm.adapt(
         meta, state, task.support_x, task.support_y, task.key, ways=ways, steps=steps, trajectory=True
     )
-    length = next(iter(trajectory.params.values())).shape[0]
     rows = [
-        torch.stack(
-            [
-                figure(algorithm.loss, algorithm.predict(at_step(trajectory, s), task.query_x, norm), task.query_y)
-                for s in range(length)
-            ]
-        )
+        torch.stack([figure(algorithm.loss, p, task.query_y) for p in predictions(algorithm, trajectory, task, norm)])
         for norm in NORMS
     ]
     return torch.stack(rows).detach()
+
+
+def predictions(algorithm: Algorithm, trajectory: Fast, task: Episode, norm: Norm) -> Iterable[Tensor]:
+    """The task's queries as predicted before the first step and after each one, [n, outputs] each."""
+    if algorithm.predict_steps is not None:
+        return algorithm.predict_steps(trajectory, task.query_x, norm).unbind()
+    length = next(iter(trajectory.params.values())).shape[0]
+    return (algorithm.predict(at_step(trajectory, s), task.query_x, norm) for s in range(length))
 
 
 @functools.lru_cache(maxsize=16)

@@ -71,8 +71,10 @@ def save_snapshot(run: RunFolder, snapshot: Snapshot, *, best: bool = False) -> 
 
 
 def load_snapshot(path: Any) -> Snapshot:
-    """Raises CheckpointError, see `metaft.checkpoint.load`."""
+    """Raises CheckpointError, see `metaft.checkpoint.load`, and for a checkpoint of another command."""
     tensors, header = checkpoint.load(path)
+    if "position" not in header:
+        raise CheckpointError(f"checkpoint {path}: not of a meta-training run")
     p = header["position"]
     position = Position(
         step=p["step"],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import dataclasses
+import gc
 import math
 import mmap
 import multiprocessing
@@ -184,6 +185,7 @@ def _settle_in() -> None:
     # The parent decides what a signal means that all processes of a job get: it may want to write a checkpoint first.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    gc.freeze()  # a collection would write to each object that is inherited, and so copy the pages that are shared
     torch.set_num_threads(1)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from metaft import models
+from metaft.algorithms import Algorithm
 from metaft.models import Model
 from metaft.tasks.pool import ClassPool, Preprocessing
 from metaft.types import SPLITS, Batch, Episode, Params
@@ -57,6 +59,11 @@ def batches(
     g = torch.Generator().manual_seed(seed)
     x = torch.randn(tasks, size, *SHAPE, generator=g, dtype=torch.float64).to(dtype)
     return Batch(x, torch.randint(classes, (tasks, size), generator=g), torch.arange(tasks))
+
+
+def data_for(algorithm: Algorithm, **kwargs: Any) -> Any:
+    """A meta-batch of what the algorithm trains on."""
+    return episodes(**kwargs) if algorithm.data == "episodes" else batches(**kwargs)
 
 
 def one(data: Episode | Batch, i: int = 0) -> Episode:

@@ -50,7 +50,7 @@ from torch import Tensor, nn
 import metaft
 from metaft import adapt, checkpoint, meta_train, models
 from metaft.__main__ import main as command_line
-from metaft.algorithms import ALGORITHMS
+from metaft.algorithms import ALGORITHMS, hyper_parameters
 from metaft.config import AdaptConfig, read_toml
 from metaft.errors import MetaftError
 from metaft.finetune import report, study, target
@@ -72,6 +72,9 @@ OWN: dict[str, dict[str, Any]] = {
     "meta-sgd": {"inner_lr": 0.2, "test_inner_steps": 2},
     "proto-maml": {"inner_lr": 0.05, "test_inner_steps": 2},
     "protonet": {},
+    "matching-net": {},
+    "baseline": {"inner_lr": 0.3, "test_inner_steps": 20},
+    "baseline++": {"inner_lr": 0.3, "test_inner_steps": 20},
 }
 """Settings of the runs that are no algorithm's defaults."""
 
@@ -518,7 +521,8 @@ def parts_of(fast: Fast) -> tuple[Params, Params]:
     """The parameters of the backbone and of the head of a classifier that holds these fast weights."""
     body = {k: v for k, v in fast.params.items() if not k.startswith("head.")}
     head = {k.removeprefix("head."): v for k, v in fast.params.items() if k.startswith("head.")}
-    return body, {"points": fast.extra["prototypes"]} if fast.extra else head
+    learned = {"prototypes": "points", "support": "support"}
+    return body, {learned[k]: v for k, v in fast.extra.items() if k in learned} if fast.extra else head
 
 
 @pytest.mark.parametrize("name", sorted(ALGORITHMS))
@@ -553,7 +557,7 @@ def test_the_inner_loop_is_that_of_the_meta_test_to_the_bit(
 
 @pytest.mark.parametrize("name", sorted(ALGORITHMS))
 def test_the_losses_along_the_inner_loop(name: str, runs: dict[str, Path], data: Path, tmp_path: Path) -> None:
-    steps = 3 if name != "protonet" else 0
+    steps = 3 if "inner_lr" in hyper_parameters(name) else 0
     given = {"inner_steps": steps} if steps else {}
     assert adapt.main(inner_words(runs[name], data, tmp_path / "o", **given)) == 0
     rows = [row for row in read_rows(tmp_path / "o/metrics.jsonl") if row["start"] == "meta-learned"]
@@ -608,7 +612,7 @@ def test_boil_whose_head_stays_as_it_is_cannot_learn_another_number_of_classes(
     assert adapt.main(words(runs["boil"], other, tmp_path / "o", epochs=1)) == 0
 
 
-@pytest.mark.parametrize("name", ["anil", "boil", "meta-sgd", "proto-maml"])
+@pytest.mark.parametrize("name", ["anil", "boil", "meta-sgd", "proto-maml", "matching-net", "baseline", "baseline++"])
 def test_every_run_is_fine_tuned_from_its_backbone(
     name: str, runs: dict[str, Path], data: Path, tmp_path: Path, fits: list[Seen]
 ) -> None:
@@ -617,22 +621,14 @@ def test_every_run_is_fine_tuned_from_its_backbone(
     assert same(fits[0].body, {k: learned(runs[name])[k] for k in fits[0].body})
 
 
-def test_proto_maml_needs_no_head_rows(runs: dict[str, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["proto-maml", "protonet", "matching-net", "baseline", "baseline++"])
+def test_members_without_a_learned_head_need_no_head_rows(name: str, runs: dict[str, Path], tmp_path: Path) -> None:
+    steps = 5 if "inner_lr" in hyper_parameters(name) else 0
     data = write_target(tmp_path / "d", {"train": 3, "test": 2}, classes="abcde")
-    assert adapt.main(inner_words(runs["proto-maml"], data, tmp_path / "o", inner_steps=5)) == 0
+    assert adapt.main(inner_words(runs[name], data, tmp_path / "o", **({"inner_steps": steps} if steps else {}))) == 0
     assert result_of(tmp_path / "o")["notes"] == []
     x, y, query = support_and_test(data)
-    algorithm, fast = meta_test("proto-maml", learned(runs["proto-maml"]), x, y, ways=5, steps=5)
-    logits = metaft.load(tmp_path / "o")(pixels_of(files_of(data / "test")[0]))
-    torch.testing.assert_close(logits.detach(), algorithm.predict(fast, query, "inductive"), rtol=0, atol=1e-5)
-
-
-def test_prototypes_need_no_head_rows(runs: dict[str, Path], tmp_path: Path) -> None:
-    data = write_target(tmp_path / "d", {"train": 3, "test": 2}, classes="abcde")
-    assert adapt.main(inner_words(runs["protonet"], data, tmp_path / "o")) == 0
-    assert result_of(tmp_path / "o")["notes"] == []
-    x, y, query = support_and_test(data)
-    algorithm, fast = meta_test("protonet", learned(runs["protonet"]), x, y, ways=5, steps=0)
+    algorithm, fast = meta_test(name, learned(runs[name]), x, y, ways=5, steps=steps)
     logits = metaft.load(tmp_path / "o")(pixels_of(files_of(data / "test")[0]))
     torch.testing.assert_close(logits.detach(), algorithm.predict(fast, query, "inductive"), rtol=0, atol=1e-5)
 

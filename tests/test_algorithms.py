@@ -31,7 +31,12 @@ class Row:
     """Whether its meta-gradient is the derivative of its task loss."""
     adapts: bool = True
     """Whether its parameters move in the inner loop."""
+    still: tuple[str, ...] = ()
+    """Parameters whose gradient is 0 by symmetry."""
 
+
+STRENGTH = {True: 300.0, False: 10.0}
+"""Of iMAML, by whether a model is convolutional: its normalised layers are sharply curved."""
 
 TABLE = [
     Row("maml", lambda m, norm: algorithms.maml(m, inner_lr=0.1, inner_steps=2, norm=norm)),
@@ -54,20 +59,39 @@ TABLE = [
         lambda m, norm: algorithms.proto_maml(m, inner_lr=0.1, inner_steps=2, norm=norm, first_order=True),
         exact=False,
     ),
+    Row(
+        "unicorn-maml",
+        lambda m, norm: algorithms.unicorn_maml(m, inner_lr=0.3, inner_steps=2, norm=norm),
+        still=("head.weight", "head.bias"),
+    ),
+    Row(
+        "reptile",
+        lambda m, norm: algorithms.reptile(m, inner_lr=0.01, inner_steps=3, batch_size=7, norm=norm),
+        exact=False,
+    ),
+    Row(
+        "reptile-kept-moments",
+        lambda m, norm: algorithms.reptile(m, inner_lr=0.01, inner_steps=3, keep_moments=True, norm=norm),
+        exact=False,
+    ),
+    Row(
+        "imaml",
+        lambda m, norm: algorithms.imaml(
+            m, inner_lr=0.002, inner_steps=3, strength=STRENGTH[m.convolutional], cg_steps=3, norm=norm
+        ),
+        exact=False,
+    ),
+    Row("cavia", lambda m, norm: algorithms.cavia(m, inner_steps=2, norm=norm, context=3)),
     Row("protonet", lambda m, norm: algorithms.protonet(m, norm=norm), adapts=False),
-    Row("toy-reptile", toys.reptile, exact=False),
+    Row("matching-net", lambda m, norm: algorithms.matching_net(m, norm=norm, scale=3.0), adapts=False),
+    Row("baseline", lambda m, norm: algorithms.baseline(m, norm=norm, classes=12, inner_lr=0.5)),
+    Row("baseline++", lambda m, norm: algorithms.baseline_plus_plus(m, norm=norm, classes=12, inner_lr=0.5)),
     Row("toy-multi-step", toys.multi_step),
-    Row("toy-imaml", toys.imaml, exact=False),
     Row("toy-state", toys.with_state),
-    Row("toy-batches", toys.batch_trained, exact=False, adapts=False),
 ]
 every_row = pytest.mark.parametrize("row", TABLE, ids=lambda row: row.name)
 every_norm = pytest.mark.parametrize("norm", NORMS)
 every_model = pytest.mark.parametrize("model_name", ["conv4", "conv4-pool", "mlp"])
-
-
-def data_for(algorithm: Algorithm, **kwargs: Any) -> Any:
-    return scenarios.episodes(**kwargs) if algorithm.data == "episodes" else scenarios.batches(**kwargs)
 
 
 def gradient(algorithm: Algorithm, engine: outer.Engine, data: Any, meta: Params, state: Params) -> outer.MetaGradient:
@@ -85,7 +109,7 @@ def test_batched_equals_looped(row: Row, norm: Norm, model_name: str) -> None:
     """In float64: float32 would hide that PyTorch's own batch norm is wrong at second order under vmap."""
     algorithm = row.build(scenarios.model(model_name), norm)
     meta, state = algorithm.init(5)
-    data = data_for(algorithm)
+    data = scenarios.data_for(algorithm)
     results = []
     for make in (outer.Threads(1, 1), outer.Threads(2, 3), outer.Vmap(), outer.Vmap(chunk=3)):
         results.append(gradient(algorithm, make, data, meta, state))
@@ -103,12 +127,14 @@ def test_gradient_has_metas_names_and_shapes_and_reaches_it(row: Row, norm: Norm
     algorithm = row.build(scenarios.model(), norm)
     meta, state = algorithm.init(5)
     with outer.engine("threads", threads=1) as engine:
-        result = gradient(algorithm, engine, data_for(algorithm), meta, state)
+        result = gradient(algorithm, engine, scenarios.data_for(algorithm), meta, state)
     assert {k: g.shape for k, g in result.grads.items()} == {k: p.shape for k, p in meta.items()}
     assert all(bool(g.isfinite().all()) for g in result.grads.values())
-    assert all(float(g.abs().max()) > 0 for g in result.grads.values()), "a parameter that nothing learns"
+    scale = max(float(g.abs().max()) for g in result.grads.values())
+    learned = {k for k, g in result.grads.items() if float(g.abs().max()) > 1e-14 * scale}
+    assert learned == meta.keys() - row.still, "a parameter that nothing learns"
     assert result.state.keys() == state.keys()
-    assert set(result.metrics) == {"loss", "accuracy"}
+    assert set(result.metrics) == {"loss", "accuracy", *algorithm.cautions}
 
 
 @every_row
@@ -117,7 +143,7 @@ def test_inputs_are_left_alone_and_the_same_seed_gives_the_same_bits(row: Row, n
     algorithm = row.build(scenarios.model(dtype=torch.float32), norm)
     meta, state = algorithm.init(5)
     again, _ = algorithm.init(5)
-    data = data_for(algorithm, dtype=torch.float32)
+    data = scenarios.data_for(algorithm, dtype=torch.float32)
     before = copy.deepcopy((meta, state, data))
     generator = torch.get_rng_state()
     with outer.engine("threads", threads=2) as engine:
@@ -136,7 +162,7 @@ def test_inputs_are_left_alone_and_the_same_seed_gives_the_same_bits(row: Row, n
 def test_meta_gradient_against_finite_differences(row: Row, norm: Norm, model_name: str) -> None:
     algorithm = row.build(scenarios.model(model_name), norm)
     meta, state = algorithm.init(5)
-    data = scenarios.episodes(tasks=2)
+    data = scenarios.data_for(algorithm, tasks=2)
     knobs = algorithm.schedule(3)
     task_loss = algorithm.task_loss
     assert task_loss is not None
@@ -181,6 +207,12 @@ def test_trajectory_ends_where_adapt_does_and_may_go_on_beyond_training(row: Row
                 rtol=0,
                 atol=1e-13,
             )
+    if algorithm.predict_steps is not None:
+        for norm in NORMS:
+            together = algorithm.predict_steps(every, task.query_x, norm)
+            for s in range(steps + 1):
+                alone = algorithm.predict(at_step(every, s), task.query_x, norm)
+                torch.testing.assert_close(together[s], alone, rtol=0, atol=1e-13)
     moved = any(not torch.equal(t[0], t[-1]) for t in every.params.values())
     assert moved == row.adapts
 
@@ -234,7 +266,7 @@ def test_query_labels_cannot_reach_the_fast_weights(name: str, norm: Norm) -> No
         return fast
 
     loss = algorithms.query_loss(
-        recording, inner_member.predict, ways=3, steps=inner_member.inner_steps, loss="cross_entropy", norm=norm
+        recording, inner_member.predict, ways=3, steps=inner_member.inner_steps or 2, loss="cross_entropy", norm=norm
     )
     meta, state = inner_member.init(0)
     task = scenarios.one(scenarios.episodes())
@@ -248,15 +280,17 @@ def test_query_labels_cannot_reach_the_fast_weights(name: str, norm: Norm) -> No
 
 
 @pytest.mark.parametrize("norm", NORMS)
-def test_protonet_is_equivariant_to_a_permutation_of_labels(norm: Norm) -> None:
-    algorithm = algorithms.protonet(scenarios.model(), norm=norm)
+@pytest.mark.parametrize("name", ["protonet", "matching-net", "baseline", "baseline++"])
+def test_members_without_a_learned_head_are_equivariant_to_a_permutation_of_labels(name: str, norm: Norm) -> None:
+    algorithm = ALGORITHMS[name](scenarios.model(), norm=norm)
     task = scenarios.one(scenarios.episodes())
     order = torch.tensor([2, 0, 1])  # new label of class n
-    plain = algorithm.predict(adapted(algorithm, task, 0), task.query_x, norm)
+    plain = algorithm.predict(adapted(algorithm, task, 5), task.query_x, norm)
     renamed = algorithm.predict(
-        adapted(algorithm, task._replace(support_y=order[task.support_y]), 0), task.query_x, norm
+        adapted(algorithm, task._replace(support_y=order[task.support_y]), 5), task.query_x, norm
     )
     torch.testing.assert_close(renamed[:, order], plain, rtol=0, atol=1e-12)
+    assert float((renamed - plain).abs().max()) > 1e-3
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -278,10 +312,14 @@ def test_maml_is_equivariant_when_the_heads_rows_follow_the_labels(norm: Norm) -
     )
 
 
-def test_protonet_takes_any_number_of_ways() -> None:
-    algorithm = algorithms.protonet(scenarios.model(ways=3))
-    task = scenarios.one(scenarios.episodes(ways=7))
-    assert algorithm.predict(adapted(algorithm, task, 0), task.query_x, "inductive").shape == (21, 7)
+@pytest.mark.parametrize("name", ["protonet", "matching-net", "baseline", "baseline++"])
+def test_members_without_a_learned_head_take_any_number_of_ways(name: str) -> None:
+    algorithm = ALGORITHMS[name](scenarios.model(ways=3))
+    assert algorithm.any_ways
+    for ways in (2, 7):
+        task = scenarios.one(scenarios.episodes(ways=ways))
+        logits = algorithm.predict(adapted(algorithm, task, 2), task.query_x, "inductive")
+        assert logits.shape == (3 * ways, ways)
 
 
 def test_protonet_logits_are_minus_squared_distances_to_class_means() -> None:
@@ -304,9 +342,23 @@ def test_protonet_logits_are_minus_squared_distances_to_class_means() -> None:
         ("maml", {"inner_steps": -1}, "inner_steps must be at least 0, got -1"),
         ("anil", {"adapt_norm": False}, "adapt_norm: anil has no such setting"),
         ("meta-sgd", {"inner_lr": -0.1}, "inner_lr must be at least 0, got -0.1"),
+        ("reptile", {"inner_lr": -0.1}, "inner_lr must be at least 0, got -0.1"),
+        ("reptile", {"inner_steps": 0}, "inner_steps must be at least 1, got 0"),
+        ("reptile", {"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ("imaml", {"strength": 0.0}, "strength must be above 0, got 0.0"),
+        ("imaml", {"cg_steps": 0}, "cg_steps must be at least 1, got 0"),
+        ("cavia", {"context": 0}, "context must be at least 1, got 0"),
+        ("cavia", {"layer": "blocks.0"}, "one with a bias to enter by, of ['blocks.1', 'blocks.4', 'blocks.7',"),
         ("proto-maml", {"loss": "mse"}, "cannot learn a data set whose loss is 'mse'"),
         ("protonet", {"inner_lr": 0.1}, "inner_lr: protonet has no such setting (given 0.1)"),
         ("protonet", {"loss": "mse"}, "cannot learn a data set whose loss is 'mse'"),
+        ("matching-net", {"loss": "mse"}, "cannot learn a data set whose loss is 'mse'"),
+        ("matching-net", {"scale": 0.0}, "scale must be above 0, got 0.0"),
+        ("baseline", {"loss": "mse"}, "baseline classifies; it cannot learn a data set whose loss is 'mse'"),
+        ("baseline", {"classes": 0}, "classes must be at least 1, got 0"),
+        ("baseline++", {"inner_lr": -0.1}, "inner_lr must be at least 0, got -0.1"),
+        ("baseline++", {"dampening": -0.1}, "dampening must be at least 0, got -0.1"),
+        ("baseline", {"inner_steps": 5}, "inner_steps: baseline has no such setting (given 5)"),
     ],
 )
 def test_settings_that_do_not_fit_are_named(name: str, hyper: dict[str, Any], message: str) -> None:

@@ -23,7 +23,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks import scaling, throughput, throughput_report
+from benchmarks import ranked, scaling, throughput, throughput_report
 from benchmarks.peers import child, metaft_end_to_end, meters, plain_loop, process
 from benchmarks.peers.process import SystemFailure
 from benchmarks.peers.workloads import (
@@ -375,6 +375,38 @@ def test_scaling_writes_every_axis_with_its_floor(tmp_path: Path, monkeypatch: p
     assert two["gflop"] == pytest.approx(2 * one["gflop"])
     assert all(row["floor_ms"] > 0 and row["ms"]["q1"] <= row["ms"]["median"] for row in axes["meta_batch"])
     assert out.with_suffix(".png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_ranks_take_turns_and_are_compared_with_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    turns: list[int] = []
+
+    def times(workload: Workload, ranks: int, *, seconds: float, engine: str) -> list[float]:
+        turns.append(ranks)
+        return [60.0 / ranks] * 3
+
+    monkeypatch.setattr(ranked, "times", times)
+    out = tmp_path / "ranks.json"
+    assert scaling.main(["--base", "tiny", "--seconds", "0.01", "--ranks", "2", "--out", str(out)]) == 0
+    assert turns == [1, 2] * scaling.ROUNDS
+    one, two = json.loads(out.read_text())["axes"]["ranks"]
+    assert (one["ranks"], one["speedup"], one["n"]) == (1, 1.0, 9)
+    assert (two["ranks"], two["speedup"], two["tasks_per_second"]) == (2, 2.0, 100.0)
+
+
+def test_a_rank_times_its_steps(tmp_path: Path) -> None:
+    workload = dataclasses.asdict(WORKLOADS["tiny"])
+    ranked.work({"workload": workload, "seconds": 0.01, "engine": "threads", "out": str(tmp_path / "times")})
+    assert all(ms > 0 for ms in json.loads((tmp_path / "times").read_text()))
+
+
+def test_the_cost_model_is_its_formulas() -> None:
+    network = ranked.Network(latency=1.0, bandwidth=10.0)
+    assert [ranked.ring(p, 40.0, network) for p in (1, 2, 4)] == [0.0, 2 * (1 + 2), 6 * (1 + 1)]
+    assert [ranked.tree(p, 40.0, network) for p in (1, 2, 5)] == [0.0, 2 * (1 + 4), 2 * (3 + 4)]
+    found = scaling.cost_model(WORKLOADS["omniglot-5w1s-q15"])
+    assert found.startswith("omniglot-5w1s-q15: 112009 numbers, 448036 bytes")
+    table = found.partition("\n\n")[2]
+    assert table in (process.ROOT / "docs/performance.md").read_text(encoding="utf-8")
 
 
 def test_counted_work_is_that_of_the_convolutions() -> None:

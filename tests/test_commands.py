@@ -497,6 +497,15 @@ def test_pictures_that_cannot_be_written_are_one_line_and_the_result_stays(
     assert (tmp_path / "r/result.json").exists()
 
 
+def test_a_row_of_metrics_that_somebody_edited_is_one_line(copy: Path, capsys: Text):
+    """Its last row of training has another name for the loss; drawing the curves finds out."""
+    text = (copy / "metrics.jsonl").read_text()
+    (copy / "metrics.jsonl").write_text(text.replace('"loss"', '"lots"'))
+    assert meta_train.main(["--resume", str(copy)]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line == f"metaft: error: {copy}/metrics.jsonl: a row is not one that a run writes (KeyError('loss'))"
+
+
 # ---- evaluate -----------------------------------------------------------------------------------------------------
 
 
@@ -598,7 +607,7 @@ def test_evaluate_that_is_stopped_writes_nothing(
 def test_evaluate_that_cannot_write_says_so(curve: Path, tmp_path: Path, capsys: Text):
     (tmp_path / "file").write_text("")
     assert evaluate.main([str(curve), "--episodes", "2", "--out", str(tmp_path / "file" / "e.json")]) == 2
-    assert "e.json: cannot be written" in capsys.readouterr().err.splitlines()[-1]
+    assert "e.json cannot be written" in capsys.readouterr().err.splitlines()[-1]
 
 
 # ---- from Python --------------------------------------------------------------------------------------------------

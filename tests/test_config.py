@@ -169,6 +169,7 @@ def test_what_the_user_gave_is_kept():
         "norm": "transductive",
         "inner_lr": 0.0,
         "inner_steps": 0,
+        "inner_optimizer": "sgd",
         "adapt_norm": False,
     }
 

@@ -54,7 +54,7 @@ def looped(algorithm: algorithms.Algorithm, meta: Params, data: Any) -> Params:
 def test_engines_agree_in_float64(name: str, model: str, norm: str, spec: tuple[str, int, int | None]) -> None:
     algorithm = algorithms.build(name, scenarios.model(model), {"norm": norm})
     meta, state = algorithm.init(0)
-    data = scenarios.episodes(tasks=5)
+    data = scenarios.data_for(algorithm, tasks=5)
     engine_name, threads, chunk = spec
     with outer.engine(engine_name, threads=threads, chunk=chunk) as engine:
         found = outer.meta_gradient(engine, algorithm, meta, state, data)
@@ -68,7 +68,7 @@ def test_engines_agree_in_float64(name: str, model: str, norm: str, spec: tuple[
 def test_compiled_agrees_in_float64(name: str) -> None:
     algorithm = algorithms.build(name, scenarios.model("mlp"), {})
     meta, state = algorithm.init(0)
-    data = scenarios.episodes(tasks=5)
+    data = scenarios.data_for(algorithm, tasks=5)
     with outer.engine("compiled") as engine:
         for scale in (1.0, 0.5):  # the second time with other numbers in the compiled function
             scaled = {k: v * scale for k, v in meta.items()}

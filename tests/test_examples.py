@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import os
+import re
 import runpy
 import sys
 from pathlib import Path
 
 import pytest
+import scenarios
+import torch
 from helpers import images, write_folder
 
-from metaft import meta_train
+from metaft import meta_train, outer
+from metaft.algorithms import ALGORITHMS
+from metaft.types import Params
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -27,7 +34,105 @@ def run_example(name: str, *argv: str) -> int | str | None:
 
 
 def test_every_example_is_tried() -> None:
-    assert {path.stem for path in EXAMPLES.glob("*.py")} == {"custom_model", "adapt_notmnist"}
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == {
+        "adapt_notmnist", "compare_algorithms", "custom_dataset", "custom_model", "new_algorithm", "omniglot",
+        "sinusoid",
+    }  # fmt: skip
+
+
+def test_the_examples_are_short() -> None:
+    for path in EXAMPLES.glob("*.py"):
+        limit = 80 if path.stem != "adapt_notmnist" else 133
+        assert len(path.read_text(encoding="utf-8").splitlines()) < limit, path.name
+    member = inspect.getsource(runpy.run_path(str(EXAMPLES / "new_algorithm.py"))["sign_maml"])
+    assert len(member.splitlines()) <= 40
+
+
+@pytest.fixture
+def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("metaft.report.draw_pictures", lambda *_: [])
+
+
+@pytest.mark.usefixtures("_no_pictures")
+def test_new_algorithm(in_tmp: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("metaft.algorithms.ALGORITHMS", dict(ALGORITHMS))  # it adds to them
+    assert run_example("new_algorithm", "--iterations", "2", "--episodes", "4") == 0
+    said = capsys.readouterr().out
+    assert re.search(r"^sign-maml: [\d.]+ ± [\d.]+ %$", said, re.MULTILINE)
+    assert re.search(r"^maml: [\d.]+ ± [\d.]+ %$", said, re.MULTILINE)
+    assert Path("runs/new-sign-maml/result.json").exists()
+
+
+def test_the_new_algorithm_has_the_exact_gradient() -> None:
+    """The sign's derivative is 0: against finite differences of the query loss, in parameters and rates."""
+    make = runpy.run_path(str(EXAMPLES / "new_algorithm.py"))["sign_maml"]
+    member = make(scenarios.model("mlp"), loss="cross_entropy", inner_steps=2)
+    meta, state = member.init(0)
+    data = scenarios.episodes(tasks=2)
+
+    def value(at: Params) -> float:
+        tasks = (scenarios.one(data, i) for i in range(2))
+        return sum(float(member.task_loss(at, state, {}, task)[0].detach()) for task in tasks) / 2
+
+    with outer.engine("vmap") as engine:
+        grads = outer.meta_gradient(engine, member, meta, state, data).grads
+    g, h = torch.Generator().manual_seed(0), 1e-8
+    v = {k: torch.randint(2, p.shape, generator=g).double() * 2 - 1 for k, p in meta.items()}
+    ends = [value({k: p + sign * h * v[k] for k, p in meta.items()}) for sign in (1, -1)]
+    exact = sum(float((grads[k] * v[k]).sum()) for k in v)
+    assert (ends[0] - ends[1]) / (2 * h) == pytest.approx(exact, rel=1e-5)
+    assert all(float(grads[f"{k}.rate"].abs()) > 0 for k in meta if not k.endswith(".rate"))
+
+
+def test_sinusoid(in_tmp: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_example("sinusoid", "--iterations", "2", "--episodes", "4", "--shots", "5") == 0
+    said = capsys.readouterr().out
+    assert "test mse of 4 curves, each from 5 points" in said
+    assert re.search(r"after 10 steps [\d.]+ ± [\d.]+", said)
+    assert Path("runs/curve.png").stat().st_size > 1000
+
+
+@pytest.mark.usefixtures("_no_pictures")
+def test_custom_dataset(in_tmp: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_example("custom_dataset", "--iterations", "2", "--episodes", "4") == 0
+    said = capsys.readouterr().out
+    named = [line.partition(": ")[2].split(", ") for line in said.splitlines()[:3]]
+    assert [len(classes) for classes in named] == [6, 2, 2]
+    assert "2-way 5-shot" in said
+
+
+@pytest.mark.usefixtures("_no_pictures")
+def test_compare_algorithms(in_tmp: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_folder(in_tmp / "data")
+    names = ("protonet", "matching-net")
+    for name in names:  # it takes the runs that are there
+        meta_train.run(images(Path(f"runs/compare/{name}"), dataset="folder:data", image_size=8, algorithm=name))
+    capsys.readouterr()
+    words = ("--algorithms", *names, "--dataset", "folder:data", "--episodes", "6")
+    assert run_example("compare_algorithms", *words) == 0
+    rows = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()[-2:]}
+    assert set(rows) == set(names)
+    assert rows["protonet"].count("(+0.0 ± 0.0)") == 2
+    found = runpy.run_path(str(EXAMPLES / "compare_algorithms.py"))["scores"]
+    a, b = (100 * found(Path(f"runs/compare/{name}"), 6) for name in names)
+    for mode in range(2):
+        apart = (b - a)[:, mode].numpy()
+        interval = 1.96 * apart.std(ddof=1) / 6**0.5
+        assert f"{b[:, mode].mean():.1f} ± " in rows["matching-net"]
+        assert f"({apart.mean():+.1f} ± {interval:.1f})" in rows["matching-net"]
+    assert run_example("compare_algorithms", "--algorithms", "mamml", "--dataset", "folder:data") == 2
+    assert capsys.readouterr().err.startswith("compare_algorithms: algorithm: no 'mamml'")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_no_pictures")
+@pytest.mark.skipif(not os.environ.get("METAFT_DATA"), reason="METAFT_DATA names no folder with omniglot/")
+def test_omniglot(in_tmp: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("--settings", "5w1s", "20w1s", "--iterations", "1", "--episodes", "2", "--width", "4")
+    assert run_example("omniglot", *words) == 0
+    *_, five, twenty = capsys.readouterr().out.splitlines()
+    assert re.match(r"5w1s +[\d.]+ ± [\d.]+ +[\d.]+ ± [\d.]+ +98.7 ± 0.4$", five)
+    assert re.match(r"20w1s +[\d.]+ ± [\d.]+ +[\d.]+ ± [\d.]+ +95.8 ± 0.3$", twenty)
 
 
 def test_custom_model(in_tmp: Path, capsys: pytest.CaptureFixture[str]) -> None:

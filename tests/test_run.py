@@ -174,3 +174,17 @@ def test_durations():
     assert [duration(s) for s in (0, 59.4, 59.6, 309, 3909, 360000)] == [
         *("0:00", "0:59", "1:00", "5:09", "1:05:09", "100:00:00"),
     ]
+
+
+@pytest.mark.parametrize("row", ["3", "null", "[1]", "{}", '{"step": "4"}', '{"step": null}', "[" * 9999])
+def test_a_row_that_no_run_writes_is_an_error(tmp_path: Path, row: str):
+    path = tmp_path / "m.jsonl"
+    path.write_text(f'{{"step": 1}}\n{row}\n{{"step": 2}}\n')
+    with pytest.raises(CheckpointError, match=r"m\.jsonl, line 2: not "):
+        cut_back(path, 1, 1)
+
+
+def test_rows_that_cannot_be_read_are_an_error(tmp_path: Path):
+    (tmp_path / "m.jsonl").mkdir()
+    with pytest.raises(CheckpointError, match=r"m\.jsonl: cannot be read \(Is a directory\)"):
+        read_rows(tmp_path / "m.jsonl")

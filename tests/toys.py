@@ -13,7 +13,7 @@ from metaft.algorithms.base import Algorithm, TaskGrad, moments_for
 from metaft.algorithms.query import query_loss
 from metaft.metrics import figure
 from metaft.models import Model
-from metaft.types import Batch, Episode, Fast, Norm, Params
+from metaft.types import Episode, Fast, Norm, Params
 
 STEPS = 3
 
@@ -107,7 +107,8 @@ def _descend(model: Model, lr: float = 0.1) -> Any:
             return Fast(params, model.measure(params, support_x) if moments else (), {})
 
         start = {k: meta[k] for k in model.params}
-        states = inner.descend(_support_loss(model, support_x, support_y), start, steps=steps, lr=lr)
+        loss = _support_loss(model, support_x, support_y)
+        states = inner.descend(lambda params, step: loss(params), start, steps=steps, lr=lr)
         return inner.collect(states, finish, trajectory)
 
     return adapt
@@ -206,58 +207,3 @@ def with_state(model: Model, norm: Norm) -> Algorithm:
         return dict(model.params), {"mean": torch.zeros((), dtype=dtype), "tasks": torch.zeros((), dtype=dtype)}
 
     return Algorithm("toy-state", init, adapt, predict, 1, "cross_entropy", norm, task_loss=task_loss)
-
-
-def batch_trained(model: Model, norm: Norm, classes: int = 12) -> Algorithm:
-    """Supervised on batches of all classes; at test the nearest class mean of the features."""
-
-    def init(key: int) -> tuple[Params, Params]:
-        body = {k: p for k, p in model.params.items() if k not in model.head}
-        probe = next(iter(body.values()))
-        generator = torch.Generator().manual_seed(key)
-        width = model.params[model.head[0]].shape[1]
-        head = torch.randn(classes, width, generator=generator, dtype=probe.dtype) * 0.1
-        return {**body, "all.weight": head}, {}
-
-    def adapt(
-        meta: Params,
-        state: Params,
-        support_x: Tensor,
-        support_y: Tensor,
-        key: Tensor,
-        *,
-        ways: int,
-        steps: int,
-        trajectory: bool = False,
-        moments: bool = True,
-    ) -> Fast:
-        features = model.features(meta, support_x, None)
-        member = (support_y.unsqueeze(1) == torch.arange(ways)).to(features.dtype)
-        means = (member.T @ features) / member.sum(0).unsqueeze(1)
-        measured = model.measure(meta, support_x) if moments else ()
-        return inner.collect(iter([meta]), lambda p: Fast(p, measured, {"means": means}), trajectory)
-
-    def predict(fast: Fast, x: Tensor, norm: Norm) -> Tensor:
-        features = model.features(fast.params, x, moments_for(norm, fast))
-        return -(features.unsqueeze(1) - fast.extra["means"]).square().sum(-1)
-
-    def task_grad(meta: Params, state: Params, knobs: Params, batch: Batch) -> TaskGrad:
-        def loss(meta: Params) -> tuple[Tensor, Tensor]:
-            logits = model.features(meta, batch.x, None) @ meta["all.weight"].T
-            return F.cross_entropy(logits, batch.y), logits
-
-        value, logits, grads = inner.value_and_grad(loss, meta, create_graph=False)
-        return TaskGrad(grads, {}, _metrics(value, logits, batch.y))
-
-    return Algorithm(
-        "toy-batches",
-        init,
-        adapt,
-        predict,
-        0,
-        "cross_entropy",
-        norm,
-        task_grad=task_grad,
-        data="batches",
-        any_ways=True,
-    )

@@ -33,6 +33,7 @@ from benchmarks.peers.workloads import WORKLOADS, Options, Params, System, Workl
 SYSTEMS: dict[str, tuple[str, str]] = {
     "metaft": ("metaft_maml", "metaft"),
     "metaft-end-to-end": ("metaft_end_to_end", "metaft"),
+    "metaft-member": ("metaft_member", "metaft"),
     "learn2learn": ("learn2learn_maml", "learn2learn"),
     "higher": ("higher_maml", "higher"),
     "torchopt": ("torchopt_maml", "torchopt"),
@@ -119,7 +120,7 @@ class Worker:
 
     def touch_libraries(self, options: Options) -> None:
         """One step of a tiny workload: libraries set up much at their first use, which is no task's memory."""
-        name = self.name.removesuffix("-end-to-end")
+        name = "metaft" if self.name == "metaft-end-to-end" else self.name
         tiny = build(name, WORKLOADS["tiny"], options, self.device, torch.float32)
         try:
             tiny.step()

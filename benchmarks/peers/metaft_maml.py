@@ -9,6 +9,7 @@ import torch
 import metaft
 import metaft.outer
 from benchmarks.peers.workloads import Options, Params, System, Tasks, Workload
+from metaft.ranks import ALONE, Ranks
 
 
 def model_for(workload: Workload, some: torch.Tensor) -> metaft.Model:
@@ -38,7 +39,8 @@ def in_flight(engine: metaft.Engine, tasks: Tasks) -> int:
     return min(getattr(engine, "chunk", None) or meta_batch, meta_batch)
 
 
-def make(workload: Workload, params: Params, tasks: Tasks, options: Options) -> System:
+def make(workload: Workload, params: Params, tasks: Tasks, options: Options, ranks: Ranks = ALONE) -> System:
+    """Of several `ranks` each takes its share of the tasks, and the step ends when all have the sum."""
     stack = contextlib.ExitStack()
     model = model_for(workload, tasks.support_x)
     if {k: v.shape for k, v in params.items()} != {k: v.shape for k, v in model.params.items()}:
@@ -54,10 +56,12 @@ def make(workload: Workload, params: Params, tasks: Tasks, options: Options) -> 
     device = tasks.support_x.device
     class_ids = torch.arange(workload.ways, device=device).expand(workload.meta_batch, -1)
     episode = metaft.Episode(*tasks, class_ids, torch.arange(workload.meta_batch, device=device))
+    mine = ranks.share(range(workload.meta_batch))
+    episode = metaft.Episode(*(t[mine.start : mine.stop] for t in episode))
     algorithm = algorithm_for(workload, model, options)
     meta = {name: p.clone() for name, p in params.items()}
 
     def step() -> Params:
-        return metaft.meta_gradient(engine, algorithm, meta, {}, episode).grads
+        return metaft.meta_gradient(engine, algorithm, meta, {}, episode, ranks=ranks).grads
 
     return System(step, in_flight(engine, tasks), stack.close)

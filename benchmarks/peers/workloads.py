@@ -171,6 +171,8 @@ class Options:
     """metaft's alone."""
     dataset: str = "glyphs"
     """Where the end-to-end rows draw from; metaft's alone."""
+    algorithm: str = "maml"
+    """Of `benchmarks/family.py`; metaft's alone."""
 
 
 @dataclasses.dataclass(frozen=True)

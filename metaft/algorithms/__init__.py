@@ -9,12 +9,18 @@ from collections.abc import Callable, Iterable, Mapping
 
 from metaft.algorithms.anil import anil
 from metaft.algorithms.base import Algorithm, TaskGrad
+from metaft.algorithms.baseline import baseline, baseline_plus_plus
 from metaft.algorithms.boil import boil
+from metaft.algorithms.cavia import cavia
+from metaft.algorithms.imaml import imaml
 from metaft.algorithms.maml import fomaml, maml
+from metaft.algorithms.matching_net import matching_net
 from metaft.algorithms.meta_sgd import meta_sgd
 from metaft.algorithms.proto_maml import proto_maml
 from metaft.algorithms.protonet import protonet
 from metaft.algorithms.query import query_loss
+from metaft.algorithms.reptile import reptile
+from metaft.algorithms.unicorn_maml import unicorn_maml
 from metaft.errors import MetaftError, suggest
 from metaft.models import Model
 
@@ -23,16 +29,23 @@ __all__ = [
     "Algorithm",
     "TaskGrad",
     "anil",
+    "baseline",
+    "baseline_plus_plus",
     "boil",
     "build",
+    "cavia",
     "fomaml",
     "hyper_parameters",
+    "imaml",
     "maml",
+    "matching_net",
     "meta_sgd",
     "parse_hyper",
     "proto_maml",
     "protonet",
     "query_loss",
+    "reptile",
+    "unicorn_maml",
 ]
 
 ALGORITHMS: dict[str, Callable[..., Algorithm]] = {
@@ -41,8 +54,15 @@ ALGORITHMS: dict[str, Callable[..., Algorithm]] = {
     "anil": anil,
     "boil": boil,
     "meta-sgd": meta_sgd,
+    "reptile": reptile,
+    "imaml": imaml,
+    "cavia": cavia,
     "proto-maml": proto_maml,
+    "unicorn-maml": unicorn_maml,
     "protonet": protonet,
+    "matching-net": matching_net,
+    "baseline": baseline,
+    "baseline++": baseline_plus_plus,
 }
 
 
@@ -59,7 +79,7 @@ def hyper_parameters(name: str) -> dict[str, object]:
     return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in fixed}
 
 
-COMMON = frozenset({"loss", "norm", "inner_lr", "inner_steps", "adapt_norm"})
+COMMON = frozenset({"loss", "norm", "inner_lr", "inner_steps", "inner_optimizer", "adapt_norm"})
 """Hyper-parameters that have an option of their own on the command line."""
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from metaft.algorithms.base import Algorithm
 from metaft.algorithms.gradient import by_gradient
+from metaft.inner_optim import InnerOptimizer
 from metaft.models import Model
 from metaft.types import Loss, Norm
 
@@ -14,6 +15,7 @@ def anil(
     loss: Loss = "cross_entropy",
     inner_lr: float = 0.4,
     inner_steps: int = 1,
+    inner_optimizer: str | InnerOptimizer = "sgd",
     first_order: bool = False,
     norm: Norm = "transductive",
 ) -> Algorithm:
@@ -25,7 +27,7 @@ def anil(
 
     Not the paper's: the meta-gradient's mean over the meta-batch, `first_order` (as in `maml`), and `norm="inductive"`.
 
-    Raises MetaftError for an inner_lr or inner_steps below 0.
+    Raises MetaftError for an inner_lr or inner_steps below 0, or an unknown optimiser.
     """
     return by_gradient(
         "anil",
@@ -33,6 +35,7 @@ def anil(
         loss=loss,
         inner_lr=inner_lr,
         inner_steps=inner_steps,
+        inner_optimizer=inner_optimizer,
         first_order=first_order,
         norm=norm,
         adapted=model.head,

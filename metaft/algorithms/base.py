@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple, Protocol
 
 from torch import Tensor
@@ -19,7 +19,7 @@ class TaskGrad(NamedTuple):
     state_delta: Params
     """What to add to `state`; averaged over tasks like a gradient. Empty for members without state."""
     metrics: dict[str, Tensor]
-    """Scalars to log: "loss" and "accuracy" or "mse"."""
+    """Scalars: "loss" and "accuracy" or "mse", and those of `Algorithm.cautions`."""
 
 
 class Adapt(Protocol):
@@ -80,6 +80,11 @@ class Algorithm:
     """Whether a task at test may have another number of classes than in training."""
     adapts_head: bool = True
     """Whether a task's own classes shape its head. Where not, classes that start from equal rows stay equal."""
+    predict_steps: Predict | None = None
+    """`predict` for every step of a trajectory, [steps + 1, n, outputs], where that costs less than one by one."""
+
+    cautions: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Metric -> what to warn of where it is above 0 in some task: under vmap a task cannot do so itself."""
 
     def __post_init__(self) -> None:
         if (self.task_loss is None) == (self.task_grad is None):

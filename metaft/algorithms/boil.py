@@ -5,6 +5,7 @@ from __future__ import annotations
 from metaft.algorithms.base import Algorithm
 from metaft.algorithms.gradient import by_gradient
 from metaft.errors import MetaftError
+from metaft.inner_optim import InnerOptimizer
 from metaft.models import Model
 from metaft.types import Loss, Norm
 
@@ -15,6 +16,7 @@ def boil(
     loss: Loss = "cross_entropy",
     inner_lr: float = 0.4,
     inner_steps: int = 1,
+    inner_optimizer: str | InnerOptimizer = "sgd",
     first_order: bool = False,
     adapt_norm: bool = True,
     norm: Norm = "transductive",
@@ -28,7 +30,8 @@ def boil(
     `adapt_norm=False` keeps scales and shifts of normalisation layers out of the inner loop too, as in `maml`. Not the
     paper's: the meta-gradient's mean over the meta-batch, `first_order` (as in `maml`), and `norm="inductive"`.
 
-    Raises MetaftError for an inner_lr or inner_steps below 0, or a model that is nothing but a head.
+    Raises MetaftError for an inner_lr or inner_steps below 0, an unknown optimiser, or a model that is nothing but a
+    head.
     """
     adapted = [k for k in model.params if k not in model.head and (adapt_norm or k not in model.norm)]
     if not adapted:
@@ -39,6 +42,7 @@ def boil(
         loss=loss,
         inner_lr=inner_lr,
         inner_steps=inner_steps,
+        inner_optimizer=inner_optimizer,
         first_order=first_order,
         norm=norm,
         adapted=adapted,

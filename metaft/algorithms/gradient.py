@@ -6,10 +6,11 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from metaft import inner
+from metaft import inner, inner_optim
 from metaft.algorithms.base import Algorithm, moments_for
 from metaft.algorithms.query import query_loss
 from metaft.errors import MetaftError
+from metaft.inner_optim import InnerOptimizer
 from metaft.models import Model
 from metaft.types import Fast, Loss, Norm, Params
 
@@ -21,27 +22,33 @@ def by_gradient(
     loss: Loss,
     inner_lr: float,
     inner_steps: int,
+    inner_optimizer: str | InnerOptimizer = "sgd",
     first_order: bool,
     norm: Norm,
     adapted: Sequence[str],
     learned: Params | None = None,
     begin: Callable[[Params, Tensor, Tensor, int], Params] | None = None,
-    rates: Callable[[Params], Params] | None = None,
+    rates: Callable[[Params], inner.Rates] | None = None,
+    weights: Callable[[Params], Params] = lambda params: params,
+    penalty: Callable[[Params, Params], Tensor] | None = None,
     any_ways: bool = False,
 ) -> Algorithm:
     """MAML, up to which parameters move, from where, and how fast.
 
     `adapted` names the parameters that the inner loop moves; the others keep their learned values. What a member may
     have of its own: `learned`, the first `meta`, where that is not the model's parameters; `begin(meta, support_x,
-    support_y, ways)`, the weights before the first step, through which the meta-gradient runs; and `rates(meta)`, a
-    rate of each adapted parameter in the place of `inner_lr`.
+    support_y, ways)`, the weights before the first step, through which the meta-gradient runs; `rates(meta)` in the
+    place of `inner_lr`, what each direction of `inner_optimizer` is multiplied by (see `metaft.inner.Rates`);
+    `weights(params)`, the model's parameters, where what the inner loop works on are others; and `penalty(meta,
+    params)`, what it minimises besides the support loss.
 
-    Raises MetaftError for an inner_lr or inner_steps below 0.
+    Raises MetaftError for an inner_lr or inner_steps below 0, or an unknown optimiser.
     """
     if not inner_lr >= 0:
         raise MetaftError(f"inner_lr must be at least 0, got {inner_lr}")
     if inner_steps < 0:
         raise MetaftError(f"inner_steps must be at least 0, got {inner_steps}")
+    optimizer = inner_optim.make(inner_optimizer)
     first = model.params if learned is None else learned
 
     def init(key: int) -> tuple[Params, Params]:
@@ -59,15 +66,19 @@ def by_gradient(
         trajectory: bool = False,
         moments: bool = True,
     ) -> Fast:
-        def support_loss(params: Params) -> Tensor:
-            return model.loss(params, support_x, support_y, loss, curvature=not first_order)[0]
+        def support_loss(params: Params, step: int) -> Tensor:
+            value, _ = model.loss(weights(params), support_x, support_y, loss, curvature=not first_order)
+            return value if penalty is None else value + penalty(meta, params)
 
         def finish(params: Params) -> Fast:
-            return Fast(params, model.measure(params, support_x) if moments else (), {})
+            fast = weights(params)
+            return Fast(fast, model.measure(fast, support_x) if moments else (), {})
 
         start = meta if begin is None else begin(meta, support_x, support_y, ways)
         lr = inner_lr if rates is None else rates(meta)
-        states = inner.descend(support_loss, start, steps=steps, lr=lr, first_order=first_order, adapt=adapted)
+        states = inner.descend(
+            support_loss, start, steps=steps, lr=lr, first_order=first_order, adapt=adapted, optimizer=optimizer
+        )
         return inner.collect(states, finish, trajectory)
 
     def predict(fast: Fast, x: Tensor, norm: Norm) -> Tensor:

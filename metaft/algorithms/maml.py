@@ -6,6 +6,7 @@ import functools
 
 from metaft.algorithms.base import Algorithm
 from metaft.algorithms.gradient import by_gradient
+from metaft.inner_optim import InnerOptimizer
 from metaft.models import Model
 from metaft.types import Loss, Norm
 
@@ -16,6 +17,7 @@ def maml(
     loss: Loss = "cross_entropy",
     inner_lr: float = 0.4,
     inner_steps: int = 1,
+    inner_optimizer: str | InnerOptimizer = "sgd",
     first_order: bool = False,
     adapt_norm: bool = True,
     norm: Norm = "transductive",
@@ -31,7 +33,7 @@ def maml(
     they are meta-learned all the same. With `norm="inductive"` training queries are normalised with the support set's
     moments at the fast weights, and the gradient runs through those too.
 
-    Raises MetaftError for an inner_lr or inner_steps below 0.
+    Raises MetaftError for an inner_lr or inner_steps below 0, or an unknown optimiser.
     """
     return by_gradient(
         "fomaml" if first_order else "maml",
@@ -39,6 +41,7 @@ def maml(
         loss=loss,
         inner_lr=inner_lr,
         inner_steps=inner_steps,
+        inner_optimizer=inner_optimizer,
         first_order=first_order,
         norm=norm,
         adapted=[name for name in model.params if adapt_norm or name not in model.norm],

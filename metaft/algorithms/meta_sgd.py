@@ -6,6 +6,7 @@ import torch
 
 from metaft.algorithms.base import Algorithm
 from metaft.algorithms.gradient import by_gradient
+from metaft.inner_optim import InnerOptimizer
 from metaft.models import Model
 from metaft.types import Loss, Norm, Params
 
@@ -19,6 +20,7 @@ def meta_sgd(
     loss: Loss = "cross_entropy",
     inner_lr: float = 0.4,
     inner_steps: int = 1,
+    inner_optimizer: str | InnerOptimizer = "sgd",
     first_order: bool = False,
     adapt_norm: bool = True,
     norm: Norm = "transductive",
@@ -35,7 +37,7 @@ def meta_sgd(
     takes the inner gradient, but not the rates, for a constant; and `norm="inductive"`. With `adapt_norm=False` scales
     and shifts of normalisation layers stay out of the inner loop, as in `maml`, and have no rates.
 
-    Raises MetaftError for an inner_lr or inner_steps below 0.
+    Raises MetaftError for an inner_lr or inner_steps below 0, or an unknown optimiser.
     """
     adapted = [name for name in model.params if adapt_norm or name not in model.norm]
 
@@ -48,6 +50,7 @@ def meta_sgd(
         loss=loss,
         inner_lr=inner_lr,
         inner_steps=inner_steps,
+        inner_optimizer=inner_optimizer,
         first_order=first_order,
         norm=norm,
         adapted=adapted,

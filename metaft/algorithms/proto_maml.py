@@ -8,6 +8,7 @@ from metaft.algorithms.base import Algorithm
 from metaft.algorithms.gradient import by_gradient
 from metaft.algorithms.protonet import class_means
 from metaft.errors import MetaftError
+from metaft.inner_optim import InnerOptimizer
 from metaft.models import Model
 from metaft.types import Loss, Norm, Params
 
@@ -18,6 +19,7 @@ def proto_maml(
     loss: Loss = "cross_entropy",
     inner_lr: float = 0.1,
     inner_steps: int = 1,
+    inner_optimizer: str | InnerOptimizer = "sgd",
     first_order: bool = False,
     adapt_norm: bool = True,
     norm: Norm = "transductive",
@@ -37,7 +39,8 @@ def proto_maml(
     through the prototypes; and the meta-batch, of which it has none. Its batch normalisation is `norm="inductive"`.
     `adapt_norm` is that of `maml`.
 
-    Raises MetaftError for a regression loss, a head without bias, or an inner_lr or inner_steps below 0.
+    Raises MetaftError for a regression loss, a head without bias, an inner_lr or inner_steps below 0, or an unknown
+    optimiser.
     """
     if loss != "cross_entropy":
         raise MetaftError(f"proto-maml classifies; it cannot learn a data set whose loss is {loss!r}")
@@ -55,6 +58,7 @@ def proto_maml(
         loss=loss,
         inner_lr=inner_lr,
         inner_steps=inner_steps,
+        inner_optimizer=inner_optimizer,
         first_order=first_order,
         norm=norm,
         adapted=[name for name in model.params if adapt_norm or name not in model.norm],

@@ -2,12 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from metaft.algorithms.base import Adapt, Predict, TaskLoss
 from metaft.metrics import FIGURES, LOSSES, figure
 from metaft.models.functional import LossOf
-from metaft.types import Episode, Loss, Norm, Params
+from metaft.types import Episode, Fast, Loss, Norm, Params
+
+Judge = Callable[[Fast, Episode], tuple[Tensor, dict[str, Tensor]]]
+"""(fast weights, one task) -> (loss of its queries, metrics)"""
+
+
+def judge(predict: Predict, *, loss: Loss, norm: Norm, loss_of: LossOf | None = None) -> Judge:
+    """The loss of a task's queries, and what is reported of it.
+
+    `loss_of` is the model's own `loss`, for members whose `predict` applies the model at the fast weights: it may be
+    faster where the queries are normalised with their own moments.
+    """
+
+    def judged(fast: Fast, episode: Episode) -> tuple[Tensor, dict[str, Tensor]]:
+        if loss_of is not None and norm == "transductive":
+            value, prediction = loss_of(fast.params, episode.query_x, episode.query_y, loss)
+        else:
+            prediction = predict(fast, episode.query_x, norm)
+            value = LOSSES[loss](prediction, episode.query_y)
+        shown = figure(loss, prediction.detach(), episode.query_y)
+        return value, {"loss": value.detach(), FIGURES[loss]: shown}
+
+    return judged
 
 
 def query_loss(
@@ -22,9 +46,9 @@ def query_loss(
 ) -> TaskLoss:
     """Loss of one task's queries after `steps` inner steps. `ways=None` reads them off each episode's class_ids.
 
-    `loss_of` is the model's own `loss`, for members whose `predict` applies the model at the fast weights: it may be
-    faster where the queries are normalised with their own moments.
+    `loss_of` is as in `judge`.
     """
+    judged = judge(predict, loss=loss, norm=norm, loss_of=loss_of)
 
     def task_loss(
         meta: Params, state: Params, knobs: Params, episode: Episode
@@ -39,13 +63,7 @@ def query_loss(
             steps=steps,
             moments=norm == "inductive",  # transductive prediction has no use for them
         )
-        if loss_of is not None and norm == "transductive":
-            value, prediction = loss_of(fast.params, episode.query_x, episode.query_y, loss)
-        else:
-            prediction = predict(fast, episode.query_x, norm)
-            value = LOSSES[loss](prediction, episode.query_y)
-        metrics = {"loss": value.detach()}
-        metrics[FIGURES[loss]] = figure(loss, prediction.detach(), episode.query_y)
+        value, metrics = judged(fast, episode)
         return value, ({}, metrics)
 
     return task_loss

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from metaft.algorithms.matching_net import matched
 from metaft.algorithms.protonet import class_means
 from metaft.errors import MetaftError, suggest
 from metaft.models import initialise
@@ -37,6 +38,19 @@ class Prototype(nn.Module):
         return -(x.unsqueeze(1) - self.points).square().sum(-1)
 
 
+class Matching(nn.Module):
+    """The vote of the support images' features [m, D] for their labels [m, classes] (Vinyals et al. 2016, eq. 1)."""
+
+    def __init__(self, support: Tensor, labels: Tensor, scale: Tensor) -> None:
+        super().__init__()
+        self.support = nn.Parameter(support.detach().clone())
+        self.register_buffer("labels", labels.detach().clone())
+        self.register_buffer("scale", scale.detach().clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return matched(x, self.support, self.get_buffer("labels"), self.get_buffer("scale"))
+
+
 def _linear(features: Tensor, labels: Tensor, classes: int, seed: int) -> nn.Module:
     with torch.device("meta"):  # the constructor would draw from the global generator
         layer = nn.Linear(features.shape[1], classes)
@@ -53,8 +67,8 @@ HEADS: dict[str, Callable[[Tensor, Tensor, int, int], nn.Module]] = {
 
 
 def kind(head: nn.Module) -> str:
-    """The name of a head's kind in HEADS."""
-    return {nn.Linear: "linear", Cosine: "cosine", Prototype: "prototype"}[type(head)]
+    """The name of a head's kind: those of HEADS, and "matching", which only an inner loop leaves."""
+    return {nn.Linear: "linear", Cosine: "cosine", Prototype: "prototype", Matching: "matching"}[type(head)]
 
 
 def filled(name: str, tensors: Mapping[str, Tensor]) -> nn.Module:
@@ -62,6 +76,8 @@ def filled(name: str, tensors: Mapping[str, Tensor]) -> nn.Module:
     like = next(iter(tensors.values()))
     if name == "prototype" and tensors.keys() == {"points"}:
         return Prototype(tensors["points"])
+    if name == "matching" and tensors.keys() == {"support", "labels", "scale"}:
+        return Matching(**tensors)
     if name == "cosine" and tensors.keys() == {"weight", "scale"}:
         classes, features = tensors["weight"].shape
         head: nn.Module = Cosine(features, classes, torch.Generator())

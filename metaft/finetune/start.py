@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from metaft import algorithms, models
 from metaft.assemble import open_run
-from metaft.cli import of_run
-from metaft.config import MetaTrainConfig, Settled
+from metaft.config import Settled, from_mapping
 from metaft.defaults import hyper, model_for
 from metaft.errors import CheckpointError, MetaftError, NonFiniteError
 from metaft.finetune import heads
@@ -23,7 +22,6 @@ from metaft.inner import at_step
 from metaft.metrics import LOSSES
 from metaft.models.functional import body_of, linear, prepared
 from metaft.models.stored import with_stored_moments
-from metaft.run import RunFolder
 from metaft.tasks.pool import Preprocessing
 from metaft.types import Fast, Params
 
@@ -67,8 +65,7 @@ def from_run(path: Path, module: nn.Module | None = None) -> Start:
     command, or the module is the user's own and was not handed over.
     """
     try:
-        of_run(MetaTrainConfig, RunFolder.open(path).config, "init")
-        _, _, snapshot = open_run(path)
+        _, _, snapshot = open_run(path, field="init")
     except CheckpointError as error:
         raise CheckpointError(f"init: {error}") from None
     header = snapshot.header
@@ -85,7 +82,7 @@ def from_run(path: Path, module: nn.Module | None = None) -> Start:
         architecture=architecture,
         shape=list(architecture["shape"]) if p is None else [p.channels, p.height, p.width],
         preprocessing=p,
-        settings=Settled(**header["config"]),
+        settings=from_mapping(Settled, header["config"], origin=f"checkpoint of {path}"),
         meta=snapshot.meta,
         state=snapshot.state,
         module=module,
@@ -211,9 +208,12 @@ def _head(fast: Fast, head: str) -> nn.Module:
     """What turns features into logits at these fast weights. Raises MetaftError where that is no head that we know."""
     if fast.extra.keys() == {"prototypes"}:
         return heads.Prototype(fast.extra["prototypes"])
+    if fast.extra.keys() == {"support", "labels", "scale"}:
+        return heads.Matching(**fast.extra)
     if fast.extra:
         raise MetaftError(f"method: the fast weights hold {sorted(fast.extra)}, which no classifier head can store")
-    return heads.filled("linear", {k.rpartition(".")[2]: v for k, v in fast.params.items() if _of(k, head)})
+    own = {k.rpartition(".")[2]: v for k, v in fast.params.items() if _of(k, head)}
+    return heads.filled("cosine" if "scale" in own else "linear", own)
 
 
 def _of(name: str, head: str) -> bool:

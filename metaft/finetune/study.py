@@ -6,6 +6,7 @@ import dataclasses
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -187,9 +188,16 @@ def _as_read(value: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def read(run: RunFolder) -> tuple[Position, Mapping[str, Any]]:
     """The last checkpoint: a position, and the header. Raises CheckpointError, and says which other one is good."""
-    tensors, header = run.load(run.last, checkpoint.load, lambda loaded: f"after {len(loaded[1]['rows'])} epochs")
+    tensors, header = run.load(run.last, _load, lambda loaded: f"after {len(loaded[1]['rows'])} epochs")
     current = None if header["current"] is None else unflatten(tensors, header["current"])
     return Position(tuple(header["fits"]), tuple(header["rows"]), current), header
+
+
+def _load(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    tensors, header = checkpoint.load(path)
+    if "fits" not in header:
+        raise CheckpointError(f"checkpoint {path}: not of an adapt run")
+    return tensors, header
 
 
 def seconds(rows: Sequence[Mapping[str, Any]], number: int | None = None) -> float:

@@ -13,6 +13,7 @@ from metaft.errors import DataError, MetaftError, suggest
 # the function for everyone; what else a module holds is reached by `from metaft.tasks.folder import ...`.
 from metaft.tasks.folder import folder
 from metaft.tasks.glyphs import glyphs
+from metaft.tasks.learn2learn import named as _learn2learn
 from metaft.tasks.omniglot import OMNIGLOT_SPLITS, download, find, omniglot
 from metaft.tasks.pool import ClassEpisodes, ClassPool, Preprocessing
 from metaft.tasks.sinusoid import Sinusoid
@@ -37,7 +38,7 @@ class Request:
     """What was asked of `load` beside the name of the data set."""
 
     path: str
-    """What follows the colon in "folder:PATH"."""
+    """What follows the colon in "folder:PATH" and "l2l:NAME"."""
     split: str
     data_root: str | None
     download: bool
@@ -50,6 +51,8 @@ class Entry:
     """How a data set is opened, and the options it understands."""
 
     open: Callable[[Request], Dataset]
+    path: str = ""
+    """What stands after the colon of its name, if anything must: PATH or NAME."""
     splits: tuple[str, ...] = ()
     """Class splits to choose from, the default first."""
     downloads: bool = False
@@ -57,21 +60,36 @@ class Entry:
     """Whether `image_size` and `channels` are the user's choice."""
 
 
-def _open_omniglot(request: Request) -> Dataset:
+def _root(name: str, request: Request) -> Path:
     root = os.path.expanduser(request.data_root or os.environ.get("METAFT_DATA") or "")
     if not root:
-        raise DataError("omniglot: where is it? pass --data-root or set METAFT_DATA (--download fetches it to there)")
-    if request.download and find(Path(root), whole=True) is None:
-        download(Path(root))
-    return omniglot(Path(root), request.split)
+        raise DataError(f"{name}: where is it? pass --data-root or set METAFT_DATA (--download fetches it to there)")
+    return Path(root)
+
+
+def _open_omniglot(request: Request) -> Dataset:
+    root = _root("omniglot", request)
+    if request.download and find(root, whole=True) is None:
+        download(root)
+    return omniglot(root, request.split)
+
+
+def _open_learn2learn(request: Request) -> Dataset:
+    root = _root(f"l2l:{request.path}", request)
+    return _learn2learn(
+        request.path, root, download=request.download, image_size=request.image_size, channels=request.channels
+    )
 
 
 DATASETS: dict[str, Entry] = {
     "glyphs": Entry(lambda request: glyphs(), splits=("scripts",)),
     "omniglot": Entry(_open_omniglot, splits=tuple(OMNIGLOT_SPLITS), downloads=True),
     "folder": Entry(
-        lambda request: folder(Path(request.path).expanduser(), request.image_size, request.channels), any_size=True
+        lambda request: folder(Path(request.path).expanduser(), request.image_size, request.channels),
+        path="PATH",
+        any_size=True,
     ),
+    "l2l": Entry(_open_learn2learn, path="NAME", downloads=True, any_size=True),
     "sinusoid": Entry(lambda request: Sinusoid()),
 }
 
@@ -85,7 +103,7 @@ def load(
     image_size: int | None = None,
     channels: int | None = None,
 ) -> Dataset:
-    """The data set of that name: "glyphs", "omniglot", "folder:PATH" or "sinusoid".
+    """The data set of that name: "glyphs", "omniglot", "folder:PATH", "l2l:NAME" or "sinusoid".
 
     `data_root` (default: the environment's METAFT_DATA) is where data sets with a fixed name live; `split` names one of
     the data set's class splits. Raises MetaftError for a name, split or option that the data set does not have, and
@@ -93,12 +111,12 @@ def load(
     """
     name, _, path = dataset.partition(":")
     if name not in DATASETS:
-        known = ["folder:PATH" if known == "folder" else known for known in DATASETS]
+        known = [f"{known}:{entry.path}" if entry.path else known for known, entry in DATASETS.items()]
         raise MetaftError(f"dataset: no {dataset!r}, known are {known}{suggest(name, DATASETS)}")
-    if (name == "folder") != bool(path):
-        wanted = "folder:PATH" if name == "folder" else name
-        raise MetaftError(f"dataset: write {wanted!r}, not {dataset!r}")
     entry = DATASETS[name]
+    if bool(entry.path) != bool(path):
+        wanted = f"{name}:{entry.path}" if entry.path else name
+        raise MetaftError(f"dataset: write {wanted!r}, not {dataset!r}")
     if split is not None and split not in entry.splits:
         has = f"only {list(entry.splits)}{suggest(split, entry.splits)}" if entry.splits else "nor any other to choose"
         raise MetaftError(f"split: {name} has no {split!r}, {has}")
@@ -106,7 +124,7 @@ def load(
         raise MetaftError(f"download: {name} is not something to download")
     for field, value in (("image_size", image_size), ("channels", channels)):
         if value is not None and not entry.any_size:
-            raise MetaftError(f"{field}: {name} has its own, only folder:PATH takes {value}")
+            raise MetaftError(f"{field}: {name} has its own, only folder:PATH and l2l:NAME take {value}")
     request = Request(
         path=path,
         split=split or (entry.splits[0] if entry.splits else ""),
@@ -115,10 +133,13 @@ def load(
         image_size=image_size,
         channels=channels,
     )
+    field, value = ("data_root", data_root) if data_root and not path else ("dataset", dataset)
     try:
         return entry.open(request)
+    except DataError as error:
+        raise DataError(f"{field}: {error}") from None
     except OSError as error:  # a name that is too long, a folder that may not be read
-        raise DataError(f"dataset: {dataset!r} cannot be read ({error.strerror})") from None
+        raise DataError(f"{field}: {value!r} cannot be read ({error.strerror})") from None
 
 
 def default_rotate(dataset: str, split: str | None = None) -> bool:

@@ -80,10 +80,15 @@ def preprocessing_for(
 
     So many of the files are looked at, or all of them.
     """
-    if channels == 1 or (channels is None and looks_grey(files, sample)):
-        side = image_size or GREY_SIDE
+    return preprocessing_of(channels or (1 if looks_grey(files, sample) else 3), image_size)
+
+
+def preprocessing_of(channels: int, side: int | None) -> Preprocessing:
+    """What goes with so many channels; `side` None is the usual size."""
+    if channels == 1:
+        side = side or GREY_SIDE
         return Preprocessing(1, side, side, polarity="bright-on-black")
-    side = image_size or COLOUR_SIDE
+    side = side or COLOUR_SIDE
     return Preprocessing(3, side, side, mean=IMAGENET_MEAN, std=IMAGENET_STD)
 
 

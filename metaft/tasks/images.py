@@ -97,10 +97,16 @@ def list_classes(folder: Path) -> dict[str, list[Path]]:
 
 
 def fingerprint(root: Path, files: Iterable[Path]) -> str:
-    """Digest of the files' names, sizes and times: it changes when a picture is added, removed or edited."""
+    """Digest of the files' names, sizes and times: it changes when a picture is added, removed or edited.
+
+    Raises DataError for one that is gone.
+    """
     digest = hashlib.sha256()
     for path in files:
-        stat = path.stat()
+        try:
+            stat = path.stat()
+        except OSError as error:
+            raise DataError(f"image {path} cannot be read ({error.strerror})") from None
         name = path.relative_to(root).as_posix()
         digest.update(f"{name}\t{stat.st_size}\t{stat.st_mtime_ns}\n".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
@@ -114,12 +120,15 @@ def open_image(path: Path) -> Image.Image:
     try:
         with Image.open(path) as file:
             file.load()
-            return _plain(ImageOps.exif_transpose(file))
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+            return plain(ImageOps.exif_transpose(file))
+    except MemoryError:
+        raise
+    except Exception as error:  # a broken file makes a decoder raise anything: IndexError, struct.error, ...
         raise DataError(f"image {path} cannot be read: {' '.join(str(error).split())}") from error
 
 
-def _plain(image: Image.Image) -> Image.Image:
+def plain(image: Image.Image) -> Image.Image:
+    """A decoded picture as mode "L" or "RGB". Raises ValueError for pixels without a fixed range."""
     if image.mode.startswith("I"):
         return _from_deep_grey(image)
     if image.mode in ("1", "L"):

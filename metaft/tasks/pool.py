@@ -32,6 +32,10 @@ class Preprocessing:
     """Per channel, in units of the pixel range 0..1; a single value serves every channel."""
     std: tuple[float, ...] = (1.0,)
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.channels, self.height, self.width
+
     @classmethod
     def from_plain(cls, values: Mapping[str, Any]) -> Preprocessing:
         """From what `dataclasses.asdict` made of one, by way of JSON."""

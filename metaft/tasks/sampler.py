@@ -24,6 +24,8 @@ class Stream(enum.IntEnum):
     TARGET_DRAWS = 3
     FINE_TUNING = 4
     HEADS = 5
+    BASELINES = 6
+    CONTEXT = 7
 
 
 def raw_words(

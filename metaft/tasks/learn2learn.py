@@ -1,0 +1,232 @@
+"""learn2learn's data sets, and any other that gives (image, label), as class pools.
+
+learn2learn itself is needed for its data sets by name alone (`--dataset l2l:NAME`), and imported when one is asked for.
+https://github.com/learnables/learn2learn
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from metaft.errors import DataError, MetaftError, suggest
+from metaft.tasks.folder import preprocessing_of, rank_split
+from metaft.tasks.images import is_dark_on_bright, is_grey, pixels_of, plain
+from metaft.tasks.pool import ClassPool
+from metaft.types import SPLITS
+
+NAMES = {
+    "omniglot": "FullOmniglot",
+    "mini-imagenet": "MiniImagenet",
+    "tiered-imagenet": "TieredImagenet",
+    "cifarfs": "CIFARFS",
+    "fc100": "FC100",
+    "vgg-flowers": "VGGFlower102",
+    "fgvc-aircraft": "FGVCAircraft",
+    "cu-birds200": "CUBirds200",
+    "describable-textures": "DescribableTextures",
+    "quickdraw": "Quickdraw",
+    "fgvc-fungi": "FGVCFungi",
+}
+"""What follows "l2l:" -> the class in `learn2learn.vision.datasets`."""
+
+_WHOLE = ("omniglot",)
+"""Those that learn2learn does not split: its benchmark shuffles the classes with the global generator."""
+
+_SAMPLE = 64  # images that are looked at for size, colour and range
+
+_CHANNELS = (1, 3, 4)
+
+INSTALL = (
+    "install it with `pip install learn2learn==0.2.0`; where that does not build (Python 3.11 and newer), with "
+    "benchmarks/peers/install.sh DIR and PYTHONPATH=DIR, or as the comment in metaft's pyproject.toml says"
+)
+
+
+class Labelled(Protocol):
+    """learn2learn's MetaDataset, torchvision's data sets, or anything else of this form."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Any:
+        """(image, label, ...): a PIL image, or a tensor [C, H, W], or an array [H, W] or [H, W, C]."""
+        ...
+
+
+def pool(
+    dataset: Labelled,
+    val: Labelled | None = None,
+    test: Labelled | None = None,
+    *,
+    name: str = "learn2learn",
+    image_size: int | None = None,
+    channels: int | None = None,
+) -> ClassPool:
+    """A labelled data set as a pool. All its images are read, into memory, as uint8.
+
+    With `val` and `test` each data set is one split, and its classes are its own even where numbers repeat; otherwise
+    the classes of the one are split by a hash of their names, as a folder's are. Names are those of an attribute
+    `classes`, where there is one, or the labels themselves.
+
+    Numbers in tensors and arrays are 0..255, or in 0..1 where they are floats none of which is above 1. Images that are
+    square and of one size keep it, others are fitted as a folder's are; so are grey ones, which are stored bright on
+    black. A sample of the images decides about size, colour and range.
+
+    Raises DataError: only one of `val` and `test`, nothing in a data set, a class in two of them, an image or label
+    that is none, numbers out of range (hand over images before they are normalised).
+    """
+    if (val is None) != (test is None):
+        raise DataError(f"{name}: give data sets for both val and test, or for neither")
+    parts: list[Labelled] = [dataset] if val is None or test is None else [dataset, val, test]
+    if not all(len(part) for part in parts):
+        raise DataError(f"{name}: a data set without images")
+
+    sample = [_item(name, part, i)[0] for part in parts for i in range(0, len(part), max(1, len(part) // _SAMPLE))]
+    floats = [_numbers(image) for image in sample if not isinstance(image, Image.Image)]
+    unit = all(a.dtype.kind in "fb" and a.size and a.max() <= 1 for a in floats)
+    looks = [_picture(name, image, unit) for image in sample]
+    sizes = {look.size for look in looks}
+    own = looks[0].width if len(sizes) == 1 and looks[0].width == looks[0].height else None
+    preprocessing = preprocessing_of(channels or (1 if all(map(is_grey, looks)) else 3), image_size or own)
+
+    images = np.empty((sum(map(len, parts)), *preprocessing.shape), np.uint8)
+    owners: list[tuple[int, Any]] = []  # (number of the data set, label) of each image
+    for number, part in enumerate(parts):
+        for i in range(len(part)):
+            image, label = _item(name, part, i)
+            picture = _picture(name, image, unit)
+            images[len(owners)] = pixels_of(picture, preprocessing.channels, preprocessing.height)
+            owners.append((number, label))
+    if preprocessing.channels == 1 and is_dark_on_bright(images):
+        np.subtract(255, images, out=images)
+
+    classes = sorted(set(owners), key=lambda owner: (owner[0], isinstance(owner[1], str), owner[1]))
+    rank = {owner: c for c, owner in enumerate(classes)}
+    class_of = np.array([rank[owner] for owner in owners], np.int64)
+    if (class_of[1:] < class_of[:-1]).any():
+        images = images[np.argsort(class_of, kind="stable")]
+    counts = np.bincount(class_of).astype(np.int64)
+    names = _names(name, parts, classes)
+    of = {split: {c for c, (number, _) in enumerate(classes) if number == s} for s, split in enumerate(SPLITS)}
+    if len(parts) == 1:
+        of = {split: {names.index(n) for n in chosen} for split, chosen in rank_split(names).items()}
+    return ClassPool(
+        name=name,
+        images=torch.from_numpy(images),
+        class_names=tuple(names),
+        starts=np.cumsum(counts) - counts,
+        counts=counts,
+        splits={split: np.array(sorted(of[split]), np.int64) for split in SPLITS},
+        preprocessing=preprocessing,
+    )
+
+
+def named(
+    name: str, root: Path, *, download: bool = False, image_size: int | None = None, channels: int | None = None
+) -> ClassPool:
+    """One of learn2learn's data sets, read (and with `download` fetched) by learn2learn under `root`.
+
+    Splits are learn2learn's; of omniglot, which it does not split, they are by a hash of the classes. Some of the
+    files are pickles, which can run code when they are read: take them from where learn2learn does.
+
+    Raises MetaftError: a name that is not in NAMES, or learn2learn is not there; DataError: it cannot read the data.
+    """
+    if name not in NAMES:
+        raise MetaftError(f"dataset: learn2learn has no {name!r}, known are {sorted(NAMES)}{suggest(name, NAMES)}")
+    make = getattr(_datasets(), NAMES[name])
+    modes = [{}] if name in _WHOLE else [{"mode": mode} for mode in ("train", "validation", "test")]
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            parts = [make(root=str(root), download=download, **mode) for mode in modes]
+    except Exception as error:  # of learn2learn, pickle, zipfile, requests, ...: all say that the data is not there
+        hint = "" if download else "; --download fetches it"
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(f"l2l:{name}: learn2learn cannot read it under {root} ({said}){hint}") from error
+    return pool(*parts, name=f"l2l:{name}", image_size=image_size, channels=channels)
+
+
+def _datasets() -> Any:
+    """learn2learn.vision.datasets. Raises MetaftError that says how to install it."""
+    importlib.import_module("metaft.vision")  # without which torchvision may not import
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # gym, which it imports, says that it is no longer maintained
+            return importlib.import_module("learn2learn.vision.datasets")
+    except ImportError as error:
+        raise MetaftError(
+            f"dataset: l2l:NAME needs learn2learn, which cannot be imported: {error}; {INSTALL}"
+        ) from None
+
+
+def _item(name: str, part: Labelled, index: int) -> tuple[Any, Any]:
+    """Image and label, a number or a string, of one item."""
+    try:
+        image, label = part[index][:2]
+    except (TypeError, ValueError):
+        raise DataError(f"{name}: item {index} is not (image, label) but {type(part[index]).__name__}") from None
+    if isinstance(label, (Tensor, np.ndarray, np.generic)) and _numbers(label).size == 1:
+        label = label.item()
+    if not isinstance(label, (int, str)):
+        raise DataError(f"{name}: the label of item {index} must be a number or a name, got {label!r}")
+    return image, label
+
+
+def _numbers(image: Any) -> np.ndarray:
+    return np.asarray(image.detach().cpu() if isinstance(image, Tensor) else image)
+
+
+def _picture(name: str, image: Any, unit: bool) -> Image.Image:
+    """Any image as mode "L" or "RGB". `unit`: floats are in 0..1. Raises DataError where it is none."""
+    if isinstance(image, Image.Image):
+        try:
+            return plain(image)
+        except ValueError as error:
+            raise DataError(f"{name}: {error}") from None
+    pixels = _numbers(image)
+    axes = (0, -1) if isinstance(image, Tensor) else (-1, 0)
+    axis = next((a for a in axes if pixels.ndim == 3 and pixels.shape[a] in _CHANNELS), None)
+    if pixels.dtype.kind not in "uifb" or pixels.size == 0 or (pixels.ndim != 2 and axis is None):
+        raise DataError(f"{name}: an image must be [H, W] or have 1, 3 or 4 channels, got {list(pixels.shape)}")
+    if axis is not None:
+        pixels = np.moveaxis(pixels, axis, -1)
+        pixels = pixels[..., 0] if pixels.shape[-1] == 1 else pixels
+    if pixels.dtype != np.uint8:
+        most = 1 if unit else 255
+        low, high = float(pixels.min()), float(pixels.max())
+        if not (low >= 0 and high <= most):  # NaN too
+            raise DataError(
+                f"{name}: numbers of an image are from {low:g} to {high:g}, not in 0..{most}; hand the data set over "
+                "without its normalisation"
+            )
+        pixels = np.round(pixels.astype(np.float64) * (255 / most)).astype(np.uint8)
+    return plain(Image.fromarray(np.ascontiguousarray(pixels)))
+
+
+def _names(name: str, parts: Sequence[Labelled], classes: Sequence[tuple[int, Any]]) -> list[str]:
+    """A name for each class. Raises DataError for one that is in two data sets."""
+    known = [next(_class_lists(part), None) for part in parts]
+    found: list[str] = []
+    for number, label in classes:
+        own, split = known[number], f"{SPLITS[number]}/" if len(parts) > 1 else ""
+        found.append(str(own[label]) if own and isinstance(label, int) and 0 <= label < len(own) else f"{split}{label}")
+    if len(set(found)) < len(found):
+        twice = next(n for n in found if found.count(n) > 1)
+        raise DataError(f"{name}: {twice!r} names two classes; meta-learning needs different ones in each split")
+    return found
+
+
+def _class_lists(part: Any) -> Iterator[Sequence[str]]:
+    """`classes` of a data set, or of one that it wraps under the same labels, as a MetaDataset or a Subset does."""
+    while part is not None:
+        if isinstance(getattr(part, "classes", None), (list, tuple)):
+            yield part.classes
+        part = getattr(part, "dataset", None)

@@ -1,0 +1,301 @@
+"""Commands in processes of their own, to be killed, starved or set against each other; and what they leave.
+
+They are forked from one process that has torch loaded already, since loading it takes longer than all the rest.
+"""
+
+from __future__ import annotations
+
+import builtins
+import dataclasses
+import faulthandler
+import gc
+import importlib
+import json
+import multiprocessing
+import os
+import re
+import resource
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+from helpers import timeless
+
+FULL = os.environ.get("METAFT_FAULTS") == "full"
+"""Whether everything is run (`make test-faults`), or the short form."""
+
+CLOCKED = ("seconds", "tasks_per_second")
+
+_context = multiprocessing.get_context("forkserver")
+# The commands, and what they import only when they come to use it.
+_COMMANDS = ("metaft.meta_train", "metaft.report", "metaft.adapt", "metaft.finetune.report", "metaft.finetune.study")
+_context.set_forkserver_preload(
+    [*_COMMANDS, "tyro", "typeguard", "torch._dynamo", "torch._inductor", "sklearn.metrics"]
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What is to befall a command."""
+
+    kill_at: float = float("inf")
+    """The moment of the disk (see `Moments`) at which it is killed."""
+    largest_file: int | None = None
+    """Bytes that a file may have: a disk that is full, for whoever may not mount one."""
+    memory: int | None = None
+    """Bytes of address space beyond what it has when it begins."""
+    memory_after: int | None = None
+    """The meta-step in which that is so, and a gigabyte asked for."""
+    clock: bool = False
+    """Whether the clock jumps by years, forwards and back, at each look at it."""
+    weigh: Path | None = None
+    """A file for the memory that it and its workers take, in bytes, a line after each validation."""
+
+
+class Moments:
+    """Counts what a run does to the disk. At the moment `kill_at` it is killed; a write then leaves half its data."""
+
+    def __init__(self, kill_at: float) -> None:
+        from metaft import checkpoint
+        from metaft import run as run_module
+
+        self.count, self.kill_at = 0, kill_at
+        for name in ("replace", "fsync", "unlink"):
+            setattr(os, name, self._before(getattr(os, name)))
+        for module in (checkpoint, run_module):
+            module.open = self._open  # type: ignore[attr-defined]
+
+    def tick(self) -> bool:
+        self.count += 1
+        return self.count >= self.kill_at
+
+    def _before(self, act: Callable[..., Any]) -> Callable[..., Any]:
+        def ticked(*given: Any, **others: Any) -> Any:
+            if self.tick():
+                kill_me()
+            return act(*given, **others)
+
+        return ticked
+
+    def _open(self, *given: Any, **others: Any) -> Any:
+        if self.tick():
+            kill_me()
+        file: Any = builtins.open(*given, **others)  # noqa: SIM115
+        return file if "r" in (given[1:] or ("r",))[0] else Writer(file, self)
+
+
+class Writer:
+    """A file that may be cut off in the middle of a write."""
+
+    def __init__(self, file: Any, moments: Moments) -> None:
+        self.file, self.moments = file, moments
+        self.flush, self.fileno = file.flush, file.fileno
+
+    def write(self, data: Any) -> None:
+        if self.moments.tick():
+            self.file.write(data[: len(data) // 2])
+            self.file.flush()
+            kill_me()
+        self.file.write(data)
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+
+
+def kill_me() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Victim:
+    """A command, `python -m metaft.COMMAND ARGV`, in a process of its own, without pictures and on one thread."""
+
+    def __init__(self, command: str, argv: Sequence[str], plan: Plan | None = None, *, fresh: bool = False) -> None:
+        """`fresh` starts Python anew, so that no page of memory is shared with any other process."""
+        folder = Path(tempfile.mkdtemp(prefix="metaft-victim-"))
+        self.said_file, self.count_file = folder / "said", folder / "count"
+        context = multiprocessing.get_context("spawn") if fresh else _context
+        self.process: BaseProcess = context.Process(
+            target=_run, args=(command, list(argv), plan or Plan(), self.said_file, self.count_file)
+        )
+        self.process.start()
+
+    @property
+    def said(self) -> str:
+        """What it has said so far, on stdout and stderr."""
+        return self.said_file.read_text(encoding="utf-8", errors="replace") if self.said_file.exists() else ""
+
+    @property
+    def moments(self) -> int:
+        """The moments of the disk that it had; known when it has ended by itself."""
+        return int(self.count_file.read_text())
+
+    def status(self, timeout: float = 120.0) -> int:
+        """Wait for its end: the exit status, or -signal."""
+        self.process.join(timeout)
+        if self.process.exitcode is None:
+            self.process.kill()
+            raise AssertionError(f"still there after {timeout} s: {self.said}")
+        return self.process.exitcode
+
+    def wait_for(self, there: Callable[[], bool], timeout: float = 60.0) -> None:
+        """Until `there()`, while it is alive."""
+        until = time.monotonic() + timeout
+        while not there():
+            assert time.monotonic() < until, self.said
+            assert self.process.exitcode is None, self.said
+            time.sleep(0.002)
+
+
+def _run(command: str, argv: list[str], plan: Plan, said: Path, count: Path) -> None:
+    with open(said, "wb", buffering=0) as file:
+        for number in (1, 2):
+            os.dup2(file.fileno(), number)
+    sys.stdout, sys.stderr = (open(n, "w", encoding="utf-8", buffering=1, closefd=False) for n in (1, 2))  # noqa: SIM115
+    faulthandler.enable()
+    import torch
+
+    from metaft import report
+    from metaft.finetune import report as finetune_report
+
+    torch.set_num_threads(1)
+    report.draw_pictures = finetune_report.draw_pictures = lambda *_: []  # type: ignore[assignment]
+    moments = Moments(plan.kill_at)
+    _befall(plan)
+    status = importlib.import_module(f"metaft.{command}").main(argv)
+    if plan.memory is None and plan.largest_file is None:
+        count.write_text(str(moments.count))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def _befall(plan: Plan) -> None:
+    if plan.largest_file is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (plan.largest_file, plan.largest_file))
+    if plan.clock:
+        jumps = iter(range(10**9))
+        real = time.time
+        time.time = lambda: real() + (-1) ** next(jumps) * 1e8
+        time.time_ns = lambda: int(1e9 * time.time())
+    if plan.weigh is not None:
+        weigh(plan.weigh)
+    if plan.memory is not None and plan.memory_after is None:
+        limit_memory(plan.memory)
+    if plan.memory is not None and plan.memory_after is not None:
+        import torch
+
+        from metaft import training
+
+        memory, after, gradient = plan.memory, plan.memory_after, training.meta_gradient
+
+        def limited(*given: Any, step: int, **others: Any) -> Any:
+            if step == after:
+                limit_memory(memory)
+                torch.empty(1 << 30, dtype=torch.uint8).zero_()
+            return gradient(*given, step=step, **others)
+
+        training.meta_gradient = limited
+
+
+def weigh(file: Path) -> None:
+    from metaft import training
+
+    real = training.score_episodes
+
+    def weighed(*given: Any, **others: Any) -> Any:
+        found = real(*given, **others)
+        if not file.exists():
+            gc.collect()  # part of warming up: it copies the pages that workers share, which else comes at any time
+        with open(file, "a") as log:
+            log.write(f"{memory_of(os.getpid())}\n")
+        return found
+
+    training.score_episodes = weighed
+
+
+def memory_of(process: int) -> int:
+    """Resident bytes of a process and of those it started; a page that several share counts as one page."""
+    rollup = Path(f"/proc/{process}/smaps_rollup").read_text()
+    own = next(int(line.split()[1]) << 10 for line in rollup.splitlines() if line.startswith("Pss:"))
+    tasks = Path(f"/proc/{process}/task").iterdir()
+    children = [int(word) for task in tasks for word in (task / "children").read_text().split()]
+    return own + sum(map(memory_of, children))
+
+
+def limit_memory(spare: int) -> None:
+    """Let this process have so many bytes of address space more than it has now."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limit = pages * resource.getpagesize() + spare
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+
+def completed(command: str, argv: Sequence[str], plan: Plan | None = None) -> Victim:
+    """A command that has ended well."""
+    victim = Victim(command, argv, plan)
+    assert victim.status() == 0, victim.said
+    return victim
+
+
+def go_on(command: str, argv: Sequence[str], out: Path) -> None:
+    """Resume a run as its user would, or start it again where it had not begun."""
+    completed(command, ["--resume", str(out)] if (out / "config.toml").exists() else argv)
+
+
+def one_error(said: str, *parts: object) -> str:
+    """The last line, which is the only error, holds all the parts; and there is no traceback."""
+    assert "Traceback" not in said, said
+    errors = [line for line in said.splitlines() if line.startswith("metaft: error: ")]
+    assert len(errors) == 1, said
+    assert said.splitlines()[-1] == errors[0]
+    for part in parts:
+        assert str(part) in errors[0], errors[0]
+    return errors[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class Whole:
+    """A command that was left alone."""
+
+    command: str
+    argv: tuple[str, ...]
+    """Without --out."""
+    left: dict[str, Any]
+    """Its run folder, see `tree`."""
+    seconds: float
+    moments: int
+
+    def to(self, out: Path) -> list[str]:
+        return [*self.argv, "--out", str(out)]
+
+
+def tree(path: Path) -> dict[str, Any]:
+    """Every file of a run folder, byte by byte, except for what a clock said."""
+    left: dict[str, Any] = {}
+    for file in sorted(path.rglob("*")):
+        name = file.relative_to(path).as_posix()
+        if not file.is_file():
+            continue
+        if name == "timing.jsonl":
+            left[name] = "clock times"
+        elif name == "result.json":
+            result = timeless(json.loads(file.read_text(encoding="utf-8")))
+            left[name] = {k: v for k, v in result.items() if k not in CLOCKED}
+        elif name == "report.txt":
+            left[name] = re.sub(r", in \d+:\d+(:\d+)?$", "", file.read_text(encoding="utf-8"), flags=re.MULTILINE)
+        else:
+            left[name] = file.read_bytes()
+    return left
+
+
+def same_tree(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    """The names first: a difference of bytes says little."""
+    assert found.keys() == expected.keys()
+    assert [name for name in found if found[name] != expected[name]] == []

@@ -1,0 +1,130 @@
+"""The benchmarks over the whole family: sine waves, and what a meta-step costs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import one_thread
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks import family, sinusoid
+from benchmarks.peers import child
+from benchmarks.peers.workloads import WORKLOADS, Options, draw_params
+from metaft import algorithms, models
+from metaft.algorithms import ALGORITHMS, hyper_parameters
+
+Text = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr("metaft.report.draw_pictures", lambda *_: [])
+    with one_thread():
+        yield
+
+
+def test_every_member_is_measured_on_curves_or_has_a_reason() -> None:
+    fit, others = sinusoid.members()
+    assert {*fit, *others} == set(ALGORITHMS)
+    assert {"maml", "fomaml", "anil", "boil", "meta-sgd"} <= set(fit)
+    assert "cannot learn a data set whose loss is 'mse'" in others["protonet"]
+
+
+@pytest.mark.parametrize("name", sinusoid.members()[0])
+def test_every_member_with_an_inner_loop_learns_curves(name: str) -> None:
+    """The training loss of a fixed meta-batch goes down."""
+    from metaft import outer
+    from metaft.tasks import Sinusoid
+
+    model = models.build("mlp", ways=1, shape=(1,), width=8, seed=0)
+    member = algorithms.build(name, model, {"loss": "mse", "inner_lr": 0.01})
+    meta, state = member.init(0)
+    tasks = Sinusoid().source(shots=5, query_shots=5).episodes(0, "train", range(8))
+    adam = torch.optim.Adam(meta.values(), lr=1e-2)
+    losses = []
+    with outer.engine("vmap") as engine:
+        for step in range(30):
+            found = outer.meta_gradient(engine, member, meta, state, tasks, step=step)
+            for k, p in meta.items():
+                p.grad = found.grads[k]
+            adam.step()
+            state = found.state
+            losses.append(found.metrics["mse"])
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_the_sinusoid_table_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Text) -> None:
+    monkeypatch.setattr(sinusoid, "WIDTH", 4)
+    out = tmp_path / "curves.json"
+    argv = ["--iterations", "3", "--episodes", "6", "--out", str(out), "--shots", "5"]
+    assert sinusoid.main([*argv, "--members", "maml"]) == 0
+    first = json.loads(out.read_text())["rows"]
+    assert sinusoid.main([*argv, "--members", "maml", "anil", "pre-training", "--shots", "5", "10"]) == 0
+    results = json.loads(out.read_text())
+    assert results["rows"][0] == first[0]
+    pairs = [("maml", 5), ("maml", 10), ("anil", 5), ("anil", 10), ("pre-training", 5), ("pre-training", 10)]
+    assert [(row["member"], row["shots"]) for row in results["rows"]] == pairs
+    for row in results["rows"]:
+        assert len(row["mse"]) == len(row["ci95"]) == 11
+    maml = json.loads((tmp_path / "maml-5/result.json").read_text())
+    assert first[0]["mse"] == maml["test"]["transductive"]["mse_per_step"]
+    assert results["rows"][-1]["inner_lr"] in sinusoid.RATES
+    lines = out.with_suffix(".md").read_text().splitlines()
+    assert lines[4].startswith(f"| `maml` | 5 | {first[0]['mse'][0]:.3f} ± ")
+    assert out.with_suffix(".png").read_bytes()[:4] == b"\x89PNG"
+    capsys.readouterr()
+    assert sinusoid.main([*argv[:1], "4", *argv[2:]]) == 2
+    assert "holds figures of {'iterations': 3" in capsys.readouterr().err
+    # A run that was stopped goes on from its checkpoint.
+    config = (tmp_path / "anil-5/config.toml").read_text()
+    assert 'outer_schedule = "constant"' in config
+    results["rows"] = [row for row in results["rows"] if row["member"] != "anil"]
+    out.write_text(json.dumps(results))
+    assert sinusoid.main([*argv, "--members", "anil"]) == 0
+    assert "resuming" in capsys.readouterr().err
+
+
+def test_pre_training_learns_the_mean_curve() -> None:
+    """It knows nothing of a task before the first step, and adapts worse than it could: the paper's point."""
+    row = sinusoid.pre_trained(10, sinusoid.Settings(iterations=150, episodes=100, seed=0))
+    assert row["mse"][0] < 5
+    assert row["mse"][-1] < row["mse"][0]
+
+
+@pytest.mark.parametrize("name", sorted(ALGORITHMS))
+def test_every_member_takes_the_workload(name: str) -> None:
+    workload = WORKLOADS["tiny"]
+    grads = child.meta_gradient("metaft-member", workload, Options(algorithm=name))
+    assert {k: g.shape for k, g in grads.items()} == {k: p.shape for k, p in draw_params(workload).items()}
+    assert any(float(g.abs().max()) > 0 for g in grads.values())
+    if name == "maml":
+        hyper: Any = hyper_parameters("maml")
+        same = dataclasses.replace(workload, inner_lr=hyper["inner_lr"])
+        expected = child.meta_gradient("plain", same, Options())
+        assert all(torch.allclose(grads[k], expected[k], rtol=1e-9, atol=1e-12) for k in grads)
+
+
+@pytest.mark.slow
+def test_costs_of_the_family(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Text) -> None:
+    monkeypatch.setattr(family, "BASE", WORKLOADS["tiny"])
+    out = tmp_path / "family.json"
+    argv = ["--members", "protonet", "baseline++", "--threads", "1", "--engine", "threads", "--seconds", "0.1"]
+    assert family.main([*argv, "--rounds", "2", "--out", str(out)]) == 0
+    found = json.loads(out.read_text())["members"]
+    assert list(found) == ["maml", "protonet", "baseline++"]
+    assert found["maml"]["relative_to_maml"] == 1
+    assert all(own["n"] >= 2 and own["ms"]["median"] > 0 for own in found.values())
+    rows = out.with_suffix(".md").read_text().splitlines()
+    assert [row.split("|")[1].strip() for row in rows[-3:]] == ["`maml`", "`protonet`", "`baseline++`"]
+    assert rows[-3].split("|")[5].strip() == "1.00"
+    capsys.readouterr()
+    assert family.main(["--seconds", "0"]) == 2
+    assert capsys.readouterr().err == "family: seconds must be above 0, got 0.0\n"

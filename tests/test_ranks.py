@@ -1,0 +1,558 @@
+"""Many processes: the numbers of one, the same bytes after a restart, and one message when a process is lost.
+
+Most ranks here are threads of one process that meet at a barrier; the last tests start real jobs with torchrun.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+import scenarios
+import torch
+import toys
+from helpers import IMAGES, SINUSOID, images, options, pool, remains, sinusoid, untimed, write_folder
+
+from metaft import adapt, algorithms, checkpoint, meta_train, outer, ranks, report, training
+from metaft.cli import StopSignals, settings
+from metaft.config import MetaTrainConfig, to_toml
+from metaft.errors import Interrupted, MetaftError, NonFiniteError, RankLost
+from metaft.meta_train import resume_run, run
+from metaft.ranks import ALONE, Ranks
+from metaft.run import RunFolder, read_rows
+from metaft.testing import meta_test, score_episodes
+
+Found = TypeVar("Found")
+
+
+class Meeting:
+    """Where threads exchange values, as ranks do through torch.distributed."""
+
+    def __init__(self, count: int) -> None:
+        self.barrier = threading.Barrier(count, timeout=60)
+        self.values: list[Any] = [None] * count
+        self.sums = 0
+
+    def exchange(self, rank: int, value: Any) -> list[Any]:
+        self.values[rank] = value
+        try:
+            self.barrier.wait()
+            found = list(self.values)
+            self.barrier.wait()
+        except threading.BrokenBarrierError:
+            raise RankLost("another thread failed") from None
+        return found
+
+
+class Thread(Ranks):
+    """One of several ranks in one process. Any other than rank 0 sees a run folder that is not there."""
+
+    def __init__(self, rank: int, meeting: Meeting) -> None:
+        super().__init__(rank, len(meeting.values), rank)
+        self.meeting = meeting
+
+    def _add(self, flat: torch.Tensor) -> None:
+        self.meeting.sums += self.rank == 0
+        parts = self.meeting.exchange(self.rank, flat.clone())
+        flat.copy_(torch.stack(parts).sum(0))
+
+    def _all(self, value: Any) -> list[Any]:
+        return self.meeting.exchange(self.rank, value)
+
+    def _from_first(self, value: Any) -> Any:
+        found = self.meeting.exchange(self.rank, value)[0]
+        if self.rank and isinstance(found[0], RunFolder):
+            return (RunFolder(found[0].path / "nowhere"), *found[1:])
+        return found
+
+
+def in_threads(count: int, function: Callable[[Ranks], Found]) -> list[Found]:
+    """What `function` gives on each rank. Raises what the first of them raised that failed by itself."""
+    meeting = Meeting(count)
+    found: list[Any] = [None] * count
+    errors: list[BaseException] = []
+
+    def work(rank: int) -> None:
+        try:
+            found[rank] = function(Thread(rank, meeting))
+        except BaseException as error:
+            errors.append(error)
+            meeting.barrier.abort()
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for error in sorted(errors, key=lambda error: isinstance(error, RankLost)):
+        raise error
+    return found
+
+
+def errors_of(count: int, function: Callable[[Ranks], object]) -> list[MetaftError]:
+    """What each rank raises."""
+
+    def caught(ranks: Ranks) -> MetaftError:
+        with pytest.raises(MetaftError) as raised:
+            function(ranks)
+        return raised.value
+
+    return in_threads(count, caught)
+
+
+@pytest.fixture(autouse=True)
+def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "draw_pictures", lambda *_: [])
+
+
+# ---- what ranks do together ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", range(1, 8))
+def test_shares_are_contiguous_in_order_and_even(count: int):
+    shares = [Ranks(rank, count).share(range(10, 15)) for rank in range(count)]
+    assert [i for share in shares for i in share] == [10, 11, 12, 13, 14]
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_one_sum_carries_every_shape_and_type():
+    big = 2**40 + 1
+
+    def add(ranks: Ranks) -> Any:
+        r = ranks.rank + 1
+        mine = [
+            torch.full((2, 3), 0.1 * r, dtype=torch.float64),
+            torch.tensor(0.5 * r),
+            torch.full((3,), big * r),
+            torch.empty(0),
+            torch.full((2,), 1.5 * r, dtype=torch.bfloat16),
+        ]
+        kept = [t.clone() for t in mine]
+        found = ranks.sum_flat(mine)
+        assert all(torch.equal(a, b) for a, b in zip(mine, kept, strict=True))
+        assert [(t.dtype, t.shape) for t in found] == [(t.dtype, t.shape) for t in mine]
+        assert ranks.meeting.sums == 1  # type: ignore[attr-defined]
+        return found
+
+    for wide, single, whole, none, half in in_threads(3, add):
+        assert (wide - 0.6).abs().max() < 1e-15
+        assert float(single) == 3.0
+        assert whole.tolist() == [6 * big] * 3
+        assert none.shape == (0,)
+        assert half.tolist() == [9.0, 9.0]
+
+
+def test_alone_nothing_is_computed_and_nothing_imported():
+    t = torch.ones(3)
+    assert ALONE.sum_flat([t])[0] is t
+    ALONE.check_same("what", lambda: 1 / 0)
+    assert ranks.join().count == 1
+    code = "import sys, metaft.ranks; metaft.ranks.join(); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_values_are_gathered_in_rank_order_and_differences_named():
+    assert in_threads(3, lambda ranks: ranks.gather(ranks.rank)) == [[0, 1, 2]] * 3
+    assert in_threads(3, lambda ranks: ranks.on_first(lambda: ranks.rank)) == [0, 0, 0]
+    found = errors_of(4, lambda ranks: ranks.check_same("data", lambda: "ab"[ranks.rank > 1]))
+    assert [str(error) for error in found] == ["data: b on ranks 2, 3, a on rank 0"] * 4
+
+
+def test_an_error_of_the_first_rank_ends_all_with_its_status():
+    def fail(ranks: Ranks) -> None:
+        def broken() -> None:
+            assert ranks.rank == 0
+            raise NonFiniteError("the loss is nan")
+
+        ranks.on_first(broken)
+
+    first, second = errors_of(2, fail)
+    assert (str(first), first.status) == ("the loss is nan", 1)
+    assert (type(second).__name__, second.status) == ("SaidElsewhere", 1)
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE is 2, but RANK is not set; start with torchrun"),
+        (
+            {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "1", "METAFT_RANKS_TIMEOUT": "soon"},
+            "METAFT_RANKS_TIMEOUT must be a number of seconds above 0, got 'soon'",
+        ),
+    ],
+)
+def test_an_environment_that_is_not_torchruns(
+    environment: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert meta_train.main([]) == 2
+    assert capsys.readouterr().err == f"metaft: error: {message}\n"
+
+
+def test_each_rank_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for local, device in ((0, "cpu"), (5, "cpu"), (1, "cuda"), (1, "cuda:1")):
+        Ranks(9, 16, local).check_device(device)
+    with pytest.raises(MetaftError, match="give cuda, not 'cuda:0'"):
+        Ranks(1, 2, 1).check_device("cuda:0")
+    with pytest.raises(MetaftError, match="3 processes or more on this machine, which has 2 GPUs; give --nproc-per"):
+        Ranks(2, 4, 2).check_device("cuda")
+    Ranks(0, 1).check_device("cuda:5")  # whose absence `device_of` has noticed
+
+
+# ---- the same numbers ---------------------------------------------------------------------------------------------
+
+MEMBERS: dict[str, Callable[[Any], Any]] = {
+    "maml": lambda model: algorithms.maml(model, inner_lr=0.1, inner_steps=2),
+    "meta-sgd": lambda model: algorithms.meta_sgd(model, inner_lr=0.1, inner_steps=1),
+    "protonet": lambda model: algorithms.protonet(model),
+    "reptile with float64 state": lambda model: toys.reptile(model, "transductive"),
+    "annealed multi-step": lambda model: toys.multi_step(model, "inductive"),
+}
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-6)])
+@pytest.mark.parametrize("member", MEMBERS)
+def test_ranks_give_the_meta_gradient_of_one_process(member: str, dtype: torch.dtype, tolerance: float):
+    """Five tasks on two, three and five ranks."""
+    algorithm = MEMBERS[member](scenarios.model("mlp", dtype=dtype))
+    meta, state = algorithm.init(0)
+    data = scenarios.episodes(tasks=5, dtype=dtype)
+
+    def found(ranks: Ranks) -> outer.MetaGradient:
+        share = ranks.share(range(5))
+        mine = type(data)(*(t[share.start : share.stop] for t in data))
+        with outer.engine("threads", threads=1, chunk=1) as engine:
+            return outer.meta_gradient(engine, algorithm, meta, state, mine, step=3, ranks=ranks)
+
+    expected = found(ALONE)
+    for count in (2, 3, 5):
+        results = in_threads(count, found)
+        assert scenarios.relative_error(results[0].grads, expected.grads) < tolerance
+        if state:
+            assert scenarios.relative_error(results[0].state, expected.state) < tolerance
+        assert results[0].metrics == pytest.approx(expected.metrics, rel=tolerance)
+        for other in results[1:]:
+            assert other.metrics == results[0].metrics
+            for mine, theirs in ((other.grads, results[0].grads), (other.state, results[0].state)):
+                assert all(torch.equal(mine[k], theirs[k]) for k in theirs), "ranks would drift apart"
+
+
+@pytest.mark.parametrize("episodes", [2, 13, 40])
+def test_episodes_and_scores_are_those_of_one_process(episodes: int):
+    """Also where some ranks have none, and where the last chunk is cut short."""
+    source = scenarios.noise_pool().source(ways=3, shots=1, query_shots=4)
+    algorithm = algorithms.maml(scenarios.model(ways=3, dtype=torch.float32), inner_lr=0.1)
+    meta, state = algorithm.init(0)
+
+    def scores(ranks: Ranks) -> tuple[torch.Tensor, list[int], dict[str, Any]]:
+        done: list[int] = []
+        how: dict[str, Any] = {"split": "val", "seed": 3, "episodes": episodes, "steps": 2, "ranks": ranks}
+        with outer.engine("threads", threads=1) as engine:
+            found = score_episodes(
+                engine, algorithm, meta, state, source, **how, at_once=8, progress=lambda n: done.append(n)
+            )
+            return found, done, meta_test(engine, algorithm, meta, state, source, **how)
+
+    expected, _, figures = scores(ALONE)
+    for count in (2, 3):
+        for found, done, test in in_threads(count, scores):
+            assert torch.equal(found, expected)
+            assert test == figures
+            assert done == [*range(8 * count, episodes, 8 * count), episodes]
+
+
+def test_a_run_on_several_ranks_is_that_of_one(tmp_path: Path):
+    """Validation, rows, checkpoints and meta-test too; the other ranks write nothing."""
+    one = run(sinusoid(tmp_path / "one"))
+    for count in (2, 3):
+        path = tmp_path / str(count)
+        results = in_threads(count, lambda ranks, path=path: run(sinusoid(path), ranks=ranks))
+        assert all(result == results[0] for result in results)
+        assert results[0]["ranks"] == count
+        assert not (path / "nowhere").exists()
+        close(untimed(one) | {"ranks": count}, untimed(results[0]))
+        close(read_rows(tmp_path / "one/metrics.jsonl"), read_rows(path / "metrics.jsonl"))
+        tensors = [checkpoint.load(folder / "checkpoints/last.safetensors")[0] for folder in (tmp_path / "one", path)]
+        assert scenarios.relative_error(tensors[1], tensors[0]) < 1e-6
+
+
+def close(expected: Any, found: Any) -> None:
+    """Equal, but for rounding of floats."""
+    if isinstance(expected, dict):
+        assert expected.keys() == found.keys()
+        for key, value in expected.items():
+            close(value, found[key])
+    elif isinstance(expected, list):
+        for a, b in zip(expected, found, strict=True):
+            close(a, b)
+    else:
+        assert found == (pytest.approx(expected, rel=1e-5) if isinstance(expected, float) else expected)
+
+
+def test_a_signal_to_one_rank_stops_all_at_the_same_step_and_a_run_moves_between_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """One process, then two, then one."""
+    run(sinusoid(tmp_path / "whole"))
+    path = tmp_path / "moved"
+    with monkeypatch.context() as patch:
+        steps_before_stop(patch, 3)
+        with pytest.raises(Interrupted):
+            run(sinusoid(path))
+    real = training.meta_gradient
+
+    def meta_gradient(*arguments: Any, step: int, ranks: Ranks, **more: Any) -> Any:
+        if step == 4 and ranks.rank == 1:
+            ranks.asked = signal.SIGINT
+        return real(*arguments, step=step, ranks=ranks, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "meta_gradient", meta_gradient)
+        found = errors_of(2, lambda ranks: resume_run(path, ranks=ranks))
+    assert [error.status for error in found] == [128 + signal.SIGTERM, 128 + signal.SIGINT]
+    assert all("go on with: torchrun ... -m metaft.meta_train --resume" in str(error) for error in found)
+    assert training.load_snapshot(path / "checkpoints/last.safetensors").position.step == 5
+    assert training.load_snapshot(path / "checkpoints/last.safetensors").header["environment"]["ranks"] == "2"
+    assert "note: ranks 1 -> 2: the run goes on to rounding (1e-6), not with the same bits" in capsys.readouterr().err
+    resume_run(path)
+    assert "note: ranks 2 -> 1: the run goes on to rounding" in capsys.readouterr().err
+    close(read_rows(tmp_path / "whole/metrics.jsonl"), read_rows(path / "metrics.jsonl"))
+
+
+def steps_before_stop(patch: pytest.MonkeyPatch, steps: int) -> None:
+    """A signal to the only process, after so many steps of a run."""
+    done = [0]
+    real = training.Outer.step
+
+    def step(*arguments: Any) -> None:
+        done[0] += 1
+        real(*arguments)
+
+    def check(self: StopSignals, message: str) -> None:
+        if done[0] >= steps:
+            raise Interrupted(message, signal.SIGTERM)
+
+    patch.setattr(training.Outer, "step", step)
+    patch.setattr(StopSignals, "check", check)
+
+
+def test_a_loss_that_is_not_finite_on_one_rank_ends_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    real = training.draw
+
+    def draw(algorithm: Any, source: Any, seed: int, indices: range) -> Any:
+        tasks = real(algorithm, source, seed, indices)
+        if 3 * 4 + 2 in indices:  # the last task of the fifth step, which is the last rank's
+            tasks.query_y[-1] = torch.nan
+        return tasks
+
+    monkeypatch.setattr(training, "draw", draw)
+    found = errors_of(2, lambda ranks: run(sinusoid(tmp_path / "r"), ranks=ranks))
+    assert [type(error) for error in found] == [NonFiniteError] * 2
+    assert all(str(error).startswith("step 5: the loss is nan") for error in found)
+    assert training.load_snapshot(tmp_path / "r/checkpoints/last.safetensors").position.step == 4
+
+
+def test_ranks_that_drift_apart_are_noticed_at_the_next_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    real = training.Outer.step
+
+    def step(self: training.Outer, grads: Any, number: int) -> None:
+        real(self, grads, number)
+        if number == 4 and threading.current_thread() is drifting[0]:
+            next(iter(self.meta.values())).add_(1e-6)
+
+    drifting: list[threading.Thread] = []
+
+    def start(ranks: Ranks) -> None:
+        if ranks.rank == 1:
+            drifting.append(threading.current_thread())
+        run(sinusoid(tmp_path / "r"), ranks=ranks)
+
+    monkeypatch.setattr(training.Outer, "step", step)
+    for error in errors_of(2, start):
+        assert str(error).startswith("step 6: the digest of the parameters: ")
+        assert " on rank 1, " in str(error)
+
+
+def test_more_ranks_than_tasks_are_refused_before_anything_is_written(tmp_path: Path):
+    for error in errors_of(3, lambda ranks: run(sinusoid(tmp_path / "r", meta_batch=2), ranks=ranks)):
+        assert str(error) == "meta_batch must be at least the number of processes, got 2 for 3"
+    assert not (tmp_path / "r").exists()
+
+
+def test_ranks_with_other_data_are_refused(tmp_path: Path):
+    def start(ranks: Ranks) -> None:
+        mine = pool() if ranks.rank == 0 else dataclasses.replace(pool(), class_names=tuple("abcdefghijklmn"))
+        run(images(tmp_path / "r", engine="threads", threads=1), dataset=mine, ranks=ranks)
+
+    for error in errors_of(2, start):
+        assert str(error).startswith("dataset: the class split of squares-8: ")
+    assert not (tmp_path / "r").exists()
+
+
+def test_a_chunk_leaves_work_for_every_thread_of_every_rank(tmp_path: Path):
+    for count in (1, 2):
+        path = tmp_path / str(count)
+        config = images(path, iterations=1, meta_batch=8, engine="threads", threads=2)
+        in_threads(count, lambda ranks, config=config: run(config, dataset=pool(), ranks=ranks))
+        assert f"task_chunk = {8 // 2 // count}\n" in (path / "config.toml").read_text()
+
+
+# ---- going on by itself -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+def test_the_same_command_goes_on_where_there_is_a_run(tmp_path: Path, restarted: bool):
+    def asked(arguments: Any, config: Any, *words: str) -> Any:
+        again = [] if restarted else ["--auto-resume"]
+        return settings(arguments, config, [*words, *again], prog="", restarted=restarted)
+
+    out = str(tmp_path / "r")
+    words = ["--dataset", "sinusoid", "--engine", "tune", "--out", out]
+    config, resume = asked(meta_train.Arguments, MetaTrainConfig, *words)
+    assert (config.out, resume) == (out, None)
+    tuned = dataclasses.replace(config, out=None, engine="vmap", task_chunk=3)
+    RunFolder.create(tmp_path / "r", to_toml(tuned))
+    config, resume = asked(meta_train.Arguments, MetaTrainConfig, *words)
+    assert (config, resume) == (tuned, tmp_path / "r"), "tuned once is enough"
+    with pytest.raises(MetaftError, match=r"is a run of metaft\.meta_train, not of metaft\.adapt"):
+        asked(adapt.Arguments, adapt.AdaptConfig, "--out", out)
+    with pytest.raises(MetaftError, match="auto_resume: give --out too"):
+        asked(meta_train.Arguments, MetaTrainConfig)
+
+
+def test_auto_resume_ends_with_the_same_bytes_and_refuses_other_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    assert meta_train.main(options(SINUSOID, out=tmp_path / "whole")) == 0
+    words = [*options(SINUSOID, out=tmp_path / "r"), "--auto-resume"]
+    with monkeypatch.context() as patch:
+        steps_before_stop(patch, 5)
+        assert meta_train.main(words) == 128 + signal.SIGTERM
+    capsys.readouterr()
+    assert meta_train.main([*words, "--inner-lr", "0.5"]) == 2
+    assert "inner_lr: a resumed run keeps its settings" in capsys.readouterr().err
+    assert meta_train.main(words) == 0
+    assert remains(tmp_path / "r") == remains(tmp_path / "whole")
+
+
+def test_restarts_need_a_named_folder(
+    in_tmp: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    assert meta_train.main(["--dataset", "sinusoid"]) == 2
+    assert "out: with --max-restarts 3 give --out, so that a restart finds" in capsys.readouterr().err
+    assert list(in_tmp.iterdir()) == []
+
+
+# ---- real jobs ----------------------------------------------------------------------------------------------------
+
+JOB = Path(__file__).with_name("rank_job.py")
+
+
+def torchrun(tmp_path: Path, *words: object, restarts: int = 0, timeout: float = 600) -> subprocess.Popen[str]:
+    """Two ranks of `rank_job.py`, on one thread each."""
+    path = os.pathsep.join([str(JOB.parents[1]), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "METAFT_RANKS_TIMEOUT": str(timeout)}
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", f"--max-restarts={restarts}"]
+    return subprocess.Popen(
+        [sys.executable, *launch, str(JOB), *map(str, words)],
+        cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def said(job: subprocess.Popen[str], timeout: float = 240) -> tuple[int, str, list[str]]:
+    """(exit status, stdout, the lines of metaft's own on stderr) of a job that ends in bounded time."""
+    try:
+        out, err = job.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        job.send_signal(signal.SIGTERM)
+        raise
+    print(err)
+    return job.returncode, out, [line for line in err.splitlines() if line.startswith("metaft: ")]
+
+
+@pytest.fixture(scope="module")
+def squares(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_folder(tmp_path_factory.mktemp("squares") / "data")
+
+
+@pytest.mark.slow
+def test_torchrun_gives_the_run_of_one_process_also_after_a_restart(tmp_path: Path, squares: Path):
+    """Three tasks on two ranks, with a worker process each; a rank is killed, and the job resumes by itself."""
+    words = options({**IMAGES, "dataset": f"folder:{squares}", "image_size": 8, "meta_batch": 3, "threads": 1})
+    one, two, again = (tmp_path / name for name in ("one", "two", "again"))
+    assert meta_train.main([*words, "--out", str(one)]) == 0
+    status, out, lines = said(torchrun(tmp_path, "meta_train", "--", *words, "--out", two))
+    assert (status, lines) == (0, [])
+    assert out.count("result:") == 1
+    results = [json.loads((path / "result.json").read_text()) for path in (one, two)]
+    assert [result["engine"] for result in results] == ["processes"] * 2
+    close(untimed(results[0]) | {"ranks": 2}, untimed(results[1]))
+    close(read_rows(one / "metrics.jsonl"), read_rows(two / "metrics.jsonl"))
+
+    job = torchrun(tmp_path, "meta_train", 1, 3, "kill", "--", *words, "--out", again, restarts=1)
+    status, _, lines = said(job)
+    assert status == 0
+    hint = f"the last checkpoint is {again}/checkpoints/last.safetensors, go on with: torchrun ... -m metaft.meta_train"
+    assert lines == [f"metaft: error: rank 1 of 2 does not answer, it died or hangs; {hint} --resume {again}"]
+    assert remains(again) == remains(two)
+
+    figures = []
+    for count, name in ((1, "a"), (2, "b")):
+        ask = [str(two), "--episodes", "7", "--device", "cpu", "--out", str(tmp_path / name)]
+        if count == 1:
+            from metaft import evaluate
+
+            assert evaluate.main(ask) == 0
+        else:
+            assert said(torchrun(tmp_path, "evaluate", "--", *ask))[0] == 0
+        figures.append(json.loads((tmp_path / name).read_text())["test"])
+    assert figures[0] == figures[1], "one task at a time, in the same process or not"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("rank", "what", "message"),
+    [
+        (0, "hang", "rank 0 of 2 does not answer, it died or hangs; the last checkpoint is {last}, go on with: "),
+        (1, "error", "rank 1: data: the disk is gone; the last checkpoint is {last}, go on with: "),
+    ],
+)
+def test_a_rank_that_is_lost_ends_the_job_with_one_message(tmp_path: Path, rank: int, what: str, message: str):
+    job = torchrun(tmp_path, "meta_train", rank, 4, what, "--", *options(SINUSOID, out=tmp_path / "r"), timeout=5)
+    started = time.monotonic()
+    status, _, lines = said(job)
+    assert status == 1
+    assert time.monotonic() - started < 120
+    last = tmp_path / "r/checkpoints/last.safetensors"
+    assert len(lines) == 1
+    assert lines[0].startswith("metaft: error: " + message.format(last=last))
+    assert training.load_snapshot(last).position.step == 4
+
+
+@pytest.mark.slow
+def test_sigterm_to_torchrun_leaves_a_checkpoint(tmp_path: Path):
+    job = torchrun(tmp_path, "meta_train", "--", *options(SINUSOID, out=tmp_path / "r", iterations=10**6))
+    end = time.monotonic() + 120
+    while not (tmp_path / "r/metrics.jsonl").exists() and time.monotonic() < end:
+        time.sleep(0.05)
+    job.send_signal(signal.SIGTERM)
+    _, _, lines = said(job)
+    hint = f"go on with: torchrun ... -m metaft.meta_train --resume {tmp_path}/r"
+    assert lines == [f"metaft: stopped; a checkpoint is in {tmp_path}/r/checkpoints, {hint}"]
+    step = training.load_snapshot(tmp_path / "r/checkpoints/last.safetensors").position.step
+    assert step > 0
+    rows = [row["step"] for row in read_rows(tmp_path / "r/metrics.jsonl") if row["kind"] == "train"]
+    assert rows[-1] in (step, step - 1)
