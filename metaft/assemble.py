@@ -76,6 +76,8 @@ def assemble(
             f"dataset: the run's model takes inputs of shape {taken}, but {dataset.name} has {list(dataset.shape)}"
         )
     if module is not None:
+        if settled.dropout:
+            raise MetaftError(f"dropout: a module from Python brings its own (given {settled.dropout})")
         model = models.functional(copy.deepcopy(module).to(device))
         models.check_repeats(model, dataset.shape)
         if model.outputs != settled.ways:
@@ -88,8 +90,9 @@ def assemble(
         )
     else:
         model = models.build(
-            settled.model, ways=settled.ways, shape=dataset.shape, width=settled.width, seed=settled.seed, device=device
-        )
+            settled.model, ways=settled.ways, shape=dataset.shape, width=settled.width, dropout=settled.dropout,
+            seed=settled.seed, device=device,
+        )  # fmt: skip
     model = _computing_as(model, settled, dataset.shape)
     algorithm = algorithms.build(settled.algorithm, model, hyper(settled, dataset.loss))
     return Parts(settled, dataset.to(device), model, algorithm, device)

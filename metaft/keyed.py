@@ -26,6 +26,17 @@ def minibatches(key: Tensor, n: int, size: int, steps: int) -> Tensor:
     return torch.cat([permutation(key, n, i) for i in range(max(1, passes))])[: steps * size].view(steps, size)
 
 
+def words(key: Tensor, *where: int, count: int) -> Tensor:
+    """Numbers in 0..2^32-1, int64 [count], that depend on (key, where) alone: key [] int64, `where` from 0 on.
+
+    `where` says what they are for (the step, the layer, ...), so that one key serves for all.
+    """
+    own = _mixed(key)
+    for number in where:
+        own = _mixed(own + (number + 1) * _STEP % 2**63)
+    return _shifted(_mixed(own + torch.arange(1, count + 1, device=key.device) * _STEP), 32)
+
+
 def _mixed(x: Tensor) -> Tensor:
     """Scrambled bits of int64 x, one to one."""
     for shift, factor in _FACTORS:

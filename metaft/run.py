@@ -56,19 +56,19 @@ class RunFolder:
             run._check_free()
             path.mkdir(parents=True, exist_ok=True)
             with run.held("out"):
-                run._check_free()  # of two that were started at once, one is first
+                run._check_free(mine=True)  # of two that were started at once, one is first
                 write_atomically(run.config, config_toml.encode())  # first: what has settings can be resumed
                 run.make_folders()
         except OSError as error:
             raise MetaftError(f"out: cannot make {path} ({error.strerror})") from None
         return run
 
-    def _check_free(self) -> None:
-        """Raises MetaftError where the folder holds anything, or is none."""
+    def _check_free(self, *, mine: bool = False) -> None:
+        """Raises MetaftError where the folder holds anything, or is none. `mine` says that its lock is ours."""
         # A run killed before its settings were written leaves nothing but hidden temporaries.
         path = self.path
         if path.exists() and (not path.is_dir() or any(not p.name.startswith(".") for p in path.iterdir())):
-            if self.lock.exists():
+            if not mine and self.lock.exists():
                 with self.held("out"):  # the process that is at it is what to know first
                     pass
             raise MetaftError(

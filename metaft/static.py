@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import sys
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
@@ -21,6 +22,7 @@ from torch.utils import _pytree as pytree
 
 from metaft.algorithms.base import Algorithm, TaskGrad
 from metaft.config import Settled
+from metaft.errors import MetaftWarning
 from metaft.metrics import FIGURES
 from metaft.outer import Engine, task_grad_of
 from metaft.ranks import Ranks
@@ -114,6 +116,7 @@ class StaticSteps:
         self._at = torch.zeros(1, dtype=torch.int64, device=self._device)
         self._alive = torch.ones((), dtype=torch.bool, device=self._device)
         self._most = self._stretch(0)
+        self._logged = ("loss", FIGURES[algorithm.loss], *algorithm.cautions)
         self._log = torch.zeros(0)
         self._table: Any = None
         self._ahead: tuple[int, int, Any] | None = None
@@ -147,8 +150,11 @@ class StaticSteps:
             raise
         good = next((i for i, row in enumerate(rows) if not row[-1]), count)
         self._updates += good
+        for i, text in enumerate(self._algorithm.cautions.values(), 2):
+            if any(row[i] > 0 for row in rows[:good]):
+                warnings.warn(text, MetaftWarning, stacklevel=2)
         failure = None if good == count else why_not_finite(rows[good][0], False)
-        return Taken(tuple((loss, figure) for loss, figure, _ in rows[:good]), failure)
+        return Taken(tuple((row[0], row[1]) for row in rows[:good]), failure)
 
     def _stretch(self, step: int) -> int:
         """Steps from this one to the next row, validation or checkpoint."""
@@ -196,7 +202,7 @@ class StaticSteps:
             self._most = min(self._most, max(1, _STRETCH_BYTES // each))
             if count > self._most:
                 count, table = self._drawn(step, self._updates)
-            self._log = torch.zeros(self._most, 3, dtype=torch.float64, device=self._device)
+            self._log = torch.zeros(self._most, len(self._logged) + 1, dtype=torch.float64, device=self._device)
             self._table = pytree.tree_map(
                 lambda leaf: torch.zeros(self._most, *leaf.shape[1:], dtype=leaf.dtype, device=self._device), table
             )
@@ -221,13 +227,13 @@ class StaticSteps:
         total: TaskGrad = self._engine.sum(self._function, (self.meta, self.state, knobs), gather(drawn))
         tasks = self._config.meta_batch
         (grad,) = clipped([torch.cat([total.grads[name].reshape(-1) for name in self.meta]) / tasks], self._config)
-        loss, figure = (total.metrics[name] / tasks for name in ("loss", FIGURES[self._algorithm.loss]))
+        shown = [total.metrics[name] / tasks for name in self._logged]
         # From the first step that is not finite on nothing changes any more, until the host has read so.
-        self._alive &= loss.isfinite() & grad.isfinite().all()
+        self._alive &= shown[0].isfinite() & grad.isfinite().all()
         for name, delta in total.state_delta.items():
             self._keep(self.state[name], self.state[name] + delta / tasks)
         self._update(grad, *rates.unbind())
-        row = torch.stack([value.double().reshape(()) for value in (loss, figure, self._alive)])
+        row = torch.stack([value.double().reshape(()) for value in (*shown, self._alive)])
         self._log.index_copy_(0, self._at, row.unsqueeze(0))
         self._at.copy_((self._at + 1) % self._most)
 

@@ -170,6 +170,7 @@ def test_what_the_user_gave_is_kept():
         "inner_lr": 0.0,
         "inner_steps": 0,
         "inner_optimizer": "sgd",
+        "inner_augment": "none",
         "adapt_norm": False,
     }
 
@@ -179,9 +180,29 @@ def test_settling_twice_changes_nothing():
     assert resolve(once, pool(), default_rotate=False) == once
 
 
-def test_curves_cannot_be_rotated():
+def test_curves_cannot_be_rotated_or_shifted():
     with pytest.raises(MetaftError, match="rotate: sinusoid"):
         resolve(MetaTrainConfig(dataset="sinusoid", rotate=True), Sinusoid(), default_rotate=False)
+    with pytest.raises(MetaftError, match="inner_augment: sinusoid has no images to shift"):
+        resolve(MetaTrainConfig(dataset="sinusoid", inner_augment="shift"), Sinusoid(), default_rotate=False)
+    with pytest.raises(MetaftError, match=r"dropout: protonet has no inner steps to drop in \(given 0.5\)"):
+        resolve(MetaTrainConfig(algorithm="protonet", dropout=0.5), pool(), default_rotate=True)
+
+
+def test_tests_take_no_fewer_inner_steps_than_training():
+    for steps, tested in ((1, 3), (5, 5)):
+        assert resolve(MetaTrainConfig(inner_steps=steps), pool(), default_rotate=True).test_inner_steps == tested
+
+
+def test_defaults_of_maml_plus_plus():
+    config = MetaTrainConfig(algorithm="maml++", dataset="sinusoid", hyper=("multi_step=0",))
+    settled = resolve(config, Sinusoid(), default_rotate=False)
+    assert (settled.inner_steps, settled.adapt_norm, settled.outer_schedule) == (5, False, "cosine")
+    given = hyper(settled, "mse")
+    assert (given["iterations"], given["multi_step"]) == (15000, 0.0)
+    assert "iterations" not in hyper(dataclasses.replace(settled, algorithm="maml", hyper=()), "mse")
+    with pytest.raises(MetaftError, match="--iterations is an option by itself"):
+        hyper(dataclasses.replace(settled, hyper=("iterations=5",)), "mse")
 
 
 def test_bounds_name_fields_that_exist():

@@ -30,6 +30,7 @@ def imaml(
     norm: Norm = "transductive",
     strength: float = 2.0,
     cg_steps: int = 5,
+    damping: float = 0.0,
 ) -> Algorithm:
     """Stay near the initialisation, and differentiate the place where the inner loop ends instead of its way there.
 
@@ -57,6 +58,8 @@ def imaml(
     """
     if not strength > 0:
         raise MetaftError(f"strength must be above 0, got {strength}")
+    if not damping >= 0:
+        raise MetaftError(f"damping must be at least 0, got {damping}")
     if cg_steps < 1:
         raise MetaftError(f"cg_steps must be at least 1, got {cg_steps}")
 
@@ -89,7 +92,7 @@ def imaml(
         product = hessian_product(lambda params: model.loss(params, x, y, loss, curvature=True)[0], fast)
 
         def matrix(v: Params) -> Params:
-            return {k: v[k] + hv / strength for k, hv in product(v).items()}
+            return {k: v[k] + hv / (strength + damping) for k, hv in product(v).items()}
 
         grads, negative = conjugate_gradients(matrix, b, cg_steps)
         return TaskGrad(grads, {}, {**metrics, CURVATURE: negative})

@@ -8,6 +8,7 @@ as long (Chen et al. 2016, https://arxiv.org/abs/1604.06174, with each pass of a
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from metaft.models import dropout
 from metaft.models.functional import LossOf, Model
 from metaft.types import Loss, Params
 
@@ -33,13 +35,15 @@ def _loss_of(plain: LossOf) -> LossOf:
     def loss_of(params: Params, x: Tensor, y: Tensor, loss: Loss, *, curvature: bool = False) -> tuple[Tensor, Tensor]:
         if not curvature:
             return plain(params, x, y, loss)
-        names = list(params)
+        names, masks = list(params), dropout.in_use()
+        keys = () if masks is None else masks[:1]  # every tensor goes through the arguments: vmap sees none beside
 
         def flat(*tensors: Tensor) -> tuple[Tensor, ...]:
-            *values, x, y = tensors
-            return plain(dict(zip(names, values, strict=True)), x, y, loss)
+            values, (x, y, *keys) = tensors[: len(names)], tensors[len(names) :]
+            with contextlib.nullcontext() if masks is None else dropout.use_dropout(keys[0], masks[1]):
+                return plain(dict(zip(names, values, strict=True)), x, y, loss)
 
-        value, prediction = _Recomputed.apply(flat, len(names), *params.values(), x, y)  # type: ignore[reportGeneralTypeIssues]
+        value, prediction = _Recomputed.apply(flat, len(names), *params.values(), x, y, *keys)  # type: ignore[reportGeneralTypeIssues]
         return value, prediction.detach()
 
     return loss_of
