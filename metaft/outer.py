@@ -6,7 +6,6 @@ import contextlib
 import functools
 import math
 import statistics
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -193,7 +192,7 @@ class Vmap:
     def _fitting(self, run: Callable[[list[Tree]], Out], tasks: Tree) -> Out:
         """`run` on chunks of tasks: of `chunk` each, or, where a device's memory is too small, on smaller ones.
 
-        What fits is remembered, and said once. Raises MetaftError where not even one task does.
+        What fits is remembered; one MetaftWarning says so. Raises MetaftError where not even one task does.
         """
         count = _length(tasks)
         size = first = min(self.chunk or count, count)
@@ -212,7 +211,8 @@ class Vmap:
                 torch.cuda.empty_cache()
         if size < first:
             self.chunk = size
-            print(f"note: {first} tasks at once do not fit into the device's memory; {size} do", file=sys.stderr)
+            text = f"{first} tasks at once do not fit into the device's memory; {size} do"
+            warnings.warn(text, MetaftWarning, stacklevel=3)
         return result
 
     def close(self) -> None:

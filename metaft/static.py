@@ -265,7 +265,7 @@ class StaticSteps:
 def recorded(step: Callable[[], None]) -> Callable[[], None]:
     """A function of GPU tensors in place, recorded as a CUDA graph, which takes a few runs of it and is said.
 
-    What cannot be recorded runs as it is, with one line that says so.
+    What cannot be recorded runs as it is, with a MetaftWarning that says so.
     """
     begin = time.perf_counter()
     stream = torch.cuda.Stream()
@@ -282,14 +282,11 @@ def recorded(step: Callable[[], None]) -> Callable[[], None]:
             step()
     except RuntimeError as error:
         torch.cuda.synchronize()
-        print(f"note: the meta-step cannot be recorded ({_short(error)}); it runs as it is", file=sys.stderr)
+        reason = " ".join(str(error).split("\n")[0].split())
+        warnings.warn(f"the meta-step cannot be recorded ({reason}); it runs as it is", MetaftWarning, stacklevel=2)
         return step
     print(
         f"meta-step recorded: {warm - begin:.1f} s of warm-up, {time.perf_counter() - warm:.1f} s of capture",
         file=sys.stderr,
     )
     return graph.replay
-
-
-def _short(error: Exception) -> str:
-    return " ".join(str(error).split("\n")[0].split())

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import sys
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from metaft import checkpoint, static
 from metaft.algorithms.base import Algorithm
 from metaft.config import Settled
-from metaft.errors import CheckpointError, NonFiniteError
+from metaft.errors import CheckpointError, MetaftWarning, NonFiniteError
 from metaft.metrics import FIGURES, better
 from metaft.outer import Engine, meta_gradient
 from metaft.progress import Progress
@@ -233,7 +233,8 @@ def _steps(
         if obstacle is None:
             return static.StaticSteps(config, engine, algorithm, source, start)
         if ranks.rank == 0:
-            print(f"note: engine {engine.name}: {obstacle}; steps are taken as with vmap", file=sys.stderr)
+            text = f"engine {engine.name}: {obstacle}; steps are taken as with vmap"
+            warnings.warn(text, MetaftWarning, stacklevel=3)
     return Eager(config, engine, algorithm, source, start, ranks)
 
 

@@ -31,6 +31,11 @@ MEMBERS: list[tuple[str, dict[str, Any]]] = [
     ("boil", {"inner_lr": 0.1}),
     ("meta-sgd", {"inner_lr": 0.1, "inner_steps": 2}),
     ("proto-maml", {"inner_steps": 2}),
+    ("maml++", {"inner_steps": 2}),
+    ("meta-curvature", {"inner_lr": 0.1}),
+    ("unicorn-maml", {"inner_lr": 0.1, "inner_steps": 2}),
+    ("cavia", {"inner_steps": 2}),
+    ("imaml", {"inner_lr": 0.1, "strength": 5.0}),
 ]
 
 
@@ -67,6 +72,22 @@ def test_recomputed_inner_steps_give_the_same_in_float64(
     assert scenarios.relative_error(found.grads, expected.grads) < 1e-11
     assert found.metrics == pytest.approx(expected.metrics)
     assert (derivatives[0] == 0) == (name == "fomaml"), "first order has nothing to compute anew"
+
+
+@pytest.mark.parametrize("engine", ["vmap", "threads"])
+def test_recomputed_steps_drop_what_the_plain_ones_drop(engine: str, derivatives: list[int]) -> None:
+    """Masks follow from a key that is not an argument of the loss, and from the step in which the loss is first met."""
+    made = models.build("conv4", ways=3, shape=scenarios.SHAPE, width=4, seed=1, dropout=0.3, dtype=torch.float64)
+    data, hyper = scenarios.episodes(tasks=3), {"inner_lr": 0.1, "inner_steps": 3}
+    plain, again = (
+        gradient(algorithms.build("maml", each, hyper), engine, 1 if engine == "threads" else None, data)
+        for each in (made, recomputed(made))
+    )
+    assert scenarios.relative_error(again.grads, plain.grads) < 1e-11
+    assert derivatives[0] > 0
+    without = models.build("conv4", ways=3, shape=scenarios.SHAPE, width=4, seed=1, dtype=torch.float64)
+    kept = gradient(algorithms.build("maml", without, hyper), engine, None, data)
+    assert scenarios.relative_error(again.grads, kept.grads) > 1e-3, "nothing was dropped"
 
 
 MEMORY = """

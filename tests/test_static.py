@@ -18,7 +18,7 @@ from metaft import algorithms, outer, report
 from metaft.algorithms import Algorithm
 from metaft.cli import StopSignals
 from metaft.config import Settled
-from metaft.errors import Interrupted, NonFiniteError
+from metaft.errors import Interrupted, MetaftWarning, NonFiniteError
 from metaft.meta_train import resume_run, run
 from metaft.ranks import ALONE
 from metaft.run import read_rows
@@ -124,8 +124,8 @@ MEMBERS: dict[str, Callable[[], Algorithm]] = {
     "protonet": lambda: algorithms.protonet(scenarios.model("mlp")),
     "state": lambda: toys.with_state(scenarios.model("mlp"), "transductive"),
     "knobs": lambda: toys.multi_step(scenarios.model("mlp"), "transductive"),
-    "task's own optimiser": lambda: toys.reptile(scenarios.model("mlp"), "transductive"),
-    "batches": lambda: toys.batch_trained(scenarios.model("mlp"), "transductive", classes=10),
+    "task's own optimiser": lambda: algorithms.build("reptile", scenarios.model("mlp"), {"inner_steps": 2}),
+    "batches": lambda: algorithms.build("baseline", scenarios.model("mlp"), {"classes": 10}),
 }
 
 
@@ -149,6 +149,28 @@ def test_twenty_static_steps_are_twenty_eager_ones_in_float64(name: str, changes
     assert bool(moments) == (config.outer_optimizer == "adam")
     assert {k: v.dtype for k, v in static.moments().items()} == {k: v.dtype for k, v in moments.items()}
     assert apart({"": torch.ones(()), **static.moments()}, {"": torch.ones(()), **moments}) < 1e-11
+
+
+@pytest.mark.filterwarnings("ignore::metaft.MetaftWarning")  # noise curves the wrong way for iMAML
+@pytest.mark.parametrize("norm", ["transductive", "inductive"])
+@pytest.mark.parametrize("name", sorted(algorithms.ALGORITHMS))
+def test_every_member_declares_rightly_whether_its_steps_are_static(name: str, norm: str) -> None:
+    algorithm = algorithms.build(name, scenarios.model("mlp"), {"norm": norm})
+    assert algorithm.static
+    config = settings(iterations=4)
+    (static, rows), (eager, expected) = (walked(algorithm, config, kind=kind) for kind in (StaticSteps, Eager))
+    assert alike(rows, expected)
+    assert apart(static.meta, eager.meta) < 1e-11
+
+
+def test_what_a_member_cautions_of_is_warned_of() -> None:
+    algorithm = algorithms.build("imaml", scenarios.model("mlp"), {"strength": 0.01, "inner_lr": 0.01})
+    for kind in (StaticSteps, Eager):
+        with pytest.warns(MetaftWarning, match="not positive definite"):
+            walked(algorithm, settings(iterations=3), kind=kind)
+    calm = dataclasses.replace(algorithm, cautions={"accuracy": "a share of right answers"})
+    with pytest.warns(MetaftWarning, match="right answers"):
+        walked(calm, settings(iterations=3))
 
 
 def test_tasks_in_chunks_are_all_tasks_at_once() -> None:
