@@ -106,12 +106,17 @@ class MetaTrainConfig:
     """Seed of the initialisation and of the training episodes."""
     device: str = "auto"
     """auto (a GPU where there is one), cpu, cuda, cuda:N."""
-    engine: Literal["auto", "tune", "processes", "threads", "vmap", "compiled"] = "auto"
-    """How tasks are mapped (auto: processes for convolutions on a CPU, vmap for all else; tune: the fastest, tried)."""
+    engine: Literal["auto", "tune", "processes", "threads", "vmap", "graph", "compiled"] = "auto"
+    """How tasks are mapped (auto: processes for convolutions on a CPU, graph on a GPU, vmap for all else; tune: the
+    fastest, tried)."""
     threads: int | None = None
     """Processes or threads, for engines of that name (auto: one per core); within an operation for others (auto: 1)."""
     task_chunk: int | None = None
-    """Tasks at once, at most (auto: by their size, for processes and threads; all, for vmap and compiled)."""
+    """Tasks at once, at most (auto: by their size, for processes and threads; else all, or as many as fit)."""
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
+    """What models compute in; parameters and gradients are fp32 in all. tf32 is for GPUs; bf16 is slow on most CPUs."""
+    inner_checkpoint: bool = False
+    """Recompute inner steps in the backward pass: many steps then take little memory, and more time."""
     log_every: int = 10
     """Meta-steps per row of metrics.jsonl."""
     checkpoint_every: int = 100
@@ -177,7 +182,7 @@ class EvaluateConfig:
     """--rotate / --no-rotate: one random quarter turn per class and task."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N."""
-    engine: Literal["auto", "processes", "threads", "vmap"] = "auto"
+    engine: Literal["auto", "processes", "threads", "vmap", "graph"] = "auto"
     """How tasks are mapped."""
     threads: int | None = None
     """Tasks in parallel, for processes and threads."""

@@ -32,6 +32,7 @@ RESUMABLE = (
     "engine",
     "threads",
     "task_chunk",
+    "inner_checkpoint",
     "checkpoint_every",
     "test_episodes",
     "data_root",

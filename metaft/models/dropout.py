@@ -39,6 +39,12 @@ def use_dropout(key: Tensor, step: int) -> Iterator[None]:
         _frame.reset(token)
 
 
+def in_use() -> tuple[Tensor, int] | None:
+    """What the `use_dropout` was given that this is in."""
+    frame = _frame.get()
+    return None if frame is None else (frame.key, frame.step)
+
+
 class EpisodeDropout(nn.Module):
     """Sets each entry of [batch, C, ...] to 0 with probability p and divides the others by 1 - p.
 
