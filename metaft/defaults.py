@@ -55,17 +55,18 @@ def resolve(config: MetaTrainConfig, dataset: Dataset, *, default_rotate: bool, 
         "test_ways": ways,
         "test_shots": shots,
         "test_query_shots": 100 if regression else 15,
-        "test_inner_steps": max(10 if regression else 3, steps) if "inner_steps" in accepted else 0,
+        "test_inner_steps": (10 if regression else 3) if "inner_steps" in accepted else 0,
         # Finn et al. 2017, section 5.1
         **({"inner_lr": 0.01} if regression and "inner_lr" in accepted else {}),
         **MEMBERS.get(config.algorithm, {}),
     }
+    values["test_inner_steps"] = max(int(str(values["test_inner_steps"])), steps)
     if config.rotate and not image:
         raise MetaftError(f"rotate: {config.dataset} has no images to rotate")
     if config.inner_augment not in (None, "none") and not image:
         raise MetaftError(f"inner_augment: {config.dataset} has no images to {config.inner_augment}")
     if config.dropout and "inner_augment" not in accepted:
-        raise MetaftError(f"dropout: {config.algorithm} has no inner steps to drop in (given {config.dropout})")
+        raise MetaftError(f"dropout: {config.algorithm} takes none in its inner loop (given {config.dropout})")
     check_steps("test_inner_steps", config.test_inner_steps, config.algorithm)
     if custom_model:  # whatever was asked for, this is what is recorded
         config = dataclasses.replace(config, model="custom")

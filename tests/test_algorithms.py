@@ -327,7 +327,7 @@ def test_members_without_a_learned_head_are_equivariant_to_a_permutation_of_labe
 
 
 @pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("name", ["maml", "anil", "boil", "meta-sgd", "maml++", "meta-curvature"])
+@pytest.mark.parametrize("name", ["maml", "anil", "boil", "meta-sgd", "maml++", "meta-curvature", "imaml"])
 def test_members_with_a_learned_head_are_equivariant_when_its_rows_follow_the_labels(name: str, norm: Norm) -> None:
     algorithm = algorithms.build(name, scenarios.model(), {"inner_lr": 0.1, "inner_steps": 2})
     meta, state = algorithm.init(0)

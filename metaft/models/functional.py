@@ -67,6 +67,8 @@ class Model:
     """Names of the normalisation layers' parameters."""
     outputs: int
     convolutional: bool
+    drops: bool
+    """Whether a layer drops entries in inner steps."""
     architecture: Mapping[str, object]
     """Plain data from which `metaft.models.build` makes the same model again."""
 
@@ -117,6 +119,7 @@ def functional(
         head=tuple(n for n in names if n.startswith(f"{head}.")),
         norm=tuple(n for n in names if n.rpartition(".")[0] in norms),
         outputs=linear(module, head).out_features,
+        drops=drops(module),
         convolutional=any(isinstance(part, nn.modules.conv._ConvNd) for part in module.modules()),
         architecture=architecture or {"name": "custom", "class": type(module).__qualname__},
     )
