@@ -107,7 +107,7 @@ class MetaTrainConfig:
     device: str = "auto"
     """auto (a GPU where there is one), cpu, cuda, cuda:N."""
     engine: Literal["auto", "tune", "processes", "threads", "vmap", "graph", "compiled"] = "auto"
-    """How tasks are mapped (auto: processes for convolutions on a CPU, graph on a GPU, else vmap; tune: the fastest)."""
+    """How tasks are mapped (auto: processes for convolutions on a CPU, graph on a GPU, else vmap; tune: fastest)."""
     threads: int | None = None
     """Processes or threads, for engines of that name (auto: one per core); within an operation for others (auto: 1)."""
     task_chunk: int | None = None

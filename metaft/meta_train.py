@@ -248,7 +248,7 @@ def _go(
     from metaft.training import begin, train
 
     c = parts.config
-    launch = "python" if ranks.count == 1 else f"torchrun {launcher()}"
+    launch = "python" if ranks.count == 1 else f"torchrun {launcher(ranks.count)}"
     resume_hint = f"{launch} -m metaft.meta_train --resume {shlex.quote(str(run.path))}"
     with (
         StopSignals(ranks) as signals,

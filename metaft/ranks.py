@@ -180,10 +180,10 @@ def job() -> str:
     return f"{socket.gethostname()} {os.getppid()}" if named == "none" else named
 
 
-def launcher() -> str:
-    """torchrun's options for as many processes as there are; of several machines the meeting point is left out."""
-    here = _number("LOCAL_WORLD_SIZE", 1)
-    machines = _number("WORLD_SIZE", 1) // max(1, here)
+def launcher(count: int) -> str:
+    """torchrun's options for so many processes; of several machines the meeting point is left out."""
+    here = _number("LOCAL_WORLD_SIZE", count)
+    machines = count // max(1, here)
     return (
         f"--standalone --nproc-per-node {here}" if machines < 2 else f"--nnodes {machines} --nproc-per-node {here} ..."
     )
