@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 
-from metaft.keyed import minibatches, permutation
+from metaft.keyed import minibatches, permutation, words
 
 KEYS = torch.tensor([0, 1, 7, 2**62 + 3, -5])
 
@@ -43,3 +45,17 @@ def test_every_place_is_equally_likely() -> None:
         assert float((counts - 4000).abs().max()) < 5 * 57
     pairs = torch.bincount(orders[:-1, 0] * 5 + orders[1:, 0], minlength=25)  # neighbouring keys are independent
     assert float((pairs - 800).abs().max()) < 5 * 28
+
+
+@pytest.mark.slow
+def test_compiled_it_is_the_same() -> None:
+    """A compiler may work out what does not depend on the key, and must not do so in other integers than torch."""
+
+    def both(key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return permutation(key, 9, 2), words(key, 1, 2, count=9)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch's own parts
+        found = torch.compile(both)(KEYS[3])
+    for a, b in zip(found, both(KEYS[3]), strict=True):
+        assert torch.equal(a, b)
