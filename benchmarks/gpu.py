@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.peers.workloads import PUBLISHED, WORKLOADS, Workload
 from metaft import algorithms, models, outer
@@ -167,12 +168,16 @@ def timed(bench: Bench, steps: Any, seconds: float) -> tuple[float, int]:
 
 
 def throughput(bench: Bench) -> Any:
-    """Milliseconds per whole meta-step for each workload, precision and engine, and peak memory."""
+    """Milliseconds per whole meta-step for each workload, precision and engine, the rate of its convolutions and matrix
+    products (to be held against the ceilings), and peak memory."""
     found: dict[str, Any] = {}
     names = ("tiny", "tiny-pool") if bench.given.tiny else PUBLISHED
     seconds = 0.1 if bench.given.tiny else 2.0
     kinds = [("graph", precision) for precision in PRECISIONS] + [("vmap", "fp32")]
     for name in names:
+        with outer.engine("vmap", device=bench.device) as engine, FlopCounterMode(display=False) as counter:
+            prepared(bench, WORKLOADS[name], "fp32", engine).advance(0)
+        flop = counter.get_total_flops()
         for kind, precision in kinds:
             if bench.left < 60 and not bench.given.tiny:
                 found[f"{name} {kind} {precision}"] = {"skipped": "out of time"}
@@ -182,7 +187,12 @@ def throughput(bench: Bench) -> Any:
             with matrix_units(precision), outer.engine(kind, device=bench.device) as engine:  # type: ignore[reportArgumentType]
                 steps = prepared(bench, WORKLOADS[name], precision, engine)
                 ms, count = timed(bench, steps, seconds)
-                entry = {"ms": ms, "steps": count, "tasks_at_once": engine.chunk or WORKLOADS[name].meta_batch}
+                entry = {
+                    "ms": ms,
+                    "steps": count,
+                    "tflop_s": flop / ms / 1e9,
+                    "tasks_at_once": engine.chunk or WORKLOADS[name].meta_batch,
+                }
                 if bench.device == "cuda":
                     entry["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
                     entry["busy"] = busy(bench, steps)
@@ -269,7 +279,7 @@ def omniglot(bench: Bench) -> Any:
 
 
 def peers(bench: Bench) -> Any:
-    """benchmarks/throughput.py here: the mean meta-gradient of one meta-batch, metaft's not recorded, and the peers'."""
+    """benchmarks/throughput.py here: the meta-gradient of one meta-batch, metaft's not recorded, and the peers'."""
     site = os.environ.get("METAFT_PEERS")
     if site is None or not Path(site).is_dir():
         raise Skipped("METAFT_PEERS names no folder of libraries")
