@@ -14,7 +14,7 @@ _FACTORS = ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64))
 def permutation(key: Tensor, n: int, draw: int = 0) -> Tensor:
     """An order of n things, int64 [n], that depends on (key, draw) alone: key [] int64."""
     own = _mixed(_mixed(key) + draw * _STEP % 2**63)
-    return _mixed(own + torch.arange(1, n + 1, device=key.device) * _STEP).sort(stable=True).indices
+    return _mixed(own + _multiples(n, key.device)).sort(stable=True).indices
 
 
 def minibatches(key: Tensor, n: int, size: int, steps: int) -> Tensor:
@@ -34,7 +34,12 @@ def words(key: Tensor, *where: int, count: int) -> Tensor:
     own = _mixed(key)
     for number in where:
         own = _mixed(own + (number + 1) * _STEP % 2**63)
-    return _shifted(_mixed(own + torch.arange(1, count + 1, device=key.device) * _STEP), 32)
+    return _shifted(_mixed(own + _multiples(count, key.device)), 32)
+
+
+def _multiples(n: int, device: torch.device) -> Tensor:
+    """1, 2, ..., n times _STEP. Not as a product: torch.compile would compute that in integers without bound."""
+    return torch.full((n,), _STEP, device=device).cumsum(0)
 
 
 def _mixed(x: Tensor) -> Tensor:

@@ -37,7 +37,7 @@ BASE: dict[str, str] = {
 }
 """A good command line, to which one bad option is added. What is in braces is a path, see `paths`."""
 
-ZERO = ("inner_steps", "test_inner_steps", "inner_lr", "seed", "eval_seed")
+ZERO = ("dropout", "inner_steps", "test_inner_steps", "inner_lr", "seed", "eval_seed")
 """Numbers that may be 0; none may be below it."""
 
 POSITIONAL = ("run", "images")

@@ -180,6 +180,8 @@ def test_a_run_in_bf16_with_recomputed_steps(tmp_path: Path, monkeypatch: pytest
 
 def test_what_cannot_compute_in_bf16_is_one_line() -> None:
     class Scaled(nn.Module):
+        scale: torch.Tensor
+
         def __init__(self) -> None:
             super().__init__()
             self.register_buffer("scale", torch.ones(64))

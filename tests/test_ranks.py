@@ -217,7 +217,7 @@ MEMBERS: dict[str, Callable[[Any], Any]] = {
     "maml": lambda model: algorithms.maml(model, inner_lr=0.1, inner_steps=2),
     "meta-sgd": lambda model: algorithms.meta_sgd(model, inner_lr=0.1, inner_steps=1),
     "protonet": lambda model: algorithms.protonet(model),
-    "reptile with float64 state": lambda model: toys.reptile(model, "transductive"),
+    "reptile with state": lambda model: algorithms.reptile(model, inner_steps=3, keep_moments=True),
     "annealed multi-step": lambda model: toys.multi_step(model, "inductive"),
 }
 
