@@ -406,13 +406,14 @@ def tune(
 ) -> dict[tuple[str, int | None], float]:
     """Seconds per meta-step of each engine and chunk worth trying, fastest first; each is timed for `seconds`.
 
-    Not `compiled` on a CPU, where compiling alone takes minutes.
+    Not `compiled` on a CPU, where compiling alone takes minutes. On a GPU what is timed is not a recorded step, but
+    the meta-gradient by itself.
     """
     on_cpu = torch.device(device).type == "cpu"
     total = _length(tasks)
     count = threads or torch.get_num_threads()
     sizes = [size for size in (1, 2, 4, 8, 16) if size <= -(-total // count)]
-    candidates: list[tuple[str, int | None]] = [("vmap", None), *([] if on_cpu else [("compiled", None)])]
+    candidates: list[tuple[str, int | None]] = [("vmap", None)] if on_cpu else [("graph", None), ("compiled", None)]
     if on_cpu:
         parallel = [name for name in PARALLEL if name == "threads" or workers.available()]
         candidates += [(name, size) for name in parallel for size in sizes]
