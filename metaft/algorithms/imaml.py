@@ -47,14 +47,17 @@ def imaml(
 
     Where I + H / strength is not positive definite there is no such minimum. Conjugate gradients then stop before the
     first direction along which they see that (at the query gradient, if it is the first), the metric
-    "negative_curvature" is the share of such tasks, and `meta_gradient` warns. A larger `strength` mends it.
+    "negative_curvature" is the share of such tasks, and `meta_gradient` warns. A larger `strength` mends it, or
+    `damping`, with which they solve I + H / (strength + damping): no longer the derivative of the problem above, and
+    nearer to the query gradient the larger it is. Models with batch normalisation are curved so sharply that they need
+    one of the two.
 
-    Not the paper's: no line search and no Hessian-free inner solver (its better row on Omniglot), no damping of the
-    conjugate gradients (its code adds some), `strength` is not learned, the meta-gradient's mean over the meta-batch,
-    and `norm="inductive"`, in which the query gradient runs through the support set's moments at fast too.
+    Not the paper's: no line search and no Hessian-free inner solver (its better row on Omniglot), `damping` (the
+    authors' code solves 2 I + H / (strength + 10)), `strength` is not learned, the meta-gradient's mean over the
+    meta-batch, and `norm="inductive"`, in which the query gradient runs through the support set's moments at fast too.
 
-    Raises MetaftError for an inner_lr or inner_steps below 0, an unknown optimiser, a strength not above 0, or cg_steps
-    below 1.
+    Raises MetaftError for an inner_lr or inner_steps below 0, an unknown optimiser, a strength not above 0, a damping
+    below 0, or cg_steps below 1.
     """
     if not strength > 0:
         raise MetaftError(f"strength must be above 0, got {strength}")
@@ -102,8 +105,8 @@ def imaml(
         task_loss=None,
         task_grad=task_grad,
         cautions={
-            CURVATURE: "imaml: I + H / strength is not positive definite in some tasks, whose meta-gradient is then "
-            f"cut short; a strength above {strength:g} (--hyper strength=...) makes it so"
+            CURVATURE: "imaml: I + H / (strength + damping) is not positive definite in some tasks, whose meta-gradient "
+            f"is cut short; more than strength {strength:g} and damping {damping:g} (--hyper NAME=VALUE) makes it so"
         },
     )
 
