@@ -105,8 +105,9 @@ def imaml(
         task_loss=None,
         task_grad=task_grad,
         cautions={
-            CURVATURE: "imaml: I + H / (strength + damping) is not positive definite in some tasks, whose meta-gradient "
-            f"is cut short; more than strength {strength:g} and damping {damping:g} (--hyper NAME=VALUE) makes it so"
+            CURVATURE: "imaml: I + H / (strength + damping) is not positive definite in some tasks, and their "
+            f"meta-gradient is cut short; more than strength {strength:g} and damping {damping:g} makes it so "
+            "(--hyper NAME=VALUE)"
         },
     )
 
