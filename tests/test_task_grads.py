@@ -207,7 +207,10 @@ def test_imaml_of_more_conjugate_gradients_comes_nearer() -> None:
     expected, _ = implicit_reference(model, data, lr=0.1, steps=7, strength=5.0)
     errors = [
         scenarios.relative_error(
-            result(algorithms.imaml(model, inner_lr=0.1, inner_steps=7, strength=5.0, cg_steps=n), data).grads, expected
+            result(
+                algorithms.imaml(model, inner_lr=0.1, inner_steps=7, strength=5.0, damping=0.0, cg_steps=n), data
+            ).grads,
+            expected,
         )
         for n in (1, 2, 4, 8)
     ]
@@ -224,7 +227,7 @@ def test_imamls_distance_to_the_query_gradient_falls_as_one_over_strength() -> N
     distances = []
     for strength in (1e2, 1e3, 1e4, 1e5):
         member = algorithms.imaml(
-            model, inner_lr=1 / (strength + smooth), inner_steps=5, strength=strength, cg_steps=10
+            model, inner_lr=1 / (strength + smooth), inner_steps=5, strength=strength, damping=0.0, cg_steps=10
         )
         distances.append(float((flat(result(member, data).grads) - plain).norm()))
     for before, after in itertools.pairwise(distances):
@@ -244,7 +247,7 @@ def test_imaml_says_where_its_problem_has_no_minimum() -> None:
     model, data = tiny()
     _, smallest = implicit_reference(model, data, lr=0.1, steps=3, strength=0.02)
     assert smallest < 0
-    member = algorithms.imaml(model, inner_lr=0.1, inner_steps=3, strength=0.02, cg_steps=60)
+    member = algorithms.imaml(model, inner_lr=0.1, inner_steps=3, strength=0.02, damping=0.0, cg_steps=60)
     with pytest.warns(MetaftWarning, match="not positive definite .* more than strength 0.02 and damping 0 "):
         found = result(member, data)
     assert 0 < found.metrics[CURVATURE] <= 1
