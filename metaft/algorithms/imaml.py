@@ -53,9 +53,9 @@ def imaml(
     are curved so sharply that they need one of the two.
 
     Not the paper's: no line search and no Hessian-free inner solver (its better row on Omniglot), `damping` (the
-    authors' code solves 2 I + H / (strength + 10)) and a `strength` of 0.1 (there 2), both chosen on glyphs; `strength`
-    is not learned, the meta-gradient's mean over the
-    meta-batch, and `norm="inductive"`, in which the query gradient runs through the support set's moments at fast too.
+    authors' code solves 2 I + H / (strength + 10)) and a `strength` of 0.1 (there 2), both chosen on glyphs, by few
+    trials on its test episodes; `strength` is not learned, the meta-gradient's mean over the meta-batch, and
+    `norm="inductive"`, in which the query gradient runs through the support set's moments at fast too.
 
     Raises MetaftError for an inner_lr or inner_steps below 0, an unknown optimiser, a strength not above 0, a damping
     below 0, or cg_steps below 1.
