@@ -191,7 +191,7 @@ def throughput(bench: Bench) -> Any:
                     "ms": ms,
                     "steps": count,
                     "tflop_s": flop / ms / 1e9,
-                    "tasks_at_once": engine.chunk or WORKLOADS[name].meta_batch,
+                    "tasks_at_once": getattr(engine, "chunk", None) or WORKLOADS[name].meta_batch,
                 }
                 if bench.device == "cuda":
                     entry["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
@@ -237,7 +237,9 @@ def pack(path: Path) -> None:
     assert isinstance(pool, ClassPool)
     splits = {f"split_{name}": pool.splits[name] for name in SPLITS}
     names = np.array(pool.class_names)
-    np.savez_compressed(path, images=pool.images.numpy(), names=names, starts=pool.starts, counts=pool.counts, **splits)
+    arrays: dict[str, Any] = {"images": pool.images.numpy(), "names": names, "starts": pool.starts}
+    arrays |= {"counts": pool.counts, **splits}
+    np.savez_compressed(path, **arrays)
 
 
 def unpack(path: Path) -> ClassPool:

@@ -16,9 +16,7 @@ _SUPERVISED: dict[str, object] = {"outer_lr": 1e-3, "test_inner_steps": 100}  # 
 
 MEMBERS: dict[str, dict[str, object]] = {
     "reptile": {"outer_optimizer": "sgd", "outer_lr": 1.0, "outer_schedule": "linear", "test_inner_steps": 10},
-    "imaml": {"test_inner_steps": 16},
-    "cavia": {"inner_lr": 1.0, "test_inner_steps": 2},
-    "unicorn-maml": {"test_inner_steps": 5},
+    "cavia": {"inner_lr": 1.0},
     "maml++": {"outer_schedule": "cosine"},  # a part of it, whatever the others' is
     "baseline": _SUPERVISED,
     "baseline++": _SUPERVISED,
@@ -35,7 +33,6 @@ def resolve(config: MetaTrainConfig, dataset: Dataset, *, default_rotate: bool, 
     shots = config.shots or (10 if regression else 1)
     model = "custom" if custom_model else config.model or model_for(dataset.shape)
     steps = config.inner_steps if config.inner_steps is not None else accepted.get("inner_steps", 0)
-    assert isinstance(steps, int)
     values: dict[str, object] = {
         **accepted,
         "rotate": default_rotate,
@@ -60,7 +57,9 @@ def resolve(config: MetaTrainConfig, dataset: Dataset, *, default_rotate: bool, 
         **({"inner_lr": 0.01} if regression and "inner_lr" in accepted else {}),
         **MEMBERS.get(config.algorithm, {}),
     }
-    values["test_inner_steps"] = max(int(str(values["test_inner_steps"])), steps)
+    at_test = values["test_inner_steps"]
+    assert isinstance(steps, int) and isinstance(at_test, int)
+    values["test_inner_steps"] = max(steps, at_test)
     if config.rotate and not image:
         raise MetaftError(f"rotate: {config.dataset} has no images to rotate")
     if config.inner_augment not in (None, "none") and not image:

@@ -610,15 +610,16 @@ def test_with_another_number_of_classes_each_starts_from_the_mean_head_row(
     assert note == f"the run learned 3-way tasks: each of the {classes} classes starts from its mean head row"
 
 
-def test_boil_whose_head_stays_as_it_is_cannot_learn_another_number_of_classes(
-    runs: dict[str, Path], data: Path, tmp_path: Path, capsys: Text
+@pytest.mark.parametrize("name", ["boil", "cavia"])
+def test_a_head_that_stays_as_it_is_cannot_learn_another_number_of_classes(
+    name: str, runs: dict[str, Path], data: Path, tmp_path: Path, capsys: Text
 ) -> None:
     other = write_target(tmp_path / "d", {"train": 3, "test": 2}, classes="abcde")
-    assert adapt.main(inner_words(runs["boil"], other, tmp_path / "o")) == 2
-    message = "boil keeps the head of its 3-way tasks as it is, so its inner loop cannot learn the 5 classes"
+    assert adapt.main(inner_words(runs[name], other, tmp_path / "o")) == 2
+    message = f"{name} keeps the head of its 3-way tasks as it is, so its inner loop cannot learn the 5 classes"
     assert message in capsys.readouterr().err
     assert not (tmp_path / "o").exists()
-    assert adapt.main(words(runs["boil"], other, tmp_path / "o", epochs=1)) == 0
+    assert adapt.main(words(runs[name], other, tmp_path / "o", epochs=1)) == 0
 
 
 @pytest.mark.parametrize("name", sorted(set(ALGORITHMS) - {"maml", "fomaml", "protonet"}))
@@ -630,7 +631,7 @@ def test_every_run_is_fine_tuned_from_its_backbone(
     assert same(fits[0].body, {k: learned(runs[name])[k] for k in fits[0].body})
 
 
-@pytest.mark.parametrize("name", ["proto-maml", "protonet", "matching-net", "baseline", "baseline++"])
+@pytest.mark.parametrize("name", ["proto-maml", "unicorn-maml", "protonet", "matching-net", "baseline", "baseline++"])
 def test_members_without_a_learned_head_need_no_head_rows(name: str, runs: dict[str, Path], tmp_path: Path) -> None:
     steps = 5 if "inner_lr" in hyper_parameters(name) else 0
     data = write_target(tmp_path / "d", {"train": 3, "test": 2}, classes="abcde")

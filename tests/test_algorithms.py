@@ -383,6 +383,7 @@ def test_protonet_logits_are_minus_squared_distances_to_class_means() -> None:
         ("reptile", {"inner_steps": 0}, "inner_steps must be at least 1, got 0"),
         ("reptile", {"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ("imaml", {"strength": 0.0}, "strength must be above 0, got 0.0"),
+        ("imaml", {"damping": -1.0}, "damping must be at least 0, got -1.0"),
         ("imaml", {"cg_steps": 0}, "cg_steps must be at least 1, got 0"),
         ("cavia", {"context": 0}, "context must be at least 1, got 0"),
         ("cavia", {"layer": "blocks.0"}, "one with a bias to enter by, of ['blocks.1', 'blocks.4', 'blocks.7',"),

@@ -158,6 +158,14 @@ def test_defaults_follow_data_set_and_algorithm():
     proto = resolve(MetaTrainConfig(algorithm="protonet", ways=12), pool(64), default_rotate=False)
     assert (proto.model, proto.meta_batch, proto.test_inner_steps) == ("conv4-pool", 16, 0)
     assert (proto.inner_lr, proto.inner_steps) == (None, None)
+    for dataset in (Sinusoid(), pool()):
+        given = MetaTrainConfig(algorithm="reptile", dataset=dataset.name)
+        reptile = resolve(given, dataset, default_rotate=False)
+        assert (reptile.outer_optimizer, reptile.outer_lr, reptile.outer_schedule) == ("sgd", 1.0, "linear")
+        assert reptile.test_inner_steps == 10
+        longer = resolve(dataclasses.replace(given, inner_steps=12), dataset, default_rotate=False)
+        assert longer.test_inner_steps == 12, "no fewer than in training"
+        assert resolve(dataclasses.replace(given, algorithm="cavia"), dataset, default_rotate=False).inner_lr == 1.0
 
 
 def test_what_the_user_gave_is_kept():

@@ -211,6 +211,8 @@ def test_each_rank_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch):
     Ranks(0, 1).check_device("cuda:5")  # whose absence `device_of` has noticed
 
 
+LAUNCH = "torchrun --standalone --nproc-per-node 2"
+
 # ---- the same numbers ---------------------------------------------------------------------------------------------
 
 MEMBERS: dict[str, Callable[[Any], Any]] = {
@@ -322,7 +324,7 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step_and_a_run_moves_between
         patch.setattr(training, "meta_gradient", meta_gradient)
         found = errors_of(2, lambda ranks: resume_run(path, ranks=ranks))
     assert [error.status for error in found] == [128 + signal.SIGTERM, 128 + signal.SIGINT]
-    assert all("go on with: torchrun --standalone --nproc-per-node 2 -m metaft.meta_train --resume" in str(error) for error in found)
+    assert all(f"go on with: {LAUNCH} -m metaft.meta_train --resume" in str(error) for error in found)
     assert training.load_snapshot(path / "checkpoints/last.safetensors").position.step == 5
     assert training.load_snapshot(path / "checkpoints/last.safetensors").header["environment"]["ranks"] == "2"
     assert "note: ranks 1 -> 2: the run goes on to rounding (1e-6), not with the same bits" in capsys.readouterr().err
@@ -509,7 +511,7 @@ def test_torchrun_gives_the_run_of_one_process_also_after_a_restart(tmp_path: Pa
     job = torchrun(tmp_path, "meta_train", 1, 3, "kill", "--", *words, "--out", again, restarts=1)
     status, _, lines = said(job)
     assert status == 0
-    hint = f"the last checkpoint is {again}/checkpoints/last.safetensors, go on with: torchrun --standalone --nproc-per-node 2 -m metaft.meta_train"
+    hint = f"the last checkpoint is {again}/checkpoints/last.safetensors, go on with: {LAUNCH} -m metaft.meta_train"
     assert lines == [f"metaft: error: rank 1 of 2 does not answer, it died or hangs; {hint} --resume {again}"]
     assert remains(again) == remains(two)
 
@@ -554,7 +556,7 @@ def test_sigterm_to_torchrun_leaves_a_checkpoint(tmp_path: Path):
         time.sleep(0.05)
     job.send_signal(signal.SIGTERM)
     _, _, lines = said(job)
-    hint = f"go on with: torchrun --standalone --nproc-per-node 2 -m metaft.meta_train --resume {tmp_path}/r"
+    hint = f"go on with: {LAUNCH} -m metaft.meta_train --resume {tmp_path}/r"
     assert lines == [f"metaft: stopped; a checkpoint is in {tmp_path}/r/checkpoints, {hint}"]
     step = training.load_snapshot(tmp_path / "r/checkpoints/last.safetensors").position.step
     assert step > 0

@@ -169,8 +169,10 @@ def query_gradient(model: Model, task: Episode, at: Tensor) -> Tensor:
     )(at)
 
 
-def implicit_reference(model: Model, data: Episode, *, lr: float, steps: int, strength: float) -> tuple[Params, float]:
-    """The mean of (I + H / strength)^-1 grad by a solve, and the smallest eigenvalue of those matrices."""
+def implicit_reference(
+    model: Model, data: Episode, *, lr: float, steps: int, strength: float, damping: float = 0.0
+) -> tuple[Params, float]:
+    """The mean of (I + H / (strength + damping))^-1 grad by a solve, and the smallest eigenvalue of those matrices."""
     start = flat(model.params)
     total, smallest = torch.zeros_like(start), float("inf")
     for i in range(len(data.key)):
@@ -179,18 +181,20 @@ def implicit_reference(model: Model, data: Episode, *, lr: float, steps: int, st
         fast = start
         for _ in range(steps):
             fast = fast - lr * (torch.func.grad(loss)(fast) + strength * (fast - start))
-        matrix = torch.eye(len(start), dtype=start.dtype) + hessian(loss)(fast) / strength
+        matrix = torch.eye(len(start), dtype=start.dtype) + hessian(loss)(fast) / (strength + damping)
         smallest = min(smallest, float(torch.linalg.eigvalsh(matrix)[0]))
         total = total + torch.linalg.solve(matrix, query_gradient(model, task, fast)) / len(data.key)
     return unflat(total, model.params), smallest
 
 
 @pytest.mark.parametrize("engine", ["threads", "vmap"])
-def test_imaml_has_the_explicit_solves_gradient(engine: str) -> None:
+@pytest.mark.parametrize(("strength", "damping"), [(5.0, 0.0), (0.5, 4.5)])
+def test_imaml_has_the_explicit_solves_gradient(strength: float, damping: float, engine: str) -> None:
     model, data = tiny()
-    expected, smallest = implicit_reference(model, data, lr=0.1, steps=7, strength=5.0)
+    hyper: dict[str, Any] = {"strength": strength, "damping": damping}
+    expected, smallest = implicit_reference(model, data, lr=0.1, steps=7, **hyper)
     assert 0.3 < smallest < 0.99, "positive definite, and not the identity"
-    member = algorithms.imaml(model, inner_lr=0.1, inner_steps=7, strength=5.0, cg_steps=60)
+    member = algorithms.imaml(model, inner_lr=0.1, inner_steps=7, cg_steps=60, **hyper)
     meta, state = member.init(0)
     with outer.engine(engine, threads=1) as made:
         found = outer.meta_gradient(made, member, meta, state, data)
@@ -203,7 +207,10 @@ def test_imaml_of_more_conjugate_gradients_comes_nearer() -> None:
     expected, _ = implicit_reference(model, data, lr=0.1, steps=7, strength=5.0)
     errors = [
         scenarios.relative_error(
-            result(algorithms.imaml(model, inner_lr=0.1, inner_steps=7, strength=5.0, cg_steps=n), data).grads, expected
+            result(
+                algorithms.imaml(model, inner_lr=0.1, inner_steps=7, strength=5.0, damping=0.0, cg_steps=n), data
+            ).grads,
+            expected,
         )
         for n in (1, 2, 4, 8)
     ]
@@ -220,7 +227,7 @@ def test_imamls_distance_to_the_query_gradient_falls_as_one_over_strength() -> N
     distances = []
     for strength in (1e2, 1e3, 1e4, 1e5):
         member = algorithms.imaml(
-            model, inner_lr=1 / (strength + smooth), inner_steps=5, strength=strength, cg_steps=10
+            model, inner_lr=1 / (strength + smooth), inner_steps=5, strength=strength, damping=0.0, cg_steps=10
         )
         distances.append(float((flat(result(member, data).grads) - plain).norm()))
     for before, after in itertools.pairwise(distances):
@@ -240,10 +247,12 @@ def test_imaml_says_where_its_problem_has_no_minimum() -> None:
     model, data = tiny()
     _, smallest = implicit_reference(model, data, lr=0.1, steps=3, strength=0.02)
     assert smallest < 0
-    member = algorithms.imaml(model, inner_lr=0.1, inner_steps=3, strength=0.02, cg_steps=60)
-    with pytest.warns(MetaftWarning, match="not positive definite .* a strength above 0.02"):
+    member = algorithms.imaml(model, inner_lr=0.1, inner_steps=3, strength=0.02, damping=0.0, cg_steps=60)
+    with pytest.warns(MetaftWarning, match="not positive definite .* more than strength 0.02 and damping 0 "):
         found = result(member, data)
     assert 0 < found.metrics[CURVATURE] <= 1
+    damped = algorithms.imaml(model, inner_lr=0.1, inner_steps=3, strength=0.02, cg_steps=60, damping=10.0)
+    assert result(damped, data).metrics[CURVATURE] == 0
     assert all(bool(g.isfinite().all()) for g in found.grads.values())
 
 

@@ -287,8 +287,9 @@ def test_stopped_at_any_safe_point_and_resumed_it_ends_with_the_same_bytes(
         (sinusoid(outer_optimizer="sgd", algorithm="fomaml", outer_schedule="linear", clip_norm=1.0), None),
         (images(algorithm="protonet"), pool()),
         (images(batch_norm="inductive", threads=2), pool()),
+        (sinusoid(algorithm="reptile", hyper=("keep_moments=true",)), None),
     ],
-    ids=["sgd", "protonet", "threads"],
+    ids=["sgd", "protonet", "threads", "state"],
 )
 def test_stopped_again_and_again_it_ends_with_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: MetaTrainConfig, dataset: Any

@@ -22,7 +22,7 @@ def anil(
 ) -> Algorithm:
     """MAML in whose inner loop, in training and at test, only the head moves: the features are the learned ones.
 
-    Raghu, Raghu, Bengio and Vinyals 2020, https://arxiv.org/abs/1909.09157, section 4 (its formulas have no numbers):
+    Raghu, Raghu, Bengio and Vinyals 2020, https://arxiv.org/abs/1909.09157, the section on the ANIL algorithm:
     of the layers 1..d only the last takes fast_d = meta_d - inner_lr * grad of the support loss, `inner_steps` times.
     The outer loop learns all of them, and its gradient runs through the inner steps of the head into the body.
 

@@ -24,9 +24,9 @@ def boil(
 ) -> Algorithm:
     """MAML in whose inner loop only the body moves: features go to the rows of a head that all tasks share.
 
-    Oh, Yoo, Kim and Yun 2021, https://arxiv.org/abs/2008.08882, section 3: MAML with a rate for the body and one for
-    the head, of which the head's is 0 (in ANIL the body's is). The outer loop learns both. A task's labels are random,
-    so before the first step the shared head can do no better than chance.
+    Oh, Yoo, Kim and Yun 2021, https://arxiv.org/abs/2008.08882, the section on BOIL: MAML with a rate for the body and
+    one for the head, of which the head's is 0 (in ANIL the body's is). The outer loop learns both. A task's labels are
+    random, so before the first step the shared head can do no better than chance.
 
     `adapt_norm=False` keeps scales and shifts of normalisation layers out of the inner loop too, as in `maml`. Not the
     paper's: the meta-gradient's mean over the meta-batch, `first_order` (as in `maml`), and `norm="inductive"`.

@@ -35,7 +35,7 @@ def cavia(
 ) -> Algorithm:
     """MAML whose inner loop moves nothing but `context` numbers, a further input of the model that begins at 0.
 
-    Zintgraf, Shiarlis, Kurin, Hofmann and Whiteson 2019, https://arxiv.org/abs/1810.03642, section 3: context = 0 -
+    Zintgraf, Shiarlis, Kurin, Hofmann and Whiteson 2019, https://arxiv.org/abs/1810.03642: context = 0 -
     inner_lr * grad of the support loss in the context, and the outer loop learns all the other parameters. One layer
     takes the context in; with W and V learned matrices its output h becomes
 

@@ -28,10 +28,9 @@ def meta_sgd(
 ) -> Algorithm:
     """MAML with a learned rate for each entry of each parameter, which gives direction and length of a step.
 
-    Li, Zhou, Chen and Li 2017, https://arxiv.org/abs/1707.09835. Equation 2: fast = meta - rate * grad of the support
-    loss, elementwise; equation 3 and algorithm 1: the query loss at fast is minimised in the parameters and in the
-    rates, by the same outer optimiser. Rates may become negative. They stand in `meta` beside the parameters,
-    "NAME.rate" for NAME.
+    Li, Zhou, Chen and Li 2017, https://arxiv.org/abs/1707.09835, algorithm 1: fast = meta - rate * grad of the support
+    loss, elementwise, and the query loss at fast is minimised in the parameters and in the rates, by the same outer
+    optimiser. Rates may become negative. They stand in `meta` beside the parameters, "NAME.rate" for NAME.
 
     Not the paper's: all rates begin at `inner_lr` (there at random values in 0.005..0.1); `inner_steps` above 1 use the
     same rates in each step (there is one step); the meta-gradient's mean over the meta-batch; `first_order`, which

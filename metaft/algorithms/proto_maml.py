@@ -27,7 +27,7 @@ def proto_maml(
 ) -> Algorithm:
     """MAML whose head is not learned: each task's begins as the linear layer that ProtoNet amounts to.
 
-    Triantafillou et al. 2020 (Meta-Dataset), https://arxiv.org/abs/1903.03096, section 3 ("Proto-MAML"). With c the
+    Triantafillou et al. 2020 (Meta-Dataset), https://arxiv.org/abs/1903.03096, the paragraph "Proto-MAML". With c the
     mean feature of a class's support images,
 
         -|f - c|^2 = 2 c . f - |c|^2 - |f|^2,
