@@ -216,7 +216,7 @@ def test_no_member_is_tested_with_fewer_inner_steps_than_it_takes_in_training(na
         ("maml", ("adam", 3e-3, "cosine"), 3),
         ("reptile", ("sgd", 1.0, "linear"), 10),
         ("imaml", ("adam", 3e-3, "cosine"), 16),
-        ("cavia", ("adam", 3e-3, "cosine"), 2),
+        ("cavia", ("adam", 3e-3, "cosine"), 3),
         ("unicorn-maml", ("adam", 3e-3, "cosine"), 5),
         ("baseline++", ("adam", 1e-3, "cosine"), 100),
     ],
