@@ -30,7 +30,7 @@ def sign_maml(
 
     def init(key: int) -> tuple[Params, Params]:
         rates = {f"{k}.rate": torch.full((), inner_lr, dtype=p.dtype) for k, p in model.params.items()}
-        return {**model.params, **rates}, {}
+        return {**{k: p.clone() for k, p in model.params.items()}, **rates}, {}
 
     def walk(meta: Params, x: Tensor, y: Tensor, steps: int) -> Iterator[Params]:
         fast = {k: meta[k] for k in model.params}

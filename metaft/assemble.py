@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import math
 import platform
 import sys
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ from metaft.config import MetaTrainConfig, Settled
 from metaft.defaults import device_of, hyper, resolve
 from metaft.errors import CheckpointError, MetaftError
 from metaft.models import Model
+from metaft.models.precision import in_bf16, matrix_units
+from metaft.models.recomputed import recomputed
 from metaft.outer import PARALLEL, Engine, engine, settled_name, task_chunk, tune
 from metaft.ranks import Ranks
 from metaft.run import RunFolder
@@ -74,6 +76,8 @@ def assemble(
             f"dataset: the run's model takes inputs of shape {taken}, but {dataset.name} has {list(dataset.shape)}"
         )
     if module is not None:
+        if settled.dropout:
+            raise MetaftError(f"dropout: a module from Python brings its own (given {settled.dropout})")
         model = models.functional(copy.deepcopy(module).to(device))
         models.check_repeats(model, dataset.shape)
         if model.outputs != settled.ways:
@@ -86,22 +90,39 @@ def assemble(
         )
     else:
         model = models.build(
-            settled.model, ways=settled.ways, shape=dataset.shape, width=settled.width, seed=settled.seed, device=device
-        )
+            settled.model, ways=settled.ways, shape=dataset.shape, width=settled.width, dropout=settled.dropout,
+            seed=settled.seed, device=device,
+        )  # fmt: skip
+    model = _computing_as(model, settled, dataset.shape)
     algorithm = algorithms.build(settled.algorithm, model, hyper(settled, dataset.loss))
     return Parts(settled, dataset.to(device), model, algorithm, device)
 
 
-def engine_for(parts: Parts) -> AbstractContextManager[Engine]:
-    """The engine that a run's settings ask for, closed on leaving."""
+def _computing_as(model: Model, config: Settled, shape: tuple[int, ...]) -> Model:
+    """The model under `--precision` and `--inner-checkpoint`. Raises MetaftError where it cannot be."""
+    if config.precision == "bf16":
+        model = in_bf16(model)
+        probe = next(iter(model.params.values()))
+        try:
+            model.apply(model.params, torch.zeros(2, *shape, dtype=probe.dtype, device=probe.device), None)
+        except RuntimeError as error:  # a module of the user's own, say with constants in float32
+            raise MetaftError(f"precision: this model cannot compute in bf16 ({str(error).splitlines()[0]})") from None
+    return recomputed(model) if config.inner_checkpoint else model
+
+
+@contextlib.contextmanager
+def engine_for(parts: Parts) -> Iterator[Engine]:
+    """The engine that a run's settings ask for, in its precision; closed on leaving."""
     c = parts.config
-    return engine(
+    made = engine(
         c.engine,
         convolutional=parts.model.convolutional,
         device=parts.device,
         threads=c.threads,
         chunk=c.task_chunk,
     )
+    with matrix_units(c.precision), made as mapped:
+        yield mapped
 
 
 def with_engine(parts: Parts, draw_batch: Callable[[], Any], *, ranks: int = 1, before: str | None = None) -> Parts:
@@ -181,7 +202,7 @@ def environment(engine: Engine, device: str) -> dict[str, str]:
         "engine": engine.name,
         "chunk": str(getattr(engine, "chunk", None)),
         # Processes and threads give the same bits whatever their number.
-        "threads": str(getattr(engine, "threads", None)) if engine.name in ("vmap", "compiled") else "any",
+        "threads": str(getattr(engine, "threads", None)) if engine.name not in PARALLEL else "any",
         **machine(device),
     }
 

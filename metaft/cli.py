@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from metaft.config import AdaptConfig, Config, MetaTrainConfig, from_mapping, read_toml
-from metaft.errors import CheckpointError, Interrupted, MetaftError, MetaftWarning, SaidElsewhere, suggest
+from metaft.errors import CheckpointError, Interrupted, MetaftError, MetaftWarning, OutOfMemory, SaidElsewhere, suggest
 from metaft.names import is_text
 from metaft.ranks import ALONE, Ranks, join
 
@@ -91,12 +91,12 @@ def option(argv: Sequence[str], name: str) -> str | None:
 
 
 def settings(
-    arguments: type[Any], config: type[Config], argv: Sequence[str], *, prog: str, restarted: bool = False
+    arguments: type[Any], config: type[Config], argv: Sequence[str], *, prog: str, job: str | None = None
 ) -> tuple[Config, Path | None]:
     """Settings of a command that has `--config` and `--resume`: (what holds now, the run folder to go on with).
 
     `arguments` is `config` with the fields `config`, `resume` and `auto_resume` added. What the command line leaves out
-    is as in the TOML file or in the run. A command that is `restarted` goes on with the run that it began. Raises
+    is as in the TOML file or in the run. A `job` that was restarted goes on with the run that it began. Raises
     MetaftError for what `parse` and `from_mapping` refuse, and for options that contradict each other.
     """
     for word in argv:
@@ -119,9 +119,16 @@ def settings(
             raise CheckpointError(f"resume: {error}") from None
     given = parse(arguments, argv, prog=prog, default=arguments(**dataclasses.asdict(base)))
     fields = {f.name: getattr(given, f.name) for f in dataclasses.fields(config)}
-    if resume is None and (given.auto_resume or restarted):
+    if resume is None and (given.auto_resume or _began(given.out, job)):
         return _taken_up(config, config(**fields))
     return config(**fields), None if resume is None else Path(resume)
+
+
+def _began(out: str | None, job: str | None) -> bool:
+    """Whether the run in `--out` is one that this job began before it was restarted, and no other's."""
+    from metaft.run import RunFolder
+
+    return out is not None and job is not None and RunFolder(Path(out)).began_by(job)
 
 
 def _taken_up(kind: type[Config], config: Config) -> tuple[Config, Path | None]:
@@ -179,11 +186,9 @@ def guarded(command: Callable[[Sequence[str]], None], argv: Sequence[str] | None
             print(f"metaft: {'' if isinstance(error, Interrupted) else 'error: '}{line}", file=sys.stderr)
         return error.status
     except (MemoryError, RuntimeError, OSError, ImportError) as error:
-        said = _escaped(str(error).split("\n")[0])
-        if not isinstance(error, MemoryError) and not _NO_MEMORY.search(said):
-            raise
-        print(f"metaft: error: not enough memory ({said or type(error).__name__}); try {smaller}", file=sys.stderr)
-        return 1
+        lacking = _no_memory(error, smaller)
+        print(f"metaft: error: {lacking}", file=sys.stderr)
+        return lacking.status
     except SystemExit as done:  # tyro, after --help
         return done.code if isinstance(done.code, int) else 0
     except KeyboardInterrupt:  # before training or after the meta-test, when there is nothing to keep
@@ -215,6 +220,14 @@ _NO_MEMORY = re.compile(
     r"(?i)can ?not allocate memory|can't allocate memory|not enough memory|out of memory|bad_alloc|"
     r"could not create a (memory|primitive)|failed to map segment|can't start new thread"
 )
+
+
+def _no_memory(error: Exception, smaller: str) -> OutOfMemory:
+    """What to say where memory ran out. Raises any other error again."""
+    said = _escaped(str(error).split("\n")[0])
+    if not isinstance(error, MemoryError) and not _NO_MEMORY.search(said):
+        raise error
+    return OutOfMemory(f"not enough memory ({said or type(error).__name__}); try {smaller}")
 
 
 def _escaped(text: str) -> str:
@@ -254,6 +267,8 @@ def in_ranks(command: Callable[[Sequence[str], Ranks], None], argv: Sequence[str
                     command(argv, ranks)
             except MetaftError as error:
                 raise ranks.last_words(error) from None
+            except (MemoryError, RuntimeError, OSError, ImportError) as error:
+                raise ranks.last_words(_no_memory(error, smaller)) from None
 
     return guarded(together, argv, smaller=smaller)
 

@@ -26,8 +26,7 @@ class MetaTrainConfig:
     """Learn an initialisation from few-shot episodes, then meta-test it."""
 
     dataset: str = "glyphs"
-    """glyphs (built in), omniglot, sinusoid, folder:PATH (class folders, with or without train/ val/ test/), or
-    l2l:NAME (learn2learn's data set of that name, e.g. l2l:cifarfs)."""
+    """glyphs (built in), omniglot, sinusoid, folder:PATH (class folders), or l2l:NAME (learn2learn's, e.g. cifarfs)."""
     data_root: str | None = None
     """Folder that holds the data sets (auto: the environment variable METAFT_DATA)."""
     download: bool = False
@@ -51,23 +50,25 @@ class MetaTrainConfig:
     """Tasks per meta-step, B (auto: 16; sinusoid: 25)."""
 
     algorithm: str = "maml"
-    """maml, fomaml (first-order), anil, boil, meta-sgd, proto-maml, protonet, matching-net, baseline or baseline++ (see
-    docs/algorithms.md)."""
+    """Member of the family, e.g. fomaml, anil, reptile, proto-maml, protonet, baseline (all: docs/algorithms.md)."""
     model: str | None = None
     """conv4 (stride 2, mean), conv4-pool (max-pool) or mlp (auto: by the input's shape)."""
     width: int | None = None
     """Filters per convolution, or units per hidden layer (auto: 64 for conv4, 40 for mlp)."""
+    dropout: float = 0.0
+    """Share of the features before the head that is dropped in inner steps, in training and at test."""
     batch_norm: Literal["transductive", "inductive"] = "transductive"
     """How training queries are normalised: with their own statistics, or with the support set's."""
     inner_steps: int | None = None
-    """Inner gradient steps in training (auto: 1; protonet, matching-net, baseline, baseline++: none)."""
+    """Inner gradient steps in training (auto: 1, or what the member says; protonet: none)."""
     inner_lr: float | None = None
-    """Inner learning rate; of meta-sgd the first one (auto: 0.4; proto-maml: 0.1; baseline, baseline++: 0.01 for
-    a task's head; sinusoid: 0.01)."""
+    """Inner learning rate; where it is learned, the first one (auto: 0.4, or what the member says; sinusoid: 0.01)."""
     inner_optimizer: str | None = None
     """sgd, momentum, nesterov or adam, or with numbers: momentum:momentum=0.5, adam:beta1=0,eps=1e-6 (auto: sgd)."""
+    inner_augment: Literal["none", "shift"] | None = None
+    """What is done to support images before each inner step: shift moves them by up to 2 pixels (auto: none)."""
     adapt_norm: bool | None = None
-    """--adapt-norm / --no-adapt-norm: let the inner loop move normalisation scales and shifts too (auto: on)."""
+    """--adapt-norm / --no-adapt-norm: whether the inner loop moves scales and shifts too (auto: on; maml++: off)."""
     hyper: tuple[str, ...] = ()
     """NAME=VALUE ...: settings that only this algorithm has, e.g. first_order=true (see docs/algorithms.md)."""
 
@@ -76,8 +77,7 @@ class MetaTrainConfig:
     outer_optimizer: Literal["adam", "sgd"] | None = None
     """Outer optimiser (auto: adam)."""
     outer_lr: float | None = None
-    """Outer learning rate, at the start of its schedule (auto: 0.003; sinusoid, baseline, baseline++:
-    0.001)."""
+    """Outer rate, at the start of its schedule (auto: 0.003, or what the member says; sinusoid: 0.001)."""
     outer_schedule: Literal["constant", "linear", "cosine"] | None = None
     """How the outer learning rate goes: constant, or down to 0 at the last iteration (auto: cosine)."""
     clip_value: float | None = None
@@ -98,8 +98,7 @@ class MetaTrainConfig:
     test_query_shots: int | None = None
     """Query images per class in validation and test (auto: 15; sinusoid: 100)."""
     test_inner_steps: int | None = None
-    """Inner steps in validation and test (auto: 3; sinusoid: 10; baseline, baseline++: 100; protonet,
-    matching-net: none)."""
+    """Inner steps in validation and test (auto: 3, sinusoid: 10, or --inner-steps if more, or what the member says)."""
     test_episodes: int = 1000
     """Test episodes."""
 
@@ -107,12 +106,16 @@ class MetaTrainConfig:
     """Seed of the initialisation and of the training episodes."""
     device: str = "auto"
     """auto (a GPU where there is one), cpu, cuda, cuda:N."""
-    engine: Literal["auto", "tune", "processes", "threads", "vmap", "compiled"] = "auto"
-    """How tasks are mapped (auto: processes for convolutions on a CPU, vmap for all else; tune: the fastest, tried)."""
+    engine: Literal["auto", "tune", "processes", "threads", "vmap", "graph", "compiled"] = "auto"
+    """How tasks are mapped (auto: processes for convolutions on a CPU, graph on a GPU, else vmap; tune: fastest)."""
     threads: int | None = None
     """Processes or threads, for engines of that name (auto: one per core); within an operation for others (auto: 1)."""
     task_chunk: int | None = None
-    """Tasks at once, at most (auto: by their size, for processes and threads; all, for vmap and compiled)."""
+    """Tasks at once, at most (auto: by their size, for processes and threads; else all, or as many as fit)."""
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
+    """What models compute in; parameters and gradients are fp32 in all. tf32 is for GPUs; bf16 is slow on most CPUs."""
+    inner_checkpoint: bool = False
+    """Recompute inner steps in the backward pass: many steps then take little memory, and more time."""
     log_every: int = 10
     """Meta-steps per row of metrics.jsonl."""
     checkpoint_every: int = 100
@@ -178,7 +181,7 @@ class EvaluateConfig:
     """--rotate / --no-rotate: one random quarter turn per class and task."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N."""
-    engine: Literal["auto", "processes", "threads", "vmap"] = "auto"
+    engine: Literal["auto", "processes", "threads", "vmap", "graph"] = "auto"
     """How tasks are mapped."""
     threads: int | None = None
     """Tasks in parallel, for processes and threads."""
@@ -257,6 +260,7 @@ _AT_LEAST: dict[str, float] = {
     "width": 1,
     "inner_steps": 0,
     "inner_lr": 0,
+    "dropout": 0,
     "iterations": 1,
     "eval_every": 1,
     "eval_episodes": 1,
@@ -305,6 +309,8 @@ def check(config: MetaTrainConfig | EvaluateConfig | AdaptConfig | PredictConfig
             raise MetaftError(f"{field.name} must be at most 1e30, which float32 can still work with, got {value}")
         if type(value) is int and value >= 2**63:
             raise MetaftError(f"{field.name} must be below 2**63, got {value}")
+    if getattr(config, "dropout", 0.0) >= 1:
+        raise MetaftError(f"dropout must be below 1, got {getattr(config, 'dropout')}")  # noqa: B009
     if config.device != "auto" and not re.fullmatch(r"cpu|cuda(:\d+)?", config.device):
         raise MetaftError(f"device must be auto, cpu, cuda or cuda:N, got {config.device!r}")
     if getattr(config, "channels", None) not in (None, 1, 3):

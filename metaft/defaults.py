@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from metaft.algorithms import hyper_parameters, parse_hyper
+from metaft.algorithms import OPTIONS, hyper_parameters, parse_hyper
 from metaft.config import MetaTrainConfig, Settled
 from metaft.errors import MetaftError
 from metaft.types import Dataset, Loss
@@ -19,6 +19,7 @@ MEMBERS: dict[str, dict[str, object]] = {
     "imaml": {"test_inner_steps": 16},
     "cavia": {"inner_lr": 1.0, "test_inner_steps": 2},
     "unicorn-maml": {"test_inner_steps": 5},
+    "maml++": {"outer_schedule": "cosine"},  # a part of it, whatever the others' is
     "baseline": _SUPERVISED,
     "baseline++": _SUPERVISED,
 }
@@ -33,7 +34,10 @@ def resolve(config: MetaTrainConfig, dataset: Dataset, *, default_rotate: bool, 
     ways = config.ways or (1 if regression else 5)
     shots = config.shots or (10 if regression else 1)
     model = "custom" if custom_model else config.model or model_for(dataset.shape)
+    steps = config.inner_steps if config.inner_steps is not None else accepted.get("inner_steps", 0)
+    assert isinstance(steps, int)
     values: dict[str, object] = {
+        **accepted,
         "rotate": default_rotate,
         "ways": ways,
         "shots": shots,
@@ -52,13 +56,17 @@ def resolve(config: MetaTrainConfig, dataset: Dataset, *, default_rotate: bool, 
         "test_shots": shots,
         "test_query_shots": 100 if regression else 15,
         "test_inner_steps": (10 if regression else 3) if "inner_steps" in accepted else 0,
-        **accepted,
         # Finn et al. 2017, section 5.1
         **({"inner_lr": 0.01} if regression and "inner_lr" in accepted else {}),
         **MEMBERS.get(config.algorithm, {}),
     }
+    values["test_inner_steps"] = max(int(str(values["test_inner_steps"])), steps)
     if config.rotate and not image:
         raise MetaftError(f"rotate: {config.dataset} has no images to rotate")
+    if config.inner_augment not in (None, "none") and not image:
+        raise MetaftError(f"inner_augment: {config.dataset} has no images to {config.inner_augment}")
+    if config.dropout and "inner_augment" not in accepted:
+        raise MetaftError(f"dropout: {config.algorithm} takes none in its inner loop (given {config.dropout})")
     check_steps("test_inner_steps", config.test_inner_steps, config.algorithm)
     if custom_model:  # whatever was asked for, this is what is recorded
         config = dataclasses.replace(config, model="custom")
@@ -71,11 +79,9 @@ def resolve(config: MetaTrainConfig, dataset: Dataset, *, default_rotate: bool, 
 
 def hyper(config: MetaTrainConfig, loss: Loss) -> dict[str, object]:
     """What to hand the algorithm: the settings it knows, and those it does not but the user gave (an error there)."""
-    given = {
-        name: getattr(config, name)
-        for name in ("inner_lr", "inner_steps", "inner_optimizer", "adapt_norm")
-        if getattr(config, name) is not None
-    }
+    given = {name: getattr(config, name) for name in OPTIONS if getattr(config, name) is not None}
+    if "iterations" not in hyper_parameters(config.algorithm):  # every run has them, few members care
+        given.pop("iterations", None)
     own = parse_hyper(config.algorithm, config.hyper)
     return {"loss": loss, "norm": config.batch_norm, **given, **own}
 

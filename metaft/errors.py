@@ -39,6 +39,12 @@ class Interrupted(MetaftError):
         self.status = 128 + signal_number
 
 
+class OutOfMemory(MetaftError):
+    """Memory ran out; exit status 1, since the input was well-formed."""
+
+    status = 1
+
+
 class RankLost(MetaftError):
     """Another process of the job died, or did not answer in time; exit status 1, since the input was well-formed."""
 

@@ -101,7 +101,10 @@ def make(spec: str | InnerOptimizer) -> InnerOptimizer:
         if key not in known or not math.isfinite(numbers[key]):
             has = f"{name}:{','.join(f'{p.name}={p.default}' for p in known.values())}" if known else name
             raise MetaftError(f"inner_optimizer: cannot read {part!r} of {spec!r}; it is as in {has!r}")
-    return OPTIMIZERS[name](**numbers)
+    try:
+        return OPTIMIZERS[name](**numbers)
+    except MetaftError as error:
+        raise MetaftError(f"{error} (in {spec!r})") from None
 
 
 def _with_momentum(momentum: float, *, nesterov: bool) -> InnerOptimizer:

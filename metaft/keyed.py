@@ -8,13 +8,14 @@ from torch import Tensor
 # SplitMix64 (Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators"), in signed integers that
 # wrap around.
 _STEP = 0x9E3779B97F4A7C15 - 2**64
+_INVERSE = pow(_STEP, -1, 2**64) - 2**64  # of _STEP: their product wraps around to 1
 _FACTORS = ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64))
 
 
 def permutation(key: Tensor, n: int, draw: int = 0) -> Tensor:
     """An order of n things, int64 [n], that depends on (key, draw) alone: key [] int64."""
     own = _mixed(_mixed(key) + draw * _STEP % 2**63)
-    return _mixed(own + torch.arange(1, n + 1, device=key.device) * _STEP).sort(stable=True).indices
+    return _stream(own, n).sort(stable=True).indices
 
 
 def minibatches(key: Tensor, n: int, size: int, steps: int) -> Tensor:
@@ -24,6 +25,26 @@ def minibatches(key: Tensor, n: int, size: int, steps: int) -> Tensor:
     """
     passes = -(-steps * size // n)
     return torch.cat([permutation(key, n, i) for i in range(max(1, passes))])[: steps * size].view(steps, size)
+
+
+def words(key: Tensor, *where: int, count: int) -> Tensor:
+    """Numbers in 0..2^32-1, int64 [count], that depend on (key, where) alone: key [] int64, `where` from 0 on.
+
+    `where` says what they are for (the step, the layer, ...), so that one key serves for all.
+    """
+    own = _mixed(key)
+    for number in where:
+        own = _mixed(own + (number + 1) * _STEP % 2**63)
+    return _shifted(_stream(own, count), 32)
+
+
+def _stream(own: Tensor, n: int) -> Tensor:
+    """`own` plus 1, 2, ..., n times _STEP, scrambled: int64 [n].
+
+    The sum is written as a product whose factor depends on `own`: torch.compile would work out multiples of 1, 2, ...
+    by themselves in integers without bound, and find no room for them.
+    """
+    return _mixed((own * _INVERSE + torch.arange(1, n + 1, device=own.device)) * _STEP)
 
 
 def _mixed(x: Tensor) -> Tensor:

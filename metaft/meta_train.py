@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from metaft.cli import StopSignals, check_unchanged, fresh_folder, in_ranks, settings
 from metaft.config import MetaTrainConfig, from_mapping, read_toml, to_toml
 from metaft.errors import DataError, MetaftError, RankLost
-from metaft.ranks import ALONE, Ranks
+from metaft.ranks import ALONE, Ranks, job, launcher
 
 if TYPE_CHECKING:
     from torch import nn
@@ -32,6 +32,7 @@ RESUMABLE = (
     "engine",
     "threads",
     "task_chunk",
+    "inner_checkpoint",
     "checkpoint_every",
     "test_episodes",
     "data_root",
@@ -70,10 +71,10 @@ def _command(argv: Sequence[str], ranks: Ranks) -> None:
 
 def _asked_for(argv: Sequence[str], ranks: Ranks) -> tuple[MetaTrainConfig, Path | None]:
     config, resume = settings(
-        Arguments, MetaTrainConfig, argv, prog="python -m metaft.meta_train", restarted=ranks.restarted
+        Arguments, MetaTrainConfig, argv, prog="python -m metaft.meta_train", job=job() if ranks.restarted else None
     )
-    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
-    if resume is None and config.out is None and restarts:
+    restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")
+    if resume is None and config.out is None and restarts != "0":
         raise MetaftError(
             f"out: with --max-restarts {restarts} give --out, so that a restart finds the run to go on with"
         )
@@ -104,7 +105,8 @@ def run(
     def create() -> RunFolder:
         name = f"{file_name(parts.dataset.name)}-{c.algorithm}-{c.ways}w{c.shots}s-{c.seed}"
         folder = Path(c.out) if c.out is not None else fresh_folder(Path("runs") / name)
-        return RunFolder.create(folder, to_toml(dataclasses.replace(c, out=None)))
+        own = job() if "TORCHELASTIC_RUN_ID" in os.environ else None
+        return RunFolder.create(folder, to_toml(dataclasses.replace(c, out=None)), job=own)
 
     made = ranks.on_first(create)
     with _held(made, "out", ranks):
@@ -246,7 +248,7 @@ def _go(
     from metaft.training import begin, train
 
     c = parts.config
-    launch = "python" if ranks.count == 1 else "torchrun ..."
+    launch = "python" if ranks.count == 1 else f"torchrun {launcher(ranks.count)}"
     resume_hint = f"{launch} -m metaft.meta_train --resume {shlex.quote(str(run.path))}"
     with (
         StopSignals(ranks) as signals,

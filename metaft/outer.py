@@ -35,6 +35,8 @@ class Engine(Protocol):
     """One way of running the same function on every task of a batch."""
 
     name: str
+    whole_steps: bool
+    """Whether training is to take its steps as a whole (see `metaft.static`), as far as it can."""
 
     def map(self, fn: TaskFunction[Shared, Tree, Out], shared: Shared, tasks: Tree) -> Iterator[Out]:
         """`fn(shared, task)` for each task of a tree whose tensors lead with a task axis; results come in task order.
@@ -52,6 +54,8 @@ class Engine(Protocol):
 
 class _Parallel:
     """What threads and processes share: several chunks of tasks at the same time, each on one core."""
+
+    whole_steps = False
 
     def __init__(self, name: str, threads: int, chunk: int | None) -> None:
         self.name = name
@@ -165,6 +169,7 @@ class Vmap:
     """
 
     name = "vmap"
+    whole_steps = False
 
     def __init__(self, chunk: int | None = None, threads: int = 1) -> None:
         self.chunk = None if chunk is None else _at_least_1("task_chunk", chunk)
@@ -173,17 +178,51 @@ class Vmap:
         torch.set_num_threads(threads)
 
     def map(self, fn: TaskFunction[Shared, Tree, Out], shared: Shared, tasks: Tree) -> Iterator[Out]:
-        for chunk in _chunks(tasks, self.chunk):
-            yield from _unstacked(_vmapped(fn, shared, chunk))
+        def rows(chunks: list[Tree]) -> list[Out]:
+            return [row for chunk in chunks for row in _unstacked(_vmapped(fn, shared, chunk))]
+
+        return iter(self._fitting(rows, tasks))
 
     def sum(self, fn: TaskFunction[Shared, Tree, Out], shared: Shared, tasks: Tree) -> Out:
-        return _added(self._sum_of(fn, shared, chunk) for chunk in _chunks(tasks, self.chunk))
+        return self._fitting(lambda chunks: _added(self._sum_of(fn, shared, chunk) for chunk in chunks), tasks)
 
     def _sum_of(self, fn: TaskFunction[Shared, Tree, Out], shared: Shared, tasks: Tree) -> Out:
         return _summed(_vmapped(fn, shared, tasks))
 
+    def _fitting(self, run: Callable[[list[Tree]], Out], tasks: Tree) -> Out:
+        """`run` on chunks of tasks: of `chunk` each, or, where a device's memory is too small, on smaller ones.
+
+        What fits is remembered; one MetaftWarning says so. Raises MetaftError where not even one task does.
+        """
+        count = _length(tasks)
+        size = first = min(self.chunk or count, count)
+        while True:
+            try:
+                result = run(_chunks(tasks, size))
+                break
+            except torch.OutOfMemoryError as error:
+                if size == 1:
+                    raise MetaftError(
+                        "engine: not even one task fits into the device's memory "
+                        f"({' '.join(str(error).split('. ')[0].split())}); try --inner-checkpoint"
+                    ) from None
+            size = -(-size // 2)  # here, and not above, where the error still holds all that is to be freed
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+        if size < first:
+            self.chunk = size
+            text = f"{first} tasks at once do not fit into the device's memory; {size} do"
+            warnings.warn(text, MetaftWarning, stacklevel=3)
+        return result
+
     def close(self) -> None:
         torch.set_num_threads(self._intra_op)
+
+
+class Graph(Vmap):
+    """As `Vmap`; training records a whole meta-step once and replays it (see `metaft.static`)."""
+
+    name = "graph"
 
 
 class Compiled(Vmap):
@@ -305,14 +344,16 @@ def _unstacked(results: Out) -> list[Out]:
 PARALLEL = ("processes", "threads")
 """Engines that give the same bits for the same chunk."""
 
-ENGINES = (*PARALLEL, "vmap", "compiled")
+ENGINES = (*PARALLEL, "vmap", "graph", "compiled")
 
 
 def settled_name(name: str, *, convolutional: bool, device: str | torch.device) -> str:
     """The engine that `auto` stands for: a fixed rule on model and device."""
     if name != "auto":
         return name
-    if not convolutional or torch.device(device).type != "cpu":
+    if torch.device(device).type != "cpu":
+        return "graph"
+    if not convolutional:
         return "vmap"
     return "processes" if workers.available() else "threads"
 
@@ -328,8 +369,8 @@ def engine(
 ) -> Iterator[Engine]:
     """An engine by name, closed on leaving.
 
-    `auto`: for convolutions on a CPU processes, or threads where a system cannot fork; vmap for all else.
-    `threads=None` uses as many processes or threads as torch would threads, and one for the other engines.
+    `auto`: for convolutions on a CPU processes, or threads where a system cannot fork; on a GPU graph; vmap for
+    all else. `threads=None` uses as many processes or threads as torch would threads, and one for the other engines.
     `chunk=None` is what `task_chunk` says for processes and threads, and all for the others. Raises MetaftError for an
     unknown name.
     """
@@ -343,7 +384,9 @@ def engine(
         count = torch.get_num_threads() if threads is None else threads
         made: Engine = (Processes if name == "processes" else Threads)(count, chunk)
     else:
-        made = (Vmap if name == "vmap" else Compiled)(chunk, 1 if threads is None else threads)
+        kinds = {kind.name: kind for kind in (Vmap, Graph, Compiled)}
+        made = kinds[name](chunk, 1 if threads is None else threads)
+        made.whole_steps = name == "graph" or (name == "compiled" and not on_cpu)
     try:
         yield made
     finally:
@@ -363,13 +406,14 @@ def tune(
 ) -> dict[tuple[str, int | None], float]:
     """Seconds per meta-step of each engine and chunk worth trying, fastest first; each is timed for `seconds`.
 
-    Not `compiled` on a CPU, where compiling alone takes minutes.
+    Not `compiled` on a CPU, where compiling alone takes minutes. On a GPU what is timed is not a recorded step, but
+    the meta-gradient by itself.
     """
     on_cpu = torch.device(device).type == "cpu"
     total = _length(tasks)
     count = threads or torch.get_num_threads()
     sizes = [size for size in (1, 2, 4, 8, 16) if size <= -(-total // count)]
-    candidates: list[tuple[str, int | None]] = [("vmap", None), *([] if on_cpu else [("compiled", None)])]
+    candidates: list[tuple[str, int | None]] = [("vmap", None)] if on_cpu else [("graph", None), ("compiled", None)]
     if on_cpu:
         parallel = [name for name in PARALLEL if name == "threads" or workers.available()]
         candidates += [(name, size) for name in parallel for size in sizes]
@@ -404,7 +448,7 @@ def task_grad(algorithm: Algorithm, meta: Params, state: Params, knobs: Params, 
 
 
 @functools.lru_cache(maxsize=16)
-def _task_grad_of(algorithm: Algorithm) -> Callable[[tuple[Params, Params, Params], Any], TaskGrad]:
+def task_grad_of(algorithm: Algorithm) -> Callable[[tuple[Params, Params, Params], Any], TaskGrad]:
     """`task_grad` as engines want it: one object per algorithm."""
     return lambda shared, task: task_grad(algorithm, *shared, task)
 
@@ -436,7 +480,7 @@ def meta_gradient(
     """
     # Mapping per-task gradients, not differentiating a mapped loss: the latter is silently wrong at second order for
     # batch normalisation under vmap.
-    total = engine.sum(_task_grad_of(algorithm), (meta, state, algorithm.schedule(step)), tasks)
+    total = engine.sum(task_grad_of(algorithm), (meta, state, algorithm.schedule(step)), tasks)
     leaves, spec = pytree.tree_flatten(total)
     *leaves, count = ranks.sum_flat([*leaves, torch.tensor(float(_length(tasks)), device=leaves[0].device)])
     mean: TaskGrad = pytree.tree_unflatten([leaf / int(count) for leaf in leaves], spec)

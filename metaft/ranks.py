@@ -13,8 +13,10 @@ import json
 import math
 import os
 import signal
+import socket
 import time
-from collections.abc import Callable, Sequence
+import uuid
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from metaft.errors import MetaftError, RankLost, SaidElsewhere
@@ -41,7 +43,7 @@ class Ranks:
         """Number of the signal that asks this process to stop; 0: none."""
         self.stop = 0
         """The same as all ranks know it since their last `sum_flat` or `gather`, so that all stop at the same point."""
-        self.restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+        self.restarted = False
         """Whether torchrun has started this job before, which then ended with an error."""
 
     def share(self, indices: range) -> range:
@@ -162,12 +164,37 @@ def join() -> Ranks:
     gloo carries what is on the CPU, NCCL what is on GPUs. Raises MetaftError for an environment that is not
     torchrun's, and RankLost where the others do not come within METAFT_RANKS_TIMEOUT seconds (600).
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        return Ranks()
+    if _number("WORLD_SIZE", 1) == 1:
+        alone = Ranks()
+        alone.restarted = _number("TORCHELASTIC_RESTART_COUNT", 0) > 0
+        return alone
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
         raise MetaftError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {missing[0]} is not set; start with torchrun")
     return _Group(_timeout())
+
+
+def job() -> str:
+    """What tells this job's processes, restarted ones too, from another's: torchrun's run id, or its process."""
+    named = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    return f"{socket.gethostname()} {os.getppid()}" if named == "none" else named
+
+
+def launcher(count: int) -> str:
+    """torchrun's options for so many processes; of several machines the meeting point is left out."""
+    here = _number("LOCAL_WORLD_SIZE", count)
+    machines = count // max(1, here)
+    return (
+        f"--standalone --nproc-per-node {here}" if machines < 2 else f"--nnodes {machines} --nproc-per-node {here} ..."
+    )
+
+
+def _number(name: str, default: int) -> int:
+    text = os.environ.get(name, str(default))
+    try:
+        return int(text)
+    except ValueError:
+        raise MetaftError(f"{name} must be a whole number, as torchrun sets it; got {text!r}") from None
 
 
 def _timeout() -> float:
@@ -189,7 +216,7 @@ class _Group(Ranks):
         from torch.distributed.rendezvous import rendezvous
 
         e = os.environ
-        super().__init__(int(e["RANK"]), int(e["WORLD_SIZE"]), int(e.get("LOCAL_RANK", 0)))
+        super().__init__(_number("RANK", 0), _number("WORLD_SIZE", 1), _number("LOCAL_RANK", 0))
         self._timeout = timeout
         if on_gpus := torch.cuda.is_available() and distributed.is_nccl_available():
             # NCCL reports a lost rank where it waits, instead of ending the process from a thread of its own.
@@ -201,14 +228,38 @@ class _Group(Ranks):
         with self._watched():
             # torchrun keeps the store, so that it outlives ranks: it is where they say why they end.
             store, _, _ = next(rendezvous("env://", timeout=limit))
-            self._store = PrefixStore("metaft", store)
-            store = PrefixStore("group", store)
+            # It outlives attempts too: what the dead ranks of an earlier one left there must not be met.
+            self._store = PrefixStore(f"metaft/{self._attempt(PrefixStore('metaft', store))}", store)
+            store = PrefixStore("group", self._store)
             distributed.init_process_group(backend, store=store, rank=self.rank, world_size=self.count, timeout=limit)
         # On another machine than the one that failed, torchrun counts no restart.
-        self.restarted = any(self.gather(self.restarted))
+        self.restarted = any(self.gather(_number("TORCHELASTIC_RESTART_COUNT", 0) > 0))
+
+    def _attempt(self, store: Any) -> str:
+        """A word that the ranks of this attempt agree on, and no earlier one had. torchrun's own count will not do: it
+        differs between machines. Rank 0 answers each rank's question, which nobody else can have asked."""
+        mine = uuid.uuid4().hex
+        if self.rank:
+            store.set(f"asks/{self.rank}", mine)
+            word = store.get(f"answer/{mine}").decode()
+            store.set(f"knows/{word}/{self.rank}", "")
+            return word
+        others = list(range(1, self.count))
+        answered: set[str] = set()
+        end = time.monotonic() + self._timeout
+        while not all(store.check([f"knows/{mine}/{rank}"]) for rank in others):
+            for rank in others:
+                if store.check([f"asks/{rank}"]) and (question := store.get(f"asks/{rank}").decode()) not in answered:
+                    answered.add(question)  # of a rank of an earlier attempt it is as well, and nobody reads it
+                    store.set(f"answer/{question}", mine)
+            if time.monotonic() > end:
+                missing = [rank for rank in others if not store.check([f"knows/{mine}/{rank}"])]
+                raise RuntimeError(f"{_named(missing)} of {self.count} did not come")
+            time.sleep(0.02)
+        return mine
 
     @contextlib.contextmanager
-    def _watched(self) -> Any:
+    def _watched(self) -> Iterator[None]:
         start = time.monotonic()
         try:
             yield

@@ -1,7 +1,8 @@
 """The run folder: what one command leaves for the next.
 
     config.toml  metrics.jsonl  timing.jsonl  checkpoints/{last,previous,best}.safetensors  plots/*.png  result.json
-    classifier.safetensors and report.txt of metaft.adapt; .metaft.lock while a command writes to it
+    classifier.safetensors and report.txt of metaft.adapt
+    .metaft.lock while a command writes to it; .metaft.job: the torchrun job that began it
 
 metrics.jsonl holds no clock time, so that a resumed run ends with the same bytes as one that was never stopped;
 seconds are in timing.jsonl.
@@ -40,6 +41,7 @@ class RunFolder:
         self.metrics = path / "metrics.jsonl"
         self.timing = path / "timing.jsonl"
         self.lock = path / ".metaft.lock"
+        self.job = path / ".metaft.job"
         self.result = path / "result.json"
         self.plots = path / "plots"
         self.checkpoints = path / "checkpoints"
@@ -49,26 +51,36 @@ class RunFolder:
         self.classifier = path / "classifier.safetensors"
 
     @classmethod
-    def create(cls, path: Path, config_toml: str) -> RunFolder:
-        """A new run. Raises MetaftError where the folder holds something already or cannot be made."""
+    def create(cls, path: Path, config_toml: str, *, job: str | None = None) -> RunFolder:
+        """A new run, of a `job` that may be restarted. Raises MetaftError where the folder holds something already or
+        cannot be made."""
         run = cls(path)
         try:
             run._check_free()
             path.mkdir(parents=True, exist_ok=True)
             with run.held("out"):
-                run._check_free()  # of two that were started at once, one is first
+                run._check_free(mine=True)  # of two that were started at once, one is first
+                if job is not None:
+                    write_atomically(run.job, job.encode())
                 write_atomically(run.config, config_toml.encode())  # first: what has settings can be resumed
                 run.make_folders()
         except OSError as error:
             raise MetaftError(f"out: cannot make {path} ({error.strerror})") from None
         return run
 
-    def _check_free(self) -> None:
-        """Raises MetaftError where the folder holds anything, or is none."""
+    def began_by(self, job: str) -> bool:
+        """Whether this is a run that the job has begun itself."""
+        try:
+            return self.job.read_text() == job
+        except OSError:
+            return False
+
+    def _check_free(self, *, mine: bool = False) -> None:
+        """Raises MetaftError where the folder holds anything, or is none. `mine` says that its lock is ours."""
         # A run killed before its settings were written leaves nothing but hidden temporaries.
         path = self.path
         if path.exists() and (not path.is_dir() or any(not p.name.startswith(".") for p in path.iterdir())):
-            if self.lock.exists():
+            if not mine and self.lock.exists():
                 with self.held("out"):  # the process that is at it is what to know first
                     pass
             raise MetaftError(

@@ -5,23 +5,25 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from metaft import checkpoint
+from metaft import checkpoint, static
 from metaft.algorithms.base import Algorithm
 from metaft.config import Settled
-from metaft.errors import CheckpointError, NonFiniteError
+from metaft.errors import CheckpointError, MetaftWarning, NonFiniteError
 from metaft.metrics import FIGURES, better
 from metaft.outer import Engine, meta_gradient
 from metaft.progress import Progress
 from metaft.ranks import ALONE, Ranks
 from metaft.run import RunFolder, append_row, cut_back
+from metaft.static import Steps, Taken, why_not_finite
 from metaft.testing import score_episodes, summarise
 from metaft.types import Params, Source
+from metaft.update import Outer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,52 +93,34 @@ def begin(algorithm: Algorithm, seed: int, header: Mapping[str, Any]) -> Snapsho
     return Snapshot(meta, state, {}, Position(), header)
 
 
-def outer_lr(config: Settled, step: int) -> float:
-    """Outer learning rate of meta-step `step` (0-based) under `--outer-schedule`."""
-    done = step / config.iterations
-    factor = {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1.0 + math.cos(math.pi * done))}
-    return config.outer_lr * factor[config.outer_schedule]
+class Eager:
+    """Meta-steps one by one, as any engine, source and number of ranks can take them (see `metaft.static.Steps`)."""
 
+    def __init__(
+        self, config: Settled, engine: Engine, algorithm: Algorithm, source: Source, start: Snapshot, ranks: Ranks
+    ) -> None:
+        self._config, self._engine, self._algorithm = config, engine, algorithm
+        self._source, self._ranks = source, ranks
+        self._outer = Outer(config, start.meta, start.optimizer)
+        self.meta, self.state = self._outer.meta, start.state
 
-class Outer:
-    """The outer optimiser over the meta-parameters: torch.optim's, with its moments as named tensors."""
+    def moments(self) -> Params:
+        return self._outer.moments()
 
-    def __init__(self, config: Settled, meta: Params, moments: Mapping[str, Tensor] | None = None) -> None:
-        self.config = config
-        self.meta = {name: p.detach().clone() for name, p in meta.items()}
-        kind = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}[config.outer_optimizer]
-        self.optimizer = kind(list(self.meta.values()), lr=config.outer_lr)
-        for key, value in (moments or {}).items():
-            name, _, slot = key.rpartition("/")
-            if name not in self.meta:
-                raise CheckpointError(f"checkpoint: optimiser moment {key!r} belongs to no meta-parameter")
-            # Adam counts its steps in a CPU tensor, wherever the parameter is
-            device = "cpu" if slot == "step" else self.meta[name].device
-            self.optimizer.state[self.meta[name]][slot] = value.to(device).clone()
-
-    def step(self, grads: Params, step: int) -> None:
-        """Clip, then one update of `meta` in place at the rate of meta-step `step`."""
-        parts = list(grads.values())
-        if self.config.clip_value is not None:
-            parts = [g.clamp(-self.config.clip_value, self.config.clip_value) for g in parts]
-        if self.config.clip_norm is not None:
-            norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in parts]))
-            scale = (self.config.clip_norm / norm.clamp_min(1e-12)).clamp_max(1.0)
-            parts = [g * scale for g in parts]
-        for group in self.optimizer.param_groups:
-            group["lr"] = outer_lr(self.config, step)
-        for (name, p), g in zip(self.meta.items(), parts, strict=True):
-            assert g.shape == p.shape, name
-            p.grad = g
-        self.optimizer.step()
-
-    def moments(self) -> dict[str, Tensor]:
-        return {
-            f"{name}/{slot}": value
-            for name, p in self.meta.items()
-            for slot, value in self.optimizer.state.get(p, {}).items()
-            if isinstance(value, Tensor)
-        }
+    def advance(self, step: int) -> Taken:
+        first = step * self._config.meta_batch
+        mine = self._ranks.share(range(first, first + self._config.meta_batch))
+        tasks = draw(self._algorithm, self._source, self._config.seed, mine)
+        result = meta_gradient(
+            self._engine, self._algorithm, self.meta, self.state, tasks, step=step, ranks=self._ranks
+        )
+        loss, shown = (result.metrics[name] for name in ("loss", FIGURES[self._algorithm.loss]))
+        failure = why_not_finite(loss, all(bool(g.isfinite().all()) for g in result.grads.values()))
+        if failure is None:
+            self._outer.step(result.grads, step)
+            self.state = result.state
+            return Taken(((loss, shown),))
+        return Taken((), failure)
 
 
 def train(
@@ -158,8 +142,8 @@ def train(
     NonFiniteError at a loss or gradient that is not finite, with the state before that step saved.
     """
     name = FIGURES[algorithm.loss]
-    outer = Outer(config, start.meta, start.optimizer)
-    state, position = start.state, start.position
+    steps = _steps(config, engine, algorithm, source, start, ranks)
+    position = start.position
     writes = ranks.rank == 0
     if writes:
         # A row of training that the checkpoint's window still holds will be written again.
@@ -169,8 +153,8 @@ def train(
     clock, clock_step, validating = time.perf_counter(), position.step, 0.0
 
     def snapshot() -> Snapshot:
-        meta = {k: v.detach().clone() for k, v in outer.meta.items()}
-        return Snapshot(meta, state, outer.moments(), position, start.header)
+        meta, state = ({k: v.detach().clone() for k, v in part.items()} for part in (steps.meta, steps.state))
+        return Snapshot(meta, state, steps.moments(), position, start.header)
 
     def log(row: Mapping[str, Any], *, sync: bool = False) -> None:
         if writes:
@@ -202,7 +186,7 @@ def train(
             if due and position.evaluated < position.step:
                 before = time.perf_counter()
                 scores = score_episodes(
-                    engine, algorithm, outer.meta, state, val_source,
+                    engine, algorithm, steps.meta, steps.state, val_source,
                     split="val", seed=config.eval_seed, episodes=config.eval_episodes,
                     steps=config.test_inner_steps, ranks=ranks, progress=lambda done: should_stop(),
                 )  # fmt: skip
@@ -220,16 +204,11 @@ def train(
             if position.step == config.iterations:
                 return snapshot()
 
-            first = position.step * config.meta_batch
-            mine = ranks.share(range(first, first + config.meta_batch))
-            tasks = draw(algorithm, source, config.seed, mine)
-            result = meta_gradient(engine, algorithm, outer.meta, state, tasks, step=position.step, ranks=ranks)
-            _check_finite(result.metrics, result.grads, position.step, run)
-            outer.step(result.grads, position.step)
-            state = result.state
-
-            window = (*position.window, (result.metrics["loss"], result.metrics[name]))
-            position = dataclasses.replace(position, step=position.step + 1, window=window)
+            taken = steps.advance(position.step)
+            window = (*position.window, *taken.window)
+            position = dataclasses.replace(position, step=position.step + len(taken.window), window=window)
+            if taken.failure is not None:
+                raise _not_finite(taken.failure, position.step, run)
             if position.step % config.checkpoint_every == 0:
                 ranks.check_same(f"step {position.step}: the digest of the parameters", lambda: _digest(snapshot()))
                 save()
@@ -237,13 +216,26 @@ def train(
     except CheckpointError:  # the disk refuses; trying once more would hide why
         raise
     except BaseException:
-        # A signal, a non-finite loss or a bug: what was computed is kept. `position` and `outer` belong together
+        # A signal, a non-finite loss or a bug: what was computed is kept. `position` and `steps` belong together
         # here, since both change only after everything that can fail.
         if position.step > start.position.step:
             save()
         raise
     finally:
         bar.close()
+
+
+def _steps(
+    config: Settled, engine: Engine, algorithm: Algorithm, source: Source, start: Snapshot, ranks: Ranks
+) -> Steps:
+    if engine.whole_steps:
+        obstacle = static.obstacle(algorithm, source, start.meta, ranks)
+        if obstacle is None:
+            return static.StaticSteps(config, engine, algorithm, source, start)
+        if ranks.rank == 0:
+            text = f"engine {engine.name}: {obstacle}; steps are taken as with vmap"
+            warnings.warn(text, MetaftWarning, stacklevel=3)
+    return Eager(config, engine, algorithm, source, start, ranks)
 
 
 def _digest(snapshot: Snapshot) -> str:
@@ -271,11 +263,8 @@ def _shown(name: str, loss: float, value: float) -> dict[str, str]:
     return {"loss": f"{loss:.3f}", name: f"{100 * value:.1f} %" if name == "accuracy" else f"{value:.3f}"}
 
 
-def _check_finite(metrics: Mapping[str, float], grads: Params, step: int, run: RunFolder) -> None:
-    if math.isfinite(metrics["loss"]) and all(bool(g.isfinite().all()) for g in grads.values()):
-        return
-    what = f"the loss is {metrics['loss']}" if not math.isfinite(metrics["loss"]) else "the meta-gradient is not finite"
-    raise NonFiniteError(
+def _not_finite(what: str, step: int, run: RunFolder) -> NonFiniteError:
+    return NonFiniteError(
         f"step {step + 1}: {what}; the state before it is kept in {run.last}"
         f"{f', the best one on validation in {run.best}' if run.best.exists() else ''}. "
         "Start again with a smaller --outer-lr or --inner-lr, or with --clip-norm 10"

@@ -7,7 +7,7 @@ A record that stands for one task has no `B` axis; `metaft.outer` alone adds and
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -107,6 +107,23 @@ class Source(Protocol):
     def batches(self, seed: int, split: Split, indices: Sequence[int], size: int) -> Batch:
         """Batches number `indices` over all classes of a split, stacked along a leading axis."""
         ...
+
+
+@runtime_checkable
+class Static(Protocol):
+    """What a source has whose episodes are made on the device: what chance decides, and the rest, apart."""
+
+    def indices(self, seed: int, split: Split, indices: Sequence[int]) -> Any:
+        """A tree of small CPU tensors [B, ...], whose shapes are the same for every index."""
+        ...
+
+    def gather(self, drawn: Any) -> Episode:
+        """Episodes of them on the device where they are: tensor operations alone, with no look at any value."""
+        ...
+
+    def batch_indices(self, seed: int, split: Split, indices: Sequence[int], size: int) -> Any: ...
+
+    def gather_batch(self, drawn: Any) -> Batch: ...
 
 
 class Dataset(Protocol):

@@ -1,7 +1,8 @@
 """A command as torchrun starts it, with a misfortune: `rank_job.py MODULE [RANK STEP WHAT] -- ARGUMENTS`.
 
 WHAT happens to a rank before it computes the meta-step of that number (0-based), in the job's first attempt alone: a
-`kill`, a `hang` until somebody sends SIGTERM, or an `error` of its own.
+`kill`, a `hang` until somebody sends SIGTERM, or an `error` of its own. In later attempts rank 0 comes late, when the
+others have long found what the first attempt left in torchrun's store.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import importlib
 import os
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -38,6 +40,8 @@ def main(argv: Sequence[str]) -> int:
     if misfortune and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
         rank, step, what = misfortune
         arrange(rank, int(step), what)
+    elif misfortune and os.environ["RANK"] == "0":
+        time.sleep(2)
     return importlib.import_module(f"metaft.{module}").main(argv[argv.index("--") + 1 :])
 
 

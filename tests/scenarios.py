@@ -19,10 +19,12 @@ from metaft.types import SPLITS, Batch, Episode, Params
 SHAPE = (1, 16, 16)
 
 
-def model(name: str = "conv4", *, ways: int = 3, width: int = 4, dtype: torch.dtype = torch.float64) -> Model:
+def model(
+    name: str = "conv4", *, ways: int = 3, width: int = 4, dtype: torch.dtype = torch.float64, dropout: float = 0.0
+) -> Model:
     """A small model with random scales, shifts and biases: at 1 and 0 some gradients could not be told apart, and a
     dead layer would put the next one exactly on ReLU's kink."""
-    made = models.build(name, ways=ways, shape=SHAPE, width=width, seed=1, dtype=dtype)
+    made = models.build(name, ways=ways, shape=SHAPE, width=width, seed=1, dtype=dtype, dropout=dropout)
     generator = torch.Generator().manual_seed(2)
     for parameter, values in made.params.items():
         if parameter in made.norm or parameter.endswith("bias"):

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 import types
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,7 @@ from metaft import adapt, checkpoint, meta_train, models
 from metaft.__main__ import main as command_line
 from metaft.algorithms import ALGORITHMS, hyper_parameters
 from metaft.config import AdaptConfig, read_toml
-from metaft.errors import MetaftError
+from metaft.errors import MetaftError, MetaftWarning
 from metaft.finetune import report, study, target
 from metaft.finetune.classifier import Classifier
 from metaft.finetune.scores import mean_t95
@@ -66,10 +67,16 @@ Text = pytest.CaptureFixture[str]
 
 OWN: dict[str, dict[str, Any]] = {
     "maml": {"inner_lr": 0.3, "test_inner_steps": 2},
-    "fomaml": {"inner_lr": 0.2, "adapt_norm": False, "test_inner_steps": 4},
-    "anil": {"inner_lr": 0.3, "test_inner_steps": 2},
+    "fomaml": {"inner_lr": 0.2, "inner_optimizer": "nesterov", "adapt_norm": False, "test_inner_steps": 4},
+    "anil": {"inner_lr": 0.3, "inner_augment": "shift", "test_inner_steps": 2},
     "boil": {"inner_lr": 0.3, "adapt_norm": False, "test_inner_steps": 2},
     "meta-sgd": {"inner_lr": 0.2, "test_inner_steps": 2},
+    "maml++": {"inner_lr": 0.3, "inner_steps": 2, "test_inner_steps": 3},
+    "meta-curvature": {"inner_lr": 0.2, "test_inner_steps": 2},
+    "reptile": {"inner_lr": 0.01, "inner_steps": 3, "test_inner_steps": 3},
+    "imaml": {"inner_lr": 0.1, "inner_steps": 3, "test_inner_steps": 2},
+    "cavia": {"test_inner_steps": 2},
+    "unicorn-maml": {"inner_lr": 0.3, "inner_steps": 2, "test_inner_steps": 2},
     "proto-maml": {"inner_lr": 0.05, "test_inner_steps": 2},
     "protonet": {},
     "matching-net": {},
@@ -103,7 +110,9 @@ def squares(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def runs(tmp_path_factory: pytest.TempPathFactory, squares: Path) -> dict[str, Path]:
     """Finished meta-training runs: one per algorithm, one on colour images, one that takes no images."""
     base = tmp_path_factory.mktemp("runs")
-    made = {name: meta_trained(base / name, squares, algorithm=name, **OWN[name]) for name in ALGORITHMS}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", MetaftWarning)  # of iMAML, whose default is not made for eight pixels
+        made = {name: meta_trained(base / name, squares, algorithm=name, **OWN[name]) for name in ALGORITHMS}
     made["colour"] = meta_trained(base / "colour", squares, channels=3)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("metaft.report.draw_pictures", lambda *_: [])
@@ -571,14 +580,14 @@ def test_the_losses_along_the_inner_loop(name: str, runs: dict[str, Path], data:
     assert result_of(tmp_path / "o")["inner_steps"] == steps
 
 
-@pytest.mark.parametrize("name", ["maml", "fomaml", "anil", "meta-sgd"])
+@pytest.mark.parametrize("name", ["maml", "fomaml", "anil", "meta-sgd", "maml++", "meta-curvature"])
 @pytest.mark.parametrize("classes", [2, 5])
 def test_with_another_number_of_classes_each_starts_from_the_mean_head_row(
     name: str, classes: int, runs: dict[str, Path], tmp_path: Path
 ) -> None:
     data = write_target(tmp_path / "d", {"train": 3, "test": 2}, classes="abcde"[:classes])
     meta = learned(runs[name])
-    rows = {k: v.double().numpy().mean(0) for k, v in meta.items() if k.startswith("head.")}
+    rows = {k: v.double().numpy().mean(0) for k, v in meta.items() if k.startswith("head.") and len(v) == 3}
     assert np.abs(rows["head.weight"] - meta["head.weight"][0].numpy()).max() > 0.01
     assert adapt.main(inner_words(runs[name], data, tmp_path / "0", inner_steps=0)) == 0
     start = dict(metaft.load(tmp_path / "0").head.named_parameters())
@@ -612,7 +621,7 @@ def test_boil_whose_head_stays_as_it_is_cannot_learn_another_number_of_classes(
     assert adapt.main(words(runs["boil"], other, tmp_path / "o", epochs=1)) == 0
 
 
-@pytest.mark.parametrize("name", ["anil", "boil", "meta-sgd", "proto-maml", "matching-net", "baseline", "baseline++"])
+@pytest.mark.parametrize("name", sorted(set(ALGORITHMS) - {"maml", "fomaml", "protonet"}))
 def test_every_run_is_fine_tuned_from_its_backbone(
     name: str, runs: dict[str, Path], data: Path, tmp_path: Path, fits: list[Seen]
 ) -> None:
@@ -643,9 +652,9 @@ def test_the_random_start_of_the_inner_loop_is_the_algorithms_own_initialisation
     assert adapt.main(inner_words(runs[name], data, tmp_path / "o", seed=8)) == 0
     fresh = models.build("conv4", ways=3, shape=(1, 8, 8), width=4, seed=8).params
     own = {k: v for k, v in OWN[name].items() if k != "test_inner_steps"}
-    first, _ = ALGORITHMS[name](models.build("conv4", ways=3, shape=(1, 8, 8), width=4, seed=99), **own).init(0)
+    first, _ = ALGORITHMS[name](models.build("conv4", ways=3, shape=(1, 8, 8), width=4, seed=99), **own).init(8)
     assert first.keys() == learned(runs[name]).keys()
-    fresh = {k: fresh.get(k, v) for k, v in first.items()}
+    fresh = {k: fresh[k][: len(v)] if k in fresh else v for k, v in first.items()}
     x, y, _ = support_and_test(data)
     _, fast = meta_test(name, fresh, x, y, ways=3, steps=OWN[name].get("test_inner_steps", 0))
     body, head = parts_of(fast)

@@ -14,6 +14,7 @@ import pytest
 from helpers import pool
 
 from metaft import config as module
+from metaft.algorithms import ALGORITHMS, hyper_parameters
 from metaft.config import (
     AdaptConfig,
     EvaluateConfig,
@@ -170,6 +171,7 @@ def test_what_the_user_gave_is_kept():
         "inner_lr": 0.0,
         "inner_steps": 0,
         "inner_optimizer": "sgd",
+        "inner_augment": "none",
         "adapt_norm": False,
     }
 
@@ -179,9 +181,53 @@ def test_settling_twice_changes_nothing():
     assert resolve(once, pool(), default_rotate=False) == once
 
 
-def test_curves_cannot_be_rotated():
+def test_curves_cannot_be_rotated_or_shifted():
     with pytest.raises(MetaftError, match="rotate: sinusoid"):
         resolve(MetaTrainConfig(dataset="sinusoid", rotate=True), Sinusoid(), default_rotate=False)
+    with pytest.raises(MetaftError, match="inner_augment: sinusoid has no images to shift"):
+        resolve(MetaTrainConfig(dataset="sinusoid", inner_augment="shift"), Sinusoid(), default_rotate=False)
+    with pytest.raises(MetaftError, match=r"dropout: protonet takes none in its inner loop \(given 0.5\)"):
+        resolve(MetaTrainConfig(algorithm="protonet", dropout=0.5), pool(), default_rotate=True)
+
+
+def test_tests_take_no_fewer_inner_steps_than_training():
+    for steps, tested in ((1, 3), (5, 5)):
+        assert resolve(MetaTrainConfig(inner_steps=steps), pool(), default_rotate=True).test_inner_steps == tested
+
+
+@pytest.mark.parametrize("name", sorted(ALGORITHMS))
+def test_no_member_is_tested_with_fewer_inner_steps_than_it_takes_in_training(name: str):
+    steps = 40 if "inner_steps" in hyper_parameters(name) else None
+    settled = resolve(MetaTrainConfig(algorithm=name, inner_steps=steps), pool(), default_rotate=True)
+    assert settled.test_inner_steps >= (settled.inner_steps or 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "outer", "tested"),
+    [
+        ("maml", ("adam", 3e-3, "cosine"), 3),
+        ("reptile", ("sgd", 1.0, "linear"), 10),
+        ("imaml", ("adam", 3e-3, "cosine"), 16),
+        ("cavia", ("adam", 3e-3, "cosine"), 2),
+        ("unicorn-maml", ("adam", 3e-3, "cosine"), 5),
+        ("baseline++", ("adam", 1e-3, "cosine"), 100),
+    ],
+)
+def test_members_have_outer_settings_and_test_steps_of_their_own(name: str, outer: tuple[str, float, str], tested: int):
+    settled = resolve(MetaTrainConfig(algorithm=name), pool(), default_rotate=True)
+    assert (settled.outer_optimizer, settled.outer_lr, settled.outer_schedule) == outer
+    assert settled.test_inner_steps == tested
+
+
+def test_defaults_of_maml_plus_plus():
+    config = MetaTrainConfig(algorithm="maml++", dataset="sinusoid", hyper=("multi_step=0",))
+    settled = resolve(config, Sinusoid(), default_rotate=False)
+    assert (settled.inner_steps, settled.adapt_norm, settled.outer_schedule) == (5, False, "cosine")
+    given = hyper(settled, "mse")
+    assert (given["iterations"], given["multi_step"]) == (15000, 0.0)
+    assert "iterations" not in hyper(dataclasses.replace(settled, algorithm="maml", hyper=()), "mse")
+    with pytest.raises(MetaftError, match="--iterations is an option by itself"):
+        hyper(dataclasses.replace(settled, hyper=("iterations=5",)), "mse")
 
 
 def test_bounds_name_fields_that_exist():

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -305,3 +306,49 @@ def test_tune_tries_engines_and_puts_the_fastest_first() -> None:
     assert list(found.values()) == sorted(found.values())
     names = {("threads", 1), ("threads", 2), ("vmap", None)}
     assert set(found) == names | ({("processes", 1), ("processes", 2)} if workers.available() else set())
+
+
+def scarce(monkeypatch: pytest.MonkeyPatch, most: int) -> list[int]:
+    """A device with memory for `most` tasks at once; returns the sizes that are tried."""
+    real, tried = outer._vmapped, []
+
+    def vmapped(fn: Any, shared: Any, tasks: Any) -> Any:
+        tried.append(len(tasks.key))
+        if tried[-1] > most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. More of that")
+        return real(fn, shared, tasks)
+
+    monkeypatch.setattr(outer, "_vmapped", vmapped)
+    return tried
+
+
+@pytest.mark.parametrize(("most", "fits"), [(5, [5]), (4, [3, 2]), (2, [2, 2, 1]), (1, [1, 1, 1, 1, 1])])
+def test_a_batch_that_does_not_fit_is_chunked_and_gives_the_same(
+    most: int, fits: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    algorithm = algorithms.maml(scenarios.model(), inner_lr=0.1, inner_steps=2)
+    meta, state = algorithm.init(0)
+    data = scenarios.episodes(tasks=5)
+    tried = scarce(monkeypatch, most)
+    with outer.engine("graph") as engine:
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            found = outer.meta_gradient(engine, algorithm, meta, state, data)
+        note = f"5 tasks at once do not fit into the device's memory; {fits[0]} do"
+        assert [str(each.message) for each in said] == ([note] if most < 5 else [])
+        assert tried[-len(fits) :] == fits
+        tried.clear()
+        outer.meta_gradient(engine, algorithm, meta, state, data)
+        assert tried == fits, "what fits was forgotten"
+        assert len(list(engine.map(lambda shared, task: task.key, (), data))) == 5
+    assert close(found.grads, looped(algorithm, meta, data))
+
+
+def test_a_task_that_does_not_fit_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    algorithm = algorithms.maml(scenarios.model())
+    scarce(monkeypatch, 0)
+    with (
+        outer.engine("vmap") as engine,
+        pytest.raises(MetaftError, match=r"^engine: not even one task fits .*\(CUDA out of memory\); try --inner-ch"),
+    ):
+        outer.meta_gradient(engine, algorithm, *algorithm.init(0), scenarios.episodes(tasks=5))

@@ -100,7 +100,7 @@ def test_buffers_travel_as_constants_and_tied_weights_stay_tied() -> None:
 @pytest.mark.parametrize(
     ("module", "message"),
     [
-        (custom(dropout=0.5), r"'3' \(Dropout, p=0.5\) draws from the global random generator"),
+        (nn.Sequential(nn.AlphaDropout(), nn.Linear(4, 2)), r"'0' \(AlphaDropout, p=0.5\) draws from the global"),
         (nn.Sequential(nn.InstanceNorm1d(3, track_running_stats=True), nn.Linear(3, 2)), "'0' .* running statistics"),
         (nn.Sequential(nn.LazyLinear(3), nn.Linear(3, 2)), "'0.weight' is lazy"),
         (nn.Sequential(nn.ReLU()), "has no nn.Linear"),

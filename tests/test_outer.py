@@ -94,7 +94,7 @@ def test_auto_is_a_fixed_rule() -> None:
     with outer.engine(convolutional=False, device="cpu") as engine:
         assert engine.name == "vmap"
     with outer.engine(convolutional=True, device="cuda") as engine:
-        assert engine.name == "vmap"
+        assert engine.name == "graph"
 
 
 @pytest.mark.parametrize(

@@ -217,7 +217,7 @@ MEMBERS: dict[str, Callable[[Any], Any]] = {
     "maml": lambda model: algorithms.maml(model, inner_lr=0.1, inner_steps=2),
     "meta-sgd": lambda model: algorithms.meta_sgd(model, inner_lr=0.1, inner_steps=1),
     "protonet": lambda model: algorithms.protonet(model),
-    "reptile with float64 state": lambda model: toys.reptile(model, "transductive"),
+    "reptile with state": lambda model: algorithms.reptile(model, inner_steps=3, keep_moments=True),
     "annealed multi-step": lambda model: toys.multi_step(model, "inductive"),
 }
 
@@ -322,7 +322,7 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step_and_a_run_moves_between
         patch.setattr(training, "meta_gradient", meta_gradient)
         found = errors_of(2, lambda ranks: resume_run(path, ranks=ranks))
     assert [error.status for error in found] == [128 + signal.SIGTERM, 128 + signal.SIGINT]
-    assert all("go on with: torchrun ... -m metaft.meta_train --resume" in str(error) for error in found)
+    assert all("go on with: torchrun --standalone --nproc-per-node 2 -m metaft.meta_train --resume" in str(error) for error in found)
     assert training.load_snapshot(path / "checkpoints/last.safetensors").position.step == 5
     assert training.load_snapshot(path / "checkpoints/last.safetensors").header["environment"]["ranks"] == "2"
     assert "note: ranks 1 -> 2: the run goes on to rounding (1e-6), not with the same bits" in capsys.readouterr().err
@@ -416,20 +416,24 @@ def test_a_chunk_leaves_work_for_every_thread_of_every_rank(tmp_path: Path):
 def test_the_same_command_goes_on_where_there_is_a_run(tmp_path: Path, restarted: bool):
     def asked(arguments: Any, config: Any, *words: str) -> Any:
         again = [] if restarted else ["--auto-resume"]
-        return settings(arguments, config, [*words, *again], prog="", restarted=restarted)
+        return settings(arguments, config, [*words, *again], prog="", job="job 7" if restarted else None)
 
     out = str(tmp_path / "r")
     words = ["--dataset", "sinusoid", "--engine", "tune", "--out", out]
     config, resume = asked(meta_train.Arguments, MetaTrainConfig, *words)
     assert (config.out, resume) == (out, None)
     tuned = dataclasses.replace(config, out=None, engine="vmap", task_chunk=3)
-    RunFolder.create(tmp_path / "r", to_toml(tuned))
+    RunFolder.create(tmp_path / "r", to_toml(tuned), job="job 7")
     config, resume = asked(meta_train.Arguments, MetaTrainConfig, *words)
     assert (config, resume) == (tuned, tmp_path / "r"), "tuned once is enough"
     with pytest.raises(MetaftError, match=r"is a run of metaft\.meta_train, not of metaft\.adapt"):
         asked(adapt.Arguments, adapt.AdaptConfig, "--out", out)
-    with pytest.raises(MetaftError, match="auto_resume: give --out too"):
-        asked(meta_train.Arguments, MetaTrainConfig)
+    if restarted:  # another job's run is not this one's to go on with
+        (tmp_path / "r/.metaft.job").write_text("job 8")
+        assert asked(meta_train.Arguments, MetaTrainConfig, *words)[1] is None
+    else:
+        with pytest.raises(MetaftError, match="auto_resume: give --out too"):
+            asked(meta_train.Arguments, MetaTrainConfig)
 
 
 def test_auto_resume_ends_with_the_same_bytes_and_refuses_other_settings(
@@ -519,7 +523,7 @@ def test_torchrun_gives_the_run_of_one_process_also_after_a_restart(tmp_path: Pa
     job = torchrun(tmp_path, "meta_train", 1, 3, "kill", "--", *words, "--out", again, restarts=1)
     status, _, lines = said(job)
     assert status == 0
-    hint = f"the last checkpoint is {again}/checkpoints/last.safetensors, go on with: torchrun ... -m metaft.meta_train"
+    hint = f"the last checkpoint is {again}/checkpoints/last.safetensors, go on with: torchrun --standalone --nproc-per-node 2 -m metaft.meta_train"
     assert lines == [f"metaft: error: rank 1 of 2 does not answer, it died or hangs; {hint} --resume {again}"]
     assert remains(again) == remains(two)
 
@@ -564,7 +568,7 @@ def test_sigterm_to_torchrun_leaves_a_checkpoint(tmp_path: Path):
         time.sleep(0.05)
     job.send_signal(signal.SIGTERM)
     _, _, lines = said(job)
-    hint = f"go on with: torchrun ... -m metaft.meta_train --resume {tmp_path}/r"
+    hint = f"go on with: torchrun --standalone --nproc-per-node 2 -m metaft.meta_train --resume {tmp_path}/r"
     assert lines == [f"metaft: stopped; a checkpoint is in {tmp_path}/r/checkpoints, {hint}"]
     step = training.load_snapshot(tmp_path / "r/checkpoints/last.safetensors").position.step
     assert step > 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,8 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metaft import algorithms, models, outer
+from metaft import algorithms, inner, models, outer
 from metaft.algorithms import ALGORITHMS, Algorithm
+from metaft.algorithms.cavia import MAP
+from metaft.algorithms.maml_plus_plus import LATER
+from metaft.algorithms.meta_curvature import MODES
 from metaft.algorithms.meta_sgd import RATE
 from metaft.errors import MetaftError
 from metaft.models import Model
@@ -93,6 +98,11 @@ def means_of(params: Params, task: Episode) -> Tensor:
 def from_prototypes(params: Params, task: Episode) -> Params:
     c = means_of(params, task)
     return {**params, "head.weight": 2 * c, "head.bias": -(c**2).sum(1)}
+
+
+def from_one_row(params: Params, task: Episode) -> Params:
+    ways = task.class_ids.shape[-1]
+    return {k: p.repeat(ways, *[1] * (p.dim() - 1)) if k.startswith("head.") else p for k, p in params.items()}
 
 
 # ---- ANIL and BOIL ------------------------------------------------------------------------------------------------
@@ -203,6 +213,201 @@ def test_meta_sgds_rates_have_names_that_no_parameter_has() -> None:
         layer.add_module("weight", nn.ParameterDict())
 
 
+# ---- MAML++ -------------------------------------------------------------------------------------------------------
+
+OFF: dict[str, Any] = {"multi_step": 0, "order_annealing": 0, "learned_rates": False, "step_norm": False}
+
+
+@ONE_STEP_OR_THREE
+@every_order
+@every_norm
+@pytest.mark.parametrize("adapt_norm", [True, False])
+def test_maml_plus_plus_with_every_switch_off_is_maml(
+    adapt_norm: bool, norm: Norm, first_order: bool, steps: int
+) -> None:
+    model, data = scenarios.model(), scenarios.episodes()
+    hyper: dict[str, Any] = {"inner_lr": 0.3, "inner_steps": steps, "first_order": first_order}
+    hyper |= {"adapt_norm": adapt_norm, "norm": norm}
+    member, maml = algorithms.maml_plus_plus(model, **hyper, **OFF), algorithms.maml(model, **hyper)
+    found, expected = gradient(member, data), gradient(maml, data)
+    assert found.keys() == expected.keys()
+    assert scenarios.relative_error(found, expected) < 1e-14
+    task = scenarios.one(data)
+    assert scenarios.relative_error(adapted(member, task, 5).params, adapted(maml, task, 5).params) == 0
+
+
+@pytest.mark.parametrize("on", [None, "learned_rates", "step_norm", "step_statistics", "multi_step", "order_annealing"])
+def test_each_switch_of_maml_plus_plus_alone(on: str | None) -> None:
+    """What it adds to `meta`, and that at its first values only the weights and the order change MAML's gradient."""
+    model, data = scenarios.model(), scenarios.episodes()
+    values = {**OFF, **({} if on is None else {on: 0.5 if on in ("multi_step", "order_annealing") else True})}
+    member = algorithms.maml_plus_plus(model, inner_lr=0.3, inner_steps=3, **values)
+    found = gradient(member, data)
+    added = {"learned_rates": RATE, "step_norm": LATER}.get(on or "")
+    assert {k.removeprefix(name) for name in model.params for k in found if k.startswith(name)} == {"", added or ""}
+    maml = functools.partial(algorithms.maml, model, inner_lr=0.3, adapt_norm=False)
+    expected = gradient(maml(inner_steps=3, first_order=on == "order_annealing"), data)
+    summed = {k: g + found[k + LATER].sum(0) if k + LATER in found else g for k, g in found.items() if k in expected}
+    if on == "multi_step":
+        each = [gradient(maml(inner_steps=steps), data) for steps in (1, 2, 3)]
+        assert scenarios.relative_error(each[0], each[2]) > 1e-2
+        expected = {k: torch.stack([g[k] for g in each]).mean(0) for k in expected}
+    assert scenarios.relative_error(summed, expected) < 1e-13
+
+
+def test_maml_plus_plus_anneals() -> None:
+    member = algorithms.maml_plus_plus(
+        scenarios.model(), inner_steps=4, multi_step=0.1, order_annealing=0.5, iterations=1000
+    )
+    for step, early in ((0, 1.0), (25, 0.75), (100, 0.0), (999, 0.0)):
+        expected = torch.tensor([early / 4] * 3 + [1 - 0.75 * early], dtype=torch.float64)
+        torch.testing.assert_close(member.schedule(step)["weights"], expected)
+    assert [float(member.schedule(step)["order"]) for step in (0, 499, 500, 999)] == [0, 0, 1, 1]
+
+
+@every_norm
+@pytest.mark.parametrize("engine_name", ["threads", "vmap"])
+def test_annealed_maml_plus_plus_is_first_then_second_order(engine_name: str, norm: Norm) -> None:
+    model, data = scenarios.model(), scenarios.episodes()
+    hyper: dict[str, Any] = {"inner_lr": 0.3, "inner_steps": 3, "norm": norm, "inner_optimizer": "momentum"}
+    member = algorithms.maml_plus_plus(model, **hyper, iterations=10, order_annealing=0.5)
+    meta, state = member.init(0)
+    for step, first_order in ((4, True), (5, False)):
+        static = algorithms.maml_plus_plus(model, **hyper, iterations=10, order_annealing=0, first_order=first_order)
+        with outer.engine(engine_name) as engine:
+            found, expected = (
+                outer.meta_gradient(engine, a, meta, state, data, step=step).grads for a in (member, static)
+            )
+        assert scenarios.relative_error(found, expected) < 1e-13
+
+
+def test_maml_plus_plus_against_plain_autograd() -> None:
+    """All switches on, at rates, scales and shifts that differ from step to step."""
+    model, data, steps = scenarios.model(), scenarios.episodes(tasks=2), 3
+    member = algorithms.maml_plus_plus(model, inner_steps=steps, iterations=100, order_annealing=0.02)
+    g = torch.Generator().manual_seed(4)
+    meta = {k: p + 0.1 * torch.randn(p.shape, generator=g, dtype=p.dtype) for k, p in member.init(0)[0].items()}
+    leaves = {k: v.clone().requires_grad_() for k, v in meta.items()}
+    weights = [0.7 / 3, 0.7 / 3, 0.3 + 0.7 / 3]  # 3 of the 10 steps over which they are annealed
+
+    def norms(step: int) -> Params:
+        return {k: leaves[k] if step == 0 else leaves[k + LATER][step - 1] for k in model.norm}
+
+    total = torch.zeros((), dtype=torch.float64)
+    for i in range(2):
+        task = scenarios.one(data, i)
+        fast = {k: leaves[k] for k in model.params if k not in model.norm}
+        for step in range(steps):
+            loss = F.cross_entropy(scenarios.conv4_reference({**fast, **norms(step)}, task.support_x), task.support_y)
+            grads = torch.autograd.grad(loss, list(fast.values()), create_graph=True)
+            fast = {k: p - leaves[k + RATE][step] * d for (k, p), d in zip(fast.items(), grads, strict=True)}
+            logits = scenarios.conv4_reference({**fast, **norms(step)}, task.query_x)
+            total = total + weights[step] * F.cross_entropy(logits, task.query_y) / 2
+    total.backward()
+    with outer.engine("threads", threads=1) as engine:
+        found = outer.meta_gradient(engine, member, meta, {}, data, step=3).grads
+    expected = {k: v.grad for k, v in leaves.items() if v.grad is not None}
+    assert scenarios.relative_error(found, expected) < 1e-12
+
+
+def test_steps_beyond_the_trained_ones_repeat_the_last() -> None:
+    model, task = scenarios.model(), scenarios.one(scenarios.episodes())
+    short, long = (algorithms.maml_plus_plus(model, inner_steps=k) for k in (2, 5))
+    g = torch.Generator().manual_seed(4)
+    meta = {k: p + 0.1 * torch.randn(p.shape, generator=g, dtype=p.dtype) for k, p in short.init(0)[0].items()}
+    repeated = {
+        k: torch.cat([v, v[-1:].expand(3, *v.shape[1:])]) if k.endswith((RATE, LATER)) else v for k, v in meta.items()
+    }
+    args = (task.support_x, task.support_y, task.key)
+    found, expected = (
+        member.adapt(at, {}, *args, ways=3, steps=5, trajectory=True)
+        for member, at in ((short, meta), (long, repeated))
+    )
+    assert scenarios.relative_error(found.params, expected.params) == 0
+    for norm in NORMS:
+        assert torch.equal(*(short.predict(inner.at_step(f, 5), task.query_x, norm) for f in (found, expected)))
+
+
+@every_norm
+def test_step_statistics_are_running_means_that_inductive_predictions_take(norm: Norm) -> None:
+    model, data = scenarios.model(), scenarios.episodes()
+    member = algorithms.maml_plus_plus(model, inner_steps=2, step_statistics=True, norm=norm)
+    plain = algorithms.maml_plus_plus(model, inner_steps=2, norm=norm)
+    meta, state = member.init(0)
+    with outer.engine("threads", threads=1) as engine:
+        result = outer.meta_gradient(engine, member, meta, state, data)
+    every = [
+        plain.adapt(meta, {}, t.support_x, t.support_y, t.key, ways=3, steps=2, trajectory=True).moments
+        for t in (scenarios.one(data, i) for i in range(4))
+    ]
+    for layer in range(4):
+        for i, (name, first) in enumerate((("mean", 0.0), ("var", 1.0))):
+            expected = 0.9 * first + 0.1 * torch.stack([task[layer][i] for task in every]).mean(0)
+            torch.testing.assert_close(result.state[f"{layer:03d}.{name}"], expected, rtol=0, atol=1e-13)
+    task = scenarios.one(data)
+    args = (task.support_x, task.support_y, task.key)
+    for steps in (0, 2, 4):
+        fast = member.adapt(meta, result.state, *args, ways=3, steps=steps)
+        rows = {k: v[min(steps, 2)] for k, v in result.state.items()}
+        moments = tuple((rows[f"{layer:03d}.mean"], rows[f"{layer:03d}.var"]) for layer in range(4))
+        expected = model.apply(fast.params, task.query_x, moments)
+        torch.testing.assert_close(member.predict(fast, task.query_x, "inductive"), expected, rtol=0, atol=0)
+        own = plain.adapt(meta, {}, *args, ways=3, steps=steps)
+        assert torch.equal(*(a.predict(f, task.query_x, "transductive") for a, f in ((member, fast), (plain, own))))
+    with pytest.raises(MetaftError, match="step_statistics: needs a model of a known input shape"):
+        algorithms.maml_plus_plus(head_only(), step_statistics=True)
+
+
+def test_maml_plus_plus_has_no_step_norm_that_adapts() -> None:
+    with pytest.raises(MetaftError, match="adapt_norm: with step_norm, scales and shifts are learned for each step"):
+        algorithms.maml_plus_plus(scenarios.model(), adapt_norm=True)
+    with pytest.raises(MetaftError, match="multi_step must be a share of the run, 0 to 1, got 100"):
+        algorithms.maml_plus_plus(scenarios.model(), multi_step=100)
+
+
+# ---- Meta-Curvature -----------------------------------------------------------------------------------------------
+
+
+@ONE_STEP_OR_THREE
+@every_order
+@every_norm
+@pytest.mark.parametrize("adapt_norm", [True, False])
+def test_meta_curvature_with_identity_matrices_is_maml(
+    adapt_norm: bool, norm: Norm, first_order: bool, steps: int
+) -> None:
+    model, data = scenarios.model(), scenarios.episodes()
+    hyper: dict[str, Any] = {"inner_lr": 0.3, "inner_steps": steps, "first_order": first_order}
+    hyper |= {"adapt_norm": adapt_norm, "norm": norm}
+    found = gradient(algorithms.meta_curvature(model, **hyper), data)
+    expected = gradient(algorithms.maml(model, **hyper), data)
+    assert scenarios.relative_error({k: found[k] for k in model.params}, expected) < 1e-13
+
+
+def test_meta_curvature_multiplies_the_gradient_along_each_mode() -> None:
+    """Entry by entry, by einsum over the convolution's four axes; and the matrices' own gradient is not 0."""
+    model, task = scenarios.model(), scenarios.one(scenarios.episodes())
+    member = algorithms.meta_curvature(model, inner_lr=0.3)
+    g = torch.Generator().manual_seed(4)
+    meta = {k: p + 0.3 * torch.randn(p.shape, generator=g, dtype=p.dtype) for k, p in member.init(0)[0].items()}
+    start = {k: meta[k] for k in model.params}
+    slope = torch.func.grad(
+        lambda p: F.cross_entropy(scenarios.conv4_reference(p, task.support_x), task.support_y)
+    )(start)  # fmt: skip
+    fast = member.adapt(meta, {}, task.support_x, task.support_y, task.key, ways=3, steps=1).params
+    name = "blocks.3.weight"
+    filters = meta[f"{name}.filter"].view(3, 3, 3, 3)
+    parts = (meta[f"{name}.out"], meta[f"{name}.in"], filters, slope[name])
+    moved = torch.einsum("oa,ib,hwcd,abcd->oihw", *parts)
+    torch.testing.assert_close(fast[name], start[name] - 0.3 * moved, rtol=0, atol=1e-13)
+    head = slope["head.weight"] @ meta["head.weight.in"].T
+    torch.testing.assert_close(fast["head.weight"], start["head.weight"] - 0.3 * head, rtol=0, atol=1e-13)
+    bias = meta["blocks.4.bias.out"] @ slope["blocks.4.bias"]
+    torch.testing.assert_close(fast["blocks.4.bias"], start["blocks.4.bias"] - 0.3 * bias, rtol=0, atol=1e-13)
+    for name in ("head.bias", "head.weight"):
+        assert f"{name}.out" not in meta, "classes have no order that a matrix could learn"
+    torch.testing.assert_close(fast["head.bias"], start["head.bias"] - 0.3 * slope["head.bias"], rtol=0, atol=1e-13)
+
+
 # ---- Proto-MAML ---------------------------------------------------------------------------------------------------
 
 
@@ -241,8 +446,9 @@ def test_proto_maml_that_takes_no_steps_is_protonet(change: dict[str, Any], norm
 
 
 @every_norm
-def test_proto_maml_is_equivariant_to_a_permutation_of_labels(norm: Norm) -> None:
-    member = algorithms.proto_maml(scenarios.model(), norm=norm)
+@pytest.mark.parametrize("name", ["proto-maml", "unicorn-maml"])
+def test_members_without_rows_of_their_own_are_equivariant_to_a_permutation_of_labels(name: str, norm: Norm) -> None:
+    member = ALGORITHMS[name](scenarios.model(), norm=norm)
     task = scenarios.one(scenarios.episodes())
     order = torch.tensor([2, 0, 1])  # new label of class n
     plain = member.predict(adapted(member, task, 3), task.query_x, norm)
@@ -252,16 +458,16 @@ def test_proto_maml_is_equivariant_to_a_permutation_of_labels(norm: Norm) -> Non
 
 
 @pytest.mark.parametrize("ways", [2, 7])
-def test_proto_maml_learns_and_tests_at_any_ways(ways: int) -> None:
+@pytest.mark.parametrize(("name", "start"), [("proto-maml", from_prototypes), ("unicorn-maml", from_one_row)])
+def test_members_without_rows_of_their_own_learn_and_test_at_any_ways(name: str, start: Any, ways: int) -> None:
     model = scenarios.model(ways=3)
     data = scenarios.episodes(ways=ways)
-    member = algorithms.proto_maml(model, inner_lr=0.1, inner_steps=2)
+    member = ALGORITHMS[name](model, inner_lr=0.1, inner_steps=2)
     assert member.any_ways
     task = scenarios.one(data)
     assert member.predict(adapted(member, task, 5), task.query_x, "inductive").shape == (3 * ways, ways)
-    body = {k: p for k, p in model.params.items() if k not in model.head}
     expected = descent_reference(
-        scenarios.conv4_reference, from_prototypes, body, data,
+        scenarios.conv4_reference, start, member.init(0)[0], data,
         names=set(model.params), lr=0.1, steps=2, first_order=False,
     )  # fmt: skip
     assert scenarios.relative_error(gradient(member, data), expected) < 1e-12
@@ -273,21 +479,157 @@ def test_proto_maml_needs_a_bias() -> None:
         algorithms.proto_maml(models.functional(module))
 
 
+# ---- UNICORN-MAML -------------------------------------------------------------------------------------------------
+
+
+@every_order
+@pytest.mark.parametrize("loss", ["cross_entropy", "mse"])
+def test_unicorns_row_has_the_sum_of_mamls_gradients_at_equal_rows(loss: Any, first_order: bool) -> None:
+    """Cross-entropy does not see what all rows have in common, so that its sums are 0; squared errors do."""
+    model, data = scenarios.model(), scenarios.episodes()
+    if loss == "mse":
+        ones = torch.eye(3, dtype=torch.float64)
+        data = data._replace(support_y=ones[data.support_y], query_y=ones[data.query_y])
+    hyper: dict[str, Any] = {"inner_lr": 0.1, "inner_steps": 3, "first_order": first_order, "loss": loss}
+    unicorn = algorithms.unicorn_maml(model, **hyper)
+    row, _ = unicorn.init(0)
+    rows = gradient(algorithms.maml(model, **hyper), data, from_one_row(row, scenarios.one(data)))
+    found = gradient(unicorn, data)
+    expected = {k: g.sum(0, keepdim=True) if k in model.head else g for k, g in rows.items()}
+    assert scenarios.relative_error(found, expected) < 1e-13
+    sizes = {k: (float(rows[k].abs().max()), float(found[k].abs().max())) for k in model.head}
+    assert all(each > 1e-3 and (total > 1e-3) == (loss == "mse") for each, total in sizes.values())
+    assert all(total < 1e-14 for _, total in sizes.values()) == (loss == "cross_entropy")
+
+
+def test_unicorns_first_step_moves_the_head_alone() -> None:
+    model = scenarios.model()
+    member = algorithms.unicorn_maml(model)
+    task = scenarios.one(scenarios.episodes())
+    start, first, second = (adapted(member, task, n).params for n in range(3))
+    steps = [{k for k in p if float((q[k] - p[k]).abs().max()) > 1e-9} for p, q in ((start, first), (first, second))]
+    assert steps[0] == {"head.weight"}, "nor do the biases, since all classes have as many images"
+    assert steps[1] == set(model.params)
+
+
+# ---- CAVIA --------------------------------------------------------------------------------------------------------
+
+
+def contextual_mlp(params: Params, x: Tensor) -> Tensor:
+    """The context beside the input, as the paper has it, from the definition."""
+    x = torch.cat([x.flatten(1), params["context"].expand(len(x), -1)], 1)
+    first = torch.cat([params["hidden.0.weight"], params["hidden.0.bias" + MAP]], 1)
+    h = F.relu(F.linear(x, first, params["hidden.0.bias"]))
+    h = F.relu(F.linear(h, params["hidden.2.weight"], params["hidden.2.bias"]))
+    return F.linear(h, params["head.weight"], params["head.bias"])
+
+
+def contextual_conv4(params: Params, x: Tensor) -> Tensor:
+    """FiLM behind the third normalisation, from the definition."""
+    for i in range(0, 12, 3):
+        x = F.conv2d(x, params[f"blocks.{i}.weight"], stride=2, padding=1)
+        x = F.batch_norm(x, None, None, params[f"blocks.{i + 1}.weight"], params[f"blocks.{i + 1}.bias"], training=True)
+        if i == 6:
+            gamma, beta = (params[f"blocks.7.{kind}{MAP}"] @ params["context"] for kind in ("weight", "bias"))
+            x = (1 + gamma[:, None, None]) * x + beta[:, None, None]
+        x = F.relu(x)
+    return F.linear(x.mean((2, 3)), params["head.weight"], params["head.bias"])
+
+
+@ONE_STEP_OR_THREE
+@every_order
+@pytest.mark.parametrize(("name", "logits"), [("mlp", contextual_mlp), ("conv4", contextual_conv4)])
+def test_cavia_against_plain_autograd(name: str, logits: Any, first_order: bool, steps: int) -> None:
+    data = scenarios.episodes()
+    member = algorithms.cavia(
+        scenarios.model(name), inner_lr=0.8, inner_steps=steps, first_order=first_order, context=3
+    )
+    expected = descent_reference(
+        logits, lambda p, task: {**p, "context": torch.zeros(3, dtype=torch.float64)}, member.init(0)[0], data,
+        names={"context"}, lr=0.8, steps=steps, first_order=first_order,
+    )  # fmt: skip
+    assert scenarios.relative_error(gradient(member, data), expected) < 1e-12
+
+
+def test_cavias_fast_weights_are_a_plain_models() -> None:
+    model, task = scenarios.model(), scenarios.one(scenarios.episodes())
+    member = algorithms.cavia(model, context=3)
+    fast = adapted(member, task, 2)
+    assert fast.params.keys() == model.params.keys()
+    assert moved(member, model.params) == {"blocks.7.weight", "blocks.7.bias"}
+    torch.testing.assert_close(
+        member.predict(fast, task.query_x, "transductive"), scenarios.conv4_reference(fast.params, task.query_x)
+    )
+
+
+def test_cavias_maps_are_drawn_from_the_key() -> None:
+    model = scenarios.model("mlp", width=16)
+    member = algorithms.cavia(model)
+    maps = [member.init(key)[0]["hidden.0.bias" + MAP] for key in (0, 0, 1)]
+    assert torch.equal(maps[0], maps[1])
+    assert not torch.equal(maps[0], maps[2])
+    bound = (6 / 116) ** 0.5
+    assert 0.9 * bound < float(maps[0].abs().max()) < bound
+
+
+def test_cavia_of_a_module_of_ones_own_needs_the_layers_name() -> None:
+    module = nn.Sequential(nn.Flatten(), nn.Linear(256, 4), nn.ReLU(), nn.Linear(4, 3)).double()
+    model = models.functional(models.initialise(module, 3))
+    with pytest.raises(MetaftError, match=r"takes cavia's context into a module of your own, of \['1', '3'\]"):
+        algorithms.cavia(model)
+    assert moved(algorithms.cavia(model, layer="1"), model.params) == {"1.bias"}
+
+
 # ---- all of them --------------------------------------------------------------------------------------------------
 
 
+def has_steps(name: str) -> bool:
+    return "inner_steps" in algorithms.hyper_parameters(name)
+
+
 @pytest.mark.parametrize("change", [{"inner_lr": 0.0, "inner_steps": 3}, {"inner_steps": 0}], ids=["rate", "steps"])
-@pytest.mark.parametrize("name", sorted(k for k in ALGORITHMS if "inner_steps" in algorithms.hyper_parameters(k)))
+@pytest.mark.parametrize("name", sorted(k for k in ALGORITHMS if k not in ("reptile", "imaml") and has_steps(k)))
 def test_without_an_inner_loop_the_meta_gradient_is_the_query_gradient(name: str, change: dict[str, Any]) -> None:
     """At the weights that the inner loop would begin at, and in what they depend on."""
     model, data = scenarios.model(), scenarios.episodes()
-    member = ALGORITHMS[name](model, **change)
+    # MAML++ would spread the gradient of scales and shifts over its steps
+    member = ALGORITHMS[name](model, **change, **({"step_norm": False} if name == "maml++" else {}))
     found = gradient(member, data)
     learned = {k: p for k, p in member.init(0)[0].items() if k in model.params}
+    starts = {"proto-maml": from_prototypes, "unicorn-maml": from_one_row}
     expected = descent_reference(
-        scenarios.conv4_reference, from_prototypes if name == "proto-maml" else lambda p, task: p, learned, data,
+        scenarios.conv4_reference, starts.get(name, lambda p, task: p), learned, data,
         names=set(), lr=0.0, steps=0, first_order=False,
     )  # fmt: skip
-    assert scenarios.relative_error({k: found[k] for k in learned}, expected) < 1e-12
-    rates = [float(g.abs().max()) for k, g in found.items() if k not in learned]
-    assert all((g > 0) == (change["inner_steps"] > 0) for g in rates)
+    for k in learned:  # not relative: where all rows are equal, it is 0
+        torch.testing.assert_close(found[k], expected[k], rtol=0, atol=1e-13)
+    for k, g in found.items():
+        if k.endswith(RATE):
+            assert (float(g.abs().max()) > 0) == (change["inner_steps"] > 0)
+        elif k not in learned:  # of a context that stays at 0, or a matrix that nothing is multiplied by
+            assert k.endswith((MAP, *MODES)) and not g.any()
+
+
+# CAVIA's context is multiplied by learned maps, so that its gradient is no constant, however linear the loss.
+LINEAR = sorted({k for k in ALGORITHMS if "first_order" in algorithms.hyper_parameters(k)} - {"cavia"})
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "nesterov", "adam"])
+@pytest.mark.parametrize("name", LINEAR)
+def test_first_order_is_second_order_where_the_support_loss_is_linear(name: str, optimizer: str) -> None:
+    model, data = scenarios.model(), scenarios.episodes()
+    g = torch.Generator().manual_seed(6)
+    slopes = {k: torch.randn(p.shape, generator=g, dtype=p.dtype) for k, p in model.params.items()}
+
+    def linear(params: Params, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        terms = [(x.mean() * slope * params[k]).sum() for k, slope in slopes.items()]
+        return torch.stack(terms).sum(), model.apply(params, x, None).detach()
+
+    # Inductive queries are judged by what the model predicts, not by its `loss`.
+    hyper: dict[str, Any] = {"inner_lr": 0.05, "inner_steps": 3, "norm": "inductive", "inner_optimizer": optimizer}
+    of_linear = dataclasses.replace(model, loss=linear)
+    first, second = (gradient(ALGORITHMS[name](of_linear, **hyper, first_order=order), data) for order in (True, False))
+    assert scenarios.relative_error(first, second) < 1e-14
+    first, second = (gradient(ALGORITHMS[name](model, **hyper, first_order=order), data) for order in (True, False))
+    if name != "maml++":  # which is first-order at step 0
+        assert scenarios.relative_error(first, second) > 1e-3

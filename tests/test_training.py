@@ -25,7 +25,8 @@ from metaft.meta_train import resume_run, run
 from metaft.outer import MetaGradient
 from metaft.run import RunFolder, read_rows
 from metaft.tasks.pool import ClassEpisodes
-from metaft.training import Outer, Position, Snapshot, load_snapshot, outer_lr, save_snapshot
+from metaft.training import Position, Snapshot, load_snapshot, save_snapshot
+from metaft.update import Outer, outer_lr
 
 
 @pytest.fixture(autouse=True)

@@ -42,6 +42,6 @@ def make(workload: Workload, params: Params, tasks: Tasks, options: Options) -> 
 
     def step() -> Params:
         grads = metaft.meta_gradient(engine, member, meta, state, data).grads
-        return {k: grads.get(k, zero) for k, zero in unlearned.items()}
+        return {k: grads[k] if k in grads and grads[k].shape == z.shape else z for k, z in unlearned.items()}
 
     return System(step, in_flight(engine, tasks), stack.close)

@@ -14,7 +14,9 @@ from metaft.algorithms.boil import boil
 from metaft.algorithms.cavia import cavia
 from metaft.algorithms.imaml import imaml
 from metaft.algorithms.maml import fomaml, maml
+from metaft.algorithms.maml_plus_plus import maml_plus_plus
 from metaft.algorithms.matching_net import matching_net
+from metaft.algorithms.meta_curvature import meta_curvature
 from metaft.algorithms.meta_sgd import meta_sgd
 from metaft.algorithms.proto_maml import proto_maml
 from metaft.algorithms.protonet import protonet
@@ -38,6 +40,8 @@ __all__ = [
     "hyper_parameters",
     "imaml",
     "maml",
+    "maml_plus_plus",
+    "meta_curvature",
     "matching_net",
     "meta_sgd",
     "parse_hyper",
@@ -54,6 +58,8 @@ ALGORITHMS: dict[str, Callable[..., Algorithm]] = {
     "anil": anil,
     "boil": boil,
     "meta-sgd": meta_sgd,
+    "maml++": maml_plus_plus,
+    "meta-curvature": meta_curvature,
     "reptile": reptile,
     "imaml": imaml,
     "cavia": cavia,
@@ -79,7 +85,10 @@ def hyper_parameters(name: str) -> dict[str, object]:
     return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in fixed}
 
 
-COMMON = frozenset({"loss", "norm", "inner_lr", "inner_steps", "inner_optimizer", "adapt_norm"})
+OPTIONS = ("inner_lr", "inner_steps", "inner_optimizer", "inner_augment", "adapt_norm", "iterations")
+"""Hyper-parameters that a config has by the same name."""
+
+COMMON = frozenset({"loss", "norm", *OPTIONS})
 """Hyper-parameters that have an option of their own on the command line."""
 
 

@@ -16,6 +16,7 @@ def anil(
     inner_lr: float = 0.4,
     inner_steps: int = 1,
     inner_optimizer: str | InnerOptimizer = "sgd",
+    inner_augment: str = "none",
     first_order: bool = False,
     norm: Norm = "transductive",
 ) -> Algorithm:
@@ -36,6 +37,7 @@ def anil(
         inner_lr=inner_lr,
         inner_steps=inner_steps,
         inner_optimizer=inner_optimizer,
+        inner_augment=inner_augment,
         first_order=first_order,
         norm=norm,
         adapted=model.head,

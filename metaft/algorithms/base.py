@@ -74,6 +74,8 @@ class Algorithm:
     schedule: Callable[[int], Params] = lambda step: {}
     """Step -> knobs: tensors for what changes during training."""
     data: Literal["episodes", "batches"] = "episodes"
+    static: bool = True
+    """Whether the same operations on the same shapes are done whatever the data, so that a GPU may replay them."""
     any_ways: bool = False
     """Whether a task at test may have another number of classes than in training."""
     adapts_head: bool = True

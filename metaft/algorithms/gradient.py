@@ -7,11 +7,13 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from metaft import inner, inner_optim
+from metaft import inner_augment as inner_augments
 from metaft.algorithms.base import Algorithm, moments_for
 from metaft.algorithms.query import query_loss
 from metaft.errors import MetaftError
 from metaft.inner_optim import InnerOptimizer
 from metaft.models import Model
+from metaft.models.dropout import use_dropout
 from metaft.types import Fast, Loss, Norm, Params
 
 
@@ -23,12 +25,14 @@ def by_gradient(
     inner_lr: float,
     inner_steps: int,
     inner_optimizer: str | InnerOptimizer = "sgd",
+    inner_augment: str = "none",
     first_order: bool,
     norm: Norm,
     adapted: Sequence[str],
     learned: Params | None = None,
     begin: Callable[[Params, Tensor, Tensor, int], Params] | None = None,
     rates: Callable[[Params], inner.Rates] | None = None,
+    at: Callable[[Params, int], Params] | None = None,
     weights: Callable[[Params], Params] = lambda params: params,
     penalty: Callable[[Params, Params], Tensor] | None = None,
     any_ways: bool = False,
@@ -39,16 +43,20 @@ def by_gradient(
     have of its own: `learned`, the first `meta`, where that is not the model's parameters; `begin(meta, support_x,
     support_y, ways)`, the weights before the first step, through which the meta-gradient runs; `rates(meta)` in the
     place of `inner_lr`, what each direction of `inner_optimizer` is multiplied by (see `metaft.inner.Rates`);
+    `at(meta, step)`, parameters that do not move but are others in inner step 0, 1, ... and in predictions after it;
     `weights(params)`, the model's parameters, where what the inner loop works on are others; and `penalty(meta,
     params)`, what it minimises besides the support loss.
 
-    Raises MetaftError for an inner_lr or inner_steps below 0, or an unknown optimiser.
+    Dropout acts in the support loss of each step, and `inner_augment` on its images, in training and at test; masks and
+    shifts follow from the task's key and the step. Prototypes, moments and predictions see neither.
+
+    Raises MetaftError for an inner_lr or inner_steps below 0, or an unknown optimiser or augmentation.
     """
     if not inner_lr >= 0:
         raise MetaftError(f"inner_lr must be at least 0, got {inner_lr}")
     if inner_steps < 0:
         raise MetaftError(f"inner_steps must be at least 0, got {inner_steps}")
-    optimizer = inner_optim.make(inner_optimizer)
+    optimizer, augment = inner_optim.make(inner_optimizer), inner_augments.named(inner_augment)
     first = model.params if learned is None else learned
 
     def init(key: int) -> tuple[Params, Params]:
@@ -66,8 +74,14 @@ def by_gradient(
         trajectory: bool = False,
         moments: bool = True,
     ) -> Fast:
+        def at_step(params: Params, step: int) -> Params:
+            return params if at is None else {**params, **at(meta, step)}
+
         def support_loss(params: Params, step: int) -> Tensor:
-            value, _ = model.loss(weights(params), support_x, support_y, loss, curvature=not first_order)
+            x = augment(support_x, key, step)
+            with use_dropout(key, step):
+                at_weights = weights(at_step(params, step))
+                value, _ = model.loss(at_weights, x, support_y, loss, curvature=not first_order)
             return value if penalty is None else value + penalty(meta, params)
 
         def finish(params: Params) -> Fast:
@@ -79,7 +93,7 @@ def by_gradient(
         states = inner.descend(
             support_loss, start, steps=steps, lr=lr, first_order=first_order, adapt=adapted, optimizer=optimizer
         )
-        return inner.collect(states, finish, trajectory)
+        return inner.collect((at_step(p, max(s - 1, 0)) for s, p in enumerate(states)), finish, trajectory)
 
     def predict(fast: Fast, x: Tensor, norm: Norm) -> Tensor:
         return model.apply(fast.params, x, moments_for(norm, fast))

@@ -46,17 +46,21 @@ def imaml(
 
     Where I + H / strength is not positive definite there is no such minimum. Conjugate gradients then stop before the
     first direction along which they see that (at the query gradient, if it is the first), the metric
-    "negative_curvature" is the share of such tasks, and `meta_gradient` warns. A larger `strength` mends it.
+    "negative_curvature" of `meta_gradient` is the share of such tasks, and it warns. (Where they meet none in
+    `cg_steps`, there may be one all the same.) A larger `strength` mends it, with an `inner_lr` of about
+    1 / (strength + L), L the largest curvature of the support loss: descent at a larger rate overshoots the penalty.
 
     Not the paper's: no line search and no Hessian-free inner solver (its better row on Omniglot), no damping of the
     conjugate gradients (its code adds some), `strength` is not learned, the meta-gradient's mean over the meta-batch,
     and `norm="inductive"`, in which the query gradient runs through the support set's moments at fast too.
 
-    Raises MetaftError for an inner_lr or inner_steps below 0, an unknown optimiser, a strength not above 0, or cg_steps
-    below 1.
+    Raises MetaftError for an inner_lr or inner_steps below 0, an unknown optimiser, a strength not above 0, cg_steps
+    below 1, or a model with dropout, which would make each step one of another problem.
     """
     if not strength > 0:
         raise MetaftError(f"strength must be above 0, got {strength}")
+    if model.drops:
+        raise MetaftError("dropout: imaml takes a model without it, since all its steps must go down the same loss")
     if cg_steps < 1:
         raise MetaftError(f"cg_steps must be at least 1, got {cg_steps}")
 
@@ -100,14 +104,16 @@ def imaml(
         task_grad=task_grad,
         cautions={
             CURVATURE: "imaml: I + H / strength is not positive definite in some tasks, whose meta-gradient is then "
-            f"cut short; a strength above {strength:g} (--hyper strength=...) makes it so"
+            f"cut short; a strength above {strength:g} (--hyper strength=...) makes it so, with an --inner-lr of about "
+            "1 / strength at most"
         },
     )
 
 
 def conjugate_gradients(matrix: Callable[[Params], Params], b: Params, steps: int) -> tuple[Params, Tensor]:
-    """(x, 1 where a direction of negative curvature was met or else 0): x solves matrix(x) = b, up to `steps` steps.
+    """(x, 1 where a direction was met along which `matrix` is not positive, else 0).
 
+    x solves matrix(x) = b, up to `steps` steps.
     `matrix` is symmetric. From x = 0; it stops before a direction along which the matrix is not positive, at x = b if
     that is the first one. No tensor decides about the way of the computation, so that many tasks can share it.
     """
@@ -118,7 +124,7 @@ def conjugate_gradients(matrix: Callable[[Params], Params], b: Params, steps: in
     for step in range(steps):
         ap = matrix(p)
         along = _dot(p, ap)
-        negative = torch.where((going > 0) & (along < 0), torch.ones_like(rr), negative)
+        negative = torch.where((going > 0) & (along <= 0) & (rr > 0), torch.ones_like(rr), negative)
         going = torch.where(along > 0, going, torch.zeros_like(rr))  # not above 0 either where nothing is left to solve
         alpha = torch.where(going > 0, rr / torch.where(along > 0, along, torch.ones_like(rr)), 1.0 - min(step, 1))
         x = {k: x[k] + alpha * p[k] for k in x}

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from metaft import inner_augment as inner_augments
 from metaft import inner_optim
 from metaft.algorithms.base import Algorithm, TaskGrad, moments_for
 from metaft.errors import MetaftError
@@ -15,6 +16,7 @@ from metaft.inner_optim import InnerOptimizer
 from metaft.keyed import minibatches
 from metaft.metrics import FIGURES, figure
 from metaft.models import Model
+from metaft.models.dropout import use_dropout
 from metaft.types import Episode, Fast, Loss, Norm, Params
 
 COUNT = "steps"
@@ -28,6 +30,7 @@ def reptile(
     inner_lr: float = 1e-3,
     inner_steps: int = 5,
     inner_optimizer: str | InnerOptimizer = "adam:beta1=0",
+    inner_augment: str = "none",
     norm: Norm = "transductive",
     batch_size: int = 10,
     keep_moments: bool = False,
@@ -57,7 +60,7 @@ def reptile(
         raise MetaftError(f"inner_steps must be at least 1, got {inner_steps}")
     if batch_size < 1:
         raise MetaftError(f"batch_size must be at least 1, got {batch_size}")
-    optimizer = inner_optim.make(inner_optimizer)
+    optimizer, augment = inner_optim.make(inner_optimizer), inner_augments.named(inner_augment)
 
     def init(key: int) -> tuple[Params, Params]:
         meta = {k: p.clone() for k, p in model.params.items()}
@@ -72,10 +75,11 @@ def reptile(
         moments = {k: v for k, v in state.items() if k != COUNT} if keep_moments else optimizer.init(meta)
         yield params, moments, {}
         for step, rows in enumerate(minibatches(key, len(y), min(batch_size, len(y)), steps)):
-            xs, ys = x.index_select(0, rows), y.index_select(0, rows)
+            xs, ys = augment(x.index_select(0, rows), key, step), y.index_select(0, rows)
 
-            def batch_loss(at: Params, xs: Tensor = xs, ys: Tensor = ys) -> tuple[Tensor, Tensor]:
-                return model.loss(at, xs, ys, loss)
+            def batch_loss(at: Params, xs: Tensor = xs, ys: Tensor = ys, step: int = step) -> tuple[Tensor, Tensor]:
+                with use_dropout(key, step):
+                    return model.loss(at, xs, ys, loss)
 
             value, prediction, grads = value_and_grad(batch_loss, params, create_graph=False)
             directions, moments = optimizer.update(grads, moments, seen + step)

@@ -52,10 +52,10 @@ class Start:
 
     @property
     def head_rows(self) -> int | None:
-        """Classes of the head that the run learned, or None where it learned none."""
+        """Classes of the head that the run learned; None where it learned none, or one row that all classes share."""
         _, head = build(self.architecture, 0, module=self.module)
         weight = (self.meta or {}).get(f"{head}.weight")
-        return None if weight is None else len(weight)
+        return None if weight is None or len(weight) == 1 else len(weight)
 
 
 def from_run(path: Path, module: nn.Module | None = None) -> Start:

@@ -10,6 +10,7 @@ from torch import nn
 
 from metaft.errors import MetaftError, suggest
 from metaft.models.conv4 import Conv4
+from metaft.models.dropout import EpisodeDropout, use_dropout
 from metaft.models.functional import Model, check_repeats, functional
 from metaft.models.mlp import MLP
 from metaft.models.norm import EpisodeNorm, episode_norms
@@ -18,6 +19,7 @@ __all__ = [
     "MLP",
     "MODELS",
     "Conv4",
+    "EpisodeDropout",
     "EpisodeNorm",
     "Model",
     "build",
@@ -26,12 +28,13 @@ __all__ = [
     "functional",
     "initialise",
     "skeleton",
+    "use_dropout",
 ]
 
-MODELS: dict[str, Callable[[int, tuple[int, ...], int], nn.Module]] = {
-    "conv4": lambda ways, shape, width: Conv4(ways, shape, width, "stride"),
-    "conv4-pool": lambda ways, shape, width: Conv4(ways, shape, width, "pool"),
-    "mlp": lambda ways, shape, width: MLP(ways, shape, width),
+MODELS: dict[str, Callable[[int, tuple[int, ...], int, float], nn.Module]] = {
+    "conv4": lambda ways, shape, width, dropout: Conv4(ways, shape, width, "stride", dropout),
+    "conv4-pool": lambda ways, shape, width, dropout: Conv4(ways, shape, width, "pool", dropout),
+    "mlp": lambda ways, shape, width, dropout: MLP(ways, shape, width, dropout=dropout),
 }
 
 
@@ -42,12 +45,14 @@ def build(
     shape: tuple[int, ...],
     width: int,
     seed: int,
+    dropout: float = 0.0,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Model:
     """A named architecture with parameters drawn from `seed` (on the CPU, so that every device starts alike).
 
-    Raises MetaftError for an unknown name or an input shape that the architecture cannot take.
+    `dropout` is that of the features before the head, in inner steps. Raises MetaftError for an unknown name, or an
+    input shape, width or dropout that the architecture cannot take.
     """
     if name not in MODELS:
         raise MetaftError(f"model: no {name!r}, known are {sorted(MODELS)}{suggest(name, MODELS)}")
@@ -55,7 +60,9 @@ def build(
         raise MetaftError(f"model: {name!r} takes images [C, H, W], but the data set's inputs are {list(shape)}")
     if width < 1:
         raise MetaftError(f"width must be at least 1, got {width}")
-    architecture = {"name": name, "ways": ways, "shape": list(shape), "width": width}
+    architecture: dict[str, object] = {"name": name, "ways": ways, "shape": list(shape), "width": width}
+    if dropout:
+        architecture["dropout"] = dropout
     module = initialise(skeleton(architecture).to(dtype), seed).to(device)
     return functional(module, architecture=architecture)
 
@@ -64,7 +71,7 @@ def skeleton(architecture: Mapping[str, Any]) -> nn.Module:
     """The module that a named architecture describes (see `Model.architecture`), its parameters not yet filled in."""
     a = architecture
     with torch.device("meta"):  # constructors would draw from the global generator
-        module = MODELS[a["name"]](a["ways"], tuple(a["shape"]), a["width"])
+        module = MODELS[a["name"]](a["ways"], tuple(a["shape"]), a["width"], a.get("dropout", 0.0))
     return module.to_empty(device="cpu")
 
 

@@ -7,6 +7,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from metaft.errors import MetaftError
+from metaft.models.dropout import EpisodeDropout
 from metaft.models.fused import conv4_loss
 from metaft.models.norm import EpisodeNorm
 from metaft.types import Params
@@ -17,7 +18,8 @@ class Conv4(nn.Module):
 
     `form="stride"` halves the map by stride 2 and averages the last one (MAML on Omniglot, Finn et al. 2017, 5.2);
     `form="pool"` halves it by max-pooling and flattens (Vinyals et al. 2016; MAML on mini-ImageNet).
-    The convolutions have no bias, since the normalisation behind each one cancels it.
+    The convolutions have no bias, since the normalisation behind each one cancels it. `dropout` is that of the
+    features before the head, in inner steps (see `EpisodeDropout`).
     """
 
     def __init__(
@@ -26,6 +28,7 @@ class Conv4(nn.Module):
         shape: tuple[int, ...],
         width: int = 64,
         form: Literal["stride", "pool"] = "stride",
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         channels, height, side = shape
@@ -45,11 +48,12 @@ class Conv4(nn.Module):
                 blocks.append(nn.MaxPool2d(2))
         self.blocks = nn.Sequential(*blocks)
         self.average = form == "stride"
+        self.dropout = EpisodeDropout(dropout)
         self.head = nn.Linear(width if self.average else width * (height // 16) * (side // 16), ways)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.blocks(x)
-        return self.head(x.mean((2, 3)) if self.average else x.flatten(1))
+        return self.head(self.dropout(x.mean((2, 3)) if self.average else x.flatten(1)))
 
     def cross_entropy(self, params: Params, x: Tensor, y: Tensor, *, curvature: bool) -> tuple[Tensor, Tensor]:
         """Loss and logits of `forward` with these parameters and each batch's own moments, as one operation that is

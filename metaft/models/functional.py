@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from metaft.errors import MetaftError
 from metaft.metrics import LOSSES
 from metaft.models.conv4 import Conv4
+from metaft.models.dropout import drops, episode_dropout
 from metaft.models.norm import EpisodeNorm, episode_norms, measure_moments, use_moments
 from metaft.types import Loss, Moments, Params
 
@@ -66,6 +67,8 @@ class Model:
     """Names of the normalisation layers' parameters."""
     outputs: int
     convolutional: bool
+    drops: bool
+    """Whether a layer drops entries in inner steps."""
     architecture: Mapping[str, object]
     """Plain data from which `metaft.models.build` makes the same model again."""
 
@@ -76,15 +79,16 @@ def functional(
     """Turn a module into a `Model`. The module itself is neither changed nor kept.
 
     `head` names the final linear layer; by default it is the last `nn.Linear`. Batch normalisation layers become
-    `EpisodeNorm`. Parameters keep the module's device and dtype; buffers travel along as constants.
+    `EpisodeNorm`, dropout layers `EpisodeDropout`. Parameters keep the module's device and dtype; buffers travel along
+    as constants.
 
-    Raises MetaftError for a module without a linear head, with active dropout or lazy parameters, or with running
-    statistics that cannot be converted.
+    Raises MetaftError for a module without a linear head, with lazy parameters, or with dropout or running statistics
+    that cannot be converted.
     """
     module, head = prepared(module, head)
     whole = _pure(module)
     # Not on a GPU, where many small calls are what costs.
-    fused = module if type(module) is Conv4 and head == "head" else None
+    fused = module if type(module) is Conv4 and head == "head" and not drops(module) else None
     bare = _pure(body_of(module, head))
 
     def apply(params: Params, x: Tensor, moments: Moments | None = None) -> Tensor:
@@ -115,18 +119,19 @@ def functional(
         head=tuple(n for n in names if n.startswith(f"{head}.")),
         norm=tuple(n for n in names if n.rpartition(".")[0] in norms),
         outputs=linear(module, head).out_features,
+        drops=drops(module),
         convolutional=any(isinstance(part, nn.modules.conv._ConvNd) for part in module.modules()),
         architecture=architecture or {"name": "custom", "class": type(module).__qualname__},
     )
 
 
 def prepared(module: nn.Module, head: str | None = None) -> tuple[nn.Module, str]:
-    """A copy of a module as tasks can share it, with EpisodeNorm layers, and the name of its head.
+    """A copy of a module as tasks can share it, with EpisodeNorm and EpisodeDropout layers, and the name of its head.
 
     Raises MetaftError as `functional` does.
     """
-    module = episode_norms(copy.deepcopy(module))
-    _refuse_what_tasks_cannot_share(module)
+    module = episode_dropout(episode_norms(copy.deepcopy(module)))
+    _refuse_lazy_parameters(module)
     head = head if head is not None else _last_linear(module)
     linear(module, head)
     return module, head
@@ -169,19 +174,7 @@ def _pure(module: nn.Module) -> Callable[[Params, Tensor, Moments | None], Tenso
     return call
 
 
-def _refuse_what_tasks_cannot_share(module: nn.Module) -> None:
-    for path, part in module.named_modules():
-        if isinstance(part, nn.modules.dropout._DropoutNd) and part.p > 0:
-            raise MetaftError(
-                f"layer {path!r} ({type(part).__name__}, p={part.p}) draws from the global random generator, which is "
-                "not reproducible over tasks; set its p to 0"
-            )
-        inner = part.dropout if isinstance(part, (nn.MultiheadAttention, nn.RNNBase)) else 0
-        if inner:
-            raise MetaftError(
-                f"layer {path!r} ({type(part).__name__}, dropout={inner}) draws from the global random generator, "
-                "which is not reproducible over tasks; set its dropout to 0"
-            )
+def _refuse_lazy_parameters(module: nn.Module) -> None:
     for name, p in module.named_parameters():
         if isinstance(p, nn.parameter.UninitializedParameter):
             raise MetaftError(f"parameter {name!r} is lazy; run one forward pass before handing the module over")

@@ -81,6 +81,8 @@ class EpisodeNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         frame = _frame.get()
+        if x.dtype in (torch.bfloat16, torch.float16):  # too short for a mean's square
+            return self.forward(x.float()).to(x.dtype)
         if frame is None and not in_transform():
             # The fused kernel has a correct double backward; under vmap it does not (its second derivative through
             # the scale is wrong), hence the composed form below.

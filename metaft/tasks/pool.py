@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
@@ -42,9 +43,23 @@ class Preprocessing:
 
     def normalise(self, images: Tensor) -> Tensor:
         """uint8 [..., C, H, W] to float32: (x / 255 - mean) / std."""
-        scale = 1.0 / (255.0 * torch.tensor(self.std, device=images.device))
-        shift = torch.tensor(self.mean, device=images.device) / torch.tensor(self.std, device=images.device)
-        return images.float() * scale.view(-1, 1, 1) - shift.view(-1, 1, 1)
+        scale, shift = _affine(self.mean, self.std, images.device)
+        return images.float() * scale - shift
+
+
+@functools.lru_cache(maxsize=64)
+def _affine(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Scale and shift [C, 1, 1]. Kept, since a step that a GPU replays may not copy anything to it."""
+    scale = 1.0 / (255.0 * torch.tensor(std, device=device))
+    shift = torch.tensor(mean, device=device) / torch.tensor(std, device=device)
+    return scale.view(-1, 1, 1), shift.view(-1, 1, 1)
+
+
+@functools.lru_cache(maxsize=64)
+def _turned(side: int, device: torch.device) -> Tensor:
+    """int64 [4, side * side]: where each pixel of an image comes from, for 0 to 3 quarter turns."""
+    grid = np.arange(side * side).reshape(side, side)
+    return torch.from_numpy(np.stack([np.rot90(grid, t).ravel() for t in range(4)])).to(device)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -67,6 +82,8 @@ class ClassPool:
     preprocessing: Preprocessing
     turns: np.ndarray | None = None
     """int64 [classes] quarter turns that belong to the class itself; None: none."""
+    kept_from: str | None = None
+    """A device whose memory `images` are too large for: they stay where they are, and it is sent each episode's own."""
 
     loss: Loss = dataclasses.field(default="cross_entropy", init=False)
 
@@ -89,6 +106,11 @@ class ClassPool:
         return tuple(self.images.shape[1:])
 
     @property
+    def device(self) -> torch.device:
+        """Where episodes are made."""
+        return self.images.device if self.kept_from is None else torch.device(self.kept_from)
+
+    @property
     def split_hash(self) -> str:
         lines = [f"{split}\t{self.class_names[c]}" for split in SPLITS for c in self.splits[split]]
         return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
@@ -99,9 +121,14 @@ class ClassPool:
             "classes": {split: [self.class_names[c] for c in self.splits[split]] for split in SPLITS},
         }
 
-    def to(self, device: str) -> ClassPool:
-        """The same pool with its pixels on another device."""
-        return dataclasses.replace(self, images=self.images.to(device))
+    def to(self, device: str, *, budget: int | None = None) -> ClassPool:
+        """The same pool with its pixels on another device, or in host memory where they take more than `budget` bytes
+        (None: half of what a GPU has free, and as much as it takes elsewhere)."""
+        if budget is None and torch.device(device).type == "cuda":
+            budget = torch.cuda.mem_get_info(device)[0] // 2
+        if budget is not None and self.images.nbytes > budget:
+            return dataclasses.replace(self, images=self.images.cpu(), kept_from=device)
+        return dataclasses.replace(self, images=self.images.to(device), kept_from=None)
 
     def source(
         self,
@@ -133,6 +160,21 @@ class Draw(NamedTuple):
     """[B, N]"""
     key: np.ndarray
     """[B]"""
+
+
+class Drawn(NamedTuple):
+    """A `Draw` of episodes or batches as small tensors: all that the device of a pool is sent for them."""
+
+    images: Tensor
+    """int64 [B, n] rows of the pool's images; of a pool that stays in host memory uint8 [B, n, C, H, W] pixels."""
+    turns: Tensor
+    """int64 [B, n]"""
+    labels: Tensor
+    """int64 [B, n]"""
+    class_ids: Tensor
+    """int64 [B, N]; of batches [B, 0]."""
+    key: Tensor
+    """int64 [B]"""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -221,49 +263,57 @@ class ClassEpisodes:
 
     def episodes(self, seed: int, split: Split, indices: Sequence[int]) -> Episode:
         """Episodes number `indices` of `split`: see `metaft.types.Episode` for shapes."""
-        draw = self.draw(seed, split, indices)
-        device = self.pool.images.device
+        return self.gather(self._sent(self.indices(seed, split, indices)))
+
+    def indices(self, seed: int, split: Split, indices: Sequence[int]) -> Drawn:
+        """What `gather` makes episodes of, on the CPU."""
+        d = self.draw(seed, split, indices)
+        return self._drawn(d.rows, d.turns, d.labels, d.class_ids, d.key)
+
+    def gather(self, drawn: Drawn) -> Episode:
+        """Pixels, turned and normalised, where `drawn` is: tensor operations alone, with no look at any value."""
         cut = self.ways * self.shots
-        x = self._pixels(draw.rows, draw.turns)
-        y = torch.from_numpy(draw.labels).to(device)
-        return Episode(
-            support_x=x[:, :cut],
-            support_y=y[:, :cut],
-            query_x=x[:, cut:],
-            query_y=y[:, cut:],
-            class_ids=torch.from_numpy(draw.class_ids).to(device),
-            key=torch.from_numpy(draw.key).to(device),
-        )
+        x, y = self._pixels(drawn), drawn.labels
+        return Episode(x[:, :cut], y[:, :cut], x[:, cut:], y[:, cut:], drawn.class_ids, drawn.key)
 
     def batches(self, seed: int, split: Split, indices: Sequence[int], size: int) -> Batch:
         """`size` images a batch: a class uniformly, then one of its images uniformly."""
+        return self.gather_batch(self._sent(self.batch_indices(seed, split, indices, size)))
+
+    def batch_indices(self, seed: int, split: Split, indices: Sequence[int], size: int) -> Drawn:
+        """What `gather_batch` makes batches of, on the CPU."""
         classes = self._classes(split)
         words = raw_words(seed, split, indices, 2 * size + 1, stream=Stream.BATCHES)
         y = (words[:, :size] % np.uint64(len(classes))).astype(np.int64)
         class_ids = classes[y]
         image = (words[:, size : 2 * size] % self.pool.counts[class_ids].astype(np.uint64)).astype(np.int64)
         turns = np.zeros_like(y) if self.pool.turns is None else self.pool.turns[class_ids]
-        device = self.pool.images.device
-        return Batch(
-            x=self._pixels(self.pool.starts[class_ids] + image, turns),
-            y=torch.from_numpy(y).to(device),
-            key=torch.from_numpy((words[:, -1] >> np.uint64(1)).astype(np.int64)).to(device),
-        )
+        key = (words[:, -1] >> np.uint64(1)).astype(np.int64)
+        return self._drawn(self.pool.starts[class_ids] + image, turns, y, np.empty((len(y), 0), np.int64), key)
+
+    def gather_batch(self, drawn: Drawn) -> Batch:
+        """As `gather`."""
+        return Batch(x=self._pixels(drawn), y=drawn.labels, key=drawn.key)
 
     def _classes(self, split: Split) -> np.ndarray:
         if split not in self.splits:
             raise DataError(f"{self.name}: split {split!r} is not one of {list(self.splits)}, which were asked for")
         return self.pool.splits[split]
 
-    def _pixels(self, rows: np.ndarray, turns: np.ndarray) -> Tensor:
-        """Gather, rotate and normalise on the pool's device: [B, n] rows to float [B, n, C, H, W]."""
-        device = self.pool.images.device
-        x = self.pool.images[torch.from_numpy(rows).to(device)]
-        if turns.any():
-            side = self.shape[-1]
-            grid = np.arange(side * side).reshape(side, side)
+    def _drawn(self, rows: np.ndarray, *rest: np.ndarray) -> Drawn:
+        images = torch.from_numpy(rows)
+        if self.pool.kept_from is not None:
+            images = self.pool.images[images]
+        return Drawn(images, *map(torch.from_numpy, rest))
+
+    def _sent(self, drawn: Drawn) -> Drawn:
+        return Drawn(*(part.to(self.pool.device) for part in drawn))
+
+    def _pixels(self, drawn: Drawn) -> Tensor:
+        """Float [B, n, C, H, W]."""
+        x = drawn.images if self.pool.kept_from is not None else self.pool.images[drawn.images]
+        if self.rotate or self.pool.turns is not None:
             # A rotation is a permutation of pixels: one gather serves all four, with no branch per image.
-            maps = torch.from_numpy(np.stack([np.rot90(grid, t).ravel() for t in range(4)])).to(device)
-            where = maps[torch.from_numpy(turns).to(device)].unsqueeze(2)
+            where = _turned(self.shape[-1], x.device)[drawn.turns].unsqueeze(2)
             x = x.flatten(-2).gather(-1, where.expand(*x.shape[:3], -1)).view_as(x)
         return self.pool.preprocessing.normalise(x)

@@ -83,6 +83,10 @@ class SinusoidTasks:
 
     def episodes(self, seed: int, split: Split, indices: Sequence[int]) -> Episode:
         """Tasks number `indices`: support [B, K, 1], query [B, Q, 1], class_ids all 0 [B, 1]."""
+        return Episode(*(part.to(self.device) for part in self.indices(seed, split, indices)))
+
+    def indices(self, seed: int, split: Split, indices: Sequence[int]) -> Episode:
+        """`episodes` on the CPU: a curve's few points are all that a device is sent."""
         points = self.shots + self.query_shots
         words = self._words(seed, split, indices, 2 + points + 1, stream=Stream.EPISODES)
         x = _between(X, words[:, 2:-1])
@@ -92,19 +96,31 @@ class SinusoidTasks:
             support_y=self._tensor(y[:, : self.shots]),
             query_x=self._tensor(x[:, self.shots :]),
             query_y=self._tensor(y[:, self.shots :]),
-            class_ids=torch.zeros(len(words), 1, dtype=torch.int64, device=self.device),
+            class_ids=torch.zeros(len(words), 1, dtype=torch.int64),
             key=self._key(words),
         )
+
+    def gather(self, drawn: Episode) -> Episode:
+        """The same."""
+        return drawn
 
     def batches(self, seed: int, split: Split, indices: Sequence[int], size: int) -> Batch:
         """Points of all tasks at once, for pre-training: each of the `size` points is of a random task of its own.
 
         x and y are [B, size, 1].
         """
+        return Batch(*(part.to(self.device) for part in self.batch_indices(seed, split, indices, size)))
+
+    def batch_indices(self, seed: int, split: Split, indices: Sequence[int], size: int) -> Batch:
+        """`batches` on the CPU."""
         words = self._words(seed, split, indices, 3 * size + 1, stream=Stream.BATCHES)
         x = _between(X, words[:, 2 * size : 3 * size])
         y = _wave(words[:, :size], words[:, size : 2 * size], x)
         return Batch(x=self._tensor(x), y=self._tensor(y), key=self._key(words))
+
+    def gather_batch(self, drawn: Batch) -> Batch:
+        """The same."""
+        return drawn
 
     def _words(self, seed: int, split: Split, indices: Sequence[int], words: int, stream: Stream) -> np.ndarray:
         if split not in self.splits:
@@ -112,10 +128,10 @@ class SinusoidTasks:
         return raw_words(seed, split, indices, words, stream=stream)
 
     def _tensor(self, values: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(values.astype(np.float32)).unsqueeze(-1).to(self.device)
+        return torch.from_numpy(values.astype(np.float32)).unsqueeze(-1)
 
     def _key(self, words: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy((words[:, -1] >> np.uint64(1)).astype(np.int64)).to(self.device)
+        return torch.from_numpy((words[:, -1] >> np.uint64(1)).astype(np.int64))
 
 
 def _between(limits: tuple[float, float], words: np.ndarray) -> np.ndarray:

@@ -222,9 +222,12 @@ def weigh(file: Path) -> None:
 
 
 def memory_of(process: int) -> int:
-    """Resident bytes of a process and of those it started; a page that several share counts as one page."""
-    rollup = Path(f"/proc/{process}/smaps_rollup").read_text()
-    own = next(int(line.split()[1]) << 10 for line in rollup.splitlines() if line.startswith("Pss:"))
+    """Resident bytes of a process and of those it started; a page that several share counts as one page.
+
+    Without files that are mapped, such as torch's libraries: other programs share those, and change their weight.
+    """
+    lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
+    own = sum(int(line.split()[1]) << 10 for line in lines if line.startswith(("Pss_Anon:", "Pss_Shmem:")))
     tasks = Path(f"/proc/{process}/task").iterdir()
     children = [int(word) for task in tasks for word in (task / "children").read_text().split()]
     return own + sum(map(memory_of, children))

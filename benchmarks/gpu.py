@@ -1,0 +1,339 @@
+"""Checks and measures the GPU path in one go, within a time budget (see benchmarks/gpu.sh).
+
+    python -m benchmarks.gpu --out runs/gpu --omniglot omniglot.npz
+    python -m benchmarks.gpu --tiny --device cpu --seconds 60      # the script itself, anywhere, in seconds
+    python -m benchmarks.gpu --pack omniglot.npz                   # Omniglot (from METAFT_DATA) as one file
+
+Each section ends with its figures in OUT/gpu.json, or with the reason why it has none; what takes the place of a figure
+that was not measured is never a guess.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.peers.workloads import PUBLISHED, WORKLOADS, Workload
+from metaft import algorithms, models, outer
+from metaft.config import MetaTrainConfig, Settled
+from metaft.errors import MetaftError
+from metaft.models.precision import in_bf16, matrix_units
+from metaft.models.recomputed import recomputed
+from metaft.static import StaticSteps
+from metaft.tasks.pool import ClassPool, Preprocessing
+from metaft.training import Eager, Position, Snapshot
+from metaft.types import SPLITS
+
+ROOT = Path(__file__).resolve().parents[1]
+PRECISIONS = ("fp32", "tf32", "bf16")
+
+
+class Skipped(Exception):
+    """Why a section has no figures."""
+
+
+class Bench:
+    """What the sections share: the device, the time that is left, and the file of figures."""
+
+    def __init__(self, given: argparse.Namespace) -> None:
+        self.given, self.device = given, given.device
+        self.end = time.monotonic() + given.seconds
+        self.figures: dict[str, Any] = {"device": self._device(), "torch": torch.__version__}
+
+    def _device(self) -> str:
+        return torch.cuda.get_device_name() if self.device == "cuda" else "cpu"
+
+    @property
+    def left(self) -> float:
+        return self.end - time.monotonic()
+
+    def section(self, name: str, measure: Callable[[Bench], Any], *, needs: float) -> None:
+        """Run one section if `needs` seconds are left, and write all figures so far."""
+        start = time.monotonic()
+        try:
+            if needs and self.left < needs:
+                raise Skipped(f"{self.left:.0f} s were left, it needs {needs:.0f}")
+            found = measure(self)
+        except Skipped as why:
+            found = {"skipped": str(why)}
+        except Exception as error:  # the other sections' figures are worth having
+            found = {"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"}
+        self.figures[name] = found
+        self.figures.setdefault("seconds", {})[name] = round(time.monotonic() - start, 1)
+        out = Path(self.given.out)
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "gpu.json").write_text(json.dumps(self.figures, indent=2) + "\n", encoding="utf-8")
+        print(f"{name}: {json.dumps(found)[:400]}", flush=True)
+
+    def wait(self) -> None:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+
+
+def checks(bench: Bench) -> Any:
+    """The tests that need a GPU: recorded steps against the CPU in float64, changing inputs, resume."""
+    if bench.device != "cuda":
+        raise Skipped("no GPU")
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests"]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=min(180, bench.left), check=False
+    )  # fmt: skip
+    return {"passed": done.returncode == 0, "tail": done.stdout.splitlines()[-8:]}
+
+
+def ceilings(bench: Bench) -> Any:
+    """What the device reaches: GB/s of a copy, read and written, and TFLOP/s of a matrix product."""
+    side = 256 if bench.given.tiny else 8192
+    a = torch.randn(side, side, device=bench.device)
+    wide = torch.randn(side, side * (1 if bench.given.tiny else 16), device=bench.device)
+    into = torch.empty_like(wide)
+    found = {"copy_gb_s": 2 * wide.nbytes / _seconds(bench, lambda: into.copy_(wide)) / 1e9}
+    for precision in PRECISIONS:
+        b = a.bfloat16() if precision == "bf16" else a
+        with matrix_units(precision):
+            found[f"{precision}_tflop_s"] = 2 * side**3 / _seconds(bench, lambda b=b: b @ b) / 1e12
+    return found
+
+
+def _seconds(bench: Bench, function: Callable[[], Any], repeats: int = 10) -> float:
+    """Median seconds of one call, after three that do not count."""
+    times: list[float] = []
+    for i in range(3 + repeats):
+        bench.wait()
+        start = time.perf_counter()
+        function()
+        bench.wait()
+        if i >= 3:
+            times.append(time.perf_counter() - start)
+    return float(np.median(times))
+
+
+def noise(workload: Workload, device: str) -> ClassPool:
+    """A pool of images of a workload's shape; speed does not depend on what is in them."""
+    classes, each = 100, workload.shots + workload.query_shots
+    images = np.random.default_rng(0).integers(0, 256, (classes * each, *workload.shape), dtype=np.uint8)
+    return ClassPool(
+        name="noise",
+        images=torch.from_numpy(images),
+        class_names=tuple(map(str, range(classes))),
+        starts=np.arange(classes) * each,
+        counts=np.full(classes, each),
+        splits={"train": np.arange(classes), "val": np.arange(0), "test": np.arange(0)},
+        preprocessing=Preprocessing(*workload.shape),
+    ).to(device)
+
+
+def prepared(bench: Bench, w: Workload, precision: str, engine: Any, **more: Any) -> Any:
+    """Whole meta-steps of a workload: drawing, gather, inner loops, meta-gradient and Adam."""
+    name = "conv4" if w.form == "stride" else "conv4-pool"
+    model = models.build(name, ways=w.ways, shape=w.shape, width=w.width, seed=0, device=bench.device)
+    model = in_bf16(model) if precision == "bf16" else model
+    model = recomputed(model) if more.get("checkpoint") else model
+    hyper = {"inner_lr": w.inner_lr, "inner_steps": more.get("steps", w.inner_steps)}
+    algorithm = algorithms.maml(model, **hyper)
+    config = Settled(ways=w.ways, shots=w.shots, query_shots=w.query_shots, meta_batch=w.meta_batch,
+                     outer_lr=1e-3, iterations=10**6, eval_every=10**6, checkpoint_every=10**6)  # fmt: skip
+    source = noise(w, bench.device).source(
+        ways=w.ways, shots=w.shots, query_shots=w.query_shots, rotate=w.shape[0] == 1, splits=("train",)
+    )
+    start = Snapshot(*algorithm.init(0), {}, Position(), {})
+    if engine.whole_steps:
+        return StaticSteps(config, engine, algorithm, source, start)
+    return Eager(config, engine, algorithm, source, start, outer.ALONE)
+
+
+def timed(bench: Bench, steps: Any, seconds: float) -> tuple[float, int]:
+    """Milliseconds per step over so many seconds, and how many steps these were; the first call is not counted."""
+    at = len(steps.advance(0).window)
+    bench.wait()
+    first, start = at, time.perf_counter()
+    while at == first or time.perf_counter() - start < seconds:
+        taken = steps.advance(at)
+        if taken.failure is not None:
+            raise MetaftError(f"step {at}: {taken.failure}")
+        at += len(taken.window)
+    bench.wait()
+    return 1000 * (time.perf_counter() - start) / (at - first), at - first
+
+
+def throughput(bench: Bench) -> Any:
+    """Milliseconds per whole meta-step for each workload, precision and engine, the rate of its convolutions and matrix
+    products (to be held against the ceilings), and peak memory."""
+    found: dict[str, Any] = {}
+    names = ("tiny", "tiny-pool") if bench.given.tiny else PUBLISHED
+    seconds = 0.1 if bench.given.tiny else 2.0
+    kinds = [("graph", precision) for precision in PRECISIONS] + [("vmap", "fp32")]
+    for name in names:
+        with outer.engine("vmap", device=bench.device) as engine, FlopCounterMode(display=False) as counter:
+            prepared(bench, WORKLOADS[name], "fp32", engine).advance(0)
+        flop = counter.get_total_flops()
+        for kind, precision in kinds:
+            if bench.left < 60 and not bench.given.tiny:
+                found[f"{name} {kind} {precision}"] = {"skipped": "out of time"}
+                continue
+            if bench.device == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            with matrix_units(precision), outer.engine(kind, device=bench.device) as engine:  # type: ignore[reportArgumentType]
+                steps = prepared(bench, WORKLOADS[name], precision, engine)
+                ms, count = timed(bench, steps, seconds)
+                entry = {
+                    "ms": ms,
+                    "steps": count,
+                    "tflop_s": flop / ms / 1e9,
+                    "tasks_at_once": engine.chunk or WORKLOADS[name].meta_batch,
+                }
+                if bench.device == "cuda":
+                    entry["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+                    entry["busy"] = busy(bench, steps)
+                found[f"{name} {kind} {precision}"] = entry
+    return found
+
+
+def busy(bench: Bench, steps: Any) -> float:
+    """Share of a stretch of steps in which the GPU runs a kernel: their time over the time from start to end."""
+    from torch.profiler import ProfilerActivity, profile
+
+    bench.wait()
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        start = time.perf_counter()
+        steps.advance(10**5)
+        bench.wait()
+        elapsed = time.perf_counter() - start
+    return sum(event.self_device_time_total for event in seen.key_averages()) / 1e6 / elapsed
+
+
+def memory(bench: Bench) -> Any:
+    """Peak memory of 100 recomputed inner steps over that of 10 plain ones, second order."""
+    if bench.device != "cuda":
+        raise Skipped("counts a GPU's memory; tests/test_precision.py has the CPU's")
+    found: dict[str, Any] = {}
+    for steps, checkpoint in ((10, False), (100, True)):
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        with matrix_units("fp32"), outer.engine("vmap", device="cuda") as engine:
+            prepared(bench, WORKLOADS["omniglot-5w1s-q1"], "fp32", engine, steps=steps, checkpoint=checkpoint).advance(
+                0
+            )
+        found[f"{steps} {'recomputed' if checkpoint else 'plain'}"] = torch.cuda.max_memory_allocated() / 2**30
+    return found
+
+
+def pack(path: Path) -> None:
+    """Omniglot's pixels and classes as one file."""
+    from metaft.tasks import load
+
+    pool = load("omniglot")
+    assert isinstance(pool, ClassPool)
+    splits = {f"split_{name}": pool.splits[name] for name in SPLITS}
+    names = np.array(pool.class_names)
+    np.savez_compressed(path, images=pool.images.numpy(), names=names, starts=pool.starts, counts=pool.counts, **splits)
+
+
+def unpack(path: Path) -> ClassPool:
+    """The pool that `pack` wrote."""
+    with np.load(path, allow_pickle=False) as file:
+        return ClassPool(
+            name="omniglot",
+            images=torch.from_numpy(file["images"]),
+            class_names=tuple(file["names"].tolist()),
+            starts=file["starts"],
+            counts=file["counts"],
+            splits={name: file[f"split_{name}"] for name in SPLITS},
+            preprocessing=Preprocessing(*file["images"].shape[1:], polarity="bright-on-black"),
+        )
+
+
+def omniglot(bench: Bench) -> Any:
+    """5-way 1-shot as in benchmarks/README.md (a): seconds of training, and accuracy over 1,000 test episodes."""
+    from metaft.meta_train import run
+
+    path = Path(bench.given.omniglot or "omniglot.npz")
+    if not path.exists():
+        raise Skipped(f"{path} is not there (benchmarks/gpu.sh carry)")
+    out = Path(bench.given.out) / f"omniglot-{os.getpid()}"
+    tiny: dict[str, Any] = {"iterations": 4, "eval_every": 4, "eval_episodes": 4, "test_episodes": 8, "width": 4}
+    whole: dict[str, Any] = {"iterations": 4800, "eval_every": 800, "eval_episodes": 400}
+    config = MetaTrainConfig(
+        dataset="omniglot", rotate=True, meta_batch=16, outer_lr=3e-3, test_query_shots=1, device=bench.device,
+        engine="graph", out=str(out), **(tiny if bench.given.tiny else whole),
+    )  # fmt: skip
+    result = run(config, dataset=unpack(path))
+    test = result["test"]["transductive"]
+    return {
+        "accuracy": test["accuracy"],
+        "ci95": test["ci95"],
+        "seconds": result["seconds"],
+        "tasks_per_second": result["tasks_per_second"],
+    }
+
+
+def peers(bench: Bench) -> Any:
+    """benchmarks/throughput.py here: the meta-gradient of one meta-batch, metaft's not recorded, and the peers'."""
+    site = os.environ.get("METAFT_PEERS")
+    if site is None or not Path(site).is_dir():
+        raise Skipped("METAFT_PEERS names no folder of libraries")
+    found: dict[str, Any] = {}
+    for name in ("tiny",) if bench.given.tiny else PUBLISHED:
+        if bench.left < 45 and not bench.given.tiny:
+            found[name] = {"skipped": "out of time"}
+            continue
+        out = Path(bench.given.out) / f"peers-{name}.json"
+        seconds = "0.1" if bench.given.tiny else "3"
+        command = [sys.executable, "benchmarks/throughput.py", "--workload", name, "--device", bench.device]
+        command += [
+            "--seconds",
+            seconds,
+            "--rounds",
+            "2",
+            "--peers",
+            "learn2learn",
+            "higher",
+            "torchopt",
+            "--out",
+            str(out),
+        ]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=bench.left, check=False)
+        found[name] = json.loads(out.read_text()) if out.exists() else {"failed": (done.stderr or done.stdout)[-400:]}
+    return found
+
+
+def main() -> int:
+    """Exit status 1 where a check failed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", default="runs/gpu")
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument("--seconds", type=float, default=520, help="all sections together")
+    parser.add_argument("--tiny", action="store_true", help="toy sizes, to try the script itself")
+    parser.add_argument("--omniglot", help="the file that --pack wrote")
+    parser.add_argument("--pack", type=Path, help="write Omniglot there, and do nothing else")
+    given = parser.parse_args()
+    if given.pack is not None:
+        pack(given.pack)
+        return 0
+    if given.device == "cuda" and not torch.cuda.is_available():
+        print("gpu: there is no GPU here; --device cpu --tiny tries the script", file=sys.stderr)
+        return 2
+    bench = Bench(given)
+    least = 0.0 if given.tiny else 1.0
+    bench.section("checks", checks, needs=60 * least)
+    bench.section("ceilings", ceilings, needs=15 * least)
+    bench.section("throughput", throughput, needs=90 * least)
+    bench.section("omniglot", omniglot, needs=120 * least)
+    bench.section("memory", memory, needs=20 * least)
+    bench.section("peers", peers, needs=60 * least)
+    return 0 if bench.figures["checks"].get("passed", True) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

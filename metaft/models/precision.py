@@ -1,0 +1,65 @@
+"""In which precision a model computes; parameters, gradients and statistics are float32 in all of them."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import warnings
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from metaft.metrics import LOSSES
+from metaft.models.functional import Model
+from metaft.types import Loss, Moments, Params
+
+Precision = Literal["fp32", "tf32", "bf16"]
+
+
+def in_bf16(model: Model) -> Model:
+    """The same model, whose convolutions and matrix products are in bfloat16.
+
+    Parameters are cast as a pass begins, so that fast weights, their updates and all gradients stay as they are.
+    Normalisation layers keep their parameters, and compute statistics in float32 (see `EpisodeNorm`); what a pass
+    returns is of the input's type again.
+    """
+    short = torch.bfloat16
+
+    def cast(params: Params) -> Params:
+        return {k: p if k in model.norm else p.to(short) for k, p in params.items()}
+
+    def apply(params: Params, x: Tensor, moments: Moments | None = None) -> Tensor:
+        return model.apply(cast(params), x.to(short), moments).to(x.dtype)
+
+    def features(params: Params, x: Tensor, moments: Moments | None = None) -> Tensor:
+        return model.features(cast(params), x.to(short), moments).to(x.dtype)
+
+    def loss_of(params: Params, x: Tensor, y: Tensor, loss: Loss, *, curvature: bool = False) -> tuple[Tensor, Tensor]:
+        prediction = apply(params, x)
+        return LOSSES[loss](prediction, y), prediction.detach()
+
+    def measure(params: Params, x: Tensor) -> Moments:
+        return model.measure(cast(params), x.to(short))
+
+    return dataclasses.replace(model, apply=apply, features=features, loss=loss_of, measure=measure)
+
+
+@contextlib.contextmanager
+def matrix_units(precision: Precision) -> Iterator[None]:
+    """Inside, a GPU's float32 convolutions and matrix products round their factors to 10 bits (tf32) or do not."""
+    places: list[Any] = [torch.backends.cuda.matmul, torch.backends.cudnn]
+    with warnings.catch_warnings():
+        # torch 2.9 has newer names too, but other parts of it ask for these, and fail where only the newer were set.
+        warnings.simplefilter("ignore", UserWarning)
+        before = [place.allow_tf32 for place in places]
+        for place in places:
+            place.allow_tf32 = precision == "tf32"
+    try:
+        yield
+    finally:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            for place, value in zip(places, before, strict=True):
+                place.allow_tf32 = value
