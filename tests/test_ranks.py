@@ -322,7 +322,10 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step_and_a_run_moves_between
         patch.setattr(training, "meta_gradient", meta_gradient)
         found = errors_of(2, lambda ranks: resume_run(path, ranks=ranks))
     assert [error.status for error in found] == [128 + signal.SIGTERM, 128 + signal.SIGINT]
-    assert all("go on with: torchrun --standalone --nproc-per-node 2 -m metaft.meta_train --resume" in str(error) for error in found)
+    assert all(
+        "go on with: torchrun --standalone --nproc-per-node 2 -m metaft.meta_train --resume" in str(error)
+        for error in found
+    )
     assert training.load_snapshot(path / "checkpoints/last.safetensors").position.step == 5
     assert training.load_snapshot(path / "checkpoints/last.safetensors").header["environment"]["ranks"] == "2"
     assert "note: ranks 1 -> 2: the run goes on to rounding (1e-6), not with the same bits" in capsys.readouterr().err
