@@ -15,10 +15,12 @@ import multiprocessing
 import os
 import re
 import resource
+import shutil
 import signal
 import sys
 import tempfile
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -120,6 +122,7 @@ class Victim:
     def __init__(self, command: str, argv: Sequence[str], plan: Plan | None = None, *, fresh: bool = False) -> None:
         """`fresh` starts Python anew, so that no page of memory is shared with any other process."""
         folder = Path(tempfile.mkdtemp(prefix="metaft-victim-"))
+        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
         self.said_file, self.count_file = folder / "said", folder / "count"
         context = multiprocessing.get_context("spawn") if fresh else _context
         self.process: BaseProcess = context.Process(
