@@ -29,11 +29,20 @@ ENGINES = [
     ("threads", 2, 1),
     ("threads", 2, 3),
     ("threads", 1, None),
-    pytest.param(("processes", 2, 1), marks=needs_fork),
-    pytest.param(("processes", 2, 3), marks=needs_fork),
-    pytest.param(("processes", 3, None), marks=needs_fork),
+    ("processes", 2, 1),
+    ("processes", 2, 3),
+    ("processes", 3, None),
     ("vmap", 1, None),
     ("vmap", 1, 3),
+]
+# What differs between members does not hang on the chunk: one with a remainder is enough for all but one of them.
+CASES = [
+    pytest.param(
+        name, spec, id=f"{name}-{'-'.join(map(str, spec))}", marks=needs_fork if spec[0] == "processes" else ()
+    )
+    for name in sorted(algorithms.ALGORITHMS)
+    for spec in ENGINES
+    if name == "maml" or spec[2] == 3
 ]
 
 
@@ -50,11 +59,10 @@ def looped(algorithm: algorithms.Algorithm, meta: Params, data: Any) -> Params:
     return {k: torch.stack([g[k] for g in each]).mean(0) for k in meta}
 
 
-@pytest.mark.parametrize("spec", ENGINES)
 @pytest.mark.parametrize("norm", ["transductive", "inductive"])
 @pytest.mark.parametrize("model", ["conv4", "conv4-pool", "mlp"])
 @pytest.mark.filterwarnings("ignore::metaft.MetaftWarning")  # iMAML's, of small models' curvature
-@pytest.mark.parametrize("name", sorted(algorithms.ALGORITHMS))
+@pytest.mark.parametrize(("name", "spec"), CASES)
 def test_engines_agree_in_float64(name: str, model: str, norm: str, spec: tuple[str, int, int | None]) -> None:
     algorithm = algorithms.build(name, scenarios.model(model), {"norm": norm})
     meta, state = algorithm.init(0)
