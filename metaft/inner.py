@@ -27,9 +27,13 @@ def value_and_grad(
     depend on something that is being differentiated; without, it is a constant. Plain autograd where possible,
     torch.func inside its transforms. Parameters that the loss does not use have gradient 0.
     """
-    if in_transform():
+    if in_transform() and create_graph:
         grads, (value, aux) = torch.func.grad_and_value(loss, has_aux=True)(params)
-        return value, aux, grads if create_graph else {k: g.detach() for k, g in grads.items()}
+        return value, aux, grads
+    if in_transform():  # torch.func.grad would record the backward pass too, and keep what both passes used
+        value, back, aux = torch.func.vjp(loss, params, has_aux=True)
+        (grads,) = back(torch.ones_like(value), retain_graph=False, create_graph=False)
+        return value, aux, {k: g.detach() for k, g in grads.items()}
     tracked = any(p.requires_grad for p in (*params.values(), *others))
     with torch.enable_grad():
         leaves = {k: p if p.requires_grad else p.detach().requires_grad_() for k, p in params.items()}

@@ -192,16 +192,16 @@ class StaticSteps:
 
     def _send(self, step: int) -> int:
         """Have the device ready for a stretch, and say how many steps it has."""
+        if self._table is None:  # one step tells how many at once are not too many
+            whole, self._most = self._most, 1
+            each = sum(leaf.nbytes for leaf in pytree.tree_leaves(self._drawn(step, self._updates)[1]))
+            self._most = min(whole, max(1, _STRETCH_BYTES // each))
         if self._ahead is None or self._ahead[0] != step:
             count, table = self._drawn(step, self._updates)
         else:
             _, count, table = self._ahead
         self._ahead = None
         if self._table is None:
-            each = sum(leaf[0].nbytes for leaf in pytree.tree_leaves(table))
-            self._most = min(self._most, max(1, _STRETCH_BYTES // each))
-            if count > self._most:
-                count, table = self._drawn(step, self._updates)
             self._log = torch.zeros(self._most, len(self._logged) + 1, dtype=torch.float64, device=self._device)
             self._table = pytree.tree_map(
                 lambda leaf: torch.zeros(self._most, *leaf.shape[1:], dtype=leaf.dtype, device=self._device), table

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any, ClassVar
 
 import pytest
 import scenarios
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from metaft import algorithms, models, outer
+from metaft.inner import value_and_grad
 from metaft.types import Episode, Params
 
 
@@ -166,3 +168,41 @@ def test_inductive_training_differentiates_through_the_support_moments() -> None
     loss = nn.functional.cross_entropy(algorithm.predict(frozen, task.query_x, "inductive"), task.query_y)
     constant = dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
     assert scenarios.relative_error(constant, exact) > 1e-2
+
+
+class Noting(torch.autograd.Function):
+    """x, and whether its derivative is recorded."""
+
+    generate_vmap_rule = True
+    recorded: ClassVar[list[bool]] = []
+
+    @staticmethod
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: torch.Tensor) -> torch.Tensor:
+        Noting.recorded.append(torch.is_grad_enabled())
+        return cotangents[0]
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_a_derivative_is_recorded_only_where_it_is_differentiated(create_graph: bool) -> None:
+    """What a recording keeps is twice what the derivative itself needs: a hundred inner steps notice."""
+
+    def gradient(x: torch.Tensor) -> torch.Tensor:
+        def loss(params: dict[str, torch.Tensor]) -> tuple[torch.Tensor, tuple[()]]:
+            return Noting.apply(params["x"] ** 3).sum(), ()  # type: ignore[reportOptionalMemberAccess]
+
+        value, _, grads = value_and_grad(loss, {"x": x, "unused": x}, create_graph=create_graph)
+        return grads["x"] + value + grads["unused"]
+
+    x = torch.rand(3, 2, dtype=torch.float64)
+    Noting.recorded.clear()
+    found = torch.func.vmap(gradient)(x)
+    assert torch.allclose(found, 3 * x**2 + (x**3).sum(1, keepdim=True))
+    assert Noting.recorded and set(Noting.recorded) == {create_graph}

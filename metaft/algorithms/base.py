@@ -75,7 +75,8 @@ class Algorithm:
     """Step -> knobs: tensors for what changes during training."""
     data: Literal["episodes", "batches"] = "episodes"
     static: bool = True
-    """Whether the same operations on the same shapes are done whatever the data, so that a GPU may replay them."""
+    """Whether the same operations on the same shapes are done whatever the data, so that a GPU may replay them. Nor may
+    a step make tensors of Python's numbers by `torch.tensor` or `new_tensor` (`new_full` may): those are sent."""
     any_ways: bool = False
     """Whether a task at test may have another number of classes than in training."""
     adapts_head: bool = True
