@@ -31,7 +31,7 @@ def value_and_grad(
         grads, (value, aux) = torch.func.grad_and_value(loss, has_aux=True)(params)
         return value, aux, grads
     if in_transform():  # torch.func.grad would record the backward pass too, and keep what both passes used
-        value, back, aux = torch.func.vjp(loss, params, has_aux=True)
+        value, back, aux = torch.func.vjp(loss, params, has_aux=True)  # type: ignore[reportAssignmentType]
         (grads,) = back(torch.ones_like(value), retain_graph=False, create_graph=False)
         return value, aux, {k: g.detach() for k, g in grads.items()}
     tracked = any(p.requires_grad for p in (*params.values(), *others))
