@@ -174,21 +174,36 @@ def test_every_member_takes_the_workload(name: str) -> None:
         same = dataclasses.replace(workload, inner_lr=hyper["inner_lr"])
         expected = child.meta_gradient("plain", same, Options())
         assert all(torch.allclose(grads[k], expected[k], rtol=1e-9, atol=1e-12) for k in grads)
+    if name == "unicorn-maml":  # 1 and 5 steps
+        own = child.meta_gradient("metaft-member", workload, Options(algorithm=name, own_steps=True))
+        member = hyper_parameters(name)["inner_steps"]
+        same = dataclasses.replace(workload, inner_steps=member)  # type: ignore[arg-type]
+        expected = child.meta_gradient("metaft-member", same, Options(algorithm=name))
+        assert workload.inner_steps != member
+        assert all(torch.equal(own[k], expected[k]) for k in own)
+        assert any(not torch.equal(own[k], grads[k]) for k in own)
 
 
 @pytest.mark.slow
 def test_costs_of_the_family(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Text) -> None:
     monkeypatch.setattr(family, "BASE", WORKLOADS["tiny"])
     out = tmp_path / "family.json"
-    argv = ["--members", "protonet", "baseline++", "--threads", "1", "--engine", "threads", "--seconds", "0.1"]
+    argv = ["--members", "protonet", "cavia", "--threads", "1", "--engine", "threads", "--seconds", "0.1"]
     assert family.main([*argv, "--rounds", "2", "--out", str(out)]) == 0
     found = json.loads(out.read_text())["members"]
-    assert list(found) == ["maml", "protonet", "baseline++"]
+    assert list(found) == ["maml", "protonet", "cavia", "cavia, 2 steps"]
+    assert [own["inner_steps"] for own in found.values()] == [1, None, 1, 2]
     assert found["maml"]["relative_to_maml"] == 1
     assert all(own["n"] >= 2 and own["ms"]["median"] > 0 for own in found.values())
     rows = out.with_suffix(".md").read_text().splitlines()
-    assert [row.split("|")[1].strip() for row in rows[-3:]] == ["`maml`", "`protonet`", "`baseline++`"]
-    assert rows[-3].split("|")[5].strip() == "1.00"
+    cells = [[cell.strip() for cell in row.split("|")[1:-1]] for row in rows]
+    table = [row for row in cells if len(row) == 7][2:]
+    assert [row[:2] for row in table] == [["`maml`", "1"], ["`protonet`", "-"], ["`cavia`", "1"], ["`cavia`", "2"]]
+    assert table[0][5] == "1.00"
+    pasted = {row[0]: row[1:] for row in cells[-3:]}
+    assert list(pasted) == ["`maml`", "`protonet`", "`cavia`"]
+    assert pasted["`maml`"] == [table[0][6], "1.00"]
+    assert pasted["`cavia`"] == [table[3][6], f"{table[3][5]} ({table[2][5]})"]
     capsys.readouterr()
     assert family.main(["--seconds", "0"]) == 2
     assert capsys.readouterr().err == "family: seconds must be above 0, got 0.0\n"
