@@ -9,6 +9,7 @@ import dataclasses
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -22,6 +23,7 @@ import scenarios
 import torch
 import toys
 from helpers import IMAGES, SINUSOID, images, options, pool, remains, sinusoid, untimed, write_folder
+from torch import distributed
 
 from metaft import adapt, algorithms, checkpoint, meta_train, outer, ranks, report, training
 from metaft.cli import StopSignals, settings
@@ -168,6 +170,20 @@ def test_values_are_gathered_in_rank_order_and_differences_named():
     assert [str(error) for error in found] == ["data: b on ranks 2, 3, a on rank 0"] * 4
 
 
+@pytest.mark.parametrize("meeting", ["sum_flat", "gather"])
+def test_all_ranks_stop_with_one_status(meeting: str):
+    """Whichever of them a signal was sent to; SIGTERM goes before SIGINT."""
+    signals = {(2, 0, 0): 2, (0, 0, 2): 2, (2, 2, 2): 2, (0, 15, 0): 15, (2, 2, 15): 15, (15, 15, 15): 15, (0, 0, 0): 0}
+    for sent, stop in signals.items():
+
+        def ask(ranks: Ranks, sent: tuple[int, ...] = sent) -> int:
+            ranks.asked = sent[ranks.rank]
+            ranks.sum_flat([torch.ones(1)]) if meeting == "sum_flat" else ranks.gather(None)
+            return ranks.stop
+
+        assert in_threads(3, ask) == [stop] * 3
+
+
 def test_an_error_of_the_first_rank_ends_all_with_its_status():
     def fail(ranks: Ranks) -> None:
         def broken() -> None:
@@ -181,23 +197,114 @@ def test_an_error_of_the_first_rank_ends_all_with_its_status():
     assert (type(second).__name__, second.status) == ("SaidElsewhere", 1)
 
 
+MEETING = {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+
+
 @pytest.mark.parametrize(
     ("environment", "message"),
     [
         ({"WORLD_SIZE": "2"}, "WORLD_SIZE is 2, but RANK is not set; start with torchrun"),
-        (
-            {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "1", "METAFT_RANKS_TIMEOUT": "soon"},
-            "METAFT_RANKS_TIMEOUT must be a number of seconds above 0, got 'soon'",
-        ),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE must be a whole number from 1 to 2147483647, as torchrun sets it; got '0'"),
+        ({"RANK": "2"}, "RANK must be a whole number from 0 to 1, as torchrun sets it; got '2'"),
+        ({"MASTER_PORT": "x"}, "MASTER_PORT must be a whole number from 0 to 65535, as torchrun sets it; got 'x'"),
+        ({"METAFT_RANKS_TIMEOUT": "soon"}, "METAFT_RANKS_TIMEOUT must be a number of seconds above 0, got 'soon'"),
     ],
 )
 def test_an_environment_that_is_not_torchruns(
     environment: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    for name, value in environment.items():
+    for name, value in (environment if "WORLD_SIZE" in environment else {**MEETING, **environment}).items():
         monkeypatch.setenv(name, value)
     assert meta_train.main([]) == 2
     assert capsys.readouterr().err == f"metaft: error: {message}\n"
+
+
+def meet(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], **environment: object
+) -> tuple[int, list[str]]:
+    """(exit status, lines on stderr) of a rank that waits for the others for a fifth of a second."""
+    fixed = {**MEETING, "METAFT_RANKS_TIMEOUT": "0.2", "TORCH_CPP_LOG_LEVEL": "FATAL"}
+    for name, value in {**fixed, **environment}.items():
+        monkeypatch.setenv(name, str(value))
+    status = meta_train.main([])
+    return status, capsys.readouterr().err.splitlines()
+
+
+@pytest.mark.parametrize("local", [0, 1])
+def test_where_nobody_answers_one_rank_of_each_machine_says_so(
+    local: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """A wrong MASTER_ADDR or MASTER_PORT, or a torchrun that has died."""
+    with socket.socket() as taken:  # and does not listen
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+        status, lines = meet(monkeypatch, capsys, LOCAL_RANK=local, MASTER_PORT=port)
+    assert (status, len(lines)) == (1, local == 0)
+    for line in lines:
+        assert line.startswith(f"metaft: error: the 2 processes did not meet at 127.0.0.1:{port}: The client socket")
+
+
+@pytest.mark.parametrize(
+    ("environment", "why"),
+    [
+        ({"RANK": 0}, "rank 1 of 2 did not come; waited 0 of METAFT_RANKS_TIMEOUT=0.2 s"),
+        ({"RANK": 1}, "rank 0 of 2 did not come; waited 0 of METAFT_RANKS_TIMEOUT=0.2 s"),
+        ({"RANK": 1, "GLOO_SOCKET_IFNAME": "none"}, "Unable to find address for: none"),
+    ],
+)
+def test_ranks_that_do_not_meet_say_once_who_or_what_is_missing(
+    environment: dict[str, object], why: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    if "GLOO_SOCKET_IFNAME" in environment:
+        monkeypatch.setattr("metaft.ranks._Group._attempt", lambda *_: "a word")
+    store = distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # pyright: ignore[reportPrivateImportUsage]
+    here = {**environment, "MASTER_PORT": store.port, "TORCHELASTIC_USE_AGENT_STORE": True}
+    for restart, said in ((0, 1), (0, 0), (1, 1)):  # the second rank to find out is silent, but not the next attempt
+        again = {**here, "TORCHELASTIC_RESTART_COUNT": restart}
+        status, lines = meet(monkeypatch, capsys, **again)
+        assert (status, len(lines)) == (1, said)
+        for line in lines:
+            assert line.startswith(f"metaft: error: the 2 processes did not meet at 127.0.0.1:{store.port}: ")
+            assert why in line
+
+
+@pytest.mark.parametrize("local", [0, 1])
+def test_a_torch_without_gloo_is_one_line(
+    local: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(distributed, "is_gloo_available", lambda: False)
+    status, lines = meet(monkeypatch, capsys, LOCAL_RANK=local)
+    assert (status, len(lines)) == (2, local == 0)
+    assert all("this PyTorch was built without gloo" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("error", "lost"),
+    [
+        (distributed.DistBackendError("NCCL communicator was aborted"), True),
+        (RuntimeError("[/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:5018"), True),
+        (RuntimeError("[/gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 3000ms for recv operation"), True),
+        (RuntimeError("[enforce fail at /gloo/transport/tcp/pair.cc:456] op.preamble.length <= op.nbytes"), False),
+        (RuntimeError("The size of tensor a (3) must match the size of tensor b (4)"), False),
+        (ValueError("a bug"), False),
+    ],
+)
+def test_what_is_no_lost_connection_keeps_its_own_traceback(
+    error: Exception, lost: bool, monkeypatch: pytest.MonkeyPatch
+):
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    for name in ("all_reduce", "all_gather_object", "broadcast_object_list"):
+        monkeypatch.setattr(distributed, name, fail)
+    group = ranks._Group.__new__(ranks._Group)
+    Ranks.__init__(group, 0, 2)
+    group._timeout = 5.0
+    calls = (lambda: group.sum_flat([torch.ones(2)]), lambda: group.gather(1), lambda: group.on_first(lambda: 1))
+    for call in calls:
+        with pytest.raises(RankLost if lost else type(error)) as caught:
+            call()
+        assert (caught.value is error) is not lost
 
 
 def test_each_rank_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch):
@@ -323,7 +430,7 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step_and_a_run_moves_between
     with monkeypatch.context() as patch:
         patch.setattr(training, "meta_gradient", meta_gradient)
         found = errors_of(2, lambda ranks: resume_run(path, ranks=ranks))
-    assert [error.status for error in found] == [128 + signal.SIGTERM, 128 + signal.SIGINT]
+    assert [error.status for error in found] == [128 + signal.SIGINT] * 2
     assert all(f"go on with: {LAUNCH} -m metaft.meta_train --resume" in str(error) for error in found)
     assert training.load_snapshot(path / "checkpoints/last.safetensors").position.step == 5
     assert training.load_snapshot(path / "checkpoints/last.safetensors").header["environment"]["ranks"] == "2"
