@@ -1,19 +1,16 @@
 """Many processes: the numbers of one, the same bytes after a restart, and one message when a process is lost.
 
-Most ranks here are threads of one process that meet at a barrier; the last tests start real jobs with torchrun.
+The ranks here are threads of one process that meet at a barrier; real jobs are in `faults/test_jobs.py`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
 import signal
 import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,8 +18,8 @@ from typing import Any, TypeVar
 import pytest
 import scenarios
 import torch
-import toys
-from helpers import IMAGES, SINUSOID, images, options, pool, remains, sinusoid, untimed, write_folder
+from helpers import SINUSOID, images, options, pool, remains, sinusoid, untimed
+from rank_gradients import MEMBERS, meta_gradient
 from torch import distributed
 
 from metaft import adapt, algorithms, checkpoint, meta_train, outer, ranks, report, training
@@ -322,32 +319,14 @@ LAUNCH = "torchrun --standalone --nproc-per-node 2"
 
 # ---- the same numbers ---------------------------------------------------------------------------------------------
 
-MEMBERS: dict[str, Callable[[Any], Any]] = {
-    "maml": lambda model: algorithms.maml(model, inner_lr=0.1, inner_steps=2),
-    "meta-sgd": lambda model: algorithms.meta_sgd(model, inner_lr=0.1, inner_steps=1),
-    "protonet": lambda model: algorithms.protonet(model),
-    "reptile with state": lambda model: algorithms.reptile(model, inner_steps=3, keep_moments=True),
-    "annealed multi-step": lambda model: toys.multi_step(model, "inductive"),
-}
-
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-6)])
 @pytest.mark.parametrize("member", MEMBERS)
 def test_ranks_give_the_meta_gradient_of_one_process(member: str, dtype: torch.dtype, tolerance: float):
     """Five tasks on two, three and five ranks."""
-    algorithm = MEMBERS[member](scenarios.model("mlp", dtype=dtype))
-    meta, state = algorithm.init(0)
-    data = scenarios.episodes(tasks=5, dtype=dtype)
-
-    def found(ranks: Ranks) -> outer.MetaGradient:
-        share = ranks.share(range(5))
-        mine = type(data)(*(t[share.start : share.stop] for t in data))
-        with outer.engine("threads", threads=1, chunk=1) as engine:
-            return outer.meta_gradient(engine, algorithm, meta, state, mine, step=3, ranks=ranks)
-
-    expected = found(ALONE)
+    expected, state = meta_gradient(member, dtype, ALONE), MEMBERS[member](scenarios.model("mlp")).init(0)[1]
     for count in (2, 3, 5):
-        results = in_threads(count, found)
+        results = in_threads(count, lambda ranks: meta_gradient(member, dtype, ranks))
         assert scenarios.relative_error(results[0].grads, expected.grads) < tolerance
         if state:
             assert scenarios.relative_error(results[0].state, expected.state) < tolerance
@@ -581,105 +560,3 @@ with StopSignals() as signals:
 assert signals.received == signal.{name}
 """
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == status
-
-
-# ---- real jobs ----------------------------------------------------------------------------------------------------
-
-JOB = Path(__file__).with_name("rank_job.py")
-
-
-def torchrun(tmp_path: Path, *words: object, restarts: int = 0, timeout: float = 600) -> subprocess.Popen[str]:
-    """Two ranks of `rank_job.py`, on one thread each."""
-    path = os.pathsep.join([str(JOB.parents[1]), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "METAFT_RANKS_TIMEOUT": str(timeout)}
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", f"--max-restarts={restarts}"]
-    return subprocess.Popen(
-        [sys.executable, *launch, str(JOB), *map(str, words)],
-        cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-
-
-def said(job: subprocess.Popen[str], timeout: float = 240) -> tuple[int, str, list[str]]:
-    """(exit status, stdout, the lines of metaft's own on stderr) of a job that ends in bounded time."""
-    try:
-        out, err = job.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        job.send_signal(signal.SIGTERM)
-        raise
-    print(err)
-    return job.returncode, out, [line for line in err.splitlines() if line.startswith("metaft: ")]
-
-
-@pytest.fixture(scope="module")
-def squares(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_folder(tmp_path_factory.mktemp("squares") / "data")
-
-
-@pytest.mark.slow
-def test_torchrun_gives_the_run_of_one_process_also_after_a_restart(tmp_path: Path, squares: Path):
-    """Three tasks on two ranks, with a worker process each; a rank is killed, and the job resumes by itself."""
-    words = options({**IMAGES, "dataset": f"folder:{squares}", "image_size": 8, "meta_batch": 3, "threads": 1})
-    one, two, again = (tmp_path / name for name in ("one", "two", "again"))
-    assert meta_train.main([*words, "--out", str(one)]) == 0
-    status, out, lines = said(torchrun(tmp_path, "meta_train", "--", *words, "--out", two))
-    assert (status, lines) == (0, [])
-    assert out.count("result:") == 1
-    results = [json.loads((path / "result.json").read_text()) for path in (one, two)]
-    assert [result["engine"] for result in results] == ["processes"] * 2
-    close(untimed(results[0]) | {"ranks": 2}, untimed(results[1]))
-    close(read_rows(one / "metrics.jsonl"), read_rows(two / "metrics.jsonl"))
-
-    job = torchrun(tmp_path, "meta_train", 1, 3, "kill", "--", *words, "--out", again, restarts=1)
-    status, _, lines = said(job)
-    assert status == 0
-    hint = f"the last checkpoint is {again}/checkpoints/last.safetensors, go on with: {LAUNCH} -m metaft.meta_train"
-    assert lines == [f"metaft: error: rank 1 of 2 does not answer, it died or hangs; {hint} --resume {again}"]
-    assert remains(again) == remains(two)
-
-    figures = []
-    for count, name in ((1, "a"), (2, "b")):
-        ask = [str(two), "--episodes", "7", "--device", "cpu", "--out", str(tmp_path / name)]
-        if count == 1:
-            from metaft import evaluate
-
-            assert evaluate.main(ask) == 0
-        else:
-            assert said(torchrun(tmp_path, "evaluate", "--", *ask))[0] == 0
-        figures.append(json.loads((tmp_path / name).read_text())["test"])
-    assert figures[0] == figures[1], "one task at a time, in the same process or not"
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("rank", "what", "message"),
-    [
-        (0, "hang", "rank 0 of 2 does not answer, it died or hangs; the last checkpoint is {last}, go on with: "),
-        (1, "error", "rank 1: data: the disk is gone; the last checkpoint is {last}, go on with: "),
-    ],
-)
-def test_a_rank_that_is_lost_ends_the_job_with_one_message(tmp_path: Path, rank: int, what: str, message: str):
-    job = torchrun(tmp_path, "meta_train", rank, 4, what, "--", *options(SINUSOID, out=tmp_path / "r"), timeout=5)
-    started = time.monotonic()
-    status, _, lines = said(job)
-    assert status == 1
-    assert time.monotonic() - started < 120
-    last = tmp_path / "r/checkpoints/last.safetensors"
-    assert len(lines) == 1
-    assert lines[0].startswith("metaft: error: " + message.format(last=last))
-    assert training.load_snapshot(last).position.step == 4
-
-
-@pytest.mark.slow
-def test_sigterm_to_torchrun_leaves_a_checkpoint(tmp_path: Path):
-    job = torchrun(tmp_path, "meta_train", "--", *options(SINUSOID, out=tmp_path / "r", iterations=10**6))
-    end = time.monotonic() + 120
-    while not (tmp_path / "r/metrics.jsonl").exists() and time.monotonic() < end:
-        time.sleep(0.05)
-    job.send_signal(signal.SIGTERM)
-    _, _, lines = said(job)
-    hint = f"go on with: {LAUNCH} -m metaft.meta_train --resume {tmp_path}/r"
-    assert lines == [f"metaft: stopped; a checkpoint is in {tmp_path}/r/checkpoints, {hint}"]
-    step = training.load_snapshot(tmp_path / "r/checkpoints/last.safetensors").position.step
-    assert step > 0
-    rows = [row["step"] for row in read_rows(tmp_path / "r/metrics.jsonl") if row["kind"] == "train"]
-    assert 0 < step - rows[-1] <= SINUSOID["log_every"], "the row of the last step is written when the run goes on"
