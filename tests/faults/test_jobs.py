@@ -157,11 +157,13 @@ def test_a_job_that_is_killed_twice_ends_with_the_same_bytes(
     left, moments = whole
     rng = random.Random(group)
     writes = [n for n, name in enumerate(moments, 1) if name.startswith("write") and ".safetensors" in name]
-    assert len(writes) >= 4
+    early = writes[: len(writes) // 2]  # so that enough is left to do for the second misfortune
+    assert len(early) >= 3
+    assert len(moments) > 60
     plans = [
-        ({0: Plan(kill_at=rng.choice(writes))}, {1: Plan(at_step=(STEPS - 1, "kill"))}),
+        ({0: Plan(kill_at=rng.choice(early))}, {1: Plan(at_step=(STEPS - 1, "kill"))}),
         ({1: Plan(at_step=(rng.randrange(STEPS - 3), "kill"))}, {0: Plan(kill_at=rng.randint(1, 20))}),
-        ({0: Plan(kill_at=rng.randint(1, len(moments) // 2))}, {0: Plan(kill_at=rng.choice(writes) // 2)}),
+        ({0: Plan(kill_at=rng.randint(1, len(moments) // 3))}, {0: Plan(kill_at=rng.randint(20, len(moments) // 3))}),
     ]
     jobs = [job(tmp_path / str(number), *each, {}) for number, each in enumerate(plans)]
     settled(*jobs)
