@@ -144,6 +144,7 @@ def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, su
     yield folder, process
     if process.poll() is None:
         process.terminate()  # and its ranks with it
+    process.communicate(timeout=60)
 
 
 @pytest.mark.slow
