@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 
 from metaft.algorithms.base import Algorithm, TaskGrad
 from metaft.config import Settled
-from metaft.errors import MetaftWarning
+from metaft.errors import MetaftError, MetaftWarning
 from metaft.metrics import FIGURES
 from metaft.outer import Engine, task_grad_of
 from metaft.ranks import Ranks
@@ -126,7 +126,7 @@ class StaticSteps:
         self._table: Any = None
         self._ahead: tuple[int, int, Any] | None = None
         on_gpu = self._device.type == "cuda"
-        self._record = record or (recorded if on_gpu else lambda step: step)
+        self._record = record or ((lambda step: recorded(step, self._device)) if on_gpu else lambda step: step)
         self._run: Callable[[], None] | None = None
 
     def moments(self) -> Params:
@@ -267,29 +267,30 @@ class StaticSteps:
         return {name: part.view(p.shape) for (name, p), part in zip(like.items(), parts, strict=True)}
 
 
-def recorded(step: Callable[[], None]) -> Callable[[], None]:
-    """A function of GPU tensors in place, recorded as a CUDA graph, which takes a few runs of it and is said.
+def recorded(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
+    """A function of a GPU's tensors in place, recorded as a CUDA graph, which takes a few runs of it and is said.
 
     What cannot be recorded runs as it is, with a MetaftWarning that says so.
     """
-    begin = time.perf_counter()
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):  # libraries choose and prepare their kernels in the first calls, which may not be recorded
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    torch.cuda.synchronize()
-    warm = time.perf_counter()
-    graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph):
-            step()
-    except RuntimeError as error:
+    with torch.cuda.device(device):  # the streams below are those of the current device, whichever the tensors are on
+        begin = time.perf_counter()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):  # libraries choose and prepare their kernels in the first calls: not to be recorded
+                step()
+        torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.synchronize()
-        reason = " ".join(str(error).split("\n")[0].split())
-        warnings.warn(f"the meta-step cannot be recorded ({reason}); it runs as it is", MetaftWarning, stacklevel=2)
-        return step
+        warm = time.perf_counter()
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                step()
+        except (RuntimeError, MetaftError) as error:  # the latter where memory is short of a second copy of a step's
+            torch.cuda.synchronize()
+            reason = " ".join(str(error).split("\n")[0].split())
+            warnings.warn(f"the meta-step cannot be recorded ({reason}); it runs as it is", MetaftWarning, stacklevel=2)
+            return step
     print(
         f"meta-step recorded: {warm - begin:.1f} s of warm-up, {time.perf_counter() - warm:.1f} s of capture",
         file=sys.stderr,
