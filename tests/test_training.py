@@ -401,9 +401,7 @@ def test_cut_off_at_moments_of_the_disk_it_ends_with_the_same_bytes(tmp_path: Pa
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    os.environ.get("METAFT_FAULTS") != "full", reason="takes minutes: make test-faults"
-)
+@pytest.mark.skipif(os.environ.get("METAFT_FAULTS") != "full", reason="takes minutes: make test-faults")
 def test_cut_off_at_every_moment_of_the_disk_it_ends_with_the_same_bytes(tmp_path: Path):
     power_cuts(tmp_path, sinusoid(eval_episodes=4, test_episodes=4), every=1)
 
