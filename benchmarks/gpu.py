@@ -11,25 +11,31 @@ that was not measured is never a guess.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.peers.workloads import PUBLISHED, WORKLOADS, Workload
 from metaft import algorithms, models, outer
 from metaft.config import MetaTrainConfig, Settled
-from metaft.errors import MetaftError
+from metaft.errors import Interrupted, MetaftError
 from metaft.models.precision import in_bf16, matrix_units
 from metaft.models.recomputed import recomputed
+from metaft.run import read_rows
 from metaft.static import StaticSteps
 from metaft.tasks.pool import ClassPool, Preprocessing
 from metaft.training import Eager, Position, Snapshot
@@ -61,15 +67,13 @@ class Bench:
     def section(self, name: str, measure: Callable[[Bench], Any], *, needs: float) -> None:
         """Run one section if `needs` seconds are left, and write all figures so far."""
         start = time.monotonic()
-        try:
+
+        def in_time() -> Any:
             if needs and self.left < needs:
                 raise Skipped(f"{self.left:.0f} s were left, it needs {needs:.0f}")
-            found = measure(self)
-        except Skipped as why:
-            found = {"skipped": str(why)}
-        except Exception as error:  # the other sections' figures are worth having
-            found = {"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"}
-        self.figures[name] = found
+            return measure(self)
+
+        found = self.figures[name] = attempt(in_time)
         self.figures.setdefault("seconds", {})[name] = round(time.monotonic() - start, 1)
         out = Path(self.given.out)
         out.mkdir(parents=True, exist_ok=True)
@@ -82,14 +86,19 @@ class Bench:
 
 
 def checks(bench: Bench) -> Any:
-    """The tests that need a GPU: recorded steps against the CPU in float64, changing inputs, resume."""
+    """The tests that need a GPU: recorded steps against the CPU in float64, changing inputs, resume.
+
+    Their files alone, so that nothing else that tests import has to be there, and without plugins of that machine.
+    """
     if bench.device != "cuda":
         raise Skipped("no GPU")
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests"]
+    files = [str(f) for f in sorted((ROOT / "tests").glob("test_*.py")) if "@pytest.mark.gpu" in f.read_text("utf-8")]
+    words = ["-q", "-m", "gpu", "-p", "no:cacheprovider", "-W", "default", *files]
     done = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=min(180, bench.left), check=False
+        [sys.executable, "-m", "pytest", *words], cwd=ROOT, capture_output=True, text=True, check=False,
+        timeout=min(150, bench.left), env={**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
     )  # fmt: skip
-    return {"passed": done.returncode == 0, "tail": done.stdout.splitlines()[-8:]}
+    return {"passed": done.returncode == 0, "tail": (done.stdout + done.stderr).splitlines()[-12:]}
 
 
 def ceilings(bench: Bench) -> Any:
@@ -168,39 +177,85 @@ def timed(bench: Bench, steps: Any, seconds: float) -> tuple[float, int]:
 
 
 def throughput(bench: Bench) -> Any:
-    """Milliseconds per whole meta-step for each workload, precision and engine, the rate of its convolutions and matrix
-    products (to be held against the ceilings), and peak memory."""
+    """Milliseconds per whole meta-step for each workload, precision and engine, the share of the measured ceilings that
+    its convolutions and matrix products, and what all operations read and write, come to, and peak memory."""
     found: dict[str, Any] = {}
     names = ("tiny", "tiny-pool") if bench.given.tiny else PUBLISHED
-    seconds = 0.1 if bench.given.tiny else 2.0
     kinds = [("graph", precision) for precision in PRECISIONS] + [("vmap", "fp32")]
     for name in names:
-        with outer.engine("vmap", device=bench.device) as engine, FlopCounterMode(display=False) as counter:
-            prepared(bench, WORKLOADS[name], "fp32", engine).advance(0)
-        flop = counter.get_total_flops()
+        counted = attempt(work, bench, WORKLOADS[name])
         for kind, precision in kinds:
             if bench.left < 60 and not bench.given.tiny:
                 found[f"{name} {kind} {precision}"] = {"skipped": "out of time"}
                 continue
-            if bench.device == "cuda":
-                torch.cuda.reset_peak_memory_stats()
-            with matrix_units(precision), outer.engine(kind, device=bench.device) as engine:  # type: ignore[reportArgumentType]
-                steps = prepared(bench, WORKLOADS[name], precision, engine)
-                ms, count = timed(bench, steps, seconds)
-                entry = {
-                    "ms": ms,
-                    "steps": count,
-                    "tflop_s": flop / ms / 1e9,
-                    "tasks_at_once": getattr(engine, "chunk", None) or WORKLOADS[name].meta_batch,
-                }
-                if bench.device == "cuda":
-                    entry["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
-                    entry["busy"] = busy(bench, steps)
-                found[f"{name} {kind} {precision}"] = entry
+            found[f"{name} {kind} {precision}"] = attempt(speed, bench, name, kind, precision, counted)
     return found
 
 
-def busy(bench: Bench, steps: Any) -> float:
+def attempt(measure: Callable[..., dict[str, Any]], *given: Any) -> dict[str, Any]:
+    """Its figures, or why it has none: the other figures are worth having."""
+    try:
+        return measure(*given)
+    except Skipped as why:
+        return {"skipped": str(why)}
+    except Exception as error:
+        return {"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"}
+
+
+def speed(bench: Bench, name: str, kind: Any, precision: Any, counted: Mapping[str, Any]) -> dict[str, Any]:
+    if bench.device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    with matrix_units(precision), outer.engine(kind, device=bench.device) as engine:
+        steps = prepared(bench, WORKLOADS[name], precision, engine)
+        ms, count = timed(bench, steps, 0.1 if bench.given.tiny else 2.0)
+        entry: dict[str, Any] = {"ms": ms, "steps": count}
+        entry["tasks_at_once"] = getattr(engine, "chunk", None) or WORKLOADS[name].meta_batch
+        if kind == "graph" and bench.device == "cuda":
+            entry["recorded"] = getattr(steps._run, "__name__", "") == "replay"
+        ceiling = bench.figures.get("ceilings", {})
+        if "flop" in counted:
+            entry |= {"tflop_s": counted["flop"] / ms / 1e9, "gb_s": counted["bytes"] / ms / 1e6}
+        if "tflop_s" in entry and "copy_gb_s" in ceiling:
+            entry["of_matrix_products"] = entry["tflop_s"] / ceiling[f"{precision}_tflop_s"]
+            entry["of_copies"] = entry["gb_s"] / ceiling["copy_gb_s"]
+        if bench.device == "cuda":
+            entry["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+            entry["busy"] = attempt(busy, bench, steps)
+    return entry
+
+
+def work(bench: Bench, workload: Workload) -> dict[str, Any]:
+    """Operations of one meta-step in fp32: those of its convolutions and matrix products, and the bytes that all of it
+    reads and writes where each operation reads its arguments and writes its result.
+
+    PyTorch's counter takes a grouped convolution's derivative for an ungrouped one's, so that tasks side by side would
+    count many times over: the operations are those of one task, times the tasks.
+    """
+    one = dataclasses.replace(workload, meta_batch=1)
+    with outer.engine("vmap", device=bench.device) as engine:
+        with FlopCounterMode(display=False) as flops:
+            prepared(bench, one, "fp32", engine).advance(0)
+        with Bytes() as moved:
+            prepared(bench, workload, "fp32", engine).advance(0)
+    return {"flop": flops.get_total_flops() * workload.meta_batch, "bytes": moved.total}
+
+
+class Bytes(TorchDispatchMode):
+    """Counts the bytes of the arguments and results of all operations that are not mere views."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if not func.is_view:
+            self.total += sum(leaf.nbytes for leaf in pytree.tree_leaves((args, kwargs, out)) if torch.is_tensor(leaf))
+        return out
+
+
+def busy(bench: Bench, steps: Any) -> dict[str, Any]:
     """Share of a stretch of steps in which the GPU runs a kernel: their time over the time from start to end."""
     from torch.profiler import ProfilerActivity, profile
 
@@ -210,7 +265,7 @@ def busy(bench: Bench, steps: Any) -> float:
         steps.advance(10**5)
         bench.wait()
         elapsed = time.perf_counter() - start
-    return sum(event.self_device_time_total for event in seen.key_averages()) / 1e6 / elapsed
+    return {"share": sum(event.self_device_time_total for event in seen.key_averages()) / 1e6 / elapsed}
 
 
 def memory(bench: Bench) -> Any:
@@ -264,49 +319,81 @@ def omniglot(bench: Bench) -> Any:
     if not path.exists():
         raise Skipped(f"{path} is not there (benchmarks/gpu.sh carry)")
     out = Path(bench.given.out) / f"omniglot-{os.getpid()}"
-    tiny: dict[str, Any] = {"iterations": 4, "eval_every": 4, "eval_episodes": 4, "test_episodes": 8, "width": 4}
-    whole: dict[str, Any] = {"iterations": 4800, "eval_every": 800, "eval_episodes": 400}
+    tiny: dict[str, Any] = {"iterations": 4, "eval_every": 2, "eval_episodes": 4, "test_episodes": 8, "width": 4}
+    whole: dict[str, Any] = {"iterations": 4800, "eval_every": 400, "eval_episodes": 400}
     config = MetaTrainConfig(
         dataset="omniglot", rotate=True, meta_batch=16, outer_lr=3e-3, test_query_shots=1, device=bench.device,
         engine="graph", out=str(out), **(tiny if bench.given.tiny else whole),
     )  # fmt: skip
-    result = run(config, dataset=unpack(path))
-    test = result["test"]["transductive"]
+    found: dict[str, Any] = {"precision": config.precision}
+    # A run that takes too long is stopped as Ctrl-C would, so that something is left for the peers.
+    limit = threading.Timer(min(150, bench.left - 60 * (not bench.given.tiny)), os.kill, (os.getpid(), signal.SIGTERM))
+    limit.start()
+    try:
+        result = run(config, dataset=unpack(path))
+        test = result["test"]["transductive"]
+        found |= {"accuracy": test["accuracy"], "ci95": test["ci95"], "tasks_per_second": result["tasks_per_second"]}
+    except Interrupted as stopped:
+        found["stopped"] = str(stopped)
+    finally:
+        limit.cancel()
+    return {**found, **course(out)}
+
+
+def course(run: Path, reached: float = 0.987) -> dict[str, Any]:
+    """Validations of a run (step, seconds of training and validation so far, accuracy), and the seconds to the first of
+    them at so much; each validation is of `eval_episodes`, so that first one is a little lucky."""
+    timing = read_rows(run / "timing.jsonl", ["step", "seconds"])
+    rows = [row for row in read_rows(run / "metrics.jsonl") if row["kind"] == "val"]
+    seen = [
+        (row["step"], sum(part["seconds"] for part in timing if part["step"] <= row["step"]), row["transductive"])
+        for row in rows
+    ]
+    validations = [{"step": step, "seconds": took, "accuracy": figure["accuracy"]} for step, took, figure in seen]
+    first = next((v["seconds"] for v in validations if v["accuracy"] >= reached), None)
     return {
-        "accuracy": test["accuracy"],
-        "ci95": test["ci95"],
-        "seconds": result["seconds"],
-        "tasks_per_second": result["tasks_per_second"],
+        "seconds": sum(part["seconds"] for part in timing),
+        f"seconds_to_{100 * reached:g}": first,
+        "validations": validations,
     }
 
 
 def peers(bench: Bench) -> Any:
-    """benchmarks/throughput.py here: the meta-gradient of one meta-batch, metaft's not recorded, and the peers'."""
+    """benchmarks/throughput.py here: the meta-gradient of one meta-batch, metaft's not recorded, and the peers'. All of
+    them in PyTorch's default precision, which takes tf32 for convolutions; `ratios` has the whole recorded steps of
+    `throughput` in fp32 and tf32 beside the fastest library's meta-gradient."""
     site = os.environ.get("METAFT_PEERS")
     if site is None or not Path(site).is_dir():
         raise Skipped("METAFT_PEERS names no folder of libraries")
+    out = Path(bench.given.out) / "peers.json"
+    out.unlink(missing_ok=True)
+    words = ["--device", bench.device, "--seconds", "0.1" if bench.given.tiny else "2", "--rounds", "2"]
+    words += ["--allocator", "default", "--threads", "4", "--peers", "learn2learn", "higher", "torchopt"]
+    words += ["--out", str(out), "--workload", *(("tiny",) if bench.given.tiny else PUBLISHED)]
     found: dict[str, Any] = {}
-    for name in ("tiny",) if bench.given.tiny else PUBLISHED:
-        if bench.left < 45 and not bench.given.tiny:
-            found[name] = {"skipped": "out of time"}
-            continue
-        out = Path(bench.given.out) / f"peers-{name}.json"
-        seconds = "0.1" if bench.given.tiny else "3"
-        command = [sys.executable, "benchmarks/throughput.py", "--workload", name, "--device", bench.device]
-        command += [
-            "--seconds",
-            seconds,
-            "--rounds",
-            "2",
-            "--peers",
-            "learn2learn",
-            "higher",
-            "torchopt",
-            "--out",
-            str(out),
-        ]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=bench.left, check=False)
-        found[name] = json.loads(out.read_text()) if out.exists() else {"failed": (done.stderr or done.stdout)[-400:]}
+    try:
+        done = subprocess.run(
+            [sys.executable, "benchmarks/throughput.py", *words], cwd=ROOT, capture_output=True, text=True,
+            timeout=bench.left, check=False,
+        )  # fmt: skip
+        if done.returncode:
+            found["failed"] = (done.stderr or done.stdout)[-400:]
+    except subprocess.TimeoutExpired:
+        found["stopped"] = "out of time; the rows so far are below"
+    if out.exists():  # it is written after each row
+        found |= json.loads(out.read_text(encoding="utf-8"))
+    return {**found, "ratios": ratios(found.get("rows", []), bench.figures.get("throughput", {}))}
+
+
+def ratios(rows: Sequence[Mapping[str, Any]], mine: Mapping[str, Any]) -> dict[str, Any]:
+    """How many of metaft's recorded meta-steps the fastest library's meta-gradient takes, by workload and precision."""
+    found: dict[str, Any] = {}
+    for row in rows:
+        for precision in PRECISIONS[:2]:
+            ms = mine.get(f"{row['workload']} graph {precision}", {}).get("ms")
+            if row["best_peer"] is not None and ms is not None:
+                theirs = row["systems"][row["best_peer"]]["ms"]["median"]
+                found[f"{row['workload']} {precision}"] = {"best_peer": row["best_peer"], "ratio": theirs / ms}
     return found
 
 
@@ -334,7 +421,7 @@ def main() -> int:
     bench.section("omniglot", omniglot, needs=120 * least)
     bench.section("memory", memory, needs=20 * least)
     bench.section("peers", peers, needs=60 * least)
-    return 0 if bench.figures["checks"].get("passed", True) else 1
+    return 0 if bench.figures["checks"].get("passed") or "skipped" in bench.figures["checks"] else 1
 
 
 if __name__ == "__main__":

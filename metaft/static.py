@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 
 from metaft.algorithms.base import Algorithm, TaskGrad
 from metaft.config import Settled
-from metaft.errors import MetaftWarning
+from metaft.errors import MetaftError, MetaftWarning
 from metaft.metrics import FIGURES
 from metaft.outer import Engine, task_grad_of
 from metaft.ranks import Ranks
@@ -37,8 +37,8 @@ _STRETCH_BYTES = 1 << 28
 class Taken(NamedTuple):
     """What came of asking for meta-steps."""
 
-    window: tuple[tuple[float, float], ...]
-    """(loss, figure) of each step that was taken."""
+    window: tuple[tuple[float, ...], ...]
+    """The metrics of each step that was taken, as `logged` names them."""
     failure: str | None = None
     """Why the step after them was not: its loss or gradient is not finite."""
 
@@ -67,6 +67,11 @@ class Begun(Protocol):
     def state(self) -> Params: ...
     @property
     def optimizer(self) -> dict[str, Tensor]: ...
+
+
+def logged(algorithm: Algorithm) -> tuple[str, ...]:
+    """Which metrics of a meta-step go into metrics.jsonl."""
+    return ("loss", FIGURES[algorithm.loss], *algorithm.cautions)
 
 
 def why_not_finite(loss: float, gradient: bool) -> str | None:
@@ -116,12 +121,12 @@ class StaticSteps:
         self._at = torch.zeros(1, dtype=torch.int64, device=self._device)
         self._alive = torch.ones((), dtype=torch.bool, device=self._device)
         self._most = self._stretch(0)
-        self._logged = ("loss", FIGURES[algorithm.loss], *algorithm.cautions)
+        self._logged = logged(algorithm)
         self._log = torch.zeros(0)
         self._table: Any = None
         self._ahead: tuple[int, int, Any] | None = None
         on_gpu = self._device.type == "cuda"
-        self._record = record or (recorded if on_gpu else lambda step: step)
+        self._record = record or ((lambda step: recorded(step, self._device)) if on_gpu else lambda step: step)
         self._run: Callable[[], None] | None = None
 
     def moments(self) -> Params:
@@ -154,7 +159,7 @@ class StaticSteps:
             if any(row[i] > 0 for row in rows[:good]):
                 warnings.warn(text, MetaftWarning, stacklevel=2)
         failure = None if good == count else why_not_finite(rows[good][0], False)
-        return Taken(tuple((row[0], row[1]) for row in rows[:good]), failure)
+        return Taken(tuple(tuple(row[:-1]) for row in rows[:good]), failure)
 
     def _stretch(self, step: int) -> int:
         """Steps from this one to the next row, validation or checkpoint."""
@@ -262,29 +267,30 @@ class StaticSteps:
         return {name: part.view(p.shape) for (name, p), part in zip(like.items(), parts, strict=True)}
 
 
-def recorded(step: Callable[[], None]) -> Callable[[], None]:
-    """A function of GPU tensors in place, recorded as a CUDA graph, which takes a few runs of it and is said.
+def recorded(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
+    """A function of a GPU's tensors in place, recorded as a CUDA graph, which takes a few runs of it and is said.
 
     What cannot be recorded runs as it is, with a MetaftWarning that says so.
     """
-    begin = time.perf_counter()
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):  # libraries choose and prepare their kernels in the first calls, which may not be recorded
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    torch.cuda.synchronize()
-    warm = time.perf_counter()
-    graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph):
-            step()
-    except RuntimeError as error:
+    with torch.cuda.device(device):  # the streams below are those of the current device, whichever the tensors are on
+        begin = time.perf_counter()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):  # libraries choose and prepare their kernels in the first calls: not to be recorded
+                step()
+        torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.synchronize()
-        reason = " ".join(str(error).split("\n")[0].split())
-        warnings.warn(f"the meta-step cannot be recorded ({reason}); it runs as it is", MetaftWarning, stacklevel=2)
-        return step
+        warm = time.perf_counter()
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                step()
+        except (RuntimeError, MetaftError) as error:  # the latter where memory is short of a second copy of a step's
+            torch.cuda.synchronize()
+            reason = " ".join(str(error).split("\n")[0].split())
+            warnings.warn(f"the meta-step cannot be recorded ({reason}); it runs as it is", MetaftWarning, stacklevel=2)
+            return step
     print(
         f"meta-step recorded: {warm - begin:.1f} s of warm-up, {time.perf_counter() - warm:.1f} s of capture",
         file=sys.stderr,

@@ -166,7 +166,7 @@ def _pretrained(name: str, model: Model, loss: Loss, classes: int, norm: Norm, h
 
         heads = list(fit(support_loss, head.begin(features, ways), steps=steps, **sgd))
         still = {k: meta[k] for k in body}
-        still |= {f"{layer}.{k}": features.new_tensor(v) for k, v in head.constant(ways).items()}
+        still |= {f"{layer}.{k}": features.new_full((), v) for k, v in head.constant(ways).items()}
         measured = model.measure(meta, support_x) if moments else ()
         if not trajectory:
             return Fast({**still, **{parts[part]: v for part, v in heads[-1].items()}}, measured, {})

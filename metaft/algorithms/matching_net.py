@@ -52,7 +52,7 @@ def matching_net(
     ) -> Fast:
         features = model.features(meta, support_x, None)
         has = (support_y.unsqueeze(1) == torch.arange(ways, device=support_y.device)).to(features.dtype)
-        extra = {"support": features, "labels": has, "scale": features.new_tensor(scale)}
+        extra = {"support": features, "labels": has, "scale": features.new_full((), scale)}
         measured = model.measure(meta, support_x) if moments else ()
         return collect(iter([meta]), lambda params: Fast(params, measured, extra), trajectory)
 
