@@ -4,12 +4,12 @@
     python benchmarks/family.py --members maml anil protonet --threads 1 --engine threads
 
 Each member runs in a process of its own, on the same images (of the size of Omniglot's, 5-way 1-shot, 5 queries per
-class, 32 tasks), with one inner step and its own defaults for all else; those that train on batches of all classes get
-as many images. They take turns, so that what else the machine does meets all alike. Timed is the mean meta-gradient;
-the outer step is left out, as is drawing the episodes. Memory is what a task under way adds to the process at its
-peak.
+class, 32 tasks), with its defaults; those that train on batches of all classes get as many images. A member whose
+default is another number of inner steps than `--inner-steps` (1) is measured twice, with its own number and with that
+one. They take turns, so that what else the machine does meets all alike. Timed is the mean meta-gradient; the outer
+step is left out, as is drawing the episodes. Memory is what a task under way adds to the process at its peak.
 
-Written are the JSON with every figure, and beside it rows for docs/algorithms.md (.md).
+Written are the JSON with every figure, and beside it (.md) a table of them and the two columns of docs/algorithms.md.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from benchmarks.peers.process import Process, SystemFailure, environment
 from benchmarks.peers.workloads import WORKLOADS, Options, Workload
 from benchmarks.throughput import cpu_model, git, say, summary
 from benchmarks.throughput_report import QUIET
-from metaft.algorithms import ALGORITHMS
+from metaft.algorithms import ALGORITHMS, hyper_parameters
 from metaft.errors import MetaftError
 
 REFERENCE = "maml"
@@ -58,45 +58,55 @@ class Settings:
             if not getattr(self, field) > 0:
                 raise MetaftError(f"{field} must be above 0, got {getattr(self, field)}")
 
-    def request(self, member: str) -> Figures:
-        options = Options(threads=self.threads, engine=self.engine, algorithm=member)
+    def cases(self) -> dict[str, tuple[str, int | None, bool]]:
+        """Name in the results -> (member, its inner steps, whether they are its own number)."""
+        found: dict[str, tuple[str, int | None, bool]] = {}
+        for member in self.members:
+            own, equal = hyper_parameters(member).get("inner_steps"), self.workload.inner_steps
+            found[member] = (member, None if own is None else equal, False)
+            if isinstance(own, int) and own != equal:
+                found[f"{member}, {own} steps"] = (member, own, True)
+        return found
+
+    def request(self, member: str, own_steps: bool) -> Figures:
+        options = Options(threads=self.threads, engine=self.engine, algorithm=member, own_steps=own_steps)
         return {
             "workload": dataclasses.asdict(self.workload), "options": dataclasses.asdict(options), "device": "cpu",
         }  # fmt: skip
 
 
 def measure(settings: Settings) -> dict[str, Figures]:
-    """All members in turns. One that fails is noted with the reason, but for MAML: raises MetaftError."""
+    """All cases in turns. One that fails is noted with the reason, but for MAML: raises MetaftError."""
     found: dict[str, Figures] = {}
     times: dict[str, list[float]] = {}
     with contextlib.ExitStack() as stack, tempfile.TemporaryDirectory() as scratch:
         env = environment(threads=settings.threads, allocator=settings.allocator, site=None)
         running: dict[str, Process] = {}
 
-        def attempt(member: str, **request: Any) -> Figures:
+        def attempt(case: str, **request: Any) -> Figures:
             try:
-                return running[member].ask(**request)
+                return running[case].ask(**request)
             except SystemFailure as failure:
-                if member == REFERENCE:
-                    raise MetaftError(f"{member} failed: {failure}") from None
-                del running[member]
-                found[member] = {"status": "failed", "reason": str(failure)}
+                if case == REFERENCE:
+                    raise MetaftError(f"{case} failed: {failure}") from None
+                del running[case]
+                found[case] |= {"status": "failed", "reason": str(failure)}
                 return {}
 
-        for member in settings.members:
-            say(f"prepare: {member}")
-            running[member] = stack.enter_context(Process("metaft-member", env))
-            times[member], found[member] = [], {"status": "timed"}
+        for case, (member, steps, own) in settings.cases().items():
+            say(f"prepare: {case}")
+            running[case] = stack.enter_context(Process("metaft-member", env))
+            times[case], found[case] = [], {"status": "timed", "member": member, "inner_steps": steps}
             out = f"{scratch}/step.safetensors"
-            attempt(member, do="prepare", out=out, seconds=settings.seconds / 10, **settings.request(member))
+            attempt(case, do="prepare", out=out, seconds=settings.seconds / 10, **settings.request(member, own))
         for turn in range(settings.rounds):
             say(f"time: round {turn + 1} of {settings.rounds}")
-            for member in list(running):
-                times[member] += attempt(member, do="time", seconds=settings.seconds / settings.rounds).get("ms", [])
-        for member in list(running):
-            figures = attempt(member, do="finish")
+            for case in list(running):
+                times[case] += attempt(case, do="time", seconds=settings.seconds / settings.rounds).get("ms", [])
+        for case in list(running):
+            figures = attempt(case, do="finish")
             if figures:
-                found[member] |= {**summary(times[member], settings.workload.meta_batch), **figures}
+                found[case] |= {**summary(times[case], settings.workload.meta_batch), **figures}
     for figures in found.values():
         if figures["status"] == "timed":
             figures["relative_to_maml"] = figures["ms"]["median"] / found[REFERENCE]["ms"]["median"]
@@ -123,36 +133,45 @@ def run(settings: Settings, out: Path) -> Figures:
 
 
 def table(results: Figures) -> str:
-    """Markdown: a row per member."""
+    """Markdown: a row per case, then for docs/algorithms.md a row per member, at its own number of inner steps."""
     settings, busy = results["settings"], results["cores_busy_elsewhere"]
     workload, machine = settings["workload"], results["machine"]
     how = f"{settings['engine']} engine, {settings['threads']} threads, {machine['cpu']}, torch {machine['torch']}"
-    lines = [f"{workload['name']}, {workload['inner_steps']} inner steps, {workload['meta_batch']} tasks, {how}"]
+    lines = [f"{workload['name']}, {workload['meta_batch']} tasks, {how}"]
     if busy is None or busy > QUIET:
         lines.append(f"\nNOT QUIET: other work kept {'?' if busy is None else format(busy, '.2f')} cores busy")
     lines += [
         "",
-        "| member | ms per step | quartiles | steps | of MAML's | MiB per task |",
-        "|---|---|---|---|---|---|",
+        "| member | inner steps | ms per meta-step | quartiles | n | beside MAML | MiB per task |",
+        "|---|---|---|---|---|---|---|",
     ]
-    for name, own in results["members"].items():
+    cells: dict[str, tuple[str, str]] = {}
+    for own in results["members"].values():
+        name, steps = own["member"], "-" if own["inner_steps"] is None else own["inner_steps"]
         if own["status"] != "timed":
-            lines.append(f"| `{name}` | {own['status']}: {own['reason']} | | | | |")
+            lines.append(f"| `{name}` | {steps} | {own['status']}: {own['reason']} | | | | |")
             continue
-        ms, grown = own["ms"], own["growth_mib_per_task"]
-        memory = "not measured" if grown is None else f"{grown:.1f}"
+        ms, memory = own["ms"], _memory(own)
         lines.append(
-            f"| `{name}` | {ms['median']:.1f} | {ms['q1']:.1f} to {ms['q3']:.1f} | {own['n']} | "
+            f"| `{name}` | {steps} | {ms['median']:.1f} | {ms['q1']:.1f} to {ms['q3']:.1f} | {own['n']} | "
             f"{own['relative_to_maml']:.2f} | {memory} |"
         )
-    return "\n".join(lines) + "\n"
+        # Its own number of inner steps comes second, and goes before the equal one, which stays in brackets.
+        equal = f" ({cells[name][1]})" if name in cells else ""
+        cells[name] = (memory, f"{own['relative_to_maml']:.2f}{equal}")
+    lines += ["", "| name | MiB per task | cost |", "|---|---|---|"]
+    return "\n".join([*lines, *(f"| `{name}` | {memory} | {cost} |" for name, (memory, cost) in cells.items())]) + "\n"
+
+
+def _memory(own: Figures) -> str:
+    return "not measured" if own["growth_mib_per_task"] is None else f"{own['growth_mib_per_task']:.1f}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--members", nargs="+", choices=ALGORITHMS, default=list(ALGORITHMS), metavar="NAME", help=" ".join(ALGORITHMS))
-    add("--inner-steps", type=int, default=1, help="of members that have them")
+    add("--inner-steps", type=int, default=1, help="of all that have them, besides their own")
     add("--threads", type=int, help="processes or threads (auto: torch's own choice)")
     add("--engine", default="auto", help="metaft's engine")
     add("--allocator", choices=["default", "tuned"], default="tuned", help="tuned: glibc keeps freed memory")

@@ -1,56 +1,84 @@
 """Sine waves from 5 and 10 points: the error after each inner step, for every member with an inner loop.
 
-    python benchmarks/sinusoid.py --out runs/sinusoid.json                        # hours on two cores
-    python benchmarks/sinusoid.py --members maml anil pre-training --iterations 500 --out runs/short.json
+    python benchmarks/sinusoid.py --jobs 2                                        # hours; goes on where it was stopped
+    python benchmarks/sinusoid.py --members maml anil pre-training --shots 5 --iterations 500 --out runs/short.json
 
 The settings are those of the MAML paper (https://arxiv.org/abs/1703.03400, section 5.1): two hidden layers of 40 units,
-an inner rate of 0.01 (with which learned rates begin), one inner step in training, 25 tasks per meta-step with as many
-query points as shots, Adam at 0.001; outer settings that a member has of its own go before those. What stands beside
-is `pre-training`: the same network trained on the points of all tasks at once, then gradient descent at that rate of
-RATES which is best on validation tasks.
+one inner step of 0.01 in training (with which learned rates begin), 25 tasks per meta-step with as many query points as
+shots, Adam at 0.001. A member that is not itself with these has others of its own in OWN, with their source; the table
+says which. All are tested alike: 10 inner steps, at their own rate and by their own rule, on the support points alone.
+UNICORN-MAML is left out, since of one output it is MAML. What stands beside is `pre-training`: the same network trained
+on the points of all tasks at once, then gradient descent at that rate of RATES which is best on validation tasks.
 
 Written are the JSON with every figure, and beside it a table (.md) and a picture (.png). What the JSON already holds is
-not measured again, and a member that was stopped goes on from its last checkpoint.
+not measured again, and a member that was stopped goes on from its last checkpoint. With `--jobs N` each row is a
+process of its own, of one thread, N at a time; what it says is beside its run folder (.log).
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import fcntl
 import json
+import os
+import signal
+import subprocess
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # to be run as a file, too
 
+from benchmarks.sinusoid_report import PRE_TRAINING, STEPS, Row, figure, table
 from benchmarks.throughput import cpu_model, git
 from metaft import algorithms, meta_train, models, outer
 from metaft.algorithms import ALGORITHMS, Algorithm, hyper_parameters
 from metaft.checkpoint import write_atomically
 from metaft.config import MetaTrainConfig
-from metaft.defaults import MEMBERS
 from metaft.errors import MetaftError
 from metaft.metrics import mean_ci95
-from metaft.plots.style import BLACK, BLUE, GREEN, GREY, PURPLE, SKY, VERMILLION, decorate, save
+from metaft.plots.style import save
 from metaft.tasks import Sinusoid
 from metaft.testing import score_episodes
 from metaft.training import draw
 from metaft.types import Batch, Params
 
-PRE_TRAINING = "pre-training"
 RATES = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05)
-STEPS = 10
 WIDTH, META_BATCH, INNER_LR, OUTER_LR = 40, 25, 0.01, 1e-3
 EVAL_SEED = 1234
 
-Row = dict[str, Any]
+OWN: dict[str, dict[str, Any]] = {
+    "maml++": {
+        "settings": {"inner_steps": 5, "outer_schedule": "cosine"},
+        "source": "its paper's 5 steps, each with a loss and rates of its own, and its cosine outer rate",
+    },
+    "reptile": {
+        "settings": {
+            "inner_steps": 5, "inner_lr": 0.02, "inner_optimizer": "sgd", "hyper": ("batch_size=10",),
+            "outer_optimizer": "sgd", "outer_lr": 0.1, "outer_schedule": "linear",
+        },
+        "points": 50,
+        "source": "its authors' demo of sine waves (https://openai.com/index/reptile): 50 points of a task, 10 a step",
+    },
+    "imaml": {
+        "settings": {"inner_steps": 16, "hyper": ("strength=2", "damping=0")},
+        "source": "its paper's steps and strength for Omniglot, for it has no sine waves",
+    },
+    "cavia": {
+        "settings": {"inner_lr": 1.0, "hyper": ("context=5",)},
+        "source": "its authors' code for sine waves (https://github.com/lmzintgraf/cavia, regression)",
+    },
+}  # fmt: skip
+"""What a member has of its own: fields of a config, support and query points together if other than twice the shots,
+and whose numbers they are."""
+
+SAME_AS_MAML = {"unicorn-maml": "unicorn-maml is maml where there is one output: its shared row is the whole head"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,9 +97,9 @@ class Settings:
 
 def members() -> tuple[list[str], dict[str, str]]:
     """(those with an inner loop that can learn a curve, the others with the reason)."""
-    fit, others = [], {}
+    fit, others = [], dict(SAME_AS_MAML)
     model = models.build("mlp", ways=1, shape=(1,), width=WIDTH, seed=0)
-    for name in ALGORITHMS:
+    for name in (name for name in ALGORITHMS if name not in others):
         try:
             algorithms.build(name, model, {"loss": "mse"})
         except MetaftError as error:
@@ -84,21 +112,26 @@ def members() -> tuple[list[str], dict[str, str]]:
     return fit, others
 
 
+def config_of(name: str, shots: int, settings: Settings, out: Path) -> MetaTrainConfig:
+    own = OWN.get(name, {})
+    of_paper = MetaTrainConfig(
+        dataset="sinusoid", algorithm=name, shots=shots, query_shots=own.get("points", 2 * shots) - shots,
+        meta_batch=META_BATCH, width=WIDTH, inner_steps=1, inner_lr=INNER_LR,
+        iterations=settings.iterations, outer_optimizer="adam", outer_lr=OUTER_LR, outer_schedule="constant",
+        seed=settings.seed, eval_seed=EVAL_SEED, test_inner_steps=STEPS, test_episodes=settings.episodes,
+        device="cpu", engine="vmap", out=str(out),
+    )  # fmt: skip
+    return dataclasses.replace(of_paper, **own.get("settings", {}))
+
+
 def meta_learned(name: str, shots: int, settings: Settings, folder: Path) -> Row:
     """Train and meta-test a member by the command; a run that was begun goes on."""
-    own = MEMBERS.get(name, {})
-    config = MetaTrainConfig(
-        dataset="sinusoid", algorithm=name, shots=shots, query_shots=shots, meta_batch=META_BATCH, width=WIDTH,
-        inner_lr=INNER_LR, iterations=settings.iterations, seed=settings.seed, eval_seed=EVAL_SEED,
-        outer_lr=None if "outer_lr" in own else OUTER_LR,
-        outer_schedule=None if "outer_schedule" in own else "constant",
-        test_inner_steps=STEPS, test_episodes=settings.episodes, device="cpu", engine="vmap",
-        out=str(folder / f"{name}-{shots}"),
-    )  # fmt: skip
-    path = Path(str(config.out))
+    path = folder / f"{name}-{shots}"
+    config = config_of(name, shots, settings, path)
     result = meta_train.resume_run(path, config) if (path / "config.toml").exists() else meta_train.run(config)
     test = result["test"]["transductive"]
-    return {"mse": test["mse_per_step"], "ci95": test["ci95_per_step"], "seconds": result["seconds"]}
+    own = {"own": OWN[name]} if name in OWN else {}
+    return {"mse": test["mse_per_step"], "ci95": test["ci95_per_step"], "seconds": result["seconds"], **own}
 
 
 def pre_trained(shots: int, settings: Settings) -> Row:
@@ -140,72 +173,86 @@ def pre_trained(shots: int, settings: Settings) -> Row:
     return {"mse": mse, "ci95": ci95, "seconds": round(time.perf_counter() - start, 3), "inner_lr": best}
 
 
-def run(settings: Settings, names: Iterable[str], shots: Sequence[int], out: Path) -> dict[str, Any]:
-    """Measure what the JSON has not; it is written after each row. Raises MetaftError where it has other settings."""
-    results: dict[str, Any] = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {"rows": []}
-    plain = dataclasses.asdict(settings)
-    if results.get("settings", plain) != plain:
-        raise MetaftError(f"out: {out} holds figures of {results['settings']}, not of {plain}")
-    results |= {
-        "benchmark": "sinusoid",
-        "settings": plain,
-        "machine": {"cpu": cpu_model(), "torch": torch.__version__},
-        "skipped": members()[1],
-    }
-    done = {(row["member"], row["shots"]) for row in results["rows"]}
-    for name in names:
-        for k in shots:
-            if (name, k) in done:
-                continue
+def run(settings: Settings, names: Sequence[str], shots: Sequence[int], out: Path, jobs: int = 1) -> dict[str, Any]:
+    """Measure what the JSON has not; JSON, table and picture are written after each row.
+
+    Raises MetaftError where the JSON has other settings, and, after all others, for rows that failed.
+    """
+    with _results(out, settings) as results:
+        done = {(row["member"], row["shots"]) for row in results["rows"]}
+    cells = [(name, k) for name in names for k in shots if (name, k) not in done]
+    if jobs > 1:
+        _in_processes(cells, settings, out, jobs)
+    else:
+        for name, k in cells:
             found = pre_trained(k, settings) if name == PRE_TRAINING else meta_learned(name, k, settings, out.parent)
-            row = {"member": name, "shots": k, "commit": git("rev-parse", "HEAD"), **found}
-            results["rows"].append(row)
-            out.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(out, (json.dumps(results, indent=2) + "\n").encode())
-    out.with_suffix(".md").write_text(table(results), encoding="utf-8")
-    save(figure(results["rows"]), out.with_suffix(".png"))
-    return results
+            with _results(out, settings) as results:
+                results["rows"].append({"member": name, "shots": k, "commit": git("rev-parse", "HEAD"), **found})
+    with _results(out, settings) as results:
+        return results
 
 
-def table(results: dict[str, Any]) -> str:
-    """Markdown: a row per member and number of points."""
-    settings, shown = results["settings"], (0, 1, 2, 3, 5, STEPS)
-    about = f"{settings['iterations']} meta-steps, seed {settings['seed']}; ± 95 % interval"
-    lines = [
-        f"Mean squared error over {settings['episodes']} test tasks of 100 points each; {about}.",
-        "",
-        "| member | points | " + " | ".join(f"{s} steps" if s != 1 else "1 step" for s in shown) + " |",
-        "|---" * (len(shown) + 2) + "|",
-    ]
-    for row in sorted(results["rows"], key=lambda row: row["shots"]):
-        name = f"`{row['member']}`" + (f", rate {row['inner_lr']}" if "inner_lr" in row else "")
-        cells = [f"{row['mse'][s]:.3f} ± {row['ci95'][s]:.3f}" for s in shown]
-        lines.append(f"| {name} | {row['shots']} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+@contextlib.contextmanager
+def _results(out: Path, settings: Settings) -> Iterator[dict[str, Any]]:
+    """What the JSON holds, to be added to: it is written afterwards, and no other process is at it meanwhile."""
+    plain = dataclasses.asdict(settings)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with open(out.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        results: dict[str, Any] = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {"rows": []}
+        if results.get("settings", plain) != plain:
+            raise MetaftError(f"out: {out} holds figures of {results['settings']}, not of {plain}")
+        for row in results["rows"]:
+            if row.get("own") != json.loads(json.dumps(OWN.get(row["member"]))):
+                raise MetaftError(f"out: {out} holds a row of {row['member']} with other settings than it has now")
+        results |= {
+            "benchmark": "sinusoid",
+            "settings": plain,
+            "machine": {"cpu": cpu_model(), "torch": torch.__version__},
+            "skipped": members()[1],
+        }
+        yield results
+        results["rows"].sort(key=lambda row: ([*ALGORITHMS, PRE_TRAINING].index(row["member"]), row["shots"]))
+        write_atomically(out, (json.dumps(results, indent=2) + "\n").encode())
+        write_atomically(out.with_suffix(".md"), table(results).encode())
+        if results["rows"]:
+            save(figure(results["rows"]), out.with_suffix(".png"))
 
 
-def figure(rows: Sequence[Row]) -> Figure:
-    """A panel for each number of points, a line for each member."""
-    shots = sorted({row["shots"] for row in rows})
-    names = list(dict.fromkeys(row["member"] for row in rows))
-    colours = (BLUE, VERMILLION, GREEN, PURPLE, SKY, BLACK)
-    looks = {n: (colours[i % 6], ("-", "--", ":", "-.")[i // 6 % 4], "osD^vP*X"[i % 8]) for i, n in enumerate(names)}
-    looks[PRE_TRAINING] = (GREY, "--", "")
-    drawn = Figure(figsize=(5.0 * len(shots), 4.2), layout="constrained")
-    for panel, k in zip(drawn.subplots(1, len(shots), squeeze=False)[0], shots, strict=True):
-        for row in (row for row in rows if row["shots"] == k):
-            colour, line, marker = looks[row["member"]]
-            panel.errorbar(
-                range(len(row["mse"])), row["mse"], row["ci95"],
-                color=colour, ls=line, marker=marker, ms=4, lw=1.2, elinewidth=0.6, label=row["member"],
-            )  # fmt: skip
-        panel.set_yscale("log")
-        panel.yaxis.set_major_formatter("{x:g}")
-        panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        panel.yaxis.set_minor_formatter(NullFormatter())
-        panel.set_title(f"{k} points", fontsize=10)
-        decorate(panel, "inner steps at test", "mean squared error", legend=k == shots[0])
-    return drawn
+def _in_processes(cells: Sequence[tuple[str, int]], settings: Settings, out: Path, jobs: int) -> None:
+    """This program once per cell, `jobs` at a time. Raises MetaftError with the last words of those that failed."""
+    waiting, running, failed = list(cells), {}, []
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    try:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                name, k = waiting.pop(0)
+                log = out.parent / f"{name}-{k}.log"
+                print(f"start: {name}, {k} points", file=sys.stderr, flush=True)
+                with open(log, "w") as said:
+                    running[name, k] = log, subprocess.Popen(
+                        [
+                            sys.executable, str(Path(__file__).resolve()), "--members", name, "--shots", str(k),
+                            "--iterations", str(settings.iterations), "--episodes", str(settings.episodes),
+                            "--seed", str(settings.seed), "--out", str(out),
+                        ],
+                        env=env, stdout=said, stderr=said,
+                    )  # fmt: skip
+            time.sleep(0.2)
+            for cell, (log, process) in list(running.items()):
+                if process.poll() is not None:
+                    del running[cell]
+                    print(f"ended: {cell[0]}, {cell[1]} points", file=sys.stderr, flush=True)
+                    if process.returncode:
+                        last = (log.read_text(errors="replace").splitlines() or ["killed"])[-1]
+                        failed.append(f"{cell[0]}-{cell[1]}: {last}")
+    finally:
+        for _, process in running.values():
+            process.terminate()  # each leaves a checkpoint
+        for _, process in running.values():
+            process.wait()
+    if failed:
+        raise MetaftError("; ".join(failed))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -218,20 +265,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--iterations", type=int, default=15000, help="meta-steps")
     add("--episodes", type=int, default=1000, help="test tasks")
     add("--seed", type=int, default=0)
+    add("--jobs", type=int, default=1, help="rows at a time, each in a process of one thread")
     add("--out", type=Path, default=Path("runs/sinusoid/sinusoid.json"), metavar="FILE.json", help="runs go beside it")
     given = parser.parse_args(argv)
     try:
         if given.out.suffix != ".json":
             raise MetaftError(f"out must end in .json, got {given.out}")
+        if given.jobs < 1:
+            raise MetaftError(f"jobs must be at least 1, got {given.jobs}")
         settings = Settings(given.iterations, given.episodes, given.seed)
-        results = run(settings, dict.fromkeys(given.members), given.shots, given.out)
+        results = run(settings, list(dict.fromkeys(given.members)), given.shots, given.out, given.jobs)
     except MetaftError as error:
         print(f"sinusoid: {error}", file=sys.stderr)
         return error.status
+    except KeyboardInterrupt:
+        print("sinusoid: stopped; the same command goes on", file=sys.stderr)
+        return 130
     print("\n" + table(results))
     print(f"figures: {given.out}, table: {given.out.with_suffix('.md')}, picture: {given.out.with_suffix('.png')}")
     return 0
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     sys.exit(main())

@@ -1,22 +1,19 @@
-"""A member of your own, in forty lines: MAML that steps by the gradient's sign, at a rate that it learns.
+"""A member of your own, in a few lines: MAML that steps by the gradient's sign, at rates that it learns.
 
     python examples/new_algorithm.py [--iterations 300] [--out runs/new]
 
-It is trained on the built-in letters and meta-tested beside MAML on the same episodes.
+It is trained on the built-in letters and meta-tested beside MAML on the same episodes. `by_gradient` is all of MAML but
+what a member has of its own; one that does not go down the support loss writes `init`, `adapt` and `predict` itself, as
+metaft/algorithms/protonet.py does.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
 
-import torch
-from torch import Tensor
-
-from metaft import Algorithm, Fast, MetaTrainConfig, Model, meta_train
-from metaft.algorithms import ALGORITHMS, query_loss
-from metaft.algorithms.base import moments_for
-from metaft.inner import collect, value_and_grad
+from metaft import Algorithm, MetaTrainConfig, Model, meta_train
+from metaft.algorithms import ALGORITHMS, by_gradient
+from metaft.inner import Rates
 from metaft.types import Loss, Norm, Params
 
 
@@ -28,32 +25,22 @@ def sign_maml(
     A sign has derivative 0, so that the first-order gradient is the exact one and no second derivative is taken.
     """
 
-    def init(key: int) -> tuple[Params, Params]:
-        rates = {f"{k}.rate": torch.full((), inner_lr, dtype=p.dtype) for k, p in model.params.items()}
-        return {**{k: p.clone() for k, p in model.params.items()}, **rates}, {}
+    def rates(meta: Params) -> Rates:
+        return lambda gradients, step: {k: meta[f"{k}.rate"] * g.sign() for k, g in gradients.items()}
 
-    def walk(meta: Params, x: Tensor, y: Tensor, steps: int) -> Iterator[Params]:
-        fast = {k: meta[k] for k in model.params}
-        yield fast
-        for _ in range(steps):
-            _, _, grads = value_and_grad(lambda p: (model.loss(p, x, y, loss)[0], ()), fast, create_graph=False)
-            fast = {k: p - meta[f"{k}.rate"] * grads[k].sign() for k, p in fast.items()}
-            yield fast
-
-    def adapt(
-        meta: Params, state: Params, support_x: Tensor, support_y: Tensor, key: Tensor,
-        *, ways: int, steps: int, trajectory: bool = False, moments: bool = True,
-    ) -> Fast:  # fmt: skip
-        def finish(fast: Params) -> Fast:
-            return Fast(fast, model.measure(fast, support_x) if moments else (), {})
-
-        return collect(walk(meta, support_x, support_y, steps), finish, trajectory)
-
-    def predict(fast: Fast, x: Tensor, norm: Norm) -> Tensor:
-        return model.apply(fast.params, x, moments_for(norm, fast))
-
-    objective = query_loss(adapt, predict, ways=model.outputs, steps=inner_steps, loss=loss, norm=norm)
-    return Algorithm("sign-maml", init, adapt, predict, inner_steps, loss, norm, task_loss=objective)
+    return by_gradient(
+        "sign-maml",
+        model,
+        loss=loss,
+        inner_lr=inner_lr,
+        inner_steps=inner_steps,
+        first_order=True,
+        norm=norm,
+        adapted=list(model.params),
+        learned=model.params | {f"{k}.rate": p.new_full((), inner_lr) for k, p in model.params.items()},
+        begin=lambda meta, x, y, ways: {k: meta[k] for k in model.params},
+        rates=rates,
+    )
 
 
 def main() -> None:

@@ -31,7 +31,8 @@ class Arguments(EvaluateConfig):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status: 0 done, 1 too little memory, 2 bad input, 130 or 143 stopped by Ctrl-C or SIGTERM."""
+    """Exit status: 0 done, 1 too little memory or a process of the job lost, 2 bad input, 130 or 143 stopped
+    by Ctrl-C or SIGTERM."""
     return in_ranks(_command, argv, smaller="--engine vmap with a smaller --task-chunk, or fewer --threads")
 
 

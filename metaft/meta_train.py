@@ -136,10 +136,22 @@ def resume_run(
 
 @contextlib.contextmanager
 def _held(run: RunFolder, field: str, ranks: Ranks) -> Iterator[None]:
-    """The lock on a run folder, held by rank 0. Raises MetaftError, on all ranks, where another process has it."""
+    """The lock on a run folder, held by rank 0. Raises MetaftError, on all ranks, where another process has it.
+
+    What ends because a rank was lost is told how to go on.
+    """
     with contextlib.ExitStack() as stack:
         ranks.on_first(lambda: stack.enter_context(run.held(field)))
-        yield
+        try:
+            yield
+        except RankLost as lost:
+            lost.hint = f"; the last checkpoint is {run.last}, go on with: {_go_on(run, ranks)}"
+            raise
+
+
+def _go_on(run: RunFolder, ranks: Ranks) -> str:
+    launch = "python" if ranks.count == 1 else f"torchrun {launcher(ranks.count)}"
+    return f"{launch} -m metaft.meta_train --resume {shlex.quote(str(run.path))}"
 
 
 def _resume(
@@ -248,8 +260,6 @@ def _go(
     from metaft.training import begin, train
 
     c = parts.config
-    launch = "python" if ranks.count == 1 else f"torchrun {launcher(ranks.count)}"
-    resume_hint = f"{launch} -m metaft.meta_train --resume {shlex.quote(str(run.path))}"
     with (
         StopSignals(ranks) as signals,
         engine_for(parts) as mapped,
@@ -271,17 +281,13 @@ def _go(
             f"run folder {run.path}",
             file=sys.stderr,
         )
-        stop = f"stopped; a checkpoint is in {run.checkpoints}, go on with: {resume_hint}"
+        stop = f"stopped; a checkpoint is in {run.checkpoints}, go on with: {_go_on(run, ranks)}"
 
         def should_stop() -> None:
             signals.check(stop)
 
-        try:
-            train(run, c, parts.algorithm, mapped, sources[0], sources[1], start, ranks=ranks, should_stop=should_stop)
-            return finish(run, parts, mapped, sources[2], ranks=ranks, should_stop=should_stop)
-        except RankLost as lost:
-            lost.hint = f"; the last checkpoint is {run.last}, go on with: {resume_hint}"
-            raise
+        train(run, c, parts.algorithm, mapped, sources[0], sources[1], start, ranks=ranks, should_stop=should_stop)
+        return finish(run, parts, mapped, sources[2], ranks=ranks, should_stop=should_stop)
 
 
 def finish(

@@ -80,9 +80,10 @@ class _Parallel:
 class Threads(_Parallel):
     """Tasks side by side in threads of one intra-op thread each; sums take `chunk` tasks at once per thread, by vmap.
 
-    Bits do not depend on how many threads there are, since each chunk runs whole on one of them, alone. Right for
-    convolutions on a CPU, most of which are too small to be shared out among cores, where processes cannot be had:
-    Python runs one thread at a time, so that threads wait for each other (see docs/performance.md).
+    With the same `chunk` bits do not depend on how many threads there are, since each chunk runs whole on one of them,
+    alone; what `chunk=None` stands for does. Right for convolutions on a CPU, most of which are too small to be shared
+    out among cores, where processes cannot be had: Python runs one thread at a time, so that threads wait for each
+    other (see docs/performance.md).
     """
 
     def __init__(self, threads: int, chunk: int | None = None) -> None:
@@ -105,7 +106,8 @@ class Processes(_Parallel):
     """As `Threads`, with a process for each: the same bits, and none waits for another one's Python.
 
     For the CPU of systems that can fork. The workers of a function are forked at its first call, which computes one
-    chunk here, and once more for other shapes.
+    chunk in a process of its own, and once more for other shapes. A fork waits until the program's other threads sleep,
+    for a moment at most: one that multiplies matrices all the time may leave a lock behind in the workers.
     """
 
     _KEPT = 4

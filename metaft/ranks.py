@@ -42,7 +42,8 @@ class Ranks:
         self.asked = 0
         """Number of the signal that asks this process to stop; 0: none."""
         self.stop = 0
-        """The same as all ranks know it since their last `sum_flat` or `gather`, so that all stop at the same point."""
+        """The same as all ranks know it since their last `sum_flat` or `gather`, so that all stop at the same point and
+        with the same status: SIGTERM where one rank was sent it, else SIGINT where one was sent that."""
         self.restarted = False
         """Whether torchrun has started this job before, which then ended with an error."""
 
@@ -64,18 +65,18 @@ class Ranks:
         short = {torch.float32, torch.float16, torch.bfloat16}
         wide = torch.float32 if all(t.dtype in short for t in tensors) else torch.float64
         parts = [t.detach().reshape(-1).to(wide) for t in tensors]
-        flat = torch.cat([*parts, parts[0].new_tensor([self.asked])])
+        flat = torch.cat([*parts, parts[0].new_tensor([self._request()])])
         self._add(flat)
-        *sums, asked = flat.split([*(len(part) for part in parts), 1])
-        self._agree(float(asked) > 0)
+        *sums, requests = flat.split([*(len(part) for part in parts), 1])
+        self._agree(float(requests))
         return [s.view(t.shape).to(t.dtype) for s, t in zip(sums, tensors, strict=True)]
 
     def gather(self, value: Value) -> list[Value]:
         """Every rank's value (small plain data), in rank order, on all of them. Raises RankLost."""
         if self.count == 1:
             return [value]
-        found = self._all((self.asked, value))
-        self._agree(any(asked for asked, _ in found))
+        found = self._all((self._request(), value))
+        self._agree(sum(request for request, _ in found))
         return [value for _, value in found]
 
     def on_first(self, function: Callable[[], Value]) -> Value:
@@ -141,8 +142,12 @@ class Ranks:
     def close(self) -> None:
         """Leave the others."""
 
-    def _agree(self, asked: bool) -> None:
-        self.stop = (self.asked or signal.SIGTERM) if asked else 0
+    def _request(self) -> int:
+        """To be added up over ranks: one SIGTERM is more than a SIGINT to each, so that the sum tells all the same."""
+        return {0: 0, signal.SIGINT: 1}.get(self.asked, self.count + 1)
+
+    def _agree(self, requests: float) -> None:
+        self.stop = signal.SIGTERM if requests > self.count else signal.SIGINT if requests else 0
 
     def _add(self, flat: Tensor) -> None:
         raise NotImplementedError
@@ -162,16 +167,29 @@ def join() -> Ranks:
     """This process's place among those that torchrun started, or alone. The caller closes it.
 
     gloo carries what is on the CPU, NCCL what is on GPUs. Raises MetaftError for an environment that is not
-    torchrun's, and RankLost where the others do not come within METAFT_RANKS_TIMEOUT seconds (600).
+    torchrun's and for a PyTorch without gloo, RankLost where the others do not come within METAFT_RANKS_TIMEOUT seconds
+    (600), and SaidElsewhere where another rank of this machine raises one of these.
     """
-    if _number("WORLD_SIZE", 1) == 1:
+    count = _number("WORLD_SIZE", 1, range(1, 2**31))
+    if count == 1:
         alone = Ranks()
         alone.restarted = _number("TORCHELASTIC_RESTART_COUNT", 0) > 0
         return alone
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
         raise MetaftError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {missing[0]} is not set; start with torchrun")
-    return _Group(_timeout())
+    rank, local = _number("RANK", 0, range(count)), _number("LOCAL_RANK", 0)
+    _number("MASTER_PORT", 0, range(2**16))
+    timeout = _timeout()
+    # torch's C++ code writes a dump of its stack for each attempt to connect; what it says is in the exception, too.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
+    from torch import distributed
+
+    if not (distributed.is_available() and distributed.is_gloo_available()):
+        if local:
+            raise SaidElsewhere(MetaftError.status)
+        raise MetaftError("this PyTorch was built without gloo, which several processes of a run need; install another")
+    return _Group(rank, count, local, timeout)
 
 
 def job() -> str:
@@ -189,12 +207,13 @@ def launcher(count: int) -> str:
     )
 
 
-def _number(name: str, default: int) -> int:
+def _number(name: str, default: int, allowed: range = range(2**31)) -> int:
     text = os.environ.get(name, str(default))
-    try:
-        return int(text)
-    except ValueError:
-        raise MetaftError(f"{name} must be a whole number, as torchrun sets it; got {text!r}") from None
+    with contextlib.suppress(ValueError):
+        if int(text) in allowed:
+            return int(text)
+    bounds = f"from {allowed[0]} to {allowed[-1]}"
+    raise MetaftError(f"{name} must be a whole number {bounds}, as torchrun sets it; got {text!r}")
 
 
 def _timeout() -> float:
@@ -208,40 +227,69 @@ def _timeout() -> float:
 class _Group(Ranks):
     """One of several, through torch.distributed."""
 
-    def __init__(self, timeout: float) -> None:
+    def __init__(self, rank: int, count: int, local: int, timeout: float) -> None:
+        super().__init__(rank, count, local)
+        self._timeout = timeout
+        self._start: Any = None
+        """What torchrun keeps for all attempts of the job; None until it is reached."""
+        self._store: Any = None
+        """The same for this attempt alone."""
+        try:
+            with self._watched(meeting=True):
+                self._meet()
+            # On another machine than the one that failed, torchrun counts no restart.
+            self.restarted = any(self.gather(_number("TORCHELASTIC_RESTART_COUNT", 0) > 0))
+        except RankLost as lost:
+            self.close()
+            if not self._speaks_of_start():
+                raise SaidElsewhere(lost.status) from lost
+            place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+            raise RankLost(f"the {count} processes did not meet at {place}: {lost}") from lost
+
+    def _meet(self) -> None:
         # `nn` keeps the group that is there when it is first imported: later, `close` could not close its connections.
         import torch.distributed.nn
         from torch import distributed
         from torch.distributed import PrefixStore  # pyright: ignore[reportPrivateImportUsage]
         from torch.distributed.rendezvous import rendezvous
 
-        e = os.environ
-        super().__init__(_number("RANK", 0), _number("WORLD_SIZE", 1), _number("LOCAL_RANK", 0))
-        self._timeout = timeout
         if on_gpus := torch.cuda.is_available() and distributed.is_nccl_available():
             # NCCL reports a lost rank where it waits, instead of ending the process from a thread of its own.
-            e.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")
+            os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")
             if self.local < torch.cuda.device_count():
                 torch.cuda.set_device(self.local)
         backend = "cpu:gloo,cuda:nccl" if on_gpus else "gloo"
-        limit = datetime.timedelta(seconds=timeout)
-        with self._watched():
-            # torchrun keeps the store, so that it outlives ranks: it is where they say why they end.
-            store, _, _ = next(rendezvous("env://", timeout=limit))
-            # It outlives attempts too: what the dead ranks of an earlier one left there must not be met.
-            self._store = PrefixStore(f"metaft/{self._attempt(PrefixStore('metaft', store))}", store)
-            store = PrefixStore("group", self._store)
-            distributed.init_process_group(backend, store=store, rank=self.rank, world_size=self.count, timeout=limit)
-        # On another machine than the one that failed, torchrun counts no restart.
-        self.restarted = any(self.gather(_number("TORCHELASTIC_RESTART_COUNT", 0) > 0))
+        limit = datetime.timedelta(seconds=self._timeout)
+        # torchrun keeps the store, so that it outlives ranks: it is where they say why they end.
+        store, _, _ = next(rendezvous("env://", timeout=limit))
+        self._start = PrefixStore("metaft", store)
+        # It outlives attempts too: what the dead ranks of an earlier one left there must not be met.
+        self._store = PrefixStore(f"metaft/{self._attempt(self._start)}", store)
+        store = PrefixStore("group", self._store)
+        distributed.init_process_group(backend, store=store, rank=self.rank, world_size=self.count, timeout=limit)
+
+    def _speaks_of_start(self) -> bool:
+        """Whether this rank is the one of its machine that says that they did not meet: the first to find it out."""
+        if self._start is None:
+            return self.local == 0
+        attempt = f"unmet/{socket.gethostname()}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
+        try:
+            return self._start.add(attempt, 1) == 1
+        except _dist_error():
+            return self.local == 0
 
     def _attempt(self, store: Any) -> str:
         """A word that the ranks of this attempt agree on, and no earlier one had. torchrun's own count will not do: it
         differs between machines. Rank 0 answers each rank's question, which nobody else can have asked."""
+        from torch.distributed import DistStoreError  # pyright: ignore[reportPrivateImportUsage]
+
         mine = uuid.uuid4().hex
         if self.rank:
             store.set(f"asks/{self.rank}", mine)
-            word = store.get(f"answer/{mine}").decode()
+            try:
+                word = store.get(f"answer/{mine}").decode()
+            except DistStoreError:
+                raise _Missing(f"rank 0 of {self.count} did not come") from None
             store.set(f"knows/{word}/{self.rank}", "")
             return word
         others = list(range(1, self.count))
@@ -254,16 +302,19 @@ class _Group(Ranks):
                     store.set(f"answer/{question}", mine)
             if time.monotonic() > end:
                 missing = [rank for rank in others if not store.check([f"knows/{mine}/{rank}"])]
-                raise RuntimeError(f"{_named(missing)} of {self.count} did not come")
+                raise _Missing(f"{_named(missing)} of {self.count} did not come")
             time.sleep(0.02)
         return mine
 
     @contextlib.contextmanager
-    def _watched(self) -> Iterator[None]:
+    def _watched(self, *, meeting: bool = False) -> Iterator[None]:
+        """Inside, what tells that ranks lost each other is RankLost; any other error stays as it is."""
         start = time.monotonic()
         try:
             yield
-        except (RuntimeError, ValueError) as error:  # torch.distributed raises no narrower ones
+        except RuntimeError as error:
+            if not _of_connections(error, meeting):
+                raise
             waited = time.monotonic() - start
             why = " ".join(str(error).split("\n")[0].split())
             raise RankLost(f"{why}; waited {waited:.0f} of METAFT_RANKS_TIMEOUT={self._timeout:g} s") from error
@@ -301,7 +352,7 @@ class _Group(Ranks):
         try:
             speaks = self._speaks(error, mine)
             ends = self._ends() if speaks else {}
-        except RuntimeError:  # the store is gone, and its machine with it: one process of each other machine says so
+        except _dist_error():  # the store is gone, and its machine with it: one process of each other machine says so
             speaks, ends = self.local == 0, {self.rank: mine}
         if not speaks:
             return SaidElsewhere(error.status)
@@ -351,6 +402,26 @@ class _Group(Ranks):
         end = time.monotonic() + seconds
         while not condition() and time.monotonic() < end:
             time.sleep(0.05)
+
+
+class _Missing(RuntimeError):
+    """A rank that has not come to the meeting."""
+
+
+def _dist_error() -> type[Exception]:
+    from torch.distributed import DistError  # pyright: ignore[reportPrivateImportUsage]
+
+    return DistError
+
+
+def _of_connections(error: RuntimeError, meeting: bool) -> bool:
+    """Whether an error comes from how ranks are joined, and not from what this one asked for.
+
+    torch.distributed's have a type. gloo's are plain, but begin with the file of gloo that they come from; where it
+    calls them "enforce fail" it found its input wrong, which only the machine's network can be while ranks meet.
+    """
+    said = str(error).lower()
+    return isinstance(error, (_Missing, _dist_error())) or ("gloo" in said and (meeting or "enforce fail" not in said))
 
 
 def _named(ranks: Sequence[int]) -> str:

@@ -37,8 +37,8 @@ _STRETCH_BYTES = 1 << 28
 class Taken(NamedTuple):
     """What came of asking for meta-steps."""
 
-    window: tuple[tuple[float, float], ...]
-    """(loss, figure) of each step that was taken."""
+    window: tuple[tuple[float, ...], ...]
+    """The metrics of each step that was taken, as `logged` names them."""
     failure: str | None = None
     """Why the step after them was not: its loss or gradient is not finite."""
 
@@ -67,6 +67,11 @@ class Begun(Protocol):
     def state(self) -> Params: ...
     @property
     def optimizer(self) -> dict[str, Tensor]: ...
+
+
+def logged(algorithm: Algorithm) -> tuple[str, ...]:
+    """Which metrics of a meta-step go into metrics.jsonl."""
+    return ("loss", FIGURES[algorithm.loss], *algorithm.cautions)
 
 
 def why_not_finite(loss: float, gradient: bool) -> str | None:
@@ -116,7 +121,7 @@ class StaticSteps:
         self._at = torch.zeros(1, dtype=torch.int64, device=self._device)
         self._alive = torch.ones((), dtype=torch.bool, device=self._device)
         self._most = self._stretch(0)
-        self._logged = ("loss", FIGURES[algorithm.loss], *algorithm.cautions)
+        self._logged = logged(algorithm)
         self._log = torch.zeros(0)
         self._table: Any = None
         self._ahead: tuple[int, int, Any] | None = None
@@ -154,7 +159,7 @@ class StaticSteps:
             if any(row[i] > 0 for row in rows[:good]):
                 warnings.warn(text, MetaftWarning, stacklevel=2)
         failure = None if good == count else why_not_finite(rows[good][0], False)
-        return Taken(tuple((row[0], row[1]) for row in rows[:good]), failure)
+        return Taken(tuple(tuple(row[:-1]) for row in rows[:good]), failure)
 
     def _stretch(self, step: int) -> int:
         """Steps from this one to the next row, validation or checkpoint."""

@@ -20,7 +20,7 @@ from metaft.outer import Engine, meta_gradient
 from metaft.progress import Progress
 from metaft.ranks import ALONE, Ranks
 from metaft.run import RunFolder, append_row, cut_back
-from metaft.static import Steps, Taken, why_not_finite
+from metaft.static import Steps, Taken, logged, why_not_finite
 from metaft.testing import score_episodes, summarise
 from metaft.types import Params, Source
 from metaft.update import Outer
@@ -37,8 +37,8 @@ class Position:
     best: float = math.nan
     """Best validation figure so far."""
     best_step: int = 0
-    window: tuple[tuple[float, float], ...] = ()
-    """(loss, figure) of the steps since the last row of metrics.jsonl."""
+    window: tuple[tuple[float, ...], ...] = ()
+    """Metrics (`metaft.static.logged`) of the steps since the last row of metrics.jsonl."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +81,7 @@ def load_snapshot(path: Any) -> Snapshot:
         evaluated=p["evaluated"],
         best=math.nan if p["best"] is None else p["best"],
         best_step=p["best_step"],
-        window=tuple((a, b) for a, b in p["window"]),
+        window=tuple(tuple(metrics) for metrics in p["window"]),
     )
     meta, state, optimizer = (checkpoint.under(tensors, part) for part in ("meta", "state", "optimizer"))
     return Snapshot(meta, state, optimizer, position, header)
@@ -114,12 +114,12 @@ class Eager:
         result = meta_gradient(
             self._engine, self._algorithm, self.meta, self.state, tasks, step=step, ranks=self._ranks
         )
-        loss, shown = (result.metrics[name] for name in ("loss", FIGURES[self._algorithm.loss]))
-        failure = why_not_finite(loss, all(bool(g.isfinite().all()) for g in result.grads.values()))
+        shown = tuple(result.metrics[name] for name in logged(self._algorithm))
+        failure = why_not_finite(result.metrics["loss"], all(bool(g.isfinite().all()) for g in result.grads.values()))
         if failure is None:
             self._outer.step(result.grads, step)
             self.state = result.state
-            return Taken(((loss, shown),))
+            return Taken((shown,))
         return Taken((), failure)
 
 
@@ -177,10 +177,11 @@ def train(
             save_snapshot(run, snapshot())
         while True:
             if position.window and (position.step % config.log_every == 0 or position.step == config.iterations):
-                loss, shown = (math.fsum(c) / len(position.window) for c in zip(*position.window, strict=True))
-                log({"kind": "train", "step": position.step, "loss": loss, name: shown})
+                means = [math.fsum(c) / len(position.window) for c in zip(*position.window, strict=True)]
+                row = dict(zip(logged(algorithm), means, strict=True))
+                log({"kind": "train", "step": position.step, **row})
                 position = dataclasses.replace(position, window=())
-                bar.update(position.step, **_shown(name, loss, shown))
+                bar.update(position.step, **_shown(name, row["loss"], row[name]))
 
             due = position.step % config.eval_every == 0 or position.step == config.iterations
             if due and position.evaluated < position.step:

@@ -12,10 +12,13 @@ import multiprocessing
 import os
 import pickle
 import signal
+import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +29,9 @@ from metaft.errors import MetaftError
 
 _ORPHAN_AFTER = 2.0
 """Seconds between a worker's looks at whether its parent is still there."""
+
+_REST_WITHIN = 2.0
+"""Seconds that a fork waits at most for the other threads of this process."""
 
 
 def available() -> bool:
@@ -192,9 +198,34 @@ def _settle_in() -> None:
 @contextlib.contextmanager
 def _quiet_fork() -> Iterator[None]:
     with warnings.catch_warnings():
-        # Python warns of locks that other threads may hold. Workers only compute, and need none of those.
+        # Python warns of locks that other threads may hold. Workers only compute, and need none of those of Python's.
         warnings.simplefilter("ignore", DeprecationWarning)
+        wait_for_threads(_REST_WITHIN)
         yield
+
+
+def wait_for_threads(seconds: float) -> bool:
+    """Wait until all other threads of this process sleep, or for `seconds`; whether they do. True without /proc.
+
+    A lock that another thread holds in the middle of a fork stays locked in the child for ever. The memory manager of
+    MKL has one, which threads take when they multiply matrices, and when they end: after Python has joined them, so
+    that a matrix product in a child that was forked right after a pool of threads was closed could wait without end.
+    """
+    mine, end = threading.get_native_id(), time.monotonic() + seconds
+    while not all(state == "S" for thread, state in _threads() if thread != mine):
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.0005)
+    return True
+
+
+def _threads() -> Iterator[tuple[int, str]]:
+    """Native id and state (R: running, S: asleep) of each thread that has not ended."""
+    for each in Path("/proc/self/task").glob("*/stat"):
+        with contextlib.suppress(OSError):  # it ended in between
+            state = each.read_text().rpartition(")")[2].split()[0]
+            if state not in "ZX":
+                yield int(each.parent.name), state
 
 
 def _in_shared_memory(shape: Any, dtype: torch.dtype) -> Tensor:

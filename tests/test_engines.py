@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Iterator
@@ -59,8 +61,10 @@ def looped(algorithm: algorithms.Algorithm, meta: Params, data: Any) -> Params:
     return {k: torch.stack([g[k] for g in each]).mean(0) for k in meta}
 
 
-@pytest.mark.parametrize("norm", ["transductive", "inductive"])
-@pytest.mark.parametrize("model", ["conv4", "conv4-pool", "mlp"])
+@pytest.mark.parametrize(
+    ("model", "norm"),
+    [("conv4", "transductive"), ("conv4", "inductive"), ("conv4-pool", "inductive"), ("mlp", "inductive")],
+)
 @pytest.mark.filterwarnings("ignore::metaft.MetaftWarning")  # iMAML's, of small models' curvature
 @pytest.mark.parametrize(("name", "spec"), CASES)
 def test_engines_agree_in_float64(name: str, model: str, norm: str, spec: tuple[str, int, int | None]) -> None:
@@ -73,13 +77,25 @@ def test_engines_agree_in_float64(name: str, model: str, norm: str, spec: tuple[
     assert close(found.grads, looped(algorithm, meta, data))
 
 
+@pytest.mark.filterwarnings("ignore::metaft.MetaftWarning")  # iMAML's, of small models' curvature
+@pytest.mark.parametrize("name", sorted(algorithms.ALGORITHMS))
+def test_what_is_traced_to_be_compiled_agrees_in_float64(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every member's function survives the tracing, which is ours; what is compiled of it is the compiler's."""
+    monkeypatch.setattr(torch, "compile", lambda graph, **_: graph)
+    agrees_compiled(name)
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what the compiler itself imports
 @pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="needs a C++ compiler")
-@pytest.mark.filterwarnings("ignore::metaft.MetaftWarning")  # iMAML's, of small models' curvature
-@pytest.mark.parametrize("name", sorted(algorithms.ALGORITHMS))
+@pytest.mark.parametrize("name", ["maml", "protonet"])
 def test_compiled_agrees_in_float64(name: str) -> None:
-    algorithm = algorithms.build(name, scenarios.model("mlp"), {})
+    agrees_compiled(name)
+
+
+def agrees_compiled(name: str) -> None:
+    few = {"inner_steps": 2} if "inner_steps" in algorithms.hyper_parameters(name) else {}
+    algorithm = algorithms.build(name, scenarios.model("mlp"), few)
     meta, state = algorithm.init(0)
     data = scenarios.data_for(algorithm, tasks=5)
     with outer.engine("compiled") as engine:
@@ -87,6 +103,33 @@ def test_compiled_agrees_in_float64(name: str) -> None:
             scaled = {k: v * scale for k, v in meta.items()}
             found = outer.meta_gradient(engine, algorithm, scaled, state, data)
             assert close(found.grads, looped(algorithm, scaled, data))
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs Linux's /proc")
+@pytest.mark.parametrize(("seconds", "waits"), [(60.0, True), (0.05, False)])
+def test_a_fork_waits_for_threads_at_work_but_not_for_ever(seconds: float, waits: bool) -> None:
+    def at_work() -> bool:
+        return any(id_ == thread.native_id and state == "R" for id_, state in workers._threads())
+
+    # Without Python's lock, as matrix products are; a second or so.
+    thread = threading.Thread(target=hashlib.pbkdf2_hmac, args=("sha256", b"", b"", 2_000_000))
+    thread.start()
+    while not at_work():
+        pass
+    assert workers.wait_for_threads(seconds) == waits
+    assert at_work() != waits
+    thread.join()
+
+
+@needs_fork
+def test_every_fork_waits_for_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[float] = []
+    monkeypatch.setattr(workers, "wait_for_threads", asked.append)
+    algorithm = algorithms.maml(scenarios.model(), inner_lr=0.1, inner_steps=1)
+    with outer.engine("processes", threads=1) as engine:
+        outer.meta_gradient(engine, algorithm, *algorithm.init(0), scenarios.episodes(tasks=2))
+    assert len(asked) == 2, "once for the process that tells what results look like, once for the workers"
+    assert min(asked) > 0
 
 
 def test_what_cannot_be_compiled_is_an_error_and_no_traceback() -> None:

@@ -122,6 +122,17 @@ def test_three_data_sets_are_the_three_splits() -> None:
     assert pool(*named).class_names == ("a0", "a1", "a2", "b0", "b1", "b2", "c0", "c1", "c2")
 
 
+class Record:
+    """Fields by name."""
+
+    def __getitem__(self, name: Any) -> Any:
+        raise KeyError(name)
+
+
+def unpaired(item: Any) -> Listed:
+    return Listed([item] * 3)
+
+
 GOOD = listed(pixels(3, 2), FORMS["pil"])
 WRONG: dict[str, tuple[Callable[[], Any], str]] = {
     "one of two": (lambda: pool(GOOD, GOOD), "data sets for both val and test"),
@@ -130,7 +141,11 @@ WRONG: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: pool(*[Listed(GOOD.items, ["a", "b", s]) for s in "xyz"]),
         "'a' names two classes",
     ),
-    "no pair": (lambda: pool(Listed([5] * 3)), r"item 0 is not \(image, label\) but int"),  # type: ignore[list-item]
+    "no pair": (lambda: pool(unpaired(5)), r"item 0 is not \(image, label\) but int"),
+    "one": (lambda: pool(unpaired((torch.zeros(1, 4, 4),))), r"item 0 is not \(image, label\) but tuple"),
+    "dict": (lambda: pool(unpaired({"image": 1, "label": 0})), r"item 0 is not \(image, label\) but dict"),
+    # As a dict answers to a slice from Python 3.12 on, where a slice has a hash.
+    "record": (lambda: pool(unpaired(Record())), r"item 0 is not \(image, label\) but Record"),
     "labels": (lambda: pool(Listed([(GOOD[0][0], torch.zeros(3))])), "the label of item 0 must be a number or a name"),
     "normalised": (
         lambda: pool(listed(pixels(), lambda a: (torch.from_numpy(a).permute(2, 0, 1).float() - 128) / 64)),

@@ -1,18 +1,16 @@
 """Many processes: the numbers of one, the same bytes after a restart, and one message when a process is lost.
 
-Most ranks here are threads of one process that meet at a barrier; the last tests start real jobs with torchrun.
+The ranks here are threads of one process that meet at a barrier; real jobs are in `faults/test_jobs.py`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,8 +18,9 @@ from typing import Any, TypeVar
 import pytest
 import scenarios
 import torch
-import toys
-from helpers import IMAGES, SINUSOID, images, options, pool, remains, sinusoid, untimed, write_folder
+from helpers import SINUSOID, images, options, pool, remains, sinusoid, untimed
+from rank_gradients import MEMBERS, meta_gradient
+from torch import distributed
 
 from metaft import adapt, algorithms, checkpoint, meta_train, outer, ranks, report, training
 from metaft.cli import StopSignals, settings
@@ -168,6 +167,20 @@ def test_values_are_gathered_in_rank_order_and_differences_named():
     assert [str(error) for error in found] == ["data: b on ranks 2, 3, a on rank 0"] * 4
 
 
+@pytest.mark.parametrize("meeting", ["sum_flat", "gather"])
+def test_all_ranks_stop_with_one_status(meeting: str):
+    """Whichever of them a signal was sent to; SIGTERM goes before SIGINT."""
+    signals = {(2, 0, 0): 2, (0, 0, 2): 2, (2, 2, 2): 2, (0, 15, 0): 15, (2, 2, 15): 15, (15, 15, 15): 15, (0, 0, 0): 0}
+    for sent, stop in signals.items():
+
+        def ask(ranks: Ranks, sent: tuple[int, ...] = sent) -> int:
+            ranks.asked = sent[ranks.rank]
+            ranks.sum_flat([torch.ones(1)]) if meeting == "sum_flat" else ranks.gather(None)
+            return ranks.stop
+
+        assert in_threads(3, ask) == [stop] * 3
+
+
 def test_an_error_of_the_first_rank_ends_all_with_its_status():
     def fail(ranks: Ranks) -> None:
         def broken() -> None:
@@ -181,23 +194,114 @@ def test_an_error_of_the_first_rank_ends_all_with_its_status():
     assert (type(second).__name__, second.status) == ("SaidElsewhere", 1)
 
 
+MEETING = {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+
+
 @pytest.mark.parametrize(
     ("environment", "message"),
     [
         ({"WORLD_SIZE": "2"}, "WORLD_SIZE is 2, but RANK is not set; start with torchrun"),
-        (
-            {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "1", "METAFT_RANKS_TIMEOUT": "soon"},
-            "METAFT_RANKS_TIMEOUT must be a number of seconds above 0, got 'soon'",
-        ),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE must be a whole number from 1 to 2147483647, as torchrun sets it; got '0'"),
+        ({"RANK": "2"}, "RANK must be a whole number from 0 to 1, as torchrun sets it; got '2'"),
+        ({"MASTER_PORT": "x"}, "MASTER_PORT must be a whole number from 0 to 65535, as torchrun sets it; got 'x'"),
+        ({"METAFT_RANKS_TIMEOUT": "soon"}, "METAFT_RANKS_TIMEOUT must be a number of seconds above 0, got 'soon'"),
     ],
 )
 def test_an_environment_that_is_not_torchruns(
     environment: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    for name, value in environment.items():
+    for name, value in (environment if "WORLD_SIZE" in environment else {**MEETING, **environment}).items():
         monkeypatch.setenv(name, value)
     assert meta_train.main([]) == 2
     assert capsys.readouterr().err == f"metaft: error: {message}\n"
+
+
+def meet(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], **environment: object
+) -> tuple[int, list[str]]:
+    """(exit status, lines on stderr) of a rank that waits for the others for a fifth of a second."""
+    fixed = {**MEETING, "METAFT_RANKS_TIMEOUT": "0.2", "TORCH_CPP_LOG_LEVEL": "FATAL"}
+    for name, value in {**fixed, **environment}.items():
+        monkeypatch.setenv(name, str(value))
+    status = meta_train.main([])
+    return status, capsys.readouterr().err.splitlines()
+
+
+@pytest.mark.parametrize("local", [0, 1])
+def test_where_nobody_answers_one_rank_of_each_machine_says_so(
+    local: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """A wrong MASTER_ADDR or MASTER_PORT, or a torchrun that has died."""
+    with socket.socket() as taken:  # and does not listen
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+        status, lines = meet(monkeypatch, capsys, LOCAL_RANK=local, MASTER_PORT=port)
+    assert (status, len(lines)) == (1, local == 0)
+    for line in lines:
+        assert line.startswith(f"metaft: error: the 2 processes did not meet at 127.0.0.1:{port}: The client socket")
+
+
+@pytest.mark.parametrize(
+    ("environment", "why"),
+    [
+        ({"RANK": 0}, "rank 1 of 2 did not come; waited 0 of METAFT_RANKS_TIMEOUT=0.2 s"),
+        ({"RANK": 1}, "rank 0 of 2 did not come; waited 0 of METAFT_RANKS_TIMEOUT=0.2 s"),
+        ({"RANK": 1, "GLOO_SOCKET_IFNAME": "none"}, "Unable to find address for: none"),
+    ],
+)
+def test_ranks_that_do_not_meet_say_once_who_or_what_is_missing(
+    environment: dict[str, object], why: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    if "GLOO_SOCKET_IFNAME" in environment:
+        monkeypatch.setattr("metaft.ranks._Group._attempt", lambda *_: "a word")
+    store = distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # pyright: ignore[reportPrivateImportUsage]
+    here = {**environment, "MASTER_PORT": store.port, "TORCHELASTIC_USE_AGENT_STORE": True}
+    for restart, said in ((0, 1), (0, 0), (1, 1)):  # the second rank to find out is silent, but not the next attempt
+        again = {**here, "TORCHELASTIC_RESTART_COUNT": restart}
+        status, lines = meet(monkeypatch, capsys, **again)
+        assert (status, len(lines)) == (1, said)
+        for line in lines:
+            assert line.startswith(f"metaft: error: the 2 processes did not meet at 127.0.0.1:{store.port}: ")
+            assert why in line
+
+
+@pytest.mark.parametrize("local", [0, 1])
+def test_a_torch_without_gloo_is_one_line(
+    local: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(distributed, "is_gloo_available", lambda: False)
+    status, lines = meet(monkeypatch, capsys, LOCAL_RANK=local)
+    assert (status, len(lines)) == (2, local == 0)
+    assert all("this PyTorch was built without gloo" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("error", "lost"),
+    [
+        (distributed.DistBackendError("NCCL communicator was aborted"), True),
+        (RuntimeError("[/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:5018"), True),
+        (RuntimeError("[/gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 3000ms for recv operation"), True),
+        (RuntimeError("[enforce fail at /gloo/transport/tcp/pair.cc:456] op.preamble.length <= op.nbytes"), False),
+        (RuntimeError("The size of tensor a (3) must match the size of tensor b (4)"), False),
+        (ValueError("a bug"), False),
+    ],
+)
+def test_what_is_no_lost_connection_keeps_its_own_traceback(
+    error: Exception, lost: bool, monkeypatch: pytest.MonkeyPatch
+):
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    for name in ("all_reduce", "all_gather_object", "broadcast_object_list"):
+        monkeypatch.setattr(distributed, name, fail)
+    group = ranks._Group.__new__(ranks._Group)
+    Ranks.__init__(group, 0, 2)
+    group._timeout = 5.0
+    calls = (lambda: group.sum_flat([torch.ones(2)]), lambda: group.gather(1), lambda: group.on_first(lambda: 1))
+    for call in calls:
+        with pytest.raises(RankLost if lost else type(error)) as caught:
+            call()
+        assert (caught.value is error) is not lost
 
 
 def test_each_rank_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch):
@@ -215,32 +319,14 @@ LAUNCH = "torchrun --standalone --nproc-per-node 2"
 
 # ---- the same numbers ---------------------------------------------------------------------------------------------
 
-MEMBERS: dict[str, Callable[[Any], Any]] = {
-    "maml": lambda model: algorithms.maml(model, inner_lr=0.1, inner_steps=2),
-    "meta-sgd": lambda model: algorithms.meta_sgd(model, inner_lr=0.1, inner_steps=1),
-    "protonet": lambda model: algorithms.protonet(model),
-    "reptile with state": lambda model: algorithms.reptile(model, inner_steps=3, keep_moments=True),
-    "annealed multi-step": lambda model: toys.multi_step(model, "inductive"),
-}
-
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-6)])
 @pytest.mark.parametrize("member", MEMBERS)
 def test_ranks_give_the_meta_gradient_of_one_process(member: str, dtype: torch.dtype, tolerance: float):
     """Five tasks on two, three and five ranks."""
-    algorithm = MEMBERS[member](scenarios.model("mlp", dtype=dtype))
-    meta, state = algorithm.init(0)
-    data = scenarios.episodes(tasks=5, dtype=dtype)
-
-    def found(ranks: Ranks) -> outer.MetaGradient:
-        share = ranks.share(range(5))
-        mine = type(data)(*(t[share.start : share.stop] for t in data))
-        with outer.engine("threads", threads=1, chunk=1) as engine:
-            return outer.meta_gradient(engine, algorithm, meta, state, mine, step=3, ranks=ranks)
-
-    expected = found(ALONE)
+    expected, state = meta_gradient(member, dtype, ALONE), MEMBERS[member](scenarios.model("mlp")).init(0)[1]
     for count in (2, 3, 5):
-        results = in_threads(count, found)
+        results = in_threads(count, lambda ranks: meta_gradient(member, dtype, ranks))
         assert scenarios.relative_error(results[0].grads, expected.grads) < tolerance
         if state:
             assert scenarios.relative_error(results[0].state, expected.state) < tolerance
@@ -323,7 +409,7 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step_and_a_run_moves_between
     with monkeypatch.context() as patch:
         patch.setattr(training, "meta_gradient", meta_gradient)
         found = errors_of(2, lambda ranks: resume_run(path, ranks=ranks))
-    assert [error.status for error in found] == [128 + signal.SIGTERM, 128 + signal.SIGINT]
+    assert [error.status for error in found] == [128 + signal.SIGINT] * 2
     assert all(f"go on with: {LAUNCH} -m metaft.meta_train --resume" in str(error) for error in found)
     assert training.load_snapshot(path / "checkpoints/last.safetensors").position.step == 5
     assert training.load_snapshot(path / "checkpoints/last.safetensors").header["environment"]["ranks"] == "2"
@@ -474,105 +560,3 @@ with StopSignals() as signals:
 assert signals.received == signal.{name}
 """
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == status
-
-
-# ---- real jobs ----------------------------------------------------------------------------------------------------
-
-JOB = Path(__file__).with_name("rank_job.py")
-
-
-def torchrun(tmp_path: Path, *words: object, restarts: int = 0, timeout: float = 600) -> subprocess.Popen[str]:
-    """Two ranks of `rank_job.py`, on one thread each."""
-    path = os.pathsep.join([str(JOB.parents[1]), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "METAFT_RANKS_TIMEOUT": str(timeout)}
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", f"--max-restarts={restarts}"]
-    return subprocess.Popen(
-        [sys.executable, *launch, str(JOB), *map(str, words)],
-        cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-
-
-def said(job: subprocess.Popen[str], timeout: float = 240) -> tuple[int, str, list[str]]:
-    """(exit status, stdout, the lines of metaft's own on stderr) of a job that ends in bounded time."""
-    try:
-        out, err = job.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        job.send_signal(signal.SIGTERM)
-        raise
-    print(err)
-    return job.returncode, out, [line for line in err.splitlines() if line.startswith("metaft: ")]
-
-
-@pytest.fixture(scope="module")
-def squares(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_folder(tmp_path_factory.mktemp("squares") / "data")
-
-
-@pytest.mark.slow
-def test_torchrun_gives_the_run_of_one_process_also_after_a_restart(tmp_path: Path, squares: Path):
-    """Three tasks on two ranks, with a worker process each; a rank is killed, and the job resumes by itself."""
-    words = options({**IMAGES, "dataset": f"folder:{squares}", "image_size": 8, "meta_batch": 3, "threads": 1})
-    one, two, again = (tmp_path / name for name in ("one", "two", "again"))
-    assert meta_train.main([*words, "--out", str(one)]) == 0
-    status, out, lines = said(torchrun(tmp_path, "meta_train", "--", *words, "--out", two))
-    assert (status, lines) == (0, [])
-    assert out.count("result:") == 1
-    results = [json.loads((path / "result.json").read_text()) for path in (one, two)]
-    assert [result["engine"] for result in results] == ["processes"] * 2
-    close(untimed(results[0]) | {"ranks": 2}, untimed(results[1]))
-    close(read_rows(one / "metrics.jsonl"), read_rows(two / "metrics.jsonl"))
-
-    job = torchrun(tmp_path, "meta_train", 1, 3, "kill", "--", *words, "--out", again, restarts=1)
-    status, _, lines = said(job)
-    assert status == 0
-    hint = f"the last checkpoint is {again}/checkpoints/last.safetensors, go on with: {LAUNCH} -m metaft.meta_train"
-    assert lines == [f"metaft: error: rank 1 of 2 does not answer, it died or hangs; {hint} --resume {again}"]
-    assert remains(again) == remains(two)
-
-    figures = []
-    for count, name in ((1, "a"), (2, "b")):
-        ask = [str(two), "--episodes", "7", "--device", "cpu", "--out", str(tmp_path / name)]
-        if count == 1:
-            from metaft import evaluate
-
-            assert evaluate.main(ask) == 0
-        else:
-            assert said(torchrun(tmp_path, "evaluate", "--", *ask))[0] == 0
-        figures.append(json.loads((tmp_path / name).read_text())["test"])
-    assert figures[0] == figures[1], "one task at a time, in the same process or not"
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("rank", "what", "message"),
-    [
-        (0, "hang", "rank 0 of 2 does not answer, it died or hangs; the last checkpoint is {last}, go on with: "),
-        (1, "error", "rank 1: data: the disk is gone; the last checkpoint is {last}, go on with: "),
-    ],
-)
-def test_a_rank_that_is_lost_ends_the_job_with_one_message(tmp_path: Path, rank: int, what: str, message: str):
-    job = torchrun(tmp_path, "meta_train", rank, 4, what, "--", *options(SINUSOID, out=tmp_path / "r"), timeout=5)
-    started = time.monotonic()
-    status, _, lines = said(job)
-    assert status == 1
-    assert time.monotonic() - started < 120
-    last = tmp_path / "r/checkpoints/last.safetensors"
-    assert len(lines) == 1
-    assert lines[0].startswith("metaft: error: " + message.format(last=last))
-    assert training.load_snapshot(last).position.step == 4
-
-
-@pytest.mark.slow
-def test_sigterm_to_torchrun_leaves_a_checkpoint(tmp_path: Path):
-    job = torchrun(tmp_path, "meta_train", "--", *options(SINUSOID, out=tmp_path / "r", iterations=10**6))
-    end = time.monotonic() + 120
-    while not (tmp_path / "r/metrics.jsonl").exists() and time.monotonic() < end:
-        time.sleep(0.05)
-    job.send_signal(signal.SIGTERM)
-    _, _, lines = said(job)
-    hint = f"go on with: {LAUNCH} -m metaft.meta_train --resume {tmp_path}/r"
-    assert lines == [f"metaft: stopped; a checkpoint is in {tmp_path}/r/checkpoints, {hint}"]
-    step = training.load_snapshot(tmp_path / "r/checkpoints/last.safetensors").position.step
-    assert step > 0
-    rows = [row["step"] for row in read_rows(tmp_path / "r/metrics.jsonl") if row["kind"] == "train"]
-    assert 0 < step - rows[-1] <= SINUSOID["log_every"], "the row of the last step is written when the run goes on"

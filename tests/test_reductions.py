@@ -445,12 +445,14 @@ def test_proto_maml_that_takes_no_steps_is_protonet(change: dict[str, Any], norm
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("order", scenarios.RENAMED, ids=["round", "swapped"])
 @every_norm
 @pytest.mark.parametrize("name", ["proto-maml", "unicorn-maml"])
-def test_members_without_rows_of_their_own_are_equivariant_to_a_permutation_of_labels(name: str, norm: Norm) -> None:
+def test_members_without_rows_of_their_own_are_equivariant_to_a_permutation_of_labels(
+    name: str, norm: Norm, order: Tensor
+) -> None:
     member = ALGORITHMS[name](scenarios.model(), norm=norm)
     task = scenarios.one(scenarios.episodes())
-    order = torch.tensor([2, 0, 1])  # new label of class n
     plain = member.predict(adapted(member, task, 3), task.query_x, norm)
     renamed = member.predict(adapted(member, task, 3, order[task.support_y]), task.query_x, norm)
     torch.testing.assert_close(renamed[:, order], plain, rtol=0, atol=1e-12)
@@ -482,24 +484,42 @@ def test_proto_maml_needs_a_bias() -> None:
 # ---- UNICORN-MAML -------------------------------------------------------------------------------------------------
 
 
-@every_order
-@pytest.mark.parametrize("loss", ["cross_entropy", "mse"])
-def test_unicorns_row_has_the_sum_of_mamls_gradients_at_equal_rows(loss: Any, first_order: bool) -> None:
-    """Cross-entropy does not see what all rows have in common, so that its sums are 0; squared errors do."""
+def at_equal_rows(loss: Any, first_order: bool) -> tuple[Params, Params]:
+    """UNICORN-MAML's gradient after three inner steps, and MAML's where all its rows begin alike."""
     model, data = scenarios.model(), scenarios.episodes()
     if loss == "mse":
         ones = torch.eye(3, dtype=torch.float64)
         data = data._replace(support_y=ones[data.support_y], query_y=ones[data.query_y])
     hyper: dict[str, Any] = {"inner_lr": 0.1, "inner_steps": 3, "first_order": first_order, "loss": loss}
     unicorn = algorithms.unicorn_maml(model, **hyper)
-    row, _ = unicorn.init(0)
-    rows = gradient(algorithms.maml(model, **hyper), data, from_one_row(row, scenarios.one(data)))
-    found = gradient(unicorn, data)
-    expected = {k: g.sum(0, keepdim=True) if k in model.head else g for k, g in rows.items()}
+    start = from_one_row(unicorn.init(0)[0], scenarios.one(data))
+    return gradient(unicorn, data), gradient(algorithms.maml(model, **hyper), data, start)
+
+
+@every_order
+def test_unicorns_row_has_the_sum_of_mamls_gradients_at_equal_rows(first_order: bool) -> None:
+    """With squared errors, which see what all rows have in common."""
+    found, rows = at_equal_rows("mse", first_order)
+    expected = {k: g.sum(0, keepdim=True) if k.startswith("head.") else g for k, g in rows.items()}
     assert scenarios.relative_error(found, expected) < 1e-13
-    sizes = {k: (float(rows[k].abs().max()), float(found[k].abs().max())) for k in model.head}
-    assert all(each > 1e-3 and (total > 1e-3) == (loss == "mse") for each, total in sizes.values())
-    assert all(total < 1e-14 for _, total in sizes.values()) == (loss == "cross_entropy")
+    assert all(float(found[k].abs().max()) > 1e-3 for k in ("head.weight", "head.bias"))
+
+
+def test_unicorns_row_learns_through_the_inner_steps() -> None:
+    (second, _), (first, _) = (at_equal_rows("mse", order) for order in (False, True))
+    for k in ("head.weight", "head.bias"):
+        assert float((second[k] - first[k]).abs().max()) > 0.1 * float(first[k].abs().max())
+
+
+@every_order
+def test_unicorns_row_learns_nothing_from_cross_entropy(first_order: bool) -> None:
+    """Which is the same whatever is added to all logits of an image: MAML's rows have gradients whose sum is 0. The
+    body is that of MAML with such a head."""
+    found, rows = at_equal_rows("cross_entropy", first_order)
+    for k in ("head.weight", "head.bias"):
+        assert float(found[k].abs().max()) < 1e-14 and float(rows[k].abs().max()) > 1e-3
+    body = [{k: g for k, g in grads.items() if not k.startswith("head.")} for grads in (found, rows)]
+    assert scenarios.relative_error(*body) < 1e-13
 
 
 def test_unicorns_first_step_moves_the_head_alone() -> None:

@@ -87,8 +87,8 @@ def begun(algorithm: Algorithm, device: str = "cpu") -> Snapshot:
     return Snapshot(meta, state, {}, Position(), {})
 
 
-def taken(steps: Any, config: Settled, first: int = 0) -> list[tuple[float, float]]:
-    rows: list[tuple[float, float]] = []
+def taken(steps: Any, config: Settled, first: int = 0) -> list[tuple[float, ...]]:
+    rows: list[tuple[float, ...]] = []
     while first < config.iterations:
         found = steps.advance(first)
         assert found.failure is None
@@ -97,7 +97,7 @@ def taken(steps: Any, config: Settled, first: int = 0) -> list[tuple[float, floa
     return rows
 
 
-def walked(algorithm: Algorithm, config: Settled, **how: Any) -> tuple[Any, list[tuple[float, float]]]:
+def walked(algorithm: Algorithm, config: Settled, **how: Any) -> tuple[Any, list[tuple[float, ...]]]:
     """All steps of a run: eager, or static with what `how` says."""
     with outer.engine("graph", chunk=how.pop("chunk", None)) as engine:
         made = how.pop("kind", StaticSteps)

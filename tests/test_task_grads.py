@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import itertools
+import math
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import scenarios
 import torch
 import torch.nn.functional as F
+from helpers import images, pool
 from torch import Tensor, nn
 
 from metaft import algorithms, models, outer
@@ -20,7 +23,9 @@ from metaft.algorithms.reptile import COUNT
 from metaft.errors import MetaftWarning
 from metaft.inner import hessian_product, value_and_grad
 from metaft.keyed import minibatches
+from metaft.meta_train import run
 from metaft.models import Model
+from metaft.run import read_rows
 from metaft.types import NORMS, Episode, Norm, Params
 
 every_norm = pytest.mark.parametrize("norm", NORMS)
@@ -254,6 +259,23 @@ def test_imaml_says_where_its_problem_has_no_minimum() -> None:
     damped = algorithms.imaml(model, inner_lr=0.1, inner_steps=3, strength=0.02, cg_steps=60, damping=10.0)
     assert result(damped, data).metrics[CURVATURE] == 0
     assert all(bool(g.isfinite().all()) for g in found.grads.values())
+
+
+@pytest.mark.filterwarnings("ignore:imaml. I . H:metaft.MetaftWarning")
+def test_the_share_of_tasks_without_a_minimum_is_in_each_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By whole steps as by eager ones; a row is the mean of its steps."""
+    monkeypatch.setattr("metaft.report.draw_pictures", lambda *_: [])
+    found: dict[str, list[float]] = {}
+    for name, engine, every in (("each", "vmap", 1), ("three", "vmap", 3), ("whole", "graph", 3)):
+        hyper = ("strength=0.001", "damping=0")
+        run(images(tmp_path / name, algorithm="imaml", hyper=hyper, inner_lr=0.01, inner_steps=2, model="mlp",
+                   iterations=6, log_every=every, eval_every=6, engine=engine), dataset=pool())  # fmt: skip
+        rows = [row for row in read_rows(tmp_path / name / "metrics.jsonl") if row["kind"] == "train"]
+        found[name] = [row[CURVATURE] for row in rows]
+    assert all(share in (0, 0.5, 1) for share in found["each"]), "of two tasks"
+    assert 0 < sum(found["each"]) < 6, "a scenario in which the steps are not all alike"
+    assert found["three"] == [math.fsum(found["each"][i : i + 3]) / 3 for i in (0, 3)]
+    assert found["whole"] == found["three"]
 
 
 def solve(matrix: Tensor, b: list[float], steps: int) -> tuple[list[float], float]:

@@ -397,10 +397,11 @@ def power_cuts(tmp_path: Path, config: MetaTrainConfig, every: int) -> None:
 
 def test_cut_off_at_moments_of_the_disk_it_ends_with_the_same_bytes(tmp_path: Path):
     """Between the two renames of a checkpoint, between best and last, in the middle of a row, ..."""
-    power_cuts(tmp_path, sinusoid(eval_episodes=4, test_episodes=4), every=5)
+    power_cuts(tmp_path, sinusoid(eval_episodes=4, test_episodes=4), every=7)
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(os.environ.get("METAFT_FAULTS") != "full", reason="takes minutes: make test-faults")
 def test_cut_off_at_every_moment_of_the_disk_it_ends_with_the_same_bytes(tmp_path: Path):
     power_cuts(tmp_path, sinusoid(eval_episodes=4, test_episodes=4), every=1)
 

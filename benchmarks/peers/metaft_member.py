@@ -1,4 +1,4 @@
-"""Any member of metaft's family on a workload, with the defaults of a run but for the workload's inner steps."""
+"""Any member of metaft's family on a workload, with the defaults of a run and its own inner steps or the workload's."""
 
 from __future__ import annotations
 
@@ -21,8 +21,10 @@ def make(workload: Workload, params: Params, tasks: Tasks, options: Options) -> 
     device = tasks.support_x.device
     model = model_for(workload, tasks.support_x)
     known = metaft.algorithms.hyper_parameters(options.algorithm)
-    own: dict[str, object] = {"inner_steps": workload.inner_steps, "classes": CLASSES}
-    hyper = {name: value for name, value in own.items() if name in known}
+    given: dict[str, object] = {"classes": CLASSES}
+    if not options.own_steps:
+        given["inner_steps"] = workload.inner_steps
+    hyper = {name: value for name, value in given.items() if name in known}
     member = metaft.algorithms.build(options.algorithm, model, hyper)
     first, state = member.init(0)
     meta = {k: params[k].clone() if k in params and params[k].shape == p.shape else p for k, p in first.items()}

@@ -173,6 +173,8 @@ class Options:
     """Where the end-to-end rows draw from; metaft's alone."""
     algorithm: str = "maml"
     """Of `benchmarks/family.py`; metaft's alone."""
+    own_steps: bool = False
+    """Whether that takes its own number of inner steps, or the workload's."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -85,7 +85,8 @@ class Algorithm:
     """`predict` for every step of a trajectory, [steps + 1, n, outputs], where that costs less than one by one."""
 
     cautions: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    """Metric -> what to warn of where it is above 0 in some task: under vmap a task cannot do so itself."""
+    """Metric -> what to warn of where it is above 0 in some task: under vmap a task cannot do so itself. Its mean is
+    in each row of metrics.jsonl."""
 
     def __post_init__(self) -> None:
         if (self.task_loss is None) == (self.task_grad is None):

@@ -169,10 +169,10 @@ def _datasets() -> Any:
 
 def _item(name: str, part: Labelled, index: int) -> tuple[Any, Any]:
     """Image and label, a number or a string, of one item."""
-    try:
-        image, label = part[index][:2]
-    except (TypeError, ValueError):
-        raise DataError(f"{name}: item {index} is not (image, label) but {type(part[index]).__name__}") from None
+    item = part[index]
+    if not isinstance(item, (tuple, list)) or len(item) < 2:  # a dict would take 0 and 1, or a slice, for keys
+        raise DataError(f"{name}: item {index} is not (image, label) but {type(item).__name__}")
+    image, label = item[:2]
     if isinstance(label, (Tensor, np.ndarray, np.generic)) and _numbers(label).size == 1:
         label = label.item()
     if not isinstance(label, (int, str)):

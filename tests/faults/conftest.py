@@ -7,9 +7,15 @@ from pathlib import Path
 
 import pytest
 from helpers import IMAGES, SINUSOID, meta_trained, options, words, write_folder, write_target
-from victims import Whole, completed, tree
+from victims import DONE, Whole, completed, tree
 
 MANY = {"iterations": 60, "checkpoint_every": 3, "eval_every": 20, "log_every": 4}
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """How much of each fault there was: the number of tests says little."""
+    if DONE:
+        terminalreporter.write_line("faults: " + ", ".join(f"{count} {what}" for what, count in sorted(DONE.items())))
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import finished, meta_trained, one_line, one_thread, words
-from victims import FULL
+from victims import DONE, FULL
 
 from metaft import adapt, checkpoint, evaluate, meta_train, predict
 from metaft.assemble import open_run
@@ -82,6 +82,7 @@ def refused(file: Path, harm: Callable[[bytes], list[bytes]], read: Callable[[],
     finally:
         file.write_bytes(data)
     read()
+    DONE["flipped bits" if harm is flipped else "cut files"] += len(copies)
     return len(copies)
 
 
@@ -162,6 +163,7 @@ def test_a_pickle_in_its_place_is_refused_and_not_executed(
     assert command.main([word.format(run=run, target=target) for word in argv]) == 2
     one_line(capsys, run / file, "damaged or not a metaft checkpoint")
     assert not mark.exists()
+    DONE["pickles"] += 1
     data = (run / file).read_bytes()
     torch.load(io.BytesIO(data), weights_only=False) if kind == "torch.save" else pickle.loads(data)
     assert mark.exists(), "the trap itself does not work"

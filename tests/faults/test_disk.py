@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from victims import FULL, Plan, Victim, Whole, go_on, one_error, same_tree, tree
+from victims import DONE, FULL, Plan, Victim, Whole, go_on, one_error, same_tree, tree
 
 from metaft import checkpoint
 from metaft.run import RunFolder
@@ -63,6 +63,7 @@ def test_a_full_disk_is_one_line_and_with_room_again_it_goes_on(
     else:
         assert victim.status() == 2
         one_error(victim.said, out, "No space left on device")
+        DONE["full disks"] += 1
         checkpoints_are_whole(out)
         small(4096)
         go_on(whole.command, whole.to(out), out)
@@ -80,6 +81,7 @@ def test_a_limit_on_file_size_likewise(name: str, number: int, wholes: dict[str,
     victim = Victim(whole.command, whole.to(out), Plan(largest_file=limit))
     assert victim.status() == 2, victim.said
     one_error(victim.said, out, "File too large")
+    DONE["limits on file size"] += 1
     checkpoints_are_whole(out)
     go_on(whole.command, whole.to(out), out)
     same_tree(tree(out), whole.left)

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from victims import FULL, Plan, Victim, Whole, go_on, same_tree, tree
+from victims import DONE, FULL, Plan, Victim, Whole, go_on, same_tree, tree
 
 KILLS = 50 if FULL else 8
 NAMES = ("vmap", "processes", "adapt")
@@ -26,7 +26,7 @@ def kill(whole: Whole, argv: list[str], out: Path, rng: random.Random, *, by_tim
         if victim.status() == -signal.SIGKILL:
             return
         shutil.rmtree(out)  # it was faster
-    victim = Victim(whole.command, argv, Plan(kill_at=rng.randint(1, whole.moments - 1)))
+    victim = Victim(whole.command, argv, Plan(kill_at=rng.randint(1, len(whole.moments) - 1)))
     assert victim.status() == -signal.SIGKILL, victim.said
 
 
@@ -38,6 +38,7 @@ def test_killed_at_a_random_moment_and_resumed_it_ends_with_the_same_bytes(
     """Half of the kills are at a random time, half at a random open, write, sync, rename or removal of a file."""
     whole, rng, out = wholes[NAMES[number % 3]], random.Random(number), tmp_path / "r"
     kill(whole, whole.to(out), out, rng, by_time=number // 3 % 2 == 0)
+    DONE["kills"] += 1
     go_on(whole.command, whole.to(out), out)
     same_tree(tree(out), whole.left)
 
@@ -58,5 +59,6 @@ def test_killed_again_and_again_it_ends_with_the_same_bytes(
             break
         assert victim.status() == -signal.SIGKILL, victim.said
         kills += 1
+        DONE["kills while it resumes"] += 1
     assert kills >= 2
     same_tree(tree(out), whole.left)

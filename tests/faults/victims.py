@@ -6,6 +6,7 @@ They are forked from one process that has torch loaded already, since loading it
 from __future__ import annotations
 
 import builtins
+import collections
 import dataclasses
 import faulthandler
 import gc
@@ -21,7 +22,7 @@ import sys
 import tempfile
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -31,14 +32,18 @@ from helpers import timeless
 FULL = os.environ.get("METAFT_FAULTS") == "full"
 """Whether everything is run (`make test-faults`), or the short form."""
 
+DONE: collections.Counter[str] = collections.Counter()
+"""What was done to runs and files, and how often; shown when the tests have ended."""
+
 CLOCKED = ("seconds", "tasks_per_second")
 
-_context = multiprocessing.get_context("forkserver")
+COMMANDS = ("meta_train", "evaluate", "adapt")
+
+context = multiprocessing.get_context("forkserver")
 # The commands, and what they import only when they come to use it.
-_COMMANDS = ("metaft.meta_train", "metaft.report", "metaft.adapt", "metaft.finetune.report", "metaft.finetune.study")
-_context.set_forkserver_preload(
-    [*_COMMANDS, "tyro", "typeguard", "torch._dynamo", "torch._inductor", "sklearn.metrics"]
-)
+_OURS = [f"metaft.{name}" for name in (*COMMANDS, "report", "finetune.report", "finetune.study")]
+_OTHERS = ["tyro", "typeguard", "torch._dynamo", "torch._inductor", "torch.distributed.nn", "sklearn.metrics"]
+context.set_forkserver_preload([*_OURS, "rank_gradients", *_OTHERS])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +62,8 @@ class Plan:
     """Whether the clock jumps by years, forwards and back, at each look at it."""
     weigh: Path | None = None
     """A file for the memory that it and its workers take, in bytes, a line after each validation."""
+    at_step: tuple[int, str] | None = None
+    """The meta-step before which, and what happens to it (see `rank_job.arrange`)."""
 
 
 class Moments:
@@ -66,26 +73,27 @@ class Moments:
         from metaft import checkpoint
         from metaft import run as run_module
 
-        self.count, self.kill_at = 0, kill_at
+        self.names: list[str] = []
+        self.kill_at = kill_at
         for name in ("replace", "fsync", "unlink"):
-            setattr(os, name, self._before(getattr(os, name)))
+            setattr(os, name, self._before(name, getattr(os, name)))
         for module in (checkpoint, run_module):
             module.open = self._open  # type: ignore[attr-defined]
 
-    def tick(self) -> bool:
-        self.count += 1
-        return self.count >= self.kill_at
+    def tick(self, what: str, where: Any) -> bool:
+        self.names.append(f"{what} {where}")
+        return len(self.names) >= self.kill_at
 
-    def _before(self, act: Callable[..., Any]) -> Callable[..., Any]:
+    def _before(self, name: str, act: Callable[..., Any]) -> Callable[..., Any]:
         def ticked(*given: Any, **others: Any) -> Any:
-            if self.tick():
+            if self.tick(name, given[0]):
                 kill_me()
             return act(*given, **others)
 
         return ticked
 
     def _open(self, *given: Any, **others: Any) -> Any:
-        if self.tick():
+        if self.tick("open", given[0]):
             kill_me()
         file: Any = builtins.open(*given, **others)  # noqa: SIM115
         return file if "r" in (given[1:] or ("r",))[0] else Writer(file, self)
@@ -99,7 +107,7 @@ class Writer:
         self.flush, self.fileno = file.flush, file.fileno
 
     def write(self, data: Any) -> None:
-        if self.moments.tick():
+        if self.moments.tick("write", self.file.name):
             self.file.write(data[: len(data) // 2])
             self.file.flush()
             kill_me()
@@ -119,14 +127,24 @@ def kill_me() -> None:
 class Victim:
     """A command, `python -m metaft.COMMAND ARGV`, in a process of its own, without pictures and on one thread."""
 
-    def __init__(self, command: str, argv: Sequence[str], plan: Plan | None = None, *, fresh: bool = False) -> None:
-        """`fresh` starts Python anew, so that no page of memory is shared with any other process."""
+    def __init__(
+        self,
+        command: str,
+        argv: Sequence[str],
+        plan: Plan | None = None,
+        *,
+        environment: Mapping[str, str] | None = None,
+        fresh: bool = False,
+    ) -> None:
+        """`environment` is added to what there is. `fresh` starts Python anew, so that no page of memory is shared with
+        any other process. A command that is not one of metaft's is a module of the tests."""
         folder = Path(tempfile.mkdtemp(prefix="metaft-victim-"))
         weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
         self.said_file, self.count_file = folder / "said", folder / "count"
-        context = multiprocessing.get_context("spawn") if fresh else _context
-        self.process: BaseProcess = context.Process(
-            target=_run, args=(command, list(argv), plan or Plan(), self.said_file, self.count_file)
+        module = f"metaft.{command}" if command in COMMANDS else command
+        files = (self.said_file, self.count_file)
+        self.process: BaseProcess = (multiprocessing.get_context("spawn") if fresh else context).Process(
+            target=_run, args=(module, list(argv), plan or Plan(), dict(environment or {}), *files)
         )
         self.process.start()
 
@@ -136,9 +154,9 @@ class Victim:
         return self.said_file.read_text(encoding="utf-8", errors="replace") if self.said_file.exists() else ""
 
     @property
-    def moments(self) -> int:
+    def moments(self) -> list[str]:
         """The moments of the disk that it had; known when it has ended by itself."""
-        return int(self.count_file.read_text())
+        return self.count_file.read_text().splitlines()
 
     def status(self, timeout: float = 120.0) -> int:
         """Wait for its end: the exit status, or -signal."""
@@ -157,7 +175,8 @@ class Victim:
             time.sleep(0.002)
 
 
-def _run(command: str, argv: list[str], plan: Plan, said: Path, count: Path) -> None:
+def _run(module: str, argv: list[str], plan: Plan, environment: dict[str, str], said: Path, count: Path) -> None:
+    os.environ.update(environment)
     with open(said, "wb", buffering=0) as file:
         for number in (1, 2):
             os.dup2(file.fileno(), number)
@@ -172,9 +191,9 @@ def _run(command: str, argv: list[str], plan: Plan, said: Path, count: Path) -> 
     report.draw_pictures = finetune_report.draw_pictures = lambda *_: []  # type: ignore[assignment]
     moments = Moments(plan.kill_at)
     _befall(plan)
-    status = importlib.import_module(f"metaft.{command}").main(argv)
+    status = importlib.import_module(module).main(argv)
     if plan.memory is None and plan.largest_file is None:
-        count.write_text(str(moments.count))
+        count.write_text("\n".join(moments.names))
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
@@ -190,6 +209,10 @@ def _befall(plan: Plan) -> None:
         time.time_ns = lambda: int(1e9 * time.time())
     if plan.weigh is not None:
         weigh(plan.weigh)
+    if plan.at_step is not None:
+        import rank_job
+
+        rank_job.arrange(*plan.at_step)
     if plan.memory is not None and plan.memory_after is None:
         limit_memory(plan.memory)
     if plan.memory is not None and plan.memory_after is not None:
@@ -276,7 +299,7 @@ class Whole:
     left: dict[str, Any]
     """Its run folder, see `tree`."""
     seconds: float
-    moments: int
+    moments: list[str]
 
     def to(self, out: Path) -> list[str]:
         return [*self.argv, "--out", str(out)]
