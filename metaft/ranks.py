@@ -46,6 +46,8 @@ class Ranks:
         with the same status: SIGTERM where one rank was sent it, else SIGINT where one was sent that."""
         self.restarted = False
         """Whether torchrun has started this job before, which then ended with an error."""
+        self.launch: str | None = None
+        """What tells this launch by torchrun from every other one, in each of its attempts; rank 0 alone knows it."""
 
     def share(self, indices: range) -> range:
         """This rank's part of consecutive numbers: in rank order, the first parts longer by one where they must be."""
@@ -174,6 +176,7 @@ def join() -> Ranks:
     if count == 1:
         alone = Ranks()
         alone.restarted = _number("TORCHELASTIC_RESTART_COUNT", 0) > 0
+        alone.launch = _launch_of_one()
         return alone
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
@@ -192,10 +195,31 @@ def join() -> Ranks:
     return _Group(rank, count, local, timeout)
 
 
-def job() -> str:
-    """What tells this job's processes, restarted ones too, from another's: torchrun's run id, or its process."""
-    named = os.environ.get("TORCHELASTIC_RUN_ID", "none")
-    return f"{socket.gethostname()} {os.getppid()}" if named == "none" else named
+def _launch_of_one() -> str | None:
+    """`Ranks.launch` of a job of one process, which meets nobody. None where torchrun did not start it."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return None
+    if _kept_by_torchrun():
+        from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPrivateImportUsage]
+
+        where, limit = os.environ.get("MASTER_ADDR", ""), datetime.timedelta(seconds=_timeout())
+        with contextlib.suppress(_dist_error()):
+            store = TCPStore(where, _number("MASTER_PORT", 0, range(2**16)), is_master=False, timeout=limit)
+            return _launch(PrefixStore("metaft", store))
+    return _launch(None)
+
+
+def _launch(store: Any) -> str | None:
+    """A word that the first attempt leaves in the store, which torchrun keeps as long as it runs itself. Its run id will
+    not do: the same command has the same one tomorrow. Without such a store it is torchrun's process beside rank 0."""
+    if store is not None and _kept_by_torchrun():
+        return store.compare_set("launch", "", uuid.uuid4().hex).decode()
+    run = os.environ.get("TORCHELASTIC_RUN_ID")
+    return None if run is None else f"{run} {socket.gethostname()} {os.getppid()}"
+
+
+def _kept_by_torchrun() -> bool:
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def launcher(count: int) -> str:
@@ -263,6 +287,8 @@ class _Group(Ranks):
         # torchrun keeps the store, so that it outlives ranks: it is where they say why they end.
         store, _, _ = next(rendezvous("env://", timeout=limit))
         self._start = PrefixStore("metaft", store)
+        if self.rank == 0:
+            self.launch = _launch(self._start)
         # It outlives attempts too: what the dead ranks of an earlier one left there must not be met.
         self._store = PrefixStore(f"metaft/{self._attempt(self._start)}", store)
         store = PrefixStore("group", self._store)

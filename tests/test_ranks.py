@@ -504,20 +504,20 @@ def test_a_chunk_leaves_work_for_every_thread_of_every_rank(tmp_path: Path):
 def test_the_same_command_goes_on_where_there_is_a_run(tmp_path: Path, restarted: bool):
     def asked(arguments: Any, config: Any, *words: str) -> Any:
         again = [] if restarted else ["--auto-resume"]
-        return settings(arguments, config, [*words, *again], prog="", job="job 7" if restarted else None)
+        return settings(arguments, config, [*words, *again], prog="", launch="launch 7" if restarted else None)
 
     out = str(tmp_path / "r")
     words = ["--dataset", "sinusoid", "--engine", "tune", "--out", out]
     config, resume = asked(meta_train.Arguments, MetaTrainConfig, *words)
     assert (config.out, resume) == (out, None)
     tuned = dataclasses.replace(config, out=None, engine="vmap", task_chunk=3)
-    RunFolder.create(tmp_path / "r", to_toml(tuned), job="job 7")
+    RunFolder.create(tmp_path / "r", to_toml(tuned), launch="launch 7")
     config, resume = asked(meta_train.Arguments, MetaTrainConfig, *words)
     assert (config, resume) == (tuned, tmp_path / "r"), "tuned once is enough"
     with pytest.raises(MetaftError, match=r"is a run of metaft\.meta_train, not of metaft\.adapt"):
         asked(adapt.Arguments, adapt.AdaptConfig, "--out", out)
-    if restarted:  # another job's run is not this one's to go on with
-        (tmp_path / "r/.metaft.job").write_text("job 8")
+    if restarted:  # another launch's run is not this one's to go on with
+        (tmp_path / "r/.metaft.job").write_text("launch 8")
         assert asked(meta_train.Arguments, MetaTrainConfig, *words)[1] is None
     else:
         with pytest.raises(MetaftError, match="auto_resume: give --out too"):

@@ -312,8 +312,8 @@ def tree(path: Path) -> dict[str, Any]:
         name = file.relative_to(path).as_posix()
         if not file.is_file():
             continue
-        if name == "timing.jsonl":
-            left[name] = "clock times"
+        if name in ("timing.jsonl", ".metaft.job"):
+            left[name] = "clock times, or a word that no other launch has"
         elif name == "result.json":
             result = timeless(json.loads(file.read_text(encoding="utf-8")))
             left[name] = {k: v for k, v in result.items() if k not in CLOCKED}
