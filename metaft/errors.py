@@ -53,6 +53,10 @@ class RankLost(MetaftError):
     """How to go on, to be added to what is known of the other process."""
 
 
+class RanksDiffer(MetaftError):
+    """What must be the same in all processes of a job is not."""
+
+
 class SaidElsewhere(MetaftError):
     """An error that another process of the job puts into words; this one only ends with its status."""
 

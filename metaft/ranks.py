@@ -19,7 +19,7 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-from metaft.errors import MetaftError, RankLost, SaidElsewhere
+from metaft.errors import MetaftError, RankLost, RanksDiffer, SaidElsewhere
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -111,13 +111,13 @@ class Ranks:
         return function()
 
     def check_same(self, what: str, value: Callable[[], object]) -> None:
-        """Raises MetaftError, on all ranks, where a value (small plain data) is not that of rank 0."""
+        """Raises RanksDiffer, on all ranks, where a value (small plain data) is not that of rank 0."""
         if self.count == 1:
             return
         found = self.gather(value())
         others = [rank for rank, each in enumerate(found) if each != found[0]]
         if others:
-            raise MetaftError(f"{what}: {found[others[0]]} on {_named(others)}, {found[0]} on rank 0")
+            raise RanksDiffer(f"{what}: {found[others[0]]} on {_named(others)}, {found[0]} on rank 0")
 
     def check_device(self, device: str) -> None:
         """Raises MetaftError for a device that this rank would share with another, or that is not there.

@@ -452,25 +452,37 @@ def test_a_loss_that_is_not_finite_on_one_rank_ends_all(tmp_path: Path, monkeypa
     assert training.load_snapshot(tmp_path / "r/checkpoints/last.safetensors").position.step == 4
 
 
-def test_ranks_that_drift_apart_are_noticed_at_the_next_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(("drift", "noticed", "settings"), [(4, 6, {}), (6, 7, {"checkpoint_every": 100})])
+def test_ranks_that_drift_apart_are_noticed_before_anything_of_it_is_saved(
+    drift: int, noticed: int, settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """At the next checkpoint or validation; the last checkpoint stays what it was, and is named."""
     real = training.Outer.step
+    path = tmp_path / "r"
+    last = path / "checkpoints/last.safetensors"
+    before: list[bytes] = []
 
     def step(self: training.Outer, grads: Any, number: int) -> None:
         real(self, grads, number)
-        if number == 4 and threading.current_thread() is drifting[0]:
+        if number == drift and threading.current_thread() is drifting[0]:
             next(iter(self.meta.values())).add_(1e-6)
+            before.append(last.read_bytes())
 
     drifting: list[threading.Thread] = []
 
     def start(ranks: Ranks) -> None:
         if ranks.rank == 1:
             drifting.append(threading.current_thread())
-        run(sinusoid(tmp_path / "r"), ranks=ranks)
+        run(sinusoid(path, iterations=7, eval_every=4, **settings), ranks=ranks)
 
     monkeypatch.setattr(training.Outer, "step", step)
     for error in errors_of(2, start):
-        assert str(error).startswith("step 6: the digest of the parameters: ")
+        assert str(error).startswith(f"step {noticed}: the digest of the parameters: ")
         assert " on rank 1, " in str(error)
+        assert "; the state of step 4 is kept in " in str(error)
+    assert last.read_bytes() == before[0]
+    assert training.load_snapshot(last).position.step == 4
+    assert training.load_snapshot(path / "checkpoints/best.safetensors").position.step == 4
 
 
 def test_more_ranks_than_tasks_are_refused_before_anything_is_written(tmp_path: Path):
