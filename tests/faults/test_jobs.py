@@ -19,7 +19,7 @@ import scenarios
 import torch
 from helpers import IMAGES, SINUSOID, options
 from jobs import Job, settled
-from victims import DONE, FULL, Plan, completed, one_error, same_tree, tree
+from victims import DONE, FULL, Plan, completed, kill_tree, one_error, same_tree, tree
 
 from metaft.ranks import ALONE
 from metaft.run import read_rows
@@ -143,8 +143,8 @@ def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, su
     )  # fmt: skip
     yield folder, process
     if process.poll() is None:
-        process.terminate()  # and its ranks with it
-    process.communicate(timeout=60)
+        kill_tree(process.pid)
+    process.communicate()
 
 
 @pytest.mark.slow

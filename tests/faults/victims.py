@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import builtins
 import collections
+import contextlib
 import dataclasses
 import faulthandler
 import gc
@@ -124,6 +125,36 @@ def kill_me() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+ALIVE: set[BaseProcess] = set()
+"""Every process that was started here and is not known to have ended. What a failing test leaves of them would never
+end by itself, and neither would pytest, which waits for its children."""
+
+
+def end_all() -> None:
+    while ALIVE:
+        process = ALIVE.pop()
+        if process.pid is not None and process.exitcode is None:
+            kill_tree(process.pid)
+            process.join()
+
+
+def children_of(process: int) -> list[int]:
+    try:
+        tasks = list(Path(f"/proc/{process}/task").iterdir())
+        return [int(word) for task in tasks for word in (task / "children").read_text().split()]
+    except (FileNotFoundError, ProcessLookupError):  # it has ended meanwhile
+        return []
+
+
+def kill_tree(process: int) -> None:
+    """Kill a process of ours and all that it started, which may be in sessions of their own."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(process, signal.SIGSTOP)  # so that it starts no other
+        for child in children_of(process):
+            kill_tree(child)
+        os.kill(process, signal.SIGKILL)
+
+
 class Victim:
     """A command, `python -m metaft.COMMAND ARGV`, in a process of its own, without pictures and on one thread."""
 
@@ -147,6 +178,7 @@ class Victim:
             target=_run, args=(module, list(argv), plan or Plan(), dict(environment or {}), *files)
         )
         self.process.start()
+        ALIVE.add(self.process)
 
     @property
     def said(self) -> str:
@@ -254,9 +286,7 @@ def memory_of(process: int) -> int:
     """
     lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
     own = sum(int(line.split()[1]) << 10 for line in lines if line.startswith(("Pss_Anon:", "Pss_Shmem:")))
-    tasks = Path(f"/proc/{process}/task").iterdir()
-    children = [int(word) for task in tasks for word in (task / "children").read_text().split()]
-    return own + sum(map(memory_of, children))
+    return own + sum(map(memory_of, children_of(process)))
 
 
 def limit_memory(spare: int) -> None:
