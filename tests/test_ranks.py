@@ -22,10 +22,10 @@ from helpers import SINUSOID, images, options, pool, remains, sinusoid, untimed
 from rank_gradients import MEMBERS, meta_gradient
 from torch import distributed
 
-from metaft import adapt, algorithms, checkpoint, meta_train, outer, ranks, report, training
+from metaft import adapt, algorithms, checkpoint, evaluate, meta_train, outer, ranks, report, training
 from metaft.cli import StopSignals, settings
-from metaft.config import MetaTrainConfig, to_toml
-from metaft.errors import Interrupted, MetaftError, NonFiniteError, RankLost
+from metaft.config import EvaluateConfig, MetaTrainConfig, to_toml
+from metaft.errors import CheckpointError, Interrupted, MetaftError, NonFiniteError, RankLost
 from metaft.meta_train import resume_run, run
 from metaft.ranks import ALONE, Ranks
 from metaft.run import RunFolder, read_rows
@@ -374,6 +374,29 @@ def test_a_run_on_several_ranks_is_that_of_one(tmp_path: Path):
         close(read_rows(tmp_path / "one/metrics.jsonl"), read_rows(path / "metrics.jsonl"))
         tensors = [checkpoint.load(folder / "checkpoints/last.safetensors")[0] for folder in (tmp_path / "one", path)]
         assert scenarios.relative_error(tensors[1], tensors[0]) < 1e-6
+
+
+def test_where_to_write_a_meta_test_is_rank_0s_to_try(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The folder need not be there, or writable, where another rank is."""
+    run(sinusoid(tmp_path / "r", iterations=1))
+    tried: list[int] = []
+    out = EvaluateConfig(out=str(tmp_path / "a.json"), episodes=4)
+
+    def start(ranks: Ranks) -> None:
+        mine.rank = ranks.rank
+        evaluate.run(tmp_path / "r", out, ranks=ranks)
+
+    def check(*_: object) -> None:
+        tried.append(mine.rank)
+        if refusing:
+            raise CheckpointError("out: cannot be written")
+
+    mine, refusing = threading.local(), False
+    monkeypatch.setattr(evaluate, "check_writable", check)
+    in_threads(2, start)
+    assert tried == [0]
+    refusing = True
+    assert [error.status for error in errors_of(2, start)] == [2, 2]
 
 
 def close(expected: Any, found: Any) -> None:
