@@ -17,7 +17,7 @@ import socket
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 
 from metaft.errors import MetaftError, RankLost, RanksDiffer, SaidElsewhere
 
@@ -46,6 +46,8 @@ class Ranks:
         with the same status: SIGTERM where one rank was sent it, else SIGINT where one was sent that."""
         self.restarted = False
         """Whether torchrun has started this job before, which then ended with an error."""
+        self._doing = ""
+        """What the ranks are at, where it may take so long that some wait in vain for others."""
         self.launch: str | None = None
         """What tells this launch by torchrun from every other one, in each of its attempts; rank 0 alone knows it."""
 
@@ -99,16 +101,20 @@ class Ranks:
             raise SystemExit(0) if ended[0] else SaidElsewhere(ended[1])
         return value
 
-    def in_turn(self, function: Callable[[], Value]) -> Value:
-        """`function()`, first by one rank of each machine, then by the others, who find downloads and caches ready."""
+    def in_turn(self, function: Callable[[], Value], what: str = "preparing the data") -> Value:
+        """`function()`, first by one rank of each machine, then by the others, who find downloads and caches ready.
+
+        `what` says what it does, for the ranks that wait for one that takes too long.
+        """
         if self.count == 1:
             return function()
-        if self.local == 0:
-            value = function()
-            self.gather(None)
-            return value
+        self._doing = what
+        value = function() if self.local == 0 else None
         self.gather(None)
-        return function()
+        value = function() if self.local else value
+        self.gather(None)  # so that whoever waits for those knows, too, what for
+        self._doing = ""
+        return cast(Value, value)
 
     def check_same(self, what: str, value: Callable[[], object]) -> None:
         """Raises RanksDiffer, on all ranks, where a value (small plain data) is not that of rank 0."""
@@ -210,7 +216,7 @@ def _launch_of_one() -> str | None:
 
 
 def _launch(store: Any) -> str | None:
-    """A word that the first attempt leaves in the store, which torchrun keeps as long as it runs itself. Its run id will
+    """A word that the first attempt leaves in the store that torchrun keeps as long as it runs itself. Its run id will
     not do: the same command has the same one tomorrow. Without such a store it is torchrun's process beside rank 0."""
     if store is not None and _kept_by_torchrun():
         return store.compare_set("launch", "", uuid.uuid4().hex).decode()
@@ -343,7 +349,9 @@ class _Group(Ranks):
                 raise
             waited = time.monotonic() - start
             why = " ".join(str(error).split("\n")[0].split())
-            raise RankLost(f"{why}; waited {waited:.0f} of METAFT_RANKS_TIMEOUT={self._timeout:g} s") from error
+            lost = RankLost(f"{why}; waited {waited:.0f} of METAFT_RANKS_TIMEOUT={self._timeout:g} s")
+            lost.waited = waited
+            raise lost from error
 
     def _add(self, flat: Tensor) -> None:
         from torch import distributed
@@ -379,7 +387,7 @@ class _Group(Ranks):
             speaks = self._speaks(error, mine)
             ends = self._ends() if speaks else {}
         except _dist_error():  # the store is gone, and its machine with it: one process of each other machine says so
-            speaks, ends = self.local == 0, {self.rank: mine}
+            speaks, ends = self.local == 0, {self.rank: (mine, 0.0)}
         if not speaks:
             return SaidElsewhere(error.status)
         if mine:
@@ -395,7 +403,7 @@ class _Group(Ranks):
             return self._store.check(["told"])
 
         if not error.by_all:
-            self._store.set(f"end/{self.rank}", json.dumps(mine))
+            self._store.set(f"end/{self.rank}", json.dumps([mine, getattr(error, "waited", 0.0)]))
             self._store.add("ends", 1)
         self.close()  # whoever waits for this rank learns it now
         if self.rank and error.by_all:
@@ -408,20 +416,27 @@ class _Group(Ranks):
             return False
         return self._store.add("told", 1) == 1
 
-    def _ends(self) -> dict[int, str]:
-        """Why each rank ends that has said so; "" where it only lost the others."""
+    def _ends(self) -> dict[int, tuple[str, float]]:
+        """Why each rank ends that has said so, "" where it only lost the others; and for how long it had waited."""
         keys = {rank: f"end/{rank}" for rank in range(self.count)}
         return {rank: json.loads(self._store.get(key)) for rank, key in keys.items() if self._store.check([key])}
 
-    def _cause(self, ends: dict[int, str], detail: str) -> str:
-        for rank, reason in sorted(ends.items()):
+    def _cause(self, ends: dict[int, tuple[str, float]], detail: str) -> str:
+        for rank, (reason, _) in sorted(ends.items()):
             if reason:
                 return f"rank {rank}: {reason}"
-        silent = [rank for rank in range(self.count) if rank not in ends]
-        if not silent:
-            return f"the ranks lost each other ({detail})"
-        words = "does not answer, it died or hangs" if len(silent) == 1 else "do not answer, they died or hang"
-        return f"{_named(silent)} of {self.count} {words}"
+        longest = max(waited for _, waited in ends.values())
+        in_vain = longest > 0.9 * self._timeout  # and not only found that a connection was closed
+        limit = f"METAFT_RANKS_TIMEOUT={self._timeout:g} s"
+        if silent := [rank for rank in range(self.count) if rank not in ends]:
+            it, does, is_ = ("it", ("does", "hangs"), "is") if len(silent) == 1 else ("they", ("do", "hang"), "are")
+            slow = f", or {is_} still {self._doing} after {limit}" if self._doing and in_vain else ""
+            return f"{_named(silent)} of {self.count} {does[0]} not answer, {it} died or {does[1]}{slow}"
+        late = [rank for rank, (_, waited) in ends.items() if waited < 1]  # they came when the others had given up
+        if late and in_vain:
+            doing = f", {self._doing}" if self._doing else ""
+            return f"{_named(late)} of {self.count} kept the others waiting for {limit}{doing}"
+        return f"the ranks lost each other ({detail})"
 
     @staticmethod
     def _until(condition: Callable[[], bool], seconds: float) -> None:

@@ -52,8 +52,8 @@ class RunFolder:
 
     @classmethod
     def create(cls, path: Path, config_toml: str, *, launch: str | None = None) -> RunFolder:
-        """A new run, of a `launch` that may be restarted. Raises MetaftError where the folder holds something already or
-        cannot be made."""
+        """A new run, of a `launch` that may be restarted. Raises MetaftError where the folder holds something or cannot
+        be made."""
         run = cls(path)
         try:
             run._check_free()

@@ -226,7 +226,10 @@ def train(
                 check_ranks()
                 save()
             should_stop()
-    except (CheckpointError, RanksDiffer):  # the disk refuses, and once more would hide why; or there is nothing to keep
+    except (
+        CheckpointError,
+        RanksDiffer,
+    ):  # the disk refuses, and once more would hide why; or there is nothing to keep
         raise
     except BaseException:
         # A signal, a non-finite loss or a bug: what was computed is kept. `position` and `steps` belong together

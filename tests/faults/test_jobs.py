@@ -208,6 +208,25 @@ def test_a_rank_that_hangs_or_fails_ends_the_job_with_one_message(tmp_path: Path
 
 
 @pytest.mark.slow
+def test_a_rank_whose_data_take_too_long_is_named(tmp_path: Path) -> None:
+    """Three jobs at the same time, of which all ranks live: they come back before the others have said that they go, or
+    later. Rank 1 has its turn when rank 0 is done."""
+    late = "kept the others waiting for METAFT_RANKS_TIMEOUT=4 s, preparing the data"
+    gone = "does not answer, it died or hangs, or is still preparing the data after METAFT_RANKS_TIMEOUT=4 s"
+    said = {
+        (0, 6.5): f"rank 0 of 2 {late}",
+        (1, 6.5): f"rank 1 of 2 {late}",
+        (0, 11.0): f"rank 0 of 2 {gone}",
+    }
+    jobs = [job(tmp_path / str(n), {rank: Plan(slow_data=s)}, timeout=4) for n, (rank, s) in enumerate(said)]
+    settled(*jobs)
+    for each, reason in zip(jobs, said.values(), strict=True):
+        assert each.lines() == [f"metaft: error: {reason}"], each.said()
+        assert each.statuses() == [1, 1]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_to_one_rank_ends_all_with_its_status(number: signal.Signals, tmp_path: Path) -> None:
     out = tmp_path / "r"

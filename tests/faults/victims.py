@@ -63,6 +63,8 @@ class Plan:
     """Whether the clock jumps by years, forwards and back, at each look at it."""
     weigh: Path | None = None
     """A file for the memory that it and its workers take, in bytes, a line after each validation."""
+    slow_data: float = 0.0
+    """Seconds that its data take longer to load."""
     at_step: tuple[int, str] | None = None
     """The meta-step before which, and what happens to it (see `rank_job.arrange`)."""
 
@@ -241,6 +243,11 @@ def _befall(plan: Plan) -> None:
         time.time_ns = lambda: int(1e9 * time.time())
     if plan.weigh is not None:
         weigh(plan.weigh)
+    if plan.slow_data:
+        from metaft import tasks
+
+        load = tasks.load
+        tasks.load = lambda *given, **others: (time.sleep(plan.slow_data), load(*given, **others))[1]
     if plan.at_step is not None:
         import rank_job
 
