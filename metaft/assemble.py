@@ -28,6 +28,7 @@ from metaft.models.recomputed import recomputed
 from metaft.outer import PARALLEL, Engine, engine, settled_name, task_chunk, tune
 from metaft.ranks import Ranks
 from metaft.run import RunFolder
+from metaft.tasks.pool import ClassPool
 from metaft.training import Snapshot, load_snapshot
 from metaft.types import Dataset
 
@@ -160,6 +161,8 @@ def check_ranks(parts: Parts, ranks: Ranks) -> None:
     ranks.check_device(parts.device)
     ranks.check_same("device", lambda: torch.device(parts.device).type)
     ranks.check_same(f"dataset: the class split of {parts.dataset.name}", lambda: parts.dataset.split_hash)
+    if isinstance(parts.dataset, ClassPool):
+        ranks.check_same(f"dataset: the digest of the images of {parts.dataset.name}", parts.dataset.digest)
 
 
 def _called(name: str, chunk: int | None) -> str:

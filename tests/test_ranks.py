@@ -11,10 +11,12 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import pytest
 import scenarios
 import torch
@@ -29,6 +31,7 @@ from metaft.errors import CheckpointError, Interrupted, MetaftError, NonFiniteEr
 from metaft.meta_train import resume_run, run
 from metaft.ranks import ALONE, Ranks
 from metaft.run import RunFolder, read_rows
+from metaft.tasks.pool import ClassPool
 from metaft.testing import meta_test, score_episodes
 
 Found = TypeVar("Found")
@@ -165,6 +168,24 @@ def test_values_are_gathered_in_rank_order_and_differences_named():
     assert in_threads(3, lambda ranks: ranks.on_first(lambda: ranks.rank)) == [0, 0, 0]
     found = errors_of(4, lambda ranks: ranks.check_same("data", lambda: "ab"[ranks.rank > 1]))
     assert [str(error) for error in found] == ["data: b on ranks 2, 3, a on rank 0"] * 4
+
+
+def test_one_rank_of_each_machine_goes_first():
+    """Two machines of two ranks."""
+    done: list[int] = []
+
+    def start(ranks: Ranks) -> int:
+        ranks.local = ranks.rank % 2
+
+        def read() -> int:
+            time.sleep(0 if ranks.local else 0.1)
+            done.append(ranks.local)
+            return ranks.rank
+
+        return ranks.in_turn(read)
+
+    assert in_threads(4, start) == [0, 1, 2, 3]
+    assert done == [0, 0, 1, 1]
 
 
 @pytest.mark.parametrize("meeting", ["sum_flat", "gather"])
@@ -514,13 +535,32 @@ def test_more_ranks_than_tasks_are_refused_before_anything_is_written(tmp_path: 
     assert not (tmp_path / "r").exists()
 
 
-def test_ranks_with_other_data_are_refused(tmp_path: Path):
+def one_pixel_off() -> ClassPool:
+    images = pool().images.clone()
+    images[70, 0, 3, 3] ^= 1
+    return dataclasses.replace(pool(), images=images)
+
+
+@pytest.mark.parametrize(
+    ("other", "differs"),
+    [
+        (lambda: dataclasses.replace(pool(), class_names=tuple("abcdefghijklmn")), "the class split of"),
+        (one_pixel_off, "the digest of the images of"),
+        (lambda: dataclasses.replace(pool(), starts=pool().starts[::-1].copy()), "the digest of the images of"),
+        (
+            lambda: dataclasses.replace(pool(), splits={**pool().splits, "train": np.arange(6)[::-1].copy()}),
+            "the digest of the images of",
+        ),
+    ],
+)
+def test_ranks_with_other_data_are_refused(other: Callable[[], ClassPool], differs: str, tmp_path: Path):
     def start(ranks: Ranks) -> None:
-        mine = pool() if ranks.rank == 0 else dataclasses.replace(pool(), class_names=tuple("abcdefghijklmn"))
+        mine = pool() if ranks.rank == 0 else other()
         run(images(tmp_path / "r", engine="threads", threads=1), dataset=mine, ranks=ranks)
 
     for error in errors_of(2, start):
-        assert str(error).startswith("dataset: the class split of squares-8: ")
+        assert str(error).startswith(f"dataset: {differs} squares-8: ")
+        assert " on rank 1, " in str(error)
     assert not (tmp_path / "r").exists()
 
 
