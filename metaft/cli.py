@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 from metaft.config import AdaptConfig, Config, MetaTrainConfig, from_mapping, read_toml
 from metaft.errors import CheckpointError, Interrupted, MetaftError, MetaftWarning, OutOfMemory, SaidElsewhere, suggest
 from metaft.names import is_text
-from metaft.ranks import ALONE, Ranks, join
+from metaft.ranks import ALONE, Ranks, check_alone, join
 
 Arguments = TypeVar("Arguments")
 
@@ -271,6 +271,16 @@ def in_ranks(command: Callable[[Sequence[str], Ranks], None], argv: Sequence[str
                 raise ranks.last_words(_no_memory(error, smaller)) from None
 
     return guarded(together, argv, smaller=smaller)
+
+
+def in_one(command: Callable[[Sequence[str]], None], argv: Sequence[str] | None, *, prog: str, smaller: str) -> int:
+    """`guarded` for a command that has no use for torchrun: several processes would do the same work and files."""
+
+    def alone(argv: Sequence[str]) -> None:
+        check_alone(prog)
+        command(argv)
+
+    return guarded(alone, argv, smaller=smaller)
 
 
 class StopSignals:

@@ -201,6 +201,15 @@ def join() -> Ranks:
     return _Group(rank, count, local, timeout)
 
 
+def check_alone(command: str) -> None:
+    """Raises MetaftError, once for all, where torchrun starts many processes of a command that is for one."""
+    count = _number("WORLD_SIZE", 1, range(1, 2**31))
+    if count > 1 and _number("RANK", 0) > 0:
+        raise SaidElsewhere(MetaftError.status)
+    if count > 1:
+        raise MetaftError(f"{command} is for one process, but WORLD_SIZE is {count}; start it without torchrun")
+
+
 def _launch_of_one() -> str | None:
     """`Ranks.launch` of a job of one process, which meets nobody. None where torchrun did not start it."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:

@@ -24,7 +24,7 @@ from helpers import SINUSOID, images, options, pool, remains, sinusoid, untimed
 from rank_gradients import MEMBERS, meta_gradient
 from torch import distributed
 
-from metaft import adapt, algorithms, checkpoint, evaluate, meta_train, outer, ranks, report, training
+from metaft import adapt, algorithms, checkpoint, evaluate, meta_train, outer, predict, ranks, report, training
 from metaft.cli import StopSignals, settings
 from metaft.config import EvaluateConfig, MetaTrainConfig, to_toml
 from metaft.errors import CheckpointError, Interrupted, MetaftError, NonFiniteError, RankLost
@@ -246,6 +246,18 @@ def meet(
         monkeypatch.setenv(name, str(value))
     status = meta_train.main([])
     return status, capsys.readouterr().err.splitlines()
+
+
+@pytest.mark.parametrize("command", [adapt, predict])
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_command_for_one_process_is_refused_to_several(
+    command: Any, rank: str, in_tmp: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", rank)
+    assert command.main(["--help"]) == 2
+    why = f"{command.__name__} is for one process, but WORLD_SIZE is 2; start it without torchrun"
+    assert capsys.readouterr() == ("", "" if int(rank) else f"metaft: error: {why}\n")
 
 
 @pytest.mark.parametrize("local", [0, 1])
