@@ -238,12 +238,13 @@ def _kept_by_torchrun() -> bool:
 
 
 def launcher(count: int) -> str:
-    """torchrun's options for so many processes; of several machines the meeting point is left out."""
+    """torchrun's options for so many processes; of several machines the meeting point is the user's to fill in."""
     here = _number("LOCAL_WORLD_SIZE", count)
     machines = count // max(1, here)
-    return (
-        f"--standalone --nproc-per-node {here}" if machines < 2 else f"--nnodes {machines} --nproc-per-node {here} ..."
-    )
+    if machines < 2:
+        return f"--standalone --nproc-per-node {here}"
+    meeting = "--rdzv-backend c10d --rdzv-endpoint FIRST_MACHINE:29400 --rdzv-id NAME"
+    return f"--nnodes {machines} --nproc-per-node {here} {meeting}"
 
 
 def _number(name: str, default: int, allowed: range = range(2**31)) -> int:

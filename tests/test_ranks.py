@@ -348,6 +348,13 @@ def test_each_rank_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch):
     Ranks(0, 1).check_device("cuda:5")  # whose absence `device_of` has noticed
 
 
+def test_how_to_start_again_is_said_for_one_machine_and_for_several(monkeypatch: pytest.MonkeyPatch):
+    assert ranks.launcher(4) == "--standalone --nproc-per-node 4"
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    there = "--rdzv-backend c10d --rdzv-endpoint FIRST_MACHINE:29400 --rdzv-id NAME"
+    assert ranks.launcher(6) == f"--nnodes 3 --nproc-per-node 2 {there}"
+
+
 LAUNCH = "torchrun --standalone --nproc-per-node 2"
 
 # ---- the same numbers ---------------------------------------------------------------------------------------------
