@@ -105,7 +105,7 @@ def test_reptile_hands_its_moments_on() -> None:
         made.append(torch.optim.Adam(leaves, lr=0.01, betas=(0.0, 0.999)))
         if len(made) > 1:
             for p, old in zip(leaves, made[0].param_groups[0]["params"], strict=True):
-                made[1].state[p] = {k: v.clone() for k, v in made[0].state[old].items()}
+                made[-1].state[p] = {k: v.clone() for k, v in made[0].state[old].items()}
         return made[-1]
 
     torch_walk(model, scenarios.one(data), adam, size=5, steps=3)
@@ -118,6 +118,13 @@ def test_reptile_hands_its_moments_on() -> None:
     assert scenarios.relative_error(found.grads, {k: p - fast[k] for k, p in model.params.items()}) < 1e-10
     fresh = result(member, second).grads
     assert scenarios.relative_error(fresh, found.grads) > 1e-2
+    task = scenarios.one(second)  # a test begins with them too, on the support images alone
+    alone = task._replace(query_x=task.query_x[:0], query_y=task.query_y[:0])
+    fast, _, _ = torch_walk(model, alone, adam, size=5, steps=3)
+    args = (task.support_x, task.support_y, task.key)
+    kept, new = (member.adapt(model.params, at, *args, ways=3, steps=3).params for at in (state, member.init(0)[1]))
+    assert scenarios.relative_error(kept, fast) < 1e-10
+    assert scenarios.relative_error(new, fast) > 1e-3
     both = result(member, Episode(*(t[:2] for t in data))).state
     other = result(member, second).state
     for name in both:  # a meta-batch keeps the mean
