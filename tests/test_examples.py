@@ -10,13 +10,14 @@ import runpy
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import scenarios
 import torch
 from helpers import images, sinusoid, write_folder
 
-from metaft import meta_train, outer
+from metaft import MetaTrainConfig, meta_train, outer
 from metaft.algorithms import ALGORITHMS
 from metaft.types import NORMS, Params
 
@@ -165,6 +166,31 @@ def test_omniglot(in_tmp: Path, capsys: pytest.CaptureFixture[str]) -> None:
     *_, five, twenty = capsys.readouterr().out.splitlines()
     assert re.match(r"5w1s +[\d.]+ ± [\d.]+ +[\d.]+ ± [\d.]+ +98.7 ± 0.4$", five)
     assert re.match(r"20w1s +[\d.]+ ± [\d.]+ +[\d.]+ ± [\d.]+ +95.8 ± 0.3$", twenty)
+
+
+@pytest.mark.parametrize("name", ["maml", "fomaml", "reptile", "maml++"])
+def test_omniglots_inner_loop_is_the_papers_for_maml_alone(
+    name: str, in_tmp: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[MetaTrainConfig] = []
+
+    def run(config: MetaTrainConfig) -> dict[str, Any]:
+        asked.append(config)
+        return {"test": {mode: {"accuracy": 0.5, "ci95": 0.01} for mode in NORMS}}
+
+    monkeypatch.setattr(meta_train, "run", run)
+    assert run_example("omniglot", "--settings", "5w1s", "20w1s", "--algorithm", name) == 0
+    assert capsys.readouterr().out.count("50.0 ± 1.0") == 4
+    loops = [(c.inner_steps, c.inner_lr, c.test_inner_steps) for c in asked]
+    assert loops == ([(1, 0.4, 3), (5, 0.1, 5)] if name in ("maml", "fomaml") else [(None, None, None)] * 2)
+    assert {(c.algorithm, c.dataset, c.test_query_shots) for c in asked} == {(name, "omniglot", 1)}
+
+
+def test_omniglot_says_what_is_wrong_in_one_line(in_tmp: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_example("omniglot", "--data-root", "nowhere") == 2
+    said = capsys.readouterr()
+    assert re.fullmatch(r"omniglot: .*nowhere.*\n", said.err)
+    assert not said.out
 
 
 def test_custom_model(in_tmp: Path, capsys: pytest.CaptureFixture[str]) -> None:
