@@ -170,7 +170,8 @@ def convolution_forms(
         return {}
     if before is not None:
         return dict(before)
-    shared = (start.meta, start.state, parts.algorithm.schedule(0))
+    knobs = {name: value.to(parts.device) for name, value in parts.algorithm.schedule(0).items()}
+    shared = (start.meta, start.state, knobs)
     shapes = convolution.shapes_of(lambda: mapped.sum(task_grad_of(parts.algorithm), shared, draw_batch()))
     device, c = torch.device(parts.device), parts.config
     record = functools.partial(recorded, device=device, said=False) if mapped.whole_steps else None

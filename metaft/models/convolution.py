@@ -215,11 +215,15 @@ def choose(shapes: Iterable[Shape], measure: Callable[[Shape, Form], float], *, 
         _known.update({**_read(), **_known})
     new = [shape for shape, key in keys.items() if key not in _known]
     for shape in new:
-        grouped, other = (_time(measure, shape, form) for form in FORMS)
-        _known[keys[shape]] = "im2col" if other < _MARGIN * grouped else "grouped"
+        _known[keys[shape]] = faster(*(_time(measure, shape, form) for form in FORMS))
     if new:
         _write()
     return {shape.key: _known[key] for shape, key in keys.items()}
+
+
+def faster(grouped: float, im2col: float) -> Form:
+    """The form to choose where they take so long."""
+    return "im2col" if im2col < _MARGIN * grouped else "grouped"
 
 
 def _time(measure: Callable[[Shape, Form], float], shape: Shape, form: Form) -> float:
