@@ -124,6 +124,20 @@ def test_the_meta_gradient_is_the_same_in_both_forms(name: str, change: Any) -> 
     assert any(bits), "im2col adds up in another order"
 
 
+def test_what_is_recomputed_keeps_its_form_where_the_context_is_gone() -> None:
+    """As in the thread in which a GPU's derivatives are computed."""
+    model = recomputed(models.functional(module()))
+    params = {k: p.expand(4, *p.shape).clone().requires_grad_() for k, p in model.params.items()}
+    data, asked = scenarios.episodes(dtype=torch.float32), []
+    with convolution.forms(lambda shape: asked.append(shape) or "im2col"):
+        losses = vmap(lambda p, x, y: model.loss(p, x, y, "cross_entropy", curvature=True)[0])(
+            params, data.support_x, data.support_y
+        )
+    before = len(asked)
+    torch.autograd.grad(losses.sum(), list(params.values()))
+    assert len(asked) > before > 0
+
+
 # ---- which shapes there are ---------------------------------------------------------------------------------------
 
 
