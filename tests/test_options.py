@@ -61,12 +61,12 @@ def reference(
     optimizer: Callable[[list[Tensor]], torch.optim.Optimizer] = descent,
     *,
     key: int = 9,
-    shifts: Callable[[int], int] | None = None,
-    masks: Callable[[int], int] | None = None,
+    drawn: str = "nothing",
+    drawn_for: Callable[[int], int] = lambda step: step,
 ) -> Params:
     """Fast weights by torch.optim on the support loss, written out once more.
 
-    `shifts` and `masks` say which step's the images' shifts and the dropout masks of a step are; None is neither.
+    `drawn` is "shifts" of images or dropout "masks", and `drawn_for` says which step's those of a step are.
     """
     model = scenarios.model()
     meta, _ = ALGORITHMS[name](model, **HYPER.get(name, {})).init(0)
@@ -88,11 +88,11 @@ def reference(
         if name == "reptile":  # in the order of a first pass, which decides about who gets which shift
             rows = keyed.minibatches(own, len(y), len(y), STEPS)[step]
             x, y = task.support_x[rows], task.support_y[rows]
-        seen = x if shifts is None else inner_augment.shift(x, own, shifts(step))
+        seen = inner_augment.shift(x, own, drawn_for(step)) if drawn == "shifts" else x
         params = {**start, **leaves}
         features = net({**params, **eye}, seen)
-        if masks is not None:  # of the only such layer, which stands before the head
-            words = keyed.words(own, 1, masks(step), 1, count=features.numel()).view_as(features)
+        if drawn == "masks":  # of the only such layer, which stands before the head
+            words = keyed.words(own, 1, drawn_for(step), 1, count=features.numel()).view_as(features)
             features = features * (words >= 2**31) / 0.5
         loss = F.cross_entropy(F.linear(features, params["head.weight"], params["head.bias"]), y)
         if name == "imaml":
@@ -140,9 +140,9 @@ def test_each_step_has_shifts_and_masks_of_its_own(option: str, name: str) -> No
     hyper |= {"inner_optimizer": "sgd"}
     found = adapted(name, task, **hyper)
     far = moves(name, found, task)
-    here, first = (moves(name, reference(name, task, **{option: of}), task) for of in (lambda s: s, lambda s: 0))
-    assert scenarios.relative_error(far, here) < 1e-10
-    assert scenarios.relative_error(far, first) > 1e-3
+    here, first = (reference(name, task, drawn=option, drawn_for=step) for step in (lambda s: s, lambda s: 0))
+    assert scenarios.relative_error(far, moves(name, here, task)) < 1e-10
+    assert scenarios.relative_error(far, moves(name, first, task)) > 1e-3
     again, other = (adapted(name, task, key=key, **hyper) for key in (9, 10))
     assert all(torch.equal(again[k], v) for k, v in found.items())
     assert scenarios.relative_error(moves(name, other, task), far) > 1e-3
