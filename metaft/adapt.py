@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from metaft.cli import StopSignals, check_unchanged, fresh_folder, guarded, of_run, settings
+from metaft.cli import StopSignals, check_unchanged, fresh_folder, in_one, of_run, settings
 from metaft.config import AdaptConfig, to_toml
 from metaft.errors import MetaftError
 
@@ -62,7 +62,7 @@ class Arguments(AdaptConfig):
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0 done, 1 a loss that is not finite or too little memory, 2 bad input, 130 or 143 stopped by Ctrl-C
     or SIGTERM."""
-    return guarded(_command, argv, smaller="a smaller --batch-size, or fewer images")
+    return in_one(_command, argv, prog="metaft.adapt", smaller="a smaller --batch-size, or fewer images")
 
 
 def _command(argv: Sequence[str]) -> None:

@@ -33,6 +33,7 @@ from metaft.outer import PARALLEL, Engine, engine, settled_name, task_chunk, tas
 from metaft.ranks import Ranks
 from metaft.run import RunFolder
 from metaft.static import recorded
+from metaft.tasks.pool import ClassPool
 from metaft.training import Snapshot, load_snapshot
 from metaft.types import Dataset
 
@@ -196,6 +197,8 @@ def check_ranks(parts: Parts, ranks: Ranks) -> None:
     ranks.check_device(parts.device)
     ranks.check_same("device", lambda: torch.device(parts.device).type)
     ranks.check_same(f"dataset: the class split of {parts.dataset.name}", lambda: parts.dataset.split_hash)
+    if isinstance(parts.dataset, ClassPool):
+        ranks.check_same(f"dataset: the digest of the images of {parts.dataset.name}", parts.dataset.digest)
 
 
 def _called(name: str, chunk: int | None) -> str:

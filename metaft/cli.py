@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 from metaft.config import AdaptConfig, Config, MetaTrainConfig, from_mapping, read_toml
 from metaft.errors import CheckpointError, Interrupted, MetaftError, MetaftWarning, OutOfMemory, SaidElsewhere, suggest
 from metaft.names import is_text
-from metaft.ranks import ALONE, Ranks, join
+from metaft.ranks import ALONE, Ranks, check_alone, join
 
 Arguments = TypeVar("Arguments")
 
@@ -91,12 +91,12 @@ def option(argv: Sequence[str], name: str) -> str | None:
 
 
 def settings(
-    arguments: type[Any], config: type[Config], argv: Sequence[str], *, prog: str, job: str | None = None
+    arguments: type[Any], config: type[Config], argv: Sequence[str], *, prog: str, launch: str | None = None
 ) -> tuple[Config, Path | None]:
     """Settings of a command that has `--config` and `--resume`: (what holds now, the run folder to go on with).
 
     `arguments` is `config` with the fields `config`, `resume` and `auto_resume` added. What the command line leaves out
-    is as in the TOML file or in the run. A `job` that was restarted goes on with the run that it began. Raises
+    is as in the TOML file or in the run. A `launch` that was restarted goes on with the run that it began. Raises
     MetaftError for what `parse` and `from_mapping` refuse, and for options that contradict each other.
     """
     for word in argv:
@@ -119,16 +119,16 @@ def settings(
             raise CheckpointError(f"resume: {error}") from None
     given = parse(arguments, argv, prog=prog, default=arguments(**dataclasses.asdict(base)))
     fields = {f.name: getattr(given, f.name) for f in dataclasses.fields(config)}
-    if resume is None and (given.auto_resume or _began(given.out, job)):
+    if resume is None and (given.auto_resume or _began(given.out, launch)):
         return _taken_up(config, config(**fields))
     return config(**fields), None if resume is None else Path(resume)
 
 
-def _began(out: str | None, job: str | None) -> bool:
-    """Whether the run in `--out` is one that this job began before it was restarted, and no other's."""
+def _began(out: str | None, launch: str | None) -> bool:
+    """Whether the run in `--out` is one that this launch began before it was restarted, and no other's."""
     from metaft.run import RunFolder
 
-    return out is not None and job is not None and RunFolder(Path(out)).began_by(job)
+    return out is not None and launch is not None and RunFolder(Path(out)).began_by(launch)
 
 
 def _taken_up(kind: type[Config], config: Config) -> tuple[Config, Path | None]:
@@ -271,6 +271,16 @@ def in_ranks(command: Callable[[Sequence[str], Ranks], None], argv: Sequence[str
                 raise ranks.last_words(_no_memory(error, smaller)) from None
 
     return guarded(together, argv, smaller=smaller)
+
+
+def in_one(command: Callable[[Sequence[str]], None], argv: Sequence[str] | None, *, prog: str, smaller: str) -> int:
+    """`guarded` for a command that has no use for torchrun: several processes would do the same work and files."""
+
+    def alone(argv: Sequence[str]) -> None:
+        check_alone(prog)
+        command(argv)
+
+    return guarded(alone, argv, smaller=smaller)
 
 
 class StopSignals:

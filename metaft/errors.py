@@ -51,6 +51,12 @@ class RankLost(MetaftError):
     status = 1
     hint = ""
     """How to go on, to be added to what is known of the other process."""
+    waited = 0.0
+    """Seconds for which this one had waited for it."""
+
+
+class RanksDiffer(MetaftError):
+    """What must be the same in all processes of a job is not."""
 
 
 class SaidElsewhere(MetaftError):

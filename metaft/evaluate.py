@@ -89,7 +89,8 @@ def run(
     snapshot = fill(parts, snapshot)
     if config.out is not None:  # before the work
         out = Path(config.out)
-        check_writable(out, "out", next((p for p in out.absolute().parents if os.path.isdir(p)), out))
+        folder_of_out = next((p for p in out.absolute().parents if os.path.isdir(p)), out)
+        ranks.on_first(lambda: check_writable(out, "out", folder_of_out))
     c = parts.config
     ways = config.ways or c.test_ways
     shots = config.shots or c.test_shots

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from metaft.cli import StopSignals, check_unchanged, fresh_folder, in_ranks, settings
 from metaft.config import MetaTrainConfig, from_mapping, read_toml, to_toml
 from metaft.errors import DataError, MetaftError, RankLost
-from metaft.ranks import ALONE, Ranks, job, launcher
+from metaft.ranks import ALONE, Ranks, launcher
 
 if TYPE_CHECKING:
     from torch import nn
@@ -70,9 +70,8 @@ def _command(argv: Sequence[str], ranks: Ranks) -> None:
 
 
 def _asked_for(argv: Sequence[str], ranks: Ranks) -> tuple[MetaTrainConfig, Path | None]:
-    config, resume = settings(
-        Arguments, MetaTrainConfig, argv, prog="python -m metaft.meta_train", job=job() if ranks.restarted else None
-    )
+    before = ranks.launch if ranks.restarted else None
+    config, resume = settings(Arguments, MetaTrainConfig, argv, prog="python -m metaft.meta_train", launch=before)
     restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")
     if resume is None and config.out is None and restarts != "0":
         raise MetaftError(
@@ -105,8 +104,7 @@ def run(
     def create() -> RunFolder:
         name = f"{file_name(parts.dataset.name)}-{c.algorithm}-{c.ways}w{c.shots}s-{c.seed}"
         folder = Path(c.out) if c.out is not None else fresh_folder(Path("runs") / name)
-        own = job() if "TORCHELASTIC_RUN_ID" in os.environ else None
-        return RunFolder.create(folder, to_toml(dataclasses.replace(c, out=None)), job=own)
+        return RunFolder.create(folder, to_toml(dataclasses.replace(c, out=None)), launch=ranks.launch)
 
     made = ranks.on_first(create)
     with _held(made, "out", ranks):

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import tyro
 
-from metaft.cli import check_writable, guarded, parse
+from metaft.cli import check_writable, in_one, parse
 from metaft.config import PredictConfig
 from metaft.errors import CheckpointError, DataError, MetaftError
 
@@ -55,7 +55,7 @@ class Label(NamedTuple):
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0 done, though some files may be unreadable; 1 too little memory; 2 bad input, or no file that can
     be read."""
-    return guarded(_command, argv, smaller="smaller images, or a machine with more")
+    return in_one(_command, argv, prog="metaft.predict", smaller="smaller images, or a machine with more")
 
 
 def _command(argv: Sequence[str]) -> None:

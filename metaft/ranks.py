@@ -17,9 +17,9 @@ import socket
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 
-from metaft.errors import MetaftError, RankLost, SaidElsewhere
+from metaft.errors import MetaftError, RankLost, RanksDiffer, SaidElsewhere
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,6 +46,10 @@ class Ranks:
         with the same status: SIGTERM where one rank was sent it, else SIGINT where one was sent that."""
         self.restarted = False
         """Whether torchrun has started this job before, which then ended with an error."""
+        self._doing = ""
+        """What the ranks are at, where it may take so long that some wait in vain for others."""
+        self.launch: str | None = None
+        """What tells this launch by torchrun from every other one, in each of its attempts; rank 0 alone knows it."""
 
     def share(self, indices: range) -> range:
         """This rank's part of consecutive numbers: in rank order, the first parts longer by one where they must be."""
@@ -97,25 +101,29 @@ class Ranks:
             raise SystemExit(0) if ended[0] else SaidElsewhere(ended[1])
         return value
 
-    def in_turn(self, function: Callable[[], Value]) -> Value:
-        """`function()`, first by one rank of each machine, then by the others, who find downloads and caches ready."""
+    def in_turn(self, function: Callable[[], Value], what: str = "preparing the data") -> Value:
+        """`function()`, first by one rank of each machine, then by the others, who find downloads and caches ready.
+
+        `what` says what it does, for the ranks that wait for one that takes too long.
+        """
         if self.count == 1:
             return function()
-        if self.local == 0:
-            value = function()
-            self.gather(None)
-            return value
+        self._doing = what
+        value = function() if self.local == 0 else None
         self.gather(None)
-        return function()
+        value = function() if self.local else value
+        self.gather(None)  # so that whoever waits for those knows, too, what for
+        self._doing = ""
+        return cast(Value, value)
 
     def check_same(self, what: str, value: Callable[[], object]) -> None:
-        """Raises MetaftError, on all ranks, where a value (small plain data) is not that of rank 0."""
+        """Raises RanksDiffer, on all ranks, where a value (small plain data) is not that of rank 0."""
         if self.count == 1:
             return
         found = self.gather(value())
         others = [rank for rank, each in enumerate(found) if each != found[0]]
         if others:
-            raise MetaftError(f"{what}: {found[others[0]]} on {_named(others)}, {found[0]} on rank 0")
+            raise RanksDiffer(f"{what}: {found[others[0]]} on {_named(others)}, {found[0]} on rank 0")
 
     def check_device(self, device: str) -> None:
         """Raises MetaftError for a device that this rank would share with another, or that is not there.
@@ -174,6 +182,7 @@ def join() -> Ranks:
     if count == 1:
         alone = Ranks()
         alone.restarted = _number("TORCHELASTIC_RESTART_COUNT", 0) > 0
+        alone.launch = _launch_of_one()
         return alone
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
@@ -192,19 +201,50 @@ def join() -> Ranks:
     return _Group(rank, count, local, timeout)
 
 
-def job() -> str:
-    """What tells this job's processes, restarted ones too, from another's: torchrun's run id, or its process."""
-    named = os.environ.get("TORCHELASTIC_RUN_ID", "none")
-    return f"{socket.gethostname()} {os.getppid()}" if named == "none" else named
+def check_alone(command: str) -> None:
+    """Raises MetaftError, once for all, where torchrun starts many processes of a command that is for one."""
+    count = _number("WORLD_SIZE", 1, range(1, 2**31))
+    if count > 1 and _number("RANK", 0) > 0:
+        raise SaidElsewhere(MetaftError.status)
+    if count > 1:
+        raise MetaftError(f"{command} is for one process, but WORLD_SIZE is {count}; start it without torchrun")
+
+
+def _launch_of_one() -> str | None:
+    """`Ranks.launch` of a job of one process, which meets nobody. None where torchrun did not start it."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return None
+    if _kept_by_torchrun():
+        from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPrivateImportUsage]
+
+        where, limit = os.environ.get("MASTER_ADDR", ""), datetime.timedelta(seconds=_timeout())
+        with contextlib.suppress(_dist_error()):
+            store = TCPStore(where, _number("MASTER_PORT", 0, range(2**16)), is_master=False, timeout=limit)
+            return _launch(PrefixStore("metaft", store))
+    return _launch(None)
+
+
+def _launch(store: Any) -> str | None:
+    """A word that the first attempt leaves in the store that torchrun keeps as long as it runs itself. Its run id will
+    not do: the same command has the same one tomorrow. Without such a store it is torchrun's process beside rank 0."""
+    if store is not None and _kept_by_torchrun():
+        return store.compare_set("launch", "", uuid.uuid4().hex).decode()
+    run = os.environ.get("TORCHELASTIC_RUN_ID")
+    return None if run is None else f"{run} {socket.gethostname()} {os.getppid()}"
+
+
+def _kept_by_torchrun() -> bool:
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def launcher(count: int) -> str:
-    """torchrun's options for so many processes; of several machines the meeting point is left out."""
+    """torchrun's options for so many processes; of several machines the meeting point is the user's to fill in."""
     here = _number("LOCAL_WORLD_SIZE", count)
     machines = count // max(1, here)
-    return (
-        f"--standalone --nproc-per-node {here}" if machines < 2 else f"--nnodes {machines} --nproc-per-node {here} ..."
-    )
+    if machines < 2:
+        return f"--standalone --nproc-per-node {here}"
+    meeting = "--rdzv-backend c10d --rdzv-endpoint FIRST_MACHINE:29400 --rdzv-id NAME"
+    return f"--nnodes {machines} --nproc-per-node {here} {meeting}"
 
 
 def _number(name: str, default: int, allowed: range = range(2**31)) -> int:
@@ -263,6 +303,8 @@ class _Group(Ranks):
         # torchrun keeps the store, so that it outlives ranks: it is where they say why they end.
         store, _, _ = next(rendezvous("env://", timeout=limit))
         self._start = PrefixStore("metaft", store)
+        if self.rank == 0:
+            self.launch = _launch(self._start)
         # It outlives attempts too: what the dead ranks of an earlier one left there must not be met.
         self._store = PrefixStore(f"metaft/{self._attempt(self._start)}", store)
         store = PrefixStore("group", self._store)
@@ -317,7 +359,9 @@ class _Group(Ranks):
                 raise
             waited = time.monotonic() - start
             why = " ".join(str(error).split("\n")[0].split())
-            raise RankLost(f"{why}; waited {waited:.0f} of METAFT_RANKS_TIMEOUT={self._timeout:g} s") from error
+            lost = RankLost(f"{why}; waited {waited:.0f} of METAFT_RANKS_TIMEOUT={self._timeout:g} s")
+            lost.waited = waited
+            raise lost from error
 
     def _add(self, flat: Tensor) -> None:
         from torch import distributed
@@ -353,7 +397,7 @@ class _Group(Ranks):
             speaks = self._speaks(error, mine)
             ends = self._ends() if speaks else {}
         except _dist_error():  # the store is gone, and its machine with it: one process of each other machine says so
-            speaks, ends = self.local == 0, {self.rank: mine}
+            speaks, ends = self.local == 0, {self.rank: (mine, 0.0)}
         if not speaks:
             return SaidElsewhere(error.status)
         if mine:
@@ -369,7 +413,7 @@ class _Group(Ranks):
             return self._store.check(["told"])
 
         if not error.by_all:
-            self._store.set(f"end/{self.rank}", json.dumps(mine))
+            self._store.set(f"end/{self.rank}", json.dumps([mine, getattr(error, "waited", 0.0)]))
             self._store.add("ends", 1)
         self.close()  # whoever waits for this rank learns it now
         if self.rank and error.by_all:
@@ -382,20 +426,27 @@ class _Group(Ranks):
             return False
         return self._store.add("told", 1) == 1
 
-    def _ends(self) -> dict[int, str]:
-        """Why each rank ends that has said so; "" where it only lost the others."""
+    def _ends(self) -> dict[int, tuple[str, float]]:
+        """Why each rank ends that has said so, "" where it only lost the others; and for how long it had waited."""
         keys = {rank: f"end/{rank}" for rank in range(self.count)}
         return {rank: json.loads(self._store.get(key)) for rank, key in keys.items() if self._store.check([key])}
 
-    def _cause(self, ends: dict[int, str], detail: str) -> str:
-        for rank, reason in sorted(ends.items()):
+    def _cause(self, ends: dict[int, tuple[str, float]], detail: str) -> str:
+        for rank, (reason, _) in sorted(ends.items()):
             if reason:
                 return f"rank {rank}: {reason}"
-        silent = [rank for rank in range(self.count) if rank not in ends]
-        if not silent:
-            return f"the ranks lost each other ({detail})"
-        words = "does not answer, it died or hangs" if len(silent) == 1 else "do not answer, they died or hang"
-        return f"{_named(silent)} of {self.count} {words}"
+        longest = max(waited for _, waited in ends.values())
+        in_vain = longest > 0.9 * self._timeout  # and not only found that a connection was closed
+        limit = f"METAFT_RANKS_TIMEOUT={self._timeout:g} s"
+        if silent := [rank for rank in range(self.count) if rank not in ends]:
+            it, does, is_ = ("it", ("does", "hangs"), "is") if len(silent) == 1 else ("they", ("do", "hang"), "are")
+            slow = f", or {is_} still {self._doing} after {limit}" if self._doing and in_vain else ""
+            return f"{_named(silent)} of {self.count} {does[0]} not answer, {it} died or {does[1]}{slow}"
+        late = [rank for rank, (_, waited) in ends.items() if waited < 1]  # they came when the others had given up
+        if late and in_vain:
+            doing = f", {self._doing}" if self._doing else ""
+            return f"{_named(late)} of {self.count} kept the others waiting for {limit}{doing}"
+        return f"the ranks lost each other ({detail})"
 
     @staticmethod
     def _until(condition: Callable[[], bool], seconds: float) -> None:

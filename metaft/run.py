@@ -2,7 +2,7 @@
 
     config.toml  metrics.jsonl  timing.jsonl  checkpoints/{last,previous,best}.safetensors  plots/*.png  result.json
     classifier.safetensors and report.txt of metaft.adapt
-    .metaft.lock while a command writes to it; .metaft.job: the torchrun job that began it
+    .metaft.lock while a command writes to it; .metaft.job: the launch by torchrun that began it
 
 metrics.jsonl holds no clock time, so that a resumed run ends with the same bytes as one that was never stopped;
 seconds are in timing.jsonl.
@@ -51,27 +51,27 @@ class RunFolder:
         self.classifier = path / "classifier.safetensors"
 
     @classmethod
-    def create(cls, path: Path, config_toml: str, *, job: str | None = None) -> RunFolder:
-        """A new run, of a `job` that may be restarted. Raises MetaftError where the folder holds something already or
-        cannot be made."""
+    def create(cls, path: Path, config_toml: str, *, launch: str | None = None) -> RunFolder:
+        """A new run, of a `launch` that may be restarted. Raises MetaftError where the folder holds something or cannot
+        be made."""
         run = cls(path)
         try:
             run._check_free()
             path.mkdir(parents=True, exist_ok=True)
             with run.held("out"):
                 run._check_free(mine=True)  # of two that were started at once, one is first
-                if job is not None:
-                    write_atomically(run.job, job.encode())
+                if launch is not None:
+                    write_atomically(run.job, launch.encode())
                 write_atomically(run.config, config_toml.encode())  # first: what has settings can be resumed
                 run.make_folders()
         except OSError as error:
             raise MetaftError(f"out: cannot make {path} ({error.strerror})") from None
         return run
 
-    def began_by(self, job: str) -> bool:
-        """Whether this is a run that the job has begun itself."""
+    def began_by(self, launch: str) -> bool:
+        """Whether this is a run that the launch has begun itself."""
         try:
-            return self.job.read_text() == job
+            return self.job.read_text() == launch
         except OSError:
             return False
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from metaft import checkpoint, static
 from metaft.algorithms.base import Algorithm
 from metaft.config import Settled
-from metaft.errors import CheckpointError, MetaftWarning, NonFiniteError
+from metaft.errors import CheckpointError, MetaftWarning, NonFiniteError, RanksDiffer
 from metaft.metrics import FIGURES, better
 from metaft.outer import Engine, meta_gradient
 from metaft.progress import Progress
@@ -139,7 +139,8 @@ def train(
 
     All ranks start alike and take the same steps, each with its share of the tasks; rank 0 alone writes. `should_stop`
     is asked after every step and chunk of validation, and raises to stop; the checkpoint is then written first. Raises
-    NonFiniteError at a loss or gradient that is not finite, with the state before that step saved.
+    NonFiniteError at a loss or gradient that is not finite, with the state before that step saved, and RanksDiffer
+    before a validation or checkpoint of parameters that are not the same on all ranks, with nothing of them saved.
     """
     name = FIGURES[algorithm.loss]
     steps = _steps(config, engine, algorithm, source, start, ranks)
@@ -151,6 +152,7 @@ def train(
         cut_back(run.timing, position.step, position.evaluated)
     bar = Progress("meta-train", config.iterations, "step", done=position.step, per_unit=config.meta_batch)
     clock, clock_step, validating = time.perf_counter(), position.step, 0.0
+    same = position.step  # the last after which all ranks were seen to have the same parameters
 
     def snapshot() -> Snapshot:
         meta, state = ({k: v.detach().clone() for k, v in part.items()} for part in (steps.meta, steps.state))
@@ -160,16 +162,25 @@ def train(
         if writes:
             append_row(run.metrics, row, sync=sync)
 
+    def check_ranks() -> None:
+        nonlocal same
+        if same == position.step:
+            return
+        try:
+            ranks.check_same(f"step {position.step}: the digest of the parameters", lambda: _digest(snapshot()))
+        except RanksDiffer as error:
+            raise RanksDiffer(f"{error}; the state of step {clock_step} is kept in {run.last}") from None
+        same = position.step
+
     def save() -> None:
         nonlocal clock, clock_step, validating
-        if not writes:
-            return
         now = time.perf_counter()
-        row = {"step": position.step, "seconds": now - clock, "validation_seconds": validating}
-        if position.step > clock_step:
-            row["tasks_per_second"] = (position.step - clock_step) * config.meta_batch / (now - clock - validating)
-        append_row(run.timing, row, sync=True)
-        save_snapshot(run, snapshot())
+        if writes:
+            row = {"step": position.step, "seconds": now - clock, "validation_seconds": validating}
+            if position.step > clock_step:
+                row["tasks_per_second"] = (position.step - clock_step) * config.meta_batch / (now - clock - validating)
+            append_row(run.timing, row, sync=True)
+            save_snapshot(run, snapshot())
         clock, clock_step, validating = now, position.step, 0.0
 
     try:
@@ -185,6 +196,7 @@ def train(
 
             due = position.step % config.eval_every == 0 or position.step == config.iterations
             if due and position.evaluated < position.step:
+                check_ranks()
                 before = time.perf_counter()
                 scores = score_episodes(
                     engine, algorithm, steps.meta, steps.state, val_source,
@@ -211,10 +223,13 @@ def train(
             if taken.failure is not None:
                 raise _not_finite(taken.failure, position.step, run)
             if position.step % config.checkpoint_every == 0:
-                ranks.check_same(f"step {position.step}: the digest of the parameters", lambda: _digest(snapshot()))
+                check_ranks()
                 save()
             should_stop()
-    except CheckpointError:  # the disk refuses; trying once more would hide why
+    except (
+        CheckpointError,
+        RanksDiffer,
+    ):  # the disk refuses, and once more would hide why; or there is nothing to keep
         raise
     except BaseException:
         # A signal, a non-finite loss or a bug: what was computed is kept. `position` and `steps` belong together

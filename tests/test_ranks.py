@@ -11,10 +11,12 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import pytest
 import scenarios
 import torch
@@ -22,13 +24,14 @@ from helpers import SINUSOID, images, options, pool, remains, sinusoid, untimed
 from rank_gradients import MEMBERS, meta_gradient
 from torch import distributed
 
-from metaft import adapt, algorithms, checkpoint, meta_train, outer, ranks, report, training
+from metaft import adapt, algorithms, checkpoint, evaluate, meta_train, outer, predict, ranks, report, training
 from metaft.cli import StopSignals, settings
-from metaft.config import MetaTrainConfig, to_toml
-from metaft.errors import Interrupted, MetaftError, NonFiniteError, RankLost
+from metaft.config import EvaluateConfig, MetaTrainConfig, to_toml
+from metaft.errors import CheckpointError, Interrupted, MetaftError, NonFiniteError, RankLost
 from metaft.meta_train import resume_run, run
 from metaft.ranks import ALONE, Ranks
 from metaft.run import RunFolder, read_rows
+from metaft.tasks.pool import ClassPool
 from metaft.testing import meta_test, score_episodes
 
 Found = TypeVar("Found")
@@ -167,6 +170,24 @@ def test_values_are_gathered_in_rank_order_and_differences_named():
     assert [str(error) for error in found] == ["data: b on ranks 2, 3, a on rank 0"] * 4
 
 
+def test_one_rank_of_each_machine_goes_first():
+    """Two machines of two ranks."""
+    done: list[int] = []
+
+    def start(ranks: Ranks) -> int:
+        ranks.local = ranks.rank % 2
+
+        def read() -> int:
+            time.sleep(0 if ranks.local else 0.1)
+            done.append(ranks.local)
+            return ranks.rank
+
+        return ranks.in_turn(read)
+
+    assert in_threads(4, start) == [0, 1, 2, 3]
+    assert done == [0, 0, 1, 1]
+
+
 @pytest.mark.parametrize("meeting", ["sum_flat", "gather"])
 def test_all_ranks_stop_with_one_status(meeting: str):
     """Whichever of them a signal was sent to; SIGTERM goes before SIGINT."""
@@ -225,6 +246,18 @@ def meet(
         monkeypatch.setenv(name, str(value))
     status = meta_train.main([])
     return status, capsys.readouterr().err.splitlines()
+
+
+@pytest.mark.parametrize("command", [adapt, predict])
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_command_for_one_process_is_refused_to_several(
+    command: Any, rank: str, in_tmp: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", rank)
+    assert command.main(["--help"]) == 2
+    why = f"{command.__name__} is for one process, but WORLD_SIZE is 2; start it without torchrun"
+    assert capsys.readouterr() == ("", "" if int(rank) else f"metaft: error: {why}\n")
 
 
 @pytest.mark.parametrize("local", [0, 1])
@@ -315,6 +348,13 @@ def test_each_rank_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch):
     Ranks(0, 1).check_device("cuda:5")  # whose absence `device_of` has noticed
 
 
+def test_how_to_start_again_is_said_for_one_machine_and_for_several(monkeypatch: pytest.MonkeyPatch):
+    assert ranks.launcher(4) == "--standalone --nproc-per-node 4"
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    there = "--rdzv-backend c10d --rdzv-endpoint FIRST_MACHINE:29400 --rdzv-id NAME"
+    assert ranks.launcher(6) == f"--nnodes 3 --nproc-per-node 2 {there}"
+
+
 LAUNCH = "torchrun --standalone --nproc-per-node 2"
 
 # ---- the same numbers ---------------------------------------------------------------------------------------------
@@ -374,6 +414,29 @@ def test_a_run_on_several_ranks_is_that_of_one(tmp_path: Path):
         close(read_rows(tmp_path / "one/metrics.jsonl"), read_rows(path / "metrics.jsonl"))
         tensors = [checkpoint.load(folder / "checkpoints/last.safetensors")[0] for folder in (tmp_path / "one", path)]
         assert scenarios.relative_error(tensors[1], tensors[0]) < 1e-6
+
+
+def test_where_to_write_a_meta_test_is_rank_0s_to_try(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The folder need not be there, or writable, where another rank is."""
+    run(sinusoid(tmp_path / "r", iterations=1))
+    tried: list[int] = []
+    out = EvaluateConfig(out=str(tmp_path / "a.json"), episodes=4)
+
+    def start(ranks: Ranks) -> None:
+        mine.rank = ranks.rank
+        evaluate.run(tmp_path / "r", out, ranks=ranks)
+
+    def check(*_: object) -> None:
+        tried.append(mine.rank)
+        if refusing:
+            raise CheckpointError("out: cannot be written")
+
+    mine, refusing = threading.local(), False
+    monkeypatch.setattr(evaluate, "check_writable", check)
+    in_threads(2, start)
+    assert tried == [0]
+    refusing = True
+    assert [error.status for error in errors_of(2, start)] == [2, 2]
 
 
 def close(expected: Any, found: Any) -> None:
@@ -452,25 +515,37 @@ def test_a_loss_that_is_not_finite_on_one_rank_ends_all(tmp_path: Path, monkeypa
     assert training.load_snapshot(tmp_path / "r/checkpoints/last.safetensors").position.step == 4
 
 
-def test_ranks_that_drift_apart_are_noticed_at_the_next_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(("drift", "noticed", "settings"), [(4, 6, {}), (6, 7, {"checkpoint_every": 100})])
+def test_ranks_that_drift_apart_are_noticed_before_anything_of_it_is_saved(
+    drift: int, noticed: int, settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """At the next checkpoint or validation; the last checkpoint stays what it was, and is named."""
     real = training.Outer.step
+    path = tmp_path / "r"
+    last = path / "checkpoints/last.safetensors"
+    before: list[bytes] = []
 
     def step(self: training.Outer, grads: Any, number: int) -> None:
         real(self, grads, number)
-        if number == 4 and threading.current_thread() is drifting[0]:
+        if number == drift and threading.current_thread() is drifting[0]:
             next(iter(self.meta.values())).add_(1e-6)
+            before.append(last.read_bytes())
 
     drifting: list[threading.Thread] = []
 
     def start(ranks: Ranks) -> None:
         if ranks.rank == 1:
             drifting.append(threading.current_thread())
-        run(sinusoid(tmp_path / "r"), ranks=ranks)
+        run(sinusoid(path, iterations=7, eval_every=4, **settings), ranks=ranks)
 
     monkeypatch.setattr(training.Outer, "step", step)
     for error in errors_of(2, start):
-        assert str(error).startswith("step 6: the digest of the parameters: ")
+        assert str(error).startswith(f"step {noticed}: the digest of the parameters: ")
         assert " on rank 1, " in str(error)
+        assert "; the state of step 4 is kept in " in str(error)
+    assert last.read_bytes() == before[0]
+    assert training.load_snapshot(last).position.step == 4
+    assert training.load_snapshot(path / "checkpoints/best.safetensors").position.step == 4
 
 
 def test_more_ranks_than_tasks_are_refused_before_anything_is_written(tmp_path: Path):
@@ -479,13 +554,32 @@ def test_more_ranks_than_tasks_are_refused_before_anything_is_written(tmp_path: 
     assert not (tmp_path / "r").exists()
 
 
-def test_ranks_with_other_data_are_refused(tmp_path: Path):
+def one_pixel_off() -> ClassPool:
+    images = pool().images.clone()
+    images[70, 0, 3, 3] ^= 1
+    return dataclasses.replace(pool(), images=images)
+
+
+@pytest.mark.parametrize(
+    ("other", "differs"),
+    [
+        (lambda: dataclasses.replace(pool(), class_names=tuple("abcdefghijklmn")), "the class split of"),
+        (one_pixel_off, "the digest of the images of"),
+        (lambda: dataclasses.replace(pool(), starts=pool().starts[::-1].copy()), "the digest of the images of"),
+        (
+            lambda: dataclasses.replace(pool(), splits={**pool().splits, "train": np.arange(6)[::-1].copy()}),
+            "the digest of the images of",
+        ),
+    ],
+)
+def test_ranks_with_other_data_are_refused(other: Callable[[], ClassPool], differs: str, tmp_path: Path):
     def start(ranks: Ranks) -> None:
-        mine = pool() if ranks.rank == 0 else dataclasses.replace(pool(), class_names=tuple("abcdefghijklmn"))
+        mine = pool() if ranks.rank == 0 else other()
         run(images(tmp_path / "r", engine="threads", threads=1), dataset=mine, ranks=ranks)
 
     for error in errors_of(2, start):
-        assert str(error).startswith("dataset: the class split of squares-8: ")
+        assert str(error).startswith(f"dataset: {differs} squares-8: ")
+        assert " on rank 1, " in str(error)
     assert not (tmp_path / "r").exists()
 
 
@@ -504,20 +598,20 @@ def test_a_chunk_leaves_work_for_every_thread_of_every_rank(tmp_path: Path):
 def test_the_same_command_goes_on_where_there_is_a_run(tmp_path: Path, restarted: bool):
     def asked(arguments: Any, config: Any, *words: str) -> Any:
         again = [] if restarted else ["--auto-resume"]
-        return settings(arguments, config, [*words, *again], prog="", job="job 7" if restarted else None)
+        return settings(arguments, config, [*words, *again], prog="", launch="launch 7" if restarted else None)
 
     out = str(tmp_path / "r")
     words = ["--dataset", "sinusoid", "--engine", "tune", "--out", out]
     config, resume = asked(meta_train.Arguments, MetaTrainConfig, *words)
     assert (config.out, resume) == (out, None)
     tuned = dataclasses.replace(config, out=None, engine="vmap", task_chunk=3)
-    RunFolder.create(tmp_path / "r", to_toml(tuned), job="job 7")
+    RunFolder.create(tmp_path / "r", to_toml(tuned), launch="launch 7")
     config, resume = asked(meta_train.Arguments, MetaTrainConfig, *words)
     assert (config, resume) == (tuned, tmp_path / "r"), "tuned once is enough"
     with pytest.raises(MetaftError, match=r"is a run of metaft\.meta_train, not of metaft\.adapt"):
         asked(adapt.Arguments, adapt.AdaptConfig, "--out", out)
-    if restarted:  # another job's run is not this one's to go on with
-        (tmp_path / "r/.metaft.job").write_text("job 8")
+    if restarted:  # another launch's run is not this one's to go on with
+        (tmp_path / "r/.metaft.job").write_text("launch 8")
         assert asked(meta_train.Arguments, MetaTrainConfig, *words)[1] is None
     else:
         with pytest.raises(MetaftError, match="auto_resume: give --out too"):

@@ -115,6 +115,16 @@ class ClassPool:
         lines = [f"{split}\t{self.class_names[c]}" for split in SPLITS for c in self.splits[split]]
         return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
 
+    def digest(self) -> str:
+        """Of all that episodes are made of, pixels and their order too; `split_hash` knows names alone."""
+        turns = self.turns if self.turns is not None else np.empty(0)
+        arrays = [self.starts, self.counts, turns, *(self.splits[split] for split in SPLITS), self.images.cpu().numpy()]
+        found = hashlib.blake2b(repr((self.class_names, self.preprocessing)).encode())
+        for array in arrays:
+            found.update(repr((array.shape, array.dtype)).encode())
+            found.update(np.ascontiguousarray(array))
+        return found.hexdigest()[:16]
+
     def describe(self) -> Mapping[str, object]:
         return {
             "preprocessing": dataclasses.asdict(self.preprocessing),

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from helpers import IMAGES, SINUSOID, meta_trained, options, words, write_folder, write_target
-from victims import DONE, Whole, completed, tree
+from victims import DONE, Whole, completed, end_all, tree
 
 MANY = {"iterations": 60, "checkpoint_every": 3, "eval_every": 20, "log_every": 4}
 
@@ -16,6 +17,13 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """How much of each fault there was: the number of tests says little."""
     if DONE:
         terminalreporter.write_line("faults: " + ", ".join(f"{count} {what}" for what, count in sorted(DONE.items())))
+
+
+@pytest.fixture(autouse=True)
+def _nothing_stays() -> Iterator[None]:
+    """Each test ends what it started, however it ends itself: a failure is to be seen, and not to hang."""
+    yield
+    end_all()
 
 
 @pytest.fixture(scope="session")

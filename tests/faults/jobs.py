@@ -42,7 +42,7 @@ class Job:
     ) -> None:
         self.command, self.argv, self.plans, self.count = command, list(argv), attempts or ({},), count
         self.line, theirs = context.Pipe()
-        self._keeper = context.Process(target=keep_store, args=(theirs,))
+        self._keeper = context.Process(target=keep_store, args=(theirs,), daemon=True)  # nobody waits for its end
         self._keeper.start()
         theirs.close()
         weakref.finalize(self, _end, self.line, self._keeper)

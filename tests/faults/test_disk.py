@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 import random
+import resource
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from victims import DONE, FULL, Plan, Victim, Whole, go_on, one_error, same_tree, tree
 
 from metaft import checkpoint
+from metaft.errors import CheckpointError
 from metaft.run import RunFolder
 
 
@@ -43,8 +46,22 @@ def checkpoints_are_whole(out: Path) -> None:
     for path in (run.last, run.previous, run.best, run.classifier):
         if path.exists():
             checkpoint.load(path)
-    if (run.checkpoints / "best.safetensors").exists():
-        assert run.last.exists() or run.previous.exists()
+    if run.best.exists() or run.previous.exists():
+        assert run.last.exists()
+
+
+def test_a_checkpoint_that_finds_no_room_leaves_the_last_one_where_it_is(tmp_path: Path) -> None:
+    run = RunFolder.create(tmp_path / "r", "")
+    for step in (1, 2):
+        run.save_last({"x": torch.ones(99)}, {"step": step})
+    former = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (256, former[1]))
+    try:
+        with pytest.raises(CheckpointError, match="File too large"):
+            run.save_last({"x": torch.ones(99)}, {"step": 3})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, former)
+    assert [checkpoint.load(path)[1]["step"] for path in (run.last, run.previous)] == [2, 1]
 
 
 KIB = range(8, 65, 4) if FULL else (16, 28)  # the runs need from 32 to 60

@@ -19,7 +19,7 @@ import scenarios
 import torch
 from helpers import IMAGES, SINUSOID, options
 from jobs import Job, settled
-from victims import DONE, FULL, Plan, completed, one_error, same_tree, tree
+from victims import DONE, FULL, Plan, completed, kill_tree, one_error, same_tree, tree
 
 from metaft.ranks import ALONE
 from metaft.run import read_rows
@@ -143,8 +143,8 @@ def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, su
     )  # fmt: skip
     yield folder, process
     if process.poll() is None:
-        process.terminate()  # and its ranks with it
-    process.communicate(timeout=60)
+        kill_tree(process.pid)
+    process.communicate()
 
 
 @pytest.mark.slow
@@ -208,6 +208,25 @@ def test_a_rank_that_hangs_or_fails_ends_the_job_with_one_message(tmp_path: Path
 
 
 @pytest.mark.slow
+def test_a_rank_whose_data_take_too_long_is_named(tmp_path: Path) -> None:
+    """Three jobs at the same time, of which all ranks live: they come back before the others have said that they go, or
+    later. Rank 1 has its turn when rank 0 is done."""
+    late = "kept the others waiting for METAFT_RANKS_TIMEOUT=4 s, preparing the data"
+    gone = "does not answer, it died or hangs, or is still preparing the data after METAFT_RANKS_TIMEOUT=4 s"
+    said = {
+        (0, 6.5): f"rank 0 of 2 {late}",
+        (1, 6.5): f"rank 1 of 2 {late}",
+        (0, 11.0): f"rank 0 of 2 {gone}",
+    }
+    jobs = [job(tmp_path / str(n), {rank: Plan(slow_data=s)}, timeout=4) for n, (rank, s) in enumerate(said)]
+    settled(*jobs)
+    for each, reason in zip(jobs, said.values(), strict=True):
+        assert each.lines() == [f"metaft: error: {reason}"], each.said()
+        assert each.statuses() == [1, 1]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_to_one_rank_ends_all_with_its_status(number: signal.Signals, tmp_path: Path) -> None:
     out = tmp_path / "r"
@@ -240,6 +259,25 @@ def test_a_second_job_on_a_run_is_refused(tmp_path: Path) -> None:
     assert first.statuses() == [128 + signal.SIGTERM] * 2
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_launch_of_the_same_id_leaves_what_the_one_before_it_made(count: int, tmp_path: Path) -> None:
+    """The same command with one --rdzv-id again, restarted after it was refused; its own run a restart does take up."""
+    out = tmp_path / "r"
+    argv = options(SINUSOID, iterations=2, out=out)
+    first = Job("meta_train", argv, {0: Plan(at_step=(1, "bug"))}, {}, count=count)
+    settled(first)
+    assert first.statuses() == [0] * count, first.said()
+    assert (first.statuses(0)[0], len(first.attempts)) == (1, 2)
+    left = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
+    again = Job("meta_train", [*argv, "--iterations", "4"], {}, {}, count=count)
+    settled(again)
+    for attempt in range(2):
+        assert again.statuses(attempt) == [2] * count, again.said(attempt)
+        one_error(again.said(attempt), f"out: {out} already exists")
+    assert {file: file.read_bytes() for file in out.rglob("*") if file.is_file()} == left
+
+
 # ---- torchrun itself ----------------------------------------------------------------------------------------------
 
 
@@ -264,6 +302,4 @@ def test_torchrun_restarts_a_job_twice_and_stops_it(
     rest = Job("meta_train", ["--resume", str(out)])
     settled(rest)
     assert rest.statuses() == [0, 0], rest.said()
-    left = tree(out)
-    left[".metaft.job"] = whole[0][".metaft.job"]  # torchrun's own name of it
-    same_tree(left, whole[0])
+    same_tree(tree(out), whole[0])

@@ -181,7 +181,7 @@ def test_too_little_memory_in_a_later_step_keeps_what_was_computed(wide: list[st
 def test_memory_that_is_too_little_for_torch_itself_is_no_traceback(tmp_path: Path) -> None:
     """By the shell's own limit; how far the libraries get with it is theirs to say."""
     command = f"ulimit -v 200000; {sys.executable} -m metaft.meta_train --dataset sinusoid --out {tmp_path / 'r'}"
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=300)
     assert done.returncode not in (0, 2)
     assert done.stderr
     assert "Traceback" not in done.stderr

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import builtins
 import collections
+import contextlib
 import dataclasses
 import faulthandler
 import gc
@@ -62,6 +63,8 @@ class Plan:
     """Whether the clock jumps by years, forwards and back, at each look at it."""
     weigh: Path | None = None
     """A file for the memory that it and its workers take, in bytes, a line after each validation."""
+    slow_data: float = 0.0
+    """Seconds that its data take longer to load."""
     at_step: tuple[int, str] | None = None
     """The meta-step before which, and what happens to it (see `rank_job.arrange`)."""
 
@@ -124,6 +127,36 @@ def kill_me() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+ALIVE: set[BaseProcess] = set()
+"""Every process that was started here and is not known to have ended. What a failing test leaves of them would never
+end by itself, and neither would pytest, which waits for its children."""
+
+
+def end_all() -> None:
+    while ALIVE:
+        process = ALIVE.pop()
+        if process.pid is not None and process.exitcode is None:
+            kill_tree(process.pid)
+            process.join()
+
+
+def children_of(process: int) -> list[int]:
+    try:
+        tasks = list(Path(f"/proc/{process}/task").iterdir())
+        return [int(word) for task in tasks for word in (task / "children").read_text().split()]
+    except (FileNotFoundError, ProcessLookupError):  # it has ended meanwhile
+        return []
+
+
+def kill_tree(process: int) -> None:
+    """Kill a process of ours and all that it started, which may be in sessions of their own."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(process, signal.SIGSTOP)  # so that it starts no other
+        for child in children_of(process):
+            kill_tree(child)
+        os.kill(process, signal.SIGKILL)
+
+
 class Victim:
     """A command, `python -m metaft.COMMAND ARGV`, in a process of its own, without pictures and on one thread."""
 
@@ -147,6 +180,7 @@ class Victim:
             target=_run, args=(module, list(argv), plan or Plan(), dict(environment or {}), *files)
         )
         self.process.start()
+        ALIVE.add(self.process)
 
     @property
     def said(self) -> str:
@@ -209,6 +243,11 @@ def _befall(plan: Plan) -> None:
         time.time_ns = lambda: int(1e9 * time.time())
     if plan.weigh is not None:
         weigh(plan.weigh)
+    if plan.slow_data:
+        from metaft import tasks
+
+        load = tasks.load
+        tasks.load = lambda *given, **others: (time.sleep(plan.slow_data), load(*given, **others))[1]
     if plan.at_step is not None:
         import rank_job
 
@@ -254,9 +293,7 @@ def memory_of(process: int) -> int:
     """
     lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
     own = sum(int(line.split()[1]) << 10 for line in lines if line.startswith(("Pss_Anon:", "Pss_Shmem:")))
-    tasks = Path(f"/proc/{process}/task").iterdir()
-    children = [int(word) for task in tasks for word in (task / "children").read_text().split()]
-    return own + sum(map(memory_of, children))
+    return own + sum(map(memory_of, children_of(process)))
 
 
 def limit_memory(spare: int) -> None:
@@ -312,8 +349,8 @@ def tree(path: Path) -> dict[str, Any]:
         name = file.relative_to(path).as_posix()
         if not file.is_file():
             continue
-        if name == "timing.jsonl":
-            left[name] = "clock times"
+        if name in ("timing.jsonl", ".metaft.job"):
+            left[name] = "clock times, or a word that no other launch has"
         elif name == "result.json":
             result = timeless(json.loads(file.read_text(encoding="utf-8")))
             left[name] = {k: v for k, v in result.items() if k not in CLOCKED}
