@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import os
 import signal
@@ -33,10 +34,12 @@ from benchmarks.peers.workloads import PUBLISHED, WORKLOADS, Workload
 from metaft import algorithms, models, outer
 from metaft.config import MetaTrainConfig, Settled
 from metaft.errors import Interrupted, MetaftError
+from metaft.models import convolution
+from metaft.models.functional import plain_operations
 from metaft.models.precision import in_bf16, matrix_units
 from metaft.models.recomputed import recomputed
 from metaft.run import read_rows
-from metaft.static import StaticSteps
+from metaft.static import StaticSteps, recorded
 from metaft.tasks.pool import ClassPool, Preprocessing
 from metaft.training import Eager, Position, Snapshot
 from metaft.types import SPLITS
@@ -176,6 +179,33 @@ def timed(bench: Bench, steps: Any, seconds: float) -> tuple[float, int]:
     return 1000 * (time.perf_counter() - start) / (at - first), at - first
 
 
+def convolutions(bench: Bench) -> Any:
+    """Milliseconds of each form of each layer's convolution with its gradient and that one's, all tasks at once; a
+    Triton kernel is to be written where it can be 1.5 times as fast as the better one."""
+    end = time.monotonic() + 90
+    found: dict[str, Any] = {}
+    for precision in PRECISIONS:
+        for name in ("tiny", "tiny-pool") if bench.given.tiny else PUBLISHED:
+            found[f"{name} {precision}"] = attempt(layers, bench, name, precision, end)
+    return found
+
+
+def layers(bench: Bench, name: str, precision: Any, end: float) -> dict[str, Any]:
+    """`convolutions` of one workload, by layer shape (`metaft.models.convolution.Shape`)."""
+    if time.monotonic() > end:
+        raise Skipped("out of time")
+    device = torch.device(bench.device)
+    record = functools.partial(recorded, device=device, said=False) if device.type == "cuda" else None
+    with matrix_units(precision), plain_operations(), outer.engine("vmap", device=device) as engine:
+        steps = prepared(bench, WORKLOADS[name], precision, engine)
+        found: dict[str, Any] = {}
+        for shape in convolution.shapes_of(lambda: steps.advance(0)):
+            times = {form: convolution.seconds(shape, form, device, record=record) for form in convolution.FORMS}
+            ms = {form: 1000 * each for form, each in times.items()}
+            found[shape.key] = {**ms, "chosen": convolution.faster(**times)}
+    return found
+
+
 def throughput(bench: Bench) -> Any:
     """Milliseconds per whole meta-step for each workload, precision and engine, the share of the measured ceilings that
     its convolutions and matrix products, and what all operations read and write, come to, and peak memory."""
@@ -206,7 +236,10 @@ def speed(bench: Bench, name: str, kind: Any, precision: Any, counted: Mapping[s
     if bench.device == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    with matrix_units(precision), outer.engine(kind, device=bench.device) as engine:
+    rows = bench.figures.get("convolutions", {}).get(f"{name} {precision}", {})
+    chosen = {key: row["chosen"] for key, row in rows.items() if "chosen" in row}
+    form_of = convolution.by_key(chosen) if chosen else None
+    with matrix_units(precision), outer.engine(kind, device=bench.device) as engine, convolution.forms(form_of):
         steps = prepared(bench, WORKLOADS[name], precision, engine)
         ms, count = timed(bench, steps, 0.1 if bench.given.tiny else 2.0)
         entry: dict[str, Any] = {"ms": ms, "steps": count}
@@ -417,6 +450,7 @@ def main() -> int:
     least = 0.0 if given.tiny else 1.0
     bench.section("checks", checks, needs=60 * least)
     bench.section("ceilings", ceilings, needs=15 * least)
+    bench.section("convolutions", convolutions, needs=90 * least)
     bench.section("throughput", throughput, needs=90 * least)
     bench.section("omniglot", omniglot, needs=120 * least)
     bench.section("memory", memory, needs=20 * least)

@@ -2,9 +2,8 @@
 
     python examples/compare_algorithms.py --algorithms maml anil protonet [--iterations 600] [--out runs/compare]
 
-Some episodes are hard for everyone, so that differences within an episode spread less than the figures themselves: the
-interval of the mean difference to the first algorithm tells more than two intervals side by side. Runs that are
-in `--out` already are not trained again.
+Within an episode figures differ less than from one to the next: the interval of the mean difference to the first
+algorithm tells more than two intervals side by side. Runs that are in `--out` are not trained again, if they fit.
 """
 
 from __future__ import annotations
@@ -12,8 +11,8 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from metaft import MetaftError, MetaTrainConfig, meta_train
@@ -22,27 +21,29 @@ from metaft.metrics import mean_ci95
 from metaft.testing import score_episodes
 from metaft.types import NORMS
 
+TEST = ("test_ways", "test_shots", "test_query_shots", "rotate", "split", "image_size", "channels", "eval_seed")
 
-def scores(path: Path, episodes: int) -> Tensor:
-    """[episodes, 2]: a run's accuracy on each test episode after its last inner step, transductive and inductive."""
+
+def scores(path: Path, episodes: int, asked: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+    """Accuracies, or squared errors, after a run's last step: [episodes, 2], transductive and inductive; and by which
+    settings its episodes were made. Raises MetaftError for a run with other settings than those `asked`."""
     _, config, snapshot = open_run(path)
+    for field, value in asked.items():
+        if getattr(config, field) != value:
+            raise MetaftError(f"{field}: {path} has {getattr(config, field)!r}, not {value!r}; take another --out")
     parts = assemble(config)
     c, best = parts.config, fill(parts, snapshot)
-    source = parts.dataset.source(
-        ways=c.test_ways, shots=c.test_shots, query_shots=c.test_query_shots, rotate=c.rotate, splits=("test",)
-    )
+    sizes = {"ways": c.test_ways, "shots": c.test_shots, "query_shots": c.test_query_shots}
+    source = parts.dataset.source(**sizes, rotate=c.rotate, splits=("test",))
     with engine_for(parts) as engine:
-        return score_episodes(
-            engine, parts.algorithm, best.meta, best.state, source,
-            split="test", seed=c.eval_seed, episodes=episodes, steps=c.test_inner_steps,
-        )[..., -1]  # fmt: skip
+        own = score_episodes(engine, parts.algorithm, best.meta, best.state, source, split="test", seed=c.eval_seed,
+                             episodes=episodes, steps=c.test_inner_steps)  # fmt: skip
+    return own[..., -1], {field: getattr(config, field) for field in TEST}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--algorithms", nargs="+", default=["maml", "anil", "protonet"], help="the first is compared to"
-    )
+    parser.add_argument("--algorithms", nargs="+", default=["maml", "anil", "protonet"], help="the first is the base")
     parser.add_argument("--dataset", default="glyphs")
     parser.add_argument("--iterations", type=int, default=600)
     parser.add_argument("--episodes", type=int, default=600)
@@ -51,27 +52,26 @@ def main() -> int:
     given = parser.parse_args()
 
     found: dict[str, Tensor] = {}
+    shared: dict[str, Any] = {"dataset": given.dataset, "iterations": given.iterations, "width": given.width}
     try:
         for name in given.algorithms:
-            path = given.out / name
+            path, asked = given.out / name, {**shared, "algorithm": name}
             if not (path / "result.json").exists():
-                meta_train.run(MetaTrainConfig(
-                    dataset=given.dataset, algorithm=name, iterations=given.iterations, width=given.width,
-                    eval_episodes=min(200, given.episodes), test_episodes=given.episodes, out=str(path),
-                ))  # fmt: skip
-            found[name] = 100 * scores(path, given.episodes)
+                meta_train.run(MetaTrainConfig(**asked, test_episodes=given.episodes, out=str(path)))
+            found[name], test = scores(path, given.episodes, asked)
+            shared |= test
     except MetaftError as error:
         print(f"compare_algorithms: {error}", file=sys.stderr)
         return error.status
 
-    first = given.algorithms[0]
-    print(f"\n{given.dataset}, accuracy in %, {given.episodes} episodes; in brackets the mean difference to {first}")
-    print(f"{'':<14}" + "".join(f"{mode:<32}" for mode in NORMS))
+    first, regression = given.algorithms[0], given.dataset == "sinusoid"
+    figure, factor, digits = ("mse (less is better)", 1, 3) if regression else ("accuracy in %", 100, 1)
+    print(f"\n{given.dataset}, {figure}, {given.episodes} episodes; in brackets the mean difference to {first}")
+    print(f"{'':<14}" + "".join(f"{mode:<36}" for mode in NORMS))
     for name, own in found.items():
-        mean, ci95 = mean_ci95(own)
-        gain, apart = mean_ci95(own - found[first])
-        cells = [f"{m:.1f} ± {c:.1f}  ({g:+.1f} ± {a:.1f})" for m, c, g, a in torch.stack([mean, ci95, gain, apart], 1)]
-        print(f"{name:<14}" + "".join(f"{cell:<32}" for cell in cells))
+        rows = zip(*mean_ci95(factor * own), *mean_ci95(factor * (own - found[first])), strict=True)
+        cells = [f"{m:.{digits}f} ± {c:.{digits}f}  ({g:+.{digits}f} ± {a:.{digits}f})" for m, c, g, a in rows]
+        print(f"{name:<14}" + "".join(f"{cell:<36}" for cell in cells))
     return 0
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import copy
 import dataclasses
+import functools
 import math
 import platform
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,12 +25,14 @@ from metaft.cli import of_run
 from metaft.config import MetaTrainConfig, Settled
 from metaft.defaults import device_of, hyper, resolve
 from metaft.errors import CheckpointError, MetaftError
-from metaft.models import Model
+from metaft.models import Model, convolution
+from metaft.models.convolution import Form
 from metaft.models.precision import in_bf16, matrix_units
 from metaft.models.recomputed import recomputed
-from metaft.outer import PARALLEL, Engine, engine, settled_name, task_chunk, tune
+from metaft.outer import PARALLEL, Engine, engine, settled_name, task_chunk, task_grad_of, tune
 from metaft.ranks import Ranks
 from metaft.run import RunFolder
+from metaft.static import recorded
 from metaft.tasks.pool import ClassPool
 from metaft.training import Snapshot, load_snapshot
 from metaft.types import Dataset
@@ -154,6 +159,37 @@ def with_engine(parts: Parts, draw_batch: Callable[[], Any], *, ranks: int = 1, 
         values = c.ways * (c.shots + c.query_shots) * math.prod(parts.dataset.shape)
         c = dataclasses.replace(c, task_chunk=task_chunk(values, -(-c.meta_batch // ranks), threads))
     return dataclasses.replace(parts, config=c)
+
+
+def convolution_forms(
+    parts: Parts, mapped: Engine, start: Snapshot, draw_batch: Callable[[], Any], before: Mapping[str, Form] | None
+) -> dict[str, Form]:
+    """The faster form of each convolution of a meta-step, as measured, and a line on stderr; none where all stay as
+    they are. `before` is what the run that goes on had chosen on the same machine: the same form gives the same bits.
+    """
+    if not times_convolutions(parts, mapped):
+        return {}
+    if before is not None:
+        return dict(before)
+    knobs = {name: value.to(parts.device) for name, value in parts.algorithm.schedule(0).items()}
+    shared = (start.meta, start.state, knobs)
+    shapes = convolution.shapes_of(lambda: mapped.sum(task_grad_of(parts.algorithm), shared, draw_batch()))
+    device, c = torch.device(parts.device), parts.config
+    record = functools.partial(recorded, device=device, said=False) if mapped.whole_steps else None
+    measure = functools.partial(convolution.seconds, device=device, record=record)
+    name = " ".join((*machine(parts.device).values(), c.precision, mapped.name))
+    begin = time.perf_counter()
+    chosen = convolution.choose(shapes, measure, machine=name)
+    counts = ", ".join(f"{form} for {n}" for form, n in collections.Counter(chosen.values()).most_common())
+    print(f"convolutions: {counts} layer shapes ({time.perf_counter() - begin:.1f} s)", file=sys.stderr)
+    return chosen
+
+
+def times_convolutions(parts: Parts, mapped: Engine) -> bool:
+    """Whether forms are to be chosen: on a GPU; on a CPU nothing is timed and no bit changes. torch.compile makes
+    its own choice."""
+    on_gpu = torch.device(parts.device).type == "cuda"
+    return on_gpu and parts.model.convolutional and mapped.name in ("graph", "vmap")
 
 
 def check_ranks(parts: Parts, ranks: Ranks) -> None:

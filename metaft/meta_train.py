@@ -254,25 +254,35 @@ def _sources(parts: Parts) -> tuple[Source, Source, Source]:
 def _go(
     run: RunFolder, parts: Parts, sources: tuple[Source, Source, Source], start: Snapshot | None, ranks: Ranks
 ) -> dict[str, Any]:
-    from metaft.assemble import engine_for, fill, header, say_what_changed
-    from metaft.training import begin, train
+    from metaft.assemble import convolution_forms, engine_for, fill, header, say_what_changed
+    from metaft.models.convolution import by_key, forms
+    from metaft.training import begin, draw, train
 
     c = parts.config
     with (
         StopSignals(ranks) as signals,
         engine_for(parts) as mapped,
     ):
-        now = header(parts, mapped, ranks.count)
+        now, before = header(parts, mapped, ranks.count), None
         if start is None:
             start = ranks.on_first(lambda: begin(parts.algorithm, c.seed, now))
         else:
             say_what_changed(start.header["environment"], now["environment"])
+            if start.header["environment"] == now["environment"]:
+                before = start.header.get("convolutions")
             if start.header["split_hash"] != parts.dataset.split_hash:
                 raise MetaftError(
                     f"dataset: the class split of {parts.dataset.name} is not the one {run.path} began with"
                 )
             print(f"resuming {run.path} at step {start.position.step}", file=sys.stderr)
-        start = dataclasses.replace(fill(parts, start), header=now)
+        start = begun = fill(parts, start)
+        mine = ranks.share(range(c.meta_batch))
+
+        def meta_batch() -> Any:
+            return draw(parts.algorithm, sources[0], c.seed, mine)
+
+        chosen = ranks.on_first(lambda: convolution_forms(parts, mapped, begun, meta_batch, before))
+        start = dataclasses.replace(start, header={**now, "convolutions": chosen} if chosen else now)
         print(
             f"{parts.dataset.name} · {c.algorithm} · {c.ways}-way {c.shots}-shot · {c.model} · "
             f"{mapped.name} on {parts.device}{f', {ranks.count} processes' if ranks.count > 1 else ''} · "
@@ -284,7 +294,8 @@ def _go(
         def should_stop() -> None:
             signals.check(stop)
 
-        train(run, c, parts.algorithm, mapped, sources[0], sources[1], start, ranks=ranks, should_stop=should_stop)
+        with forms(by_key(chosen) if chosen else None):
+            train(run, c, parts.algorithm, mapped, sources[0], sources[1], start, ranks=ranks, should_stop=should_stop)
         return finish(run, parts, mapped, sources[2], ranks=ranks, should_stop=should_stop)
 
 

@@ -267,8 +267,8 @@ class StaticSteps:
         return {name: part.view(p.shape) for (name, p), part in zip(like.items(), parts, strict=True)}
 
 
-def recorded(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
-    """A function of a GPU's tensors in place, recorded as a CUDA graph, which takes a few runs of it and is said.
+def recorded(step: Callable[[], None], device: torch.device, *, said: bool = True) -> Callable[[], None]:
+    """A function of a GPU's tensors in place, recorded as a CUDA graph, which takes a few runs of it and is `said`.
 
     What cannot be recorded runs as it is, with a MetaftWarning that says so.
     """
@@ -291,8 +291,7 @@ def recorded(step: Callable[[], None], device: torch.device) -> Callable[[], Non
             reason = " ".join(str(error).split("\n")[0].split())
             warnings.warn(f"the meta-step cannot be recorded ({reason}); it runs as it is", MetaftWarning, stacklevel=2)
             return step
-    print(
-        f"meta-step recorded: {warm - begin:.1f} s of warm-up, {time.perf_counter() - warm:.1f} s of capture",
-        file=sys.stderr,
-    )
+    took = f"{warm - begin:.1f} s of warm-up, {time.perf_counter() - warm:.1f} s of capture"
+    if said:
+        print(f"meta-step recorded: {took}", file=sys.stderr)
     return graph.replay

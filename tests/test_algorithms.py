@@ -383,7 +383,10 @@ def test_protonet_logits_are_minus_squared_distances_to_class_means() -> None:
 @pytest.mark.parametrize(
     ("name", "hyper", "message"),
     [
-        ("mamml", {}, "did you mean 'maml'"),
+        ("mamml", {}, "did you mean 'maml'?"),
+        ("maml_plus_plus", {}, "did you mean 'maml++'?"),
+        ("maml-plus-plus", {}, "did you mean 'maml++'?"),
+        ("meta_sgd", {}, "did you mean 'meta-sgd'?"),
         ("maml", {"inner_lr": -0.1}, "inner_lr must be at least 0, got -0.1"),
         ("maml", {"inner_steps": -1}, "inner_steps must be at least 0, got -1"),
         ("maml", {"inner_optimizer": "adm"}, "inner_optimizer: no 'adm'"),

@@ -7,17 +7,19 @@ import json
 import os
 import re
 import runpy
+import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import scenarios
 import torch
-from helpers import images, write_folder
+from helpers import images, sinusoid, write_folder
 
-from metaft import meta_train, outer
+from metaft import MetaTrainConfig, meta_train, outer
 from metaft.algorithms import ALGORITHMS
-from metaft.types import Params
+from metaft.types import NORMS, Params
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -108,13 +110,15 @@ def test_compare_algorithms(in_tmp: Path, capsys: pytest.CaptureFixture[str]) ->
     for name in names:  # it takes the runs that are there
         meta_train.run(images(Path(f"runs/compare/{name}"), dataset="folder:data", image_size=8, algorithm=name))
     capsys.readouterr()
-    words = ("--algorithms", *names, "--dataset", "folder:data", "--episodes", "6")
+    words = ["--algorithms", *names, "--dataset", "folder:data", "--episodes", "6", "--iterations", "5", "--width", "4"]
     assert run_example("compare_algorithms", *words) == 0
-    rows = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()[-2:]}
+    *_, title, _, first, second = capsys.readouterr().out.splitlines()
+    assert "folder:data, accuracy in %, 6 episodes" in title
+    rows = {line.split()[0]: line for line in (first, second)}
     assert set(rows) == set(names)
     assert rows["protonet"].count("(+0.0 ± 0.0)") == 2
     found = runpy.run_path(str(EXAMPLES / "compare_algorithms.py"))["scores"]
-    a, b = (100 * found(Path(f"runs/compare/{name}"), 6) for name in names)
+    a, b = (100 * found(Path(f"runs/compare/{name}"), 6, {})[0] for name in names)
     for mode in range(2):
         apart = (b - a)[:, mode].numpy()
         interval = 1.96 * apart.std(ddof=1) / 6**0.5
@@ -122,6 +126,35 @@ def test_compare_algorithms(in_tmp: Path, capsys: pytest.CaptureFixture[str]) ->
         assert f"({apart.mean():+.1f} ± {interval:.1f})" in rows["matching-net"]
     assert run_example("compare_algorithms", "--algorithms", "mamml", "--dataset", "folder:data") == 2
     assert capsys.readouterr().err.startswith("compare_algorithms: algorithm: no 'mamml'")
+    for field, here, asked in (("iterations", 5, 6), ("width", 4, 8), ("dataset", "folder:data", "folder:other")):
+        assert run_example("compare_algorithms", *words, f"--{field}", str(asked)) == 2
+        said = capsys.readouterr()
+        line = f"{field}: runs/compare/protonet has {here!r}, not {asked!r}; take another --out"
+        assert said.err == f"compare_algorithms: {line}\n"
+        assert "±" not in said.out
+    shutil.rmtree("runs/compare/matching-net")
+    other = {"dataset": "folder:data", "image_size": 8, "algorithm": "matching-net", "test_query_shots": 3}
+    meta_train.run(images(Path("runs/compare/matching-net"), **other))
+    capsys.readouterr()
+    assert run_example("compare_algorithms", *words) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("compare_algorithms: test_query_shots: runs/compare/matching-net has 3, not 2; ")
+
+
+def test_compare_algorithms_of_curves(in_tmp: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By squared errors as they are, not as percent."""
+    names = ("maml", "anil")
+    for name in names:
+        meta_train.run(sinusoid(Path(f"runs/compare/{name}"), algorithm=name))
+    words = ["--dataset", "sinusoid", "--episodes", "40", "--iterations", "7", "--width", "4"]
+    capsys.readouterr()
+    assert run_example("compare_algorithms", "--algorithms", *names, *words) == 0
+    *_, title, _, first, second = capsys.readouterr().out.splitlines()
+    assert "sinusoid, mse (less is better), 40 episodes" in title
+    for name, line in zip(names, (first, second), strict=True):
+        test = json.loads(Path(f"runs/compare/{name}/result.json").read_text())["test"]
+        for mode in NORMS:
+            assert f" {test[mode]['mse']:.3f} ± {test[mode]['ci95']:.3f}  (" in line
 
 
 @pytest.mark.slow
@@ -133,6 +166,31 @@ def test_omniglot(in_tmp: Path, capsys: pytest.CaptureFixture[str]) -> None:
     *_, five, twenty = capsys.readouterr().out.splitlines()
     assert re.match(r"5w1s +[\d.]+ ± [\d.]+ +[\d.]+ ± [\d.]+ +98.7 ± 0.4$", five)
     assert re.match(r"20w1s +[\d.]+ ± [\d.]+ +[\d.]+ ± [\d.]+ +95.8 ± 0.3$", twenty)
+
+
+@pytest.mark.parametrize("name", ["maml", "fomaml", "reptile", "maml++"])
+def test_omniglots_inner_loop_is_the_papers_for_maml_alone(
+    name: str, in_tmp: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[MetaTrainConfig] = []
+
+    def run(config: MetaTrainConfig) -> dict[str, Any]:
+        asked.append(config)
+        return {"test": {mode: {"accuracy": 0.5, "ci95": 0.01} for mode in NORMS}}
+
+    monkeypatch.setattr(meta_train, "run", run)
+    assert run_example("omniglot", "--settings", "5w1s", "20w1s", "--algorithm", name) == 0
+    assert capsys.readouterr().out.count("50.0 ± 1.0") == 4
+    loops = [(c.inner_steps, c.inner_lr, c.test_inner_steps) for c in asked]
+    assert loops == ([(1, 0.4, 3), (5, 0.1, 5)] if name in ("maml", "fomaml") else [(None, None, None)] * 2)
+    assert {(c.algorithm, c.dataset, c.test_query_shots) for c in asked} == {(name, "omniglot", 1)}
+
+
+def test_omniglot_says_what_is_wrong_in_one_line(in_tmp: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_example("omniglot", "--data-root", "nowhere") == 2
+    said = capsys.readouterr()
+    assert re.fullmatch(r"omniglot: .*nowhere.*\n", said.err)
+    assert not said.out
 
 
 def test_custom_model(in_tmp: Path, capsys: pytest.CaptureFixture[str]) -> None:

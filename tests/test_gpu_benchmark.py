@@ -8,7 +8,9 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -75,7 +77,8 @@ def test_the_script_runs_at_toy_sizes_with_nothing_that_is_not_there(
         "memory": "counts a GPU's memory; tests/test_precision.py has the CPU's",
         "peers": "METAFT_PEERS names no folder of libraries",
     }
-    assert not [v for v in (*found.values(), *found["throughput"].values()) if "failed" in v]
+    parts = (*found.values(), *found["throughput"].values(), *found["convolutions"].values())
+    assert not [v for v in parts if "failed" in v]
     entry = found["throughput"]["tiny graph bf16"]
     assert entry["ms"] > 0 and entry["of_copies"] > 0
     assert entry["of_matrix_products"] == pytest.approx(entry["tflop_s"] / found["ceilings"]["bf16_tflop_s"])
@@ -108,6 +111,31 @@ def test_a_step_of_many_tasks_counts_as_many_times_a_step_of_one(tmp_path: Path)
     images = small.inner_steps * small.ways * small.shots + small.ways * small.query_shots
     # at least a forward pass and twice that for its gradient, at most ten times that for the gradient's own
     assert 2.5 < three["flop"] / (3 * images * forward) < 12
+
+
+def test_each_layer_shape_is_timed_in_both_forms_and_the_faster_one_chosen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = bench_of(tmp_path)
+    monkeypatch.setattr(gpu.convolution, "seconds", lambda shape, form, *_, **__: {"grouped": 2.0, "im2col": 1.0}[form])
+    found = gpu.layers(bench, "tiny", "fp32", time.monotonic() + 60)
+    steps = gpu.WORKLOADS["tiny"].inner_steps
+    assert len(found) == 4 * (2 if steps == 1 else 3), "the first inner step's weights are shared, the query's are not"
+    assert all(row == {"grouped": 2000.0, "im2col": 1000.0, "chosen": "im2col"} for row in found.values())
+    with pytest.raises(gpu.Skipped, match="out of time"):
+        gpu.layers(bench, "tiny", "fp32", 0.0)
+    bench.figures["convolutions"] = {"tiny fp32": found}
+    used: list[str] = []
+    monkeypatch.setattr(gpu, "timed", lambda *_: (used.append(in_use(found)), (1.0, 1))[1])
+    gpu.speed(bench, "tiny", "graph", "fp32", {})
+    gpu.speed(bench, "tiny", "graph", "bf16", {})
+    assert used == ["im2col", "none"]
+
+
+def in_use(rows: dict[str, Any]) -> str:
+    """The form in which a layer of these would be computed here."""
+    form_of = gpu.convolution.in_use()
+    return "none" if form_of is None else form_of(gpu.convolution.Shape(*json.loads(next(iter(rows)))))
 
 
 def test_bytes_are_those_of_arguments_and_results_but_not_of_views() -> None:
@@ -158,7 +186,7 @@ def test_a_section_that_fails_or_has_no_time_leaves_the_others(tmp_path: Path, m
     monkeypatch.setattr(gpu, "checks", lambda bench: 1 / 0)
     assert gpu.main() == 0, "nothing failed that was tried"
     found = json.loads((tmp_path / "gpu.json").read_text())
-    sections = ("checks", "ceilings", "throughput", "omniglot", "memory", "peers")
+    sections = ("checks", "ceilings", "convolutions", "throughput", "omniglot", "memory", "peers")
     assert all("0 s were left, it needs" in found[name]["skipped"] for name in sections)
     monkeypatch.setattr(sys, "argv", ["gpu", "--device", "cpu", "--tiny", "--seconds", "0.001", "--out", str(tmp_path)])
     for name in sections[1:]:

@@ -23,6 +23,8 @@ from metaft.errors import MetaftError
 from metaft.models import Model
 from metaft.types import NORMS, Episode, Norm, Params
 
+Moment = tuple[Tensor, Tensor]
+
 every_norm = pytest.mark.parametrize("norm", NORMS)
 every_order = pytest.mark.parametrize("first_order", [False, True])
 ONE_STEP_OR_THREE = pytest.mark.parametrize("steps", [1, 3])
@@ -281,14 +283,39 @@ def test_annealed_maml_plus_plus_is_first_then_second_order(engine_name: str, no
         assert scenarios.relative_error(found, expected) < 1e-13
 
 
-def test_maml_plus_plus_against_plain_autograd() -> None:
-    """All switches on, at rates, scales and shifts that differ from step to step."""
+def conv4_normalised(params: Params, x: Tensor, given: list[Moment] | None = None) -> tuple[Tensor, list[Moment]]:
+    """Conv-4 with its normalisation written out: by the batch's own moments, or by `given` ones; and those it met."""
+    met: list[Moment] = []
+    for i in range(0, 12, 3):
+        x = F.conv2d(x, params[f"blocks.{i}.weight"], stride=2, padding=1)
+        met.append((x.mean((0, 2, 3)), x.var((0, 2, 3), unbiased=False)))
+        mean, var = (m[:, None, None] for m in (met if given is None else given)[i // 3])
+        scale, shift = (params[f"blocks.{i + 1}.{kind}"][:, None, None] for kind in ("weight", "bias"))
+        x = F.relu((x - mean) / (var + 1e-5).sqrt() * scale + shift)
+    return F.linear(x.mean((2, 3)), params["head.weight"], params["head.bias"]), met
+
+
+@pytest.mark.parametrize("multi_step", [0.1, 0.0], ids=["every-step", "last-step"])
+@pytest.mark.parametrize("statistics", [False, True], ids=["", "statistics"])
+@every_norm
+def test_maml_plus_plus_against_plain_autograd(norm: Norm, statistics: bool, multi_step: float) -> None:
+    """Rates, scales and shifts, and running moments, that differ from step to step: loss and gradient.
+
+    Queries after a step are normalised by their own moments, by the support set's at the weights of that step, or by
+    the running ones of that step, which are constants.
+    """
     model, data, steps = scenarios.model(), scenarios.episodes(tasks=2), 3
-    member = algorithms.maml_plus_plus(model, inner_steps=steps, iterations=100, order_annealing=0.02)
+    member = algorithms.maml_plus_plus(
+        model, inner_steps=steps, iterations=100, order_annealing=0.02, norm=norm, step_statistics=statistics,
+        multi_step=multi_step,
+    )  # fmt: skip
     g = torch.Generator().manual_seed(4)
-    meta = {k: p + 0.1 * torch.randn(p.shape, generator=g, dtype=p.dtype) for k, p in member.init(0)[0].items()}
+    meta, state = (
+        {k: p + 0.1 * torch.rand(p.shape, generator=g, dtype=p.dtype) for k, p in part.items()}
+        for part in member.init(0)
+    )
     leaves = {k: v.clone().requires_grad_() for k, v in meta.items()}
-    weights = [0.7 / 3, 0.7 / 3, 0.3 + 0.7 / 3]  # 3 of the 10 steps over which they are annealed
+    weights = [0.7 / 3, 0.7 / 3, 0.3 + 0.7 / 3] if multi_step else [0, 0, 1]  # 3 of the 10 steps over which they fall
 
     def norms(step: int) -> Params:
         return {k: leaves[k] if step == 0 else leaves[k + LATER][step - 1] for k in model.norm}
@@ -298,16 +325,23 @@ def test_maml_plus_plus_against_plain_autograd() -> None:
         task = scenarios.one(data, i)
         fast = {k: leaves[k] for k in model.params if k not in model.norm}
         for step in range(steps):
-            loss = F.cross_entropy(scenarios.conv4_reference({**fast, **norms(step)}, task.support_x), task.support_y)
+            loss = F.cross_entropy(conv4_normalised({**fast, **norms(step)}, task.support_x)[0], task.support_y)
             grads = torch.autograd.grad(loss, list(fast.values()), create_graph=True)
             fast = {k: p - leaves[k + RATE][step] * d for (k, p), d in zip(fast.items(), grads, strict=True)}
-            logits = scenarios.conv4_reference({**fast, **norms(step)}, task.query_x)
+            now, moments = {**fast, **norms(step)}, None
+            if norm == "inductive":
+                moments = conv4_normalised(now, task.support_x)[1]
+                if statistics:
+                    row = {k: v[step + 1] for k, v in state.items()}
+                    moments = [(row[f"{n:03d}.mean"], row[f"{n:03d}.var"]) for n in range(4)]
+            logits, _ = conv4_normalised(now, task.query_x, moments)
             total = total + weights[step] * F.cross_entropy(logits, task.query_y) / 2
     total.backward()
     with outer.engine("threads", threads=1) as engine:
-        found = outer.meta_gradient(engine, member, meta, {}, data, step=3).grads
-    expected = {k: v.grad for k, v in leaves.items() if v.grad is not None}
-    assert scenarios.relative_error(found, expected) < 1e-12
+        found = outer.meta_gradient(engine, member, meta, state, data, step=3)
+    expected = {k: torch.zeros_like(v) if v.grad is None else v.grad for k, v in leaves.items()}
+    assert scenarios.relative_error(found.grads, expected) < 1e-12
+    assert found.metrics["loss"] == pytest.approx(float(total.detach()), rel=1e-12)
 
 
 def test_steps_beyond_the_trained_ones_repeat_the_last() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import weakref
@@ -105,7 +106,7 @@ def test_reptile_hands_its_moments_on() -> None:
         made.append(torch.optim.Adam(leaves, lr=0.01, betas=(0.0, 0.999)))
         if len(made) > 1:
             for p, old in zip(leaves, made[0].param_groups[0]["params"], strict=True):
-                made[1].state[p] = {k: v.clone() for k, v in made[0].state[old].items()}
+                made[-1].state[p] = {k: v.clone() for k, v in made[0].state[old].items()}
         return made[-1]
 
     torch_walk(model, scenarios.one(data), adam, size=5, steps=3)
@@ -118,6 +119,13 @@ def test_reptile_hands_its_moments_on() -> None:
     assert scenarios.relative_error(found.grads, {k: p - fast[k] for k, p in model.params.items()}) < 1e-10
     fresh = result(member, second).grads
     assert scenarios.relative_error(fresh, found.grads) > 1e-2
+    task = scenarios.one(second)  # a test begins with them too, on the support images alone
+    alone = task._replace(query_x=task.query_x[:0], query_y=task.query_y[:0])
+    fast, _, _ = torch_walk(model, alone, adam, size=5, steps=3)
+    args = (task.support_x, task.support_y, task.key)
+    kept, new = (member.adapt(model.params, at, *args, ways=3, steps=3).params for at in (state, member.init(0)[1]))
+    assert scenarios.relative_error(kept, fast) < 1e-10
+    assert scenarios.relative_error(new, fast) > 1e-3
     both = result(member, Episode(*(t[:2] for t in data))).state
     other = result(member, second).state
     for name in both:  # a meta-batch keeps the mean
@@ -193,7 +201,7 @@ def implicit_reference(
 
 
 @pytest.mark.parametrize("engine", ["threads", "vmap"])
-@pytest.mark.parametrize(("strength", "damping"), [(5.0, 0.0), (0.5, 4.5)])
+@pytest.mark.parametrize(("strength", "damping"), [(5.0, 0.0), (4.0, 3.0)])
 def test_imaml_has_the_explicit_solves_gradient(strength: float, damping: float, engine: str) -> None:
     model, data = tiny()
     hyper: dict[str, Any] = {"strength": strength, "damping": damping}
@@ -249,16 +257,30 @@ def test_imaml_that_cannot_move_has_the_query_gradient_through_the_moments_too(n
 
 
 def test_imaml_says_where_its_problem_has_no_minimum() -> None:
+    """Of I + H / strength, also where damping makes what is solved positive definite."""
     model, data = tiny()
-    _, smallest = implicit_reference(model, data, lr=0.1, steps=3, strength=0.02)
-    assert smallest < 0
-    member = algorithms.imaml(model, inner_lr=0.1, inner_steps=3, strength=0.02, damping=0.0, cg_steps=60)
-    with pytest.warns(MetaftWarning, match="not positive definite .* more than strength 0.02 and damping 0 "):
-        found = result(member, data)
+    make = functools.partial(algorithms.imaml, model, inner_lr=0.1, inner_steps=3, strength=0.02, cg_steps=60)
+    reference = functools.partial(implicit_reference, model, data, lr=0.1, steps=3, strength=0.02)
+    assert reference()[1] < 0
+    words = r"^imaml: I \+ H / strength is not positive .* more than strength 0.02 .* --hyper strength=0.1 damping=50$"
+    with pytest.warns(MetaftWarning, match=words):
+        found = result(make(), data)
     assert 0 < found.metrics[CURVATURE] <= 1
-    damped = algorithms.imaml(model, inner_lr=0.1, inner_steps=3, strength=0.02, cg_steps=60, damping=10.0)
-    assert result(damped, data).metrics[CURVATURE] == 0
     assert all(bool(g.isfinite().all()) for g in found.grads.values())
+    expected, smallest = reference(damping=10.0)
+    assert smallest > 0
+    with pytest.warns(MetaftWarning, match="and damping 10 brings their meta-gradient near the query gradient"):
+        damped = result(make(damping=10.0), data)
+    assert 0 < damped.metrics[CURVATURE] <= 1
+    assert scenarios.relative_error(damped.grads, expected) < 1e-9
+
+
+def test_imamls_defaults_are_its_papers() -> None:
+    """At which batch normalisation is too sharply curved, so that a first run says what to do."""
+    known = algorithms.hyper_parameters("imaml")
+    assert (known["strength"], known["damping"], known["cg_steps"], known["inner_steps"]) == (2.0, 0.0, 5, 16)
+    with pytest.warns(MetaftWarning, match="--hyper strength=0.1 damping=50"):
+        result(algorithms.imaml(scenarios.model(), inner_lr=0.01), scenarios.episodes())
 
 
 @pytest.mark.filterwarnings("ignore:imaml. I . H:metaft.MetaftWarning")
@@ -278,8 +300,12 @@ def test_the_share_of_tasks_without_a_minimum_is_in_each_row(tmp_path: Path, mon
     assert found["whole"] == found["three"]
 
 
-def solve(matrix: Tensor, b: list[float], steps: int) -> tuple[list[float], float]:
-    x, negative = conjugate_gradients(lambda v: {"x": matrix @ v["x"]}, {"x": torch.tensor(b).double()}, steps)
+def solve(matrix: Tensor, b: list[float], steps: int, damping: float = 0.0) -> tuple[list[float], float]:
+    """With I + H of strength 1 as the matrix."""
+    h = matrix - torch.eye(len(b), dtype=matrix.dtype)
+    x, negative = conjugate_gradients(
+        lambda v: {"x": h @ v["x"]}, {"x": torch.tensor(b).double()}, steps, strength=1.0, damping=damping
+    )
     return x["x"].tolist(), float(negative)
 
 
@@ -294,6 +320,9 @@ def test_conjugate_gradients_stop_before_negative_curvature() -> None:
     x, negative = solve(positive, [3.0, 4.0], 9)  # long after the end
     assert (x, negative) == (pytest.approx([1.0, 1.0]), 0)
     assert solve(positive, [0.0, 0.0], 3) == ([0.0, 0.0], 0)
+    # Damped by 2, diag(1, -0.5) is diag(1, 0.5), and what was not positive is still said.
+    assert solve(matrix, [1.0, 1.0], 9, damping=2.0) == (pytest.approx([1.0, 2.0]), 1)
+    assert solve(positive, [3.0, 4.0], 9, damping=2.0)[1] == 0
 
 
 @pytest.mark.parametrize("name", ["conv4", "mlp"])

@@ -80,7 +80,8 @@ def hyper_parameters(name: str) -> dict[str, object]:
     Raises MetaftError for an unknown name.
     """
     if name not in ALGORITHMS:
-        raise MetaftError(f"algorithm: no {name!r}, known are {sorted(ALGORITHMS)}{suggest(name, ALGORITHMS)}")
+        spelt = name.replace("_", "-").replace("-plus", "+")  # as the functions are called, or nearly
+        raise MetaftError(f"algorithm: no {name!r}, known are {sorted(ALGORITHMS)}{suggest(spelt, ALGORITHMS)}")
     member = ALGORITHMS[name]
     fixed = member.keywords if isinstance(member, functools.partial) else {}
     parameters = inspect.signature(member).parameters.values()

@@ -46,12 +46,13 @@ def cavia(
     which is the plain model with another bias, and another scale. These are the fast weights, so what is adapted can be
     stored like any other model. `layer` names that layer: by default the first of `mlp`, and the third
     normalisation of `conv4` and `conv4-pool` (where the authors' code has it). W and V stand in `meta` beside the
-    parameters, "NAME.context" for NAME, and begin at Glorot-uniform values.
+    parameters, "NAME.context" for NAME.
 
     Not the paper's: its scale is a learned constant plus V context, which the normalisation's own scale makes
     superfluous; FiLM comes before the pooling (its code: behind it, which differs where a scale is negative); one
-    default of `context` for all models (there 100 for mini-ImageNet, around 5 for sine waves); no decay of the outer
-    rate by steps; and the meta-gradient's mean over the meta-batch.
+    default of `context` for all models (there 100 for mini-ImageNet, around 5 for sine waves); W and V that begin at
+    Glorot-uniform values, as all weights here; no decay of the outer rate by steps; and the meta-gradient's mean over
+    the meta-batch.
 
     Raises MetaftError for an inner_lr or inner_steps below 0, an unknown optimiser, a context below 1, or a model
     without such a layer.

@@ -28,9 +28,9 @@ def imaml(
     inner_steps: int = 16,
     inner_optimizer: str | InnerOptimizer = "sgd",
     norm: Norm = "transductive",
-    strength: float = 0.1,
+    strength: float = 2.0,
     cg_steps: int = 5,
-    damping: float = 50.0,
+    damping: float = 0.0,
 ) -> Algorithm:
     """Stay near the initialisation, and differentiate the place where the inner loop ends instead of its way there.
 
@@ -47,15 +47,15 @@ def imaml(
 
     Where I + H / strength is not positive definite there is no such minimum. Conjugate gradients then stop before the
     first direction along which they see that (at the query gradient, if it is the first), the metric
-    "negative_curvature" is the share of such tasks, and `meta_gradient` warns. A larger `strength` mends it, or
-    `damping`, with which they solve I + H / (strength + damping): no longer the derivative of the problem above, and
-    nearer to the query gradient the larger it is; `damping=0` is the paper's equation. Models with batch normalisation
-    are curved so sharply that they need one of the two.
+    "negative_curvature" is the share of such tasks, and `meta_gradient` warns. A larger `strength` mends it. Models
+    with batch normalisation are curved so sharply that at the paper's strength most tasks are such; what learns with
+    them here is `strength=0.1` and `damping=50`: conjugate gradients then solve I + H / (strength + damping), no longer
+    the derivative of the problem above, and nearly first order: the query gradient at the end of a proximal inner loop,
+    but for 2 % (`docs/algorithms.md`). The metric and the warning are of I + H / strength all the same.
 
     Not the paper's: no line search and no Hessian-free inner solver (its better row on Omniglot), `damping` (the
-    authors' code solves 2 I + H / (strength + 10)) and a `strength` of 0.1 (there 2), both chosen on glyphs, by few
-    trials on its test episodes; `strength` is not learned, the meta-gradient's mean over the meta-batch, and
-    `norm="inductive"`, in which the query gradient runs through the support set's moments at fast too.
+    authors' code solves 2 I + H / (strength + 10)); `strength` is not learned, the meta-gradient's mean over the
+    meta-batch, and `norm="inductive"`, in which the query gradient runs through the support set's moments at fast too.
 
     Raises MetaftError for an inner_lr or inner_steps below 0, an unknown optimiser, a strength not above 0, a damping
     below 0, cg_steps below 1, or a model with dropout, which would make each step one of another problem.
@@ -96,44 +96,45 @@ def imaml(
 
         _, metrics, b = value_and_grad(query, fast, create_graph=False)
         product = hessian_product(lambda params: model.loss(params, x, y, loss, curvature=True)[0], fast)
-
-        def matrix(v: Params) -> Params:
-            return {k: v[k] + hv / (strength + damping) for k, hv in product(v).items()}
-
-        grads, negative = conjugate_gradients(matrix, b, cg_steps)
+        grads, negative = conjugate_gradients(product, b, cg_steps, strength=strength, damping=damping)
         return TaskGrad(grads, {}, {**metrics, CURVATURE: negative})
 
+    consequence = (
+        f"and damping {damping:g} brings their meta-gradient near the query gradient"
+        if damping
+        else f"and their meta-gradient is cut short; more than strength {strength:g} makes it so, or learn nearly "
+        "first order by --hyper strength=0.1 damping=50"
+    )
     return dataclasses.replace(
         descent,
         task_loss=None,
         task_grad=task_grad,
-        cautions={
-            CURVATURE: "imaml: I + H / (strength + damping) is not positive definite in some tasks, and their "
-            f"meta-gradient is cut short; more than strength {strength:g} and damping {damping:g} makes it so "
-            "(--hyper NAME=VALUE)"
-        },
+        cautions={CURVATURE: f"imaml: I + H / strength is not positive definite in some tasks, {consequence}"},
     )
 
 
-def conjugate_gradients(matrix: Callable[[Params], Params], b: Params, steps: int) -> tuple[Params, Tensor]:
-    """(x, 1 where a direction was met along which `matrix` is not positive, else 0).
+def conjugate_gradients(
+    product: Callable[[Params], Params], b: Params, steps: int, *, strength: float, damping: float = 0.0
+) -> tuple[Params, Tensor]:
+    """(x, 1 where a direction was met along which I + H / strength is not positive, else 0).
 
-    x solves matrix(x) = b, up to `steps` steps.
-    `matrix` is symmetric. From x = 0; it stops before a direction along which the matrix is not positive, at x = b if
-    that is the first one. No tensor decides about the way of the computation, so that many tasks can share it.
+    x solves (I + H / (strength + damping)) x = b, up to `steps` steps; `product` is v -> H v, H symmetric. From x = 0;
+    it stops before a direction along which the matrix that it solves is not positive, at x = b if that is the first
+    one. No tensor decides about the way of the computation, so that many tasks can share it.
     """
     x = {k: torch.zeros_like(v) for k, v in b.items()}
     r = p = b
     rr = _dot(b, b)
     going, negative = torch.ones_like(rr), torch.zeros_like(rr)
     for step in range(steps):
-        ap = matrix(p)
-        along = _dot(p, ap)
-        negative = torch.where((going > 0) & (along <= 0) & (rr > 0), torch.ones_like(rr), negative)
+        hp = product(p)
+        length, curved = _dot(p, p), _dot(p, hp)
+        undamped, along = length + curved / strength, length + curved / (strength + damping)
+        negative = torch.where((going > 0) & (undamped <= 0) & (rr > 0), torch.ones_like(rr), negative)
         going = torch.where(along > 0, going, torch.zeros_like(rr))  # not above 0 either where nothing is left to solve
         alpha = torch.where(going > 0, rr / torch.where(along > 0, along, torch.ones_like(rr)), 1.0 - min(step, 1))
         x = {k: x[k] + alpha * p[k] for k in x}
-        r = {k: r[k] - alpha * ap[k] for k in r}
+        r = {k: r[k] - alpha * (p[k] + hp[k] / (strength + damping)) for k in r}
         new = _dot(r, r)
         p = {k: r[k] + new / torch.where(rr > 0, rr, torch.ones_like(rr)) * p[k] for k in p}
         rr = new

@@ -61,8 +61,9 @@ def maml_plus_plus(
 
     Not the paper's: shares of the run in the place of epochs; a rate for each named parameter, weight and bias, where
     the paper says layer; all of it costs as second order from the first step on, with K query losses, whatever their
-    weights, since the weights are data; `first_order` (as in `maml`, and then for the whole run), `norm="inductive"`
-    and any `inner_optimizer`. `adapt_norm` is that of `maml`, and needs `step_norm=False`.
+    weights, since the weights are data; those but the last go down to 0 (its code keeps each at 0.03 / K or more);
+    `first_order` (as in `maml`, and then for the whole run), `norm="inductive"` and any `inner_optimizer`. `adapt_norm`
+    is that of `maml`, and needs `step_norm=False`.
 
     Raises MetaftError for an inner_lr or inner_steps below 0, an unknown optimiser, a share that is not in 0..1,
     `adapt_norm` with `step_norm`, or `step_statistics` of a module whose input shape is not known.

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from metaft.errors import MetaftError
 from metaft.metrics import LOSSES
 from metaft.models.conv4 import Conv4
+from metaft.models.convolution import task_convolutions
 from metaft.models.dropout import drops, episode_dropout
 from metaft.models.norm import EpisodeNorm, episode_norms, measure_moments, use_moments
 from metaft.types import Loss, Moments, Params
@@ -126,11 +127,12 @@ def functional(
 
 
 def prepared(module: nn.Module, head: str | None = None) -> tuple[nn.Module, str]:
-    """A copy of a module as tasks can share it, with EpisodeNorm and EpisodeDropout layers, and the name of its head.
+    """A copy of a module as tasks can share it, with EpisodeNorm, EpisodeDropout and TaskConv2d layers, and the
+    name of its head.
 
     Raises MetaftError as `functional` does.
     """
-    module = episode_dropout(episode_norms(copy.deepcopy(module)))
+    module = task_convolutions(episode_dropout(episode_norms(copy.deepcopy(module))))
     _refuse_lazy_parameters(module)
     head = head if head is not None else _last_linear(module)
     linear(module, head)

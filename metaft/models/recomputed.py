@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metaft.models import dropout
+from metaft.models import convolution, dropout
 from metaft.models.functional import LossOf, Model
 from metaft.types import Loss, Params
 
@@ -35,12 +35,14 @@ def _loss_of(plain: LossOf) -> LossOf:
     def loss_of(params: Params, x: Tensor, y: Tensor, loss: Loss, *, curvature: bool = False) -> tuple[Tensor, Tensor]:
         if not curvature:
             return plain(params, x, y, loss)
-        names, masks = list(params), dropout.in_use()
+        names, masks, form_of = list(params), dropout.in_use(), convolution.in_use()
         keys = () if masks is None else masks[:1]  # every tensor goes through the arguments: vmap sees none beside
 
         def flat(*tensors: Tensor) -> tuple[Tensor, ...]:
             values, (x, y, *keys) = tensors[: len(names)], tensors[len(names) :]
-            with contextlib.nullcontext() if masks is None else dropout.use_dropout(keys[0], masks[1]):
+            # A derivative may be computed in another thread, which knows of no context.
+            drop = contextlib.nullcontext() if masks is None else dropout.use_dropout(keys[0], masks[1])
+            with drop, convolution.forms(form_of):
                 return plain(dict(zip(names, values, strict=True)), x, y, loss)
 
         value, prediction = _Recomputed.apply(flat, len(names), *params.values(), x, y, *keys)  # type: ignore[reportGeneralTypeIssues]
