@@ -53,6 +53,8 @@ class RankLost(MetaftError):
     """How to go on, to be added to what is known of the other process."""
     waited = 0.0
     """Seconds for which this one had waited for it."""
+    kept: int | None = None
+    """The step of the last checkpoint, where this is the process that wrote it."""
 
 
 class RanksDiffer(MetaftError):

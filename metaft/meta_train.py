@@ -143,7 +143,8 @@ def _held(run: RunFolder, field: str, ranks: Ranks) -> Iterator[None]:
         try:
             yield
         except RankLost as lost:
-            lost.hint = f"; the last checkpoint is {run.last}, go on with: {_go_on(run, ranks)}"
+            step = "" if lost.kept is None else f" of step {lost.kept}"
+            lost.hint = f"; the last checkpoint is {run.last}{step}, go on with: {_go_on(run, ranks)}"
             raise
 
 

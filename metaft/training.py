@@ -14,7 +14,7 @@ from torch import Tensor
 from metaft import checkpoint, static
 from metaft.algorithms.base import Algorithm
 from metaft.config import Settled
-from metaft.errors import CheckpointError, MetaftWarning, NonFiniteError, RanksDiffer
+from metaft.errors import CheckpointError, MetaftWarning, NonFiniteError, RankLost, RanksDiffer
 from metaft.metrics import FIGURES, better
 from metaft.outer import Engine, meta_gradient
 from metaft.progress import Progress
@@ -231,11 +231,13 @@ def train(
         RanksDiffer,
     ):  # the disk refuses, and once more would hide why; or there is nothing to keep
         raise
-    except BaseException:
+    except BaseException as error:
         # A signal, a non-finite loss or a bug: what was computed is kept. `position` and `steps` belong together
         # here, since both change only after everything that can fail.
         if position.step > start.position.step:
             save()
+        if writes and isinstance(error, RankLost):
+            error.kept = clock_step
         raise
     finally:
         bar.close()

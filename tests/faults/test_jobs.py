@@ -33,13 +33,14 @@ JOB = Path(__file__).parents[1] / "rank_job.py"
 LAUNCH = "torchrun --standalone --nproc-per-node 2"
 
 
-def go_on(out: Path) -> str:
-    last = out / "checkpoints/last.safetensors"
+def go_on(out: Path, step: int | None = None) -> str:
+    """What rank 0 says, who knows the step, or another one."""
+    last = f"{out / 'checkpoints/last.safetensors'}{'' if step is None else f' of step {step}'}"
     return f"the last checkpoint is {last}, go on with: {LAUNCH} -m metaft.meta_train --resume {out}"
 
 
-def lost(rank: int, out: Path) -> str:
-    return f"metaft: error: rank {rank} of 2 does not answer, it died or hangs; {go_on(out)}"
+def lost(rank: int, out: Path, step: int | None = None) -> str:
+    return f"metaft: error: rank {rank} of 2 does not answer, it died or hangs; {go_on(out, step)}"
 
 
 def stopped(out: Path) -> str:
@@ -172,12 +173,13 @@ def test_a_job_that_is_killed_twice_ends_with_the_same_bytes(
         out = tmp_path / str(number)
         assert each.statuses() == [0, 0], (plan, each.said())
         for attempt, misfortune in enumerate(plan):
-            [dead] = misfortune
+            [(dead, befell)] = misfortune.items()
+            words = lost(dead, out, befell.at_step[0] if befell.at_step else None)
             assert each.statuses(attempt)[dead] == -signal.SIGKILL, (plan, each.said(attempt))
             assert each.statuses(attempt)[1 - dead] == 1
             [line] = each.lines(attempt)
             # Before it has made the run folder, which the third job may not have, no checkpoint in it is named.
-            assert line == lost(dead, out) or ((number, attempt) == (2, 0) and lost(dead, out).startswith(f"{line}; "))
+            assert line == words or ((number, attempt) == (2, 0) and words.startswith(f"{line}; "))
             DONE["kills of ranks"] += 1
         same_tree(tree(out), left)
 
@@ -199,9 +201,9 @@ def test_a_rank_that_hangs_or_fails_ends_the_job_with_one_message(tmp_path: Path
         out = tmp_path / name
         print(each.said())
         assert each.statuses() == {"kill": [1, -signal.SIGKILL], "error": [1, 2]}.get(name, [1, 1])
-        reason = f"metaft: error: rank 1: data: the disk is gone; {go_on(out)}"
+        reason = f"metaft: error: rank 1: data: the disk is gone; {go_on(out, 4)}"
         assert each.lines() == [
-            {"hang": lost(0, out), "error": reason, "bug": lost(0, out), "kill": lost(1, out)}[name]
+            {"hang": lost(0, out), "error": reason, "bug": lost(0, out), "kill": lost(1, out, 4)}[name]
         ]
         assert ("The size of tensor a (3)" in each.said()) == ("Traceback" in each.said()) == (name == "bug")
         assert load_snapshot(out / "checkpoints/last.safetensors").position.step == 4
@@ -295,7 +297,7 @@ def test_torchrun_restarts_a_job_twice_and_stops_it(
     _, said = process.communicate(timeout=60)
     print(said)
     lines = [line for line in said.splitlines() if line.startswith("metaft: ")]
-    assert lines == [lost(1, out), lost(0, out), stopped(out)]
+    assert lines == [lost(1, out, 4), lost(0, out), stopped(out)]
     assert load_snapshot(out / "checkpoints/last.safetensors").position.step == 11
     rows = [row["step"] for row in read_rows(out / "metrics.jsonl") if row["kind"] == "train"]
     assert rows[-1] == 10, "the row of the last step is written when the run goes on"
