@@ -122,7 +122,7 @@ class ClassPool:
         found = hashlib.blake2b(repr((self.class_names, self.preprocessing)).encode())
         for array in arrays:
             found.update(repr((array.shape, array.dtype)).encode())
-            found.update(np.ascontiguousarray(array))
+            found.update(np.ascontiguousarray(array).data)
         return found.hexdigest()[:16]
 
     def describe(self) -> Mapping[str, object]:
