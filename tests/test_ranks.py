@@ -6,6 +6,7 @@ The ranks here are threads of one process that meet at a barrier; real jobs are 
 from __future__ import annotations
 
 import dataclasses
+import os
 import signal
 import socket
 import subprocess
@@ -346,6 +347,21 @@ def test_each_rank_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(MetaftError, match="3 processes or more on this machine, which has 2 GPUs; give --nproc-per"):
         Ranks(2, 4, 2).check_device("cuda")
     Ranks(0, 1).check_device("cuda:5")  # whose absence `device_of` has noticed
+
+
+def test_a_launch_is_known_by_torchruns_store_and_without_one_by_its_process(monkeypatch: pytest.MonkeyPatch):
+    assert ranks.join().launch is None
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "17")
+    assert ranks.join().launch == f"17 {socket.gethostname()} {os.getppid()}"
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    words: list[str | None] = []
+    for _ in range(2):
+        store = distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # pyright: ignore[reportPrivateImportUsage]
+        monkeypatch.setenv("MASTER_PORT", str(store.port))
+        words += [ranks.join().launch, ranks.join().launch]
+    assert words[0] == words[1] != words[2] == words[3]
+    assert None not in words
 
 
 def test_how_to_start_again_is_said_for_one_machine_and_for_several(monkeypatch: pytest.MonkeyPatch):
