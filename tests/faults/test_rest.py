@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import shutil
 import signal
@@ -61,7 +62,8 @@ def vanish(path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
         path.unlink(missing_ok=True)
         return real(*given, **others)
 
-    for module in (images, sys.modules["metaft.tasks.folder"], sys.modules["metaft.finetune.target"]):
+    # `metaft.tasks.folder` is a function, too, so that the module is to be had by its name alone.
+    for module in (images, *map(importlib.import_module, ("metaft.tasks.folder", "metaft.finetune.target"))):
         if hasattr(module, name):
             monkeypatch.setattr(module, name, gone)
 
