@@ -31,7 +31,7 @@ endif
 test: $(INSTALLED) ## run all tests, the slow ones and the docstrings' examples too
 	$(BIN)/python -m pytest $(ARGS)
 
-test-faults: $(INSTALLED) ## kill, starve and damage runs for real, in full: a quarter of an hour (docs/reliability.md)
+test-faults: $(INSTALLED) ## kill, starve and damage runs for real, in full: 15 to 25 minutes (docs/reliability.md)
 	METAFT_FAULTS=full $(BIN)/python -m pytest tests/faults tests/test_fuzz.py tests/test_bad_input.py \
 	  tests/test_training.py::test_cut_off_at_every_moment_of_the_disk_it_ends_with_the_same_bytes $(ARGS)
 
