@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -42,13 +43,14 @@ def table(results: dict[str, Any]) -> str:
 
 
 def figure(rows: Sequence[Row]) -> Figure:
-    """A panel for each number of points, a line for each member."""
+    """A panel for each number of points, a line for each member; a line that leaves at the top diverges."""
     shots = sorted({row["shots"] for row in rows})
     names = list(dict.fromkeys(row["member"] for row in rows))
     colours = (BLUE, VERMILLION, GREEN, PURPLE, SKY, BLACK)
     looks = {n: (colours[i % 6], ("-", "--", ":", "-.")[i // 6 % 4], "osD^vP*X"[i % 8]) for i, n in enumerate(names)}
     looks[PRE_TRAINING] = (GREY, "--", "")
-    drawn = Figure(figsize=(5.0 * len(shots), 4.2), layout="constrained")
+    drawn = Figure(figsize=(5.0 * len(shots) + 1.2, 4.2), layout="constrained")
+    named: dict[str, Any] = {}
     for panel, k in zip(drawn.subplots(1, len(shots), squeeze=False)[0], shots, strict=True):
         for row in (row for row in rows if row["shots"] == k):
             colour, line, marker = looks[row["member"]]
@@ -57,9 +59,13 @@ def figure(rows: Sequence[Row]) -> Figure:
                 color=colour, ls=line, marker=marker, ms=4, lw=1.2, elinewidth=0.6, label=row["member"],
             )  # fmt: skip
         panel.set_yscale("log")
+        least = min(value for row in rows for value in row["mse"] if math.isfinite(value))
+        panel.set_ylim(0.8 * least, 2 * max(row["mse"][0] for row in rows))
         panel.yaxis.set_major_formatter("{x:g}")
         panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         panel.yaxis.set_minor_formatter(NullFormatter())
         panel.set_title(f"{k} points", fontsize=10)
-        decorate(panel, "inner steps at test", "mean squared error", legend=k == shots[0])
+        decorate(panel, "inner steps at test", "mean squared error", legend=False)
+        named |= {label: line for line, label in zip(*panel.get_legend_handles_labels(), strict=True)}
+    drawn.legend([named[name] for name in names], names, loc="outside right upper", frameon=False)
     return drawn
