@@ -7,6 +7,8 @@ OUT ?= runs/demo
 ITERATIONS ?= 1000
 # Further arguments for pytest, e.g. ARGS="-m 'not slow' -k plots".
 ARGS ?=
+# Processes that share out the test files; 0 runs them here, one after another.
+JOBS ?= 2
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
@@ -16,7 +18,7 @@ INSTALLED := $(VENV)/.installed
 
 help: ## this list
 	@awk -F ': .*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
-	@echo "Variables: PYTHON=$(PYTHON) VENV=$(VENV) OUT=$(OUT) ITERATIONS=$(ITERATIONS) ARGS=$(ARGS)"
+	@echo "Variables: PYTHON=$(PYTHON) VENV=$(VENV) OUT=$(OUT) ITERATIONS=$(ITERATIONS) ARGS=$(ARGS) JOBS=$(JOBS)"
 
 install: $(INSTALLED) ## create the virtual environment and install metaft into it, editable
 
@@ -29,7 +31,7 @@ endif
 	$(BIN)/python -m metaft.adapt --init $(OUT) --data glyphs:Hebrew --shots-per-class 5 --out $(OUT)-adapted
 
 test: $(INSTALLED) ## run all tests, the slow ones and the docstrings' examples too
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 test-faults: $(INSTALLED) ## kill, starve and damage runs for real, in full: 15 to 25 minutes (docs/reliability.md)
 	METAFT_FAULTS=full $(BIN)/python -m pytest tests/faults tests/test_fuzz.py tests/test_bad_input.py \
