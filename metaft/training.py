@@ -226,10 +226,8 @@ def train(
                 check_ranks()
                 save()
             should_stop()
-    except (
-        CheckpointError,
-        RanksDiffer,
-    ):  # the disk refuses, and once more would hide why; or there is nothing to keep
+    except (CheckpointError, RanksDiffer):
+        # The disk refuses, and trying once more would hide why; or there is nothing worth keeping.
         raise
     except BaseException as error:
         # A signal, a non-finite loss or a bug: what was computed is kept. `position` and `steps` belong together
