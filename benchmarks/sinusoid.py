@@ -55,8 +55,11 @@ EVAL_SEED = 1234
 
 OWN: dict[str, dict[str, Any]] = {
     "maml++": {
-        "settings": {"inner_steps": 5, "outer_schedule": "cosine"},
-        "source": "its paper's 5 steps, each with a loss and rates of its own, and its cosine outer rate",
+        "settings": {
+            "inner_steps": 5, "outer_schedule": "cosine", "hyper": ("order_annealing=0",), "clip_norm": 1.0,
+        },
+        "source": "its paper's 5 steps, each with a loss and rates of its own, and its cosine outer rate; second order "
+        "from the first step on and clipped, since it diverges otherwise",
     },
     "reptile": {
         "settings": {
@@ -67,8 +70,9 @@ OWN: dict[str, dict[str, Any]] = {
         "source": "its authors' demo of sine waves (https://openai.com/index/reptile): 50 points of a task, 10 a step",
     },
     "imaml": {
-        "settings": {"inner_steps": 16, "hyper": ("strength=2", "damping=0")},
-        "source": "its paper's steps and strength for Omniglot, for it has no sine waves",
+        "settings": {"inner_steps": 16, "inner_lr": 0.003, "hyper": ("strength=2", "damping=0")},
+        "source": "its paper's steps and strength for Omniglot, for it has no sine waves; a lower inner rate, since at "
+        "0.01 it diverges",
     },
     "cavia": {
         "settings": {"inner_lr": 1.0, "hyper": ("context=5",)},
