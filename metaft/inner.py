@@ -18,6 +18,10 @@ Rates = float | Mapping[str, Tensor] | Callable[[Params, int], Params]
 """One rate, one of each parameter (a scalar, or elementwise), or what (directions, step 0, 1, ...) amount to."""
 
 
+ARMIJO = 1e-4
+"""The share of a slope's promise that a step has to keep (Nocedal and Wright, Numerical Optimization, section 3.1)."""
+
+
 def value_and_grad(
     loss: Callable[[Params], tuple[Tensor, Aux]], params: Params, *, create_graph: bool, others: Iterable[Tensor] = ()
 ) -> tuple[Tensor, Aux, Params]:
@@ -73,13 +77,15 @@ def descend(
     first_order: bool = False,
     adapt: Iterable[str] | None = None,
     optimizer: InnerOptimizer | None = None,
+    halvings: int = 0,
 ) -> Iterator[Params]:
     """Yield `params`, then the parameters after each of `steps` steps: p <- p - lr * dloss/dp.
 
     `loss` takes the parameters and the number of the step, 0, 1, ... Only names in `adapt` move (default: all); an
     `optimizer` makes a direction of the gradient. `first_order` treats each gradient as a constant, so that the
     derivative of the result in `params` is the identity. One parameter may have been computed from another: each
-    gradient is the partial one, at which the others stay.
+    gradient is the partial one, at which the others stay. With `halvings` a step is halved up to so many times, until
+    the loss falls by Armijo's rule; one that never does is not taken.
     """
     names = list(params) if adapt is None else list(adapt)
     optimizer = sgd() if optimizer is None else optimizer
@@ -94,15 +100,33 @@ def descend(
             return loss({**fixed, **moving}, step), ()
 
         moving = {k: params[k] for k in names}
-        _, _, grads = value_and_grad(of_adapted, moving, create_graph=not first_order, others=fixed.values())
+        value, _, grads = value_and_grad(of_adapted, moving, create_graph=not first_order, others=fixed.values())
         directions, state = optimizer.update(grads, state, step)
         moves = lr(directions, step) if callable(lr) else _scaled(lr, directions)
+        if halvings:
+            share = _falling_share(lambda params: of_adapted(params)[0], moving, value, grads, moves, halvings)
+            moves = {k: torch.where(share > 0, share * m, 0) for k, m in moves.items()}  # 0 * inf is not 0
         params = {**params, **{k: moving[k] - moves[k] for k in names}}
         yield params
 
 
 def _scaled(lr: float | Mapping[str, Tensor], directions: Params) -> Params:
     return {k: (lr[k] if isinstance(lr, Mapping) else lr) * d for k, d in directions.items()}
+
+
+def _falling_share(
+    loss: Callable[[Params], Tensor], params: Params, value: Tensor, grads: Params, moves: Params, halvings: int
+) -> Tensor:
+    """The largest of 1, 1/2, ..., 2^-halvings by which `moves` lower the loss by a share of what the slope promises; 0
+    where none does (Armijo's rule). All are tried, since of many tasks at once none can stop alone."""
+    with torch.no_grad():
+        slope = torch.stack([(grads[k] * moves[k]).sum() for k in moves]).sum()
+        share = torch.zeros_like(value)
+        for scale in (0.5**power for power in range(halvings + 1)):
+            after = loss({k: params[k] - scale * m for k, m in moves.items()})
+            falls = after <= value - ARMIJO * scale * slope
+            share = torch.where((share == 0) & falls, torch.full_like(share, scale), share)
+    return share
 
 
 def collect(states: Iterator[Params], finish: Callable[[Params], Fast], trajectory: bool) -> Fast:

@@ -115,6 +115,13 @@ TABLE = [
         ),
         exact=False,
     ),
+    Row(
+        "imaml-line-search",
+        lambda m, norm: algorithms.imaml(
+            m, inner_lr=1.0, inner_steps=3, strength=STRENGTH[m.convolutional], cg_steps=3, norm=norm, line_search=12
+        ),
+        exact=False,
+    ),
     Row("cavia", lambda m, norm: algorithms.cavia(m, inner_steps=2, norm=norm, context=3)),
     Row("protonet", lambda m, norm: algorithms.protonet(m, norm=norm), adapts=False),
     Row("matching-net", lambda m, norm: algorithms.matching_net(m, norm=norm, scale=3.0), adapts=False),
@@ -398,6 +405,7 @@ def test_protonet_logits_are_minus_squared_distances_to_class_means() -> None:
         ("reptile", {"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ("imaml", {"strength": 0.0}, "strength must be above 0, got 0.0"),
         ("imaml", {"damping": -1.0}, "damping must be at least 0, got -1.0"),
+        ("imaml", {"line_search": -1}, "line_search must be at least 0, got -1"),
         ("imaml", {"cg_steps": 0}, "cg_steps must be at least 1, got 0"),
         ("cavia", {"context": 0}, "context must be at least 1, got 0"),
         ("cavia", {"layer": "blocks.0"}, "one with a bias to enter by, of ['blocks.1', 'blocks.4', 'blocks.7',"),

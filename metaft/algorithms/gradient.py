@@ -35,6 +35,7 @@ def by_gradient(
     at: Callable[[Params, int], Params] | None = None,
     weights: Callable[[Params], Params] = lambda params: params,
     penalty: Callable[[Params, Params], Tensor] | None = None,
+    halvings: int = 0,
     any_ways: bool = False,
 ) -> Algorithm:
     """MAML, up to which parameters move, from where, and how fast.
@@ -44,8 +45,8 @@ def by_gradient(
     support_y, ways)`, the weights before the first step, through which the meta-gradient runs; `rates(meta)` in the
     place of `inner_lr`, what each direction of `inner_optimizer` is multiplied by (see `metaft.inner.Rates`);
     `at(meta, step)`, parameters that do not move but are others in inner step 0, 1, ... and in predictions after it;
-    `weights(params)`, the model's parameters, where what the inner loop works on are others; and `penalty(meta,
-    params)`, what it minimises besides the support loss.
+    `weights(params)`, the model's parameters, where what the inner loop works on are others; `penalty(meta, params)`,
+    what it minimises besides the support loss; and `halvings`, how often a step may be halved until that falls.
 
     Dropout acts in the support loss of each step, and `inner_augment` on its images, in training and at test; masks and
     shifts follow from the task's key and the step. Prototypes, moments and predictions see neither.
@@ -91,8 +92,9 @@ def by_gradient(
         start = meta if begin is None else begin(meta, support_x, support_y, ways)
         lr = inner_lr if rates is None else rates(meta)
         states = inner.descend(
-            support_loss, start, steps=steps, lr=lr, first_order=first_order, adapt=adapted, optimizer=optimizer
-        )
+            support_loss, start, steps=steps, lr=lr, first_order=first_order, adapt=adapted, optimizer=optimizer,
+            halvings=halvings,
+        )  # fmt: skip
         return inner.collect((at_step(p, max(s - 1, 0)) for s, p in enumerate(states)), finish, trajectory)
 
     def predict(fast: Fast, x: Tensor, norm: Norm) -> Tensor:

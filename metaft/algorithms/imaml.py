@@ -31,6 +31,7 @@ def imaml(
     strength: float = 2.0,
     cg_steps: int = 5,
     damping: float = 0.0,
+    line_search: int = 0,
 ) -> Algorithm:
     """Stay near the initialisation, and differentiate the place where the inner loop ends instead of its way there.
 
@@ -53,17 +54,24 @@ def imaml(
     the derivative of the problem above, and nearly first order: the query gradient at the end of a proximal inner loop,
     but for 2 % (`docs/algorithms.md`). The metric and the warning are of I + H / strength all the same.
 
-    Not the paper's: no line search and no Hessian-free inner solver (its better row on Omniglot), `damping` (the
-    authors' code solves 2 I + H / (strength + 10)); `strength` is not learned, the meta-gradient's mean over the
+    Where the loss curves by more than 2 / `inner_lr`, gradient descent does not end near that minimum but goes away
+    from it, further with every step. The meta-gradient does not see the way, so nothing keeps the curvature below that
+    while it learns. `line_search` halves a step up to so many times, until the inner problem falls (`metaft.inner`).
+
+    Not the paper's: no Hessian-free inner solver (its better row on Omniglot, the one with a line search), `damping`
+    (the authors' code solves 2 I + H / (strength + 10)); `strength` is not learned, the meta-gradient's mean over the
     meta-batch, and `norm="inductive"`, in which the query gradient runs through the support set's moments at fast too.
 
     Raises MetaftError for an inner_lr or inner_steps below 0, an unknown optimiser, a strength not above 0, a damping
-    below 0, cg_steps below 1, or a model with dropout, which would make each step one of another problem.
+    below 0, cg_steps below 1, a line_search below 0, or a model with dropout, which would make each step one of another
+    problem.
     """
     if not strength > 0:
         raise MetaftError(f"strength must be above 0, got {strength}")
     if not damping >= 0:
         raise MetaftError(f"damping must be at least 0, got {damping}")
+    if line_search < 0:
+        raise MetaftError(f"line_search must be at least 0, got {line_search}")
     if model.drops:
         raise MetaftError("dropout: imaml takes a model without it, since all its steps must go down the same loss")
     if cg_steps < 1:
@@ -84,6 +92,7 @@ def imaml(
         norm=norm,
         adapted=list(model.params),
         penalty=penalty,
+        halvings=line_search,
     )
     judged = judge(descent.predict, loss=loss, norm=norm, loss_of=model.loss)
 
