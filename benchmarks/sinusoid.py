@@ -56,10 +56,11 @@ EVAL_SEED = 1234
 OWN: dict[str, dict[str, Any]] = {
     "maml++": {
         "settings": {
-            "inner_steps": 5, "outer_schedule": "cosine", "hyper": ("order_annealing=0",), "clip_norm": 1.0,
+            "inner_steps": 5, "outer_schedule": "cosine", "hyper": ("order_annealing=0", "learned_rates=false"),
+            "clip_norm": 1.0,
         },
-        "source": "its paper's 5 steps, each with a loss and rates of its own, and its cosine outer rate; second order "
-        "from the first step on and clipped, since it diverges otherwise",
+        "source": "its paper's 5 steps, each with a loss of its own, and cosine outer rate; of second order from the "
+        "first step on, clipped, and without learned rates, since it diverges otherwise",
     },
     "reptile": {
         "settings": {

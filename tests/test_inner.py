@@ -49,6 +49,7 @@ def test_a_fall_that_is_too_small_is_none() -> None:
     just, barely = 2 - inner.ARMIJO, 2 - 3 * inner.ARMIJO  # (1 - r)^2 <= 1 - 2 * ARMIJO * r where r <= 2 - 2 * ARMIJO
     assert walk(torch.tensor(1.0, dtype=torch.float64), lr=just, halvings=1)[1] == pytest.approx(1 - just / 2)
     assert walk(torch.tensor(1.0, dtype=torch.float64), lr=barely, halvings=1)[1] == pytest.approx(1 - barely)
+    assert walk(torch.tensor(1.0, dtype=torch.float64), lr=8 * barely, halvings=3)[1] == pytest.approx(1 - barely)
 
 
 def test_tasks_side_by_side_have_steps_of_their_own() -> None:
