@@ -184,6 +184,30 @@ def test_gradient_has_metas_names_and_shapes_and_reaches_it(row: Row, norm: Norm
 
 
 @every_row
+def test_all_that_was_learned_is_in_meta(row: Row) -> None:
+    """Built on a model of other values, a member does the same with the same meta: it never falls back on the first
+    values, which tests that adapt from there could not see."""
+    model = scenarios.model(width=2, dropout=row.dropout)
+    other = dataclasses.replace(model, params={k: elsewhere(p, seed=1) for k, p in model.params.items()})
+    task = scenarios.one(scenarios.episodes())
+    found: list[Any] = []
+    for algorithm in (row.build(model, "inductive"), row.build(other, "inductive")):
+        meta, state = row.build(model, "inductive").init(5)
+        meta = {k: elsewhere(p, seed=2) for k, p in meta.items()}
+        fast = algorithm.adapt(
+            meta, state, task.support_x, task.support_y, task.key, ways=3, steps=2 if row.adapts else 0, trajectory=True
+        )
+        with outer.engine("threads", threads=1) as engine:
+            result = gradient(algorithm, engine, scenarios.data_for(algorithm, tasks=1), meta, state)
+        found.append((fast, [algorithm.predict(at_step(fast, 0), task.query_x, n) for n in NORMS], result))
+    assert_same(*found)
+
+
+def elsewhere(values: Tensor, *, seed: int) -> Tensor:
+    return values + 0.05 * torch.randn(values.shape, generator=torch.Generator().manual_seed(seed), dtype=values.dtype)
+
+
+@every_row
 @every_norm
 def test_inputs_are_left_alone_and_the_same_seed_gives_the_same_bits(row: Row, norm: Norm) -> None:
     algorithm = row.build(scenarios.model(dtype=torch.float32, dropout=row.dropout), norm)
