@@ -71,9 +71,9 @@ OWN: dict[str, dict[str, Any]] = {
         "source": "its authors' demo of sine waves (https://openai.com/index/reptile): 50 points of a task, 10 a step",
     },
     "imaml": {
-        "settings": {"inner_steps": 16, "inner_lr": 0.003, "hyper": ("strength=2", "damping=0")},
-        "source": "its paper's steps and strength for Omniglot, for it has no sine waves; a lower inner rate, since at "
-        "0.01 it diverges",
+        "settings": {"inner_steps": 16, "hyper": ("strength=2", "damping=0", "line_search=2")},
+        "source": "its paper's steps and strength for Omniglot, for it has no sine waves; each step is halved up to "
+        "twice until the inner problem falls, since it diverges otherwise",
     },
     "cavia": {
         "settings": {"inner_lr": 1.0, "hyper": ("context=5",)},
