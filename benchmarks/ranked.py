@@ -43,7 +43,7 @@ def work(request: dict[str, Any]) -> None:
     """One rank's part of `times`; rank 0 writes them."""
     from benchmarks.peers import metaft_maml
     from metaft.allocator import keep_freed_memory
-    from metaft.ranks import join
+    from metaft.group import join
 
     keep_freed_memory()
     ranks = join()

@@ -22,8 +22,10 @@ from typing import Any, TypeVar
 
 from metaft.config import AdaptConfig, Config, MetaTrainConfig, from_mapping, read_toml
 from metaft.errors import CheckpointError, Interrupted, MetaftError, MetaftWarning, OutOfMemory, SaidElsewhere, suggest
+from metaft.group import join
 from metaft.names import is_text
-from metaft.ranks import ALONE, Ranks, check_alone, join
+from metaft.ranks import ALONE, Ranks
+from metaft.torchrun import check_alone
 
 Arguments = TypeVar("Arguments")
 

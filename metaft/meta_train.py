@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 from metaft.cli import StopSignals, check_unchanged, fresh_folder, in_ranks, settings
 from metaft.config import MetaTrainConfig, from_mapping, read_toml, to_toml
 from metaft.errors import DataError, MetaftError, RankLost
-from metaft.ranks import ALONE, Ranks, launcher
+from metaft.ranks import ALONE, Ranks
+from metaft.torchrun import launcher
 
 if TYPE_CHECKING:
     from torch import nn
@@ -90,7 +91,7 @@ def run(
     """Train and meta-test in a new run folder; returns what `result.json` holds.
 
     `dataset` and `module` bring your own data and model (its head must have `ways` outputs); `ranks` (of
-    `metaft.ranks.join`) shares the work with other processes that call this too. Raises MetaftError for settings that
+    `metaft.group.join`) shares the work with other processes that call this too. Raises MetaftError for settings that
     do not fit together, before anything is written.
     """
     from metaft.assemble import assemble

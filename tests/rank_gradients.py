@@ -9,8 +9,9 @@ import scenarios
 import torch
 import toys
 
-from metaft import algorithms, outer, ranks
+from metaft import algorithms, outer
 from metaft.algorithms import Algorithm
+from metaft.group import join
 from metaft.ranks import Ranks
 
 MEMBERS: dict[str, Callable[[Any], Algorithm]] = {
@@ -41,7 +42,7 @@ def meta_gradient(member: str, dtype: torch.dtype, ranks: Ranks, model: str = "m
 def main(argv: Sequence[str]) -> int:
     """`OUT MODEL MEMBER...`: writes this rank's meta-gradients in float64 to OUT/RANK.pt."""
     out, model, *members = argv
-    here = ranks.join()
+    here = join()
     found = {member: meta_gradient(member, torch.float64, here, model)._asdict() for member in members}
     torch.save(found, f"{out}/{here.rank}.pt")
     here.close()

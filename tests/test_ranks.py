@@ -25,7 +25,7 @@ from helpers import SINUSOID, images, options, pool, remains, sinusoid, untimed
 from rank_gradients import MEMBERS, meta_gradient
 from torch import distributed
 
-from metaft import adapt, algorithms, checkpoint, evaluate, meta_train, outer, predict, ranks, report, training
+from metaft import adapt, algorithms, checkpoint, evaluate, group, meta_train, outer, predict, report, training
 from metaft.cli import StopSignals, settings
 from metaft.config import EvaluateConfig, MetaTrainConfig, to_toml
 from metaft.errors import CheckpointError, Interrupted, MetaftError, NonFiniteError, RankLost
@@ -34,6 +34,7 @@ from metaft.ranks import ALONE, Ranks
 from metaft.run import RunFolder, read_rows
 from metaft.tasks.pool import ClassPool
 from metaft.testing import meta_test, score_episodes
+from metaft.torchrun import launcher
 
 Found = TypeVar("Found")
 
@@ -159,8 +160,8 @@ def test_alone_nothing_is_computed_and_nothing_imported():
     t = torch.ones(3)
     assert ALONE.sum_flat([t])[0] is t
     ALONE.check_same("what", lambda: 1 / 0)
-    assert ranks.join().count == 1
-    code = "import sys, metaft.ranks; metaft.ranks.join(); sys.exit('torch' in sys.modules)"
+    assert group.join().count == 1
+    code = "import sys, metaft.group; metaft.group.join(); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
@@ -287,7 +288,7 @@ def test_ranks_that_do_not_meet_say_once_who_or_what_is_missing(
     environment: dict[str, object], why: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     if "GLOO_SOCKET_IFNAME" in environment:
-        monkeypatch.setattr("metaft.ranks._Group._attempt", lambda *_: "a word")
+        monkeypatch.setattr(group, "attempt_word", lambda *_: "a word")
     store = distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # pyright: ignore[reportPrivateImportUsage]
     here = {**environment, "MASTER_PORT": store.port, "TORCHELASTIC_USE_AGENT_STORE": True}
     for restart, said in ((0, 1), (0, 0), (1, 1)):  # the second rank to find out is silent, but not the next attempt
@@ -328,10 +329,10 @@ def test_what_is_no_lost_connection_keeps_its_own_traceback(
 
     for name in ("all_reduce", "all_gather_object", "broadcast_object_list"):
         monkeypatch.setattr(distributed, name, fail)
-    group = ranks._Group.__new__(ranks._Group)
-    Ranks.__init__(group, 0, 2)
-    group._timeout = 5.0
-    calls = (lambda: group.sum_flat([torch.ones(2)]), lambda: group.gather(1), lambda: group.on_first(lambda: 1))
+    one = group._Group.__new__(group._Group)
+    Ranks.__init__(one, 0, 2)
+    one._timeout = 5.0
+    calls = (lambda: one.sum_flat([torch.ones(2)]), lambda: one.gather(1), lambda: one.on_first(lambda: 1))
     for call in calls:
         with pytest.raises(RankLost if lost else type(error)) as caught:
             call()
@@ -350,25 +351,25 @@ def test_each_rank_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_a_launch_is_known_by_torchruns_store_and_without_one_by_its_process(monkeypatch: pytest.MonkeyPatch):
-    assert ranks.join().launch is None
+    assert group.join().launch is None
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "17")
-    assert ranks.join().launch == f"17 {socket.gethostname()} {os.getppid()}"
+    assert group.join().launch == f"17 {socket.gethostname()} {os.getppid()}"
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     words: list[str | None] = []
     for _ in range(2):
         store = distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # pyright: ignore[reportPrivateImportUsage]
         monkeypatch.setenv("MASTER_PORT", str(store.port))
-        words += [ranks.join().launch, ranks.join().launch]
+        words += [group.join().launch, group.join().launch]
     assert words[0] == words[1] != words[2] == words[3]
     assert None not in words
 
 
 def test_how_to_start_again_is_said_for_one_machine_and_for_several(monkeypatch: pytest.MonkeyPatch):
-    assert ranks.launcher(4) == "--standalone --nproc-per-node 4"
+    assert launcher(4) == "--standalone --nproc-per-node 4"
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     there = "--rdzv-backend c10d --rdzv-endpoint FIRST_MACHINE:29400 --rdzv-id NAME"
-    assert ranks.launcher(6) == f"--nnodes 3 --nproc-per-node 2 {there}"
+    assert launcher(6) == f"--nnodes 3 --nproc-per-node 2 {there}"
 
 
 LAUNCH = "torchrun --standalone --nproc-per-node 2"
