@@ -32,7 +32,7 @@ def adapted(algorithm: algorithms.Algorithm, task: Episode, steps: int) -> Any:
     return algorithm.adapt(meta, state, task.support_x, task.support_y, task.key, ways=ways, steps=steps)
 
 
-@pytest.mark.parametrize("scale", [1.0, 10.0])
+@pytest.mark.parametrize("scale", [1.0, 10.0, 300.0])
 def test_matching_nets_probabilities_are_the_attention_on_each_class(scale: float) -> None:
     model = scenarios.model("mlp")
     task = scenarios.one(scenarios.episodes(shots=3))
@@ -65,7 +65,7 @@ def pretrained_logits(name: str, meta: Params, features: Tensor) -> Tensor:
     return scale * F.cosine_similarity(features.unsqueeze(1), weight.unsqueeze(0), dim=-1)
 
 
-@pytest.mark.parametrize("classes", [12, 250])
+@pytest.mark.parametrize("classes", [12, 200, 201])
 @pytest.mark.parametrize("name", ["baseline", "baseline++"])
 def test_pre_training_is_the_cross_entropy_of_all_classes(name: str, classes: int) -> None:
     model, data = scenarios.model(), scenarios.batches()
@@ -150,8 +150,9 @@ def test_the_baselines_learn_a_task() -> None:
         assert sum(scores) / 8 > 0.6, name
 
 
-def test_pre_trained_heads_share_no_random_numbers_with_the_backbone() -> None:
-    member = algorithms.baseline(scenarios.model(), classes=12)
+@pytest.mark.parametrize("name", ["baseline", "baseline++"])
+def test_pre_trained_heads_share_no_random_numbers_with_the_backbone(name: str) -> None:
+    member = algorithms.ALGORITHMS[name](scenarios.model(), classes=12)
     first, again, other = (member.init(key)[0][f"head.weight{CLASSES}"] for key in (1, 1, 2))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from test_reductions import contextual_conv4, from_one_row, from_prototypes
 from torch import Tensor
 
-from metaft import inner_augment, keyed
+from metaft import inner_augment, keyed, outer
 from metaft.algorithms import ALGORITHMS, hyper_parameters
 from metaft.algorithms.cavia import MAP
 from metaft.types import Episode, Params
@@ -146,3 +146,23 @@ def test_each_step_has_shifts_and_masks_of_its_own(option: str, name: str) -> No
     again, other = (adapted(name, task, key=key, **hyper) for key in (9, 10))
     assert all(torch.equal(again[k], v) for k, v in found.items())
     assert scenarios.relative_error(moves(name, other, task), far) > 1e-3
+
+
+@pytest.mark.parametrize("drawn", ["shifts", "masks"])
+@pytest.mark.parametrize("name", [k for k in accepting("inner_augment") if k != "reptile"])
+def test_training_draws_by_the_tasks_own_key(name: str, drawn: str) -> None:
+    """The loss that is learned from is that after the very steps that `adapt` takes with this key."""
+    hyper = {**HYPER.get(name, {}), **({"multi_step": 0.0} if name == "maml++" else {})}
+    member = ALGORITHMS[name](
+        scenarios.model(dropout=0.5 if drawn == "masks" else 0.0), inner_lr=LR, inner_steps=STEPS,
+        inner_augment="shift" if drawn == "shifts" else "none", **hyper,
+    )  # fmt: skip
+    meta, state = member.init(0)
+    losses = []
+    for key in (9, 10):
+        task = scenarios.one(scenarios.episodes())._replace(key=torch.tensor(key))
+        fast = member.adapt(meta, state, task.support_x, task.support_y, task.key, ways=3, steps=STEPS)
+        expected = F.cross_entropy(member.predict(fast, task.query_x, "transductive"), task.query_y)
+        losses.append(float(outer.task_grad(member, meta, state, member.schedule(10**6), task).metrics["loss"]))
+        assert losses[-1] == pytest.approx(float(expected), rel=1e-12)
+    assert abs(losses[0] - losses[1]) > 1e-6

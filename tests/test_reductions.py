@@ -368,6 +368,9 @@ def test_step_statistics_are_running_means_that_inductive_predictions_take(norm:
     member = algorithms.maml_plus_plus(model, inner_steps=2, step_statistics=True, norm=norm)
     plain = algorithms.maml_plus_plus(model, inner_steps=2, norm=norm)
     meta, state = member.init(0)
+    g = torch.Generator().manual_seed(4)
+    noise = {k: torch.rand(v.shape, generator=g, dtype=v.dtype) for k, v in state.items()}
+    state = {k: v + noise[k] * (1 if k.endswith("var") else -1) for k, v in state.items()}  # as after some steps
     with outer.engine("threads", threads=1) as engine:
         result = outer.meta_gradient(engine, member, meta, state, data)
     every = [
@@ -375,8 +378,9 @@ def test_step_statistics_are_running_means_that_inductive_predictions_take(norm:
         for t in (scenarios.one(data, i) for i in range(4))
     ]
     for layer in range(4):
-        for i, (name, first) in enumerate((("mean", 0.0), ("var", 1.0))):
-            expected = 0.9 * first + 0.1 * torch.stack([task[layer][i] for task in every]).mean(0)
+        for i, name in enumerate(("mean", "var")):
+            mean = torch.stack([task[layer][i] for task in every]).mean(0)
+            expected = 0.9 * state[f"{layer:03d}.{name}"] + 0.1 * mean
             torch.testing.assert_close(result.state[f"{layer:03d}.{name}"], expected, rtol=0, atol=1e-13)
     task = scenarios.one(data)
     args = (task.support_x, task.support_y, task.key)
@@ -440,6 +444,23 @@ def test_meta_curvature_multiplies_the_gradient_along_each_mode() -> None:
     for name in ("head.bias", "head.weight"):
         assert f"{name}.out" not in meta, "classes have no order that a matrix could learn"
     torch.testing.assert_close(fast["head.bias"], start["head.bias"] - 0.3 * slope["head.bias"], rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("name", ["maml", "anil", "boil", "meta-sgd", "meta-curvature"])
+def test_a_step_knows_only_where_it_begins(name: str) -> None:
+    """Three steps of plain descent are one step, three times; rates and matrices are not what they began as."""
+    task, member = scenarios.one(scenarios.episodes()), algorithms.ALGORITHMS[name](scenarios.model(), inner_lr=0.3)
+    g = torch.Generator().manual_seed(4)
+    meta = {k: p + 0.1 * torch.randn(p.shape, generator=g, dtype=p.dtype) for k, p in member.init(0)[0].items()}
+
+    def after(steps: int, at: Params) -> Params:
+        return member.adapt(at, {}, task.support_x, task.support_y, task.key, ways=3, steps=steps).params
+
+    at = meta
+    for _ in range(3):
+        at = {**at, **after(1, at)}
+    found = after(3, meta)
+    assert scenarios.relative_error(found, {k: at[k] for k in found}) < 1e-13
 
 
 # ---- Proto-MAML ---------------------------------------------------------------------------------------------------
@@ -624,6 +645,18 @@ def test_cavias_maps_are_drawn_from_the_key() -> None:
     assert not torch.equal(maps[0], maps[2])
     bound = (6 / 116) ** 0.5
     assert 0.9 * bound < float(maps[0].abs().max()) < bound
+    drawn_by_the_key_itself = nn.init.xavier_uniform_(torch.empty(16, 100), generator=torch.Generator().manual_seed(1))
+    assert not torch.equal(maps[2], drawn_by_the_key_itself.double()), "the model began with that key's numbers"
+    films = algorithms.cavia(scenarios.model()).init(0)[0]
+    assert not torch.equal(films["blocks.7.weight" + MAP], films["blocks.7.bias" + MAP])
+
+
+@pytest.mark.parametrize(("name", "layer"), [("conv4", "blocks.7"), ("conv4-pool", "blocks.9"), ("mlp", "hidden.0")])
+def test_where_cavias_context_enters(name: str, layer: str) -> None:
+    """The third normalisation, or beside the input."""
+    found = algorithms.cavia(scenarios.model(name)).init(0)[0]
+    both = {f"{layer}.weight{MAP}", f"{layer}.bias{MAP}"}
+    assert {k for k in found if k.endswith(MAP)} == (both if name != "mlp" else {f"{layer}.bias{MAP}"})
 
 
 def test_cavia_of_a_module_of_ones_own_needs_the_layers_name() -> None:
