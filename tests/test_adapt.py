@@ -610,6 +610,31 @@ def test_with_another_number_of_classes_each_starts_from_the_mean_head_row(
     assert note == f"the run learned 3-way tasks: each of the {classes} classes starts from its mean head row"
 
 
+@pytest.mark.parametrize("optimizer", ["adam", "momentum"])
+def test_moments_that_reptile_kept_of_head_rows_are_the_mean_ones_too(
+    optimizer: str, squares: Path, tmp_path: Path
+) -> None:
+    hyper: dict[str, Any] = {"inner_lr": 0.01, "inner_steps": 3, "inner_optimizer": optimizer}
+    run = meta_trained(tmp_path / "r", squares, algorithm="reptile", hyper="keep_moments=true", **hyper)
+    data = write_target(tmp_path / "d", {"train": 3, "test": 2}, classes="abcde")
+    assert adapt.main(inner_words(run, data, tmp_path / "o", inner_steps=2)) == 0
+    snapshot = load_snapshot(run / "checkpoints/best.safetensors")
+    kept = {k: v for k, v in snapshot.state.items() if k.startswith("head.")}
+    assert kept and all(len(v) == 3 and bool((v != v[0]).any()) for v in kept.values())
+
+    def five(tensors: Params) -> Params:
+        return {k: torch.stack([v.mean(0)] * 5) if k.startswith("head.") else v for k, v in tensors.items()}
+
+    model = models.build("conv4", ways=5, shape=(1, 8, 8), width=4, seed=99)
+    algorithm = ALGORITHMS["reptile"](model, keep_moments=True, **hyper)
+    x, y, _ = support_and_test(data)
+    meta, state = five(snapshot.meta), five(snapshot.state)
+    fast = algorithm.adapt(meta, state, x, y, torch.tensor(0), ways=5, steps=2)
+    made = metaft.load(tmp_path / "o")
+    for part, expected in parts_of(fast)[1].items():
+        torch.testing.assert_close(made.head.get_parameter(part).detach(), expected, rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("name", ["boil", "cavia"])
 def test_a_head_that_stays_as_it_is_cannot_learn_another_number_of_classes(
     name: str, runs: dict[str, Path], data: Path, tmp_path: Path, capsys: Text

@@ -174,9 +174,9 @@ def inner(
     """The algorithm's own inner loop on uint8 images [n, C, H, W], as in training and meta-test.
 
     A learned head has one row per class of a task; where the target has another number of classes, each of them starts
-    from the mean row (and moves at its mean rates, where rates are learned). `learned=False` takes the algorithm's
-    initialisation from `seed` instead of the run's. The curve has the training loss before the first step and after
-    each one, as "epoch" 0, 1, ...
+    from the mean row (and moves at its mean rates, where rates are learned, and with its mean moments, where those are
+    kept). `learned=False` takes the algorithm's initialisation from `seed` instead of the run's. The curve has the
+    training loss before the first step and after each one, as "epoch" 0, 1, ...
     """
     settings, preprocessing = start.settings, start.preprocessing
     assert settings is not None and preprocessing is not None
@@ -184,10 +184,10 @@ def inner(
     meta, state = algorithm.init(seed)
     if learned:
         assert start.meta is not None
-        mean = {k: v for k, v in start.meta.items() if k in meta and _of(k, head) and v.shape != meta[k].shape}
-        mean = {k: v.mean(0, keepdim=True).expand_as(meta[k]).clone() for k, v in mean.items()}
-        meta = {k: v.to(device) for k, v in {**start.meta, **mean}.items()}
-        state = {k: v.to(device) for k, v in start.state.items()}
+        meta, state = (
+            {k: v.to(device) for k, v in _for_classes(of_run, fresh, head).items()}
+            for of_run, fresh in ((start.meta, meta), (start.state, state))
+        )
     x, y = preprocessing.normalise(images.to(device)), labels.to(device)
     key = torch.zeros((), dtype=torch.int64, device=device)
     steps = settings.test_inner_steps if steps is None else steps
@@ -202,6 +202,12 @@ def inner(
     fast = at_step(every, -1)
     bare = _filled(body_of(module, head), fast.params).to(device)
     return Fitted(with_stored_moments(bare, x, fast.moments).eval(), _head(fast, head), curve)
+
+
+def _for_classes(learned: Params, fresh: Params, head: str) -> Params:
+    """What a run learned; of a head with another number of rows, and of its rates and moments, the mean row each."""
+    others = {k: v for k, v in learned.items() if k in fresh and _of(k, head) and v.shape != fresh[k].shape}
+    return {**learned, **{k: v.mean(0, keepdim=True).expand(fresh[k].shape).clone() for k, v in others.items()}}
 
 
 def _head(fast: Fast, head: str) -> nn.Module:
