@@ -1,8 +1,10 @@
 """A member of your own, in a few lines: MAML that steps by the gradient's sign, at rates that it learns.
 
     python examples/new_algorithm.py [--iterations 300] [--out runs/new]
+    python -m metaft.meta_train --plugin examples/new_algorithm.py --algorithm sign-maml [OPTIONS]
 
-It is trained on the built-in letters and meta-tested beside MAML on the same episodes. `by_gradient` is all of MAML but
+The first trains it on the built-in letters and meta-tests it beside MAML on the same episodes; the second takes this
+file as a plugin, which a run keeps for metaft.evaluate, metaft.adapt and --resume. `by_gradient` is all of MAML but
 what a member has of its own; one that does not go down the support loss writes `init`, `adapt` and `predict` itself, as
 metaft/algorithms/protonet.py does.
 """
@@ -43,6 +45,9 @@ def sign_maml(
     )
 
 
+ALGORITHMS["sign-maml"] = sign_maml  # now --algorithm, its checks and its defaults know it
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--iterations", type=int, default=300)
@@ -50,10 +55,9 @@ def main() -> None:
     parser.add_argument("--out", default="runs/new")
     given = parser.parse_args()
 
-    ALGORITHMS["sign-maml"] = sign_maml  # now --algorithm, its checks and its defaults know it
-    for name in ("sign-maml", "maml"):
+    for name, plugin in (("sign-maml", __file__), ("maml", None)):
         config = MetaTrainConfig(
-            algorithm=name, iterations=given.iterations, eval_episodes=min(200, given.episodes),
+            algorithm=name, plugin=plugin, iterations=given.iterations, eval_episodes=min(200, given.episodes),
             test_episodes=given.episodes, out=f"{given.out}-{name}",
         )  # fmt: skip
         test = meta_train.run(config)["test"]["transductive"]

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 RUNS = Path("runs")
 
-# What may change when a run goes on: how it is computed, and over how many draws.
-RESUMABLE = ("device", "seeds")
+# What may change when a run goes on: how it is computed, over how many draws, and where a plugin lies.
+RESUMABLE = ("device", "seeds", "plugin")
 
 # What belongs to one method alone, with the value that it takes when it is left open.
 FINETUNE: dict[str, Any] = {
@@ -172,6 +172,7 @@ def newest_run(shape: Sequence[int], *, any_size: bool) -> Path:
 
 def _prepare(config: AdaptConfig, module: nn.Module | None) -> tuple[AdaptConfig, Start, Target]:
     """The config with nothing open, and what it names. Nothing is written."""
+    from metaft import plugin
     from metaft.defaults import check_steps, device_of
     from metaft.finetune import target as targets
     from metaft.finetune.start import check_inner, from_nothing, from_run
@@ -201,6 +202,8 @@ def _prepare(config: AdaptConfig, module: nn.Module | None) -> tuple[AdaptConfig
         open_values |= FINETUNE
     else:
         assert start.settings is not None
+        found = plugin.load(config.plugin or start.settings.plugin, start.settings.algorithm)
+        config = dataclasses.replace(config, plugin=found)
         check_steps("inner_steps", config.inner_steps, start.settings.algorithm)
         check_inner(start, len(target.class_names))
         mean_head = start.head_rows not in (None, len(target.class_names))
@@ -214,7 +217,7 @@ def _prepare(config: AdaptConfig, module: nn.Module | None) -> tuple[AdaptConfig
 
 def _check_method(config: AdaptConfig) -> None:
     """Raises MetaftError for settings of the other method, which would be ignored."""
-    others = ("inner_steps",) if config.method == "finetune" else FINETUNE
+    others = ("inner_steps", "plugin") if config.method == "finetune" else FINETUNE
     for field in others:
         if getattr(config, field) is not None:
             raise MetaftError(f"{field}: --method {config.method} has no such setting (given {getattr(config, field)})")

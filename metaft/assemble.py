@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from metaft import algorithms, models, tasks
+from metaft import algorithms, models, plugin, tasks
 from metaft._version import __version__
 from metaft.algorithms.base import Algorithm
 from metaft.cli import of_run
@@ -56,12 +56,13 @@ def assemble(
     module: nn.Module | None = None,
     architecture: Mapping[str, Any] | None = None,
 ) -> Parts:
-    """Load the data, build the model and bind the algorithm.
+    """Load plugin and data, build the model and bind the algorithm.
 
     `dataset` and `module` take the place of `--dataset` and `--model` for those who bring their own from Python;
     `architecture` is a checkpoint's, when its parameters are to be filled in. Raises MetaftError.
     """
     device = device_of(config.device)
+    config = dataclasses.replace(config, plugin=plugin.load(config.plugin, config.algorithm))
     if dataset is None:
         dataset = tasks.load(
             config.dataset,

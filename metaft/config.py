@@ -51,6 +51,8 @@ class MetaTrainConfig:
 
     algorithm: str = "maml"
     """Member of the family, e.g. fomaml, anil, reptile, proto-maml, protonet, baseline (all: docs/algorithms.md)."""
+    plugin: str | None = None
+    """PATH.py or a module that registers algorithms of your own; the run keeps it, and opening the run runs it again."""
     model: str | None = None
     """conv4 (stride 2, mean), conv4-pool (max-pool) or mlp (auto: by the input's shape)."""
     width: int | None = None
@@ -169,6 +171,8 @@ class EvaluateConfig:
     """Which classes to draw from."""
     checkpoint: Literal["best", "last"] = "best"
     """The checkpoint that was best on validation, or the last one."""
+    plugin: str | None = None
+    """PATH.py or a module that registers the run's algorithm, where it is no longer the one that the run names."""
     dataset: str | None = None
     """Another data set, with inputs of the same shape."""
     data_root: str | None = None
@@ -222,6 +226,8 @@ class AdaptConfig:
     """finetune: small random turns and shifts of the training images (auto: none)."""
     inner_steps: int | None = None
     """inner: steps (auto: the run's --test-inner-steps; 30 where all classes start from its mean head row)."""
+    plugin: str | None = None
+    """inner: PATH.py or a module that registers the run's algorithm (auto: the run's own)."""
 
     seed: int = 0
     """Seed of the drawn images, the head, the order of images, and the random start."""

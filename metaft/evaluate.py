@@ -71,8 +71,7 @@ def run(
     which = config.checkpoint
     folder, trained, snapshot = ranks.on_first(lambda: open_run(path, which=which))
     fields = {name: getattr(config, name) for name in ("device", "engine", "threads", "task_chunk", "download")}
-    if config.data_root is not None:
-        fields["data_root"] = config.data_root
+    fields |= {name: getattr(config, name) for name in ("data_root", "plugin") if getattr(config, name) is not None}
     if config.split is not None:
         fields |= {"split": config.split, "rotate": None if config.split != trained.split else trained.rotate}
     if config.dataset is not None and config.dataset != trained.dataset:

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from metaft.training import Snapshot
     from metaft.types import Dataset, Source
 
-# What may change when a run goes on: how it is computed, and how long (which stretches the outer schedule too).
+# What may change when a run goes on: how it is computed, how long (which stretches the outer schedule too), and where
+# the user's own things lie.
 RESUMABLE = (
     "iterations",
     "device",
@@ -37,6 +38,7 @@ RESUMABLE = (
     "checkpoint_every",
     "test_episodes",
     "data_root",
+    "plugin",
 )
 
 
@@ -372,13 +374,18 @@ def _report(
 
 def _next_commands(run: RunFolder, parts: Parts) -> list[str]:
     """What to type next: a meta-test at more shots, where data and model allow it, and adapting to a target."""
+    from metaft.algorithms import is_ours
+
     c = parts.config
     path = str(run.path)
     if c.model == "custom":
         return [f"metaft.evaluate.run(Path({path!r}), module=...) in Python, which brings the module again"]
     adapt = f"python -m metaft.adapt --init {shlex.quote(path)} --data "
     adapt += "glyphs:Hebrew" if parts.dataset.name == "glyphs" else "folder:YOUR_IMAGES"
-    return [_more_shots(path, parts), *([adapt] if len(parts.dataset.shape) == 3 else [])]
+    test = _more_shots(path, parts)
+    if c.plugin is None and not is_ours(c.algorithm):  # which adapting by fine-tuning has no need of
+        test += f" --plugin YOUR_FILE.py, which registers {c.algorithm!r}: no process but this one knows it"
+    return [test, *([adapt] if len(parts.dataset.shape) == 3 else [])]
 
 
 def _more_shots(path: str, parts: Parts) -> str:

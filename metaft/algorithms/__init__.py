@@ -41,6 +41,7 @@ __all__ = [
     "fomaml",
     "hyper_parameters",
     "imaml",
+    "is_ours",
     "maml",
     "maml_plus_plus",
     "meta_curvature",
@@ -72,6 +73,12 @@ ALGORITHMS: dict[str, Callable[..., Algorithm]] = {
     "baseline": baseline,
     "baseline++": baseline_plus_plus,
 }
+_OURS = dict(ALGORITHMS)
+
+
+def is_ours(name: str) -> bool:
+    """Whether a registered member is the published one of that name, and not one of the user's own."""
+    return ALGORITHMS[name] is _OURS.get(name)
 
 
 def hyper_parameters(name: str) -> dict[str, object]:

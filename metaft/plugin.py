@@ -1,0 +1,77 @@
+"""Code of the user's own that a run needs: a file or module that registers members of the family when it is imported.
+
+    from metaft.algorithms import ALGORITHMS
+    ALGORITHMS["mine"] = mine
+
+A run keeps the name of its plugin in its settings, and whatever trains, tests or adapts by the run's algorithm later
+imports it again. So to open a run folder in this way is to run the code that it names.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import os
+import sys
+
+from metaft.algorithms import hyper_parameters
+from metaft.errors import MetaftError
+
+
+def load(plugin: str | None, algorithm: str) -> str | None:
+    """Import a plugin, if there is one, once per process; returns the name that holds anywhere: a file's in full.
+
+    Raises MetaftError for a plugin that is not there or raises, and where `algorithm` is not known even so.
+    """
+    if plugin is not None:
+        plugin = _of_file(plugin) if plugin.endswith(".py") else _of_module(plugin)
+    try:
+        hyper_parameters(algorithm)
+    except MetaftError as error:
+        why = f"plugin {plugin} does not register it"
+        if plugin is None:
+            why = "not metaft's own; if it is yours, register it before, or name the file that does so with --plugin"
+        raise MetaftError(f"{error} ({why})") from None
+    return plugin
+
+
+def _of_file(plugin: str) -> str:
+    path = os.path.abspath(os.path.expanduser(plugin))
+    try:
+        with open(path, "rb"):
+            pass
+    except OSError as error:
+        raise MetaftError(f"plugin: cannot read {path}: {error.strerror}") from None
+    except ValueError as error:  # a letter that no path can have
+        raise MetaftError(f"plugin: cannot read {path}: {error}") from None
+    name = f"metaft_plugin_{hashlib.sha256(os.fsencode(path)).hexdigest()[:16]}"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, path)
+        assert spec is not None and spec.loader is not None
+        sys.modules[name] = module = importlib.util.module_from_spec(spec)
+        try:
+            spec.loader.exec_module(module)
+        except BaseException as error:
+            del sys.modules[name]
+            raise _raised(path, error) from error
+    return path
+
+
+def _of_module(plugin: str) -> str:
+    if not all(part.isidentifier() for part in plugin.split(".")):
+        raise MetaftError(f"plugin: name a file (PATH.py) or a module, not {plugin!r}")
+    try:
+        importlib.import_module(plugin)
+    except BaseException as error:
+        if isinstance(error, ModuleNotFoundError) and f"{plugin}.".startswith(f"{error.name}."):
+            raise MetaftError(f"plugin: no module {plugin!r} can be found; a file is named as PATH.py") from None
+        raise _raised(plugin, error) from error
+    return plugin
+
+
+def _raised(plugin: str, error: BaseException) -> BaseException:
+    """What to raise where a plugin did: one line, or the same where it is not the plugin's fault."""
+    if not isinstance(error, (Exception, SystemExit)) or isinstance(error, MemoryError):
+        return error
+    return MetaftError(f"plugin: {plugin} raised {type(error).__name__}: {' '.join(str(error).split())}")
