@@ -52,7 +52,7 @@ class MetaTrainConfig:
     algorithm: str = "maml"
     """Member of the family, e.g. fomaml, anil, reptile, proto-maml, protonet, baseline (all: docs/algorithms.md)."""
     plugin: str | None = None
-    """PATH.py or a module that registers algorithms of your own; the run keeps it, and opening the run runs it again."""
+    """PATH.py or a module that registers algorithms of your own; the run keeps it: opening the run runs it again."""
     model: str | None = None
     """conv4 (stride 2, mean), conv4-pool (max-pool) or mlp (auto: by the input's shape)."""
     width: int | None = None

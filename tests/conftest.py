@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,23 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         if "METAFT_CACHE" not in os.environ:
             patch.setenv("METAFT_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture
+def own_algorithms(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
+    """What a test or its plugins register ends with it, or where it calls this, as if another process began."""
+    from metaft import algorithms
+
+    ours = algorithms.ALGORITHMS
+
+    def forget() -> None:
+        monkeypatch.setattr(algorithms, "ALGORITHMS", dict(ours))
+        for name in [name for name in sys.modules if name.startswith("metaft_plugin_")]:
+            del sys.modules[name]
+
+    forget()
+    yield forget
+    forget()
 
 
 @pytest.fixture

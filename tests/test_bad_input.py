@@ -103,6 +103,8 @@ def of_type(command: str, option: str, kind: Any) -> Iterator[Row]:
 
 # ---- words --------------------------------------------------------------------------------------------------------
 
+TRAINS = ("meta_train", "evaluate")
+
 WORDS: dict[tuple[str, str], list[tuple[str, str]]] = {
     # (command, option): (value, what else the line holds)
     **{(command, "device"): [("gpu", "cuda:N"), ("cuda:77", "is not there"), ("", "''")] for command in COMMANDS},
@@ -112,6 +114,7 @@ WORDS: dict[tuple[str, str], list[tuple[str, str]]] = {
     ],
     ("meta_train", "split"): [("finn", "folder"), ("", "''")],
     ("meta_train", "algorithm"): [("mam", "did you mean 'maml'"), ("", "''"), ("MAML", "did you mean 'maml'")],
+    **{(command, "plugin"): [("", "''"), ("none-such", "PATH.py"), ("none_such", "no module")] for command in TRAINS},
     ("meta_train", "model"): [("conv5", "did you mean 'conv4'"), ("", "''"), ("custom", "module from Python")],
     ("meta_train", "hyper"): [
         ("inner_lr=1", "option by itself"),
@@ -138,10 +141,13 @@ NO_PLACE = {kind: NOT_THERE[kind] for kind in ("long", "deep", "file")}
 NO_FOLDER = {"empty": "{empty}", "a file": "{file}"}
 NO_IMAGES = {"unreadable": "{broken}", "hollow": "{hollow}", "text": "{texts}"}
 
+NO_PLUGIN = {**{kind: f"{path}.py" for kind, path in NOT_THERE.items()}, "a folder": "{empty}", "raises": "{plugin.py}"}
+
 PATHS: dict[tuple[str, str], tuple[str, dict[str, str]]] = {
     # (command, option): how the path is written, what it is
     ("meta_train", "dataset"): ("folder:", {**NOT_THERE, **NO_FOLDER, **NO_IMAGES}),
     ("meta_train", "data_root"): ("", {**NOT_THERE, **NO_FOLDER}),
+    **{(command, "plugin"): ("", NO_PLUGIN) for command in (*TRAINS, "adapt")},
     ("meta_train", "config"): ("", {**NOT_THERE, "a folder": "{empty}", "not TOML": "{garbage}"}),
     ("meta_train", "resume"): ("", {**NOT_THERE, **NO_FOLDER, "of adapt": "{adapted}"}),
     ("meta_train", "out"): ("", {**NO_PLACE, "a file": "{file}", "full": "{squares}"}),
@@ -160,6 +166,7 @@ PATHS: dict[tuple[str, str], tuple[str, dict[str, str]]] = {
 }
 
 WITH = {("meta_train", "data_root"): ["--dataset=omniglot"], ("evaluate", "data_root"): ["--dataset=omniglot"]}
+WITH |= {("adapt", "plugin"): ["--method=inner"]}
 """What an option needs beside it to be looked at."""
 
 
@@ -208,6 +215,7 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]
         (base / name).mkdir(parents=True)
     (base / "file").write_text("")
     (base / "garbage").write_bytes(b"\xff = [")
+    (base / "plugin.py").write_text("1 / 0")
     for name in ("broken", "texts"):
         shutil.copytree(target, base / name)
     for number, file in enumerate(sorted((base / "broken").rglob("*.png"))):
@@ -226,7 +234,7 @@ def contents(folder: Path) -> dict[Path, bytes | None]:
 
 
 def filled(text: str, paths: Mapping[str, Path]) -> str:
-    return re.sub(r"\{(\w+)\}", lambda found: str(paths[found[1]]), text)
+    return re.sub(r"\{([\w.]+)\}", lambda found: str(paths[found[1]]), text)
 
 
 def refuse(command: str, argv: list[str], capsys: Text, *parts: str) -> str:
@@ -263,6 +271,8 @@ TOGETHER = [
     ("meta_train", "--algorithm protonet --test-inner-steps 2", ["test_inner_steps", "protonet", "2"]),
     ("meta_train", "--model conv4-pool", ["conv4-pool", "8x8"]),
     ("meta_train", "--download", ["download", "folder"]),
+    ("meta_train", "--algorithm mam --plugin json", ["algorithm", "'mam'", "did you mean 'maml'", "plugin json"]),
+    ("meta_train", "--algorithm sign-maml", ["algorithm", "'sign-maml'", "not metaft's own", "--plugin"]),
     ("meta_train", "--resume {run} --config {garbage}", ["config", "not both"]),
     ("meta_train", "--resume {run} --out x", ["out", "stays in its folder", "x"]),
     ("evaluate", "--ways 4", ["ways", "3 outputs", "not 4-way"]),
@@ -270,6 +280,7 @@ TOGETHER = [
     ("evaluate", "--download", ["download", "folder"]),
     ("evaluate", "--dataset glyphs", ["dataset", "[1, 8, 8]", "[1, 28, 28]"]),
     ("adapt", "--method inner --epochs 3", ["epochs: --method inner", "3"]),
+    ("adapt", "--plugin x.py", ["plugin: --method finetune", "x.py"]),
     ("adapt", "--inner-steps 3", ["inner_steps: --method finetune", "3"]),
     ("adapt", "--method inner --init none", ["method", "none"]),
     ("adapt", "--shots-per-class 9", ["shots_per_class = 9", "3 images"]),

@@ -18,7 +18,6 @@ import torch
 from helpers import images, sinusoid, write_folder
 
 from metaft import MetaTrainConfig, meta_train, outer
-from metaft.algorithms import ALGORITHMS
 from metaft.types import NORMS, Params
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -42,6 +41,7 @@ def test_every_example_is_tried() -> None:
     }  # fmt: skip
 
 
+@pytest.mark.usefixtures("own_algorithms")
 def test_the_examples_are_short() -> None:
     for path in EXAMPLES.glob("*.py"):
         limit = 80 if path.stem != "adapt_notmnist" else 133
@@ -55,9 +55,8 @@ def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("metaft.report.draw_pictures", lambda *_: [])
 
 
-@pytest.mark.usefixtures("_no_pictures")
-def test_new_algorithm(in_tmp: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr("metaft.algorithms.ALGORITHMS", dict(ALGORITHMS))  # it adds to them
+@pytest.mark.usefixtures("_no_pictures", "own_algorithms")
+def test_new_algorithm(in_tmp: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_example("new_algorithm", "--iterations", "2", "--episodes", "4") == 0
     said = capsys.readouterr().out
     assert re.search(r"^sign-maml: [\d.]+ ± [\d.]+ %$", said, re.MULTILINE)
@@ -65,6 +64,7 @@ def test_new_algorithm(in_tmp: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert Path("runs/new-sign-maml/result.json").exists()
 
 
+@pytest.mark.usefixtures("own_algorithms")
 def test_the_new_algorithm_has_the_exact_gradient() -> None:
     """The sign's derivative is 0: against finite differences of the query loss, in parameters and rates."""
     make = runpy.run_path(str(EXAMPLES / "new_algorithm.py"))["sign_maml"]

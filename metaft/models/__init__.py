@@ -54,8 +54,6 @@ def build(
     `dropout` is that of the features before the head, in inner steps. Raises MetaftError for an unknown name, or an
     input shape, width or dropout that the architecture cannot take.
     """
-    if name not in MODELS:
-        raise MetaftError(f"model: no {name!r}, known are {sorted(MODELS)}{suggest(name, MODELS)}")
     if name.startswith("conv4") and len(shape) != 3:
         raise MetaftError(f"model: {name!r} takes images [C, H, W], but the data set's inputs are {list(shape)}")
     if width < 1:
@@ -68,10 +66,15 @@ def build(
 
 
 def skeleton(architecture: Mapping[str, Any]) -> nn.Module:
-    """The module that a named architecture describes (see `Model.architecture`), its parameters not yet filled in."""
-    a = architecture
+    """The module that a named architecture describes (see `Model.architecture`), its parameters not yet filled in.
+
+    Raises MetaftError for an unknown name.
+    """
+    a, name = architecture, architecture["name"]
+    if name not in MODELS:
+        raise MetaftError(f"model: no {name!r}, known are {sorted(MODELS)}{suggest(name, MODELS)}")
     with torch.device("meta"):  # constructors would draw from the global generator
-        module = MODELS[a["name"]](a["ways"], tuple(a["shape"]), a["width"], a.get("dropout", 0.0))
+        module = MODELS[name](a["ways"], tuple(a["shape"]), a["width"], a.get("dropout", 0.0))
     return module.to_empty(device="cpu")
 
 
