@@ -186,7 +186,7 @@ def test_a_plugin_that_moved_is_named_again(mine: Path, forget: Forget, capsys: 
 
 
 def test_adapting_needs_the_plugin_for_the_inner_loop_alone(mine: Path, forget: Forget, capsys: Text) -> None:
-    """What a fine-tuned run holds is no secret of its algorithm, so no code is run for it."""
+    """Fine-tuning takes the parameters alone, so it runs no code of the run's, and none of the runs it looks through."""
     squares, target = write_folder(mine.with_name("squares")), write_target(mine.with_name("target"), {".": 3})
     settings = {**IMAGES, "dataset": f"folder:{squares}", "image_size": 8, "algorithm": "mine", "plugin": "mine.py"}
     assert meta_train.main(options(settings, out="runs/r")) == 0
