@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+from torch import Tensor
+
 from metaft.algorithms.base import Algorithm
 from metaft.algorithms.gradient import by_gradient
 from metaft.inner_optim import InnerOptimizer
+from metaft.metrics import LOSSES
 from metaft.models import Model
-from metaft.types import Loss, Norm
+from metaft.types import Loss, Norm, Params
 
 
 def anil(
@@ -30,6 +35,14 @@ def anil(
 
     Raises MetaftError for an inner_lr or inner_steps below 0, or an unknown optimiser.
     """
+
+    def loss_on(meta: Params, x: Tensor, y: Tensor) -> Callable[[Params], Tensor] | None:
+        if model.drops or inner_augment != "none":
+            return None
+        # Of the first order nothing goes back into the body: no need to keep its activations.
+        logits = model.of_head({k: p.detach() for k, p in meta.items()} if first_order else meta, x)
+        return None if logits is None else lambda params: LOSSES[loss](logits(params), y)
+
     return by_gradient(
         "anil",
         model,
@@ -41,4 +54,5 @@ def anil(
         first_order=first_order,
         norm=norm,
         adapted=model.head,
+        loss_on=loss_on,
     )
