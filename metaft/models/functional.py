@@ -108,10 +108,11 @@ def functional(
 
     def of_head(params: Params, x: Tensor) -> Callable[[Params], Tensor] | None:
         with watching() as watch:
-            found = bare(params, x, None)
-        if tied or not watch.ends_with(found):
+            bare(params, x, None)
+        given = watch.features
+        if given is None or tied:
             return None
-        return lambda own: top({part: own[name] for part, name in parts.items()}, found, None)
+        return lambda own: top({part: own[name] for part, name in parts.items()}, given, None)
 
     def loss_of(params: Params, x: Tensor, y: Tensor, loss: Loss, *, curvature: bool = False) -> tuple[Tensor, Tensor]:
         if fused is not None and loss == "cross_entropy" and x.device.type == "cpu" and not _plain.get():

@@ -1,4 +1,4 @@
-"""What a head makes of features, apart from the module that it ends."""
+"""What a head is given, where it is the last thing that a module does."""
 
 from __future__ import annotations
 
@@ -10,35 +10,38 @@ from typing import Any
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+# A context variable is local to its thread, as the one of `metaft.models.norm`.
 _watch: ContextVar[Watch | None] = ContextVar("watch", default=None)
 
 
 class Watch(TorchFunctionMode):
-    """Sees what passes the place of the head in one forward pass, and whether anything is done to tensors after it."""
+    """Sees one forward pass of a `watched` body: what comes to the place of its head, and all that is done to tensors,
+    so that a change in place of what the head gave does not escape it."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._passed: list[Tensor] = []
-        self._after = False
+        self._met: list[Tensor] = []
+        self._over = False
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        self._after = True
+        self._over = False
         return func(*args, **(kwargs or {}))
 
-    def passes(self, features: Tensor, *, flat: bool) -> None:
-        self._passed += [features] * (1 if flat else 2)
-        self._after = False
+    def meets(self, features: Tensor) -> None:
+        self._met.append(features)
+        self._over = True
 
-    def ends_with(self, returned: Tensor) -> bool:
-        """Whether one matrix [n, D] came by, and nothing followed: no other result, nor a change in place."""
-        return len(self._passed) == 1 and returned is self._passed[0] and not self._after
+    @property
+    def features(self) -> Tensor | None:
+        """What the head is given; None where it is used more than once, or something is done after it."""
+        return self._met[0] if self._over and len(self._met) == 1 else None
 
 
 @contextlib.contextmanager
 def watching() -> Iterator[Watch]:
-    """Inside, a body of `watched` tells what it yields about the place of its head."""
+    """Inside is one forward pass of a `watched` body."""
     watch = Watch()
     token = _watch.set(watch)
     try:
@@ -49,12 +52,12 @@ def watching() -> Iterator[Watch]:
 
 
 def watched(body: nn.Module, head: str) -> nn.Module:
-    """The body itself; what stands in the place of its head now tells of what passes it."""
+    """The body itself, in which what stands in the place of its head tells what comes to it."""
 
     def tell(place: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         watch = _watch.get()
         if watch is not None:
-            watch.passes(output, flat=inputs[0].dim() == 2)
+            watch.meets(inputs[0])
 
     body.get_submodule(head).register_forward_hook(tell)
     return body
