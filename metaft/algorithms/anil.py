@@ -31,6 +31,9 @@ def anil(
     of the layers 1..d only the last takes fast_d = meta_d - inner_lr * grad of the support loss, `inner_steps` times.
     The outer loop learns all of them, and its gradient runs through the inner steps of the head into the body.
 
+    The support features are computed once for all inner steps, which then cost next to nothing. With dropout,
+    `inner_augment`, or a module that `Model.of_head` is None for, each step runs the whole model instead.
+
     Not the paper's: the meta-gradient's mean over the meta-batch, `first_order` (as in `maml`), and `norm="inductive"`.
 
     Raises MetaftError for an inner_lr or inner_steps below 0, or an unknown optimiser.
