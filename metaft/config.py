@@ -65,8 +65,8 @@ class MetaTrainConfig:
     """Inner learning rate; where it is learned, the first one (auto: 0.4, or what the member says; sinusoid: 0.01)."""
     inner_optimizer: str | None = None
     """sgd, momentum, nesterov or adam, or with numbers: momentum:momentum=0.5, adam:beta1=0,eps=1e-6 (auto: sgd)."""
-    inner_augment: Literal["none", "shift"] | None = None
-    """What is done to support images before each inner step: shift moves them by up to 2 pixels (auto: none)."""
+    inner_augment: str | None = None
+    """What is done to support images before each inner step: none, or shift by up to 2 pixels (auto: none)."""
     adapt_norm: bool | None = None
     """--adapt-norm / --no-adapt-norm: whether the inner loop moves scales and shifts too (auto: on; maml++: off)."""
     hyper: tuple[str, ...] = ()

@@ -37,10 +37,13 @@ def shift(x: Tensor, key: Tensor, step: int) -> Tensor:
 
 
 AUGMENTS: dict[str, Augment] = {"none": lambda x, key, step: x, "shift": shift}
+"""What `--inner-augment` knows, to which others may be added."""
 
 
-def named(name: str) -> Augment:
-    """Raises MetaftError for an unknown name."""
+def named(name: str | Augment) -> Augment:
+    """The augmentation of that name, or the one handed over. Raises MetaftError for an unknown name."""
+    if callable(name):
+        return name
     if name not in AUGMENTS:
         raise MetaftError(f"inner_augment: no {name!r}, known are {', '.join(AUGMENTS)}{suggest(name, AUGMENTS)}")
     return AUGMENTS[name]

@@ -123,6 +123,7 @@ WORDS: dict[tuple[str, str], list[tuple[str, str]]] = {
         *[("adm", "did you mean 'adam'"), ("", "''"), ("adam:beta=0", "'beta=0'"), ("adam:eps=small", "'eps=small'")],
         *[("momentum:momentum=2", "below 1, got 2.0"), ("sgd:x", "'x'")],
     ],
+    ("meta_train", "inner_augment"): [("shfit", "did you mean 'shift'"), ("", "''")],
     ("evaluate", "dataset"): [("glyph", "did you mean 'glyphs'"), ("", "''"), ("sinusoid", "[1, 8, 8]")],
     ("evaluate", "split"): [("finn", "folder"), ("", "''")],
     ("adapt", "init"): [("", "none")],
@@ -292,6 +293,7 @@ OTHER: dict[str, Any] = {"dataset": "glyphs", "split": "finn", "algorithm": "fom
 OTHER |= {
     "hyper": "a=1",
     "inner_optimizer": "adam",
+    "inner_augment": "shift",
     "dropout": 0.5,
     "data": "glyphs:Hebrew",
     "channels": 3,

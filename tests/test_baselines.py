@@ -46,6 +46,24 @@ def test_matching_nets_probabilities_are_the_attention_on_each_class(scale: floa
             assert row[n] == pytest.approx(math.log(mine / sum(weights)), rel=1e-12)
 
 
+def test_classes_of_different_sizes_count_by_their_own_number_of_images() -> None:
+    model, task = scenarios.model("mlp"), scenarios.one(scenarios.episodes())
+    y = torch.tensor([0, 0, 0, 1, 1, 2])
+    task = task._replace(support_y=y)
+    support, query = (model.features(model.params, x, None) for x in (task.support_x, task.query_x))
+    means = torch.stack([support[:3].sum(0) / 3, support[3:5].sum(0) / 2, support[5]])
+    expected = {"prototypes": torch.log_softmax(-torch.cdist(query, means).square(), -1)}
+    votes = torch.softmax(F.normalize(query, dim=-1) @ F.normalize(support, dim=-1).T, -1)
+    expected["votes"] = torch.stack([votes[:, :3].sum(1), votes[:, 3:5].sum(1), votes[:, 5]], -1).log()
+    for member, kind in (
+        (algorithms.protonet(model), "prototypes"),
+        (algorithms.proto_maml(model), "prototypes"),
+        (algorithms.matching_net(model), "votes"),
+    ):
+        logits = member.predict(adapted(member, task, 0), task.query_x, "transductive")
+        torch.testing.assert_close(torch.log_softmax(logits, -1), expected[kind], rtol=0, atol=1e-10)
+
+
 def test_matching_nets_attention_survives_a_scale_at_which_probabilities_vanish() -> None:
     """exp(-2000) is 0, and the logarithm of 0 would end the training."""
     member = algorithms.matching_net(scenarios.model(dtype=torch.float32), scale=2000.0)

@@ -240,3 +240,22 @@ def test_shift_needs_images_and_has_a_name() -> None:
         inner_augment.shift(torch.zeros(4, 1), key(0), 0)
     with pytest.raises(MetaftError, match="inner_augment: no 'shfit', known are none, shift; did you mean 'shift'"):
         algorithms.maml(scenarios.model(), inner_augment="shfit")
+
+
+@pytest.mark.parametrize("name", ["maml", "reptile"])
+def test_an_augmentation_of_ones_own(name: str) -> None:
+    """Handed over in Python; it sees the support images, the task's key and the inner step."""
+    task, seen = scenarios.one(scenarios.episodes()), []
+
+    def darker(x: Tensor, key: Tensor, step: int) -> Tensor:
+        seen.append((len(x), int(key), step))
+        return x / (2 + step)
+
+    def fast(x: Tensor, augment: Any) -> Params:
+        member = algorithms.ALGORITHMS[name](scenarios.model(), inner_lr=0.1, inner_augment=augment)
+        meta, state = member.init(0)
+        return member.adapt(meta, state, x, task.support_y, task.key + 7, ways=3, steps=1).params
+
+    found, plain = fast(task.support_x, darker), fast(task.support_x / 2, "none")
+    assert all(torch.equal(found[k], plain[k]) for k in plain)
+    assert seen == [(6, 7, 0)]

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import scenarios
 import torch
 import torch.nn.functional as F
+from helpers import images, pool
 from torch import Tensor, nn
 
 from metaft import algorithms, inner, models, outer
@@ -20,7 +22,9 @@ from metaft.algorithms.maml_plus_plus import LATER
 from metaft.algorithms.meta_curvature import MODES
 from metaft.algorithms.meta_sgd import RATE
 from metaft.errors import MetaftError
+from metaft.meta_train import run
 from metaft.models import Model
+from metaft.run import read_rows
 from metaft.types import NORMS, Episode, Norm, Params
 
 Moment = tuple[Tensor, Tensor]
@@ -236,6 +240,27 @@ def test_maml_plus_plus_with_every_switch_off_is_maml(
     assert scenarios.relative_error(found, expected) < 1e-14
     task = scenarios.one(data)
     assert scenarios.relative_error(adapted(member, task, 5).params, adapted(maml, task, 5).params) == 0
+
+
+def test_runs_of_maml_plus_plus_with_every_switch_off_are_mamls(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The cosine is the outer loop's, and on by default."""
+    monkeypatch.setattr("metaft.report.draw_pictures", lambda *_: [])
+    off = tuple(f"{k}={str(v).lower()}" for k, v in OFF.items())
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for name, changes in {
+        "maml": {"algorithm": "maml", "outer_schedule": "constant"},
+        "off": {"algorithm": "maml++", "hyper": off, "outer_schedule": "constant"},
+        "cosine": {"algorithm": "maml++", "hyper": off},
+    }.items():
+        run(
+            images(tmp_path / name, inner_lr=0.1, inner_steps=2, adapt_norm=False, iterations=6, **changes),
+            dataset=pool(),
+        )
+        rows[name] = read_rows(tmp_path / name / "metrics.jsonl")
+    assert rows["off"] == rows["maml"]
+    assert rows["cosine"] != rows["maml"]
 
 
 @pytest.mark.parametrize("on", [None, "learned_rates", "step_norm", "step_statistics", "multi_step", "order_annealing"])

@@ -144,5 +144,9 @@ def build(name: str, model: Model, hyper: Mapping[str, object]) -> Algorithm:
     known = hyper_parameters(name)
     for field, value in hyper.items():
         if field not in known:
-            raise MetaftError(f"{field}: {name} has no such setting (given {value!r}); it has {sorted(known)}")
+            of_test = "; --test-inner-steps is how many its head takes" if name.startswith("baseline") else ""
+            raise MetaftError(
+                f"{field}: {name} has no such setting (given {value!r}); it has {sorted(known)}"
+                + (of_test if field == "inner_steps" else "")
+            )
     return ALGORITHMS[name](model, **hyper)

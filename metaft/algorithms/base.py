@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, get_args
 
 from torch import Tensor
 
-from metaft.types import Episode, Fast, Loss, Moments, Norm, Params
+from metaft.errors import MetaftError, suggest
+from metaft.types import NORMS, Episode, Fast, Loss, Moments, Norm, Params
 
 
 class TaskGrad(NamedTuple):
@@ -91,6 +92,10 @@ class Algorithm:
     def __post_init__(self) -> None:
         if (self.task_loss is None) == (self.task_grad is None):
             raise ValueError(f"{self.name}: give exactly one of task_loss and task_grad")
+        for field, known in (("loss", get_args(Loss)), ("norm", NORMS)):
+            if getattr(self, field) not in known:
+                given = getattr(self, field)
+                raise MetaftError(f"{field}: no {given!r}, known are {', '.join(known)}{suggest(str(given), known)}")
 
 
 def moments_for(norm: Norm, fast: Fast) -> Moments | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -123,8 +124,8 @@ def _pretrained(name: str, model: Model, loss: Loss, classes: int, norm: Norm, h
     if classes < 1:
         raise MetaftError(f"classes must be at least 1, got {classes}")
     for field, value in {"inner_lr" if k == "lr" else k: v for k, v in sgd.items()}.items():
-        if not value >= 0:
-            raise MetaftError(f"{field} must be at least 0, got {value}")
+        if not 0 <= value < math.inf:
+            raise MetaftError(f"{field} must be at least 0 and finite, got {value}")
     layer = model.head[0].rpartition(".")[0]
     body = [k for k in model.params if k not in model.head]
     parts = {part: f"{layer}.{part}" for part in head.rows}

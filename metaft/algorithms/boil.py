@@ -5,6 +5,7 @@ from __future__ import annotations
 from metaft.algorithms.base import Algorithm
 from metaft.algorithms.gradient import by_gradient
 from metaft.errors import MetaftError
+from metaft.inner_augment import Augment
 from metaft.inner_optim import InnerOptimizer
 from metaft.models import Model
 from metaft.types import Loss, Norm
@@ -17,7 +18,7 @@ def boil(
     inner_lr: float = 0.4,
     inner_steps: int = 1,
     inner_optimizer: str | InnerOptimizer = "sgd",
-    inner_augment: str = "none",
+    inner_augment: str | Augment = "none",
     first_order: bool = False,
     adapt_norm: bool = True,
     norm: Norm = "transductive",

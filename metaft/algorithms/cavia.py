@@ -10,6 +10,7 @@ from torch import nn
 from metaft.algorithms.base import Algorithm
 from metaft.algorithms.gradient import by_gradient
 from metaft.errors import MetaftError
+from metaft.inner_augment import Augment
 from metaft.inner_optim import InnerOptimizer
 from metaft.models import Model
 from metaft.tasks.sampler import Stream, raw_words
@@ -27,7 +28,7 @@ def cavia(
     inner_lr: float = 1.0,
     inner_steps: int = 2,
     inner_optimizer: str | InnerOptimizer = "sgd",
-    inner_augment: str = "none",
+    inner_augment: str | Augment = "none",
     first_order: bool = False,
     norm: Norm = "transductive",
     context: int = 100,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 from torch import Tensor
@@ -11,6 +12,7 @@ from metaft import inner_augment as inner_augments
 from metaft.algorithms.base import Algorithm, moments_for
 from metaft.algorithms.query import query_loss
 from metaft.errors import MetaftError
+from metaft.inner_augment import Augment
 from metaft.inner_optim import InnerOptimizer
 from metaft.models import Model
 from metaft.models.dropout import use_dropout
@@ -25,7 +27,7 @@ def by_gradient(
     inner_lr: float,
     inner_steps: int,
     inner_optimizer: str | InnerOptimizer = "sgd",
-    inner_augment: str = "none",
+    inner_augment: str | Augment = "none",
     first_order: bool,
     norm: Norm,
     adapted: Sequence[str],
@@ -55,8 +57,8 @@ def by_gradient(
 
     Raises MetaftError for an inner_lr or inner_steps below 0, or an unknown optimiser or augmentation.
     """
-    if not inner_lr >= 0:
-        raise MetaftError(f"inner_lr must be at least 0, got {inner_lr}")
+    if not 0 <= inner_lr < math.inf:
+        raise MetaftError(f"inner_lr must be at least 0 and finite, got {inner_lr}")
     if inner_steps < 0:
         raise MetaftError(f"inner_steps must be at least 0, got {inner_steps}")
     optimizer, augment = inner_optim.make(inner_optimizer), inner_augments.named(inner_augment)

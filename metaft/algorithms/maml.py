@@ -6,6 +6,7 @@ import functools
 
 from metaft.algorithms.base import Algorithm
 from metaft.algorithms.gradient import by_gradient
+from metaft.inner_augment import Augment
 from metaft.inner_optim import InnerOptimizer
 from metaft.models import Model
 from metaft.types import Loss, Norm
@@ -18,7 +19,7 @@ def maml(
     inner_lr: float = 0.4,
     inner_steps: int = 1,
     inner_optimizer: str | InnerOptimizer = "sgd",
-    inner_augment: str = "none",
+    inner_augment: str | Augment = "none",
     first_order: bool = False,
     adapt_norm: bool = True,
     norm: Norm = "transductive",

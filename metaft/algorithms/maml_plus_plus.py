@@ -13,6 +13,7 @@ from metaft.algorithms.gradient import by_gradient
 from metaft.algorithms.meta_sgd import RATE
 from metaft.algorithms.query import judge
 from metaft.errors import MetaftError
+from metaft.inner_augment import Augment
 from metaft.inner_optim import InnerOptimizer
 from metaft.models import Model
 from metaft.types import Episode, Fast, Loss, Moments, Norm, Params
@@ -31,7 +32,7 @@ def maml_plus_plus(
     inner_lr: float = 0.1,
     inner_steps: int = 5,
     inner_optimizer: str | InnerOptimizer = "sgd",
-    inner_augment: str = "none",
+    inner_augment: str | Augment = "none",
     first_order: bool = False,
     adapt_norm: bool = False,
     norm: Norm = "transductive",

@@ -8,6 +8,7 @@ from metaft.algorithms.base import Algorithm
 from metaft.algorithms.gradient import by_gradient
 from metaft.algorithms.protonet import class_means
 from metaft.errors import MetaftError
+from metaft.inner_augment import Augment
 from metaft.inner_optim import InnerOptimizer
 from metaft.models import Model
 from metaft.types import Loss, Norm, Params
@@ -20,7 +21,7 @@ def proto_maml(
     inner_lr: float = 0.1,
     inner_steps: int = 1,
     inner_optimizer: str | InnerOptimizer = "sgd",
-    inner_augment: str = "none",
+    inner_augment: str | Augment = "none",
     first_order: bool = False,
     adapt_norm: bool = True,
     norm: Norm = "transductive",

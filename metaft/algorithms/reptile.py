@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -12,6 +13,7 @@ from metaft import inner_optim
 from metaft.algorithms.base import Algorithm, TaskGrad, moments_for
 from metaft.errors import MetaftError
 from metaft.inner import collect, value_and_grad
+from metaft.inner_augment import Augment
 from metaft.inner_optim import InnerOptimizer
 from metaft.keyed import minibatches
 from metaft.metrics import FIGURES, figure
@@ -30,7 +32,7 @@ def reptile(
     inner_lr: float = 1e-3,
     inner_steps: int = 5,
     inner_optimizer: str | InnerOptimizer = "adam:beta1=0",
-    inner_augment: str = "none",
+    inner_augment: str | Augment = "none",
     norm: Norm = "transductive",
     batch_size: int = 10,
     keep_moments: bool = False,
@@ -54,8 +56,8 @@ def reptile(
 
     Raises MetaftError for an inner_lr below 0, inner_steps or a batch_size below 1, or an unknown optimiser.
     """
-    if not inner_lr >= 0:
-        raise MetaftError(f"inner_lr must be at least 0, got {inner_lr}")
+    if not 0 <= inner_lr < math.inf:
+        raise MetaftError(f"inner_lr must be at least 0 and finite, got {inner_lr}")
     if inner_steps < 1:
         raise MetaftError(f"inner_steps must be at least 1, got {inner_steps}")
     if batch_size < 1:

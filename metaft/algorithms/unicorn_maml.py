@@ -6,6 +6,7 @@ from torch import Tensor
 
 from metaft.algorithms.base import Algorithm
 from metaft.algorithms.gradient import by_gradient
+from metaft.inner_augment import Augment
 from metaft.inner_optim import InnerOptimizer
 from metaft.models import Model
 from metaft.types import Loss, Norm, Params
@@ -18,7 +19,7 @@ def unicorn_maml(
     inner_lr: float = 0.4,
     inner_steps: int = 5,
     inner_optimizer: str | InnerOptimizer = "sgd",
-    inner_augment: str = "none",
+    inner_augment: str | Augment = "none",
     first_order: bool = False,
     adapt_norm: bool = True,
     norm: Norm = "transductive",
