@@ -9,7 +9,7 @@ import scenarios
 import torch
 from torch import Tensor, nn
 
-from metaft import algorithms, models, outer
+from metaft import algorithms, inner_augment, models, outer
 from metaft.algorithms import Algorithm
 from metaft.algorithms.gradient import by_gradient
 from metaft.models import Model
@@ -81,7 +81,8 @@ def test_the_body_is_run_once_however_many_the_steps(steps: int, first_order: bo
     hyper: dict[str, Any] = {"inner_lr": 0.3, "first_order": first_order}
     assert passes(algorithms.anil(net(), **hyper), task, steps) == 1
     assert passes(plainly(net(), inner_steps=1, **hyper), task, steps) == steps
-    assert passes(algorithms.anil(net(), inner_augment="shift", **hyper), task, steps) == steps
+    for augment in ("shift", inner_augment.shift):
+        assert passes(algorithms.anil(net(), inner_augment=augment, **hyper), task, steps) == steps
     PASSES.clear()
     gradient(algorithms.anil(net(), inner_steps=steps, **hyper), scenarios.episodes(tasks=1, ways=6))
     assert PASSES == [12, 18], "a pass over the support set, and one over the queries"

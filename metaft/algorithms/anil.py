@@ -8,6 +8,7 @@ from torch import Tensor
 
 from metaft.algorithms.base import Algorithm
 from metaft.algorithms.gradient import by_gradient
+from metaft.inner_augment import Augment
 from metaft.inner_optim import InnerOptimizer
 from metaft.metrics import LOSSES
 from metaft.models import Model
@@ -21,7 +22,7 @@ def anil(
     inner_lr: float = 0.4,
     inner_steps: int = 1,
     inner_optimizer: str | InnerOptimizer = "sgd",
-    inner_augment: str = "none",
+    inner_augment: str | Augment = "none",
     first_order: bool = False,
     norm: Norm = "transductive",
 ) -> Algorithm:
