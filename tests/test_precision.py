@@ -27,7 +27,7 @@ MEMBERS: list[tuple[str, dict[str, Any]]] = [
     ("maml", {"inner_lr": 0.1, "inner_steps": 3}),
     ("maml", {"inner_lr": 0.1, "inner_steps": 2, "norm": "inductive"}),
     ("fomaml", {"inner_steps": 2}),
-    ("anil", {"inner_steps": 2}),
+    ("anil", {"inner_steps": 2, "inner_augment": "shift"}),  # otherwise its body is not in the inner loop
     ("boil", {"inner_lr": 0.1}),
     ("meta-sgd", {"inner_lr": 0.1, "inner_steps": 2}),
     ("proto-maml", {"inner_steps": 2}),

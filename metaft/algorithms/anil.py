@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+from torch import Tensor
+
 from metaft.algorithms.base import Algorithm
 from metaft.algorithms.gradient import by_gradient
+from metaft.inner_augment import Augment
 from metaft.inner_optim import InnerOptimizer
+from metaft.metrics import LOSSES
 from metaft.models import Model
-from metaft.types import Loss, Norm
+from metaft.types import Loss, Norm, Params
 
 
 def anil(
@@ -16,7 +22,7 @@ def anil(
     inner_lr: float = 0.4,
     inner_steps: int = 1,
     inner_optimizer: str | InnerOptimizer = "sgd",
-    inner_augment: str = "none",
+    inner_augment: str | Augment = "none",
     first_order: bool = False,
     norm: Norm = "transductive",
 ) -> Algorithm:
@@ -26,10 +32,21 @@ def anil(
     of the layers 1..d only the last takes fast_d = meta_d - inner_lr * grad of the support loss, `inner_steps` times.
     The outer loop learns all of them, and its gradient runs through the inner steps of the head into the body.
 
+    The support features are computed once for all inner steps, which then cost next to nothing. With dropout,
+    `inner_augment`, or a module that `Model.of_head` is None for, each step runs the whole model instead.
+
     Not the paper's: the meta-gradient's mean over the meta-batch, `first_order` (as in `maml`), and `norm="inductive"`.
 
     Raises MetaftError for an inner_lr or inner_steps below 0, or an unknown optimiser.
     """
+
+    def loss_on(meta: Params, x: Tensor, y: Tensor) -> Callable[[Params], Tensor] | None:
+        if model.drops or inner_augment != "none":
+            return None
+        # Of the first order nothing goes back into the body: no need to keep its activations.
+        logits = model.of_head({k: p.detach() for k, p in meta.items()} if first_order else meta, x)
+        return None if logits is None else lambda params: LOSSES[loss](logits(params), y)
+
     return by_gradient(
         "anil",
         model,
@@ -41,4 +58,5 @@ def anil(
         first_order=first_order,
         norm=norm,
         adapted=model.head,
+        loss_on=loss_on,
     )

@@ -36,6 +36,7 @@ def by_gradient(
     rates: Callable[[Params], inner.Rates] | None = None,
     at: Callable[[Params, int], Params] | None = None,
     weights: Callable[[Params], Params] = lambda params: params,
+    loss_on: Callable[[Params, Tensor, Tensor], Callable[[Params], Tensor] | None] = lambda meta, x, y: None,
     penalty: Callable[[Params, Params], Tensor] | None = None,
     halvings: int = 0,
     any_ways: bool = False,
@@ -47,8 +48,9 @@ def by_gradient(
     support_y, ways)`, the weights before the first step, through which the meta-gradient runs; `rates(meta)` in the
     place of `inner_lr`, what each direction of `inner_optimizer` is multiplied by (see `metaft.inner.Rates`);
     `at(meta, step)`, parameters that do not move but are others in inner step 0, 1, ... and in predictions after it;
-    `weights(params)`, the model's parameters, where what the inner loop works on are others; `penalty(meta, params)`,
-    what it minimises besides the support loss; and `halvings`, how often a step may be halved until that falls.
+    `weights(params)`, the model's parameters, where what the inner loop works on are others; `loss_on(meta, support_x,
+    support_y)`, the support loss as a function of those, where all steps share part of the work (None: they do not);
+    `penalty(meta, params)`, what it minimises besides; and `halvings`, how often a step may be halved until that falls.
 
     Dropout acts in the support loss of each step, and `inner_augment` on its images, in training and at test; masks and
     shifts follow from the task's key and the step. Prototypes, moments and predictions see neither.
@@ -80,11 +82,16 @@ def by_gradient(
         def at_step(params: Params, step: int) -> Params:
             return params if at is None else {**params, **at(meta, step)}
 
+        prepared = loss_on(meta, support_x, support_y)
+
         def support_loss(params: Params, step: int) -> Tensor:
-            x = augment(support_x, key, step)
-            with use_dropout(key, step):
-                at_weights = weights(at_step(params, step))
-                value, _ = model.loss(at_weights, x, support_y, loss, curvature=not first_order)
+            at_weights = weights(at_step(params, step))
+            if prepared is not None:
+                value = prepared(at_weights)
+            else:
+                x = augment(support_x, key, step)
+                with use_dropout(key, step):
+                    value, _ = model.loss(at_weights, x, support_y, loss, curvature=not first_order)
             return value if penalty is None else value + penalty(meta, params)
 
         def finish(params: Params) -> Fast:

@@ -19,6 +19,7 @@ from metaft.metrics import LOSSES
 from metaft.models.conv4 import Conv4
 from metaft.models.convolution import task_convolutions
 from metaft.models.dropout import drops, episode_dropout
+from metaft.models.head import watched, watching
 from metaft.models.norm import EpisodeNorm, episode_norms, measure_moments, use_moments
 from metaft.types import Loss, Moments, Params
 
@@ -58,6 +59,10 @@ class Model:
     params: Params
     apply: Callable[[Params, Tensor, Moments | None], Tensor]
     features: Callable[[Params, Tensor, Moments | None], Tensor]
+    of_head: Callable[[Params, Tensor], Callable[[Params], Tensor] | None]
+    """(params, x): `apply(..., x, None)` as a function of the head's parameters alone, on features computed once. None
+    for a module of which that is not true: it does something to what its head gives, or uses the head's weights twice.
+    """
     measure: Callable[[Params, Tensor], Moments]
     """Moments of a batch at every normalisation layer, in forward order."""
     loss: LossOf
@@ -90,13 +95,24 @@ def functional(
     whole = _pure(module)
     # Not on a GPU, where many small calls are what costs.
     fused = module if type(module) is Conv4 and head == "head" and not drops(module) else None
-    bare = _pure(body_of(module, head))
+    bare, top = _pure(watched(body_of(module, head), head)), _pure(linear(module, head))
+    names = [name for name, _ in module.named_parameters()]
+    parts = {part: f"{head}.{part}" for part, _ in linear(module, head).named_parameters()}
+    tied = not set(parts.values()) <= set(names)
 
     def apply(params: Params, x: Tensor, moments: Moments | None = None) -> Tensor:
         return whole(params, x, moments)
 
     def features(params: Params, x: Tensor, moments: Moments | None = None) -> Tensor:
         return bare(params, x, moments)
+
+    def of_head(params: Params, x: Tensor) -> Callable[[Params], Tensor] | None:
+        with watching() as watch:
+            bare(params, x, None)
+        given = watch.features
+        if given is None or tied:
+            return None
+        return lambda own: top({part: own[name] for part, name in parts.items()}, given, None)
 
     def loss_of(params: Params, x: Tensor, y: Tensor, loss: Loss, *, curvature: bool = False) -> tuple[Tensor, Tensor]:
         if fused is not None and loss == "cross_entropy" and x.device.type == "cpu" and not _plain.get():
@@ -110,11 +126,11 @@ def functional(
         return tuple(measured)
 
     norms = [path for path, part in module.named_modules() if isinstance(part, EpisodeNorm)]
-    names = [name for name, _ in module.named_parameters()]
     return Model(
         params={name: p.detach().clone() for name, p in module.named_parameters()},
         apply=apply,
         features=features,
+        of_head=of_head,
         measure=measure,
         loss=loss_of,
         head=tuple(n for n in names if n.startswith(f"{head}.")),

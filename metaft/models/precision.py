@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import torch
@@ -36,6 +36,10 @@ def in_bf16(model: Model) -> Model:
     def features(params: Params, x: Tensor, moments: Moments | None = None) -> Tensor:
         return model.features(cast(params), x.to(short), moments).to(x.dtype)
 
+    def of_head(params: Params, x: Tensor) -> Callable[[Params], Tensor] | None:
+        logits = model.of_head(cast(params), x.to(short))
+        return None if logits is None else lambda own: logits(cast(own)).to(x.dtype)
+
     def loss_of(params: Params, x: Tensor, y: Tensor, loss: Loss, *, curvature: bool = False) -> tuple[Tensor, Tensor]:
         prediction = apply(params, x)
         return LOSSES[loss](prediction, y), prediction.detach()
@@ -43,7 +47,7 @@ def in_bf16(model: Model) -> Model:
     def measure(params: Params, x: Tensor) -> Moments:
         return model.measure(cast(params), x.to(short))
 
-    return dataclasses.replace(model, apply=apply, features=features, loss=loss_of, measure=measure)
+    return dataclasses.replace(model, apply=apply, features=features, of_head=of_head, loss=loss_of, measure=measure)
 
 
 @contextlib.contextmanager
