@@ -47,19 +47,14 @@ def parse(cls: type[Arguments], argv: Sequence[str], *, prog: str, default: Argu
         line = _one_line(said.getvalue())
         known = [f"--{f.name.replace('_', '-')}" for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
         unknown = [word for word in argv if word.startswith("--") and word in line and word not in known]
-        raise MetaftError(line + (_hint(unknown[0], known) if unknown else "")) from None
+        hint = suggest(unknown[0], known) if unknown else ""
+        if unknown and not hint and "--hyper" in known:
+            hint = (
+                f"; what only some algorithms have is given as --hyper {unknown[0].lstrip('-').replace('-', '_')}=VALUE"
+            )
+        raise MetaftError(line + hint) from None
     assert arguments is not None
     return arguments
-
-
-def _hint(option: str, known: Sequence[str]) -> str:
-    """What a word that is no option may have meant: a setting that some algorithms have, or a misspelt option."""
-    from metaft.algorithms import ALGORITHMS, OPTIONS, hyper_parameters
-
-    setting = option.removeprefix("--").removeprefix("no-").replace("-", "_")
-    if any(setting in hyper_parameters(name) for name in ALGORITHMS) and setting not in OPTIONS:
-        return f"; settings that only some algorithms have are given as --hyper {setting}=VALUE"
-    return suggest(option, known)
 
 
 def _one_line(box: str) -> str:

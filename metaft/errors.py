@@ -78,5 +78,5 @@ class MetaftWarning(UserWarning):
 def suggest(word: str, known: Iterable[str]) -> str:
     """`"; did you mean 'x'?"` for the known word nearest to a misspelt one, or nothing."""
     lower = {name.lower(): name for name in known}
-    near = difflib.get_close_matches(word.lower(), lower, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(word.lower(), lower, n=1, cutoff=0.6)
     return f"; did you mean {lower[near[0]]!r}?" if near else ""

@@ -234,7 +234,7 @@ def test_config_toml_of_a_run_makes_the_same_run_again(tmp_path: Path, curve: Pa
 BAD = [
     (["--wayz", "5"], ["--wayz", "did you mean '--ways'"]),
     (["--algorithm", "maml++", "--first-order"], ["--first-order", "--hyper first_order=VALUE"]),
-    (["--no-learned-rates"], ["--no-learned-rates", "--hyper learned_rates=VALUE"]),
+    (["--learned-rates", "false"], ["--learned-rates", "--hyper learned_rates=VALUE"]),
     (["--wayz=5"], ["--wayz=5", "did you mean '--ways'"]),
     (["--ways", "five"], ["--ways", "'five'"]),
     (["--ways", "2.5"], ["--ways", "'2.5'"]),
