@@ -25,12 +25,15 @@ class Net(nn.Module):
 
     def __init__(self, end: str = "head") -> None:
         super().__init__()
+        if end == "first and tied":
+            self.head = nn.Linear(6, 6)
         self.body = nn.Sequential(nn.Flatten(), nn.Linear(256, 6), nn.Tanh(), nn.BatchNorm1d(6))
         self.same = nn.Linear(6, 6)
-        self.head = nn.Linear(6, 6, bias=end != "no bias")
+        if end != "first and tied":
+            self.head = nn.Linear(6, 6, bias=end != "no bias")
         self.end = end
-        if end == "tied":
-            self.head.weight = self.same.weight
+        if "tied" in end:
+            self.same.weight = self.head.weight
 
     def forward(self, x: Tensor) -> Tensor:
         PASSES.append(len(x))
@@ -39,7 +42,7 @@ class Net(nn.Module):
             return self.head(features.unflatten(1, (1, 6))).mean(1)
         if self.end == "twice":
             return self.head(self.head(features))
-        logits = self.head(features)
+        logits = self.head(input=features) if self.end == "keyword" else self.head(features)
         if self.end == "scaled":
             return logits / 2
         if self.end == "in place":
@@ -47,8 +50,35 @@ class Net(nn.Module):
         return logits
 
 
-ENDS_IN_ITS_HEAD = ["head", "no bias"]
+ENDS_IN_ITS_HEAD = ["head", "no bias", "keyword"]
 GOES_ON = ["parts", "twice", "scaled", "in place", "tied"]
+
+
+def test_a_head_whose_name_is_the_first_of_shared_weights() -> None:
+    model, data = net("first and tied"), scenarios.episodes(tasks=3, ways=6)
+    assert model.of_head(model.params, data.support_x[0]) is None
+    hyper: dict[str, Any] = {"inner_lr": 0.3, "inner_steps": 3}
+    found, expected = (gradient(member(model, **hyper), data) for member in (algorithms.anil, plainly))
+    assert scenarios.relative_error(found, expected) < 1e-12
+
+
+def test_a_module_whose_result_is_another_layers_is_no_head() -> None:
+    """Also where the head comes last of all."""
+    layers = nn.ModuleDict({"body": nn.Linear(4, 4), "used": nn.Linear(4, 3), "head": nn.Linear(4, 3)}).double()
+
+    class Beside(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = layers
+
+        def forward(self, x: Tensor) -> Tensor:
+            features = self.layers["body"](x)
+            result = self.layers["used"](features)
+            self.layers["head"](features)
+            return result
+
+    model = models.functional(Beside(), head="layers.head")
+    assert model.of_head(model.params, torch.ones(2, 4, dtype=torch.float64)) is None
 
 
 def net(end: str = "head") -> Model:

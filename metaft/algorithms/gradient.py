@@ -82,7 +82,7 @@ def by_gradient(
         def at_step(params: Params, step: int) -> Params:
             return params if at is None else {**params, **at(meta, step)}
 
-        prepared = loss_on(meta, support_x, support_y)
+        prepared = loss_on(meta, support_x, support_y) if steps else None
 
         def support_loss(params: Params, step: int) -> Tensor:
             at_weights = weights(at_step(params, step))

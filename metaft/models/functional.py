@@ -95,10 +95,12 @@ def functional(
     whole = _pure(module)
     # Not on a GPU, where many small calls are what costs.
     fused = module if type(module) is Conv4 and head == "head" and not drops(module) else None
-    bare, top = _pure(watched(body_of(module, head), head)), _pure(linear(module, head))
+    bare, top, seen = _pure(body_of(module, head)), _pure(linear(module, head)), _pure(watched(module, head))
     names = [name for name, _ in module.named_parameters()]
     parts = {part: f"{head}.{part}" for part, _ in linear(module, head).named_parameters()}
-    tied = not set(parts.values()) <= set(names)
+    of_top = {id(p) for p in linear(module, head).parameters()}
+    everywhere = module.named_parameters(remove_duplicate=False)
+    tied = any(id(p) in of_top and name not in parts.values() for name, p in everywhere)
 
     def apply(params: Params, x: Tensor, moments: Moments | None = None) -> Tensor:
         return whole(params, x, moments)
@@ -107,10 +109,12 @@ def functional(
         return bare(params, x, moments)
 
     def of_head(params: Params, x: Tensor) -> Callable[[Params], Tensor] | None:
+        if tied:
+            return None
         with watching() as watch:
-            bare(params, x, None)
-        given = watch.features
-        if given is None or tied:
+            result = seen(params, x, None)
+        given = watch.features(result)
+        if given is None:
             return None
         return lambda own: top({part: own[name] for part, name in parts.items()}, given, None)
 

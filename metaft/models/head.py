@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import Any
@@ -15,12 +16,12 @@ _watch: ContextVar[Watch | None] = ContextVar("watch", default=None)
 
 
 class Watch(TorchFunctionMode):
-    """Sees one forward pass of a `watched` body: what comes to the place of its head, and all that is done to tensors,
-    so that a change in place of what the head gave does not escape it."""
+    """Sees one forward pass of a `watched` module: what comes to its head, and all that is done to tensors, so that a
+    change in place of what the head gave does not escape it."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._met: list[Tensor] = []
+        self._met: list[tuple[Tensor, Tensor]] = []
         self._over = False
 
     def __torch_function__(
@@ -29,19 +30,21 @@ class Watch(TorchFunctionMode):
         self._over = False
         return func(*args, **(kwargs or {}))
 
-    def meets(self, features: Tensor) -> None:
-        self._met.append(features)
+    def meets(self, features: Tensor, logits: Tensor) -> None:
+        self._met.append((features, logits))
         self._over = True
 
-    @property
-    def features(self) -> Tensor | None:
-        """What the head is given; None where it is used more than once, or something is done after it."""
-        return self._met[0] if self._over and len(self._met) == 1 else None
+    def features(self, result: Tensor) -> Tensor | None:
+        """What the head was given; None where it was used more than once, or is not what gave the module's result."""
+        if not self._over or len(self._met) != 1:
+            return None
+        features, logits = self._met[0]
+        return features if result is logits else None
 
 
 @contextlib.contextmanager
 def watching() -> Iterator[Watch]:
-    """Inside is one forward pass of a `watched` body."""
+    """Inside is one forward pass of a `watched` module."""
     watch = Watch()
     token = _watch.set(watch)
     try:
@@ -51,13 +54,15 @@ def watching() -> Iterator[Watch]:
         _watch.reset(token)
 
 
-def watched(body: nn.Module, head: str) -> nn.Module:
-    """The body itself, in which what stands in the place of its head tells what comes to it."""
+def watched(module: nn.Module, head: str) -> nn.Module:
+    """A copy whose head tells what comes to it and what it gives."""
 
-    def tell(place: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def tell(place: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor], output: Tensor) -> None:
         watch = _watch.get()
         if watch is not None:
-            watch.meets(inputs[0])
+            (features,) = (*inputs, *named.values())
+            watch.meets(features, output)
 
-    body.get_submodule(head).register_forward_hook(tell)
-    return body
+    module = copy.deepcopy(module)
+    module.get_submodule(head).register_forward_hook(tell, with_kwargs=True)
+    return module
