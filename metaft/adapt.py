@@ -202,7 +202,7 @@ def _prepare(config: AdaptConfig, module: nn.Module | None) -> tuple[AdaptConfig
         open_values |= FINETUNE
     else:
         assert start.settings is not None
-        found = plugin.load(config.plugin or start.settings.plugin, start.settings.algorithm)
+        found = plugin.load(start.settings.plugin if config.plugin is None else config.plugin, start.settings.algorithm)
         config = dataclasses.replace(config, plugin=found)
         check_steps("inner_steps", config.inner_steps, start.settings.algorithm)
         check_inner(start, len(target.class_names))

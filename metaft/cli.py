@@ -47,14 +47,18 @@ def parse(cls: type[Arguments], argv: Sequence[str], *, prog: str, default: Argu
         line = _one_line(said.getvalue())
         known = [f"--{f.name.replace('_', '-')}" for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
         unknown = [word for word in argv if word.startswith("--") and word in line and word not in known]
-        hint = suggest(unknown[0], known) if unknown else ""
-        if unknown and not hint and "--hyper" in known:
-            hint = (
-                f"; what only some algorithms have is given as --hyper {unknown[0].lstrip('-').replace('-', '_')}=VALUE"
-            )
-        raise MetaftError(line + hint) from None
+        raise MetaftError(line + (_hint(unknown[0].partition("=")[0], known) if unknown else "")) from None
     assert arguments is not None
     return arguments
+
+
+def _hint(option: str, known: Sequence[str]) -> str:
+    """What was meant by a word that is no option. Which settings an algorithm has only torch's import would tell."""
+    if "--hyper" not in known:
+        return suggest(option, known)
+    setting = option.lstrip("-").replace("-", "_")
+    of_one = f"; what only some algorithms have is given as --hyper {setting}=VALUE"
+    return suggest(option, known, cutoff=0.72) or of_one  # else "--loss" would be near to "--shots"
 
 
 def _one_line(box: str) -> str:

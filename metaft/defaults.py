@@ -93,7 +93,7 @@ def train_classes(dataset: Dataset) -> int:
 
 def check_steps(field: str, steps: int | None, algorithm: str) -> None:
     """Raises MetaftError for inner steps asked of a member that has none."""
-    if steps and "inner_lr" not in hyper_parameters(algorithm):
+    if steps and not {"inner_lr", "inner_steps"} & hyper_parameters(algorithm).keys():  # baselines have the rate alone
         raise MetaftError(f"{field}: {algorithm} has no inner steps (given {steps})")
 
 

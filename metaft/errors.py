@@ -75,8 +75,8 @@ class MetaftWarning(UserWarning):
     """What was asked for is done, but may not be what was meant. The commands print it as one line, once."""
 
 
-def suggest(word: str, known: Iterable[str]) -> str:
+def suggest(word: str, known: Iterable[str], *, cutoff: float = 0.5) -> str:
     """`"; did you mean 'x'?"` for the known word nearest to a misspelt one, or nothing."""
     lower = {name.lower(): name for name in known}
-    near = difflib.get_close_matches(word.lower(), lower, n=1, cutoff=0.6)
+    near = difflib.get_close_matches(word.lower(), lower, n=1, cutoff=cutoff)
     return f"; did you mean {lower[near[0]]!r}?" if near else ""

@@ -120,13 +120,14 @@ def _falling_share(
     """The largest of 1, 1/2, ..., 2^-halvings by which `moves` lower the loss by a share of what the slope promises; 0
     where none does (Armijo's rule). All are tried, since of many tasks at once none can stop alone."""
     with torch.no_grad():
-        slope = torch.stack([(grads[k] * moves[k]).sum() for k in moves]).sum()
+        slope = torch.stack([(grads[k] * moves[k]).sum() for k in moves]).sum().clamp(min=0)  # momentum may go uphill
         share = torch.zeros_like(value)
         for scale in (0.5**power for power in range(halvings + 1)):
             after = loss({k: params[k] - scale * m for k, m in moves.items()})
             falls = after <= value - ARMIJO * scale * slope
             share = torch.where((share == 0) & falls, torch.full_like(share, scale), share)
-    return share
+        finite = torch.stack([g.isfinite().all() for g in grads.values()]).all()
+        return torch.where(finite, share, torch.ones_like(share))  # a gradient that is no number is to be seen
 
 
 def collect(states: Iterator[Params], finish: Callable[[Params], Fast], trajectory: bool) -> Fast:

@@ -384,7 +384,7 @@ def _next_commands(run: RunFolder, parts: Parts) -> list[str]:
     adapt += "glyphs:Hebrew" if parts.dataset.name == "glyphs" else "folder:YOUR_IMAGES"
     test = _more_shots(path, parts)
     if c.plugin is None and not is_ours(c.algorithm):  # which adapting by fine-tuning has no need of
-        test += f" --plugin YOUR_FILE.py, which registers {c.algorithm!r}: no process but this one knows it"
+        test += f" --plugin YOUR_FILE.py  # registers {c.algorithm!r}, which no process but this one knows"
     return [test, *([adapt] if len(parts.dataset.shape) == 3 else [])]
 
 

@@ -14,18 +14,25 @@ import importlib
 import importlib.util
 import os
 import sys
+import threading
 
 from metaft.algorithms import hyper_parameters
 from metaft.errors import MetaftError
 
+_one_at_a_time = threading.RLock()
 
-def load(plugin: str | None, algorithm: str) -> str | None:
+
+def load(plugin: str | os.PathLike[str] | None, algorithm: str) -> str | None:
     """Import a plugin, if there is one, once per process; returns the name that holds anywhere: a file's in full.
+
+    What lies beside a file can be imported by it, as by a script.
 
     Raises MetaftError for a plugin that is not there or raises, and where `algorithm` is not known even so.
     """
     if plugin is not None:
-        plugin = _of_file(plugin) if plugin.endswith(".py") else _of_module(plugin)
+        plugin = os.fspath(plugin)
+        with _one_at_a_time:
+            plugin = _of_file(plugin) if plugin.endswith(".py") else _of_module(plugin)
     try:
         hyper_parameters(algorithm)
     except MetaftError as error:
@@ -49,11 +56,15 @@ def _of_file(plugin: str) -> str:
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, path)
         assert spec is not None and spec.loader is not None
+        if os.path.dirname(path) not in sys.path:
+            sys.path.append(os.path.dirname(path))
         sys.modules[name] = module = importlib.util.module_from_spec(spec)
         try:
             spec.loader.exec_module(module)
         except BaseException as error:
             del sys.modules[name]
+            if _not_its_fault(error):
+                raise
             raise _raised(path, error) from error
     return path
 
@@ -65,13 +76,18 @@ def _of_module(plugin: str) -> str:
         importlib.import_module(plugin)
     except BaseException as error:
         if isinstance(error, ModuleNotFoundError) and f"{plugin}.".startswith(f"{error.name}."):
-            raise MetaftError(f"plugin: no module {plugin!r} can be found; a file is named as PATH.py") from None
+            raise MetaftError(
+                f"plugin: no module {plugin!r} can be found where Python looks (PYTHONPATH); a file is named as PATH.py"
+            ) from None
+        if _not_its_fault(error):
+            raise
         raise _raised(plugin, error) from error
     return plugin
 
 
-def _raised(plugin: str, error: BaseException) -> BaseException:
-    """What to raise where a plugin did: one line, or the same where it is not the plugin's fault."""
-    if not isinstance(error, (Exception, SystemExit)) or isinstance(error, MemoryError):
-        return error
+def _not_its_fault(error: BaseException) -> bool:
+    return not isinstance(error, (Exception, SystemExit)) or isinstance(error, MemoryError)
+
+
+def _raised(plugin: str, error: BaseException) -> MetaftError:
     return MetaftError(f"plugin: {plugin} raised {type(error).__name__}: {' '.join(str(error).split())}")

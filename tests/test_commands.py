@@ -234,6 +234,9 @@ def test_config_toml_of_a_run_makes_the_same_run_again(tmp_path: Path, curve: Pa
 BAD = [
     (["--wayz", "5"], ["--wayz", "did you mean '--ways'"]),
     (["--algorithm", "maml++", "--first-order"], ["--first-order", "--hyper first_order=VALUE"]),
+    (["--line-search=3"], ["--line-search=3", "--hyper line_search=VALUE"]),
+    (["--line-search", "3"], ["--hyper line_search=VALUE"]),
+    (["--loss", "mse"], ["--hyper loss=VALUE"]),
     (["--learned-rates", "false"], ["--learned-rates", "--hyper learned_rates=VALUE"]),
     (["--wayz=5"], ["--wayz=5", "did you mean '--ways'"]),
     (["--ways", "five"], ["--ways", "'five'"]),

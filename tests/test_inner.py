@@ -30,7 +30,7 @@ def walk(curvature: Tensor, *, lr: float, halvings: int, steps: int = 1, sign: f
 
 @pytest.mark.parametrize(
     ("lr_times_curvature", "halvings", "share"),
-    [(1.9, 3, 1.0), (2.5, 3, 0.5), (10.0, 3, 0.125), (10.0, 9, 0.125), (10.0, 2, 0.0), (math.inf, 3, 0.0)],
+    [(1.9, 3, 1.0), (2.5, 3, 0.5), (10.0, 3, 0.125), (10.0, 9, 0.125), (10.0, 2, 0.0)],
 )
 def test_a_step_is_halved_until_the_loss_falls(lr_times_curvature: float, halvings: int, share: float) -> None:
     """By share * rate the parabola's p becomes 1 - share * rate * curvature: lower where that is in -1..1."""
@@ -42,6 +42,17 @@ def test_each_step_is_judged_anew_and_none_goes_uphill() -> None:
     curvature = torch.tensor(4.0, dtype=torch.float64)
     assert walk(curvature, lr=2.5, halvings=3, steps=3) == pytest.approx([1.0, -0.25, 0.0625, -0.015625], rel=1e-12)
     assert walk(curvature, lr=0.1, halvings=4, steps=2, sign=-1.0) == [1.0, 1.0, 1.0]
+
+
+def test_a_gradient_that_is_no_number_is_not_hidden() -> None:
+    """Of |p - 1| as a root of 0: the loss is finite, and no share of such a step makes it fall."""
+
+    def loss(params: Params, step: int) -> Tensor:
+        return (params["p"] - 1).square().sqrt()
+
+    start = {"p": torch.ones((), dtype=torch.float64)}
+    states = list(inner.descend(loss, start, steps=1, lr=0.1, first_order=True, halvings=2))
+    assert math.isnan(float(states[-1]["p"]))
 
 
 def test_a_fall_that_is_too_small_is_none() -> None:

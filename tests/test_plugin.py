@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -211,7 +212,7 @@ def test_an_algorithm_that_was_registered_in_python_alone(mine: Path, forget: Fo
     exec(MINE, {})
     meta_train.run(sinusoid(Path("r"), algorithm="mine"))
     (line,) = re.findall(r"^next: +(.*)$", capsys.readouterr().out, re.MULTILINE)
-    assert line.endswith(" --plugin YOUR_FILE.py, which registers 'mine': no process but this one knows it")
+    assert line.endswith(" --plugin YOUR_FILE.py  # registers 'mine', which no process but this one knows")
     forget()
     for command, *argv in ((evaluate, "r", "--episodes", "2"), (meta_train, "--resume", "r")):
         assert command.main(argv) == 2
@@ -236,3 +237,60 @@ def test_names_that_are_neither_files_nor_modules() -> None:
             plugin.load(name, "maml")
     with pytest.raises(MetaftError, match="plugin: cannot read"):
         plugin.load("a\0b.py", "maml")
+
+
+WITHOUT_RATE = {option: value for option, value in SINUSOID.items() if option != "inner_lr"}
+
+WITH_STEPS = """
+import dataclasses
+from beside import algorithms
+def mine(model, *, loss, norm, inner_steps: int = 2):
+    return algorithms.maml(model, loss=loss, norm=norm, inner_lr=0.01, inner_steps=inner_steps)
+algorithms.ALGORITHMS["mine"] = mine
+"""
+
+
+def test_a_member_with_steps_but_no_rate_and_a_file_beside_it(
+    in_tmp: Path, forget: Forget, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its run is opened from elsewhere by the settings that it wrote down itself, and the file finds its neighbour."""
+    (in_tmp / "pl").mkdir()
+    (in_tmp / "pl/beside.py").write_text("from metaft import algorithms")
+    (in_tmp / "pl/mine.py").write_text(WITH_STEPS)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    assert meta_train.main(options(WITHOUT_RATE, algorithm="mine", plugin="pl/mine.py", out="r")) == 0
+    run = Path("r").absolute()
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if not entry.endswith("pl")])
+    monkeypatch.delitem(sys.modules, "beside")
+    forget()
+    (in_tmp / "elsewhere").mkdir()
+    monkeypatch.chdir(in_tmp / "elsewhere")
+    assert evaluate.main([str(run), "--episodes", "2", "--inner-steps", "3"]) == 0
+    assert meta_train.main(["--resume", str(run)]) == 0
+    monkeypatch.delitem(sys.modules, "beside")
+
+
+@pytest.mark.parametrize(
+    ("signature", "message"),
+    [
+        ("model, *, loss", "must be a function (model, *, loss, norm, ...)"),
+        ("model, **settings", "must be a function (model, *, loss, norm, ...)"),
+        ("model, *, loss, norm, inner_lr, depth", "in which what follows has defaults; inner_lr, depth has none"),
+        ("model, *, loss, norm, inner_steps=1", "must return an Algorithm, not NoneType"),
+    ],
+)
+def test_what_cannot_be_a_member_says_why(
+    signature: str, message: str, in_tmp: Path, forget: Forget, capsys: Text
+) -> None:
+    text = f"from metaft.algorithms import ALGORITHMS\ndef mine({signature}): ...\nALGORITHMS['mine'] = mine"
+    (in_tmp / "mine.py").write_text(text)
+    assert meta_train.main(options(WITHOUT_RATE, algorithm="mine", plugin="mine.py", out="r")) == 2
+    one_line(capsys, "'mine'", message)
+    assert not Path("r").exists()
+
+
+def test_threads_do_not_meet_a_plugin_that_is_half_imported(in_tmp: Path, forget: Forget) -> None:
+    (in_tmp / "mine.py").write_text("import time\ntime.sleep(0.2)\n" + MINE)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: plugin.load(Path("mine.py"), "mine"), range(4)))
+    assert found == [str(in_tmp / "mine.py")] * 4

@@ -84,7 +84,7 @@ def is_ours(name: str) -> bool:
 def hyper_parameters(name: str) -> dict[str, object]:
     """What a member can be given besides the model, with its defaults.
 
-    Raises MetaftError for an unknown name.
+    Raises MetaftError for an unknown name, or a member that cannot be given a loss and a mode, or not them alone.
     """
     if name not in ALGORITHMS:
         spelt = name.replace("_", "-").replace("-plus", "+")  # as the functions are called, or nearly
@@ -92,7 +92,14 @@ def hyper_parameters(name: str) -> dict[str, object]:
     member = ALGORITHMS[name]
     fixed = member.keywords if isinstance(member, functools.partial) else {}
     parameters = inspect.signature(member).parameters.values()
-    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in fixed}
+    found = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in fixed}
+    bare = [k for k, default in found.items() if default is inspect.Parameter.empty and k not in ("loss", "norm")]
+    if bare or not {"loss", "norm"} <= found.keys():
+        raise MetaftError(
+            f"algorithm: {name!r} must be a function (model, *, loss, norm, ...) in which what follows has defaults"
+            + (f"; {', '.join(bare)} has none" if bare else "")
+        )
+    return found
 
 
 OPTIONS = ("inner_lr", "inner_steps", "inner_optimizer", "inner_augment", "adapt_norm", "iterations")
@@ -156,4 +163,7 @@ def build(name: str, model: Model, hyper: Mapping[str, object]) -> Algorithm:
                 f"{field}: {name} has no such setting (given {value!r}); it has {sorted(known)}"
                 + (of_test if field == "inner_steps" else "")
             )
-    return ALGORITHMS[name](model, **hyper)
+    made = ALGORITHMS[name](model, **hyper)
+    if not isinstance(made, Algorithm):
+        raise MetaftError(f"algorithm: {name!r} must return an Algorithm, not {type(made).__name__}")
+    return made
