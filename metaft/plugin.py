@@ -9,14 +9,16 @@ imports it again. So to open a run folder in this way is to run the code that it
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib
 import importlib.util
 import os
 import sys
 import threading
+from collections.abc import Iterator
 
-from metaft.algorithms import hyper_parameters
+from metaft import algorithms
 from metaft.errors import MetaftError
 
 _one_at_a_time = threading.RLock()
@@ -34,8 +36,10 @@ def load(plugin: str | os.PathLike[str] | None, algorithm: str) -> str | None:
         with _one_at_a_time:
             plugin = _of_file(plugin) if plugin.endswith(".py") else _of_module(plugin)
     try:
-        hyper_parameters(algorithm)
+        algorithms.hyper_parameters(algorithm)
     except MetaftError as error:
+        if algorithm in algorithms.ALGORITHMS:  # it is there, and cannot be a member
+            raise
         why = f"plugin {plugin} does not register it"
         if plugin is None:
             why = "not metaft's own; if it is yours, register it before, or name the file that does so with --plugin"
@@ -60,12 +64,11 @@ def _of_file(plugin: str) -> str:
             sys.path.append(os.path.dirname(path))
         sys.modules[name] = module = importlib.util.module_from_spec(spec)
         try:
-            spec.loader.exec_module(module)
-        except BaseException as error:
+            with _blamed(path):
+                spec.loader.exec_module(module)
+        except BaseException:
             del sys.modules[name]
-            if _not_its_fault(error):
-                raise
-            raise _raised(path, error) from error
+            raise
     return path
 
 
@@ -73,21 +76,25 @@ def _of_module(plugin: str) -> str:
     if not all(part.isidentifier() for part in plugin.split(".")):
         raise MetaftError(f"plugin: name a file (PATH.py) or a module, not {plugin!r}")
     try:
-        importlib.import_module(plugin)
-    except BaseException as error:
-        if isinstance(error, ModuleNotFoundError) and f"{plugin}.".startswith(f"{error.name}."):
+        with _blamed(plugin):
+            importlib.import_module(plugin)
+    except MetaftError as error:
+        cause = error.__cause__
+        if isinstance(cause, ModuleNotFoundError) and f"{plugin}.".startswith(f"{cause.name}."):
             raise MetaftError(
                 f"plugin: no module {plugin!r} can be found where Python looks (PYTHONPATH); a file is named as PATH.py"
             ) from None
-        if _not_its_fault(error):
-            raise
-        raise _raised(plugin, error) from error
+        raise
     return plugin
 
 
-def _not_its_fault(error: BaseException) -> bool:
-    return not isinstance(error, (Exception, SystemExit)) or isinstance(error, MemoryError)
-
-
-def _raised(plugin: str, error: BaseException) -> MetaftError:
-    return MetaftError(f"plugin: {plugin} raised {type(error).__name__}: {' '.join(str(error).split())}")
+@contextlib.contextmanager
+def _blamed(plugin: str) -> Iterator[None]:
+    """Inside, what is raised is the plugin's doing, and becomes one line; but Ctrl-C and a full memory are not."""
+    try:
+        yield
+    except MemoryError:
+        raise
+    except (Exception, SystemExit) as error:
+        said = " ".join(str(error).split())
+        raise MetaftError(f"plugin: {plugin} raised {type(error).__name__}: {said}") from error
