@@ -95,12 +95,12 @@ def functional(
     whole = _pure(module)
     # Not on a GPU, where many small calls are what costs.
     fused = module if type(module) is Conv4 and head == "head" and not drops(module) else None
-    bare, top, seen = _pure(body_of(module, head)), _pure(linear(module, head)), _pure(watched(module, head))
+    last = linear(module, head)
+    bare, top, seen = _pure(body_of(module, head)), _pure(last), _pure(watched(module, head))
     names = [name for name, _ in module.named_parameters()]
-    parts = {part: f"{head}.{part}" for part, _ in linear(module, head).named_parameters()}
-    of_top = {id(p) for p in linear(module, head).parameters()}
-    everywhere = module.named_parameters(remove_duplicate=False)
-    tied = any(id(p) in of_top and name not in parts.values() for name, p in everywhere)
+    parts = {part: f"{head}.{part}" for part, _ in last.named_parameters()}
+    own = {id(p) for p in last.parameters()}
+    tied = len(own) < sum(id(p) in own for _, p in module.named_parameters(remove_duplicate=False))
 
     def apply(params: Params, x: Tensor, moments: Moments | None = None) -> Tensor:
         return whole(params, x, moments)
