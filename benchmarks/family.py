@@ -31,9 +31,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # to be run as a f
 from benchmarks.peers.meters import Elsewhere
 from benchmarks.peers.process import Process, SystemFailure, environment
 from benchmarks.peers.workloads import WORKLOADS, Options, Workload
-from benchmarks.throughput import cpu_model, git, say, summary
+from benchmarks.throughput import git, say, summary
 from benchmarks.throughput_report import QUIET
 from metaft.algorithms import ALGORITHMS, hyper_parameters
+from metaft.assemble import processor
 from metaft.errors import MetaftError
 
 REFERENCE = "maml"
@@ -121,7 +122,7 @@ def run(settings: Settings, out: Path) -> Figures:
         "benchmark": "family",
         "commit": git("rev-parse", "HEAD"),
         "changed_since_commit": bool(git("status", "--porcelain", "--untracked-files=no")),
-        "machine": {"cpu": cpu_model(), "torch": torch.__version__},
+        "machine": {"cpu": processor(), "torch": torch.__version__},
         "settings": dataclasses.asdict(settings),
         "cores_busy_elsewhere": elsewhere.cores(),
         "members": members,

@@ -36,9 +36,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # to be run as a file, too
 
 from benchmarks.sinusoid_report import PRE_TRAINING, STEPS, Row, figure, table
-from benchmarks.throughput import cpu_model, git
+from benchmarks.throughput import git
 from metaft import algorithms, meta_train, models, outer
 from metaft.algorithms import ALGORITHMS, Algorithm, hyper_parameters
+from metaft.assemble import processor
 from metaft.checkpoint import write_atomically
 from metaft.config import MetaTrainConfig
 from metaft.errors import MetaftError
@@ -213,7 +214,7 @@ def _results(out: Path, settings: Settings) -> Iterator[dict[str, Any]]:
         results |= {
             "benchmark": "sinusoid",
             "settings": plain,
-            "machine": {"cpu": cpu_model(), "torch": torch.__version__},
+            "machine": {"cpu": processor(), "torch": torch.__version__},
             "skipped": members()[1],
         }
         yield results

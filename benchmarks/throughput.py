@@ -39,6 +39,7 @@ from benchmarks import throughput_report as report
 from benchmarks.peers.meters import Elsewhere
 from benchmarks.peers.process import ROOT, Process, SystemFailure, environment
 from benchmarks.peers.workloads import PUBLISHED, WORKLOADS, Options, Workload
+from metaft.assemble import processor
 from metaft.defaults import device_of
 from metaft.errors import MetaftError
 
@@ -273,7 +274,7 @@ def provenance(benchmark: str, device: str = "cpu") -> dict[str, Any]:
         "commit": git("rev-parse", "HEAD"),
         "changed_since_commit": bool(git("status", "--porcelain", "--untracked-files=no")),
         "machine": {
-            "cpu": cpu_model(),
+            "cpu": processor(),
             "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
             "capability": torch.backends.cpu.get_cpu_capability(),
             "gpu": torch.cuda.get_device_name(device) if device != "cpu" else None,
@@ -309,15 +310,6 @@ def git(*words: str) -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return done.stdout.strip()
-
-
-def cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 def run(settings: Settings, out: Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,10 @@ QUIET = 0.1
 """Cores busy with other work, up to which a row may be quoted. Threads that wait for each other within an operation
 suffer far more from such work than threads that do not."""
 
-_WIDTHS = (9, 18, 7, 10, 10, 10, 16)
+_WIDTHS = (9, 18, 7, 10, 10, 10, 10, 10, 16)
+
+DIGITS = 3.0
+"""How many times the libraries' error a float32 meta-gradient may have before its row is marked."""
 
 _NAMES = {"plain": "plain loop", "metaft-end-to-end": "metaft, end to end", "torchopt": "TorchOpt"}
 
@@ -27,7 +31,7 @@ _NAMES = {"plain": "plain loop", "metaft-end-to-end": "metaft, end to end", "tor
 def table(row: Row, threads: int) -> str:
     """One row as people read it; a system without figures is named with the reason."""
     what = f"{row['workload']}, {row['order']} order, {row['allocator']} allocator, {threads} threads"
-    heads = ("ms/step", "quartiles", "steps", "tasks/s", "peak MiB", "MiB/task", "against metaft")
+    heads = ("ms/step", "quartiles", "steps", "tasks/s", "peak MiB", "MiB/task", "float64", "float32", "against metaft")
     lines = [
         "",
         f"{what}, {row['protocol']['meta_batch']} tasks per step",
@@ -48,6 +52,7 @@ def table(row: Row, threads: int) -> str:
             f"{system['tasks_per_second']:.1f}",
             "-" if system["peak_mib"] is None else f"{system['peak_mib']:.0f}",
             "-" if system["growth_mib_per_task"] is None else f"{system['growth_mib_per_task']:.1f}",
+            *(_error(system.get(f"{dtype}_difference")) for dtype in ("float64", "float32")),
             f"{ms['median'] / metaft:.2f}x",
         )
         lines.append(f"  {label:<19}" + "".join(f"{c:>{width}}" for c, width in zip(cells, _WIDTHS, strict=True)))
@@ -59,12 +64,30 @@ def table(row: Row, threads: int) -> str:
         lines.append(
             f"  the fastest other library ({_label(row['best_peer'])}) takes {row['ratio_to_best_peer']:.2f}x as long"
         )
+    lines += _digits(row)
     busy = row["cores_busy_elsewhere"]
     if busy is not None and busy > QUIET:
         lines.append(
             f"  NOT QUIET: other work kept {busy:.1f} cores busy meanwhile; no ratio of this row may be quoted"
         )
     return "\n".join(lines)
+
+
+def _error(found: float | None) -> str:
+    return "-" if found is None else f"{found:.1e}"
+
+
+def _digits(row: Row) -> list[str]:
+    """What float64 and float32 stand for, and a mark where metaft has lost digits that the libraries have kept."""
+    errors = {name: s["float32_difference"] for name, s in row["systems"].items() if "float32_difference" in s}
+    others = [error for name, error in errors.items() if not name.startswith("metaft")]
+    lines = ["  float64: difference to the plain loop's meta-gradient; float32: to the same, of the timed one"]
+    if others and "metaft" in errors and not errors["metaft"] <= DIGITS * statistics.median(others):
+        lines.append(
+            f"  FEWER DIGITS: metaft's float32 error is {errors['metaft'] / statistics.median(others):.1f} times the "
+            f"others' (median {statistics.median(others):.1e}); this row's speed is paid for with digits"
+        )
+    return lines
 
 
 def closing(results: Mapping[str, Any]) -> str:

@@ -311,8 +311,10 @@ def result_of(
 ) -> dict[str, Any]:
     """What result.json holds: the first draw's figures in full, and all draws' in short."""
     import numpy as np
+    import torch
 
     from metaft._version import __version__
+    from metaft.assemble import where_measured
     from metaft.finetune.scores import mean_t95
     from metaft.finetune.study import RANDOM, rows_of, seconds, starts
     from metaft.run import read_rows
@@ -353,6 +355,7 @@ def result_of(
         "seed": config.seed,
         "last_seed": config.seed + config.seeds - 1,
         "device": device,
+        "environment": where_measured(device, torch.get_num_threads()),
         "train_images": len(rows.train),
         "val_images": len(rows.val),
         "train_images_per_class": per_class(rows.train),

@@ -60,7 +60,7 @@ def run(
     other ways than its head has outputs, inputs of another shape, too few classes or images.
     """
     from metaft._version import __version__
-    from metaft.assemble import assemble, check_ranks, engine_for, fill, open_run
+    from metaft.assemble import assemble, check_ranks, engine_for, fill, open_run, where_measured
     from metaft.defaults import check_steps
     from metaft.progress import Progress
     from metaft.report import print_test
@@ -125,7 +125,7 @@ def run(
             mapped, parts.algorithm, snapshot.meta, snapshot.state, source,
             split=config.set, seed=seed, episodes=episodes, steps=steps, ranks=ranks, progress=progress,
         )  # fmt: skip
-        name = mapped.name
+        name, threads = mapped.name, mapped.threads
     bar.close()
     result = {
         "command": "evaluate",
@@ -141,6 +141,7 @@ def run(
         "device": parts.device,
         "engine": name,
         "ranks": ranks.count,
+        "environment": where_measured(parts.device, threads),
         "test": test,
     }
     protocol = f"{ways}w{shots}s{queries}q-{test['inner_steps']}steps-{episodes}x-seed{seed}"

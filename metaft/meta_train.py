@@ -340,6 +340,7 @@ def _report(
     ranks: int,
 ) -> dict[str, Any]:
     from metaft._version import __version__
+    from metaft.assemble import where_measured
     from metaft.report import draw_pictures, print_summary
     from metaft.run import read_rows
 
@@ -362,6 +363,7 @@ def _report(
         "device": parts.device,
         "engine": mapped.name,
         "ranks": ranks,
+        "environment": where_measured(parts.device, mapped.threads),
         "seconds": round(seconds, 3),
         "tasks_per_second": round(c.iterations * c.meta_batch / training, 1) if training else None,
         "test": test,

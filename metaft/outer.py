@@ -35,6 +35,8 @@ class Engine(Protocol):
     """One way of running the same function on every task of a batch."""
 
     name: str
+    threads: int
+    """Tasks at the same time, or threads within an operation."""
     whole_steps: bool
     """Whether training is to take its steps as a whole (see `metaft.static`), as far as it can."""
 

@@ -340,6 +340,26 @@ def test_a_busy_machine_is_named() -> None:
     assert "NOT QUIET" not in throughput_report.table({**row, "cores_busy_elsewhere": 0.05}, 1)
 
 
+def test_a_row_that_lost_digits_is_marked() -> None:
+    def system(error: float) -> dict[str, Any]:
+        figures = {"status": "timed", "peak_mib": None, "growth_mib_per_task": None, "float64_difference": 1e-15}
+        return {**throughput.summary([1.0], 2), **figures, "float32_difference": error}
+
+    def said(metaft: float) -> str:
+        systems = {"metaft": system(metaft), **{name: system(e) for name, e in errors.items()}}
+        return throughput_report.table({**row, "systems": systems}, 1)
+
+    row = {
+        "workload": "tiny", "order": "second", "allocator": "default", "protocol": {"meta_batch": 2},
+        "ratio_to_best_peer": None, "best_peer": None, "cores_busy_elsewhere": 0.0,
+    }  # fmt: skip
+    errors = {"learn2learn": 1e-6, "higher": 2e-6, "plain": 9e-5}
+    assert "FEWER DIGITS: metaft's float32 error is 4.0 times the others'" in said(8e-6)
+    assert "FEWER DIGITS" in said(float("nan")) and "FEWER DIGITS" not in said(5.9e-6)
+    (of_metaft,) = (line for line in said(5.9e-6).splitlines() if line.startswith("  metaft "))
+    assert "1.0e-15" in of_metaft and "5.9e-06" in of_metaft
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [

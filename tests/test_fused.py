@@ -124,6 +124,63 @@ def test_gradient_of_a_vmapped_loss_in_shared_parameters(form: Any) -> None:
     assert_close(torch.func.grad(total)(case.params), torch.func.grad(expected)(case.params))
 
 
+@pytest.mark.parametrize("mean", [0.3, 10.0])
+@pytest.mark.parametrize(("tasks", "rows", "channels"), [(1, 14700, 8), (3, 980, 5), (2, 1001, 4), (1, 1, 3)])
+def test_moments_have_a_float32s_digits(tasks: int, rows: int, channels: int, mean: float) -> None:
+    """PyTorch's kernel for contiguous maps adds up in float64, and so is off by rounding its result alone."""
+    g = torch.Generator().manual_seed(0)
+    z = mean + torch.randn(tasks, rows, channels, generator=g)
+    true_mean, true_var = z.double().mean(1), z.double().var(1, correction=0)
+    found_mean, found_var = fused.moments(z)
+    half = torch.finfo(torch.float32).eps / 2
+    # Three times half a unit of the last place, and of the variance, which is put together from two sums, twice that
+    assert float(((found_mean - true_mean).abs() / (true_mean.abs() + true_var.sqrt())).max()) < 3 * half
+    assert float(((found_var - true_var).abs() - 6 * half * true_var).max()) <= 0
+    z = z.double()
+    found_mean, found_var = fused.moments(z)
+    assert_close([found_mean, found_var], [z.mean(1), z.var(1, correction=0)])
+
+
+@pytest.mark.parametrize("pool", [False, True])
+def test_float32_gradient_and_curvature_have_the_digits_of_the_composed_ones(pool: bool) -> None:
+    """Where no activation can change the side of its ReLU: shifts of ±9 deviations, so that a channel is on or off.
+
+    With real shifts a gradient jumps with each that does, so that single tasks tell nothing
+    (benchmarks/precision.py has many).
+    """
+    g = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=g)
+
+    width, images = 8, 60
+    sides = torch.where(torch.arange(width) % 3 == 2, -9.0, 9.0)
+    layers = 2 if pool else 3
+    x, y = draw(images, 1, 28, 28), torch.arange(images) % WAYS
+    weights = [draw(width, width if i else 1, 3, 3) for i in range(layers)]
+    scales, shifts = [1 + 0.1 * draw(width) for _ in weights], [sides.clone() for _ in weights]
+    params = [*weights, *scales, *shifts, draw(WAYS, width * (49 if pool else 1)) / 10, draw(WAYS)]
+    fixed = {"stride": 1 if pool else 2, "pool": pool, "average": not pool, "eps": 1e-5, "keep": True}
+    along = [draw(*p.shape) for p in params]
+
+    def both(of: Loss, dtype: torch.dtype) -> list[Tensor]:
+        """The gradient and the Hessian times a direction, each as one vector."""
+        p = [v.to(dtype).requires_grad_() for v in params]
+        n = layers
+        value, _ = of(x.to(dtype), y, p[:n], p[n : 2 * n], p[2 * n : 3 * n], p[-2], p[-1], **fixed)
+        grads = torch.autograd.grad(value, p, create_graph=True)
+        curved = torch.autograd.grad(grads, p, [v.to(dtype) for v in along])
+        return [torch.cat([v.detach().double().flatten() for v in vectors]) for vectors in (grads, curved)]
+
+    def errors(of: Loss) -> list[float]:
+        return [float((a - b).norm() / b.norm()) for a, b in zip(both(of, torch.float32), exact, strict=True)]
+
+    exact = both(composed, torch.float64)
+    of_fused, of_composed = errors(fused.conv4_loss), errors(composed)
+    for ours, theirs in zip(of_fused, of_composed, strict=True):
+        assert ours < 3 * max(theirs, 1e-6)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 def test_against_finite_differences(form: Any) -> None:

@@ -206,7 +206,8 @@ def moments(rows: Tensor) -> tuple[Tensor, Tensor]:
 
     PyTorch's kernel for channels_last adds up row after row, which costs float32 digits: the variance of m rows is off
     by some 3e-10 m of itself, 5e-6 of 15,000 of them, enough to flip a ReLU in most tasks. Here it is given about
-    sqrt(m) rows side by side, as one row of so many times the channels, and their moments are put together in float64.
+    sqrt(m) rows side by side (as many as divide m), as one row of so many times the channels, and their moments are put
+    together in float64.
     """
     tasks, m, channels = rows.shape
     parts = next(parts for parts in range(math.isqrt(m), 0, -1) if m % parts == 0)
