@@ -32,6 +32,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # to be run as a file, too
 
@@ -135,7 +136,7 @@ def _noise(case: Case, count: int, mean: float) -> Episode:
 
 
 def in_dtype(tree: Any, dtype: torch.dtype) -> Any:
-    return torch.utils._pytree.tree_map(lambda t: t.to(dtype) if t.is_floating_point() else t, tree)
+    return pytree.tree_map(lambda t: t.to(dtype) if t.is_floating_point() else t, tree)
 
 
 def start(case: Case, run: Path) -> Params:
