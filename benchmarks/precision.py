@@ -60,14 +60,11 @@ class Case:
     """64 tasks of one kind, and the step that MAML takes on them."""
 
     data: Literal["glyphs", "mini", "shifted"]
+    form: Literal["conv4", "conv4-pool"]
     ways: int
     steps: int
     inner_lr: float
     trained: bool = False
-
-    @property
-    def form(self) -> str:
-        return "conv4-pool" if self.data == "mini" else "conv4"
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -75,17 +72,18 @@ class Case:
 
     @property
     def width(self) -> int:
-        return 32 if self.data == "mini" else 64
+        return 32 if self.form == "conv4-pool" else 64
 
 
 CASES = {
-    "glyphs-5w1s": Case("glyphs", 5, 1, 0.4),
-    "glyphs-5w1s-trained": Case("glyphs", 5, 1, 0.4, trained=True),
-    "glyphs-5w1s-5-steps": Case("glyphs", 5, 5, 0.4),
-    "glyphs-5w1s-5-steps-trained": Case("glyphs", 5, 5, 0.4, trained=True),
-    "glyphs-20w1s": Case("glyphs", 20, 5, 0.1),
-    "mini-5w1s": Case("mini", 5, 5, 0.01),
-    "shifted-5w1s": Case("shifted", 5, 1, 0.4),
+    "glyphs-5w1s": Case("glyphs", "conv4", 5, 1, 0.4),
+    "glyphs-5w1s-trained": Case("glyphs", "conv4", 5, 1, 0.4, trained=True),
+    "glyphs-5w1s-5-steps": Case("glyphs", "conv4", 5, 5, 0.4),
+    "glyphs-5w1s-5-steps-trained": Case("glyphs", "conv4", 5, 5, 0.4, trained=True),
+    "glyphs-20w1s": Case("glyphs", "conv4", 20, 5, 0.1),
+    "mini-5w1s": Case("mini", "conv4-pool", 5, 5, 0.01),
+    "shifted-5w1s": Case("shifted", "conv4", 5, 1, 0.4),
+    "shifted-pool-5w1s": Case("shifted", "conv4-pool", 5, 5, 0.01),
 }
 
 
