@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from metaft.cli import StopSignals, check_unchanged, fresh_folder, in_one, of_run, settings
 from metaft.config import AdaptConfig, to_toml
 from metaft.errors import MetaftError
+from metaft.output import steady
 
 if TYPE_CHECKING:
     from torch import nn
@@ -77,6 +78,7 @@ def _command(argv: Sequence[str]) -> None:
         resume_run(resume, config)
 
 
+@steady()
 def run(config: AdaptConfig, *, module: nn.Module | None = None) -> dict[str, Any]:
     """Fine-tune from both starts in a new run folder; returns what `result.json` holds.
 
@@ -94,6 +96,7 @@ def run(config: AdaptConfig, *, module: nn.Module | None = None) -> dict[str, An
         return _go(made, settled, start, target, Position())
 
 
+@steady()
 def resume_run(path: Path, config: AdaptConfig | None = None, *, module: nn.Module | None = None) -> dict[str, Any]:
     """Go on with a run from its last checkpoint. `config` may differ from the run's in RESUMABLE fields alone.
 
@@ -289,16 +292,17 @@ def finish(
     from metaft.finetune import report
     from metaft.finetune.classifier import load
     from metaft.finetune.study import rows_of
+    from metaft.pictures import listed
 
     result = result_of(folder, config, start, target, position, device)
     folder.write_json(folder.result, result)
     text = report.text(result)
-    write_atomically(folder.path / "report.txt", f"{text}\n\n{report.plainly(result)}\n".encode())
+    write_atomically(folder.path / "report.txt", f"{text}\n\n{report.plainly(result)}\n".encode(errors="backslashreplace"))
     classifier = load(folder.classifier, module=start.module)
     test = torch.from_numpy(rows_of(target, config, 0).test)
     pictures = report.draw_pictures(folder, result, classifier, target, test)
     print(text)
-    print("\npictures: " + ", ".join(map(str, pictures)))
+    print(f"\n{listed(pictures)}")
     print(f"result:   {folder.result}, {folder.path / 'report.txt'}")
     if start.module is None:
         print(f"next:     python -m metaft.predict {shlex.quote(str(folder.path))} IMAGE_OR_FOLDER...")

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from metaft.cli import StopSignals, check_unchanged, fresh_folder, in_ranks, settings
 from metaft.config import MetaTrainConfig, from_mapping, read_toml, to_toml
 from metaft.errors import DataError, MetaftError, RankLost
+from metaft.output import steady
 from metaft.ranks import ALONE, Ranks
 from metaft.torchrun import launcher
 
@@ -83,6 +84,7 @@ def _asked_for(argv: Sequence[str], ranks: Ranks) -> tuple[MetaTrainConfig, Path
     return config, resume
 
 
+@steady()
 def run(
     config: MetaTrainConfig,
     *,
@@ -114,6 +116,7 @@ def run(
         return _go(made, parts, sources, None, ranks)
 
 
+@steady()
 def resume_run(
     path: Path,
     config: MetaTrainConfig | None = None,

@@ -157,7 +157,8 @@ class RunFolder:
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be written ({error.strerror})") from None
-        write_atomically(path, (text + "\n").encode())
+        # A path need not be text; what is none of it JSON spells as this does, too.
+        write_atomically(path, (text + "\n").encode(errors="backslashreplace"))
 
 
 def file_name(name: str) -> str:

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from metaft.errors import CheckpointError
 from metaft.finetune.classifier import Classifier
 from metaft.finetune.target import Target
 from metaft.names import short_names
+from metaft.pictures import drawn, plotting
 from metaft.progress import duration
 from metaft.run import RunFolder, read_rows
 
@@ -125,26 +125,33 @@ def _mistaken(classes: Sequence[str], confusion: Sequence[Sequence[int]]) -> lis
 def draw_pictures(
     run: RunFolder, result: Mapping[str, Any], classifier: Classifier, target: Target, test: torch.Tensor
 ) -> list[Path]:
-    """Confusion matrix, learning curves of the first draw, and the most confident mistakes; returns the files.
+    """Confusion matrix, learning curves of the first draw, and the most confident mistakes; returns the files that
+    could be drawn.
 
-    Raises CheckpointError where they cannot be written.
+    Raises CheckpointError where metrics.jsonl is damaged.
     """
-    from metaft import plots
-
     rows = [row for row in read_rows(run.metrics) if row["draw"] == 0]
     names = list(dict.fromkeys(row["start"] for row in rows))
     curves = {name: [row for row in rows if row["start"] == name] for name in names}
     kept = {name: (result if name == names[0] else result["scratch"])["kept_epoch"] for name in names}
-    probabilities = classifier.probabilities(target.images[test])
-    top = probabilities.max(-1)
     confusion, learning, mistakes = (run.plots / f"{stem}.png" for stem in ("confusion", "learning", "mistakes"))
-    try:
-        plots.confusion(confusion, result["confusion"], target.class_names)
-        steps = "inner step" if result["method"] == "inner" else "epoch"
-        plots.learning(learning, curves, x_label=steps, kept=kept)
-        plots.mistakes(
-            mistakes, target.images[test], target.labels[test], top.indices, top.values, target.class_names
-        )  # fmt: skip
-    except OSError as error:
-        raise CheckpointError(f"{run.plots}: pictures cannot be written ({error.strerror})") from None
-    return [confusion, learning, mistakes]
+    return drawn(
+        {
+            confusion: lambda: plotting().confusion(confusion, result["confusion"], target.class_names),
+            learning: lambda: _draw_learning(learning, result, curves, kept),
+            mistakes: lambda: _draw_mistakes(mistakes, classifier, target, test),
+        }
+    )
+
+
+def _draw_learning(
+    path: Path, result: Mapping[str, Any], curves: Mapping[str, Any], kept: Mapping[str, int]
+) -> None:
+    steps = "inner step" if result["method"] == "inner" else "epoch"
+    plotting().learning(path, curves, x_label=steps, kept=kept)
+
+
+def _draw_mistakes(path: Path, classifier: Classifier, target: Target, test: torch.Tensor) -> None:
+    top = classifier.probabilities(target.images[test]).max(-1)
+    images, labels = target.images[test], target.labels[test]
+    plotting().mistakes(path, images, labels, top.indices, top.values, target.class_names)
