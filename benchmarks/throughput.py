@@ -41,6 +41,7 @@ from benchmarks.peers.process import ROOT, Process, SystemFailure, environment
 from benchmarks.peers.workloads import PUBLISHED, WORKLOADS, Options, Workload
 from metaft.defaults import device_of
 from metaft.errors import MetaftError
+from metaft.output import of_command
 
 PEERS = ("learn2learn", "higher", "torchopt", "plain")
 LIBRARIES = PEERS[:-1]
@@ -382,6 +383,7 @@ def parse(argv: Sequence[str] | None) -> tuple[Settings, Path]:
     return settings, given.out
 
 
+@of_command()
 def main(argv: Sequence[str] | None = None) -> int:
     try:
         settings, out = parse(argv)

@@ -18,6 +18,7 @@ from torch import Tensor
 from metaft import MetaftError, MetaTrainConfig, meta_train
 from metaft.assemble import assemble, engine_for, fill, open_run
 from metaft.metrics import mean_ci95
+from metaft.output import of_command
 from metaft.testing import score_episodes
 from metaft.types import NORMS
 
@@ -41,6 +42,7 @@ def scores(path: Path, episodes: int, asked: dict[str, Any]) -> tuple[Tensor, di
     return own[..., -1], {field: getattr(config, field) for field in TEST}
 
 
+@of_command()
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--algorithms", nargs="+", default=["maml", "anil", "protonet"], help="the first is the base")

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from metaft.errors import MetaftError, suggest
+from metaft.names import is_text
 
 Config = TypeVar("Config", "MetaTrainConfig", "Settled", "EvaluateConfig", "AdaptConfig")
 
@@ -293,12 +294,18 @@ _AT_LEAST: dict[str, float] = {
 _ABOVE_ZERO = {"outer_lr", "clip_value", "clip_norm", "lr"}
 
 
+_KEPT = (MetaTrainConfig, AdaptConfig)
+"""What a run folder keeps as TOML, which is text."""
+
+
 def check(config: MetaTrainConfig | EvaluateConfig | AdaptConfig | PredictConfig) -> None:
     """Raises MetaftError for the first field with a wrong type or value, naming both."""
     hints = typing.get_type_hints(type(config))
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         _check_type(field.name, value, hints[field.name])
+        if isinstance(value, str) and field.name != "out" and isinstance(config, _KEPT) and not is_text(value):
+            raise MetaftError(f"{field.name}: {value!r} is not text; rename the file or folder")
         if isinstance(value, float) and not math.isfinite(value):
             raise MetaftError(f"{field.name} must be finite, got {value}")
         if value is None or isinstance(value, (bool, str)):

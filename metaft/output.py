@@ -14,7 +14,6 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-
 _REPLACED = "metaft-replaced"
 
 
@@ -155,3 +154,9 @@ def lost(stream: Any) -> str:
     if isinstance(stream, Steady) and stream.lost is not None and not stream.closed_by_reader:
         return str(getattr(stream.lost, "strerror", None) or stream.lost)
     return ""
+
+
+def say(line: str) -> None:
+    """A line on stderr, from where no `steady` need be around it."""
+    with steady():
+        print(line, file=sys.stderr)

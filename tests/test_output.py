@@ -34,7 +34,7 @@ def closed_pipe() -> io.TextIOWrapper:
 
 
 def full_disk() -> io.TextIOWrapper:
-    return open("/dev/full", "w", encoding="utf-8")  # noqa: SIM115
+    return open("/dev/full", "w", encoding="utf-8")
 
 
 def closed_stream() -> io.TextIOWrapper:
@@ -105,9 +105,7 @@ def test_a_run_from_python_likewise(name: str, tmp_path: Path, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("name", STREAMS)
-def test_labels_are_in_the_file_whatever_becomes_of_the_printed_ones(
-    name: str, adapted: Path, tmp_path: Path
-) -> None:
+def test_labels_are_in_the_file_whatever_becomes_of_the_printed_ones(name: str, adapted: Path, tmp_path: Path) -> None:
     pictures, out = adapted.parent / "data/test", tmp_path / "labels.csv"
     with pytest.MonkeyPatch.context() as patch:
         both = streams(patch, name)
@@ -197,9 +195,11 @@ def test_help_and_usage_likewise(name: str, words: list[str]) -> None:
 def test_a_shell_hears_nothing_of_it(line: str) -> None:
     """To the end of the process, when Python writes what is left. PYTHONIOENCODING is that of `LANG=C` of old."""
     command = f"{sys.executable} -m metaft adapt --help"
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    environment.pop("PYTHONUNBUFFERED", None)
     done = subprocess.run(
         ["bash", "-c", f"set -o pipefail; {line.format(command=command)}; exit $?"], capture_output=True, timeout=60,
-        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        env=environment,
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, b"")
 

@@ -144,9 +144,7 @@ def draw_pictures(
     )
 
 
-def _draw_learning(
-    path: Path, result: Mapping[str, Any], curves: Mapping[str, Any], kept: Mapping[str, int]
-) -> None:
+def _draw_learning(path: Path, result: Mapping[str, Any], curves: Mapping[str, Any], kept: Mapping[str, int]) -> None:
     steps = "inner step" if result["method"] == "inner" else "epoch"
     plotting().learning(path, curves, x_label=steps, kept=kept)
 
