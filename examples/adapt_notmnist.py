@@ -118,9 +118,11 @@ def figure(rows: Sequence[dict[str, Any]], data: str) -> Figure:
     axes.minorticks_off()
     axes.set_xlabel("images per class")
     axes.set_ylabel("test accuracy, %")
-    axes.set_title(f"{data.partition(':')[2].rstrip('/').rpartition('/')[2]}, {max(r['draws'] for r in rows)} draws")
+    title = f"{data.partition(':')[2].rstrip('/').rpartition('/')[2]}, {max(r['draws'] for r in rows)} draws"
+    axes.set_title(title, parse_math=False)  # a folder may be called "$x_{"
     axes.grid(axis="y", alpha=0.3)
-    axes.legend()
+    for name in axes.legend().get_texts():
+        name.set_parse_math(False)
     return picture
 
 

@@ -297,9 +297,8 @@ def finish(
     result = result_of(folder, config, start, target, position, device)
     folder.write_json(folder.result, result)
     text = report.text(result)
-    write_atomically(
-        folder.path / "report.txt", f"{text}\n\n{report.plainly(result)}\n".encode(errors="backslashreplace")
-    )
+    whole = f"{text}\n\n{report.plainly(result)}\n"
+    write_atomically(folder.path / "report.txt", whole.encode(errors="backslashreplace"))
     classifier = load(folder.classifier, module=start.module)
     test = torch.from_numpy(rows_of(target, config, 0).test)
     pictures = report.draw_pictures(folder, result, classifier, target, test)

@@ -118,9 +118,7 @@ def of_command() -> Iterator[None]:
     """`steady` for a whole command: files get no number that belongs to a closed stdout or stderr, and Python, when it
     ends, finds nothing left to write where it cannot."""
     for number in range(3):
-        try:
-            os.fstat(number)
-        except OSError:
+        if not _is_open(number):
             with contextlib.suppress(OSError):
                 os.open(os.devnull, os.O_RDWR)  # the lowest number that is free, which is this one
     with steady():
@@ -132,6 +130,14 @@ def of_command() -> Iterator[None]:
                 stream.flush()
                 if stream.lost is not None:
                     _lead_nowhere(stream)
+
+
+def _is_open(number: int) -> bool:
+    try:
+        os.fstat(number)
+    except OSError:
+        return False
+    return True
 
 
 def _lead_nowhere(stream: Steady) -> None:

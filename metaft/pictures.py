@@ -19,23 +19,18 @@ def drawn(pictures: Mapping[Path, Callable[[], object]]) -> list[Path]:
     done: list[Path] = []
     failed: list[str] = []
     for path, draw in pictures.items():
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of letters that a font lacks, or of axes without an extent
-                draw()
-        except CheckpointError:
-            raise
-        except Exception as error:  # a full disk, no memory, figures that matplotlib cannot place
-            failed.append(f"{path} ({_why(error)})")
-        else:
+        why = _missed(draw)
+        if why is None:
             done.append(path)
+        else:
+            failed.append(f"{path} ({why})")
     if failed:
         print(f"metaft: note: pictures that cannot be drawn: {', '.join(failed)}", file=sys.stderr)
     return done
 
 
 def plotting() -> Any:
-    """`metaft.plots`, fetched by the picture that needs it: that it cannot be imported is no more than a lost picture."""
+    """`metaft.plots`, fetched by the picture that needs it: without matplotlib no more is lost."""
     from metaft import plots
 
     return plots
@@ -46,6 +41,15 @@ def listed(paths: list[Path]) -> str:
     return "pictures: " + (", ".join(map(str, paths)) or "none")
 
 
-def _why(error: Exception) -> str:
-    said = " ".join(str(getattr(error, "strerror", None) or error).split())
-    return said or type(error).__name__
+def _missed(draw: Callable[[], object]) -> str | None:
+    """Why a picture cannot be drawn, or None where it is."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of letters that a font lacks, or of axes without an extent
+            draw()
+    except CheckpointError:
+        raise
+    except Exception as error:  # a full disk, no memory, figures that matplotlib cannot place
+        said = " ".join(str(getattr(error, "strerror", None) or error).split())
+        return said or type(error).__name__
+    return None

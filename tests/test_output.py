@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
@@ -72,12 +73,9 @@ def streams(patch: pytest.MonkeyPatch, name: str) -> tuple[Any, Any]:
 
 def let_go(*both: Any) -> None:
     """What cannot be written shall not be said by the garbage collector."""
-    for stream in both:
-        try:
-            if stream is not None:
-                stream.close()
-        except OSError:
-            pass
+    for stream in filter(None, both):
+        with contextlib.suppress(OSError):
+            stream.close()
 
 
 @pytest.mark.parametrize("name", STREAMS)

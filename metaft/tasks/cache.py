@@ -1,8 +1,9 @@
 """Arrays that took a while to make, kept on disk and checked by digest when they come back.
 
-A cache file is a plain `.npz` (never a pickle) with one more entry, the SHA-256 of its key and all the others. Losing or
-breaking one costs time and nothing else: whatever is wrong with it, the arrays are built again. So does a folder that
-cannot be written, or cannot be found where a user has no home: a line says so, once.
+A cache file is a plain `.npz` (never a pickle) with one more entry, the SHA-256 of its key and all
+the others. Losing or breaking one costs time and nothing else: whatever is wrong with it, the arrays
+are built again. So does a folder that cannot be written, or that a user without a home does not have:
+a line says so, once.
 """
 
 from __future__ import annotations
@@ -82,9 +83,7 @@ def keep(file: str, write: Callable[[IO[bytes]], object]) -> None:
 def _say(why: str) -> None:
     if why not in _said:
         _said.add(why)
-        say(
-            f"metaft: note: nothing is cached ({why}); the next run takes its time again, unless METAFT_CACHE names a folder"
-        )
+        say(f"metaft: note: nothing is cached: {why}; METAFT_CACHE can name another folder")
 
 
 def _digest(arrays: Mapping[str, np.ndarray], key: bytes) -> np.ndarray:
