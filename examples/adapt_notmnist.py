@@ -23,6 +23,7 @@ from metaft.config import AdaptConfig
 from metaft.errors import MetaftError
 from metaft.finetune.scores import mean_t95
 from metaft.output import of_command
+from metaft.paths import shown
 
 
 @of_command()
@@ -71,9 +72,13 @@ def one(given: argparse.Namespace, init: str, shots: int) -> list[dict[str, Any]
     random = [draw["scratch"]["accuracy"] for draw in result["draws"]]
     about = result["init_about"]
     starts = (
-        (f"{about['algorithm']} on {about['dataset']}", learned, [a - b for a, b in zip(learned, random, strict=True)]),
         (
-            f"random, for {about['algorithm']} on {about['dataset']}" if given.method == "inner" else "random",
+            f"{about['algorithm']} on {shown(about['dataset'])}",
+            learned,
+            [a - b for a, b in zip(learned, random, strict=True)],
+        ),
+        (
+            f"random, for {about['algorithm']} on {shown(about['dataset'])}" if given.method == "inner" else "random",
             random,
             [],
         ),

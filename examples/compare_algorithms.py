@@ -19,6 +19,7 @@ from metaft import MetaftError, MetaTrainConfig, meta_train
 from metaft.assemble import assemble, engine_for, fill, open_run
 from metaft.metrics import mean_ci95
 from metaft.output import of_command
+from metaft.paths import in_full, named_in_full, shown
 from metaft.testing import score_episodes
 from metaft.types import NORMS
 
@@ -29,9 +30,12 @@ def scores(path: Path, episodes: int, asked: dict[str, Any]) -> tuple[Tensor, di
     """Accuracies, or squared errors, after a run's last step: [episodes, 2], transductive and inductive; and by which
     settings its episodes were made. Raises MetaftError for a run with other settings than those `asked`."""
     _, config, snapshot = open_run(path)
+    config = in_full(config)
     for field, value in asked.items():
-        if getattr(config, field) != value:
-            raise MetaftError(f"{field}: {path} has {getattr(config, field)!r}, not {value!r}; take another --out")
+        has, wanted = getattr(config, field), named_in_full(value) if field == "dataset" else value
+        if has != wanted:
+            shorter = shown(has) if field == "dataset" else has
+            raise MetaftError(f"{field}: {path} has {shorter!r}, not {value!r}; take another --out")
     parts = assemble(config)
     c, best = parts.config, fill(parts, snapshot)
     sizes = {"ways": c.test_ways, "shots": c.test_shots, "query_shots": c.test_query_shots}

@@ -19,6 +19,7 @@ from metaft import output
 from metaft.cli import check_writable, in_one, parse
 from metaft.config import PredictConfig
 from metaft.errors import CheckpointError, DataError, MetaftError, OutputLost
+from metaft.paths import local
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -65,7 +66,7 @@ def _command(argv: Sequence[str]) -> None:
         raise MetaftError("images: name at least one picture file or folder")
     files = list_files(given.images)
     if given.csv is not None:
-        check_writable(Path(given.csv), "csv", Path(given.csv).parent)
+        check_writable(local(given.csv), "csv", local(given.csv).parent)
 
     from metaft.defaults import device_of
     from metaft.finetune.classifier import load
@@ -93,7 +94,7 @@ def _command(argv: Sequence[str]) -> None:
         if given.csv is None and output.left(sys.stdout):  # nobody would see the others
             return
     if given.csv is not None:
-        write_csv(Path(given.csv), labels, given.top)
+        write_csv(local(given.csv), labels, given.top)
     colour = [label.file for label in labels if label.from_colour]
     if colour:
         print(
@@ -120,7 +121,7 @@ def list_files(images: Sequence[str]) -> list[Path]:
 
     files: list[Path] = []
     for name in images:
-        path = Path(name)
+        path = local(name)
         try:
             path.stat()
         except (FileNotFoundError, NotADirectoryError):

@@ -11,6 +11,7 @@ import torch
 from metaft.assemble import Parts
 from metaft.errors import CheckpointError
 from metaft.metrics import FIGURES
+from metaft.paths import shown
 from metaft.pictures import drawn, listed, plotting
 from metaft.progress import duration
 from metaft.run import RunFolder, read_rows
@@ -80,7 +81,7 @@ def _draw_episode(path: Path, parts: Parts, best: Snapshot, source: Source) -> N
 def print_summary(result: Mapping[str, Any], pictures: list[Path], path: Path, following: Sequence[str]) -> None:
     """The result in plain words on stdout, with the next command to type."""
     print(
-        f"{result['dataset']} · {result['algorithm']} · {result['iterations']} meta-steps in "
+        f"{shown(result['dataset'])} · {result['algorithm']} · {result['iterations']} meta-steps in "
         f"{duration(result['seconds'])} ({result['tasks_per_second']} tasks/s), "
         f"best on validation at step {result['best_step']}"
     )

@@ -11,6 +11,7 @@ import torch
 from metaft.finetune.classifier import Classifier
 from metaft.finetune.target import Target
 from metaft.names import short_names
+from metaft.paths import shown
 from metaft.pictures import drawn, plotting
 from metaft.progress import duration
 from metaft.run import RunFolder, read_rows
@@ -21,7 +22,7 @@ _TABLE = 30  # classes that are listed; of more, only the worst
 def text(result: Mapping[str, Any]) -> str:
     """The report in plain words, several lines."""
     r = result
-    what = f"{r['data']} · {len(r['classes'])} classes · {r['train_images']} images to train"
+    what = f"{shown(r['data'])} · {len(r['classes'])} classes · {r['train_images']} images to train"
     val = f", {r['val_images']} to validate" if r["val_images"] else ""
     if r["method"] == "inner":
         how = f"adapted by {r['inner_steps']} steps of the run's own inner loop"
@@ -65,7 +66,11 @@ def _of_100(share: float) -> str:
 
 def _init(r: Mapping[str, Any]) -> str:
     about = r["init_about"]
-    return f"{r['init']} ({about['algorithm']} on {about['dataset']})" if about else "a random initialisation"
+    return (
+        f"{shown(r['init'])} ({about['algorithm']} on {shown(about['dataset'])})"
+        if about
+        else "a random initialisation"
+    )
 
 
 def _figures(r: Mapping[str, Any]) -> list[str]:
