@@ -71,17 +71,10 @@ def one(given: argparse.Namespace, init: str, shots: int) -> list[dict[str, Any]
     learned = [draw["accuracy"] for draw in result["draws"]]
     random = [draw["scratch"]["accuracy"] for draw in result["draws"]]
     about = result["init_about"]
+    trained = f"{about['algorithm']} on {shown(about['dataset'])}"
     starts = (
-        (
-            f"{about['algorithm']} on {shown(about['dataset'])}",
-            learned,
-            [a - b for a, b in zip(learned, random, strict=True)],
-        ),
-        (
-            f"random, for {about['algorithm']} on {shown(about['dataset'])}" if given.method == "inner" else "random",
-            random,
-            [],
-        ),
+        (trained, learned, [a - b for a, b in zip(learned, random, strict=True)]),
+        (f"random, for {trained}" if given.method == "inner" else "random", random, []),
     )
     rows = []
     for start, accuracies, gains in starts:

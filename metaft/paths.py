@@ -98,8 +98,9 @@ def found(path: str | os.PathLike[str], data_root: str | None, classes: Collecti
         raise DataError(f"{first} does not exist{hint}")
     places = [inside] if os.path.isdir(inside) else [absolute(root)] if _holds(absolute(root), classes) else []
     if not places:
+        source = "data_root" if data_root else "METAFT_DATA"
         also = f", and {absolute(root)} does not hold its class folders" if classes else ""
-        raise DataError(f"{first} does not exist, nor does {inside}{also}")
+        raise DataError(f"{first} does not exist, nor does {inside} (from {source}){also}")
     say(f"note: {first} does not exist; the data are read from {places[0]}")
     return places[0]
 

@@ -112,10 +112,11 @@ def load(
 ) -> Dataset:
     """The data set of that name: "glyphs", "omniglot", "folder:PATH", "l2l:NAME" or "sinusoid".
 
-    `data_root` (default: the environment's METAFT_DATA) is where data sets with a fixed name live, and where a folder is
-    looked for that is not at its path, see `metaft.paths.found`; `classes` are those that a run knows it by. `split`
-    names one of the data set's class splits. Raises MetaftError for a name, split or option that the data set does not have, and
-    DataError where its data is missing or broken.
+    `data_root` (default: the environment's METAFT_DATA) is where data sets with a fixed name live,
+    and where a folder is looked for that is not at its path, see `metaft.paths.found`; `classes` are
+    those that a run knows it by. `split` names one of the data set's class splits. Raises MetaftError
+    for a name, split or option that the data set does not have, and DataError where its data is
+    missing or broken.
     """
     name, _, path = dataset.partition(":")
     if name not in DATASETS:
