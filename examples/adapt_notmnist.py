@@ -22,11 +22,9 @@ from metaft import adapt
 from metaft.config import AdaptConfig
 from metaft.errors import MetaftError
 from metaft.finetune.scores import mean_t95
-from metaft.output import of_command
 from metaft.paths import shown
 
 
-@of_command()
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="folder:PATH or glyphs:SCRIPT")

@@ -15,11 +15,9 @@ from typing import Any
 
 from torch import Tensor
 
-from metaft import MetaftError, MetaTrainConfig, meta_train
+from metaft import MetaftError, MetaTrainConfig, meta_train, paths
 from metaft.assemble import assemble, engine_for, fill, open_run
 from metaft.metrics import mean_ci95
-from metaft.output import of_command
-from metaft.paths import in_full, named_in_full, shown
 from metaft.testing import score_episodes
 from metaft.types import NORMS
 
@@ -30,12 +28,9 @@ def scores(path: Path, episodes: int, asked: dict[str, Any]) -> tuple[Tensor, di
     """Accuracies, or squared errors, after a run's last step: [episodes, 2], transductive and inductive; and by which
     settings its episodes were made. Raises MetaftError for a run with other settings than those `asked`."""
     _, config, snapshot = open_run(path)
-    config = in_full(config)
     for field, value in asked.items():
-        has, wanted = getattr(config, field), named_in_full(value) if field == "dataset" else value
-        if has != wanted:
-            shorter = shown(has) if field == "dataset" else has
-            raise MetaftError(f"{field}: {path} has {shorter!r}, not {value!r}; take another --out")
+        if (has := paths.shown(config.dataset) if field == "dataset" else getattr(config, field)) != value:
+            raise MetaftError(f"{field}: {path} has {has!r}, not {value!r}; take another --out")
     parts = assemble(config)
     c, best = parts.config, fill(parts, snapshot)
     sizes = {"ways": c.test_ways, "shots": c.test_shots, "query_shots": c.test_query_shots}
@@ -46,7 +41,6 @@ def scores(path: Path, episodes: int, asked: dict[str, Any]) -> tuple[Tensor, di
     return own[..., -1], {field: getattr(config, field) for field in TEST}
 
 
-@of_command()
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--algorithms", nargs="+", default=["maml", "anil", "protonet"], help="the first is the base")

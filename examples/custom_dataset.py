@@ -14,7 +14,6 @@ import numpy as np
 from sklearn.datasets import load_digits
 
 from metaft import EvaluateConfig, MetaTrainConfig, evaluate, meta_train
-from metaft.output import of_command
 from metaft.tasks.learn2learn import pool
 
 
@@ -34,7 +33,6 @@ class Digits:
         return self.images[index], int(self.labels[index])
 
 
-@of_command()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--iterations", type=int, default=300)

@@ -12,7 +12,6 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from metaft import EvaluateConfig, MetaTrainConfig, evaluate, meta_train
-from metaft.output import of_command
 
 
 class SmallResNet(nn.Module):
@@ -33,7 +32,6 @@ class SmallResNet(nn.Module):
         return self.head(nn.functional.max_pool2d(x, 2).flatten(1))
 
 
-@of_command()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--iterations", type=int, default=300)

@@ -16,7 +16,6 @@ import argparse
 from metaft import Algorithm, MetaTrainConfig, Model, meta_train
 from metaft.algorithms import ALGORITHMS, by_gradient
 from metaft.inner import Rates
-from metaft.output import of_command
 from metaft.types import Loss, Norm, Params
 
 
@@ -49,7 +48,6 @@ def sign_maml(
 ALGORITHMS["sign-maml"] = sign_maml  # now --algorithm, its checks and its defaults know it
 
 
-@of_command()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--iterations", type=int, default=300)

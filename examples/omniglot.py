@@ -13,7 +13,6 @@ import sys
 from typing import Any
 
 from metaft import MetaftError, MetaTrainConfig, meta_train
-from metaft.output import of_command
 
 SETTINGS = {
     # ways, shots, tasks per meta-step, inner steps, inner rate, the paper's accuracy in %
@@ -24,7 +23,6 @@ SETTINGS = {
 }
 
 
-@of_command()
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-root", help="holds omniglot/ (auto: METAFT_DATA)")

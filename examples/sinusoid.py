@@ -14,11 +14,9 @@ from pathlib import Path
 import torch
 
 import metaft
-from metaft.output import of_command
 from metaft.plots import regression_episode
 
 
-@of_command()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shots", type=int, default=10, help="points of a curve to adapt to")

@@ -188,13 +188,12 @@ def _prepare(
 
     device_of(config.device)
     _check_method(config)
-    config = _with_data(paths.in_full(config), classes)
     init = config.init
+    config = _with_data(paths.in_full(config), classes)
     if init is None:
         shape, any_size = targets.shape_of(config.data)
-        newest = newest_run(shape, any_size=any_size)
-        print(f"init: {newest}, the newest run that fits", file=sys.stderr)
-        init = str(paths.absolute(newest))
+        init = str(newest_run(shape, any_size=any_size))
+        print(f"init: {init}, the newest run that fits", file=sys.stderr)
     if init == "":
         raise MetaftError("init: name a run folder of metaft.meta_train or none, not ''")
     if init == "none":
@@ -208,7 +207,8 @@ def _prepare(
                 f"{config.data} are {targets.shape_of(config.data)[0]}"
             )
         target = targets.load(config.data, start.preprocessing)
-    open_values: dict[str, Any] = {"init": init}
+        start = dataclasses.replace(start, name=str(paths.absolute(init)))
+    open_values: dict[str, Any] = {"init": start.name}
     if config.method == "finetune":
         open_values |= FINETUNE
     else:
