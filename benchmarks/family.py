@@ -36,6 +36,7 @@ from benchmarks.throughput_report import QUIET
 from metaft.algorithms import ALGORITHMS, hyper_parameters
 from metaft.assemble import processor
 from metaft.errors import MetaftError
+from metaft.output import of_command
 
 REFERENCE = "maml"
 
@@ -168,6 +169,7 @@ def _memory(own: Figures) -> str:
     return "not measured" if own["growth_mib_per_task"] is None else f"{own['growth_mib_per_task']:.1f}"
 
 
+@of_command()
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument

@@ -38,6 +38,7 @@ from metaft.models import convolution
 from metaft.models.functional import plain_operations
 from metaft.models.precision import in_bf16, matrix_units
 from metaft.models.recomputed import recomputed
+from metaft.output import of_command
 from metaft.run import read_rows
 from metaft.static import StaticSteps, recorded
 from metaft.tasks.pool import ClassPool, Preprocessing
@@ -430,6 +431,7 @@ def ratios(rows: Sequence[Mapping[str, Any]], mine: Mapping[str, Any]) -> dict[s
     return found
 
 
+@of_command()
 def main() -> int:
     """Exit status 1 where a check failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -37,6 +37,7 @@ from benchmarks.throughput import provenance
 from metaft.allocator import keep_freed_memory
 from metaft.errors import MetaftError
 from metaft.outer import task_grad
+from metaft.output import of_command
 from metaft.plots.style import BLUE, GREY, decorate, save
 from metaft.types import Episode
 
@@ -233,6 +234,7 @@ def parse(argv: Sequence[str] | None) -> tuple[Settings, Path]:
     return Settings(base, axes, threads, given.seconds, given.engine), given.out
 
 
+@of_command()
 def main(argv: Sequence[str] | None = None) -> int:
     try:
         settings, out = parse(argv)

@@ -44,6 +44,7 @@ from metaft.checkpoint import write_atomically
 from metaft.config import MetaTrainConfig
 from metaft.errors import MetaftError
 from metaft.metrics import mean_ci95
+from metaft.output import of_command
 from metaft.plots.style import save
 from metaft.tasks import Sinusoid
 from metaft.testing import score_episodes
@@ -261,6 +262,7 @@ def _in_processes(cells: Sequence[tuple[str, int]], settings: Settings, out: Pat
         raise MetaftError("; ".join(failed))
 
 
+@of_command()
 def main(argv: Sequence[str] | None = None) -> int:
     description = (__doc__ or "").replace("%", "%%")
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)

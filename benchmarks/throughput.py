@@ -42,6 +42,7 @@ from benchmarks.peers.workloads import PUBLISHED, WORKLOADS, Options, Workload
 from metaft.assemble import processor
 from metaft.defaults import device_of
 from metaft.errors import MetaftError
+from metaft.output import of_command
 
 PEERS = ("learn2learn", "higher", "torchopt", "plain")
 LIBRARIES = PEERS[:-1]
@@ -374,6 +375,7 @@ def parse(argv: Sequence[str] | None) -> tuple[Settings, Path]:
     return settings, given.out
 
 
+@of_command()
 def main(argv: Sequence[str] | None = None) -> int:
     try:
         settings, out = parse(argv)

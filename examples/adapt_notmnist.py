@@ -22,6 +22,7 @@ from metaft import adapt
 from metaft.config import AdaptConfig
 from metaft.errors import MetaftError
 from metaft.finetune.scores import mean_t95
+from metaft.paths import shown
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -68,13 +69,10 @@ def one(given: argparse.Namespace, init: str, shots: int) -> list[dict[str, Any]
     learned = [draw["accuracy"] for draw in result["draws"]]
     random = [draw["scratch"]["accuracy"] for draw in result["draws"]]
     about = result["init_about"]
+    trained = f"{about['algorithm']} on {shown(about['dataset'])}"
     starts = (
-        (f"{about['algorithm']} on {about['dataset']}", learned, [a - b for a, b in zip(learned, random, strict=True)]),
-        (
-            f"random, for {about['algorithm']} on {about['dataset']}" if given.method == "inner" else "random",
-            random,
-            [],
-        ),
+        (trained, learned, [a - b for a, b in zip(learned, random, strict=True)]),
+        (f"random, for {trained}" if given.method == "inner" else "random", random, []),
     )
     rows = []
     for start, accuracies, gains in starts:
@@ -116,9 +114,11 @@ def figure(rows: Sequence[dict[str, Any]], data: str) -> Figure:
     axes.minorticks_off()
     axes.set_xlabel("images per class")
     axes.set_ylabel("test accuracy, %")
-    axes.set_title(f"{data.partition(':')[2].rstrip('/').rpartition('/')[2]}, {max(r['draws'] for r in rows)} draws")
+    title = f"{data.partition(':')[2].rstrip('/').rpartition('/')[2]}, {max(r['draws'] for r in rows)} draws"
+    axes.set_title(title, parse_math=False)  # a folder may be called "$x_{"
     axes.grid(axis="y", alpha=0.3)
-    axes.legend()
+    for name in axes.legend().get_texts():
+        name.set_parse_math(False)
     return picture
 
 

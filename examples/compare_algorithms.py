@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from metaft import MetaftError, MetaTrainConfig, meta_train
+from metaft import MetaftError, MetaTrainConfig, meta_train, paths
 from metaft.assemble import assemble, engine_for, fill, open_run
 from metaft.metrics import mean_ci95
 from metaft.testing import score_episodes
@@ -29,8 +29,8 @@ def scores(path: Path, episodes: int, asked: dict[str, Any]) -> tuple[Tensor, di
     settings its episodes were made. Raises MetaftError for a run with other settings than those `asked`."""
     _, config, snapshot = open_run(path)
     for field, value in asked.items():
-        if getattr(config, field) != value:
-            raise MetaftError(f"{field}: {path} has {getattr(config, field)!r}, not {value!r}; take another --out")
+        if (has := paths.shown(config.dataset) if field == "dataset" else getattr(config, field)) != value:
+            raise MetaftError(f"{field}: {path} has {has!r}, not {value!r}; take another --out")
     parts = assemble(config)
     c, best = parts.config, fill(parts, snapshot)
     sizes = {"ways": c.test_ways, "shots": c.test_shots, "query_shots": c.test_query_shots}

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from metaft._version import __version__
 from metaft.errors import suggest
+from metaft.output import of_command
 
 COMMANDS = {
     "meta_train": "learn an initialisation from few-shot episodes",
@@ -17,6 +18,7 @@ COMMANDS = {
 }
 
 
+@of_command()
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: the command's own; 2 for a command that does not exist."""
     argv = list(sys.argv[1:] if argv is None else argv)

@@ -6,13 +6,15 @@ import dataclasses
 import hashlib
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from metaft import paths
 from metaft.cli import StopSignals, check_unchanged, fresh_folder, in_one, of_run, settings
 from metaft.config import AdaptConfig, to_toml
-from metaft.errors import MetaftError
+from metaft.errors import DataError, MetaftError
+from metaft.output import steady
 
 if TYPE_CHECKING:
     from torch import nn
@@ -24,8 +26,8 @@ if TYPE_CHECKING:
 
 RUNS = Path("runs")
 
-# What may change when a run goes on: how it is computed, over how many draws, and where a plugin lies.
-RESUMABLE = ("device", "seeds", "plugin")
+# What may change when a run goes on: how it is computed, over how many draws, and where the user's own things lie.
+RESUMABLE = ("device", "seeds", "data_root", "plugin")
 
 # What belongs to one method alone, with the value that it takes when it is left open.
 FINETUNE: dict[str, Any] = {
@@ -77,6 +79,7 @@ def _command(argv: Sequence[str]) -> None:
         resume_run(resume, config)
 
 
+@steady()
 def run(config: AdaptConfig, *, module: nn.Module | None = None) -> dict[str, Any]:
     """Fine-tune from both starts in a new run folder; returns what `result.json` holds.
 
@@ -87,13 +90,14 @@ def run(config: AdaptConfig, *, module: nn.Module | None = None) -> dict[str, An
     from metaft.run import RunFolder, file_name
 
     settled, start, target = _prepare(config, module)
-    name = f"adapt-{file_name(target.name)}-{file_name(Path(start.name).name)}-{settled.seed}"
+    name = f"adapt-{file_name(paths.typed(config.data))}-{file_name(Path(start.name).name)}-{settled.seed}"
     folder = Path(settled.out) if settled.out is not None else fresh_folder(RUNS / name)
     made = RunFolder.create(folder, to_toml(dataclasses.replace(settled, out=None)))
     with made.held("out"):
         return _go(made, settled, start, target, Position())
 
 
+@steady()
 def resume_run(path: Path, config: AdaptConfig | None = None, *, module: nn.Module | None = None) -> dict[str, Any]:
     """Go on with a run from its last checkpoint. `config` may differ from the run's in RESUMABLE fields alone.
 
@@ -113,14 +117,14 @@ def _resume(folder: RunFolder, config: AdaptConfig | None, module: nn.Module | N
     from metaft.finetune.study import Position, read
 
     path = folder.path
-    own = of_run(AdaptConfig, folder.config, "resume")
+    own = paths.in_full(of_run(AdaptConfig, folder.config, "resume"))
     given = {} if config is None else {k: v for k, v in dataclasses.asdict(config).items() if v is not None}
-    config = dataclasses.replace(own, **{**given, "out": None})
+    config = paths.in_full(dataclasses.replace(own, **{**given, "out": None}))
     check_unchanged(config, own, path, except_for=RESUMABLE)
     folder.make_folders()
     folder.mend()
     position, before = read(folder) if folder.last.exists() else (Position(), None)
-    settled, start, target = _prepare(config, module)
+    settled, start, target = _prepare(config, module, (before or {}).get("classes", ()))
     if before is not None:
         now = _header(settled, start, target)
         for field, what in (("data_sha256", "data: the images of"), ("init_sha256", "init: the checkpoint of")):
@@ -132,7 +136,7 @@ def _resume(folder: RunFolder, config: AdaptConfig | None, module: nn.Module | N
         if settled.seeds < draws:
             raise MetaftError(f"seeds must be at least the {draws} already begun, got {settled.seeds}")
         print(f"resuming {path} after {len(position.fits)} fits and {len(position.rows)} epochs", file=sys.stderr)
-    if config != own:
+    if config != own or settled.data != own.data:
         folder.result.unlink(missing_ok=True)  # of fewer draws; it would not be this run's
         write_atomically(folder.config, to_toml(settled).encode())
     return _go(folder, settled, start, target, position)
@@ -170,8 +174,13 @@ def newest_run(shape: Sequence[int], *, any_size: bool) -> Path:
     return max(found)[1]
 
 
-def _prepare(config: AdaptConfig, module: nn.Module | None) -> tuple[AdaptConfig, Start, Target]:
-    """The config with nothing open, and what it names. Nothing is written."""
+def _prepare(
+    config: AdaptConfig, module: nn.Module | None, classes: Collection[str] = ()
+) -> tuple[AdaptConfig, Start, Target]:
+    """The config with nothing open and with absolute paths, and what it names. Nothing is written.
+
+    `classes` are those of a run that goes on, by which its data are known where they moved.
+    """
     from metaft import plugin
     from metaft.defaults import check_steps, device_of
     from metaft.finetune import target as targets
@@ -180,6 +189,7 @@ def _prepare(config: AdaptConfig, module: nn.Module | None) -> tuple[AdaptConfig
     device_of(config.device)
     _check_method(config)
     init = config.init
+    config = _with_data(paths.in_full(config), classes)
     if init is None:
         shape, any_size = targets.shape_of(config.data)
         init = str(newest_run(shape, any_size=any_size))
@@ -197,7 +207,8 @@ def _prepare(config: AdaptConfig, module: nn.Module | None) -> tuple[AdaptConfig
                 f"{config.data} are {targets.shape_of(config.data)[0]}"
             )
         target = targets.load(config.data, start.preprocessing)
-    open_values: dict[str, Any] = {"init": init}
+        start = dataclasses.replace(start, name=str(paths.absolute(init)))
+    open_values: dict[str, Any] = {"init": start.name}
     if config.method == "finetune":
         open_values |= FINETUNE
     else:
@@ -213,6 +224,17 @@ def _prepare(config: AdaptConfig, module: nn.Module | None) -> tuple[AdaptConfig
     settled = dataclasses.replace(config, **{k: v for k, v in open_values.items() if getattr(config, k) is None})
     target.rows(shots_per_class=settled.shots_per_class, seed=settled.seed)  # a class may have too few images
     return settled, start, target
+
+
+def _with_data(config: AdaptConfig, classes: Collection[str]) -> AdaptConfig:
+    """The settings with the folder of images where it is. Raises DataError."""
+    path = paths.folder_of(config.data)
+    if path is None:
+        return config
+    try:
+        return dataclasses.replace(config, data=f"folder:{paths.found(path, config.data_root, classes)}")
+    except DataError as error:
+        raise DataError(f"data: folder {error}") from None
 
 
 def _check_method(config: AdaptConfig) -> None:
@@ -244,6 +266,7 @@ def _header(config: AdaptConfig, start: Start, target: Target) -> dict[str, Any]
         "init_sha256": digest("", start.meta or {}),
         "data": target.name,
         "data_sha256": data.hexdigest(),
+        "classes": list(target.class_names),
         "starts": list(starts(start)),
         "environment": {**machine(device_of(config.device)), "threads": str(torch.get_num_threads())},
     }
@@ -258,7 +281,8 @@ def _go(folder: RunFolder, config: AdaptConfig, start: Start, target: Target, po
     header = _header(config, start, target)
     epochs = config.epochs or 1
     print(
-        f"{target.name} · {len(target.class_names)} classes · {config.method} from {start.name} on {device} · "
+        f"{paths.shown(target.name)} · {len(target.class_names)} classes · {config.method} from "
+        f"{paths.shown(start.name)} on {device} · "
         f"run folder {folder.path}",
         file=sys.stderr,
     )
@@ -289,16 +313,18 @@ def finish(
     from metaft.finetune import report
     from metaft.finetune.classifier import load
     from metaft.finetune.study import rows_of
+    from metaft.pictures import listed
 
     result = result_of(folder, config, start, target, position, device)
     folder.write_json(folder.result, result)
     text = report.text(result)
-    write_atomically(folder.path / "report.txt", f"{text}\n\n{report.plainly(result)}\n".encode())
+    whole = f"{text}\n\n{report.plainly(result)}\n"
+    write_atomically(folder.path / "report.txt", whole.encode(errors="backslashreplace"))
     classifier = load(folder.classifier, module=start.module)
     test = torch.from_numpy(rows_of(target, config, 0).test)
     pictures = report.draw_pictures(folder, result, classifier, target, test)
     print(text)
-    print("\npictures: " + ", ".join(map(str, pictures)))
+    print(f"\n{listed(pictures)}")
     print(f"result:   {folder.result}, {folder.path / 'report.txt'}")
     if start.module is None:
         print(f"next:     python -m metaft.predict {shlex.quote(str(folder.path))} IMAGE_OR_FOLDER...")

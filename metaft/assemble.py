@@ -11,14 +11,14 @@ import math
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from metaft import algorithms, models, plugin, tasks
+from metaft import algorithms, models, paths, plugin, tasks
 from metaft._version import __version__
 from metaft.algorithms.base import Algorithm
 from metaft.cli import of_run
@@ -55,14 +55,16 @@ def assemble(
     dataset: Dataset | None = None,
     module: nn.Module | None = None,
     architecture: Mapping[str, Any] | None = None,
+    classes: Mapping[str, Collection[str]] | None = None,
 ) -> Parts:
     """Load plugin and data, build the model and bind the algorithm.
 
     `dataset` and `module` take the place of `--dataset` and `--model` for those who bring their own from Python;
-    `architecture` is a checkpoint's, when its parameters are to be filled in. Raises MetaftError.
+    `architecture` is a checkpoint's, when its parameters are to be filled in, and `classes` are its classes in each
+    split, by which a folder is known that moved. Paths in the settings become absolute. Raises MetaftError.
     """
     device = device_of(config.device)
-    config = dataclasses.replace(config, plugin=plugin.load(config.plugin, config.algorithm))
+    config = paths.in_full(dataclasses.replace(config, plugin=plugin.load(config.plugin, config.algorithm)))
     if dataset is None:
         dataset = tasks.load(
             config.dataset,
@@ -71,10 +73,13 @@ def assemble(
             download=config.download,
             image_size=config.image_size,
             channels=config.channels,
+            classes=[name for names in (classes or {}).values() for name in names],
         )
+        if paths.folder_of(config.dataset):
+            config = dataclasses.replace(config, dataset=dataset.name)  # where it is now
         rotate = tasks.default_rotate(config.dataset, config.split)
     else:
-        config = dataclasses.replace(config, dataset=dataset.name)
+        config = dataclasses.replace(config, dataset=paths.named_in_full(dataset.name))
         rotate = False
     settled = resolve(config, dataset, default_rotate=rotate, custom_model=module is not None)
     taken = list((architecture or {}).get("shape", dataset.shape))

@@ -24,6 +24,7 @@ from metaft.config import AdaptConfig, Config, MetaTrainConfig, from_mapping, re
 from metaft.errors import CheckpointError, Interrupted, MetaftError, MetaftWarning, OutOfMemory, SaidElsewhere, suggest
 from metaft.group import join
 from metaft.names import is_text
+from metaft.output import of_command
 from metaft.ranks import ALONE, Ranks
 from metaft.torchrun import check_alone
 
@@ -182,10 +183,11 @@ def check_unchanged(config: Any, own: Any, path: Path, *, except_for: Iterable[s
             )
 
 
+@of_command()
 def guarded(command: Callable[[Sequence[str]], None], argv: Sequence[str] | None, *, smaller: str) -> int:
     """Run a command and turn errors that the user can mend into one line on stderr and an exit status.
 
-    `smaller` names what takes less memory where there is not enough.
+    `smaller` names what takes less memory where there is not enough. What cannot be printed changes neither.
     """
     argv = sys.argv[1:] if argv is None else argv
     try:

@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from metaft.errors import MetaftError, suggest
+from metaft.names import is_text
+from metaft.paths import local
 
 Config = TypeVar("Config", "MetaTrainConfig", "Settled", "EvaluateConfig", "AdaptConfig")
 
@@ -28,7 +30,7 @@ class MetaTrainConfig:
     dataset: str = "glyphs"
     """glyphs (built in), omniglot, sinusoid, folder:PATH (class folders), or l2l:NAME (learn2learn's, e.g. cifarfs)."""
     data_root: str | None = None
-    """Folder that holds the data sets (auto: the environment variable METAFT_DATA)."""
+    """Folder that holds the data sets, and folders that moved (auto: the environment variable METAFT_DATA)."""
     download: bool = False
     """Fetch the data set first, where that is possible (omniglot, l2l:NAME)."""
     split: str | None = None
@@ -176,7 +178,7 @@ class EvaluateConfig:
     dataset: str | None = None
     """Another data set, with inputs of the same shape."""
     data_root: str | None = None
-    """Folder that holds the data sets."""
+    """Folder that holds the data sets, and the run's own folder of images where it moved."""
     download: bool = False
     """Fetch the data set first, where that is possible."""
     split: str | None = None
@@ -206,6 +208,8 @@ class AdaptConfig:
     """Run folder of metaft.meta_train, or none for a random start alone (auto: the newest in runs/ that fits)."""
     data: str = "glyphs:Hebrew"
     """folder:PATH (class folders, with or without train/ val/ test/), or glyphs:SCRIPT (a held-out script)."""
+    data_root: str | None = None
+    """Folder to look for --data in where it is not at its path (auto: the environment variable METAFT_DATA)."""
     shots_per_class: int | None = None
     """Images per class to train and validate on (auto: 5 of glyphs; all of train/; without parts four in five)."""
     method: Literal["finetune", "inner"] = "finetune"
@@ -293,12 +297,18 @@ _AT_LEAST: dict[str, float] = {
 _ABOVE_ZERO = {"outer_lr", "clip_value", "clip_norm", "lr"}
 
 
+_KEPT = (MetaTrainConfig, AdaptConfig)
+"""What a run folder keeps as TOML, which is text."""
+
+
 def check(config: MetaTrainConfig | EvaluateConfig | AdaptConfig | PredictConfig) -> None:
     """Raises MetaftError for the first field with a wrong type or value, naming both."""
     hints = typing.get_type_hints(type(config))
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         _check_type(field.name, value, hints[field.name])
+        if isinstance(value, str) and field.name != "out" and isinstance(config, _KEPT) and not is_text(value):
+            raise MetaftError(f"{field.name}: {value!r} is not text; rename the file or folder")
         if isinstance(value, float) and not math.isfinite(value):
             raise MetaftError(f"{field.name} must be finite, got {value}")
         if value is None or isinstance(value, (bool, str)):
@@ -361,7 +371,7 @@ def read_toml(path: Path) -> dict[str, Any]:
     else:
         import tomli as tomllib
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        values = tomllib.loads(local(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise MetaftError(f"config: cannot read {path}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:  # what tomllib raises, and Python at numbers and depths beyond it

@@ -45,6 +45,12 @@ class OutOfMemory(MetaftError):
     status = 1
 
 
+class OutputLost(MetaftError):
+    """Results that were to be printed alone did not arrive; exit status 1, since the input was well-formed."""
+
+    status = 1
+
+
 class RankLost(MetaftError):
     """Another process of the job died, or did not answer in time; exit status 1, since the input was well-formed."""
 

@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
+from metaft import paths
 from metaft.cli import StopSignals, check_writable, in_ranks, parse
 from metaft.config import EvaluateConfig
 from metaft.errors import MetaftError
+from metaft.output import steady
 from metaft.ranks import ALONE, Ranks
 
 if TYPE_CHECKING:
@@ -46,6 +48,7 @@ def _command(argv: Sequence[str], ranks: Ranks) -> None:
     run(Path(given.run), config, ranks=ranks)
 
 
+@steady()
 def run(
     path: Path,
     config: EvaluateConfig | None = None,
@@ -67,9 +70,10 @@ def run(
     from metaft.run import file_name
     from metaft.testing import meta_test
 
-    config = config or EvaluateConfig()
+    config = paths.in_full(config or EvaluateConfig())
     which = config.checkpoint
     folder, trained, snapshot = ranks.on_first(lambda: open_run(path, which=which))
+    trained = paths.in_full(trained)
     fields = {name: getattr(config, name) for name in ("device", "engine", "threads", "task_chunk", "download")}
     fields |= {name: getattr(config, name) for name in ("data_root", "plugin") if getattr(config, name) is not None}
     if config.split is not None:
@@ -83,11 +87,14 @@ def run(
     if config.rotate is not None:
         fields["rotate"] = config.rotate
     wanted, architecture = dataclasses.replace(trained, **fields), snapshot.header["architecture"]
-    parts = ranks.in_turn(lambda: assemble(wanted, dataset=dataset, module=module, architecture=architecture))
+    classes = snapshot.header.get("classes") if wanted.dataset == trained.dataset else None
+    parts = ranks.in_turn(
+        lambda: assemble(wanted, dataset=dataset, module=module, architecture=architecture, classes=classes)
+    )
     check_ranks(parts, ranks)
     snapshot = fill(parts, snapshot)
     if config.out is not None:  # before the work
-        out = Path(config.out)
+        out = paths.local(config.out)
         folder_of_out = next((p for p in out.absolute().parents if os.path.isdir(p)), out)
         ranks.on_first(lambda: check_writable(out, "out", folder_of_out))
     c = parts.config
@@ -145,9 +152,9 @@ def run(
         "test": test,
     }
     protocol = f"{ways}w{shots}s{queries}q-{test['inner_steps']}steps-{episodes}x-seed{seed}"
-    data = "-".join(filter(None, (parts.dataset.name, c.split, config.set, "rotated" if c.rotate else "")))
+    data = "-".join(filter(None, (paths.shown(parts.dataset.name), c.split, config.set, "rotated" if c.rotate else "")))
     default = f"{file_name(data)}-{protocol}-{config.checkpoint}.json"
-    out = Path(config.out) if config.out is not None else folder.path / "evaluations" / default
+    out = paths.local(config.out) if config.out is not None else folder.path / "evaluations" / default
     ranks.on_first(lambda: folder.write_json(out, result))
     print_test(test)
     if seen and config.set != "train":
@@ -158,7 +165,8 @@ def run(
 
 def _seen_in_training(header: Mapping[str, Any], dataset: Dataset, split: str) -> int:
     """How many classes of a split the run was trained on; a turned character ("name@90") counts as the character."""
-    if header["dataset"] != dataset.name:
+    # A folder that moved is the same data set by its classes.
+    if header["dataset"] != dataset.name and header["split_hash"] != dataset.split_hash:
         return 0
 
     def names(described: Mapping[str, Any], part: str) -> set[str]:

@@ -11,9 +11,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from metaft import paths
 from metaft.cli import StopSignals, check_unchanged, fresh_folder, in_ranks, settings
 from metaft.config import MetaTrainConfig, from_mapping, read_toml, to_toml
 from metaft.errors import DataError, MetaftError, RankLost
+from metaft.output import steady
 from metaft.ranks import ALONE, Ranks
 from metaft.torchrun import launcher
 
@@ -83,6 +85,7 @@ def _asked_for(argv: Sequence[str], ranks: Ranks) -> tuple[MetaTrainConfig, Path
     return config, resume
 
 
+@steady()
 def run(
     config: MetaTrainConfig,
     *,
@@ -105,7 +108,8 @@ def run(
     c = parts.config
 
     def create() -> RunFolder:
-        name = f"{file_name(parts.dataset.name)}-{c.algorithm}-{c.ways}w{c.shots}s-{c.seed}"
+        data = paths.typed(config.dataset) if dataset is None else dataset.name
+        name = f"{file_name(data)}-{c.algorithm}-{c.ways}w{c.shots}s-{c.seed}"
         folder = Path(c.out) if c.out is not None else fresh_folder(Path("runs") / name)
         return RunFolder.create(folder, to_toml(dataclasses.replace(c, out=None)), launch=ranks.launch)
 
@@ -114,6 +118,7 @@ def run(
         return _go(made, parts, sources, None, ranks)
 
 
+@steady()
 def resume_run(
     path: Path,
     config: MetaTrainConfig | None = None,
@@ -168,11 +173,12 @@ def _resume(
 
     path = folder.path
     own, snapshot = ranks.on_first(lambda: _reopened(folder))
+    own = paths.in_full(own)
     given = {} if config is None else {k: v for k, v in dataclasses.asdict(config).items() if v not in (None, ())}
     if set(given.get("hyper", ())) <= set(own.hyper):  # a run adds what it found out itself
         given.pop("hyper", None)
     named = {} if dataset is None else {"dataset": dataset.name}
-    config = dataclasses.replace(own, **{**given, **named, "out": None})
+    config = paths.in_full(dataclasses.replace(own, **{**given, **named, "out": None}))
     if config.engine == "tune" and config.task_chunk == own.task_chunk:  # as it was chosen once, by it or another rule
         config = dataclasses.replace(config, task_chunk=None)
     check_unchanged(config, own, path, except_for=RESUMABLE)
@@ -180,8 +186,10 @@ def _resume(
         raise MetaftError(
             f"iterations must be at least the {snapshot.position.step} already done, got {config.iterations}"
         )
-    architecture = snapshot and snapshot.header["architecture"]
-    parts = ranks.in_turn(lambda: assemble(config, dataset=dataset, module=module, architecture=architecture))
+    architecture, classes = (snapshot and snapshot.header.get(known) for known in ("architecture", "classes"))
+    parts = ranks.in_turn(
+        lambda: assemble(config, dataset=dataset, module=module, architecture=architecture, classes=classes)
+    )
     sources = _sources(parts)
     before = None
     if snapshot is not None and config.task_chunk == own.task_chunk:
@@ -190,7 +198,7 @@ def _resume(
     if ranks.rank == 0:
         if snapshot is None or snapshot.position.step < parts.config.iterations:
             folder.result.unlink(missing_ok=True)  # of a shorter run; it would not be this one's
-        if dataclasses.asdict(config) != dataclasses.asdict(own):
+        if dataclasses.asdict(config) != dataclasses.asdict(own) or parts.config.dataset != own.dataset:
             write_atomically(folder.config, to_toml(parts.config).encode())
     return _go(folder, parts, sources, snapshot, ranks)
 
@@ -288,7 +296,7 @@ def _go(
         chosen = ranks.on_first(lambda: convolution_forms(parts, mapped, begun, meta_batch, before))
         start = dataclasses.replace(start, header={**now, "convolutions": chosen} if chosen else now)
         print(
-            f"{parts.dataset.name} · {c.algorithm} · {c.ways}-way {c.shots}-shot · {c.model} · "
+            f"{paths.shown(parts.dataset.name)} · {c.algorithm} · {c.ways}-way {c.shots}-shot · {c.model} · "
             f"{mapped.name} on {parts.device}{f', {ranks.count} processes' if ranks.count > 1 else ''} · "
             f"run folder {run.path}",
             file=sys.stderr,

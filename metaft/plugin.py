@@ -20,6 +20,7 @@ from collections.abc import Iterator
 
 from metaft import algorithms
 from metaft.errors import MetaftError
+from metaft.paths import absolute
 
 _one_at_a_time = threading.RLock()
 
@@ -48,7 +49,7 @@ def load(plugin: str | os.PathLike[str] | None, algorithm: str) -> str | None:
 
 
 def _of_file(plugin: str) -> str:
-    path = os.path.abspath(os.path.expanduser(plugin))
+    path = str(absolute(plugin))
     try:
         with open(path, "rb"):
             pass

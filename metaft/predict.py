@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import tyro
 
+from metaft import output
 from metaft.cli import check_writable, in_one, parse
 from metaft.config import PredictConfig
-from metaft.errors import CheckpointError, DataError, MetaftError
+from metaft.errors import CheckpointError, DataError, MetaftError, OutputLost
+from metaft.paths import local
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,8 +55,8 @@ class Label(NamedTuple):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status: 0 done, though some files may be unreadable; 1 too little memory; 2 bad input, or no file that can
-    be read."""
+    """Exit status: 0 done, though some files may be unreadable; 1 too little memory, or stdout is full and there is no
+    --csv; 2 bad input, or no file that can be read."""
     return in_one(_command, argv, prog="metaft.predict", smaller="smaller images, or a machine with more")
 
 
@@ -64,7 +66,7 @@ def _command(argv: Sequence[str]) -> None:
         raise MetaftError("images: name at least one picture file or folder")
     files = list_files(given.images)
     if given.csv is not None:
-        check_writable(Path(given.csv), "csv", Path(given.csv).parent)
+        check_writable(local(given.csv), "csv", local(given.csv).parent)
 
     from metaft.defaults import device_of
     from metaft.finetune.classifier import load
@@ -81,8 +83,6 @@ def _command(argv: Sequence[str]) -> None:
     classes = len(classifier.class_names)
     if given.top > classes:
         raise MetaftError(f"top must be at most the {classes} classes of {given.run}, got {given.top}")
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a file name need not be text
-        sys.stdout.reconfigure(errors="surrogateescape")
     labels = []
     for label in label_files(classifier, files, given.top):
         labels.append(label)
@@ -91,8 +91,10 @@ def _command(argv: Sequence[str]) -> None:
         else:
             pairs = zip(label.names, label.probabilities, strict=True)
             print(f"{label.file}\t" + "\t".join(f"{name}\t{p:.4f}" for name, p in pairs), flush=True)
+        if given.csv is None and output.left(sys.stdout):  # nobody would see the others
+            return
     if given.csv is not None:
-        write_csv(Path(given.csv), labels, given.top)
+        write_csv(local(given.csv), labels, given.top)
     colour = [label.file for label in labels if label.from_colour]
     if colour:
         print(
@@ -103,6 +105,8 @@ def _command(argv: Sequence[str]) -> None:
     bad = sum(bool(label.error) for label in labels)
     if bad == len(labels):
         raise DataError(f"images: none of the {bad} files can be read")
+    if given.csv is None and (why := output.lost(sys.stdout)):
+        raise OutputLost(f"the labels cannot be printed ({why}), and no --csv was asked for")
     if bad:
         print(f"metaft: {bad} of {len(labels)} files cannot be read; the others are labelled", file=sys.stderr)
 
@@ -117,7 +121,7 @@ def list_files(images: Sequence[str]) -> list[Path]:
 
     files: list[Path] = []
     for name in images:
-        path = Path(name)
+        path = local(name)
         try:
             path.stat()
         except (FileNotFoundError, NotADirectoryError):

@@ -11,6 +11,8 @@ import torch
 from metaft.assemble import Parts
 from metaft.errors import CheckpointError
 from metaft.metrics import FIGURES
+from metaft.paths import shown
+from metaft.pictures import drawn, listed, plotting
 from metaft.progress import duration
 from metaft.run import RunFolder, read_rows
 from metaft.training import Snapshot, percent
@@ -18,32 +20,33 @@ from metaft.types import NORMS, Episode, Source
 
 
 def draw_pictures(run: RunFolder, parts: Parts, best: Snapshot, source: Source, test: Mapping[str, Any]) -> list[Path]:
-    """Curves, figure against inner step, and the first test episode; returns the files.
+    """Curves, figure against inner step, and the first test episode; returns the files that could be drawn.
 
-    Raises CheckpointError where they cannot be written.
+    Raises CheckpointError where metrics.jsonl is damaged.
     """
-    from metaft import plots
-
     name = FIGURES[parts.algorithm.loss]
-    rows = read_rows(run.metrics)
     curves, steps, episode = (run.plots / f"{stem}.png" for stem in ("curves", "steps", "episode"))
+    return drawn(
+        {
+            curves: lambda: _draw_curves(curves, run, name, best.position.best_step),
+            steps: lambda: plotting().steps(steps, test),
+            episode: lambda: _draw_episode(episode, parts, best, source),
+        }
+    )
+
+
+def _draw_curves(path: Path, run: RunFolder, name: str, best_step: int | None) -> None:
+    rows = read_rows(run.metrics)
+    plots = plotting()
     try:
-        try:
-            train, val = ([r for r in rows if r["kind"] == kind] for kind in ("train", "val"))
-            plots.curves(curves, train, val, name, best_step=best.position.best_step)
-        except (KeyError, TypeError) as error:
-            raise CheckpointError(f"{run.metrics}: a row is not one that a run writes ({error!r})") from None
-        plots.steps(steps, test)
-        _draw_episode(episode, parts, best, source)
-    except OSError as error:
-        raise CheckpointError(f"{run.plots}: pictures cannot be written ({error.strerror})") from None
-    return [curves, steps, episode]
+        train, val = ([r for r in rows if r["kind"] == kind] for kind in ("train", "val"))
+        plots.curves(path, train, val, name, best_step=best_step)
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{run.metrics}: a row is not one that a run writes ({error!r})") from None
 
 
 def _draw_episode(path: Path, parts: Parts, best: Snapshot, source: Source) -> None:
-    from metaft import plots
-
-    c = parts.config
+    c, plots = parts.config, plotting()
     batch = source.episodes(c.eval_seed, "test", [0])
     task = Episode(*(t[0] for t in batch))
     algorithm = parts.algorithm
@@ -78,12 +81,12 @@ def _draw_episode(path: Path, parts: Parts, best: Snapshot, source: Source) -> N
 def print_summary(result: Mapping[str, Any], pictures: list[Path], path: Path, following: Sequence[str]) -> None:
     """The result in plain words on stdout, with the next command to type."""
     print(
-        f"{result['dataset']} · {result['algorithm']} · {result['iterations']} meta-steps in "
+        f"{shown(result['dataset'])} · {result['algorithm']} · {result['iterations']} meta-steps in "
         f"{duration(result['seconds'])} ({result['tasks_per_second']} tasks/s), "
         f"best on validation at step {result['best_step']}"
     )
     print_test(result["test"])
-    print("pictures: " + ", ".join(map(str, pictures)))
+    print(listed(pictures))
     print(f"result:   {path / 'result.json'}")
     print(f"next:     {following[0]}")
     for other in following[1:]:

@@ -26,6 +26,7 @@ from metaft import checkpoint
 from metaft.checkpoint import write_atomically
 from metaft.errors import CheckpointError, MetaftError
 from metaft.lock import held
+from metaft.paths import local
 
 Loaded = TypeVar("Loaded")
 
@@ -36,7 +37,7 @@ class RunFolder:
     """Paths and line files of one run."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path = path = local(path)
         self.config = path / "config.toml"
         self.metrics = path / "metrics.jsonl"
         self.timing = path / "timing.jsonl"
@@ -55,6 +56,7 @@ class RunFolder:
         """A new run, of a `launch` that may be restarted. Raises MetaftError where the folder holds something or cannot
         be made."""
         run = cls(path)
+        path = run.path
         try:
             run._check_free()
             path.mkdir(parents=True, exist_ok=True)
@@ -95,6 +97,7 @@ class RunFolder:
     def open(cls, path: Path) -> RunFolder:
         """An existing run. Raises CheckpointError where `path` is not one."""
         run = cls(path)
+        path = run.path
         try:
             os.stat(run.config)
         except (FileNotFoundError, NotADirectoryError):
@@ -157,7 +160,8 @@ class RunFolder:
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be written ({error.strerror})") from None
-        write_atomically(path, (text + "\n").encode())
+        # A path need not be text; what is none of it JSON spells as this does, too.
+        write_atomically(path, (text + "\n").encode(errors="backslashreplace"))
 
 
 def file_name(name: str) -> str:

@@ -158,6 +158,7 @@ PATHS: dict[tuple[str, str], tuple[str, dict[str, str]]] = {
     ("evaluate", "out"): ("", {**NO_PLACE, "a folder": "{empty}"}),
     ("adapt", "init"): ("", {**NOT_THERE, **NO_FOLDER, "of adapt": "{adapted}"}),
     ("adapt", "data"): ("folder:", {**NOT_THERE, **NO_FOLDER, **NO_IMAGES}),
+    ("adapt", "data_root"): ("", {**NOT_THERE, **NO_FOLDER}),
     ("adapt", "config"): ("", {**NOT_THERE, "a folder": "{empty}", "not TOML": "{garbage}"}),
     ("adapt", "resume"): ("", {**NOT_THERE, **NO_FOLDER, "of meta_train": "{run}"}),
     ("adapt", "out"): ("", {**NO_PLACE, "a file": "{file}", "full": "{squares}"}),
@@ -167,7 +168,7 @@ PATHS: dict[tuple[str, str], tuple[str, dict[str, str]]] = {
 }
 
 WITH = {("meta_train", "data_root"): ["--dataset=omniglot"], ("evaluate", "data_root"): ["--dataset=omniglot"]}
-WITH |= {("adapt", "plugin"): ["--method=inner"]}
+WITH |= {("adapt", "plugin"): ["--method=inner"], ("adapt", "data_root"): ["--data=folder:/none/moved"]}
 """What an option needs beside it to be looked at."""
 
 

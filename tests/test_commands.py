@@ -502,17 +502,26 @@ def test_a_full_disk_is_one_line_and_leaves_the_checkpoints(copy: Path, capsys: 
     assert meta_train.main(["--resume", str(copy)]) == 0  # with room again it goes on
 
 
-def test_pictures_that_cannot_be_written_are_one_line_and_the_result_stays(
+def test_pictures_that_cannot_be_drawn_are_one_line_and_the_run_is_finished(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Text
 ):
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
+    def broken(*_: Any) -> None:
+        raise ValueError("Axis limits cannot be\nNaN or Inf")
+
+    out = tmp_path / "r"
     monkeypatch.setattr("metaft.plots.steps", full)
-    assert meta_train.main([*options(SINUSOID), "--out", str(tmp_path / "r")]) == 2
-    line = capsys.readouterr().err.splitlines()[-1]
-    assert line == f"metaft: error: {tmp_path}/r/plots: pictures cannot be written (No space left on device)"
-    assert (tmp_path / "r/result.json").exists()
+    monkeypatch.setattr("metaft.plots.regression_episode", broken)
+    assert meta_train.main([*options(SINUSOID), "--out", str(out)]) == 0
+    said = capsys.readouterr()
+    assert said.err.splitlines()[-1] == (
+        f"metaft: note: pictures that cannot be drawn: {out}/plots/steps.png (No space left on device), "
+        f"{out}/plots/episode.png (Axis limits cannot be NaN or Inf)"
+    )
+    assert f"pictures: {out}/plots/curves.png\n" in said.out
+    assert (out / "result.json").exists()
 
 
 def test_a_row_of_metrics_that_somebody_edited_is_one_line(copy: Path, capsys: Text):

@@ -203,10 +203,10 @@ def test_a_choice_is_measured_once_per_machine_and_shape(monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("damage", ["", "{", "[1]", "\x00", "other form", "folder"])
-def test_a_damaged_cache_is_measured_again(damage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_damaged_cache_is_measured_again(damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     convolution.choose([SHAPE], Clock(grouped=2, im2col=1), machine="m")
     monkeypatch.setattr(convolution, "_known", {})
-    path = convolution._path()
+    path = tmp_path / "cache/convolutions.json"
     if damage == "folder":
         path.unlink()
         path.mkdir()
@@ -293,7 +293,7 @@ def test_a_run_trains_in_the_forms_it_chose_and_goes_on_in_them(
     assert {(s.images, s.own, s.data) for s in used} == {(3, False, True), (6, True, True)}
     run(settings(tmp_path / "r"), dataset=pool, module=module())
     monkeypatch.setattr(convolution, "_known", {})
-    convolution._path().unlink()
+    (tmp_path / "cache/convolutions.json").unlink()
     asked = len(clock.asked)
     clock.times = {"grouped": 1.0, "im2col": 2.0}  # what another day would choose
     resume_run(tmp_path / "r", dataclasses.replace(whole, out=None), dataset=pool, module=module())

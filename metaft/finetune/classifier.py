@@ -19,6 +19,7 @@ from metaft.finetune import heads
 from metaft.finetune.start import build
 from metaft.models.functional import body_of
 from metaft.models.stored import empty_stored
+from metaft.paths import local
 from metaft.run import RunFolder
 from metaft.tasks.images import open_image, pixels_of
 from metaft.tasks.pool import Preprocessing
@@ -62,7 +63,7 @@ class Classifier(nn.Module):
 
     def read(self, path: Path | str) -> Tensor:
         """A picture file as `forward` takes it, uint8 [1, C, H, W]. Raises DataError, naming the file."""
-        return self.fitted(open_image(Path(path)))
+        return self.fitted(open_image(local(path)))
 
     def fitted(self, image: Image.Image) -> Tensor:
         """A picture that `open_image` opened as `forward` takes it, uint8 [1, C, H, W]."""
@@ -117,7 +118,7 @@ def load(run: Path | str, *, module: nn.Module | None = None, device: str | torc
     `module` brings the user's own architecture where the run was trained on one. Warns where the run is not finished.
     Raises CheckpointError where there is no classifier, or a damaged one, or not of this architecture.
     """
-    path = Path(run)
+    path = local(run)
     if os.path.isdir(path):
         folder = RunFolder.open(path)
         if not folder.classifier.exists():

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
-from metaft.errors import CheckpointError
 from metaft.finetune.classifier import Classifier
 from metaft.finetune.target import Target
 from metaft.names import short_names
+from metaft.paths import shown
+from metaft.pictures import drawn, plotting
 from metaft.progress import duration
 from metaft.run import RunFolder, read_rows
 
@@ -21,7 +22,7 @@ _TABLE = 30  # classes that are listed; of more, only the worst
 def text(result: Mapping[str, Any]) -> str:
     """The report in plain words, several lines."""
     r = result
-    what = f"{r['data']} · {len(r['classes'])} classes · {r['train_images']} images to train"
+    what = f"{shown(r['data'])} · {len(r['classes'])} classes · {r['train_images']} images to train"
     val = f", {r['val_images']} to validate" if r["val_images"] else ""
     if r["method"] == "inner":
         how = f"adapted by {r['inner_steps']} steps of the run's own inner loop"
@@ -65,7 +66,11 @@ def _of_100(share: float) -> str:
 
 def _init(r: Mapping[str, Any]) -> str:
     about = r["init_about"]
-    return f"{r['init']} ({about['algorithm']} on {about['dataset']})" if about else "a random initialisation"
+    return (
+        f"{shown(r['init'])} ({about['algorithm']} on {shown(about['dataset'])})"
+        if about
+        else "a random initialisation"
+    )
 
 
 def _figures(r: Mapping[str, Any]) -> list[str]:
@@ -125,26 +130,31 @@ def _mistaken(classes: Sequence[str], confusion: Sequence[Sequence[int]]) -> lis
 def draw_pictures(
     run: RunFolder, result: Mapping[str, Any], classifier: Classifier, target: Target, test: torch.Tensor
 ) -> list[Path]:
-    """Confusion matrix, learning curves of the first draw, and the most confident mistakes; returns the files.
+    """Confusion matrix, learning curves of the first draw, and the most confident mistakes; returns the files that
+    could be drawn.
 
-    Raises CheckpointError where they cannot be written.
+    Raises CheckpointError where metrics.jsonl is damaged.
     """
-    from metaft import plots
-
     rows = [row for row in read_rows(run.metrics) if row["draw"] == 0]
     names = list(dict.fromkeys(row["start"] for row in rows))
     curves = {name: [row for row in rows if row["start"] == name] for name in names}
     kept = {name: (result if name == names[0] else result["scratch"])["kept_epoch"] for name in names}
-    probabilities = classifier.probabilities(target.images[test])
-    top = probabilities.max(-1)
     confusion, learning, mistakes = (run.plots / f"{stem}.png" for stem in ("confusion", "learning", "mistakes"))
-    try:
-        plots.confusion(confusion, result["confusion"], target.class_names)
-        steps = "inner step" if result["method"] == "inner" else "epoch"
-        plots.learning(learning, curves, x_label=steps, kept=kept)
-        plots.mistakes(
-            mistakes, target.images[test], target.labels[test], top.indices, top.values, target.class_names
-        )  # fmt: skip
-    except OSError as error:
-        raise CheckpointError(f"{run.plots}: pictures cannot be written ({error.strerror})") from None
-    return [confusion, learning, mistakes]
+    return drawn(
+        {
+            confusion: lambda: plotting().confusion(confusion, result["confusion"], target.class_names),
+            learning: lambda: _draw_learning(learning, result, curves, kept),
+            mistakes: lambda: _draw_mistakes(mistakes, classifier, target, test),
+        }
+    )
+
+
+def _draw_learning(path: Path, result: Mapping[str, Any], curves: Mapping[str, Any], kept: Mapping[str, int]) -> None:
+    steps = "inner step" if result["method"] == "inner" else "epoch"
+    plotting().learning(path, curves, x_label=steps, kept=kept)
+
+
+def _draw_mistakes(path: Path, classifier: Classifier, target: Target, test: torch.Tensor) -> None:
+    top = classifier.probabilities(target.images[test]).max(-1)
+    images, labels = target.images[test], target.labels[test]
+    plotting().mistakes(path, images, labels, top.indices, top.values, target.class_names)

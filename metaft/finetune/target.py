@@ -15,6 +15,7 @@ from torch import Tensor
 
 from metaft.errors import DataError, MetaftError, suggest
 from metaft.names import is_text
+from metaft.paths import local
 from metaft.tasks.folder import preprocessing_for
 from metaft.tasks.glyphs import glyphs
 from metaft.tasks.images import is_dark_on_bright, is_grey, list_below, list_classes, read_all, subfolders
@@ -80,7 +81,7 @@ def shape_of(data: str) -> tuple[list[int], bool]:
     kind, _, rest = data.partition(":")
     if kind == "folder" and rest:
         with _named():
-            _, files = _list(Path(rest))
+            _, files = _list(local(rest))
             p = preprocessing_for([f for _, _, f in files], sample=None)
         return [p.channels, p.height, p.width], True
     return list(load(data).images.shape[1:]), False
@@ -96,7 +97,7 @@ def load(data: str, preprocessing: Preprocessing | None = None) -> Target:
     kind, _, rest = data.partition(":")
     if kind == "folder" and rest:
         with _named():
-            return _folder(Path(rest), preprocessing)
+            return _folder(local(rest), preprocessing)
     if kind == "glyphs" and rest:
         return _script(rest, preprocessing)
     raise MetaftError(f"data: write folder:PATH or glyphs:SCRIPT, not {data!r}")

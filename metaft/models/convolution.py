@@ -15,15 +15,11 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
-from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from metaft import checkpoint
-from metaft.errors import MetaftError
 
 Form = Literal["grouped", "im2col"]
 Record = Callable[[Callable[[], None]], Callable[[], None]]
@@ -200,6 +196,8 @@ def seconds(shape: Shape, form: Form, device: str | torch.device, *, record: Rec
     return statistics.median(times)
 
 
+_FILE = "convolutions.json"
+
 _known: dict[str, Form] = {}
 """What this process has measured or read, by machine and shape."""
 
@@ -235,21 +233,18 @@ def _time(measure: Callable[[Shape, Form], float], shape: Shape, form: Form) -> 
 
 def _read() -> dict[str, Form]:
     """The cache file; what is not whole counts as not there."""
+    from metaft.tasks.cache import cache_folder  # that package imports this one's
+
     try:
-        found = json.loads(_path().read_text("utf-8"))
-    except (OSError, ValueError):
+        folder = cache_folder()
+        found = {} if folder is None else json.loads((folder / _FILE).read_text("utf-8"))
+    except (OSError, ValueError, RecursionError):
         return {}
     return {k: v for k, v in found.items() if v in FORMS} if isinstance(found, dict) else {}
 
 
 def _write() -> None:
-    with contextlib.suppress(OSError, MetaftError):  # then the next run measures again
-        _path().parent.mkdir(parents=True, exist_ok=True)
-        merged = json.dumps({**_read(), **_known}, indent=0, sort_keys=True)  # another process may have written since
-        checkpoint.write_atomically(_path(), merged.encode())
+    from metaft.tasks.cache import keep
 
-
-def _path() -> Path:
-    from metaft.tasks.cache import cache_folder  # that package imports this one's
-
-    return cache_folder() / "convolutions.json"
+    merged = json.dumps({**_read(), **_known}, indent=0, sort_keys=True)  # another process may have written since
+    keep(_FILE, lambda stream: stream.write(merged.encode()))

@@ -6,8 +6,11 @@ any thread may draw. Import this package where a picture is made, not at the top
 
 from __future__ import annotations
 
-from metaft.plots.confusion import confusion
-from metaft.plots.grid import episode, mistakes
-from metaft.plots.lines import curves, learning, regression_episode, steps
+from metaft.drawing import quiet
+
+with quiet():
+    from metaft.plots.confusion import confusion
+    from metaft.plots.grid import episode, mistakes
+    from metaft.plots.lines import curves, learning, regression_episode, steps
 
 __all__ = ["confusion", "curves", "episode", "learning", "mistakes", "regression_episode", "steps"]

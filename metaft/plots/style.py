@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -47,5 +48,10 @@ def save(figure: Figure, path: Path) -> None:
     """Write beside `path` and rename, so that nobody ever sees half a picture. The format follows the suffix."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}")
-    figure.savefig(unfinished, dpi=_DPI, format=path.suffix.lstrip(".") or "png")
-    unfinished.replace(path)
+    try:
+        figure.savefig(unfinished, dpi=_DPI, format=path.suffix.lstrip(".") or "png")
+        unfinished.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            unfinished.unlink(missing_ok=True)
+        raise

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
+from metaft import paths
 from metaft.errors import DataError, MetaftError, suggest
 
 # These functions share their names with the modules they live in. The eager import settles it: `metaft.tasks.folder` is
@@ -44,6 +45,7 @@ class Request:
     download: bool
     image_size: int | None
     channels: int | None
+    classes: Collection[str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,10 +63,10 @@ class Entry:
 
 
 def _root(name: str, request: Request) -> Path:
-    root = os.path.expanduser(request.data_root or os.environ.get("METAFT_DATA") or "")
+    root = request.data_root or os.environ.get("METAFT_DATA")
     if not root:
         raise DataError(f"{name}: where is it? pass --data-root or set METAFT_DATA (--download fetches it to there)")
-    return Path(root)
+    return paths.local(root)
 
 
 def _open_omniglot(request: Request) -> Dataset:
@@ -72,6 +74,14 @@ def _open_omniglot(request: Request) -> Dataset:
     if request.download and find(root, whole=True) is None:
         download(root)
     return omniglot(root, request.split)
+
+
+def _open_folder(request: Request) -> Dataset:
+    try:
+        path = paths.found(request.path, request.data_root, request.classes)
+    except DataError as error:
+        raise DataError(f"folder: {error}") from None
+    return folder(path, request.image_size, request.channels)
 
 
 def _open_learn2learn(request: Request) -> Dataset:
@@ -84,11 +94,7 @@ def _open_learn2learn(request: Request) -> Dataset:
 DATASETS: dict[str, Entry] = {
     "glyphs": Entry(lambda request: glyphs(), splits=("scripts",)),
     "omniglot": Entry(_open_omniglot, splits=tuple(OMNIGLOT_SPLITS), downloads=True),
-    "folder": Entry(
-        lambda request: folder(Path(request.path).expanduser(), request.image_size, request.channels),
-        path="PATH",
-        any_size=True,
-    ),
+    "folder": Entry(_open_folder, path="PATH", any_size=True),
     "l2l": Entry(_open_learn2learn, path="NAME", downloads=True, any_size=True),
     "sinusoid": Entry(lambda request: Sinusoid()),
 }
@@ -102,12 +108,15 @@ def load(
     download: bool = False,
     image_size: int | None = None,
     channels: int | None = None,
+    classes: Collection[str] = (),
 ) -> Dataset:
     """The data set of that name: "glyphs", "omniglot", "folder:PATH", "l2l:NAME" or "sinusoid".
 
-    `data_root` (default: the environment's METAFT_DATA) is where data sets with a fixed name live; `split` names one of
-    the data set's class splits. Raises MetaftError for a name, split or option that the data set does not have, and
-    DataError where its data is missing or broken.
+    `data_root` (default: the environment's METAFT_DATA) is where data sets with a fixed name live,
+    and where a folder is looked for that is not at its path, see `metaft.paths.found`; `classes` are
+    those that a run knows it by. `split` names one of the data set's class splits. Raises MetaftError
+    for a name, split or option that the data set does not have, and DataError where its data is
+    missing or broken.
     """
     name, _, path = dataset.partition(":")
     if name not in DATASETS:
@@ -132,6 +141,7 @@ def load(
         download=download,
         image_size=image_size,
         channels=channels,
+        classes=classes,
     )
     field, value = ("data_root", data_root) if data_root and not path else ("dataset", dataset)
     try:

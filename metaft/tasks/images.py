@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import os
+import time
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+import PIL
+from PIL import Image, ImageOps, features
 
 from metaft.errors import DataError
 
@@ -97,18 +99,26 @@ def list_classes(folder: Path) -> dict[str, list[Path]]:
 
 
 def fingerprint(root: Path, files: Iterable[Path]) -> str:
-    """Digest of the files' names, sizes and times: it changes when a picture is added, removed or edited.
+    """Digest of the files' names, sizes, times, inodes and decoders: it changes when a picture is added, removed or
+    edited, whatever times its new content claims. So does a copy to another place, which only costs a reading.
 
-    Raises DataError for one that is gone.
+    Waits, for at most two seconds, until a change from now on would show. Raises DataError for a file that is gone.
     """
-    digest = hashlib.sha256()
+    decoders = [PIL.__version__, *(features.version(name) for name in ("jpg", "webp"))]
+    digest, newest = hashlib.sha256(f"{decoders}\n".encode()), 0
     for path in files:
         try:
             stat = path.stat()
         except OSError as error:
             raise DataError(f"image {path} cannot be read ({error.strerror})") from None
         name = path.relative_to(root).as_posix()
-        digest.update(f"{name}\t{stat.st_size}\t{stat.st_mtime_ns}\n".encode("utf-8", "surrogateescape"))
+        # cp -p, rsync and touch -r set the time of modification, but nobody that of the change itself.
+        marks = (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
+        digest.update("\t".join((name, *map(str, marks), "\n")).encode("utf-8", "surrogateescape"))
+        newest = max(newest, stat.st_ctime_ns)
+    # A file that is written twice within a tick of its clock has the same time both times.
+    tick = 2_000_000_000 if newest % 1_000_000_000 == 0 else 20_000_000
+    time.sleep(max(0, min(tick, newest + tick - time.time_ns())) / 1e9)
     return digest.hexdigest()
 
 

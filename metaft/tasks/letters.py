@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
+from metaft.drawing import font_folder
 from metaft.errors import DataError
 from metaft.types import Split
 
@@ -75,9 +76,7 @@ Test comes first, so that dropping costs the training scripts, which have letter
 @functools.cache
 def face_paths() -> tuple[Path, ...]:
     """The font files of `FACES`. Raises DataError where matplotlib came without one."""
-    import matplotlib
-
-    folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
+    folder = font_folder()
     paths = tuple(folder / face for face in FACES)
     for path in paths:
         if not path.is_file():

@@ -113,7 +113,7 @@ class ClassPool:
     @property
     def split_hash(self) -> str:
         lines = [f"{split}\t{self.class_names[c]}" for split in SPLITS for c in self.splits[split]]
-        return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
+        return hashlib.sha256("\n".join(sorted(lines)).encode("utf-8", "surrogateescape")).hexdigest()
 
     def digest(self) -> str:
         """Of all that episodes are made of, pixels and their order too; `split_hash` knows names alone."""

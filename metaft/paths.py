@@ -1,0 +1,131 @@
+"""Paths as people write them, the same way for every option, TOML field and function.
+
+`~` and `~user` are a home folder, a relative path is below the folder that the command runs in; nothing else is
+expanded. What a run folder keeps is absolute, so that it holds wherever the run is opened.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import unicodedata
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any, TypeVar
+
+from metaft.errors import DataError
+from metaft.output import say
+
+Config = TypeVar("Config")
+
+SPLITS = ("train", "val", "test")
+_FOLDER = "folder:"
+
+
+def local(path: str | os.PathLike[str]) -> Path:
+    """A path with its `~` taken for the home folder; where nobody knows that, it stays."""
+    return Path(os.path.expanduser(path))
+
+
+def absolute(path: str | os.PathLike[str]) -> Path:
+    """The same from the root on."""
+    there = local(path)
+    with contextlib.suppress(OSError, ValueError):  # of a working folder that is gone, of a letter that no path has
+        # Behind a link ".." is another folder than the one that is written before it.
+        return Path(os.path.realpath(there) if ".." in there.parts else os.path.abspath(there))
+    return there
+
+
+def in_full(config: Config) -> Config:
+    """Settings with absolute paths, except for `out`, which is only the run's own place."""
+    changed: dict[str, Any] = {}
+    for field in ("dataset", "data"):
+        name = getattr(config, field, None)
+        if name is not None:
+            changed[field] = named_in_full(name)
+    for field in ("data_root", "init"):
+        path = getattr(config, field, None)
+        if path and path != "none":
+            changed[field] = str(absolute(path))
+    return dataclasses.replace(config, **changed)  # type: ignore[type-var]
+
+
+def named_in_full(name: str) -> str:
+    """`"folder:PATH"` with an absolute path; other data sets have names alone."""
+    path = folder_of(name)
+    return name if path is None else f"{_FOLDER}{absolute(path)}"
+
+
+def folder_of(name: str) -> str | None:
+    """PATH of `"folder:PATH"`."""
+    return name.removeprefix(_FOLDER) or None if name.startswith(_FOLDER) else None
+
+
+def shown(name: str) -> str:
+    """A path, or a data set's name, as short as it can be written in this folder: `"folder:x"`."""
+    path = folder_of(name)
+    if path is not None:
+        return f"{_FOLDER}{shown(path)}"
+    if not os.path.isabs(name):
+        return name
+    with contextlib.suppress(OSError, ValueError):
+        return min(os.path.relpath(name), name, key=len)
+    return name
+
+
+def typed(name: str) -> str:
+    """A data set's name for a run folder's own: as it was written, but for `~`."""
+    path = folder_of(name)
+    return name if path is None else f"{_FOLDER}{local(path)}"
+
+
+def found(path: str | os.PathLike[str], data_root: str | None, classes: Collection[str] = ()) -> Path:
+    """Where a folder of data is: where it is named, or else by its last name in `data_root` (by default the
+    environment's METAFT_DATA), or that folder itself where it holds the `classes` that a run knows.
+
+    A line on stderr says so where it is elsewhere, and where `data_root` is not looked into. Raises DataError, which
+    lists all that was looked for.
+    """
+    first, root = local(path), data_root or os.environ.get("METAFT_DATA")
+    inside = None if root is None else absolute(root) / absolute(path).name
+    if not _is_missing(first):
+        if data_root and inside is not None and os.path.isdir(inside) and not _is_same(first, inside):
+            say(f"note: data_root: {first} is there, so {inside} is not read")
+        return first
+    if root is None or inside is None:
+        hint = "; where it moved, --data-root names the folder that holds it" if classes else ""
+        raise DataError(f"{first} does not exist{hint}")
+    places = [inside] if os.path.isdir(inside) else [absolute(root)] if _holds(absolute(root), classes) else []
+    if not places:
+        source = "data_root" if data_root else "METAFT_DATA"
+        also = f", and {absolute(root)} does not hold its class folders" if classes else ""
+        raise DataError(f"{first} does not exist, nor does {inside} (from {source}){also}")
+    say(f"note: {first} does not exist; the data are read from {places[0]}")
+    return places[0]
+
+
+def _is_missing(path: Path) -> bool:
+    """Whether a path is sure not to exist: of one in a locked folder whoever reads it shall say why it cannot."""
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return not os.path.islink(path)
+    except (OSError, ValueError):
+        return False
+    return False
+
+
+def _is_same(one: Path, other: Path) -> bool:
+    with contextlib.suppress(OSError, ValueError):
+        return os.path.samefile(one, other)
+    return False
+
+
+def _holds(root: Path, classes: Collection[str]) -> bool:
+    """Whether the class folders are in a folder, or in its parts."""
+    names: set[str] = set()
+    for part in (".", *SPLITS):
+        with contextlib.suppress(OSError, ValueError):
+            names |= {unicodedata.normalize("NFC", name) for name in os.listdir(root / part)}
+    return bool(classes) and set(classes) <= names
