@@ -71,6 +71,7 @@ def assemble(
             download=config.download,
             image_size=config.image_size,
             channels=config.channels,
+            skip_bad=config.skip_bad,
         )
         rotate = tasks.default_rotate(config.dataset, config.split)
     else:

@@ -44,6 +44,7 @@ class Request:
     download: bool
     image_size: int | None
     channels: int | None
+    skip_bad: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +72,7 @@ def _open_omniglot(request: Request) -> Dataset:
     root = _root("omniglot", request)
     if request.download and find(root, whole=True) is None:
         download(root)
-    return omniglot(root, request.split)
+    return omniglot(root, request.split, skip_bad=request.skip_bad)
 
 
 def _open_learn2learn(request: Request) -> Dataset:
@@ -85,7 +86,9 @@ DATASETS: dict[str, Entry] = {
     "glyphs": Entry(lambda request: glyphs(), splits=("scripts",)),
     "omniglot": Entry(_open_omniglot, splits=tuple(OMNIGLOT_SPLITS), downloads=True),
     "folder": Entry(
-        lambda request: folder(Path(request.path).expanduser(), request.image_size, request.channels),
+        lambda request: folder(
+            Path(request.path).expanduser(), request.image_size, request.channels, skip_bad=request.skip_bad
+        ),
         path="PATH",
         any_size=True,
     ),
@@ -102,12 +105,13 @@ def load(
     download: bool = False,
     image_size: int | None = None,
     channels: int | None = None,
+    skip_bad: bool = False,
 ) -> Dataset:
     """The data set of that name: "glyphs", "omniglot", "folder:PATH", "l2l:NAME" or "sinusoid".
 
     `data_root` (default: the environment's METAFT_DATA) is where data sets with a fixed name live; `split` names one of
-    the data set's class splits. Raises MetaftError for a name, split or option that the data set does not have, and
-    DataError where its data is missing or broken.
+    the data set's class splits; `skip_bad` leaves out picture files that cannot be read. Raises MetaftError for a name,
+    split or option that the data set does not have, and DataError where its data is missing or broken.
     """
     name, _, path = dataset.partition(":")
     if name not in DATASETS:
@@ -132,6 +136,7 @@ def load(
         download=download,
         image_size=image_size,
         channels=channels,
+        skip_bad=skip_bad,
     )
     field, value = ("data_root", data_root) if data_root and not path else ("dataset", dataset)
     try:
