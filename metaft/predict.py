@@ -166,13 +166,12 @@ def list_files(images: Sequence[str]) -> tuple[list[Path], list[Left]]:
         if not os.path.isdir(path):
             files.append(path)
             continue
-        listed = list_below(path)
-        lost = [left.path for left in listed.left if left.lost]
-        if not listed.files and not lost:
+        listed = list_below(path, lost=True)
+        if not listed.files:
             why = f" ({counted(listed.left)})" if listed.left else ""
             raise DataError(f"images: folder {path} holds no pictures{why}")
-        files += [*listed.files, *lost]
-        ignored += [left for left in listed.left if not left.lost]
+        files += listed.files
+        ignored += listed.left
     return list(dict.fromkeys(files)), ignored
 
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
-from metaft.errors import DataError, MetaftError
+from metaft.errors import DataError, MetaftError, MetaftWarning
 from metaft.tasks import ClassPool, Sinusoid, default_rotate, folder, glyphs, load, omniglot
 from metaft.tasks.cache import cached
 from metaft.tasks.folder import rank_split
@@ -270,7 +270,8 @@ def test_names_sizes_and_strangers(tmp_path: Path) -> None:
     picture(tmp_path / "d" / "文" / ".hidden.png", 9)
     (tmp_path / "d" / "文" / "notes.txt").write_text("x")
     (tmp_path / "d" / ".git").mkdir()
-    pool = folder(tmp_path / "d")
+    with pytest.warns(MetaftWarning, match="1 hidden file .*; 1 file that is no picture"):
+        pool = folder(tmp_path / "d")
     assert dict(zip(pool.class_names, pool.counts.tolist(), strict=True)) == {"ß": 2, "ä": 2, "文": 3}
 
 

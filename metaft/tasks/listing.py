@@ -117,10 +117,11 @@ def no_file(path: Path) -> str | None:
     return EMPTY if found.st_size == 0 else None
 
 
-def list_below(folder: Path) -> Listed:
+def list_below(folder: Path, *, lost: bool = False) -> Listed:
     """Picture files in a folder and in all below it; folders that cannot be read are among what is left.
 
-    A folder that links lead to again is searched once.
+    A folder that links lead to again is searched once. `lost` puts what was to be a picture among the files, each in
+    its place.
     """
     files: list[Path] = []
     left: list[Left] = []
@@ -135,10 +136,10 @@ def list_below(folder: Path) -> Listed:
         try:
             listed, inside = list_images(folder), subfolders(folder)
         except DataError:
-            left.append(Left(folder, FOLDER, True))
-            continue
-        files += listed.files
-        left += listed.left
+            listed, inside = Listed([], [Left(folder, FOLDER, True)]), []
+        kept = [file.path for file in listed.left if file.lost and lost]
+        files += sorted([*listed.files, *kept]) if kept else listed.files
+        left += [file for file in listed.left if not (file.lost and lost)]
         waiting += reversed(inside)
     return Listed(files, left)
 
