@@ -17,7 +17,7 @@ from metaft.errors import DataError
 from metaft.tasks import listing
 from metaft.tasks.depth import CONTAINER, bits_for, is_deep, maximum, sixteen, to_bytes
 from metaft.tasks.flaws import about, noted
-from metaft.tasks.formats import formats_for
+from metaft.tasks.formats import formats_for, named_as_picture
 
 READER_VERSION = 2
 """Part of every cache key; raise it with every change to the pixels that `read` returns."""
@@ -68,7 +68,9 @@ def open_image(path: Path, *, deep: bool = False) -> Image.Image:
     except MemoryError:
         raise
     except UnidentifiedImageError:
-        raise Unreadable(path, listing.DAMAGED, "it is no picture that can be read here, or damaged") from None
+        other = None if named_as_picture(path.name) else listing.why_not(path)
+        kind = listing.DAMAGED if other is None else other.kind
+        raise Unreadable(path, kind, "it is no picture that can be read here, or damaged") from None
     except OSError as error:
         if error.errno is None:
             raise Unreadable(path, listing.DAMAGED, " ".join(str(error).split())) from error

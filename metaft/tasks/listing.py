@@ -193,14 +193,14 @@ def counted(left: Iterable[Left], *, where: bool = True) -> str:
     parts = []
     for kind, paths in sorted(kinds.items(), key=lambda item: -len(item[1])):
         one = len(paths) == 1
-        several = kind.replace("file", "files", 1).replace("link", "links", 1).replace("folder that", "folders that", 1)
-        number = f"{len(paths)} {kind if one else _agreeing(several)}"
+        number = f"{len(paths)} {kind if one else _several(kind)}"
         parts.append(f"{number} ({paths[0]})" if where and one else number + (f", such as {paths[0]}" if where else ""))
     return "; ".join(parts) if where else ", ".join(parts)
 
 
-def _agreeing(several: str) -> str:
-    return several.replace("that is no picture", "that are no pictures").replace("that is not", "that are not")
+def _several(kind: str) -> str:
+    kind = kind.replace("that is no picture", "that are no pictures")
+    return kind.replace("file", "files", 1).replace("link", "links", 1).replace("folder that", "folders that", 1)
 
 
 def left_note(left: Sequence[Left], taken: int) -> list[str]:
