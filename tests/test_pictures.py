@@ -315,6 +315,23 @@ def test_all_broken_pictures_are_named_at_once(count: int, more: str, init: Path
     assert sum(str(file) in line for file in files) == min(count, 10)
 
 
+def test_all_class_folders_without_pictures_are_named_at_once(tmp_path: Path) -> None:
+    data = write_target(tmp_path / "d", {"train": 2, "test": 2}, classes="abcd")
+    for place in ("train/b", "test/b", "train/d", "test/c"):
+        for file in (data / place).iterdir():
+            file.unlink()
+            file.symlink_to("/none")
+    for call in (lambda: folder(data / "train"), lambda: target.load(f"folder:{data}")):
+        with pytest.raises(
+            DataError, match=r"2 class folders hold no images: .*/b, .*/d \(4 broken links, such as .*/b"
+        ):
+            call()
+    for place in ("train/b", "test/b", "train/d", "test/c"):
+        shutil.rmtree(data / place)
+    with pytest.raises(DataError, match=r"2 classes, 'c', 'd', are not in every part of .* \(train, test\)"):
+        target.load(f"folder:{data}")
+
+
 def test_where_all_are_broken_that_is_said_first(tmp_path: Path, capsys: Text, in_tmp: Path) -> None:
     data, _ = broken(tmp_path / "d", 27)
     assert adapt.main(["--data", f"folder:{data}"]) == 2

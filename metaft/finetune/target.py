@@ -21,6 +21,7 @@ from metaft.tasks.folder import preprocessing_for
 from metaft.tasks.glyphs import glyphs
 from metaft.tasks.images import depth_note, is_dark_on_bright, is_grey, read_all
 from metaft.tasks.listing import (
+    NAMED,
     Left,
     check_lost,
     left_note,
@@ -230,10 +231,12 @@ def _list(path: Path) -> tuple[tuple[str, ...], list[tuple[str, int, Path]], lis
             raise DataError(f"data: the name of class folder {name!r} in {path} is not text")
     if len(names) < 2:
         raise DataError(f"data: {path} holds {len(names)} class folders, fewer than 2")
-    for classes in parts.values():
-        if set(classes) != set(names):
-            odd = min(set(classes) ^ set(names))
-            raise DataError(f"data: class {odd!r} is not in every part of {path} ({', '.join(parts)})")
+    odd = sorted({name for classes in parts.values() for name in set(classes) ^ set(names)}, key=natural)
+    if odd:
+        which = (
+            f"class {odd[0]!r} is" if len(odd) == 1 else f"{len(odd)} classes, {some([*map(repr, odd)], NAMED)}, are"
+        )
+        raise DataError(f"data: {which} not in every part of {path} ({', '.join(parts)})")
     files = [(part, label, f) for part in parts for label, name in enumerate(names) for f in parts[part][name]]
     return names, files, left
 

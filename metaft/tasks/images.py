@@ -259,11 +259,10 @@ def read_all(
     bits = bits_for(max((most for most, _ in deep.values()), default=2**CONTAINER - 1))
     for i, (_, values) in deep.items():
         images[i] = to_bytes(values, bits)
+    why = {files[i]: bad[i].why for i in sorted(bad)}
     good = np.array([i for i in range(len(files)) if i not in bad], np.int64)
-    return Pictures(
-        images if not bad else images[good], good,
-        {files[i]: bad[i].why for i in sorted(bad)}, len(deep), bits, flaws,
-    )  # fmt: skip
+    flaws = {file: text for file, text in flaws.items() if file not in why}
+    return Pictures(images[good] if bad else images, good, why, len(deep), bits, flaws)
 
 
 def depth_note(deep: int, bits: int) -> list[str]:

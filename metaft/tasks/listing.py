@@ -147,12 +147,14 @@ def list_below(folder: Path, *, lost: bool = False) -> Listed:
 def list_classes(folder: Path) -> Classes:
     """The picture files of each class, for a folder of class folders.
 
-    Raises DataError for a class folder without pictures, and for two whose names differ in Unicode form alone.
+    Raises DataError that names the class folders without pictures, and for two whose names differ in Unicode form
+    alone.
     """
     stray = list_images(folder)
     left = [Left(path, BESIDE, False) for path in stray.files] + [file for file in stray.left if file.lost]
     classes: dict[str, list[Path]] = {}
     places: dict[str, Path] = {}
+    hollow: dict[Path, list[Left]] = {}
     for sub in subfolders(folder):
         name = unicodedata.normalize("NFC", sub.name)
         if name in classes:
@@ -162,10 +164,15 @@ def list_classes(folder: Path) -> Classes:
             )
         listed = list_images(sub)
         if not listed.files:
-            why = f" ({counted(listed.left)})" if listed.left else ""
-            raise DataError(f"class folder {sub} holds no images{why}")
+            hollow[sub] = listed.left
         classes[name], places[name] = listed.files, sub
         left += listed.left
+    if hollow:
+        inside = [file for files in hollow.values() for file in files]
+        why = f" ({counted(inside)})" if inside else ""
+        if len(hollow) == 1:
+            raise DataError(f"class folder {next(iter(hollow))} holds no images{why}")
+        raise DataError(f"{len(hollow)} class folders hold no images: {some(list(hollow), NAMED)}{why}")
     return Classes(classes, left)
 
 
