@@ -634,7 +634,8 @@ def test_every_exif_orientation_is_seen_upright(kind: str, orientation: int, tmp
         stored = stored.transpose(turn)
     exif = Image.Exif()
     exif[0x0112] = orientation
-    stored.save(tmp_path / f"a.{kind}", exif=exif, **({"quality": 95, "subsampling": 0} if kind == "jpg" else {}))
+    extra: dict[str, Any] = {"quality": 95, "subsampling": 0} if kind == "jpg" else {}
+    stored.save(tmp_path / f"a.{kind}", exif=exif, **extra)
     upright = np.asarray(open_image(tmp_path / f"a.{kind}"))
     assert upright.shape == seen.shape
     assert np.abs(upright.astype(int) - seen).mean() < 4
@@ -652,7 +653,7 @@ def test_palette_alpha_cmyk_and_others_are_read_by_their_colours(tmp_path: Path)
         "cmyk.jpg": rgb.convert("CMYK"), "ycc.tif": rgb.convert("YCbCr"), "alpha.png": rgb.convert("RGBA"),
     }  # fmt: skip
     for name, image in files.items():
-        extra = {"quality": 98, "subsampling": 0} if name.endswith("jpg") else {}
+        extra: dict[str, Any] = {"quality": 98, "subsampling": 0} if name.endswith("jpg") else {}
         image.save(tmp_path / name, **extra)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
