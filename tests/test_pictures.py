@@ -83,6 +83,7 @@ def strangers(place: Path) -> dict[str, str]:
     os.mkfifo(place / "pipe.png")
     (place / "nothing").touch()
     (place / "photo.heic").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0" + bytes(range(200)))
+    (place / "photo.nef").write_bytes(b"II*\0" + bytes(100))
     (place / "noise").write_bytes(bytes(range(128, 256)) * 3)
     (place / ".hidden.png").write_bytes(b"")
     (place / ".DS_Store").write_bytes(b"")
@@ -98,13 +99,14 @@ def strangers(place: Path) -> dict[str, str]:
         "pipe.png": "special file (a pipe, socket or device)",
         "nothing": "empty file",
         "photo.heic": f"{unread} (.heic)",
+        "photo.nef": f"{unread} (.nef)",
         "noise": f"{unread} (no ending)",
         ".hidden.png": "hidden file",
         **dict.fromkeys(("notes.txt", "README", "boxes.json", "mask.npy"), "file that is no picture"),
     }
 
 
-LOST = {"gone.png", "round.png", "pipe.png", "nothing", "photo.heic", "noise"}
+LOST = {"gone.png", "round.png", "pipe.png", "nothing", "photo.heic", "photo.nef", "noise"}
 
 
 def test_pictures_are_known_by_what_is_in_them(tmp_path: Path) -> None:
@@ -155,7 +157,7 @@ def test_a_picture_too_large_to_be_meant_is_refused(tmp_path: Path, monkeypatch:
 
 # ---- what is said -------------------------------------------------------------------------------------------------
 
-NOTE = "ignored 11 of {} files: 4 files that are no pictures, such as "
+NOTE = "ignored 12 of {} files: 4 files that are no pictures, such as "
 
 
 def test_adapt_says_what_it_does_not_take(init: Path, tmp_path: Path, capsys: Text) -> None:
@@ -168,7 +170,7 @@ def test_adapt_says_what_it_does_not_take(init: Path, tmp_path: Path, capsys: Te
     square(1).save(data / "train" / "__more" / "a.png")
     assert adapt.main(words(init, data, tmp_path / "o", epochs=1)) == 0
     note, beside, hidden, *_ = notes_of(tmp_path / "o")
-    assert note.startswith("ignored 13 of 31 files: 4 files that are no pictures, such as ")
+    assert note.startswith("ignored 14 of 32 files: 4 files that are no pictures, such as ")
     for part in (
         f"2 broken links, such as {data}/train/lost class",
         f"1 endless link ({data}/train/{TARGET[0]}/round.png)",
@@ -194,7 +196,7 @@ def test_meta_training_says_it_too(tmp_path: Path, capsys: Text) -> None:
         warnings.simplefilter("default")  # as for people; in tests they are errors
         meta_trained(tmp_path / "o", data, **argv)
     said = capsys.readouterr().err
-    assert said.count(f"metaft: note: {data}: {NOTE.format(151)}") == 1
+    assert said.count(f"metaft: note: {data}: {NOTE.format(152)}") == 1
     assert f"metaft: note: {data}: ignored, since they are inside class folders: {data}/train/class00/deep" in said
 
 
@@ -209,9 +211,9 @@ def test_predict_says_it_too(run: Path, tmp_path: Path, capsys: Text) -> None:
     unreadable = [line for line in lines if line.startswith("metaft: unreadable: ")]
     assert len(unreadable) == len(LOST)
     assert all(any(f"/{name} cannot be read: " in line for line in unreadable) for name in LOST)
-    assert "metaft: note: ignored 5 of 19 files: 4 files that are no pictures, such as " in said.err
-    assert lines[-1].startswith("metaft: 6 of 14 files cannot be read (1 broken link, ")
-    assert (tmp_path / "o.csv").read_text().count("\n") == 15
+    assert "metaft: note: ignored 5 of 20 files: 4 files that are no pictures, such as " in said.err
+    assert lines[-1].startswith("metaft: 7 of 15 files cannot be read (1 broken link, ")
+    assert (tmp_path / "o.csv").read_text().count("\n") == 16
 
 
 def test_a_folder_that_holds_nothing_says_what_is_in_it(run: Path, tmp_path: Path, capsys: Text) -> None:

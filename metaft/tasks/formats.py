@@ -27,7 +27,8 @@ _UNREAD = frozenset({
 _BESIDE = frozenset({
     ".json", ".jsonl", ".xml", ".txt", ".csv", ".tsv", ".md", ".yaml", ".yml", ".toml", ".html", ".ini", ".db", ".log",
     ".lst", ".npy", ".npz", ".mat", ".pkl", ".pickle", ".pt", ".pth", ".h5", ".hdf5", ".parquet", ".py", ".sh", ".zip",
-    ".gz", ".tar", ".lnk", ".url", ".xmp", ".wav", ".mp3", ".mp4", ".mov", ".bak",
+    ".gz", ".tar", ".lnk", ".url", ".xmp", ".wav", ".mp3", ".mp4", ".mov", ".avi", ".mkv",
+    ".mpg", ".mpeg", ".bak",
 })  # fmt: skip
 
 _MAGIC = re.compile(
@@ -70,6 +71,8 @@ def starts_as_picture(path: Path) -> bool:
     """Whether the file begins as a picture does, whatever it is called. Raises OSError where it cannot be read."""
     with open(path, "rb") as file:
         start = file.read(512)
+    if start.startswith((b"II", b"MM")) and path.suffix.lower() in _UNREAD:
+        return False  # a camera's raw file, whose TIFF holds no more than a thumbnail that can be read
     if _MAGIC.match(start) or _PLAIN_PPM.match(start):
         return True
     if not start or _is_text(start):
@@ -87,8 +90,11 @@ def is_beside(path: Path) -> bool:
     ending = path.suffix.lower()
     if ending in _BESIDE or ending in _UNREAD:
         return ending in _BESIDE
-    with open(path, "rb") as file:
-        start = file.read(512)
+    try:
+        with open(path, "rb") as file:
+            start = file.read(512)
+    except OSError:  # nobody can tell
+        return False
     return bool(start) and _is_text(start)
 
 
