@@ -197,7 +197,7 @@ def _prepare(
     if init == "":
         raise MetaftError("init: name a run folder of metaft.meta_train or none, not ''")
     if init == "none":
-        target = targets.load(config.data)
+        target = targets.load(config.data, skip_bad=config.skip_bad)
         start = from_nothing(target.preprocessing, module)
     else:
         start = from_run(Path(init), module)
@@ -206,7 +206,7 @@ def _prepare(
                 f"init: {init} takes inputs of shape {start.shape} ({start.about['dataset']}), but the images of "
                 f"{config.data} are {targets.shape_of(config.data)[0]}"
             )
-        target = targets.load(config.data, start.preprocessing)
+        target = targets.load(config.data, start.preprocessing, skip_bad=config.skip_bad)
         start = dataclasses.replace(start, name=str(paths.absolute(init)))
     open_values: dict[str, Any] = {"init": start.name}
     if config.method == "finetune":

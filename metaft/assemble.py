@@ -74,6 +74,7 @@ def assemble(
             image_size=config.image_size,
             channels=config.channels,
             classes=[name for names in (classes or {}).values() for name in names],
+            skip_bad=config.skip_bad,
         )
         if paths.folder_of(config.dataset):
             config = dataclasses.replace(config, dataset=dataset.name)  # where it is now

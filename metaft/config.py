@@ -41,6 +41,8 @@ class MetaTrainConfig:
     """folder, l2l: 1 or 3 (auto: 1 where a sample of the images is grey)."""
     rotate: bool | None = None
     """--rotate / --no-rotate: one random quarter turn per class and task (auto: on for omniglot's finn split)."""
+    skip_bad: bool = False
+    """Leave out picture files that cannot be read, and say which, instead of stopping at them."""
 
     ways: int | None = None
     """Classes per task, N (auto: 5; sinusoid: 1)."""
@@ -185,6 +187,8 @@ class EvaluateConfig:
     """How classes are split."""
     rotate: bool | None = None
     """--rotate / --no-rotate: one random quarter turn per class and task."""
+    skip_bad: bool = False
+    """Leave out picture files that cannot be read, as the run does where it was trained so."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N."""
     engine: Literal["auto", "processes", "threads", "vmap", "graph"] = "auto"
@@ -210,6 +214,8 @@ class AdaptConfig:
     """folder:PATH (class folders, with or without train/ val/ test/), or glyphs:SCRIPT (a held-out script)."""
     data_root: str | None = None
     """Folder to look for --data in where it is not at its path (auto: the environment variable METAFT_DATA)."""
+    skip_bad: bool = False
+    """Leave out picture files that cannot be read, and say which, instead of stopping at them."""
     shots_per_class: int | None = None
     """Images per class to train and validate on (auto: 5 of glyphs; all of train/; without parts four in five)."""
     method: Literal["finetune", "inner"] = "finetune"
@@ -254,6 +260,8 @@ class PredictConfig:
     """How many of the most probable classes to name for each image."""
     csv: str | None = None
     """Write the labels to this file too, as comma-separated values."""
+    skip_bad: bool = False
+    """Take it for success too where more than half of the files cannot be read."""
     device: str = "auto"
     """auto (a GPU where there is one), cpu, cuda, cuda:N."""
 

@@ -76,6 +76,7 @@ def run(
     trained = paths.in_full(trained)
     fields = {name: getattr(config, name) for name in ("device", "engine", "threads", "task_chunk", "download")}
     fields |= {name: getattr(config, name) for name in ("data_root", "plugin") if getattr(config, name) is not None}
+    fields["skip_bad"] = config.skip_bad or trained.skip_bad
     if config.split is not None:
         fields |= {"split": config.split, "rotate": None if config.split != trained.split else trained.rotate}
     if config.dataset is not None and config.dataset != trained.dataset:

@@ -24,6 +24,16 @@ def short_names(names: Sequence[str]) -> list[str]:
     return short if len(names) > 1 and len(set(short)) == len(set(names)) else list(names)
 
 
+def natural(name: str) -> tuple[list[str | int], str]:
+    """What to sort names by so that numbers in them count as such.
+
+    >>> sorted(["10", "9b", "2", "class 10", "class 9"], key=natural)
+    ['2', '9b', '10', 'class 9', 'class 10']
+    """
+    parts = re.split(r"([0-9]+)", name)  # text, number, text, ...: places of one kind are compared
+    return [int(part) if place % 2 else part for place, part in enumerate(parts)], name
+
+
 def is_text(name: str) -> bool:
     """Whether a name can be written down: Python keeps bytes of a file name that are not UTF-8 as lone surrogates."""
     return not any("\ud800" <= letter <= "\udfff" for letter in name)

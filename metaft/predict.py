@@ -25,8 +25,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from metaft.finetune.classifier import Classifier
+    from metaft.tasks.listing import Left
 
 AT_ONCE = 256  # images that are read, then labelled
+NAMED = 10  # files that cannot be read of which each gets a line; all are in the CSV file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,13 +52,19 @@ class Label(NamedTuple):
     probabilities: tuple[float, ...]
     error: str
     """Why the file cannot be read, or nothing."""
+    kind: str = ""
+    """What it is instead, in words that can be counted."""
     from_colour: bool = False
     """Whether a file in colour was turned grey, which is all that the classifier takes."""
+    bits: int | None = None
+    """How many bits its greys need, where they have room for more than 8."""
+    flaw: str = ""
+    """What it was read in spite of."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status: 0 done, though some files may be unreadable; 1 too little memory, or stdout is full and there is no
-    --csv; 2 bad input, or no file that can be read."""
+    """Exit status: 0 done, though up to half of the files may be unreadable; 1 too little memory, or stdout is full and
+    there is no --csv; 2 bad input, or more of them are."""
     return in_one(_command, argv, prog="metaft.predict", smaller="smaller images, or a machine with more")
 
 
@@ -64,7 +72,7 @@ def _command(argv: Sequence[str]) -> None:
     given = parse(Arguments, argv, prog="python -m metaft.predict")
     if not given.images:
         raise MetaftError("images: name at least one picture file or folder")
-    files = list_files(given.images)
+    files, ignored = list_files(given.images)
     if given.csv is not None:
         check_writable(local(given.csv), "csv", local(given.csv).parent)
 
@@ -83,11 +91,13 @@ def _command(argv: Sequence[str]) -> None:
     classes = len(classifier.class_names)
     if given.top > classes:
         raise MetaftError(f"top must be at most the {classes} classes of {given.run}, got {given.top}")
-    labels = []
+    labels, bad = [], 0
     for label in label_files(classifier, files, given.top):
         labels.append(label)
         if label.error:
-            print(f"metaft: unreadable: {label.error}", file=sys.stderr)
+            bad += 1
+            if bad <= NAMED:
+                print(f"metaft: unreadable: {label.error}", file=sys.stderr)
         else:
             pairs = zip(label.names, label.probabilities, strict=True)
             print(f"{label.file}\t" + "\t".join(f"{name}\t{p:.4f}" for name, p in pairs), flush=True)
@@ -95,78 +105,131 @@ def _command(argv: Sequence[str]) -> None:
             return
     if given.csv is not None:
         write_csv(local(given.csv), labels, given.top)
-    colour = [label.file for label in labels if label.from_colour]
-    if colour:
-        print(
-            f"metaft: note: {len(colour)} of the {len(labels)} images are in colour, such as {colour[0]}, but the run "
-            "takes grey ones; they were made grey",
-            file=sys.stderr,
-        )
-    bad = sum(bool(label.error) for label in labels)
+    for note in _notes(classifier, labels, ignored):
+        print(f"metaft: note: {note}", file=sys.stderr)
     if bad == len(labels):
         raise DataError(f"images: none of the {bad} files can be read")
     if given.csv is None and (why := output.lost(sys.stdout)):
         raise OutputLost(f"the labels cannot be printed ({why}), and no --csv was asked for")
     if bad:
-        print(f"metaft: {bad} of {len(labels)} files cannot be read; the others are labelled", file=sys.stderr)
+        _say_bad(labels, bad, skip_bad=given.skip_bad)
 
 
-def list_files(images: Sequence[str]) -> list[Path]:
-    """The picture files that arguments name, folders searched to the bottom, each file once.
+def _notes(classifier: Classifier, labels: Sequence[Label], ignored: Sequence[Left]) -> list[str]:
+    """What there is to know of how the files were read."""
+    from metaft.finetune.classifier import beyond_note
+    from metaft.tasks.depth import CONTAINER
+    from metaft.tasks.flaws import flaws_note
+    from metaft.tasks.listing import left_note
 
-    A file that is named is taken whatever its ending; a folder that cannot be read stands for its pictures. Raises
-    DataError for a path that does not exist and for a folder without pictures.
+    notes = left_note(ignored, len(labels))
+    colour = [label.file for label in labels if label.from_colour]
+    if colour:
+        notes.append(
+            f"{len(colour)} of the {len(labels)} images are in colour, such as {colour[0]}, but the run takes grey "
+            "ones; they were made grey"
+        )
+    bits = classifier.preprocessing.bits
+    deep = {label.file: label.bits for label in labels if label.bits is not None}
+    notes += beyond_note([file for file, needed in deep.items() if needed > bits], bits)
+    if deep and bits == CONTAINER > max(deep.values()):
+        notes.append(
+            f"{len(deep)} 16-bit files, such as {next(iter(deep))}, hold no more than {max(deep.values())} bits; they "
+            "were read by the whole range of 16, since the training images name no other"
+        )
+    return notes + flaws_note({label.file: label.flaw for label in labels if label.flaw})
+
+
+def _say_bad(labels: Sequence[Label], bad: int, *, skip_bad: bool) -> None:
+    """A line on the files that cannot be read; where they are more than half, that is an error unless asked for."""
+    from metaft.tasks.listing import Left, counted
+
+    kinds = counted((Left(label.file, label.kind, True) for label in labels if label.error), where=False)
+    line = f"{bad} of {len(labels)} files cannot be read ({kinds}); the others are labelled"
+    if 2 * bad > len(labels) and not skip_bad:
+        raise DataError(f"images: {line}; --skip-bad takes that for success")
+    print(f"metaft: {line}", file=sys.stderr)
+
+
+def list_files(images: Sequence[str]) -> tuple[list[Path], list[Left]]:
+    """The picture files that arguments name, folders searched to the bottom, each file once; and what is ignored.
+
+    A file that is named is taken whatever it holds. A picture in a folder that is lost (a broken link, say) and a
+    folder that cannot be read are among the files too, so that they are not overlooked. Raises DataError for paths that
+    do not exist and for a folder without pictures.
     """
-    from metaft.tasks.images import list_below
+    from metaft.tasks.listing import counted, list_below, some
 
     files: list[Path] = []
-    for name in images:
-        path = local(name)
-        try:
-            path.stat()
-        except (FileNotFoundError, NotADirectoryError):
-            raise DataError(f"images: {path} does not exist") from None
-        except OSError as error:  # in a locked folder, or a link to itself: unreadable, but no reason to stop
-            if error.errno == errno.ENAMETOOLONG:
-                raise DataError(f"images: {path} does not exist ({error.strerror})") from None
-        found = list_below(path) if os.path.isdir(path) else [path]
-        if not found:
-            raise DataError(f"images: folder {path} holds no pictures")
-        files += found
-    return list(dict.fromkeys(files))
+    ignored: list[Left] = []
+    missing = [name for name in images if _missing(local(name))]
+    if missing:
+        several = f"{len(missing)} paths do not exist: {some(missing, NAMED)}"
+        raise DataError(f"images: {several}" if len(missing) > 1 else f"images: {missing[0]} does not exist")
+    for path in map(local, images):
+        if not os.path.isdir(path):
+            files.append(path)
+            continue
+        listed = list_below(path, lost=True)
+        if not listed.files:
+            why = f" ({counted(listed.left)})" if listed.left else ""
+            raise DataError(f"images: folder {path} holds no pictures{why}")
+        files += listed.files
+        ignored += listed.left
+    return list(dict.fromkeys(files)), ignored
+
+
+def _missing(path: Path) -> bool:
+    """Whether there is nothing of this name; what is in a locked folder, or a link to nowhere, is only unreadable."""
+    try:
+        path.lstat()
+    except OSError as error:
+        return error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)
+    return False
 
 
 def label_files(classifier: Classifier, files: Sequence[Path], top: int = 1) -> Iterator[Label]:
     """The `top` most probable classes of each file, in order; unreadable files come out with an error."""
     import torch
 
+    from metaft.tasks.flaws import noted
+
     for first in range(0, len(files), AT_ONCE):
         some = files[first : first + AT_ONCE]
-        found = [_read(classifier, file) for file in some]
-        pictures = [picture[0] for picture in found if not isinstance(picture, DataError)]
+        with noted() as flaws:
+            found = [_read(classifier, file) for file in some]
+        pictures = [pixels for _, pixels in found if pixels is not None]
         best = iter(())
         if pictures:
             probabilities, classes = classifier.probabilities(torch.cat(pictures)).topk(top)
             best = zip(classes.tolist(), probabilities.tolist(), strict=True)
-        for file, picture in zip(some, found, strict=True):
-            if isinstance(picture, DataError):
-                yield Label(file, (), (), str(picture))
-            else:
-                numbers, values = next(best)
-                yield Label(file, tuple(classifier.class_names[n] for n in numbers), tuple(values), "", picture[1])
+        for label, pixels in found:
+            if pixels is None:
+                yield label
+                continue
+            numbers, values = next(best)
+            names = tuple(classifier.class_names[n] for n in numbers)
+            yield label._replace(names=names, probabilities=tuple(values), flaw=flaws.get(label.file, ""))
 
 
-def _read(classifier: Classifier, file: Path) -> tuple[Tensor, bool] | DataError:
-    """The picture, and whether it was in colour and is not any more."""
-    from metaft.tasks.images import is_grey, list_images, open_image
+def _read(classifier: Classifier, file: Path) -> tuple[Label, Tensor | None]:
+    """A label without classes, and the picture as the classifier takes it."""
+    from metaft.tasks.depth import bits_for, is_deep, maximum
+    from metaft.tasks.images import Unreadable, is_grey, open_image
+    from metaft.tasks.listing import FOLDER, list_images
 
     try:
         if os.path.isdir(file):
             list_images(file)  # says why not
-        image = open_image(file)
+        image = open_image(file, deep=True)
     except DataError as error:
-        return error
-    return classifier.fitted(image), classifier.preprocessing.channels == 1 and not is_grey(image)
+        kind = error.kind if isinstance(error, Unreadable) else FOLDER
+        return Label(file, (), (), str(error), kind), None
+    return Label(
+        file, (), (), "",
+        from_colour=classifier.preprocessing.channels == 1 and not is_grey(image),
+        bits=bits_for(maximum(image)) if is_deep(image) else None,
+    ), classifier.fitted(image)  # fmt: skip
 
 
 def write_csv(path: Path, labels: Sequence[Label], top: int) -> None:

@@ -223,7 +223,7 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]
     for number, file in enumerate(sorted((base / "broken").rglob("*.png"))):
         file.write_bytes(file.read_bytes()[:60] if number == 3 else file.read_bytes())
     for file in (base / "texts").rglob("*.png"):
-        file.rename(file.with_suffix(".txt"))
+        file.rename(file.with_suffix(".txt")).write_text("no picture")
     picture = next(target.rglob("*.png"))
     others = {"squares": squares, "target": target, "run": run, "adapted": adapted, "picture": picture}
     before = contents(base)

@@ -166,6 +166,7 @@ def test_a_checkpoint_carries_what_is_needed_to_use_it(image_runs: dict[str, Pat
         "polarity": "",
         "mean": [0.0],
         "std": [1.0],
+        "bits": 16,
     }
     assert [len(header["classes"][split]) for split in ("train", "val", "test")] == [6, 4, 4]
     assert re.fullmatch("[0-9a-f]{64}", header["split_hash"])

@@ -27,7 +27,8 @@ from metaft.finetune import study, target
 from metaft.finetune.classifier import load
 from metaft.run import RunFolder, cut_back, read_rows
 from metaft.tasks import folder
-from metaft.tasks.images import list_below, open_image
+from metaft.tasks.images import open_image
+from metaft.tasks.listing import list_below
 
 CONFIGS: list[Any] = [MetaTrainConfig, AdaptConfig, EvaluateConfig, PredictConfig]
 FIELDS = sorted({f.name for cls in CONFIGS for f in dataclasses.fields(cls)})

@@ -19,7 +19,7 @@ from PIL import Image
 from torch.utils.data import Dataset, Subset
 
 from metaft import meta_train
-from metaft.errors import DataError, MetaftError
+from metaft.errors import DataError, MetaftError, MetaftWarning
 from metaft.tasks import load
 from metaft.tasks.learn2learn import NAMES, pool
 
@@ -86,6 +86,27 @@ def test_grey_images_without_a_channel_axis_are_stored_bright_on_black() -> None
         found = pool(listed(made, form))
         assert found.preprocessing.polarity == "bright-on-black"
         assert torch.equal(found.images[found.starts[0] :][:4], torch.from_numpy(np.moveaxis(made[0], -1, 1)))
+
+
+def test_greys_of_more_than_8_bits_have_one_range_and_flaws_one_note(tmp_path: Path) -> None:
+    values = np.random.default_rng(0).integers(0, 256, (6, 8, 8)).astype(np.uint16)
+    values[5, 3, 3] = 1023
+    shown = Image.fromarray(np.full((8, 8), 5, np.uint8))
+    shown.save(tmp_path / "a.jpg", exif=b"Exif\0\0II*\0\x08\0\0\0\x05\0\x12\x01")
+
+    class Lazy(Listed):
+        def __getitem__(self, index: int) -> tuple[Any, Any]:
+            return (Image.open(tmp_path / "a.jpg"), 2) if index == 6 else super().__getitem__(index)
+
+    items = [(Image.fromarray(value), i // 2) for i, value in enumerate(values)]
+    with pytest.warns(MetaftWarning) as said:
+        made = pool(Lazy([*items, (None, 2)]), name="x")
+    assert [str(warning.message).partition(" (")[0] for warning in said] == [
+        "x: 6 files hold 10-bit greys in 16 bits: their range is 0 to 1023",
+        "x: 1 picture is read in spite of flaws, such as train item 6",
+    ]
+    assert made.preprocessing.bits == 10
+    np.testing.assert_allclose(made.images[:6, 0].numpy(), values / 1023 * 255, atol=0.51)
 
 
 def test_images_of_several_sizes_are_fitted_and_a_size_can_be_asked_for() -> None:

@@ -17,7 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
-from metaft.errors import DataError, MetaftError
+from metaft.errors import DataError, MetaftError, MetaftWarning
 from metaft.tasks import ClassPool, Sinusoid, default_rotate, folder, glyphs, load, omniglot
 from metaft.tasks.cache import cached
 from metaft.tasks.folder import rank_split
@@ -270,7 +270,8 @@ def test_names_sizes_and_strangers(tmp_path: Path) -> None:
     picture(tmp_path / "d" / "文" / ".hidden.png", 9)
     (tmp_path / "d" / "文" / "notes.txt").write_text("x")
     (tmp_path / "d" / ".git").mkdir()
-    pool = folder(tmp_path / "d")
+    with pytest.warns(MetaftWarning, match="1 hidden file .*; 1 file that is no picture"):
+        pool = folder(tmp_path / "d")
     assert dict(zip(pool.class_names, pool.counts.tolist(), strict=True)) == {"ß": 2, "ä": 2, "文": 3}
 
 
@@ -408,6 +409,26 @@ def test_omniglot_that_is_not_whole_is_refused(tiny_omniglot: Path, tmp_path_fac
     folder_.rmdir()
     with pytest.raises(DataError, match=r"1 of 6 characters are missing.*'Greek/character02'"):
         omniglot(tiny_omniglot)
+
+
+def test_omniglot_without_drawings_that_cannot_be_read(tiny_omniglot: Path) -> None:
+    place = tiny_omniglot / "omniglot" / "images_background" / "Greek"
+    whole = omniglot(tiny_omniglot, "vinyals")
+    for name in ("character01/03.png", "character02/07.png"):
+        (place / name).write_bytes(b"broken")
+    (place / "character02/08.png").unlink()
+    (place / "character02/08.png").symlink_to("/none")
+    with pytest.raises(DataError, match=r"character02 holds 19 images \(1 broken link .*\), not 20"):
+        omniglot(tiny_omniglot)
+    with pytest.warns(MetaftWarning) as said:
+        pool = omniglot(tiny_omniglot, "vinyals", skip_bad=True)
+    assert [str(warning.message)[:30] for warning in said] == [
+        "omniglot: ignored 1 of 120 fil", "omniglot: skipped 2 of 119 pic"
+    ]  # fmt: skip
+    assert pool.counts.tolist() == [19] * 4 + [18] * 4 + [20] * 16
+    rows = [row for row in range(120) if row not in (3, 27, 28)]
+    assert torch.equal(pool.images, whole.images[rows])
+    assert pool.starts[::4].tolist() == [0, 19, 37, 57, 77, 97]
 
 
 def test_the_omniglot_table() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,17 @@ from PIL import Image
 from torch import Tensor, nn
 
 from metaft import checkpoint
-from metaft.errors import CheckpointError, MetaftError
+from metaft.errors import CheckpointError, DataError, MetaftError, MetaftWarning
 from metaft.finetune import heads
 from metaft.finetune.start import build
 from metaft.models.functional import body_of
 from metaft.models.stored import empty_stored
 from metaft.paths import local
 from metaft.run import RunFolder
-from metaft.tasks.images import open_image, pixels_of
+from metaft.tasks.depth import is_deep, maximum
+from metaft.tasks.flaws import flaws_note, noted
+from metaft.tasks.images import Unreadable, pixels_of, try_open
+from metaft.tasks.listing import unreadable
 from metaft.tasks.pool import Preprocessing
 
 
@@ -62,14 +65,38 @@ class Classifier(nn.Module):
         return self.head(self.body(x))
 
     def read(self, path: Path | str) -> Tensor:
-        """A picture file as `forward` takes it, uint8 [1, C, H, W]. Raises DataError, naming the file."""
-        return self.fitted(open_image(local(path)))
+        """A picture file as `forward` takes it, uint8 [1, C, H, W]. Raises DataError, naming the file.
+
+        Warns (MetaftWarning) of greys beyond the range of the training images, and of flaws that it is read with.
+        """
+        return self._read([local(path)])
+
+    def _read(self, paths: Sequence[Path]) -> Tensor:
+        pictures, bad, beyond = [], {}, []
+        with noted() as flaws:
+            for path in paths:
+                image = try_open(path)
+                if isinstance(image, Unreadable):
+                    bad[path] = image.why
+                    continue
+                pictures.append(self.fitted(image))
+                if self.is_beyond(image):
+                    beyond.append(path)
+        if bad:
+            raise DataError(unreadable(bad, len(paths)))
+        for note in (*beyond_note(beyond, self.preprocessing.bits), *flaws_note(flaws)):
+            warnings.warn(note, MetaftWarning, stacklevel=3)
+        return torch.cat(pictures)
 
     def fitted(self, image: Image.Image) -> Tensor:
-        """A picture that `open_image` opened as `forward` takes it, uint8 [1, C, H, W]."""
+        """A picture that `open_image` opened, deep or not, as `forward` takes it, uint8 [1, C, H, W]."""
         p = self.preprocessing
-        pixels = torch.from_numpy(pixels_of(image, p.channels, p.height).copy())
+        pixels = torch.from_numpy(pixels_of(image, p.channels, p.height, p.bits).copy())
         return (255 - pixels if self.invert else pixels).unsqueeze(0)
+
+    def is_beyond(self, image: Image.Image) -> bool:
+        """Whether an opened picture has greys beyond the range of the training images, which are cut off there."""
+        return is_deep(image) and maximum(image) >= 2**self.preprocessing.bits
 
     @torch.no_grad()
     def logits(self, images: Tensor, at_once: int = 256) -> Tensor:
@@ -86,13 +113,22 @@ class Classifier(nn.Module):
         return [self.class_names[int(i)] for i in self.probabilities(images).argmax(-1)]
 
     def label(self, paths: Iterable[Path | str]) -> list[str]:
-        """The most probable class of each picture file. Raises DataError for one that cannot be read, naming it."""
+        """The most probable class of each picture file. Raises DataError that names those that cannot be read; warns
+        as `read` does."""
         if isinstance(paths, (str, Path)):
             raise MetaftError(f"label takes a list of paths, got {paths!r}")
-        pictures = [self.read(path) for path in paths]
-        if not pictures:
+        files = [local(path) for path in paths]
+        if not files:
             raise MetaftError("label takes one path or more, got none")
-        return self.names(torch.cat(pictures))
+        return self.names(self._read(files))
+
+
+def beyond_note(beyond: Sequence[Path], bits: int) -> list[str]:
+    """A note on pictures with greys beyond the range of the training images, or none."""
+    if not beyond:
+        return []
+    has = "1 picture has" if len(beyond) == 1 else f"{len(beyond)} pictures have"
+    return [f"{has} greys beyond the {2**bits - 1} of the training images, cut off there, such as {beyond[0]}"]
 
 
 def save(path: Path, classifier: Classifier, architecture: Mapping[str, Any], about: Mapping[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import os
@@ -14,12 +15,25 @@ import torch
 from torch import Tensor
 
 from metaft.errors import DataError, MetaftError, suggest
-from metaft.names import is_text
+from metaft.names import is_text, natural
 from metaft.paths import local
+from metaft.tasks.flaws import flaws_note
 from metaft.tasks.folder import preprocessing_for
 from metaft.tasks.glyphs import glyphs
-from metaft.tasks.images import is_dark_on_bright, is_grey, list_below, list_classes, read_all, subfolders
-from metaft.tasks.pool import Preprocessing
+from metaft.tasks.images import depth_note, is_dark_on_bright, is_grey, read_all
+from metaft.tasks.listing import (
+    NAMED,
+    Left,
+    check_lost,
+    left_note,
+    list_classes,
+    overlooked,
+    refusal,
+    skipped_note,
+    some,
+    subfolders,
+)
+from metaft.tasks.pool import Preprocessing, skipped_words
 from metaft.tasks.sampler import Stream, choose, raw_words
 
 VALIDATION_FROM, VALIDATION_SHARE = 10, 5  # from 10 images per class, one in 5 is for validation
@@ -55,6 +69,8 @@ class Target:
     """What was changed on the way from the files, in plain words."""
     notes: tuple[str, ...] = ()
     """What else there is to know of the files, in plain words."""
+    skipped: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    """Class name -> how many of its pictures could not be read and were left out."""
 
     def rows(self, *, shots_per_class: int | None, seed: int, validate: bool = True) -> Rows:
         """The images to train, validate and test on; what is drawn is drawn by `seed` alone.
@@ -69,7 +85,7 @@ class Target:
             raise MetaftError(f"shots_per_class must be at least 1, got {shots_per_class}")
         labels, whole = self.labels.numpy(), "all" in self.parts
         pool = self.parts["all" if whole else "train"]
-        train, rest = draw(labels, pool, shots_per_class, seed, self.class_names, keep_some=whole)
+        train, rest = draw(labels, pool, shots_per_class, seed, self.class_names, keep_some=whole, skipped=self.skipped)
         val = self.parts.get("val", np.empty(0, np.int64))
         if validate and "val" not in self.parts:
             train, val = validation_part(labels, train, seed)
@@ -81,23 +97,24 @@ def shape_of(data: str) -> tuple[list[int], bool]:
     kind, _, rest = data.partition(":")
     if kind == "folder" and rest:
         with _named():
-            _, files = _list(local(rest))
+            _, files, _ = _list(local(rest))
             p = preprocessing_for([f for _, _, f in files], sample=None)
         return [p.channels, p.height, p.width], True
     return list(load(data).images.shape[1:]), False
 
 
-def load(data: str, preprocessing: Preprocessing | None = None) -> Target:
+def load(data: str, preprocessing: Preprocessing | None = None, *, skip_bad: bool = False) -> Target:
     """The target that `--data` names: "folder:PATH" or "glyphs:SCRIPT".
 
     PATH holds train/ and test/ (and val/, if there is one) folders of the same class folders, or class folders alone.
-    Images get the run's `preprocessing`; without one, that of a folder which is meta-trained on. Raises DataError or
-    MetaftError for what cannot be read, or not by this preprocessing.
+    Images get the run's `preprocessing`; without one, that of a folder which is meta-trained on. How many bits greys
+    of more than 8 have is for all of the target's files to say. Raises DataError or MetaftError for what cannot be read
+    (`skip_bad` leaves such pictures out), or not by this preprocessing.
     """
     kind, _, rest = data.partition(":")
     if kind == "folder" and rest:
         with _named():
-            return _folder(local(rest), preprocessing)
+            return _folder(local(rest), preprocessing, skip_bad=skip_bad)
     if kind == "glyphs" and rest:
         return _script(rest, preprocessing)
     raise MetaftError(f"data: write folder:PATH or glyphs:SCRIPT, not {data!r}")
@@ -120,18 +137,33 @@ class Look(NamedTuple):
     grey: bool
 
 
-def _folder(path: Path, given: Preprocessing | None) -> Target:
-    names, listed = _list(path)
+def _folder(path: Path, given: Preprocessing | None, *, skip_bad: bool) -> Target:
+    names, listed, left = _list(path)
     files = [file for _, _, file in listed]
-    labels = np.array([label for _, label, _ in listed])
-    parts = {part: np.flatnonzero([f[0] == part for f in listed]) for part in dict.fromkeys(f[0] for f in listed)}
+    check_lost(left, len(files), skip_bad=skip_bad)
     p = given or preprocessing_for(files, sample=None)
-    looks: dict[int, Look] = {}
-    raw = read_all(
+    seen: dict[int, Look] = {}
+    pictures = read_all(
         files, p.channels, p.height,
-        lambda i, image: looks.update({i: Look(image.size, image.mode, p.channels == 3 or is_grey(image))}),
+        lambda i, image: seen.update({i: Look(image.size, image.mode, p.channels == 3 or is_grey(image))}),
     )  # fmt: skip
-    colour = [i for i in range(len(files)) if not looks[i].grey]
+    if pictures.bad and not skip_bad:
+        raise DataError(f"data: {refusal(pictures.bad, len(files), left)}")
+    notes = [
+        *left_note(left, len(files)),
+        *skipped_note(pictures.bad, len(files)),
+        *overlooked(path, tuple(part for part in dict.fromkeys(f[0] for f in listed) if part != "all"),
+                    dict.fromkeys(file.parent for file in files)),
+        *flaws_note(pictures.flaws),
+    ]  # fmt: skip
+    parts_of_all = dict.fromkeys(part for part, _, _ in listed)
+    skipped = collections.Counter(names[label] for _, label, file in listed if file in pictures.bad)
+    listed = [listed[i] for i in pictures.good]
+    files, looks = [file for _, _, file in listed], [seen[i] for i in pictures.good.tolist()]
+    labels = np.array([label for _, label, _ in listed], np.int64)
+    parts = {part: np.flatnonzero([f[0] == part for f in listed]) for part in parts_of_all}
+    _check_nothing_is_gone(path, names, labels, parts, skipped)
+    colour = [i for i, look in enumerate(looks) if not look.grey]
     if colour:
         width, height = looks[colour[0]].size
         raise DataError(
@@ -139,16 +171,16 @@ def _folder(path: Path, given: Preprocessing | None) -> Target:
             f"{files[colour[0]]}, but the run takes grey ones, [1, {p.height}, {p.width}]; make them grey first, or "
             "start from a run on colour images"
         )
+    raw = pictures.images
     invert, odd = False, []
     if p.polarity == "bright-on-black" and p.channels == 1:
         # Test images have no say, where it is known which they are.
         rows = parts.get("train", np.arange(len(files)))
         invert = is_dark_on_bright(raw[rows])
         odd = [n for i, n in enumerate(names) if is_dark_on_bright(raw[rows[labels[rows] == i]]) != invert]
-    notes = _ignored(path, tuple(parts), listed)
     if odd:
         ways = ("bright on dark", "dark on bright")
-        notes.append(f"{_some(odd)}: {ways[not invert]}, but read as {ways[invert]}, as the other classes are")
+        notes.append(f"{some(odd)}: {ways[not invert]}, but read as {ways[invert]}, as the other classes are")
     return Target(
         name=f"folder:{path}",
         class_names=names,
@@ -156,57 +188,58 @@ def _folder(path: Path, given: Preprocessing | None) -> Target:
         labels=torch.from_numpy(labels),
         parts=parts,
         files=tuple(map(str, files)),
-        preprocessing=p,
+        preprocessing=dataclasses.replace(p, bits=pictures.bits) if pictures.deep else p,
         invert=invert,
-        changes=_changes(list(looks.values()), p, invert),
-        notes=tuple(notes),
+        changes=_changes(looks, p, invert),
+        notes=(*notes, *depth_note(pictures.deep, pictures.bits)),
+        skipped=skipped,
     )
 
 
-def _ignored(path: Path, parts: Sequence[str], listed: Sequence[tuple[str, int, Path]]) -> list[str]:
-    """Notes on pictures that lie where nobody looks for them."""
-    notes = []
-    beside = [] if "all" in parts else [sub for sub in subfolders(path) if sub.name not in parts and list_below(sub)]
-    if beside:
-        notes.append(f"ignored beside {' and '.join(f'{part}/' for part in parts)}: {_some(beside)}")
-    classes = dict.fromkeys(file.parent for _, _, file in listed)
-    deeper = [sub for folder in classes for sub in subfolders(folder) if list_below(sub)]
-    if deeper:
-        notes.append(f"ignored, since they are inside class folders: {_some(deeper)}")
-    return notes
+def _check_nothing_is_gone(
+    path: Path, names: Sequence[str], labels: np.ndarray, parts: Mapping[str, np.ndarray], skipped: Mapping[str, int]
+) -> None:
+    """Raises DataError for a class of which a part has nothing left, now that what cannot be read is left out."""
+    for part, rows in parts.items():
+        counts = np.bincount(labels[rows], minlength=len(names))
+        if counts.min() == 0:
+            name = names[int(counts.argmin())]
+            where = path if part == "all" else path / part
+            raise DataError(
+                f"data: class {name!r} has no picture left in {where}: {skipped[name]} cannot be read and were skipped"
+            )
 
 
-def _some(names: Sequence[object]) -> str:
-    """The first of them, and how many more there are."""
-    return ", ".join(map(str, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-def _list(path: Path) -> tuple[tuple[str, ...], list[tuple[str, int, Path]]]:
-    """(class names, (part, label, file) of every image), of either layout."""
+def _list(path: Path) -> tuple[tuple[str, ...], list[tuple[str, int, Path]], list[Left]]:
+    """(class names in natural order, (part, label, file) of every image, what is not taken), of either layout."""
     if not os.path.isdir(path):
         there = os.path.lexists(path)
         raise DataError(f"data: {path} is not a folder" if there else f"data: folder {path} does not exist")
-    parts = {
+    found = {
         s: list_classes(path / s) for s in ("train", "val", "test") if os.path.isdir(path / s) and subfolders(path / s)
     }
-    if parts and not {"train", "test"} <= parts.keys():
+    if not found:
+        found = {"all": list_classes(path)}
+    parts, left = {part: of.files for part, of in found.items()}, [file for of in found.values() for file in of.left]
+    if "all" not in parts and not {"train", "test"} <= parts.keys():
         missing = max({"train", "test"} - parts.keys())
         raise DataError(
             f"data: {path / missing} is missing; give train/ and test/ (and val/, if you like), or no parts"
         )
-    if not parts:
-        parts = {"all": list_classes(path)}
-    names = tuple(sorted(next(iter(parts.values()))))
+    names = tuple(sorted(next(iter(parts.values())), key=natural))
     for name in names:
         if not is_text(name):
             raise DataError(f"data: the name of class folder {name!r} in {path} is not text")
     if len(names) < 2:
         raise DataError(f"data: {path} holds {len(names)} class folders, fewer than 2")
-    for classes in parts.values():
-        if set(classes) != set(names):
-            odd = min(set(classes) ^ set(names))
-            raise DataError(f"data: class {odd!r} is not in every part of {path} ({', '.join(parts)})")
-    return names, [(part, label, f) for part in parts for label, name in enumerate(names) for f in parts[part][name]]
+    odd = sorted({name for classes in parts.values() for name in set(classes) ^ set(names)}, key=natural)
+    if odd:
+        which = (
+            f"class {odd[0]!r} is" if len(odd) == 1 else f"{len(odd)} classes, {some([*map(repr, odd)], NAMED)}, are"
+        )
+        raise DataError(f"data: {which} not in every part of {path} ({', '.join(parts)})")
+    files = [(part, label, f) for part in parts for label, name in enumerate(names) for f in parts[part][name]]
+    return names, files, left
 
 
 def _changes(looks: Sequence[Look], p: Preprocessing, invert: bool) -> tuple[str, ...]:
@@ -216,7 +249,7 @@ def _changes(looks: Sequence[Look], p: Preprocessing, invert: bool) -> tuple[str
     if sizes != [(p.width, p.height)]:
         was = f"{sizes[0][0]}x{sizes[0][1]}" if len(sizes) == 1 else "several sizes"
         changes.append(f"resized from {was} to {p.width}x{p.height}")
-    grey = sum(look.mode == "L" for look in looks)
+    grey = sum(look.mode != "RGB" for look in looks)
     if p.channels == 3 and grey:
         changes.append("grey to colour" if grey == len(looks) else f"{grey} of {len(looks)} from grey to colour")
     if p.channels == 1 and grey < len(looks):
@@ -254,7 +287,14 @@ def _script(script: str, given: Preprocessing | None) -> Target:
 
 
 def draw(
-    labels: np.ndarray, rows: np.ndarray, shots: int | None, seed: int, names: tuple[str, ...], *, keep_some: bool
+    labels: np.ndarray,
+    rows: np.ndarray,
+    shots: int | None,
+    seed: int,
+    names: tuple[str, ...],
+    *,
+    keep_some: bool,
+    skipped: Mapping[str, int],
 ) -> tuple[np.ndarray, np.ndarray]:
     """(drawn, left): `shots` of `rows` for each class, a function of `seed` alone, and the others.
 
@@ -267,7 +307,8 @@ def draw(
         k = shots if shots is not None else max(1, len(own) * 4 // 5) if keep_some else len(own)
         if len(own) < k + spare:
             need = f"shots_per_class + 1 for the test = {k + 1}" if keep_some else f"shots_per_class = {k}"
-            raise DataError(f"data: class {name!r} has {len(own)} images to draw from, fewer than {need}")
+            gone = skipped_words(skipped, name)
+            raise DataError(f"data: class {name!r} has {len(own)} images to draw from{gone}, fewer than {need}")
         words = raw_words(seed, "train", [label], k, stream=Stream.TARGET_DRAWS)
         drawn.append(own[choose(words, np.array([len(own)]))[0]])
     taken = np.sort(np.concatenate(drawn))

@@ -46,6 +46,7 @@ class Request:
     image_size: int | None
     channels: int | None
     classes: Collection[str]
+    skip_bad: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +74,7 @@ def _open_omniglot(request: Request) -> Dataset:
     root = _root("omniglot", request)
     if request.download and find(root, whole=True) is None:
         download(root)
-    return omniglot(root, request.split)
+    return omniglot(root, request.split, skip_bad=request.skip_bad)
 
 
 def _open_folder(request: Request) -> Dataset:
@@ -81,7 +82,7 @@ def _open_folder(request: Request) -> Dataset:
         path = paths.found(request.path, request.data_root, request.classes)
     except DataError as error:
         raise DataError(f"folder: {error}") from None
-    return folder(path, request.image_size, request.channels)
+    return folder(path, request.image_size, request.channels, skip_bad=request.skip_bad)
 
 
 def _open_learn2learn(request: Request) -> Dataset:
@@ -109,14 +110,15 @@ def load(
     image_size: int | None = None,
     channels: int | None = None,
     classes: Collection[str] = (),
+    skip_bad: bool = False,
 ) -> Dataset:
     """The data set of that name: "glyphs", "omniglot", "folder:PATH", "l2l:NAME" or "sinusoid".
 
     `data_root` (default: the environment's METAFT_DATA) is where data sets with a fixed name live,
     and where a folder is looked for that is not at its path, see `metaft.paths.found`; `classes` are
-    those that a run knows it by. `split` names one of the data set's class splits. Raises MetaftError
-    for a name, split or option that the data set does not have, and DataError where its data is
-    missing or broken.
+    those that a run knows it by. `split` names one of the data set's class splits; `skip_bad` leaves
+    out picture files that cannot be read. Raises MetaftError for a name, split or option that the
+    data set does not have, and DataError where its data is missing or broken.
     """
     name, _, path = dataset.partition(":")
     if name not in DATASETS:
@@ -142,6 +144,7 @@ def load(
         image_size=image_size,
         channels=channels,
         classes=classes,
+        skip_bad=skip_bad,
     )
     field, value = ("data_root", data_root) if data_root and not path else ("dataset", dataset)
     try:

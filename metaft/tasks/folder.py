@@ -2,23 +2,37 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import json
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from metaft.errors import DataError
+from metaft.errors import DataError, MetaftWarning
 from metaft.tasks.cache import cached
+from metaft.tasks.flaws import flaws_note
 from metaft.tasks.images import (
     READER_VERSION,
+    Pictures,
+    depth_note,
     fingerprint,
     is_dark_on_bright,
-    list_classes,
     looks_grey,
     read_all,
     rows_of,
+)
+from metaft.tasks.listing import (
+    Left,
+    check_lost,
+    left_note,
+    list_classes,
+    overlooked,
+    refusal,
+    skipped_note,
     subfolders,
 )
 from metaft.tasks.pool import ClassPool, Preprocessing
@@ -31,46 +45,110 @@ GREY_SIDE, COLOUR_SIDE = 28, 84
 _Classes = Mapping[str, list[Path]]
 
 
-def folder(path: Path, image_size: int | None = None, channels: int | None = None) -> ClassPool:
+def folder(
+    path: Path, image_size: int | None = None, channels: int | None = None, *, skip_bad: bool = False
+) -> ClassPool:
     """Images under `path`, which holds either train/, val/ and test/ folders of class folders, or class folders.
 
     Without given splits the classes are ranked by the SHA-256 of their name and cut 64 / 16 / 20 %, each part with at
     least one class where there are three or more. One channel where all images are grey (28x28, stored bright on black
-    whatever the files hold), else three (84x84, ImageNet's mean and deviation).
+    whatever the files hold), else three (84x84, ImageNet's mean and deviation). Greys of more than 8 bits are scaled by
+    the fewest of 8, 10, 12, 14 and 16 bits that hold all of them.
 
-    Raises DataError: a path or split folder that is missing, no class folders, a class without images or in two splits,
-    a broken image, `image_size` or `channels` that cannot be.
+    A MetaftWarning says what is not read. Raises DataError: a path or split folder that is missing, no class folders, a
+    class without images or in two splits, two whose names differ in Unicode form alone, broken images (`skip_bad`
+    leaves those out), more than half of the pictures gone, `image_size` or `channels` that cannot be.
     """
     if image_size is not None and image_size < 1:
         raise DataError(f"image_size must be at least 1, got {image_size}")
     if channels not in (None, 1, 3):
         raise DataError(f"channels must be 1 (grey) or 3 (colour), got {channels}")
-    splits, classes = _list(path)
+    splits, classes, left = _list(path)
     names = tuple(sorted(classes))
     files = [file for name in names for file in classes[name]]
+    check_lost(left, len(files), skip_bad=skip_bad)
 
     preprocessing = preprocessing_for(files, image_size, channels)
-    channels, side = preprocessing.channels, preprocessing.height
-
-    def build() -> dict[str, np.ndarray]:
-        images = read_all(files, channels, side)
-        if channels == 1 and is_dark_on_bright(images):
-            np.subtract(255, images, out=images)
-        return {"images": images}
-
-    key = f"{READER_VERSION} {channels} {side} {path.resolve()} {fingerprint(path, files)}"
-    images = cached("folder", key, build)["images"]
-    starts, counts = rows_of(classes[name] for name in names)
+    key = (
+        f"{READER_VERSION} {preprocessing.channels} {preprocessing.height} {path.resolve()} {fingerprint(path, files)}"
+    )
+    pictures = read_cached("folder", key, files, preprocessing)
+    if pictures.bad and not skip_bad:
+        raise DataError(refusal(pictures.bad, len(files), left))
+    parts = () if files[0].parents[1] == path else SPLITS
+    notes = (
+        *left_note(left, len(files)),
+        *overlooked(path, parts, dict.fromkeys(file.parent for file in files)),
+        *skipped_note(pictures.bad, len(files)),
+        *depth_note(pictures.deep, pictures.bits),
+        *flaws_note(pictures.flaws),
+    )
+    for note in notes:
+        warnings.warn(f"{path}: {note}", MetaftWarning, stacklevel=2)
+    starts, counts, skipped = rows_left([classes[name] for name in names], names, pictures.bad)
     number = {name: i for i, name in enumerate(names)}
     return ClassPool(
         name=f"folder:{path}",
-        images=torch.from_numpy(images),
+        images=torch.from_numpy(pictures.images),
         class_names=names,
         starts=starts,
         counts=counts,
         splits={split: np.array(sorted(number[n] for n in splits[split]), np.int64) for split in SPLITS},
-        preprocessing=preprocessing,
+        preprocessing=dataclasses.replace(preprocessing, bits=pictures.bits),
+        skipped=skipped,
     )
+
+
+class _Unkept(Exception):
+    """Carries pictures past the cache: a file that could not be read today may be whole tomorrow."""
+
+    def __init__(self, pictures: Pictures) -> None:
+        super().__init__()
+        self.pictures = pictures
+
+
+def read_cached(
+    name: str, key: str, files: Sequence[Path], preprocessing: Preprocessing, *, invert: bool | None = None
+) -> Pictures:
+    """The files by this preprocessing, from the cache where they are there and nothing was wrong with any.
+
+    Grey ones are turned to bright on black: all of them (`invert`), none, or as their borders say.
+    """
+    channels, side = preprocessing.channels, preprocessing.height
+
+    def build() -> dict[str, np.ndarray]:
+        pictures = read_all(files, channels, side)
+        images = pictures.images
+        if (channels == 1 and len(images) > 0 and is_dark_on_bright(images)) if invert is None else invert:
+            np.subtract(255, images, out=images)
+        if pictures.bad:
+            raise _Unkept(pictures)
+        flaws = {i: pictures.flaws[file] for i, file in enumerate(files) if file in pictures.flaws}
+        text = np.frombuffer(json.dumps(flaws).encode(), np.uint8)
+        return {"images": images, "depth": np.array([pictures.deep, pictures.bits]), "flaws": text}
+
+    try:
+        arrays = cached(name, key, build)
+    except _Unkept as unkept:
+        return unkept.pictures
+    deep, bits = arrays["depth"].tolist()
+    flaws = {files[int(i)]: text for i, text in json.loads(arrays["flaws"].tobytes()).items()}
+    return Pictures(arrays["images"], np.arange(len(files)), {}, deep, bits, flaws)
+
+
+def rows_left(
+    classes: Sequence[Sequence[Path]], names: Sequence[str], bad: Mapping[Path, str]
+) -> tuple[np.ndarray, np.ndarray, Mapping[str, int]]:
+    """(starts, counts, class name -> how many are left out) of what is left without the bad ones.
+
+    Raises DataError for a class of which nothing is left.
+    """
+    starts, counts = rows_of([[file for file in files if file not in bad] for files in classes])
+    skipped = {name: len(files) - int(n) for name, files, n in zip(names, classes, counts, strict=True)}
+    for name, n in zip(names, counts, strict=True):
+        if n == 0:
+            raise DataError(f"class {name!r} has no picture left: none of its {skipped[name]} can be read")
+    return starts, counts, {name: n for name, n in skipped.items() if n}
 
 
 def preprocessing_for(
@@ -101,8 +179,8 @@ def rank_split(names: list[str]) -> dict[str, list[str]]:
     return {"train": ranked[:train], "val": ranked[train : train + val], "test": ranked[train + val :]}
 
 
-def _list(path: Path) -> tuple[dict[str, list[str]], _Classes]:
-    """(split -> class names, class name -> files) of either layout."""
+def _list(path: Path) -> tuple[dict[str, list[str]], _Classes, list[Left]]:
+    """(split -> class names, class name -> files, what is not taken) of either layout."""
     if not path.exists():
         raise DataError(f"folder: {path} does not exist")
     if not path.is_dir():
@@ -110,19 +188,21 @@ def _list(path: Path) -> tuple[dict[str, list[str]], _Classes]:
     # A class may itself be called "train": only a folder that holds folders is a split.
     if any((path / split).is_dir() and subfolders(path / split) for split in SPLITS):
         return _list_splits(path)
-    classes = list_classes(path)
+    classes, left = list_classes(path)
     if not classes:
         raise DataError(f"folder: {path} holds no class folders")
-    return rank_split(list(classes)), classes
+    return rank_split(list(classes)), classes, left
 
 
-def _list_splits(path: Path) -> tuple[dict[str, list[str]], _Classes]:
+def _list_splits(path: Path) -> tuple[dict[str, list[str]], _Classes, list[Left]]:
     splits: dict[str, list[str]] = {}
+    left: list[Left] = []
     classes: dict[str, list[Path]] = {}
     for split in SPLITS:
         if not (path / split).is_dir():
             raise DataError(f"folder: {path / split} is missing; give all of train/, val/ and test/, or no splits")
-        found = list_classes(path / split)
+        found, left_here = list_classes(path / split)
+        left += left_here
         if not found:
             raise DataError(f"folder: {path / split} holds no class folders")
         for name in found:
@@ -133,4 +213,4 @@ def _list_splits(path: Path) -> tuple[dict[str, list[str]], _Classes]:
                 )
         splits[split] = list(found)
         classes.update(found)
-    return splits, classes
+    return splits, classes, left

@@ -1,24 +1,27 @@
-"""From picture files to uint8 arrays: listing, opening, fitting, polarity. What every image source shares."""
+"""From picture files to uint8 arrays: opening, fitting, polarity. What every image source shares."""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import time
-import unicodedata
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import PIL
-from PIL import Image, ImageOps, features
+from PIL import Image, ImageOps, UnidentifiedImageError, features
 
 from metaft.errors import DataError
+from metaft.tasks import listing
+from metaft.tasks.depth import CONTAINER, bits_for, is_deep, maximum, sixteen, to_bytes
+from metaft.tasks.flaws import about, noted
+from metaft.tasks.formats import formats_for, named_as_picture
 
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".pbm"})
-
-READER_VERSION = 1
+READER_VERSION = 2
 """Part of every cache key; raise it with every change to the pixels that `read` returns."""
 
 _GREY_TOLERANCE = 4
@@ -27,75 +30,12 @@ _GREY_TOLERANCE = 4
 _CHUNK = 64  # files a thread reads at a time
 
 
-def subfolders(folder: Path) -> list[Path]:
-    """Folders in a folder, sorted; hidden ones and archive leftovers (`.git`, `__MACOSX`) are not looked at.
+class Unreadable(DataError):
+    """A picture file that cannot be read."""
 
-    Raises DataError where the folder cannot be read, as all that list do.
-    """
-    names = [e.name for e in _entries(folder) if not e.name.startswith((".", "__")) and _is(e.is_dir, False)]
-    return sorted(folder / name for name in names)
-
-
-def list_images(folder: Path) -> list[Path]:
-    """Picture files right in a folder, sorted; hidden files and other endings are ignored."""
-    names = [e.name for e in _entries(folder) if not e.name.startswith(".") and _is(e.is_file, True)]
-    return [folder / name for name in sorted(names) if Path(name).suffix.lower() in SUFFIXES]
-
-
-def list_below(folder: Path) -> list[Path]:
-    """Picture files in a folder and in all below it, and the folders that cannot be read in place of their pictures.
-
-    A folder that links lead to again is searched once.
-    """
-    found: list[Path] = []
-    seen: set[str] = set()
-
-    def search(folder: Path) -> None:
-        real = os.path.realpath(folder)
-        if real in seen:
-            return
-        seen.add(real)
-        try:
-            images, inside = list_images(folder), subfolders(folder)
-        except DataError:
-            found.append(folder)
-            return
-        found.extend(images)
-        for sub in inside:
-            search(sub)
-
-    search(folder)
-    return found
-
-
-def _entries(folder: Path) -> list[os.DirEntry[str]]:
-    try:
-        with os.scandir(folder) as entries:
-            return list(entries)
-    except OSError as error:
-        raise DataError(f"folder {folder} cannot be read ({error.strerror})") from None
-
-
-def _is(what: Callable[[], bool], unknown: bool) -> bool:
-    """Whether an entry is a file, or a folder; of a link to itself, or into a locked folder, nobody can tell."""
-    try:
-        return what()
-    except OSError:
-        return unknown
-
-
-def list_classes(folder: Path) -> dict[str, list[Path]]:
-    """Class name -> picture files, for a folder of class folders; names in Unicode's composed form on every system.
-
-    Raises DataError for a class folder without pictures.
-    """
-    classes = {}
-    for sub in subfolders(folder):
-        files = list_images(sub)
-        if not files:
-            raise DataError(f"class folder {sub} holds no images (endings looked for: {' '.join(sorted(SUFFIXES))})")
-        classes[unicodedata.normalize("NFC", sub.name)] = files
-    return classes
+    def __init__(self, path: Path, kind: str, why: str) -> None:
+        super().__init__(f"image {path} cannot be read: {why}")
+        self.path, self.kind, self.why = path, kind, why
 
 
 def fingerprint(root: Path, files: Iterable[Path]) -> str:
@@ -122,25 +62,50 @@ def fingerprint(root: Path, files: Iterable[Path]) -> str:
     return digest.hexdigest()
 
 
-def open_image(path: Path) -> Image.Image:
+def open_image(path: Path, *, deep: bool = False) -> Image.Image:
     """A picture file as mode "L" where its mode is grey, else "RGB": first frame, upright, without transparency.
 
-    Raises DataError, naming the file, where it cannot be decoded.
+    Greys of more than 8 bits become "L" by the range that this one file needs; with `deep` they are left in mode
+    "I;16", for those who know more files of the set. Raises Unreadable, a DataError, where it cannot be decoded.
     """
+    kind = listing.no_file(path)
+    if kind is not None and kind != listing.GONE:
+        raise Unreadable(path, kind, f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}")
     try:
-        with Image.open(path) as file:
+        with about(path), Image.open(path, formats=formats_for(path)) as file:
             file.load()
-            return plain(ImageOps.exif_transpose(file))
+            image = plain(_upright(file))
     except MemoryError:
         raise
+    except UnidentifiedImageError:
+        other = None if named_as_picture(path.name) else listing.why_not(path)
+        kind = listing.DAMAGED if other is None else other.kind
+        raise Unreadable(path, kind, "it is no picture that can be read here, or damaged") from None
+    except OSError as error:
+        if error.errno is None:
+            raise Unreadable(path, listing.DAMAGED, " ".join(str(error).split())) from error
+        kinds = {errno.ENOENT: listing.GONE, errno.EACCES: listing.LOCKED, errno.EPERM: listing.LOCKED}
+        raise Unreadable(path, kinds.get(error.errno, listing.DAMAGED), os.strerror(error.errno)) from error
     except Exception as error:  # a broken file makes a decoder raise anything: IndexError, struct.error, ...
-        raise DataError(f"image {path} cannot be read: {' '.join(str(error).split())}") from error
+        raise Unreadable(path, listing.DAMAGED, " ".join(str(error).split()) or type(error).__name__) from error
+    return image if deep else shallow(image)
+
+
+def _upright(file: Image.Image) -> Image.Image:
+    """Turned as its EXIF data says; of data that cannot be read nobody knows what they say."""
+    try:
+        return ImageOps.exif_transpose(file)
+    except MemoryError:
+        raise
+    except Exception:
+        return file.copy()
 
 
 def plain(image: Image.Image) -> Image.Image:
-    """A decoded picture as mode "L" or "RGB". Raises ValueError for pixels without a fixed range."""
-    if image.mode.startswith("I"):
-        return _from_deep_grey(image)
+    """A decoded picture as mode "L", "RGB" or, of more than 8 bits, "I;16". Raises ValueError for pixels without a
+    fixed range."""
+    if is_deep(image):
+        return sixteen(image)
     if image.mode in ("1", "L"):
         # Never resize mode "1": Pillow falls back to the nearest pixel, and two grey levels are left of many.
         return image.convert("L")
@@ -151,12 +116,12 @@ def plain(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _from_deep_grey(image: Image.Image) -> Image.Image:
-    """16 bits to 8 by scale; Pillow's own conversion clips everything above 255 to white."""
-    values = np.asarray(image).astype(np.float64)
-    if values.min() < 0 or values.max() > 65535:
-        raise ValueError(f"integer pixels from {values.min():.0f} to {values.max():.0f} are not 16-bit grey")
-    return Image.fromarray(np.round(values / 257.0).astype(np.uint8))
+def shallow(image: Image.Image, bits: int | None = None) -> Image.Image:
+    """A picture of `plain` in 8 bits. `bits` None: as many as this picture needs."""
+    if not is_deep(image):
+        return image
+    values = np.asarray(image)
+    return Image.fromarray(to_bytes(values, bits_for(int(values.max())) if bits is None else bits))
 
 
 def _without_alpha(image: Image.Image) -> Image.Image:
@@ -178,14 +143,36 @@ def _channels_agree(pixels: np.ndarray) -> bool:
 
 
 def looks_grey(files: Sequence[Path], sample: int | None = 64) -> bool:
-    """Whether all of `sample` files, evenly spread, or of all files are grey by mode or by equal channels."""
+    """Whether all of `sample` files, evenly spread, or of all files are grey by mode or by equal channels.
+
+    Those that cannot be read have no say. Raises DataError that names them where that is all.
+    """
     step = 1 if sample is None else max(1, len(files) // sample)
-    return all(is_grey(open_image(path)) for path in files[::step])
+    bad: list[Unreadable] = []
+    looked = files[::step]
+    with noted():  # whoever reads them all will say it
+        for path in looked:
+            image = try_open(path)
+            if isinstance(image, Unreadable):
+                bad.append(image)
+            elif not is_grey(image):
+                return False
+    if looked and len(bad) == len(looked):
+        raise DataError(listing.refusal({error.path: error.why for error in bad}, len(looked)))
+    return True
+
+
+def try_open(path: Path) -> Image.Image | Unreadable:
+    """What `open_image` makes of a file, deep, or why it cannot."""
+    try:
+        return open_image(path, deep=True)
+    except Unreadable as error:
+        return error
 
 
 def is_grey(image: Image.Image) -> bool:
     """Whether an opened picture is grey by mode or by equal channels."""
-    return image.mode == "L" or _channels_agree(np.asarray(image))
+    return image.mode != "RGB" or _channels_agree(np.asarray(image))
 
 
 def fit(image: Image.Image, side: int) -> Image.Image:
@@ -195,49 +182,105 @@ def fit(image: Image.Image, side: int) -> Image.Image:
     cropped at the centre, so that no bars are added to a photograph. Squares are only resized.
     """
     width, height = image.size
-    if image.mode == "L" and width != height:
+    if image.mode != "RGB" and width != height:
         longest = max(width, height)
-        square = Image.new("L", (longest, longest), int(np.median(border(np.asarray(image)))))
+        square = Image.new(image.mode, (longest, longest), int(np.median(border(np.asarray(image)))))
         square.paste(image, ((longest - width) // 2, (longest - height) // 2))
         image = square
     elif width != height:
-        short = min(width, height)
-        left, top = (width - short) // 2, (height - short) // 2
-        image = image.crop((left, top, left + short, top + short))
+        image = _cropped(image)
     return image if image.width == side else image.resize((side, side), Image.Resampling.LANCZOS)
 
 
+def _cropped(image: Image.Image) -> Image.Image:
+    width, height = image.size
+    short = min(width, height)
+    left, top = (width - short) // 2, (height - short) // 2
+    return image.crop((left, top, left + short, top + short))
+
+
 def read(path: Path, channels: int, side: int) -> np.ndarray:
-    """One picture file as uint8 [channels, side, side], polarity as in the file. Raises DataError naming the file."""
-    return pixels_of(open_image(path), channels, side)
+    """One picture file as uint8 [channels, side, side], polarity as in the file. Raises DataError naming the file.
+
+    More than 8 bits are scaled by the range that this one file needs.
+    """
+    image = open_image(path, deep=True)
+    return pixels_of(image, channels, side, bits_for(maximum(image)) if is_deep(image) else CONTAINER)
 
 
-def pixels_of(image: Image.Image, channels: int, side: int) -> np.ndarray:
-    """An opened picture as uint8 [channels, side, side], polarity as in the file."""
+def pixels_of(image: Image.Image, channels: int, side: int, bits: int = CONTAINER) -> np.ndarray:
+    """An opened picture as uint8 [channels, side, side], polarity as in the file; deep ones are of so many bits."""
+    if is_deep(image):
+        return np.repeat(to_bytes(fitted_deep(image, channels, side), bits)[None], channels, 0)
     pixels = np.asarray(fit(image.convert("L" if channels == 1 else "RGB"), side))
     return pixels[None] if channels == 1 else np.moveaxis(pixels, -1, 0)
 
 
+def fitted_deep(image: Image.Image, channels: int, side: int) -> np.ndarray:
+    """float32 [side, side]: a deep picture fitted as others are, in the numbers of its file."""
+    grey = image.convert("F")
+    return np.asarray(fit(grey if channels == 1 else _cropped(grey), side))
+
+
+class Pictures(NamedTuple):
+    """What came of reading files."""
+
+    images: np.ndarray
+    """uint8 [good, channels, side, side], in the order of the files."""
+    good: np.ndarray
+    """int64: the numbers of the files that could be read."""
+    bad: dict[Path, str]
+    """The others, and why."""
+    deep: int
+    """How many have more than 8 bits in them, or room for more."""
+    bits: int
+    """How many bits those need, together."""
+    flaws: Mapping[Path, str]
+    """What Pillow warned of."""
+
+
 def read_all(
     files: Sequence[Path], channels: int, side: int, look: Callable[[int, Image.Image], None] = lambda i, image: None
-) -> np.ndarray:
-    """uint8 [len(files), channels, side, side]; raises DataError for the first file in order that is broken.
+) -> Pictures:
+    """Every file that can be read, as uint8 [channels, side, side]; greys of more than 8 bits by one range for all.
 
-    `look` is shown each file's number and its picture as it was opened, in no order.
+    `look` is shown each good file's number and its picture as it was opened, in no order.
     """
     images = np.empty((len(files), channels, side, side), np.uint8)
+    bad: dict[int, Unreadable] = {}
+    deep: dict[int, tuple[int, np.ndarray]] = {}
 
     def fill(start: int) -> None:
         for i in range(start, min(start + _CHUNK, len(files))):
-            image = open_image(files[i])
+            image = try_open(files[i])
+            if isinstance(image, Unreadable):
+                bad[i] = image
+                continue
             look(i, image)
-            images[i] = pixels_of(image, channels, side)
+            if is_deep(image):
+                deep[i] = maximum(image), fitted_deep(image, channels, side)
+            else:
+                images[i] = pixels_of(image, channels, side)
 
     # Decoding and resizing release the interpreter lock, which pays for photographs.
-    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as threads:
+    with noted() as flaws, ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as threads:
         for _ in threads.map(fill, range(0, len(files), _CHUNK)):
             pass
-    return images
+    bits = bits_for(max((most for most, _ in deep.values()), default=2**CONTAINER - 1))
+    for i, (_, values) in deep.items():
+        images[i] = to_bytes(values, bits)
+    why = {files[i]: bad[i].why for i in sorted(bad)}
+    good = np.array([i for i in range(len(files)) if i not in bad], np.int64)
+    flaws = {file: text for file, text in flaws.items() if file not in why}
+    return Pictures(images[good] if bad else images, good, why, len(deep), bits, flaws)
+
+
+def depth_note(deep: int, bits: int) -> list[str]:
+    """A note on the range of files of more than 8 bits, where it is not the one that they have room for."""
+    if not deep or bits == CONTAINER:
+        return []
+    files = "1 file holds" if deep == 1 else f"{deep} files hold"
+    return [f"{files} {bits}-bit greys in {CONTAINER} bits: their range is 0 to {2**bits - 1}"]
 
 
 def border(images: np.ndarray) -> np.ndarray:

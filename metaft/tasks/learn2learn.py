@@ -7,9 +7,11 @@ https://github.com/learnables/learn2learn
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib
 import io
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,9 +21,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from metaft.errors import DataError, MetaftError, suggest
+from metaft.errors import DataError, MetaftError, MetaftWarning, suggest
+from metaft.tasks.depth import CONTAINER, bits_for, is_deep, maximum, to_bytes
+from metaft.tasks.flaws import about, flaws_note, noted
 from metaft.tasks.folder import preprocessing_of, rank_split
-from metaft.tasks.images import is_dark_on_bright, is_grey, pixels_of, plain
+from metaft.tasks.images import depth_note, fitted_deep, is_dark_on_bright, is_grey, pixels_of, plain
 from metaft.tasks.pool import ClassPool
 from metaft.types import SPLITS
 
@@ -91,22 +95,34 @@ def pool(
     if not all(len(part) for part in parts):
         raise DataError(f"{name}: a data set without images")
 
-    sample = [_item(name, part, i)[0] for part in parts for i in range(0, len(part), max(1, len(part) // _SAMPLE))]
-    floats = [_numbers(image) for image in sample if not isinstance(image, Image.Image)]
-    unit = all(a.dtype.kind in "fb" and a.size and a.max() <= 1 for a in floats)
-    looks = [_picture(name, image, unit) for image in sample]
+    with noted(), about(Path(name)):  # what there is to warn of comes once more when all are read
+        sample = [_item(name, part, i)[0] for part in parts for i in range(0, len(part), max(1, len(part) // _SAMPLE))]
+        floats = [_numbers(image) for image in sample if not isinstance(image, Image.Image)]
+        unit = all(a.dtype.kind in "fb" and a.size and a.max() <= 1 for a in floats)
+        looks = [_picture(name, image, unit) for image in sample]
     sizes = {look.size for look in looks}
     own = looks[0].width if len(sizes) == 1 and looks[0].width == looks[0].height else None
     preprocessing = preprocessing_of(channels or (1 if all(map(is_grey, looks)) else 3), image_size or own)
 
     images = np.empty((sum(map(len, parts)), *preprocessing.shape), np.uint8)
     owners: list[tuple[int, Any]] = []  # (number of the data set, label) of each image
-    for number, part in enumerate(parts):
-        for i in range(len(part)):
-            image, label = _item(name, part, i)
-            picture = _picture(name, image, unit)
-            images[len(owners)] = pixels_of(picture, preprocessing.channels, preprocessing.height)
-            owners.append((number, label))
+    deep: dict[int, tuple[int, np.ndarray]] = {}  # image -> its largest number, and its pixels
+    with noted() as flaws:
+        for number, part in enumerate(parts):
+            for i in range(len(part)):
+                with about(Path(f"{SPLITS[number]} item {i}")):
+                    image, label = _item(name, part, i)
+                    picture = _picture(name, image, unit)
+                if is_deep(picture):
+                    deep[len(owners)] = maximum(picture), fitted_deep(picture, *preprocessing.shape[:2])
+                else:
+                    images[len(owners)] = pixels_of(picture, preprocessing.channels, preprocessing.height)
+                owners.append((number, label))
+    bits = bits_for(max((most for most, _ in deep.values()), default=2**CONTAINER - 1))
+    for row, (_, values) in deep.items():
+        images[row] = to_bytes(values, bits)
+    for note in (*depth_note(len(deep), bits), *flaws_note(flaws)):
+        warnings.warn(f"{name}: {note}", MetaftWarning, stacklevel=2)
     if preprocessing.channels == 1 and is_dark_on_bright(images):
         np.subtract(255, images, out=images)
 
@@ -127,7 +143,7 @@ def pool(
         starts=np.cumsum(counts) - counts,
         counts=counts,
         splits={split: np.array(sorted(of[split]), np.int64) for split in SPLITS},
-        preprocessing=preprocessing,
+        preprocessing=dataclasses.replace(preprocessing, bits=bits),
     )
 
 
@@ -185,12 +201,15 @@ def _numbers(image: Any) -> np.ndarray:
 
 
 def _picture(name: str, image: Any, unit: bool) -> Image.Image:
-    """Any image as mode "L" or "RGB". `unit`: floats are in 0..1. Raises DataError where it is none."""
+    """Any image as mode "L", "RGB" or, of more than 8 bits, "I;16". `unit`: floats are in 0..1.
+
+    Raises DataError where it is none.
+    """
     if isinstance(image, Image.Image):
         try:
             return plain(image)
-        except ValueError as error:
-            raise DataError(f"{name}: {error}") from None
+        except (ValueError, OSError, SyntaxError) as error:  # it may be read from its file only now
+            raise DataError(f"{name}: {' '.join(str(error).split())}") from None
     pixels = _numbers(image)
     axes = (0, -1) if isinstance(image, Tensor) else (-1, 0)
     axis = next((a for a in axes if pixels.ndim == 3 and pixels.shape[a] in _CHANNELS), None)

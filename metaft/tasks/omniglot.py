@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import functools
+import warnings
 from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
@@ -15,9 +16,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from metaft.errors import DataError, MetaftError, suggest
-from metaft.tasks.cache import cached
-from metaft.tasks.images import READER_VERSION, fingerprint, list_classes, read_all, subfolders
+from metaft.errors import DataError, MetaftError, MetaftWarning, suggest
+from metaft.tasks.flaws import flaws_note
+from metaft.tasks.folder import read_cached, rows_left
+from metaft.tasks.images import READER_VERSION, fingerprint
+from metaft.tasks.listing import Left, counted, left_note, list_classes, refusal, skipped_note, subfolders
 from metaft.tasks.pool import ClassPool, Preprocessing
 from metaft.types import SPLITS
 
@@ -63,7 +66,7 @@ def characters() -> tuple[Character, ...]:
     return tuple(Character(**row) for row in csv.DictReader(text.splitlines(), delimiter="\t"))
 
 
-def omniglot(root: Path, split: str = "finn") -> ClassPool:
+def omniglot(root: Path, split: str = "finn", *, skip_bad: bool = False) -> ClassPool:
     """Omniglot under `root` as a pool: uint8 [32460, 1, 28, 28], bright on black.
 
     split "finn":      1,100 / 100 / 423 characters, as many as in the MAML paper, which published no list: ours is the
@@ -72,8 +75,8 @@ def omniglot(root: Path, split: str = "finn") -> ClassPool:
                        quarter turn of a character is a class ("Greek/character03@90", counter-clockwise).
     split "alphabets": the evaluation part is test, five background alphabets are validation, the rest training.
 
-    Raises DataError: nothing found under `root`, classes or drawings missing, a broken image; MetaftError: a split
-    that is not one of these.
+    Raises DataError: nothing found under `root`, classes or drawings missing, broken images (`skip_bad` leaves those
+    out, with a MetaftWarning); MetaftError: a split that is not one of these.
     """
     if split not in OMNIGLOT_SPLITS:
         raise MetaftError(
@@ -83,21 +86,32 @@ def omniglot(root: Path, split: str = "finn") -> ClassPool:
     base = find(root)
     if base is None:
         raise DataError(f"omniglot: no {PARTS[0]}/ or {PARTS[1]}/ under {root}; {_HOW_TO_GET}")
-    files = _files(base, table)
+    drawings, left = _files(base, table, skip_bad=skip_bad)
+    files = [file for name in drawings for file in drawings[name]]
     key = f"{READER_VERSION} {SIDE} {fingerprint(base, files)}"
-    images = cached("omniglot", key, lambda: {"images": 255 - read_all(files, 1, SIDE)})["images"]
+    preprocessing = Preprocessing(1, SIDE, SIDE, polarity="bright-on-black")
+    pictures = read_cached("omniglot", key, files, preprocessing, invert=True)
+    if pictures.bad and not skip_bad:
+        raise DataError(f"omniglot: {refusal(pictures.bad, len(files), left)}")
+    notes = (
+        *left_note(left, len(files)), *skipped_note(pictures.bad, len(files)), *flaws_note(pictures.flaws)
+    )  # fmt: skip
+    for note in notes:
+        warnings.warn(f"omniglot: {note}", MetaftWarning, stacklevel=2)
+    starts, counts, skipped = rows_left(list(drawings.values()), list(drawings), pictures.bad)
 
     turns = 4 if split == "vinyals" else 1
     split_of = np.repeat([SPLITS.index(OMNIGLOT_SPLITS[split](c)) for c in table], turns)
     return ClassPool(
         name="omniglot",
-        images=torch.from_numpy(images),
+        images=torch.from_numpy(pictures.images),
         class_names=tuple(c.name if turns == 1 else f"{c.name}@{90 * t}" for c in table for t in range(turns)),
-        starts=np.repeat(np.arange(len(table), dtype=np.int64) * DRAWINGS, turns),
-        counts=np.full(len(table) * turns, DRAWINGS, np.int64),
+        starts=np.repeat(starts, turns),
+        counts=np.repeat(counts, turns),
         splits={name: np.flatnonzero(split_of == number) for number, name in enumerate(SPLITS)},
-        preprocessing=Preprocessing(1, SIDE, SIDE, polarity="bright-on-black"),
+        preprocessing=preprocessing,
         turns=np.tile(np.arange(turns, dtype=np.int64), len(table)) if turns > 1 else None,
+        skipped=skipped,
     )
 
 
@@ -125,15 +139,18 @@ def download(root: Path) -> None:
         raise DataError(f"omniglot: download to {root} failed: {' '.join(str(error).split())}") from error
 
 
-def _files(base: Path, table: tuple[Character, ...]) -> list[Path]:
-    """Every drawing, character by character in the order of the table. Raises DataError where any is missing."""
-    found = {
-        f"{alphabet.name}/{character}": drawings
-        for part in PARTS
-        if (base / part).is_dir()
-        for alphabet in subfolders(base / part)
-        for character, drawings in list_classes(alphabet).items()
-    }
+def _files(base: Path, table: tuple[Character, ...], *, skip_bad: bool) -> tuple[dict[str, list[Path]], list[Left]]:
+    """The drawings of each character in the order of the table, and what is not taken.
+
+    Raises DataError where any is missing; with `skip_bad` one that is there, but cannot be read, is not missed.
+    """
+    found: dict[str, list[Path]] = {}
+    left: list[Left] = []
+    for part in PARTS:
+        for alphabet in subfolders(base / part) if (base / part).is_dir() else ():
+            classes, left_here = list_classes(alphabet)
+            found |= {f"{alphabet.name}/{character}": drawings for character, drawings in classes.items()}
+            left += left_here
     missing = [c.name for c in table if c.name not in found]
     if missing:
         raise DataError(
@@ -141,8 +158,10 @@ def _files(base: Path, table: tuple[Character, ...]) -> list[Path]:
             f"e.g. {missing[0]!r}; {_HOW_TO_GET}"
         )
     for character in table:
-        if len(found[character.name]) != DRAWINGS:
-            raise DataError(
-                f"omniglot: {found[character.name][0].parent} holds {len(found[character.name])} images, not {DRAWINGS}"
-            )
-    return [drawing for character in table for drawing in found[character.name]]
+        drawings = found[character.name]
+        folder = drawings[0].parent
+        lost = [file for file in left if file.lost and file.path.parent == folder] if len(drawings) < DRAWINGS else []
+        if len(drawings) + (len(lost) if skip_bad else 0) != DRAWINGS:
+            besides = f" ({counted(lost)})" if lost else ""
+            raise DataError(f"omniglot: {folder} holds {len(drawings)} images{besides}, not {DRAWINGS}")
+    return {character.name: found[character.name] for character in table}, left

@@ -31,6 +31,8 @@ class Preprocessing:
     mean: tuple[float, ...] = (0.0,)
     """Per channel, in units of the pixel range 0..1; a single value serves every channel."""
     std: tuple[float, ...] = (1.0,)
+    bits: int = 16
+    """Greys of more than 8 bits are divided by 2^bits - 1: the fewest bits that hold those of the whole data set."""
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -84,6 +86,8 @@ class ClassPool:
     """int64 [classes] quarter turns that belong to the class itself; None: none."""
     kept_from: str | None = None
     """A device whose memory `images` are too large for: they stay where they are, and it is sent each episode's own."""
+    skipped: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    """Class name -> how many of its pictures could not be read and were left out."""
 
     loss: Loss = dataclasses.field(default="cross_entropy", init=False)
 
@@ -157,6 +161,11 @@ class ClassPool:
         return ClassEpisodes(self, ways, shots, query_shots, rotate, tuple(splits))
 
 
+def skipped_words(skipped: Mapping[str, int], name: str) -> str:
+    """What to add to the number of a class's images where some were left out."""
+    return f" ({skipped[name]} more cannot be read and were skipped)" if name in skipped else ""
+
+
 class Draw(NamedTuple):
     """Which pixels make up B episodes: small integer arrays, drawn on the CPU."""
 
@@ -213,10 +222,11 @@ class ClassEpisodes:
             short = classes[self.pool.counts[classes] < need]
             if len(short):
                 c = int(short[0])
+                name = self.pool.class_names[c]
                 raise DataError(
-                    f"{self.name}: class {self.pool.class_names[c]!r} of split {split!r} has "
-                    f"{int(self.pool.counts[c])} images, fewer than shots + query_shots = "
-                    f"{self.shots} + {self.query_shots} = {need}"
+                    f"{self.name}: class {name!r} of split {split!r} has "
+                    f"{int(self.pool.counts[c])} images{skipped_words(self.pool.skipped, name)}, fewer than "
+                    f"shots + query_shots = {self.shots} + {self.query_shots} = {need}"
                 )
         if self.rotate and self.pool.turns is not None:
             raise DataError(
