@@ -82,8 +82,8 @@ def run(
         fields |= {"channels": images.get("channels"), "image_size": images.get("height")}
     if config.rotate is not None:
         fields["rotate"] = config.rotate
-    wanted, architecture = dataclasses.replace(trained, **fields), snapshot.header["architecture"]
-    parts = ranks.in_turn(lambda: assemble(wanted, dataset=dataset, module=module, architecture=architecture))
+    wanted, begun = dataclasses.replace(trained, **fields), snapshot
+    parts = ranks.in_turn(lambda: assemble(wanted, dataset=dataset, module=module, snapshot=begun))
     check_ranks(parts, ranks)
     snapshot = fill(parts, snapshot)
     if config.out is not None:  # before the work
@@ -113,13 +113,13 @@ def run(
     episodes = config.episodes or c.test_episodes
     bar = Progress("meta-test", episodes, "episode")
     with (
-        StopSignals(ranks) as signals,
+        StopSignals(ranks, "stopped; nothing was written") as signals,
         engine_for(parts) as mapped,
     ):
 
         def progress(done: int) -> None:
             bar.update(done)
-            signals.check("stopped; nothing was written")
+            signals.check(signals.message)
 
         test = meta_test(
             mapped, parts.algorithm, snapshot.meta, snapshot.state, source,

@@ -20,7 +20,7 @@ from metaft.torchrun import launcher
 if TYPE_CHECKING:
     from torch import nn
 
-    from metaft.assemble import Parts
+    from metaft.assemble import Init, Parts
     from metaft.outer import Engine
     from metaft.run import RunFolder
     from metaft.training import Snapshot
@@ -88,18 +88,21 @@ def run(
     *,
     dataset: Dataset | None = None,
     module: nn.Module | None = None,
+    init: Init = "keep",
     ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
     """Train and meta-test in a new run folder; returns what `result.json` holds.
 
-    `dataset` and `module` bring your own data and model (its head must have `ways` outputs); `ranks` (of
-    `metaft.group.join`) shares the work with other processes that call this too. Raises MetaftError for settings that
-    do not fit together, before anything is written.
+    `dataset` and `module` bring your own data and model (its head must have `ways` outputs). The module is copied;
+    training begins at the values that it has, or with `init="seed"` at others drawn from the run's seed. Parameters
+    with requires_grad=False stay as they are in inner and outer loop. `ranks` (of `metaft.group.join`) shares the work
+    with other processes that call this too. Raises MetaftError for settings that do not fit together, and for a module
+    that cannot be trained, before anything is written.
     """
     from metaft.assemble import assemble
     from metaft.run import RunFolder, file_name
 
-    parts = ranks.in_turn(lambda: assemble(config, dataset=dataset, module=module))
+    parts = ranks.in_turn(lambda: assemble(config, dataset=dataset, module=module, init=init))
     sources = _sources(parts)
     parts = _with_engine(parts, sources[0], ranks)
     c = parts.config
@@ -120,10 +123,14 @@ def resume_run(
     *,
     dataset: Dataset | None = None,
     module: nn.Module | None = None,
+    init: Init = "keep",
     ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
     """Go on with a run from its last checkpoint. `config` may differ from the run's in RESUMABLE fields alone; what it
     leaves open is as in the run.
+
+    All values of a `module` come from the checkpoint, those of frozen parameters and buffers too; `init`, as the run
+    had it, matters alone where the run was stopped before its first one.
 
     Raises MetaftError for another difference and where another process is at this run, CheckpointError where no
     checkpoint can be read.
@@ -132,7 +139,7 @@ def resume_run(
 
     folder = ranks.on_first(lambda: RunFolder.open(path))
     with _held(folder, "resume", ranks):
-        return _resume(folder, config, dataset, module, ranks)
+        return _resume(folder, config, dataset, module, init, ranks)
 
 
 @contextlib.contextmanager
@@ -161,6 +168,7 @@ def _resume(
     config: MetaTrainConfig | None,
     dataset: Dataset | None,
     module: nn.Module | None,
+    init: Init,
     ranks: Ranks,
 ) -> dict[str, Any]:
     from metaft.assemble import assemble
@@ -180,8 +188,7 @@ def _resume(
         raise MetaftError(
             f"iterations must be at least the {snapshot.position.step} already done, got {config.iterations}"
         )
-    architecture = snapshot and snapshot.header["architecture"]
-    parts = ranks.in_turn(lambda: assemble(config, dataset=dataset, module=module, architecture=architecture))
+    parts = ranks.in_turn(lambda: assemble(config, dataset=dataset, module=module, init=init, snapshot=snapshot))
     sources = _sources(parts)
     before = None
     if snapshot is not None and config.task_chunk == own.task_chunk:
@@ -263,13 +270,14 @@ def _go(
     from metaft.training import begin, draw, train
 
     c = parts.config
+    stop = f"stopped; a checkpoint is in {run.checkpoints}, go on with: {_go_on(run, ranks)}"
     with (
-        StopSignals(ranks) as signals,
+        StopSignals(ranks, stop) as signals,
         engine_for(parts) as mapped,
     ):
         now, before = header(parts, mapped, ranks.count), None
         if start is None:
-            start = ranks.on_first(lambda: begin(parts.algorithm, c.seed, now))
+            start = ranks.on_first(lambda: begin(parts.algorithm, c.seed, now, parts.model))
         else:
             say_what_changed(start.header["environment"], now["environment"])
             if start.header["environment"] == now["environment"]:
@@ -288,12 +296,11 @@ def _go(
         chosen = ranks.on_first(lambda: convolution_forms(parts, mapped, begun, meta_batch, before))
         start = dataclasses.replace(start, header={**now, "convolutions": chosen} if chosen else now)
         print(
-            f"{parts.dataset.name} · {c.algorithm} · {c.ways}-way {c.shots}-shot · {c.model} · "
+            f"{parts.dataset.name} · {c.algorithm} · {c.ways}-way {c.shots}-shot · {c.model}{parts.own} · "
             f"{mapped.name} on {parts.device}{f', {ranks.count} processes' if ranks.count > 1 else ''} · "
             f"run folder {run.path}",
             file=sys.stderr,
         )
-        stop = f"stopped; a checkpoint is in {run.checkpoints}, go on with: {_go_on(run, ranks)}"
 
         def should_stop() -> None:
             signals.check(stop)

@@ -15,7 +15,7 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -24,11 +24,19 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
+from tqdm import TMonitor
 
+from metaft import patience
 from metaft.errors import MetaftError
+
+OWN_THREADS = "metaft-task"
+"""Begins the names of the threads that map tasks."""
 
 _ORPHAN_AFTER = 2.0
 """Seconds between a worker's looks at whether its parent is still there."""
+
+_LOOK_EVERY = 0.5
+"""Seconds between a waiting parent's questions whether it is still to wait."""
 
 _REST_WITHIN = 2.0
 """Seconds that a fork waits at most for the other threads of this process."""
@@ -75,6 +83,9 @@ class Workers:
         theirs.close()
         try:
             rows = _received(ours, probe)
+        except BaseException:  # it may be at work for ever
+            probe.kill()
+            raise
         finally:
             probe.join()
             ours.close()
@@ -120,8 +131,9 @@ class Workers:
         for end in self._ends:
             _send(end, None)
             end.close()
+        until = time.monotonic() + _ORPHAN_AFTER
         for process in self._processes:
-            process.join(_ORPHAN_AFTER)
+            process.join(max(0.0, until - time.monotonic()))
             if process.is_alive():  # in the middle of a part that nobody waits for any more
                 process.kill()
                 process.join()
@@ -180,6 +192,8 @@ def _send(end: Connection, what: int | None) -> None:
 
 def _received(end: Connection, process: BaseProcess) -> Any:
     try:
+        while not end.poll(_LOOK_EVERY):
+            patience.ask()
         return end.recv()
     except (EOFError, OSError):
         process.join(_ORPHAN_AFTER)
@@ -217,6 +231,12 @@ def wait_for_threads(seconds: float) -> bool:
             return False
         time.sleep(0.0005)
     return True
+
+
+def started_since(before: Collection[threading.Thread]) -> list[threading.Thread]:
+    """Python's threads that are not metaft's own (its pools, tqdm's clock) and not among those before."""
+    others = (each for each in threading.enumerate() if each not in before)
+    return [each for each in others if not isinstance(each, TMonitor) and not each.name.startswith(OWN_THREADS)]
 
 
 def _threads() -> Iterator[tuple[int, str]]:

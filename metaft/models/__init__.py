@@ -12,6 +12,7 @@ from metaft.errors import MetaftError, suggest
 from metaft.models.conv4 import Conv4
 from metaft.models.dropout import EpisodeDropout, use_dropout
 from metaft.models.functional import Model, check_repeats, functional
+from metaft.models.handed import class_of, taken, with_constants, wrappers
 from metaft.models.mlp import MLP
 from metaft.models.norm import EpisodeNorm, episode_norms
 
@@ -24,11 +25,16 @@ __all__ = [
     "Model",
     "build",
     "check_repeats",
+    "class_of",
     "episode_norms",
     "functional",
     "initialise",
+    "is_ours",
     "skeleton",
+    "taken",
     "use_dropout",
+    "with_constants",
+    "wrappers",
 ]
 
 MODELS: dict[str, Callable[[int, tuple[int, ...], int, float], nn.Module]] = {
@@ -36,6 +42,12 @@ MODELS: dict[str, Callable[[int, tuple[int, ...], int, float], nn.Module]] = {
     "conv4-pool": lambda ways, shape, width, dropout: Conv4(ways, shape, width, "pool", dropout),
     "mlp": lambda ways, shape, width, dropout: MLP(ways, shape, width, dropout=dropout),
 }
+_OURS = dict(MODELS)
+
+
+def is_ours(name: str) -> bool:
+    """Whether a named architecture is metaft's own, and not one that the user registered."""
+    return MODELS.get(name) is not None and MODELS.get(name) is _OURS.get(name)
 
 
 def build(
