@@ -8,11 +8,11 @@ import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from metaft.cli import StopSignals, check_unchanged, fresh_folder, in_one, of_run, settings
-from metaft.config import AdaptConfig, to_toml
-from metaft.errors import MetaftError
+from metaft.config import AdaptConfig, Init, to_toml
+from metaft.errors import MetaftError, suggest
 
 if TYPE_CHECKING:
     from torch import nn
@@ -77,16 +77,18 @@ def _command(argv: Sequence[str]) -> None:
         resume_run(resume, config)
 
 
-def run(config: AdaptConfig, *, module: nn.Module | None = None) -> dict[str, Any]:
+def run(config: AdaptConfig, *, module: nn.Module | None = None, init: Init = "seed") -> dict[str, Any]:
     """Fine-tune from both starts in a new run folder; returns what `result.json` holds.
 
-    `module` is the user's own architecture, where the run was trained on one. Raises MetaftError for settings, data or
-    a run that do not fit together, before anything is written.
+    `module` is the user's own architecture, where the run was trained on one, or where there is none (config.init
+    "none"): it is trained from random parameters then, and with `init="keep"` from the values that it was handed over
+    with beside those. Parameters with requires_grad=False stay as they are. Raises MetaftError for settings, data or a
+    run that do not fit together, or a module that cannot be trained, before anything is written.
     """
     from metaft.finetune.study import Position
     from metaft.run import RunFolder, file_name
 
-    settled, start, target = _prepare(config, module)
+    settled, start, target = _prepare(config, module, init)
     name = f"adapt-{file_name(target.name)}-{file_name(Path(start.name).name)}-{settled.seed}"
     folder = Path(settled.out) if settled.out is not None else fresh_folder(RUNS / name)
     made = RunFolder.create(folder, to_toml(dataclasses.replace(settled, out=None)))
@@ -94,8 +96,11 @@ def run(config: AdaptConfig, *, module: nn.Module | None = None) -> dict[str, An
         return _go(made, settled, start, target, Position())
 
 
-def resume_run(path: Path, config: AdaptConfig | None = None, *, module: nn.Module | None = None) -> dict[str, Any]:
-    """Go on with a run from its last checkpoint. `config` may differ from the run's in RESUMABLE fields alone.
+def resume_run(
+    path: Path, config: AdaptConfig | None = None, *, module: nn.Module | None = None, init: Init = "seed"
+) -> dict[str, Any]:
+    """Go on with a run from its last checkpoint. `config` may differ from the run's in RESUMABLE fields alone; `module`
+    and `init` are what the run began with.
 
     Raises MetaftError for another difference, where the images or the initialisation are no longer those that the run
     began with, and where another process is at this run; CheckpointError where no checkpoint can be read.
@@ -104,10 +109,10 @@ def resume_run(path: Path, config: AdaptConfig | None = None, *, module: nn.Modu
 
     folder = RunFolder.open(path)
     with folder.held("resume"):
-        return _resume(folder, config, module)
+        return _resume(folder, config, module, init)
 
 
-def _resume(folder: RunFolder, config: AdaptConfig | None, module: nn.Module | None) -> dict[str, Any]:
+def _resume(folder: RunFolder, config: AdaptConfig | None, module: nn.Module | None, init: Init) -> dict[str, Any]:
     from metaft.assemble import say_what_changed
     from metaft.checkpoint import write_atomically
     from metaft.finetune.study import Position, read
@@ -120,7 +125,7 @@ def _resume(folder: RunFolder, config: AdaptConfig | None, module: nn.Module | N
     folder.make_folders()
     folder.mend()
     position, before = read(folder) if folder.last.exists() else (Position(), None)
-    settled, start, target = _prepare(config, module)
+    settled, start, target = _prepare(config, module, init)
     if before is not None:
         now = _header(settled, start, target)
         for field, what in (("data_sha256", "data: the images of"), ("init_sha256", "init: the checkpoint of")):
@@ -170,7 +175,7 @@ def newest_run(shape: Sequence[int], *, any_size: bool) -> Path:
     return max(found)[1]
 
 
-def _prepare(config: AdaptConfig, module: nn.Module | None) -> tuple[AdaptConfig, Start, Target]:
+def _prepare(config: AdaptConfig, module: nn.Module | None, values: Init) -> tuple[AdaptConfig, Start, Target]:
     """The config with nothing open, and what it names. Nothing is written."""
     from metaft import plugin
     from metaft.defaults import check_steps, device_of
@@ -179,6 +184,11 @@ def _prepare(config: AdaptConfig, module: nn.Module | None) -> tuple[AdaptConfig
 
     device_of(config.device)
     _check_method(config)
+    if values not in get_args(Init):
+        raise MetaftError(f"init: no {values!r}, known are keep and seed{suggest(str(values), get_args(Init))}")
+    if values == "keep" and (module is None or config.init != "none"):
+        what = "no module was handed over" if module is None else f"the values are those of the run {config.init}"
+        raise MetaftError(f"init: 'keep' is for a module without a run (init none), and {what}")
     init = config.init
     if init is None:
         shape, any_size = targets.shape_of(config.data)
@@ -188,7 +198,7 @@ def _prepare(config: AdaptConfig, module: nn.Module | None) -> tuple[AdaptConfig
         raise MetaftError("init: name a run folder of metaft.meta_train or none, not ''")
     if init == "none":
         target = targets.load(config.data)
-        start = from_nothing(target.preprocessing, module)
+        start = from_nothing(target.preprocessing, module, keep=values == "keep")
     else:
         start = from_run(Path(init), module)
         if start.preprocessing is None:
@@ -233,6 +243,7 @@ def _header(config: AdaptConfig, start: Start, target: Target) -> dict[str, Any]
     from metaft.assemble import machine
     from metaft.checkpoint import digest
     from metaft.defaults import device_of
+    from metaft.finetune.start import constants
     from metaft.finetune.study import starts
 
     data = hashlib.sha256(repr((target.class_names, tuple(target.images.shape))).encode())
@@ -241,7 +252,7 @@ def _header(config: AdaptConfig, start: Start, target: Target) -> dict[str, Any]
     return {
         "version": __version__,
         "init": start.name,
-        "init_sha256": digest("", start.meta or {}),
+        "init_sha256": digest("", {**(start.meta or {}), **constants(start)}),
         "data": target.name,
         "data_sha256": data.hexdigest(),
         "starts": list(starts(start)),
@@ -251,6 +262,7 @@ def _header(config: AdaptConfig, start: Start, target: Target) -> dict[str, Any]
 
 def _go(folder: RunFolder, config: AdaptConfig, start: Start, target: Target, position: Position) -> dict[str, Any]:
     from metaft.defaults import device_of
+    from metaft.finetune.start import said_of
     from metaft.finetune.study import starts, study
     from metaft.progress import Progress
 
@@ -258,7 +270,8 @@ def _go(folder: RunFolder, config: AdaptConfig, start: Start, target: Target, po
     header = _header(config, start, target)
     epochs = config.epochs or 1
     print(
-        f"{target.name} · {len(target.class_names)} classes · {config.method} from {start.name} on {device} · "
+        f"{target.name} · {len(target.class_names)} classes · {config.method} from {start.name}{said_of(start)} on "
+        f"{device} · "
         f"run folder {folder.path}",
         file=sys.stderr,
     )

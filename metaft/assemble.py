@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import nn
@@ -23,11 +23,12 @@ from metaft._version import __version__
 from metaft.algorithms.base import Algorithm
 from metaft.checkpoint import digest
 from metaft.cli import of_run
-from metaft.config import MetaTrainConfig, Settled
+from metaft.config import Init, MetaTrainConfig, Settled
 from metaft.defaults import device_of, hyper, resolve
 from metaft.errors import CheckpointError, DataError, MetaftError, suggest
 from metaft.models import Model, convolution
 from metaft.models.convolution import Form
+from metaft.models.handed import said
 from metaft.models.precision import in_bf16, matrix_units
 from metaft.models.recomputed import recomputed
 from metaft.outer import PARALLEL, Engine, engine, settled_name, task_chunk, task_grad_of, tune
@@ -38,9 +39,6 @@ from metaft.tasks.pool import ClassPool
 from metaft.tasks.sinusoid import Sinusoid
 from metaft.training import Snapshot, load_snapshot
 from metaft.types import SPLITS, Dataset
-
-Init = Literal["keep", "seed"]
-"""Of a module from Python: the values that it was handed over with, or others drawn from the seed."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -74,7 +72,9 @@ def assemble(
     """
     before, architecture = frozenset(threading.enumerate()), snapshot and snapshot.header["architecture"]
     if init not in get_args(Init):
-        raise MetaftError(f"init: no {init!r}, known are {', '.join(get_args(Init))}{suggest(str(init), get_args(Init))}")
+        raise MetaftError(
+            f"init: no {init!r}, known are {', '.join(get_args(Init))}{suggest(str(init), get_args(Init))}"
+        )
     device = device_of(config.device)
     config = dataclasses.replace(config, plugin=plugin.load(config.plugin, config.algorithm))
     if dataset is None:
@@ -123,8 +123,8 @@ def assemble(
         raise MetaftError(
             f"algorithm: {settled.algorithm} has nothing to learn here, all but its head is frozen in the module"
         )
-    said = "" if module is None else _said_of(module, model, init)
-    return Parts(settled, dataset.to(device), model, algorithm, device, before, said)
+    own = "" if module is None else said(module, "its own values" if init == "keep" else "drawn from the seed")
+    return Parts(settled, dataset.to(device), model, algorithm, device, before, own)
 
 
 def _handed(module: nn.Module, init: Init, seed: int, snapshot: Snapshot | None) -> nn.Module:
@@ -133,19 +133,6 @@ def _handed(module: nn.Module, init: Init, seed: int, snapshot: Snapshot | None)
     if snapshot is not None:
         return models.with_constants(module, snapshot.frozen, snapshot.buffers)
     return models.initialise(module, seed) if init == "seed" else module
-
-
-def _said_of(module: nn.Module, model: Model, init: Init) -> str:
-    """What a run's first line says of a module from Python: what became of it, and what stays as it is."""
-    parts = [models.class_of(module)]
-    if taken := models.wrappers(module):
-        parts.append(f"without {', '.join(taken)}")
-    parts.append("its own values" if init == "keep" else "drawn from the seed")
-    if model.frozen:
-        names = list(model.frozen)
-        more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-        parts.append(f"frozen: {', '.join(names[:4])}{more}")
-    return f" ({'; '.join(parts)})"
 
 
 def _example(dataset: Dataset, config: Settled) -> torch.Tensor | None:

@@ -20,6 +20,9 @@ from metaft.errors import MetaftError, suggest
 
 Config = TypeVar("Config", "MetaTrainConfig", "Settled", "EvaluateConfig", "AdaptConfig")
 
+Init = Literal["keep", "seed"]
+"""Of a module from Python: the values that it was handed over with, or others drawn from the seed."""
+
 
 @dataclasses.dataclass(frozen=True)
 class MetaTrainConfig:

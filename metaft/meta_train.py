@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from metaft.cli import StopSignals, check_unchanged, fresh_folder, in_ranks, settings
-from metaft.config import MetaTrainConfig, from_mapping, read_toml, to_toml
+from metaft.config import Init, MetaTrainConfig, from_mapping, read_toml, to_toml
 from metaft.errors import DataError, MetaftError, RankLost
 from metaft.ranks import ALONE, Ranks
 from metaft.torchrun import launcher
@@ -20,7 +20,7 @@ from metaft.torchrun import launcher
 if TYPE_CHECKING:
     from torch import nn
 
-    from metaft.assemble import Init, Parts
+    from metaft.assemble import Parts
     from metaft.outer import Engine
     from metaft.run import RunFolder
     from metaft.training import Snapshot

@@ -34,16 +34,19 @@ def draw_pictures(run: RunFolder, parts: Parts, best: Snapshot, source: Source, 
         except (KeyError, TypeError) as error:
             raise CheckpointError(f"{run.metrics}: a row is not one that a run writes ({error!r})") from None
         plots.steps(steps, test)
-        _draw_episode(episode, parts, best, source)
+        drawn = _draw_episode(episode, parts, best, source)
     except OSError as error:
         raise CheckpointError(f"{run.plots}: pictures cannot be written ({error.strerror})") from None
-    return [curves, steps, episode]
+    return [curves, steps, *([episode] if drawn else [])]
 
 
-def _draw_episode(path: Path, parts: Parts, best: Snapshot, source: Source) -> None:
+def _draw_episode(path: Path, parts: Parts, best: Snapshot, source: Source) -> bool:
+    """Draw the first test episode; False where its inputs are no images, and nothing that can be drawn."""
     from metaft import plots
 
     c = parts.config
+    if source.shape != (1,) if parts.algorithm.loss == "mse" else len(source.shape) != 3:
+        return False
     batch = source.episodes(c.eval_seed, "test", [0])
     task = Episode(*(t[0] for t in batch))
     algorithm = parts.algorithm
@@ -59,7 +62,7 @@ def _draw_episode(path: Path, parts: Parts, best: Snapshot, source: Source) -> N
         names = None if class_names is None else [class_names[int(i)] for i in task.class_ids]
         shown = Episode(*(t.cpu() for t in task))
         plots.episode(path, shown, predictions(c.test_inner_steps).argmax(-1), names)
-        return
+        return True
     order = task.query_x.flatten().argsort().cpu()
     lines = {
         "before adaptation": predictions(0).flatten()[order],
@@ -73,6 +76,7 @@ def _draw_episode(path: Path, parts: Parts, best: Snapshot, source: Source) -> N
         task.query_y.flatten().cpu()[order],
         lines,
     )
+    return True
 
 
 def print_summary(result: Mapping[str, Any], pictures: list[Path], path: Path, following: Sequence[str]) -> None:

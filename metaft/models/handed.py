@@ -108,6 +108,17 @@ def buffers(module: nn.Module) -> Params:
     return {name: b.detach().clone() for name, b in module.named_buffers() if name in names}
 
 
+def said(module: nn.Module, *more: str) -> str:
+    """What a run's first line says of a module: its class, what became of it, and what of it stays as it is."""
+    parts = [class_of(module), *more]
+    if taken_away := wrappers(module):
+        parts.append(f"without {', '.join(taken_away)}")
+    still = [name for name, p in unwrapped(module).named_parameters() if not p.requires_grad]
+    if still:
+        parts.append(f"frozen: {', '.join(still[:4])}{f' and {len(still) - 4} more' if len(still) > 4 else ''}")
+    return f" ({'; '.join(parts)})"
+
+
 def with_constants(module: nn.Module, parameters: Params, constants: Params) -> nn.Module:
     """A copy with these values of frozen parameters and of buffers, by name. Raises MetaftError, naming the first that
     the module has not, or in another shape."""
