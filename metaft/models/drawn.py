@@ -55,10 +55,9 @@ def initialise(module: nn.Module, seed: int) -> nn.Module:
         raise
     _put_back(module, before, lambda t: not t.requires_grad)
     if bare_ones:
-        text = (
-            f"nothing says how to draw {', '.join(map(repr, bare_ones))} anew; they get normal numbers of the mean and "
-        )
-        text += f"spread that they had. A reset_parameters() of {class_of(module)} would be used instead"
+        names = ", ".join(map(repr, bare_ones))
+        text = f"nothing says how to draw {names} anew: normal numbers of the mean and spread that they had are taken; "
+        text += f"a reset_parameters() of {class_of(module)} would be instead"
         warnings.warn(text, MetaftWarning, stacklevel=2)
     return module
 
@@ -116,16 +115,26 @@ def _hooks(part: nn.Module) -> Iterator[WeightNorm | SpectralNorm]:
 def _bare(part: nn.Module) -> nn.Module:
     """A copy of a layer as it was before weight_norm and the like were put on it."""
     part = copied(part)
-    for name in list(getattr(part, "parametrizations", ())):
-        parametrize.remove_parametrizations(part, name, leave_parametrized=True)
+    if parametrize.is_parametrized(part):
+        values = {name: getattr(part, name).detach() for name in _under(part)}
+        # remove_parametrizations would change the class, which all copies of the layer share.
+        part.__class__ = type(part).__bases__[0]
+        del part._modules["parametrizations"]
+        for name, value in values.items():
+            part.register_parameter(name, nn.Parameter(value.clone()))
     for hook in list(_hooks(part)):
         (remove_weight_norm if isinstance(hook, WeightNorm) else remove_spectral_norm)(part, hook.name)
     return part
 
 
+def _under(part: nn.Module) -> list[str]:
+    """Names of the tensors of a layer that are under parametrizations."""
+    return list(part.parametrizations) if parametrize.is_parametrized(part) else []  # pyright: ignore
+
+
 def _take_over(part: nn.Module, drawn: nn.Module) -> None:
     """Give a layer that is under parametrizations or hooks the tensors of one that is not."""
-    for name in list(getattr(part, "parametrizations", ())):
+    for name in _under(part):
         _invert(part, name, getattr(drawn, name).detach())
     under = {hook.name: hook for hook in _hooks(part)}
     for name, hook in under.items():
