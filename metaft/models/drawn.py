@@ -129,7 +129,7 @@ def _bare(part: nn.Module) -> nn.Module:
 
 def _under(part: nn.Module) -> list[str]:
     """Names of the tensors of a layer that are under parametrizations."""
-    return list(part.parametrizations) if parametrize.is_parametrized(part) else []  # pyright: ignore
+    return list(part.parametrizations) if parametrize.is_parametrized(part) else []  # pyright: ignore[reportArgumentType]
 
 
 def _take_over(part: nn.Module, drawn: nn.Module) -> None:

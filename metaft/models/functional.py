@@ -21,7 +21,7 @@ from metaft.models.dropout import drops, episode_dropout
 from metaft.models.handed import buffers, class_of, copied, eagerly, frozen, taken
 from metaft.models.head import watched, watching
 from metaft.models.norm import EpisodeNorm, episode_norms, measure_moments, use_moments
-from metaft.models.recurrent import task_recurrences
+from metaft.models.plain import plain_layers
 from metaft.types import Loss, Moments, Params
 
 _plain: ContextVar[bool] = ContextVar("plain_operations", default=False)
@@ -170,7 +170,7 @@ def prepared(module: nn.Module, head: str | None = None) -> tuple[nn.Module, str
 
     Raises MetaftError as `functional` does.
     """
-    module = task_recurrences(task_convolutions(episode_dropout(episode_norms(taken(module)))))
+    module = plain_layers(task_convolutions(episode_dropout(episode_norms(taken(module)))))
     head = head if head is not None else _last_linear(module)
     linear(module, head)
     return module, head

@@ -1,7 +1,7 @@
-"""Recurrent layers as plain operations, which vmap can map and autograd can differentiate twice.
+"""Recurrent layers and weight_norm as plain operations, which vmap can map and autograd can differentiate twice.
 
-PyTorch's own are single operations that take their weights from a list beside the parameters, have no rule for vmap,
-and on a GPU no second derivative.
+PyTorch's own are single operations without a rule for vmap, and on a GPU without a second derivative; recurrent ones
+take their weights from a list beside the parameters.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import _WeightNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from metaft.errors import MetaftError
 
@@ -20,16 +22,31 @@ State = tuple[Tensor, ...]
 """(hidden [n, H]), and for an LSTM (hidden, cell)"""
 
 
-def task_recurrences(module: nn.Module) -> nn.Module:
-    """Have nn.RNN, LSTM, GRU and their cells compute by plain operations, in place; returns the module.
+def plain_layers(module: nn.Module) -> nn.Module:
+    """Have nn.RNN, LSTM, GRU, their cells and weight_norm compute by plain operations, in place; returns the module.
 
     Layers with a forward pass of their own stay as they are.
     """
     for part in module.modules():
+        if isinstance(part, _WeightNorm):
+            part.forward = types.MethodType(_normed, part)
+        for hook in part._forward_pre_hooks.values():
+            if isinstance(hook, WeightNorm):
+                hook.compute_weight = types.MethodType(_hooked, hook)
         for kind, forward in _FORWARDS.items():
             if isinstance(part, kind) and type(part).forward is kind.forward:
                 part.forward = types.MethodType(forward, part)  # the class stays, with its parameters and hooks
     return module
+
+
+def _normed(self: Any, weight_g: Tensor, weight_v: Tensor) -> Tensor:
+    """`forward` of the parametrization of torch.nn.utils.parametrizations.weight_norm."""
+    return weight_v * (weight_g / torch.norm_except_dim(weight_v, 2, self.dim))
+
+
+def _hooked(self: Any, module: nn.Module) -> Tensor:
+    """The same for the hook of torch.nn.utils.weight_norm."""
+    return _normed(self, getattr(module, f"{self.name}_g"), getattr(module, f"{self.name}_v"))
 
 
 def _tanh(gates: Tensor, recurrent: Tensor, state: State) -> State:
