@@ -31,14 +31,15 @@ from metaft.models.convolution import Form
 from metaft.models.handed import said
 from metaft.models.precision import in_bf16, matrix_units
 from metaft.models.recomputed import recomputed
-from metaft.outer import PARALLEL, Engine, engine, settled_name, task_chunk, task_grad_of, tune
+from metaft.outer import PARALLEL, Engine, engine, settled_name, task_chunk, task_grad_of, tune, why_not_mapped
 from metaft.ranks import Ranks
 from metaft.run import RunFolder
 from metaft.static import recorded
 from metaft.tasks.pool import ClassPool
 from metaft.tasks.sinusoid import Sinusoid
-from metaft.training import Snapshot, load_snapshot
-from metaft.types import SPLITS, Dataset
+from metaft.testing import task_scores
+from metaft.training import Snapshot, draw, load_snapshot
+from metaft.types import SPLITS, Dataset, Episode, Params, Source, Split
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -123,8 +124,11 @@ def assemble(
         raise MetaftError(
             f"algorithm: {settled.algorithm} has nothing to learn here, all but its head is frozen in the module"
         )
+    dataset = dataset.to(device)
+    if module is not None or not models.is_ours(settled.model):
+        settled = _mappable(settled, model, algorithm, dataset)
     own = "" if module is None else said(module, "its own values" if init == "keep" else "drawn from the seed")
-    return Parts(settled, dataset.to(device), model, algorithm, device, before, own)
+    return Parts(settled, dataset, model, algorithm, device, before, own)
 
 
 def _handed(module: nn.Module, init: Init, seed: int, snapshot: Snapshot | None) -> nn.Module:
@@ -135,6 +139,18 @@ def _handed(module: nn.Module, init: Init, seed: int, snapshot: Snapshot | None)
     return models.initialise(module, seed) if init == "seed" else module
 
 
+def _some_source(dataset: Dataset, config: Settled) -> tuple[Source, Split]:
+    """Tasks of the run's size from the first split that has any. Raises DataError where none has."""
+    for split in SPLITS:
+        with contextlib.suppress(DataError) if split != SPLITS[-1] else contextlib.nullcontext():
+            source = dataset.source(
+                ways=config.ways, shots=config.shots, query_shots=config.query_shots, rotate=config.rotate,
+                splits=(split,),
+            )  # fmt: skip
+            return source, split
+    raise AssertionError
+
+
 def _example(dataset: Dataset, config: Settled) -> torch.Tensor | None:
     """Two inputs [2, ...] of the data, of the type that it has; None where they are pixels or numbers of metaft's own.
 
@@ -142,20 +158,39 @@ def _example(dataset: Dataset, config: Settled) -> torch.Tensor | None:
     """
     if isinstance(dataset, (ClassPool, Sinusoid)):
         return None
-    for split in SPLITS:
-        try:
-            source = dataset.source(
-                ways=config.ways, shots=config.shots, query_shots=config.query_shots, rotate=config.rotate,
-                splits=(split,),
-            )  # fmt: skip
-        except DataError:
-            if split == SPLITS[-1]:
-                raise
-            continue
-        task = source.episodes(config.seed, split, range(1))
-        x = torch.cat([task.support_x[0], task.query_x[0]])
-        return torch.cat([x, x])[:2]
-    raise AssertionError
+    source, split = _some_source(dataset, config)
+    task = source.episodes(config.seed, split, range(1))
+    x = torch.cat([task.support_x[0], task.query_x[0]])
+    return torch.cat([x, x])[:2]
+
+
+def _mappable(config: Settled, model: Model, algorithm: Algorithm, dataset: Dataset) -> Settled:
+    """The settings with which tasks can be mapped: where vmap cannot take the user's module, one task at a time.
+
+    Raises MetaftError where not even one task can be taken.
+    """
+    source, split = _some_source(dataset, config)
+    meta, state = algorithm.init(config.seed)
+    knobs = {name: value.to(next(iter(meta.values())).device) for name, value in algorithm.schedule(0).items()}
+    scores = functools.partial(_scores, algorithm, source.ways, min(1, config.test_inner_steps))
+    trials: list[tuple[Any, Any, Any]] = [(scores, (meta, state), source.episodes(config.seed, split, range(2)))]
+    if split == "train":
+        trials.append((task_grad_of(algorithm), (meta, state, knobs), draw(algorithm, source, config.seed, range(2))))
+    what = f"module: {model.architecture.get('class', config.model)} and {algorithm.name}"
+    reasons = [why_not_mapped(*trial, what) for trial in trials]
+    engine = config.engine
+    if engine not in PARALLEL:  # threads alone can be on a GPU too
+        on_gpu = next(iter(meta.values())).device.type != "cpu"
+        engine = "threads" if on_gpu else settled_name("auto", convolutional=True, device="cpu")
+    if not any(reasons) or (config.task_chunk == 1 and engine == config.engine):
+        return config
+    obstacle = next(filter(None, reasons))
+    print(f"engine: {engine}, one task at a time: vmap cannot take this module ({obstacle})", file=sys.stderr)
+    return dataclasses.replace(config, engine=engine, task_chunk=1)
+
+
+def _scores(algorithm: Algorithm, ways: int, steps: int, shared: tuple[Params, Params], task: Episode) -> torch.Tensor:
+    return task_scores(algorithm, *shared, task, ways=ways, steps=steps)
 
 
 def _computing_as(model: Model, config: Settled, example: torch.Tensor | None, shape: tuple[int, ...]) -> Model:

@@ -337,6 +337,36 @@ def _rows_of(fn: TaskFunction[Shared, Tree, Out], shared: Shared, tasks: Tree) -
         return pytree.tree_map(lambda leaf: leaf.unsqueeze(0), result)
 
 
+def why_not_mapped(fn: TaskFunction[Shared, Tree, Any], shared: Shared, tasks: Tree, what: str) -> str:
+    """Why vmap cannot take two tasks by this function, "" where it can. One intra-op thread, for a fork may follow.
+
+    Raises MetaftError, of `what`, where not even one task by itself can be taken.
+    """
+    intra_op = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        first, *_ = _chunks(tasks, 1)
+        try:
+            _rows_of(fn, shared, first)
+        except (MetaftError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # whatever the user's module does
+            raise MetaftError(f"{what} do not go together ({_reason(error)})") from error
+        try:
+            _vmapped(fn, shared, tasks)
+        except (MetaftError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # as above
+            return _reason(error)
+        return ""
+    finally:
+        torch.set_num_threads(intra_op)
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+
+
 def _sum_of(fn: TaskFunction[Shared, Tree, Out], shared: Shared, tasks: Tree) -> Out:
     return _summed(_rows_of(fn, shared, tasks))
 

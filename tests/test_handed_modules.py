@@ -438,6 +438,42 @@ def test_a_run_on_tokens_is_tested_and_goes_on(changes: dict[str, Any], tmp_path
     assert result["test"]["pixel_nearest_neighbour"]["accuracy"] >= 0
 
 
+class Choosy(Net):
+    """Decides by its data, which nothing can do for many tasks at once."""
+
+    def forward(self, x: Tensor) -> Any:
+        return super().forward(x if x.mean() > 0 else -x)
+
+
+class Opaque(Net):
+    """Leaves PyTorch on the way, so that nothing can be differentiated."""
+
+    def forward(self, x: Tensor) -> Any:
+        with torch.no_grad():
+            return super().forward(x)
+
+
+@pytest.mark.usefixtures("_no_pictures")
+@pytest.mark.parametrize("engine", ["auto", "vmap", "graph", "tune", "threads"])
+def test_a_module_that_vmap_cannot_take_is_trained_one_task_at_a_time(
+    engine: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = meta_train.run(images(tmp_path / "r", model=None, engine=engine), dataset=pool(), module=Choosy())
+    used = "threads" if engine == "threads" or not workers.available() else "processes"
+    assert (
+        f"engine: {used}, one task at a time: vmap cannot take this module (RuntimeError: " in capsys.readouterr().err
+    )
+    assert result["engine"] == used
+    tested = evaluate.run(tmp_path / "r", dataset=pool(), module=Choosy())
+    assert tested["test"] == result["test"]
+
+
+def test_a_module_that_nothing_can_differentiate_is_refused(in_tmp: Path) -> None:
+    with pytest.raises(MetaftError, match=r"^module: Opaque and maml do not go together \(RuntimeError: element 0"):
+        meta_train.run(images(model=None), dataset=pool(), module=Opaque())
+    assert list(in_tmp.iterdir()) == []
+
+
 @pytest.mark.usefixtures("_no_pictures")
 def test_a_double_module_is_trained_in_double(tmp_path: Path) -> None:
     result = meta_train.run(images(tmp_path / "r", model=None), dataset=pool(), module=Net().double())

@@ -1,4 +1,4 @@
-"""What of a module stays: frozen parameters and buffers, all values on request; and that what is drawn is drawn whole."""
+"""What of a module stays: frozen parameters and buffers, all values on request. What is drawn is drawn whole."""
 
 from __future__ import annotations
 
