@@ -9,7 +9,6 @@ import functools
 import math
 import platform
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -51,8 +50,6 @@ class Parts:
     model: Model
     algorithm: Algorithm
     device: str
-    threads: frozenset[threading.Thread] = frozenset()
-    """Python's threads from before anything that the user handed over was called."""
     own: str = ""
     """What to say of the user's own module in a run's first line."""
 
@@ -71,7 +68,7 @@ def assemble(
     says whether the module's parameters are kept or drawn anew from the seed. `snapshot` is a run's, whose parameters
     are to be filled in: what nothing learns (frozen parameters, buffers) comes from it too. Raises MetaftError.
     """
-    before, architecture = frozenset(threading.enumerate()), snapshot and snapshot.header["architecture"]
+    architecture = snapshot and snapshot.header["architecture"]
     if init not in get_args(Init):
         raise MetaftError(
             f"init: no {init!r}, known are {', '.join(get_args(Init))}{suggest(str(init), get_args(Init))}"
@@ -128,7 +125,7 @@ def assemble(
     if module is not None or not models.is_ours(settled.model):
         settled = _mappable(settled, model, algorithm, dataset)
     own = "" if module is None else said(module, "its own values" if init == "keep" else "drawn from the seed")
-    return Parts(settled, dataset, model, algorithm, device, before, own)
+    return Parts(settled, dataset, model, algorithm, device, own)
 
 
 def _handed(module: nn.Module, init: Init, seed: int, snapshot: Snapshot | None) -> nn.Module:
@@ -216,7 +213,6 @@ def engine_for(parts: Parts) -> Iterator[Engine]:
         device=parts.device,
         threads=c.threads,
         chunk=c.task_chunk,
-        before=parts.threads,
     )
     with matrix_units(c.precision), made as mapped:
         yield mapped

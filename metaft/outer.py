@@ -6,10 +6,9 @@ import contextlib
 import functools
 import math
 import statistics
-import threading
 import time
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -108,20 +107,19 @@ class Processes(_Parallel):
 
     For the CPU of systems that can fork. The workers of a function are forked at its first call, which computes one
     chunk in a process of its own, and once more for other shapes. A fork waits until the program's other threads sleep,
-    for a moment at most: one that multiplies matrices all the time may leave a lock behind in the workers. Where Python
-    threads were started that are not among those `before`, by what the user handed over, nothing is forked, since it
-    may wait for them: tasks run in threads, and a MetaftWarning says so.
+    for a moment at most: one that multiplies matrices all the time may leave a lock behind in the workers.
+    Where what the user handed over may wait for threads that no worker would have (`workers.others`), nothing is
+    forked: tasks run in threads, and a MetaftWarning says so.
     """
 
     _KEPT = 4
     """Functions whose workers are kept: those of training and of a validation, and some to spare."""
 
-    def __init__(self, threads: int, chunk: int | None = None, before: Collection[threading.Thread] = ()) -> None:
+    def __init__(self, threads: int, chunk: int | None = None) -> None:
         if not workers.available():
             raise MetaftError("engine: this system cannot fork processes; use threads")
         super().__init__("processes", threads, chunk)
         self._workers: dict[Any, workers.Workers] = {}
-        self._before = before or threading.enumerate()
         self._instead: Threads | None = None
 
     def map(self, fn: TaskFunction[Shared, Tree, Out], shared: Shared, tasks: Tree) -> Iterator[Out]:
@@ -138,11 +136,11 @@ class Processes(_Parallel):
 
     def _unforked(self) -> Threads | None:
         """What maps tasks where nothing is to be forked any more."""
-        started = workers.started_since(self._before) if self._instead is None else []
+        started = workers.others() if self._instead is None else []
         if started:
             self._instead = Threads(self.threads, self.chunk)
             names = ", ".join(repr(thread.name) for thread in started)
-            text = f"engine processes: what was handed over started threads ({names}), which no fork survives; "
+            text = f"engine processes: there are threads ({names}), which no fork survives; "
             warnings.warn(f"{text}tasks run in threads", MetaftWarning, stacklevel=4)
         return self._instead
 
@@ -419,14 +417,13 @@ def engine(
     device: str | torch.device = "cpu",
     threads: int | None = None,
     chunk: int | None = None,
-    before: Collection[threading.Thread] = (),
 ) -> Iterator[Engine]:
     """An engine by name, closed on leaving.
 
     `auto`: for convolutions on a CPU processes, or threads where a system cannot fork; on a GPU graph; vmap for
     all else. `threads=None` uses as many processes or threads as torch would threads, and one for the other engines.
-    `chunk=None` is what `task_chunk` says for processes and threads, and all for the others. `before` is as in
-    `Processes`, by default the threads there are now. Raises MetaftError for an unknown name.
+    `chunk=None` is what `task_chunk` says for processes and threads, and all for the others. Raises MetaftError for an
+    unknown name.
     """
     on_cpu = torch.device(device).type == "cpu"
     name = settled_name(name, convolutional=convolutional, device=device)
@@ -436,7 +433,7 @@ def engine(
         raise MetaftError(f"engine: processes are for the CPU, not for {device}; use vmap")
     if name in PARALLEL:
         count = torch.get_num_threads() if threads is None else threads
-        made: Engine = Processes(count, chunk, before) if name == "processes" else Threads(count, chunk)
+        made: Engine = (Processes if name == "processes" else Threads)(count, chunk)
     else:
         kinds = {kind.name: kind for kind in (Vmap, Graph, Compiled)}
         made = kinds[name](chunk, 1 if threads is None else threads)

@@ -15,7 +15,7 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -31,6 +31,11 @@ from metaft.errors import MetaftError
 
 OWN_THREADS = "metaft-task"
 """Begins the names of the threads that map tasks."""
+
+_BEFORE = frozenset(threading.enumerate())
+"""Of a notebook, say, which no forked process needs."""
+
+_POOLS = ("concurrent.futures.thread", "multiprocessing.pool")
 
 _ORPHAN_AFTER = 2.0
 """Seconds between a worker's looks at whether its parent is still there."""
@@ -233,10 +238,17 @@ def wait_for_threads(seconds: float) -> bool:
     return True
 
 
-def started_since(before: Collection[threading.Thread]) -> list[threading.Thread]:
-    """Python's threads that are not metaft's own (its pools, tqdm's clock) and not among those before."""
-    others = (each for each in threading.enumerate() if each not in before)
-    return [each for each in others if not isinstance(each, TMonitor) and not each.name.startswith(OWN_THREADS)]
+def others() -> list[threading.Thread]:
+    """Python's threads that a function of the user's may wait for, and that no forked process would have: those of
+    pools, and those that were started since metaft was first used. Not this one, metaft's own or tqdm's clock."""
+    own = (threading.current_thread(), threading.main_thread())
+    there = [each for each in threading.enumerate() if each not in own and not isinstance(each, TMonitor)]
+    there = [each for each in there if not each.name.startswith(OWN_THREADS)]
+    return [each for each in there if each not in _BEFORE or _of_pool(each)]
+
+
+def _of_pool(thread: threading.Thread) -> bool:
+    return getattr(getattr(thread, "_target", None), "__module__", None) in _POOLS
 
 
 def _threads() -> Iterator[tuple[int, str]]:

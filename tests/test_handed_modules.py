@@ -8,6 +8,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -225,26 +226,29 @@ def test_a_wait_for_a_worker_ends_on_a_signal(number: int, at: str, monkeypatch:
 
 
 @needs_fork
-def test_nothing_is_forked_once_the_users_code_has_started_a_thread() -> None:
+@pytest.mark.parametrize("kind", ["a thread", "a pool from before"])
+def test_nothing_is_forked_where_the_users_code_may_wait_for_a_thread(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In a forked worker the thread is not there, and what waits for it waits for ever."""
-    ended = threading.Event()
-
-    def parts(shared: Tensor, task: Tensor) -> Tensor:
-        assert clock.is_alive()
-        return shared * task
-
-    with outer.engine("processes", threads=2, chunk=1) as engine, outer.engine("threads", threads=2, chunk=1):
-        engine.sum(lambda shared, task: task, torch.ones(()), torch.ones(4))  # metaft's own threads are no obstacle
+    with ThreadPoolExecutor(1, "the user's") as users, outer.engine("processes", threads=2, chunk=1) as engine:
+        engine.sum(lambda shared, task: task, torch.ones(()), torch.ones(4))
         assert workers.multiprocessing.active_children()
-        clock = threading.Thread(target=ended.wait, name="the user's", daemon=True)
-        clock.start()
-        try:
-            with pytest.warns(MetaftWarning, match=r"started threads \(\"the user's\"\), .*tasks run in threads"):
-                assert engine.sum(parts, torch.tensor(3.0), torch.ones(4)) == 12
-            assert [float(row) for row in engine.map(parts, torch.tensor(3.0), torch.ones(4))] == [3] * 4
-        finally:
-            ended.set()
-            clock.join()
+        with outer.engine("threads", threads=2, chunk=1) as other:  # metaft's own threads are no obstacle
+            other.sum(lambda shared, task: task, torch.ones(()), torch.ones(4))
+            assert workers.others() == []
+
+        def product(shared: Tensor, task: Tensor) -> Tensor:
+            return users.submit(torch.mul, shared, task).result(timeout=20)
+
+        product(torch.ones(()), torch.ones(()))  # which starts its thread
+        if kind == "a pool from before":
+            monkeypatch.setattr(workers, "_BEFORE", frozenset(threading.enumerate()))
+        else:
+            monkeypatch.setattr(workers, "_POOLS", ())
+        with pytest.warns(MetaftWarning, match=r"there are threads \(\"the user's_0\"\), .*tasks run in threads"):
+            assert engine.sum(product, torch.tensor(3.0), torch.ones(4)) == 12
+        assert [float(row) for row in engine.map(product, torch.tensor(3.0), torch.ones(4))] == [3] * 4
 
 
 # ---- what is refused ----------------------------------------------------------------------------------------------

@@ -139,12 +139,15 @@ def functional(
         prediction = whole(params, x, None)
         return LOSSES[loss](prediction, y), prediction.detach()
 
+    norms = [path for path, part in module.named_modules() if isinstance(part, EpisodeNorm)]
+
     def measure(params: Params, x: Tensor) -> Moments:
+        if not norms:
+            return ()
         with measure_moments() as measured:
             bare(params, x, None)
         return tuple(measured)
 
-    norms = [path for path, part in module.named_modules() if isinstance(part, EpisodeNorm)]
     return Model(
         params={name: p.detach().clone() for name, p in module.named_parameters() if name not in still},
         apply=apply,
