@@ -8,12 +8,12 @@ import shlex
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from metaft import paths
 from metaft.cli import StopSignals, check_unchanged, fresh_folder, in_one, of_run, settings
-from metaft.config import AdaptConfig, to_toml
-from metaft.errors import DataError, MetaftError
+from metaft.config import AdaptConfig, Init, to_toml
+from metaft.errors import DataError, MetaftError, suggest
 from metaft.output import steady
 
 if TYPE_CHECKING:
@@ -80,16 +80,18 @@ def _command(argv: Sequence[str]) -> None:
 
 
 @steady()
-def run(config: AdaptConfig, *, module: nn.Module | None = None) -> dict[str, Any]:
+def run(config: AdaptConfig, *, module: nn.Module | None = None, init: Init = "seed") -> dict[str, Any]:
     """Fine-tune from both starts in a new run folder; returns what `result.json` holds.
 
-    `module` is the user's own architecture, where the run was trained on one. Raises MetaftError for settings, data or
-    a run that do not fit together, before anything is written.
+    `module` is the user's own architecture, where the run was trained on one, or where there is none (config.init
+    "none"): it is trained from random parameters then, and with `init="keep"` from the values that it was handed over
+    with beside those. Parameters with requires_grad=False stay as they are. Raises MetaftError for settings, data or a
+    run that do not fit together, or a module that cannot be trained, before anything is written.
     """
     from metaft.finetune.study import Position
     from metaft.run import RunFolder, file_name
 
-    settled, start, target = _prepare(config, module)
+    settled, start, target = _prepare(config, module, init)
     name = f"adapt-{file_name(paths.typed(config.data))}-{file_name(Path(start.name).name)}-{settled.seed}"
     folder = Path(settled.out) if settled.out is not None else fresh_folder(RUNS / name)
     made = RunFolder.create(folder, to_toml(dataclasses.replace(settled, out=None)))
@@ -98,8 +100,11 @@ def run(config: AdaptConfig, *, module: nn.Module | None = None) -> dict[str, An
 
 
 @steady()
-def resume_run(path: Path, config: AdaptConfig | None = None, *, module: nn.Module | None = None) -> dict[str, Any]:
-    """Go on with a run from its last checkpoint. `config` may differ from the run's in RESUMABLE fields alone.
+def resume_run(
+    path: Path, config: AdaptConfig | None = None, *, module: nn.Module | None = None, init: Init = "seed"
+) -> dict[str, Any]:
+    """Go on with a run from its last checkpoint. `config` may differ from the run's in RESUMABLE fields alone; `module`
+    and `init` are what the run began with.
 
     Raises MetaftError for another difference, where the images or the initialisation are no longer those that the run
     began with, and where another process is at this run; CheckpointError where no checkpoint can be read.
@@ -108,10 +113,10 @@ def resume_run(path: Path, config: AdaptConfig | None = None, *, module: nn.Modu
 
     folder = RunFolder.open(path)
     with folder.held("resume"):
-        return _resume(folder, config, module)
+        return _resume(folder, config, module, init)
 
 
-def _resume(folder: RunFolder, config: AdaptConfig | None, module: nn.Module | None) -> dict[str, Any]:
+def _resume(folder: RunFolder, config: AdaptConfig | None, module: nn.Module | None, init: Init) -> dict[str, Any]:
     from metaft.assemble import say_what_changed
     from metaft.checkpoint import write_atomically
     from metaft.finetune.study import Position, read
@@ -124,7 +129,7 @@ def _resume(folder: RunFolder, config: AdaptConfig | None, module: nn.Module | N
     folder.make_folders()
     folder.mend()
     position, before = read(folder) if folder.last.exists() else (Position(), None)
-    settled, start, target = _prepare(config, module, (before or {}).get("classes", ()))
+    settled, start, target = _prepare(config, module, init, (before or {}).get("classes", ()))
     if before is not None:
         now = _header(settled, start, target)
         for field, what in (("data_sha256", "data: the images of"), ("init_sha256", "init: the checkpoint of")):
@@ -175,7 +180,7 @@ def newest_run(shape: Sequence[int], *, any_size: bool) -> Path:
 
 
 def _prepare(
-    config: AdaptConfig, module: nn.Module | None, classes: Collection[str] = ()
+    config: AdaptConfig, module: nn.Module | None, values: Init, classes: Collection[str] = ()
 ) -> tuple[AdaptConfig, Start, Target]:
     """The config with nothing open and with absolute paths, and what it names. Nothing is written.
 
@@ -188,6 +193,11 @@ def _prepare(
 
     device_of(config.device)
     _check_method(config)
+    if values not in get_args(Init):
+        raise MetaftError(f"init: no {values!r}, known are keep and seed{suggest(str(values), get_args(Init))}")
+    if values == "keep" and (module is None or config.init != "none"):
+        what = "no module was handed over" if module is None else f"the values are those of the run {config.init}"
+        raise MetaftError(f"init: 'keep' is for a module without a run (init none), and {what}")
     init = config.init
     config = _with_data(paths.in_full(config), classes)
     if init is None:
@@ -198,7 +208,7 @@ def _prepare(
         raise MetaftError("init: name a run folder of metaft.meta_train or none, not ''")
     if init == "none":
         target = targets.load(config.data, skip_bad=config.skip_bad)
-        start = from_nothing(target.preprocessing, module)
+        start = from_nothing(target.preprocessing, module, keep=values == "keep")
     else:
         start = from_run(Path(init), module)
         if start.preprocessing is None:
@@ -255,6 +265,7 @@ def _header(config: AdaptConfig, start: Start, target: Target) -> dict[str, Any]
     from metaft.assemble import machine
     from metaft.checkpoint import digest
     from metaft.defaults import device_of
+    from metaft.finetune.start import constants
     from metaft.finetune.study import starts
 
     data = hashlib.sha256(repr((target.class_names, tuple(target.images.shape))).encode())
@@ -263,7 +274,7 @@ def _header(config: AdaptConfig, start: Start, target: Target) -> dict[str, Any]
     return {
         "version": __version__,
         "init": start.name,
-        "init_sha256": digest("", start.meta or {}),
+        "init_sha256": digest("", {**(start.meta or {}), **constants(start)}),
         "data": target.name,
         "data_sha256": data.hexdigest(),
         "classes": list(target.class_names),
@@ -274,6 +285,7 @@ def _header(config: AdaptConfig, start: Start, target: Target) -> dict[str, Any]
 
 def _go(folder: RunFolder, config: AdaptConfig, start: Start, target: Target, position: Position) -> dict[str, Any]:
     from metaft.defaults import device_of
+    from metaft.finetune.start import said_of
     from metaft.finetune.study import starts, study
     from metaft.progress import Progress
 
@@ -282,7 +294,7 @@ def _go(folder: RunFolder, config: AdaptConfig, start: Start, target: Target, po
     epochs = config.epochs or 1
     print(
         f"{paths.shown(target.name)} · {len(target.class_names)} classes · {config.method} from "
-        f"{paths.shown(start.name)} on {device} · "
+        f"{paths.shown(start.name)}{said_of(start)} on {device} · "
         f"run folder {folder.path}",
         file=sys.stderr,
     )

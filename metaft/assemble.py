@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import copy
 import dataclasses
 import functools
 import math
@@ -13,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import nn
@@ -21,21 +20,25 @@ from torch import nn
 from metaft import algorithms, models, paths, plugin, tasks
 from metaft._version import __version__
 from metaft.algorithms.base import Algorithm
+from metaft.checkpoint import digest
 from metaft.cli import of_run
-from metaft.config import MetaTrainConfig, Settled
+from metaft.config import Init, MetaTrainConfig, Settled
 from metaft.defaults import device_of, hyper, resolve
-from metaft.errors import CheckpointError, MetaftError
+from metaft.errors import CheckpointError, DataError, MetaftError, suggest
 from metaft.models import Model, convolution
 from metaft.models.convolution import Form
+from metaft.models.handed import said
 from metaft.models.precision import in_bf16, matrix_units
 from metaft.models.recomputed import recomputed
-from metaft.outer import PARALLEL, Engine, engine, settled_name, task_chunk, task_grad_of, tune
+from metaft.outer import PARALLEL, Engine, engine, settled_name, task_chunk, task_grad_of, tune, why_not_mapped
 from metaft.ranks import Ranks
 from metaft.run import RunFolder
 from metaft.static import recorded
 from metaft.tasks.pool import ClassPool
-from metaft.training import Snapshot, load_snapshot
-from metaft.types import Dataset
+from metaft.tasks.sinusoid import Sinusoid
+from metaft.testing import task_scores
+from metaft.training import Snapshot, draw, load_snapshot
+from metaft.types import SPLITS, Dataset, Episode, Params, Source, Split
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -47,6 +50,8 @@ class Parts:
     model: Model
     algorithm: Algorithm
     device: str
+    own: str = ""
+    """What to say of the user's own module in a run's first line."""
 
 
 def assemble(
@@ -54,15 +59,22 @@ def assemble(
     *,
     dataset: Dataset | None = None,
     module: nn.Module | None = None,
-    architecture: Mapping[str, Any] | None = None,
+    init: Init = "keep",
+    snapshot: Snapshot | None = None,
     classes: Mapping[str, Collection[str]] | None = None,
 ) -> Parts:
     """Load plugin and data, build the model and bind the algorithm.
 
-    `dataset` and `module` take the place of `--dataset` and `--model` for those who bring their own from Python;
-    `architecture` is a checkpoint's, when its parameters are to be filled in, and `classes` are its classes in each
-    split, by which a folder is known that moved. Paths in the settings become absolute. Raises MetaftError.
+    `dataset` and `module` take the place of `--dataset` and `--model` for those who bring their own from Python; `init`
+    says whether the module's parameters are kept or drawn anew from the seed. `snapshot` is a run's, whose parameters
+    are to be filled in: what nothing learns (frozen parameters, buffers) comes from it too; `classes` are its classes
+    in each split, by which a folder is known that moved. Paths in the settings become absolute. Raises MetaftError.
     """
+    architecture = snapshot and snapshot.header["architecture"]
+    if init not in get_args(Init):
+        raise MetaftError(
+            f"init: no {init!r}, known are {', '.join(get_args(Init))}{suggest(str(init), get_args(Init))}"
+        )
     device = device_of(config.device)
     config = paths.in_full(dataclasses.replace(config, plugin=plugin.load(config.plugin, config.algorithm)))
     if dataset is None:
@@ -91,8 +103,7 @@ def assemble(
     if module is not None:
         if settled.dropout:
             raise MetaftError(f"dropout: a module from Python brings its own (given {settled.dropout})")
-        model = models.functional(copy.deepcopy(module).to(device))
-        models.check_repeats(model, dataset.shape)
+        model = models.functional(_handed(module, init, settled.seed, snapshot).to(device))
         if model.outputs != settled.ways:
             raise MetaftError(
                 f"ways: the module's head has {model.outputs} outputs, but tasks have {settled.ways} classes"
@@ -106,18 +117,93 @@ def assemble(
             settled.model, ways=settled.ways, shape=dataset.shape, width=settled.width, dropout=settled.dropout,
             seed=settled.seed, device=device,
         )  # fmt: skip
-    model = _computing_as(model, settled, dataset.shape)
+    example = None
+    if module is not None or not models.is_ours(settled.model):
+        example = _example(dataset, settled)
+        models.check_repeats(model, dataset.shape, example)
+    model = _computing_as(model, settled, example, dataset.shape)
     algorithm = algorithms.build(settled.algorithm, model, hyper(settled, dataset.loss))
-    return Parts(settled, dataset.to(device), model, algorithm, device)
+    if not algorithm.init(settled.seed)[0]:
+        raise MetaftError(
+            f"algorithm: {settled.algorithm} has nothing to learn here, all but its head is frozen in the module"
+        )
+    dataset = dataset.to(device)
+    if module is not None or not models.is_ours(settled.model):
+        settled = _mappable(settled, model, algorithm, dataset)
+    own = "" if module is None else said(module, "its own values" if init == "keep" else "drawn from the seed")
+    return Parts(settled, dataset, model, algorithm, device, own)
 
 
-def _computing_as(model: Model, config: Settled, shape: tuple[int, ...]) -> Model:
+def _handed(module: nn.Module, init: Init, seed: int, snapshot: Snapshot | None) -> nn.Module:
+    """The user's module with what a run began with, on the CPU: its own parameters, or others drawn from the seed."""
+    module = models.taken(module).cpu()
+    if snapshot is not None:
+        return models.with_constants(module, snapshot.frozen, snapshot.buffers)
+    return models.initialise(module, seed) if init == "seed" else module
+
+
+def _some_source(dataset: Dataset, config: Settled) -> tuple[Source, Split]:
+    """Tasks of the run's size from the first split that has any. Raises DataError where none has."""
+    for split in SPLITS:
+        with contextlib.suppress(DataError) if split != SPLITS[-1] else contextlib.nullcontext():
+            source = dataset.source(
+                ways=config.ways, shots=config.shots, query_shots=config.query_shots, rotate=config.rotate,
+                splits=(split,),
+            )  # fmt: skip
+            return source, split
+    raise AssertionError
+
+
+def _example(dataset: Dataset, config: Settled) -> torch.Tensor | None:
+    """Two inputs [2, ...] of the data, of the type that it has; None where they are pixels or numbers of metaft's own.
+
+    Raises DataError where the data cannot give any.
+    """
+    if isinstance(dataset, (ClassPool, Sinusoid)):
+        return None
+    source, split = _some_source(dataset, config)
+    task = source.episodes(config.seed, split, range(1))
+    x = torch.cat([task.support_x[0], task.query_x[0]])
+    return torch.cat([x, x])[:2]
+
+
+def _mappable(config: Settled, model: Model, algorithm: Algorithm, dataset: Dataset) -> Settled:
+    """The settings with which tasks can be mapped: where vmap cannot take the user's module, one task at a time.
+
+    Raises MetaftError where not even one task can be taken.
+    """
+    source, split = _some_source(dataset, config)
+    meta, state = algorithm.init(config.seed)
+    knobs = {name: value.to(next(iter(meta.values())).device) for name, value in algorithm.schedule(0).items()}
+    scores = functools.partial(_scores, algorithm, source.ways, min(1, config.test_inner_steps))
+    trials: list[tuple[Any, Any, Any]] = [(scores, (meta, state), source.episodes(config.seed, split, range(2)))]
+    if split == "train":
+        trials.append((task_grad_of(algorithm), (meta, state, knobs), draw(algorithm, source, config.seed, range(2))))
+    what = f"module: {model.architecture.get('class', config.model)} and {algorithm.name}"
+    reasons = [why_not_mapped(*trial, what) for trial in trials]
+    engine = config.engine
+    if engine not in PARALLEL:  # threads alone can be on a GPU too
+        on_gpu = next(iter(meta.values())).device.type != "cpu"
+        engine = "threads" if on_gpu else settled_name("auto", convolutional=True, device="cpu")
+    if not any(reasons) or (config.task_chunk == 1 and engine == config.engine):
+        return config
+    obstacle = next(filter(None, reasons))
+    print(f"engine: {engine}, one task at a time: vmap cannot take this module ({obstacle})", file=sys.stderr)
+    return dataclasses.replace(config, engine=engine, task_chunk=1)
+
+
+def _scores(algorithm: Algorithm, ways: int, steps: int, shared: tuple[Params, Params], task: Episode) -> torch.Tensor:
+    return task_scores(algorithm, *shared, task, ways=ways, steps=steps)
+
+
+def _computing_as(model: Model, config: Settled, example: torch.Tensor | None, shape: tuple[int, ...]) -> Model:
     """The model under `--precision` and `--inner-checkpoint`. Raises MetaftError where it cannot be."""
     if config.precision == "bf16":
         model = in_bf16(model)
         probe = next(iter(model.params.values()))
+        x = torch.zeros(2, *shape, dtype=probe.dtype) if example is None else example
         try:
-            model.apply(model.params, torch.zeros(2, *shape, dtype=probe.dtype, device=probe.device), None)
+            model.apply(model.params, x.to(probe.device), None)
         except RuntimeError as error:  # a module of the user's own, say with constants in float32
             raise MetaftError(f"precision: this model cannot compute in bf16 ({str(error).splitlines()[0]})") from None
     return recomputed(model) if config.inner_checkpoint else model
@@ -204,6 +290,9 @@ def check_ranks(parts: Parts, ranks: Ranks) -> None:
     ranks.check_device(parts.device)
     ranks.check_same("device", lambda: torch.device(parts.device).type)
     ranks.check_same(f"dataset: the class split of {parts.dataset.name}", lambda: parts.dataset.split_hash)
+    still = {**parts.model.frozen, **parts.model.buffers}
+    if parts.own:
+        ranks.check_same("module: the digest of its frozen parameters and buffers", lambda: digest("", still)[:16])
     if isinstance(parts.dataset, ClassPool):
         ranks.check_same(f"dataset: the digest of the images of {parts.dataset.name}", parts.dataset.digest)
 
@@ -284,11 +373,16 @@ def say_what_changed(before: Mapping[str, str], now: Mapping[str, str]) -> None:
 
 
 def fill(parts: Parts, snapshot: Snapshot) -> Snapshot:
-    """A snapshot on the run's device, checked against what the algorithm expects.
+    """A snapshot on the run's device, checked against what the algorithm expects, with what nothing learns.
 
     Raises CheckpointError that names the first tensor with another shape, or the set of names that differ.
     """
     meta, state = parts.algorithm.init(parts.config.seed)
+    if snapshot.frozen.keys() != parts.model.frozen.keys():
+        raise CheckpointError(
+            f"checkpoint: frozen in the run are {sorted(snapshot.frozen)[:6]}, and in the module that was handed over "
+            f"{sorted(parts.model.frozen)[:6]}"
+        )
     for expected, found in ((meta, snapshot.meta), (state, snapshot.state)):
         if expected.keys() != found.keys():
             raise CheckpointError(
@@ -303,4 +397,6 @@ def fill(parts: Parts, snapshot: Snapshot) -> Snapshot:
         snapshot,
         meta={k: snapshot.meta[k].to(parts.device) for k in meta},
         state={k: snapshot.state[k].to(parts.device) for k in state},
+        frozen=parts.model.frozen,
+        buffers=parts.model.buffers,
     )

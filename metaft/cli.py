@@ -14,12 +14,14 @@ import stat
 import sys
 import tempfile
 import threading
+import time
 import types
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from metaft import patience
 from metaft.config import AdaptConfig, Config, MetaTrainConfig, from_mapping, read_toml
 from metaft.errors import CheckpointError, Interrupted, MetaftError, MetaftWarning, OutOfMemory, SaidElsewhere, suggest
 from metaft.group import join
@@ -300,22 +302,32 @@ class StopSignals:
     """Turns SIGINT and SIGTERM into a request that the run asks for at safe points; a second SIGINT is final.
 
     A second SIGTERM is not: under torchrun each process may get one from the scheduler and one from torchrun. Several
-    ranks learn of a request together, see `Ranks.stop`.
+    ranks learn of a request together, see `Ranks.stop`. A worker process that is waited for (`metaft.workers`) gets
+    `PATIENCE` seconds to end its part after a request, and is then given up; among ranks, which stop together, four
+    times as many.
     """
 
-    def __init__(self, ranks: Ranks = ALONE) -> None:
+    PATIENCE = 5.0
+
+    def __init__(self, ranks: Ranks = ALONE, message: str = "stopped") -> None:
         self.ranks = ranks
+        self.message = message
+        """What to say where a wait is given up."""
         self.received: int | None = None
+        self._since = 0.0
         self._former: dict[int, Any] = {}
+        self._waits = contextlib.ExitStack()
 
     def __enter__(self) -> StopSignals:
         # Python delivers signals to its main thread alone; elsewhere (a notebook's worker) they are left as they are.
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._former[number] = signal.signal(number, self._receive)
+        self._waits.enter_context(patience.ends_by(self._overdue))
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._waits.close()
         for number, handler in self._former.items():
             signal.signal(number, handler)
 
@@ -323,9 +335,16 @@ class StopSignals:
         if self.received is not None and number == signal.SIGINT:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
+        if self.received is None:
+            self._since = time.monotonic()
         self.received = number
         if self.ranks.count > 1:
             self.ranks.asked = number
+
+    def _overdue(self) -> None:
+        limit = self.PATIENCE * (1 if self.ranks.count == 1 else 4)
+        if self.received is not None and time.monotonic() - self._since > limit:
+            raise Interrupted(f"{self.message} (a worker process did not answer)", self.received)
 
     def check(self, message: str) -> None:
         """Raises Interrupted with this message where a signal has come, to any rank."""

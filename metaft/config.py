@@ -22,6 +22,9 @@ from metaft.paths import local
 
 Config = TypeVar("Config", "MetaTrainConfig", "Settled", "EvaluateConfig", "AdaptConfig")
 
+Init = Literal["keep", "seed"]
+"""Of a module from Python: the values that it was handed over with, or others drawn from the seed."""
+
 
 @dataclasses.dataclass(frozen=True)
 class MetaTrainConfig:

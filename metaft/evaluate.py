@@ -87,11 +87,9 @@ def run(
         fields |= {"channels": images.get("channels"), "image_size": images.get("height")}
     if config.rotate is not None:
         fields["rotate"] = config.rotate
-    wanted, architecture = dataclasses.replace(trained, **fields), snapshot.header["architecture"]
-    classes = snapshot.header.get("classes") if wanted.dataset == trained.dataset else None
-    parts = ranks.in_turn(
-        lambda: assemble(wanted, dataset=dataset, module=module, architecture=architecture, classes=classes)
-    )
+    wanted, begun = dataclasses.replace(trained, **fields), snapshot
+    classes = begun.header.get("classes") if wanted.dataset == trained.dataset else None
+    parts = ranks.in_turn(lambda: assemble(wanted, dataset=dataset, module=module, snapshot=begun, classes=classes))
     check_ranks(parts, ranks)
     snapshot = fill(parts, snapshot)
     if config.out is not None:  # before the work
@@ -121,13 +119,13 @@ def run(
     episodes = config.episodes or c.test_episodes
     bar = Progress("meta-test", episodes, "episode")
     with (
-        StopSignals(ranks) as signals,
+        StopSignals(ranks, "stopped; nothing was written") as signals,
         engine_for(parts) as mapped,
     ):
 
         def progress(done: int) -> None:
             bar.update(done)
-            signals.check("stopped; nothing was written")
+            signals.check(signals.message)
 
         test = meta_test(
             mapped, parts.algorithm, snapshot.meta, snapshot.state, source,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from metaft import paths
 from metaft.cli import StopSignals, check_unchanged, fresh_folder, in_ranks, settings
-from metaft.config import MetaTrainConfig, from_mapping, read_toml, to_toml
+from metaft.config import Init, MetaTrainConfig, from_mapping, read_toml, to_toml
 from metaft.errors import DataError, MetaftError, RankLost
 from metaft.output import steady
 from metaft.ranks import ALONE, Ranks
@@ -91,18 +91,21 @@ def run(
     *,
     dataset: Dataset | None = None,
     module: nn.Module | None = None,
+    init: Init = "keep",
     ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
     """Train and meta-test in a new run folder; returns what `result.json` holds.
 
-    `dataset` and `module` bring your own data and model (its head must have `ways` outputs); `ranks` (of
-    `metaft.group.join`) shares the work with other processes that call this too. Raises MetaftError for settings that
-    do not fit together, before anything is written.
+    `dataset` and `module` bring your own data and model (its head must have `ways` outputs). The module is copied;
+    training begins at the values that it has, or with `init="seed"` at others drawn from the run's seed. Parameters
+    with requires_grad=False stay as they are in inner and outer loop. `ranks` (of `metaft.group.join`) shares the work
+    with other processes that call this too. Raises MetaftError for settings that do not fit together, and for a module
+    that cannot be trained, before anything is written.
     """
     from metaft.assemble import assemble
     from metaft.run import RunFolder, file_name
 
-    parts = ranks.in_turn(lambda: assemble(config, dataset=dataset, module=module))
+    parts = ranks.in_turn(lambda: assemble(config, dataset=dataset, module=module, init=init))
     sources = _sources(parts)
     parts = _with_engine(parts, sources[0], ranks)
     c = parts.config
@@ -125,10 +128,14 @@ def resume_run(
     *,
     dataset: Dataset | None = None,
     module: nn.Module | None = None,
+    init: Init = "keep",
     ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
     """Go on with a run from its last checkpoint. `config` may differ from the run's in RESUMABLE fields alone; what it
     leaves open is as in the run.
+
+    All values of a `module` come from the checkpoint, those of frozen parameters and buffers too; `init`, as the run
+    had it, matters alone where the run was stopped before its first one.
 
     Raises MetaftError for another difference and where another process is at this run, CheckpointError where no
     checkpoint can be read.
@@ -137,7 +144,7 @@ def resume_run(
 
     folder = ranks.on_first(lambda: RunFolder.open(path))
     with _held(folder, "resume", ranks):
-        return _resume(folder, config, dataset, module, ranks)
+        return _resume(folder, config, dataset, module, init, ranks)
 
 
 @contextlib.contextmanager
@@ -166,6 +173,7 @@ def _resume(
     config: MetaTrainConfig | None,
     dataset: Dataset | None,
     module: nn.Module | None,
+    init: Init,
     ranks: Ranks,
 ) -> dict[str, Any]:
     from metaft.assemble import assemble
@@ -186,9 +194,9 @@ def _resume(
         raise MetaftError(
             f"iterations must be at least the {snapshot.position.step} already done, got {config.iterations}"
         )
-    architecture, classes = (snapshot and snapshot.header.get(known) for known in ("architecture", "classes"))
+    classes = snapshot and snapshot.header.get("classes")
     parts = ranks.in_turn(
-        lambda: assemble(config, dataset=dataset, module=module, architecture=architecture, classes=classes)
+        lambda: assemble(config, dataset=dataset, module=module, init=init, snapshot=snapshot, classes=classes)
     )
     sources = _sources(parts)
     before = None
@@ -271,13 +279,14 @@ def _go(
     from metaft.training import begin, draw, train
 
     c = parts.config
+    stop = f"stopped; a checkpoint is in {run.checkpoints}, go on with: {_go_on(run, ranks)}"
     with (
-        StopSignals(ranks) as signals,
+        StopSignals(ranks, stop) as signals,
         engine_for(parts) as mapped,
     ):
         now, before = header(parts, mapped, ranks.count), None
         if start is None:
-            start = ranks.on_first(lambda: begin(parts.algorithm, c.seed, now))
+            start = ranks.on_first(lambda: begin(parts.algorithm, c.seed, now, parts.model))
         else:
             say_what_changed(start.header["environment"], now["environment"])
             if start.header["environment"] == now["environment"]:
@@ -296,12 +305,11 @@ def _go(
         chosen = ranks.on_first(lambda: convolution_forms(parts, mapped, begun, meta_batch, before))
         start = dataclasses.replace(start, header={**now, "convolutions": chosen} if chosen else now)
         print(
-            f"{paths.shown(parts.dataset.name)} · {c.algorithm} · {c.ways}-way {c.shots}-shot · {c.model} · "
+            f"{paths.shown(parts.dataset.name)} · {c.algorithm} · {c.ways}-way {c.shots}-shot · {c.model}{parts.own} · "
             f"{mapped.name} on {parts.device}{f', {ranks.count} processes' if ranks.count > 1 else ''} · "
             f"run folder {run.path}",
             file=sys.stderr,
         )
-        stop = f"stopped; a checkpoint is in {run.checkpoints}, go on with: {_go_on(run, ranks)}"
 
         def should_stop() -> None:
             signals.check(stop)

@@ -90,7 +90,7 @@ class Threads(_Parallel):
 
     def __init__(self, threads: int, chunk: int | None = None) -> None:
         super().__init__("threads", threads, chunk)
-        self._pool = ThreadPoolExecutor(threads, "metaft-task", initializer=torch.set_num_threads, initargs=(1,))
+        self._pool = ThreadPoolExecutor(threads, workers.OWN_THREADS, initializer=torch.set_num_threads, initargs=(1,))
 
     def map(self, fn: TaskFunction[Shared, Tree, Out], shared: Shared, tasks: Tree) -> Iterator[Out]:
         parts = self._pool.map(lambda chunk: _rows_of(fn, shared, chunk), _chunks(tasks, 1))
@@ -110,6 +110,8 @@ class Processes(_Parallel):
     For the CPU of systems that can fork. The workers of a function are forked at its first call, which computes one
     chunk in a process of its own, and once more for other shapes. A fork waits until the program's other threads sleep,
     for a moment at most: one that multiplies matrices all the time may leave a lock behind in the workers.
+    Where what the user handed over may wait for threads that no worker would have (`workers.others`), nothing is
+    forked: tasks run in threads, and a MetaftWarning says so.
     """
 
     _KEPT = 4
@@ -120,14 +122,29 @@ class Processes(_Parallel):
             raise MetaftError("engine: this system cannot fork processes; use threads")
         super().__init__("processes", threads, chunk)
         self._workers: dict[Any, workers.Workers] = {}
+        self._instead: Threads | None = None
 
     def map(self, fn: TaskFunction[Shared, Tree, Out], shared: Shared, tasks: Tree) -> Iterator[Out]:
+        if (unforked := self._unforked()) is not None:
+            return unforked.map(fn, shared, tasks)
         rows, spec = self._run(_rows_of, fn, shared, tasks, size=1)
         return iter([pytree.tree_unflatten([row[i].clone() for row in rows], spec) for i in range(_length(tasks))])
 
     def sum(self, fn: TaskFunction[Shared, Tree, Out], shared: Shared, tasks: Tree) -> Out:
+        if (unforked := self._unforked()) is not None:
+            return unforked.sum(fn, shared, tasks)
         rows, spec = self._run(_sum_of, fn, shared, tasks, size=self.chunk_of(tasks))
         return _added(pytree.tree_unflatten([row[i] for row in rows], spec) for i in range(len(rows[0])))
+
+    def _unforked(self) -> Threads | None:
+        """What maps tasks where nothing is to be forked any more."""
+        started = workers.others() if self._instead is None else []
+        if started:
+            self._instead = Threads(self.threads, self.chunk)
+            names = ", ".join(repr(thread.name) for thread in started)
+            text = f"engine processes: there are threads ({names}), which no fork survives; "
+            warnings.warn(f"{text}tasks run in threads", MetaftWarning, stacklevel=4)
+        return self._instead
 
     def _run(self, part: Any, fn: TaskFunction[Any, Any, Any], shared: Any, tasks: Any, size: int) -> Any:
         shared_leaves, spec = pytree.tree_flatten(shared)
@@ -162,6 +179,8 @@ class Processes(_Parallel):
         for each in self._workers.values():
             each.close()
         self._workers.clear()
+        if self._instead is not None:
+            self._instead.close()
         super().close()
 
 
@@ -316,6 +335,36 @@ def _rows_of(fn: TaskFunction[Shared, Tree, Out], shared: Shared, tasks: Tree) -
     with torch.no_grad():  # grad mode is thread-local: a worker starts with its own, whatever the caller's is
         result = fn(shared, pytree.tree_map(lambda leaf: leaf[0], tasks))
         return pytree.tree_map(lambda leaf: leaf.unsqueeze(0), result)
+
+
+def why_not_mapped(fn: TaskFunction[Shared, Tree, Any], shared: Shared, tasks: Tree, what: str) -> str:
+    """Why vmap cannot take two tasks by this function, "" where it can. One intra-op thread, for a fork may follow.
+
+    Raises MetaftError, of `what`, where not even one task by itself can be taken.
+    """
+    intra_op = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        first, *_ = _chunks(tasks, 1)
+        try:
+            _rows_of(fn, shared, first)
+        except (MetaftError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # whatever the user's module does
+            raise MetaftError(f"{what} do not go together ({_reason(error)})") from error
+        try:
+            _vmapped(fn, shared, tasks)
+        except (MetaftError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # as above
+            return _reason(error)
+        return ""
+    finally:
+        torch.set_num_threads(intra_op)
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
 
 
 def _sum_of(fn: TaskFunction[Shared, Tree, Out], shared: Shared, tasks: Tree) -> Out:

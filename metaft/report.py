@@ -26,13 +26,13 @@ def draw_pictures(run: RunFolder, parts: Parts, best: Snapshot, source: Source, 
     """
     name = FIGURES[parts.algorithm.loss]
     curves, steps, episode = (run.plots / f"{stem}.png" for stem in ("curves", "steps", "episode"))
-    return drawn(
-        {
-            curves: lambda: _draw_curves(curves, run, name, best.position.best_step),
-            steps: lambda: plotting().steps(steps, test),
-            episode: lambda: _draw_episode(episode, parts, best, source),
-        }
-    )
+    pictures = {
+        curves: lambda: _draw_curves(curves, run, name, best.position.best_step),
+        steps: lambda: plotting().steps(steps, test),
+    }
+    if _can_be_drawn(parts, source):
+        pictures[episode] = lambda: _draw_episode(episode, parts, best, source)
+    return drawn(pictures)
 
 
 def _draw_curves(path: Path, run: RunFolder, name: str, best_step: int | None) -> None:
@@ -43,6 +43,11 @@ def _draw_curves(path: Path, run: RunFolder, name: str, best_step: int | None) -
         plots.curves(path, train, val, name, best_step=best_step)
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{run.metrics}: a row is not one that a run writes ({error!r})") from None
+
+
+def _can_be_drawn(parts: Parts, source: Source) -> bool:
+    """Whether an episode's inputs are points of a curve, or images."""
+    return source.shape == (1,) if parts.algorithm.loss == "mse" else len(source.shape) == 3
 
 
 def _draw_episode(path: Path, parts: Parts, best: Snapshot, source: Source) -> None:

@@ -16,6 +16,7 @@ from metaft.algorithms.base import Algorithm
 from metaft.config import Settled
 from metaft.errors import CheckpointError, MetaftWarning, NonFiniteError, RankLost, RanksDiffer
 from metaft.metrics import FIGURES, better
+from metaft.models import Model
 from metaft.outer import Engine, meta_gradient
 from metaft.progress import Progress
 from metaft.ranks import ALONE, Ranks
@@ -50,11 +51,20 @@ class Snapshot:
     optimizer: dict[str, Tensor]
     position: Position
     header: Mapping[str, Any]
+    frozen: Params = dataclasses.field(default_factory=dict)
+    """Parameters of the user's module that stay as they were handed over; in a checkpoint they are beside the others
+    of `meta`, and the header has their names."""
+    buffers: Params = dataclasses.field(default_factory=dict)
 
 
 def tensors_of(snapshot: Snapshot) -> dict[str, Tensor]:
     """All of them, named as in a checkpoint."""
-    parts = {"meta": snapshot.meta, "state": snapshot.state, "optimizer": snapshot.optimizer}
+    parts = {
+        "meta": {**snapshot.meta, **snapshot.frozen},
+        "state": snapshot.state,
+        "optimizer": snapshot.optimizer,
+        "buffers": snapshot.buffers,
+    }
     return {f"{part}/{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
 
 
@@ -62,6 +72,8 @@ def save_snapshot(run: RunFolder, snapshot: Snapshot, *, best: bool = False) -> 
     """Write `checkpoints/best` or `checkpoints/last`; the former last one is kept as `previous`."""
     tensors = tensors_of(snapshot)
     header = {**snapshot.header, "position": dataclasses.asdict(snapshot.position)}
+    if snapshot.frozen:
+        header["frozen"] = list(snapshot.frozen)
     # JSON has no NaN
     header["position"]["best"] = None if math.isnan(snapshot.position.best) else snapshot.position.best
     if best:
@@ -83,14 +95,17 @@ def load_snapshot(path: Any) -> Snapshot:
         best_step=p["best_step"],
         window=tuple(tuple(metrics) for metrics in p["window"]),
     )
-    meta, state, optimizer = (checkpoint.under(tensors, part) for part in ("meta", "state", "optimizer"))
-    return Snapshot(meta, state, optimizer, position, header)
+    parts = ("meta", "state", "optimizer", "buffers")
+    meta, state, optimizer, buffers = (checkpoint.under(tensors, part) for part in parts)
+    frozen = {name: meta.pop(name) for name in header.get("frozen", ())}
+    return Snapshot(meta, state, optimizer, position, header, frozen, buffers)
 
 
-def begin(algorithm: Algorithm, seed: int, header: Mapping[str, Any]) -> Snapshot:
-    """The first snapshot of a run, on the CPU."""
-    meta, state = ({k: t.cpu() for k, t in tensors.items()} for tensors in algorithm.init(seed))
-    return Snapshot(meta, state, {}, Position(), header)
+def begin(algorithm: Algorithm, seed: int, header: Mapping[str, Any], model: Model | None = None) -> Snapshot:
+    """The first snapshot of a run, on the CPU, with what nothing learns of its `model`."""
+    still = ({}, {}) if model is None else (model.frozen, model.buffers)
+    meta, state, frozen, buffers = ({k: t.cpu() for k, t in each.items()} for each in (*algorithm.init(seed), *still))
+    return Snapshot(meta, state, {}, Position(), header, frozen, buffers)
 
 
 class Eager:
@@ -156,7 +171,7 @@ def train(
 
     def snapshot() -> Snapshot:
         meta, state = ({k: v.detach().clone() for k, v in part.items()} for part in (steps.meta, steps.state))
-        return Snapshot(meta, state, steps.moments(), position, start.header)
+        return Snapshot(meta, state, steps.moments(), position, start.header, start.frozen, start.buffers)
 
     def log(row: Mapping[str, Any], *, sync: bool = False) -> None:
         if writes:

@@ -24,11 +24,24 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
+from tqdm import TMonitor
 
+from metaft import patience
 from metaft.errors import MetaftError
+
+OWN_THREADS = "metaft-task"
+"""Begins the names of the threads that map tasks."""
+
+_BEFORE = frozenset(threading.enumerate())
+"""Of a notebook, say, which no forked process needs."""
+
+_POOLS = ("concurrent.futures.thread", "multiprocessing.pool")
 
 _ORPHAN_AFTER = 2.0
 """Seconds between a worker's looks at whether its parent is still there."""
+
+_LOOK_EVERY = 0.5
+"""Seconds between a waiting parent's questions whether it is still to wait."""
 
 _REST_WITHIN = 2.0
 """Seconds that a fork waits at most for the other threads of this process."""
@@ -75,6 +88,9 @@ class Workers:
         theirs.close()
         try:
             rows = _received(ours, probe)
+        except BaseException:  # it may be at work for ever
+            probe.kill()
+            raise
         finally:
             probe.join()
             ours.close()
@@ -120,8 +136,9 @@ class Workers:
         for end in self._ends:
             _send(end, None)
             end.close()
+        until = time.monotonic() + _ORPHAN_AFTER
         for process in self._processes:
-            process.join(_ORPHAN_AFTER)
+            process.join(max(0.0, until - time.monotonic()))
             if process.is_alive():  # in the middle of a part that nobody waits for any more
                 process.kill()
                 process.join()
@@ -180,6 +197,8 @@ def _send(end: Connection, what: int | None) -> None:
 
 def _received(end: Connection, process: BaseProcess) -> Any:
     try:
+        while not end.poll(_LOOK_EVERY):
+            patience.ask()
         return end.recv()
     except (EOFError, OSError):
         process.join(_ORPHAN_AFTER)
@@ -217,6 +236,19 @@ def wait_for_threads(seconds: float) -> bool:
             return False
         time.sleep(0.0005)
     return True
+
+
+def others() -> list[threading.Thread]:
+    """Python's threads that a function of the user's may wait for, and that no forked process would have: those of
+    pools, and those that were started since metaft was first used. Not this one, metaft's own or tqdm's clock."""
+    own = (threading.current_thread(), threading.main_thread())
+    there = [each for each in threading.enumerate() if each not in own and not isinstance(each, TMonitor)]
+    there = [each for each in there if not each.name.startswith(OWN_THREADS)]
+    return [each for each in there if each not in _BEFORE or _of_pool(each)]
+
+
+def _of_pool(thread: threading.Thread) -> bool:
+    return getattr(getattr(thread, "_target", None), "__module__", None) in _POOLS
 
 
 def _threads() -> Iterator[tuple[int, str]]:

@@ -35,6 +35,7 @@ from metaft.run import RunFolder, read_rows
 from metaft.tasks.pool import ClassPool
 from metaft.testing import meta_test, score_episodes
 from metaft.torchrun import launcher
+from metaft.workers import OWN_THREADS
 
 Found = TypeVar("Found")
 
@@ -93,7 +94,7 @@ def in_threads(count: int, function: Callable[[Ranks], Found]) -> list[Found]:
             errors.append(error)
             meeting.barrier.abort()
 
-    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(count)]
+    threads = [threading.Thread(target=work, args=(rank,), name=f"{OWN_THREADS}-{rank}") for rank in range(count)]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from metaft.algorithms.base import Algorithm
 from metaft.algorithms.gradient import by_gradient
+from metaft.errors import MetaftError
 from metaft.inner_augment import Augment
 from metaft.inner_optim import InnerOptimizer
 from metaft.metrics import LOSSES
@@ -37,8 +38,10 @@ def anil(
 
     Not the paper's: the meta-gradient's mean over the meta-batch, `first_order` (as in `maml`), and `norm="inductive"`.
 
-    Raises MetaftError for an inner_lr or inner_steps below 0, or an unknown optimiser.
+    Raises MetaftError for an inner_lr or inner_steps below 0, an unknown optimiser, or a head that is frozen.
     """
+    if not model.head:
+        raise MetaftError("anil adapts the head alone, and this module's is frozen (requires_grad=False)")
 
     def loss_on(meta: Params, x: Tensor, y: Tensor) -> Callable[[Params], Tensor] | None:
         if model.drops or inner_augment != "none":

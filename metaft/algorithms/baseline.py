@@ -52,6 +52,7 @@ def baseline(
         product = features @ head["weight"].mT
         return product + head["bias"].unsqueeze(-2) if "bias" in head else product
 
+    model.check_head("baseline")
     rows = {name.rpartition(".")[2]: model.params[name].shape[1:] for name in model.head}
 
     def begin(features: Tensor, ways: int) -> Params:
@@ -93,6 +94,7 @@ def baseline_plus_plus(
     def begin(features: Tensor, ways: int) -> Params:
         return {"weight": F.normalize(features.mean(0), dim=0).expand(ways, -1)}
 
+    model.check_head("baseline++")
     rows = {"weight": model.params[model.head[0]].shape[1:]}
     return _pretrained(
         "baseline++", model, loss, classes, norm, _Head(rows, logits, begin, lambda ways: {"scale": _scale(ways)}),

@@ -109,4 +109,5 @@ def _entry(model: Model, layer: str) -> tuple[str, str | None]:
         raise MetaftError(f"layer: name the one that takes cavia's context into a module of your own, of {biased}")
     if layer not in biased:
         raise MetaftError(f"layer: cavia's context needs one with a bias to enter by, of {biased}; got {layer!r}")
-    return f"{layer}.bias", f"{layer}.weight" if layer in norms else None
+    scale = f"{layer}.weight"
+    return f"{layer}.bias", scale if layer in norms and scale in model.params else None

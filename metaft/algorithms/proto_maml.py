@@ -46,6 +46,7 @@ def proto_maml(
     """
     if loss != "cross_entropy":
         raise MetaftError(f"proto-maml classifies; it cannot learn a data set whose loss is {loss!r}")
+    model.check_head("proto-maml")
     head = {name.rpartition(".")[2]: name for name in model.head}
     if head.keys() != {"weight", "bias"}:
         raise MetaftError(f"proto-maml needs a head with weight and bias, and this one has {sorted(head)}")

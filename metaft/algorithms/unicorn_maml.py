@@ -43,6 +43,7 @@ def unicorn_maml(
 
     Raises MetaftError for an inner_lr or inner_steps below 0, or an unknown optimiser.
     """
+    model.check_head("unicorn-maml")
 
     def begin(meta: Params, x: Tensor, y: Tensor, ways: int) -> Params:
         outputs = ways if loss == "cross_entropy" else model.outputs

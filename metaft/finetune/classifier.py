@@ -183,10 +183,15 @@ def load(run: Path | str, *, module: nn.Module | None = None, device: str | torc
             if module is None
             else f"checkpoint {path}: its architecture is {architecture['name']}, not a module of your own"
         )
-    body = empty_stored(body_of(*build(architecture, 0, module=module)))
+    whole, name = build(architecture, None, module=module)
+    body = empty_stored(body_of(whole, name))
     try:
         body.load_state_dict(checkpoint.under(tensors, "body"))
-        head = heads.filled(header["classifier"], checkpoint.under(tensors, "head"))
+        if header["classifier"] == "own":
+            head = whole.get_submodule(name)
+            head.load_state_dict(checkpoint.under(tensors, "head"))
+        else:
+            head = heads.filled(header["classifier"], checkpoint.under(tensors, "head"))
     except (RuntimeError, MetaftError) as error:
         raise CheckpointError(f"checkpoint {path}: not of this architecture: {' '.join(str(error).split())}") from None
     preprocessing = Preprocessing.from_plain(header["preprocessing"])

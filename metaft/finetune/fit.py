@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from metaft.checkpoint import under
 from metaft.errors import MetaftError, NonFiniteError
 from metaft.finetune import heads
+from metaft.models.handed import copied
 from metaft.models.stored import with_stored_moments
 from metaft.tasks.pool import Preprocessing
 from metaft.tasks.sampler import Stream, raw_words, uniform
@@ -138,10 +139,10 @@ def unflatten(tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> dict[s
 
 def _start(body: nn.Module, x: Tensor, labels: Tensor, classes: int, recipe: Recipe) -> nn.ModuleDict:
     """A copy of the body, as far as it is to be trained, and a head that starts from its features."""
-    body = copy.deepcopy(body)
+    body = copied(body)
     head = heads.build(recipe.head, in_parts(_stored(body, x), x), labels, classes, recipe.seed)
     for p in body.parameters():
-        p.requires_grad_(recipe.freeze == "none")
+        p.requires_grad_(p.requires_grad and recipe.freeze == "none")
     if recipe.freeze == "backbone":
         body = with_stored_moments(body, x)  # nothing below the head may change, statistics included
     return nn.ModuleDict({"body": body, "head": head})

@@ -12,6 +12,7 @@ from metaft.algorithms.matching_net import matched
 from metaft.algorithms.protonet import class_means
 from metaft.errors import MetaftError, suggest
 from metaft.models import initialise
+from metaft.models.functional import is_plain
 from metaft.tasks.sampler import Stream, raw_words
 
 
@@ -67,7 +68,10 @@ HEADS: dict[str, Callable[[Tensor, Tensor, int, int], nn.Module]] = {
 
 
 def kind(head: nn.Module) -> str:
-    """The name of a head's kind: those of HEADS, and "matching", which only an inner loop leaves."""
+    """The name of a head's kind: those of HEADS; "matching", which only an inner loop leaves; and "own" for a linear
+    layer of the user's module that is more than weight and bias."""
+    if isinstance(head, nn.Linear) and not is_plain(head):
+        return "own"
     return {nn.Linear: "linear", Cosine: "cosine", Prototype: "prototype", Matching: "matching"}[type(head)]
 
 

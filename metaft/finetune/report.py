@@ -55,9 +55,13 @@ def plainly(result: Mapping[str, Any]) -> str:
     change = "gained" if gain >= 0 else "lost"
     return (
         f"With {images}, {_of_100(both[0])} of 100 new images get the right label after starting from the "
-        f"meta-learned initialisation, and {_of_100(both[1])} of 100 after the same training from a random one: "
+        f"{_label(result)} initialisation, and {_of_100(both[1])} of 100 after the same training from a random one: "
         f"{abs(100 * gain):.1f} points {change}{over}."
     )
+
+
+def _label(r: Mapping[str, Any]) -> str:
+    return "meta-learned" if r["init_about"] else "handed over"
 
 
 def _of_100(share: float) -> str:
@@ -66,11 +70,9 @@ def _of_100(share: float) -> str:
 
 def _init(r: Mapping[str, Any]) -> str:
     about = r["init_about"]
-    return (
-        f"{shown(r['init'])} ({about['algorithm']} on {shown(about['dataset'])})"
-        if about
-        else "a random initialisation"
-    )
+    if about:
+        return f"{shown(r['init'])} ({about['algorithm']} on {shown(about['dataset'])})"
+    return "a random initialisation" if r["scratch"] is None else "the values that the module was handed over with"
 
 
 def _figures(r: Mapping[str, Any]) -> list[str]:
@@ -78,7 +80,7 @@ def _figures(r: Mapping[str, Any]) -> list[str]:
     names = ("accuracy", "macro_precision", "macro_recall", "macro_f1")
     heads = ("accuracy", "macro precision", "macro recall", "macro F1")
     lines = [" " * 24 + "".join(f"{name:>17}" for name in heads) + "   test, %"]
-    first = "random start" if r["scratch"] is None else "meta-learned start"
+    first = "random start" if r["scratch"] is None else f"{_label(r)} start"
     for label, row in ((first, r), ("random start", r["scratch"])):
         if row is not None:
             lines.append(f"  {label:<22}" + "".join(f"{100 * row[name]:>17.2f}" for name in names))

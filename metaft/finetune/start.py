@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,12 +19,17 @@ from metaft.finetune import heads
 from metaft.finetune.fit import Fitted
 from metaft.inner import at_step
 from metaft.metrics import LOSSES
-from metaft.models.functional import body_of, linear, prepared
+from metaft.models import check_repeats, class_of, taken, with_constants
+from metaft.models.functional import body_of, is_plain, linear, prepared
+from metaft.models.handed import copied, said
 from metaft.models.stored import with_stored_moments
 from metaft.tasks.pool import Preprocessing
 from metaft.types import Fast, Params
 
 FEWER = "try fewer --inner-steps"
+
+OWN = "module"
+"""The name of the start that a module's own values are."""
 
 WIDTH = 64  # of a backbone that no run has chosen
 
@@ -46,16 +50,23 @@ class Start:
     meta: Params | None
     state: Params
     module: nn.Module | None
-    """The user's own module, where the architecture has no name."""
+    """The user's own module, where the architecture has no name; what nothing learns in it is the run's."""
     about: Mapping[str, Any]
     """Data set, algorithm, meta-step: what the report says of it."""
+    frozen: frozenset[str] = frozenset()
+    """Names of the parameters in `meta` that the run kept as they were handed over."""
+    label: str = "meta-learned"
+    """What `meta` is."""
 
     @property
     def head_rows(self) -> int | None:
         """Classes of the head that the run learned; None where it learned none, or one row that all classes share."""
-        _, head = build(self.architecture, 0, module=self.module)
+        module, head = build(self.architecture, None, module=self.module)
         weight = (self.meta or {}).get(f"{head}.weight")
-        return None if weight is None or len(weight) == 1 else len(weight)
+        if weight is None:  # of a head that is no plain linear layer the parameters have other names
+            learned = any(_of(name, head) for name in self.meta or {})
+            return linear(module, head).out_features if learned else None
+        return None if len(weight) == 1 else len(weight)
 
 
 def from_run(path: Path, module: nn.Module | None = None) -> Start:
@@ -77,13 +88,15 @@ def from_run(path: Path, module: nn.Module | None = None) -> Start:
             else f"init: {path} was trained with {architecture['name']}, not with a module from Python"
         )
     p = Preprocessing.from_plain(header["preprocessing"]) if "preprocessing" in header else None
+    if module is not None:
+        module = with_constants(taken(module).cpu(), snapshot.frozen, snapshot.buffers)
     start = Start(
         name=str(path),
         architecture=architecture,
         shape=list(architecture["shape"]) if p is None else [p.channels, p.height, p.width],
         preprocessing=p,
         settings=from_mapping(Settled, header["config"], origin=f"checkpoint of {path}"),
-        meta=snapshot.meta,
+        meta={**snapshot.meta, **snapshot.frozen},
         state=snapshot.state,
         module=module,
         about={
@@ -91,6 +104,7 @@ def from_run(path: Path, module: nn.Module | None = None) -> Start:
             "algorithm": header["config"]["algorithm"],
             "step": snapshot.position.step,
         },
+        frozen=frozenset(snapshot.frozen),
     )
     _check_fits(start)
     return start
@@ -98,7 +112,7 @@ def from_run(path: Path, module: nn.Module | None = None) -> Start:
 
 def _check_fits(start: Start) -> None:
     """Raises CheckpointError where the run's parameters are not this architecture's, naming the first that differs."""
-    module, head = build(start.architecture, 0, module=start.module)
+    module, head = build(start.architecture, None, module=start.module)
     for name, p in module.named_parameters():
         of_head, found = _of(name, head), (start.meta or {}).get(name)
         if found is None and not of_head:
@@ -108,42 +122,90 @@ def _check_fits(start: Start) -> None:
             raise CheckpointError(
                 f"init: {name} has shape {list(found.shape)} in the run, {list(p.shape)} in this architecture"
             )
+    _check_module(start)
 
 
-def from_nothing(preprocessing: Preprocessing, module: nn.Module | None = None) -> Start:
-    """The architecture that meta-training would choose for such images, or the user's own module."""
+def from_nothing(preprocessing: Preprocessing, module: nn.Module | None = None, *, keep: bool = False) -> Start:
+    """The architecture that meta-training would choose for such images, or the user's own module: with parameters that
+    are drawn, or beside those with its own (`keep`). Raises MetaftError for a module that metaft does not take."""
     shape = [preprocessing.channels, preprocessing.height, preprocessing.width]
     named = {"name": model_for(tuple(shape)), "ways": 2, "shape": shape, "width": WIDTH}
-    own = None if module is None else {"name": "custom", "class": type(module).__qualname__}
-    return Start("none", own or named, shape, preprocessing, None, None, {}, module, {})
+    own = None if module is None else {"name": "custom", "class": class_of(module)}
+    start = Start("none", own or named, shape, preprocessing, None, None, {}, module, {})
+    _check_module(start)
+    if keep and module is not None:
+        whole, _ = prepared(taken(module).cpu())
+        values = {name: p.detach() for name, p in whole.named_parameters()}
+        return dataclasses.replace(start, name=OWN, meta=values, label="own values")
+    return start
+
+
+def _check_module(start: Start) -> None:
+    """Raises MetaftError where the user's module is not one that meta-training would take, or cannot be drawn."""
+    if start.module is not None:
+        check_repeats(models.functional(taken(start.module).cpu()), tuple(start.shape))
+        build(start.architecture, 0, module=start.module)
+
+
+def constants(start: Start) -> Params:
+    """What the user's module holds and nothing learns."""
+    if start.module is None:
+        return {}
+    model = models.functional(start.module)
+    return {f"still/{name}": value for name, value in {**model.frozen, **model.buffers}.items()}
+
+
+def said_of(start: Start) -> str:
+    """What a run's first line says of the user's module."""
+    return "" if start.module is None else said(start.module)
 
 
 def body(start: Start, seed: int, *, learned: bool) -> nn.Module:
     """The backbone, features [n, D] out: with the run's parameters, or with random ones drawn from `seed`."""
-    bare = body_of(*build(start.architecture, seed, module=start.module))
+    bare = body_of(*build(start.architecture, None if learned else seed, module=start.module))
     return _filled(bare, start.meta or {}) if learned else bare
 
 
 def build(
-    architecture: Mapping[str, Any], seed: int, *, outputs: int | None = None, module: nn.Module | None = None
+    architecture: Mapping[str, Any], seed: int | None, *, outputs: int | None = None, module: nn.Module | None = None
 ) -> tuple[nn.Module, str]:
-    """A checkpoint's architecture with random parameters drawn from `seed`, and the name of its head.
+    """A checkpoint's architecture with random parameters drawn from `seed`, and the name of its head; None draws none,
+    for parameters that are to be filled in.
 
-    `outputs` gives it another number of classes; `module` is the user's own, where the architecture has no name.
+    `outputs` gives it another number of classes; `module` is the user's own, where the architecture has no name: it
+    keeps its frozen parameters and buffers. Raises MetaftError for a module that metaft does not take.
     """
     if module is None:
         outputs = architecture["ways"] if outputs is None else outputs
-        return models.initialise(models.skeleton({**architecture, "ways": outputs}), seed), "head"
-    own, head = prepared(module)
-    if outputs is not None:
+        own, head = models.skeleton({**architecture, "ways": outputs}), "head"
+        if not models.is_ours(architecture["name"]):
+            own, head = prepared(own)
+    else:
+        own, head = prepared(taken(module).cpu())
         old = linear(own, head)
-        own.set_submodule(head, nn.Linear(old.in_features, outputs, bias=old.bias is not None).to(old.weight))
-    return models.initialise(own, seed), head
+        if outputs is not None and outputs != old.out_features:
+            with torch.device("meta"):  # the constructor would draw from the global generator
+                new = nn.Linear(old.in_features, outputs, bias=old.bias is not None, dtype=old.weight.dtype)
+            own.set_submodule(head, new.to_empty(device="cpu"))
+    return own if seed is None else models.initialise(own, seed), head
 
 
 def check_inner(start: Start, classes: int) -> None:
     """Raises MetaftError where the run's inner loop cannot tell this number of classes apart."""
-    if start.head_rows not in (None, classes) and not _algorithm(start, classes)[2].adapts_head:
+    module, head = build(start.architecture, None, module=start.module)
+    layer, others = linear(module, head), start.head_rows not in (None, classes)
+    if others and not (is_plain(layer) and all(p.requires_grad for p in layer.parameters())):
+        raise MetaftError(
+            f"method: the head of the run is frozen or no plain nn.Linear ({type(layer).__name__}), so its inner loop "
+            f"cannot have the {classes} classes of the target; take --method finetune"
+        )
+    algorithm = _algorithm(start, classes)[2]
+    if start.module is not None and start.frozen != models.functional(start.module).frozen.keys():
+        raise MetaftError(
+            f"method: frozen in the run are {sorted(start.frozen)[:6]}, so its inner loop needs a module of which the "
+            "same are frozen; take --method finetune"
+        )
+    if others and not algorithm.adapts_head:
         raise MetaftError(
             f"method: {start.about['algorithm']} keeps the head of its {start.head_rows}-way tasks as it is, so its "
             f"inner loop cannot learn the {classes} classes of the target; take --method finetune"
@@ -188,7 +250,8 @@ def inner(
             {k: v.to(device) for k, v in _for_classes(of_run, fresh, head).items()}
             for of_run, fresh in ((start.meta, meta), (start.state, state))
         )
-    x, y = preprocessing.normalise(images.to(device)), labels.to(device)
+    like = next(module.parameters())
+    x, y = preprocessing.normalise(images.to(device)).to(like.dtype), labels.to(device)
     key = torch.zeros((), dtype=torch.int64, device=device)
     steps = settings.test_inner_steps if steps is None else steps
     every = algorithm.adapt(meta, state, x, y, key, ways=classes, steps=steps, trajectory=True)
@@ -201,16 +264,17 @@ def inner(
         curve.append({"epoch": float(step), "loss": float(loss)})
     fast = at_step(every, -1)
     bare = _filled(body_of(module, head), fast.params).to(device)
-    return Fitted(with_stored_moments(bare, x, fast.moments).eval(), _head(fast, head), curve)
+    return Fitted(with_stored_moments(bare, x, fast.moments).eval(), _head(fast, module, head), curve)
 
 
 def _for_classes(learned: Params, fresh: Params, head: str) -> Params:
     """What a run learned; of a head with another number of rows, and of its rates and moments, the mean row each."""
-    others = {k: v for k, v in learned.items() if k in fresh and _of(k, head) and v.shape != fresh[k].shape}
+    learned = {k: learned[k] for k in fresh}  # and nothing that is constant
+    others = {k: v for k, v in learned.items() if _of(k, head) and v.shape != fresh[k].shape}
     return {**learned, **{k: v.mean(0, keepdim=True).expand(fresh[k].shape).clone() for k, v in others.items()}}
 
 
-def _head(fast: Fast, head: str) -> nn.Module:
+def _head(fast: Fast, module: nn.Module, head: str) -> nn.Module:
     """What turns features into logits at these fast weights. Raises MetaftError where that is no head that we know."""
     if fast.extra.keys() == {"prototypes"}:
         return heads.Prototype(fast.extra["prototypes"])
@@ -218,7 +282,10 @@ def _head(fast: Fast, head: str) -> nn.Module:
         return heads.Matching(**fast.extra)
     if fast.extra:
         raise MetaftError(f"method: the fast weights hold {sorted(fast.extra)}, which no classifier head can store")
-    own = {k.rpartition(".")[2]: v for k, v in fast.params.items() if _of(k, head)}
+    own = {k.removeprefix(f"{head}."): v for k, v in fast.params.items() if _of(k, head)}
+    layer = linear(module, head)
+    if not is_plain(layer) or not all(p.requires_grad for p in layer.parameters()):
+        return _filled(layer, own)
     return heads.filled("cosine" if "scale" in own else "linear", own)
 
 
@@ -227,9 +294,10 @@ def _of(name: str, head: str) -> bool:
 
 
 def _filled(module: nn.Module, params: Params) -> nn.Module:
-    """A copy with these parameters, of which there may be more; its buffers stay."""
-    module = copy.deepcopy(module)
+    """A copy with these parameters, of which there may be more; buffers stay, and frozen ones that are not in them."""
+    module = copied(module)
     with torch.no_grad():
         for name, p in module.named_parameters():
-            p.copy_(params[name])
+            if name in params or p.requires_grad:
+                p.copy_(params[name])
     return module

@@ -25,7 +25,7 @@ from metaft.run import RunFolder, append_row
 
 SAVE_EVERY = 5.0  # seconds; a killed run loses at most these
 
-LEARNED, RANDOM = "meta-learned", "random"
+RANDOM = "random"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,8 +41,8 @@ class Position:
 
 
 def starts(start: Start) -> tuple[str, ...]:
-    """What is compared: the run's parameters and random ones, or without a run random ones alone."""
-    return (RANDOM,) if start.meta is None else (LEARNED, RANDOM)
+    """What is compared: the run's parameters (or those of the user's module) and random ones, or random ones alone."""
+    return (RANDOM,) if start.meta is None else (start.label, RANDOM)
 
 
 def rows_of(target: Target, config: AdaptConfig, draw: int) -> Rows:
@@ -100,7 +100,7 @@ def study(
             progress(number, state["curve"][-1])
 
         rows = rows_of(target, config, draw)
-        seed, learned = config.seed + draw, names[which] == LEARNED
+        seed, learned = config.seed + draw, names[which] != RANDOM
         fitted = _fit(config, start, target, rows, seed, learned, device, position.current, should_stop, on_epoch)
         made = Classifier(fitted.body, fitted.head, target.preprocessing, target.class_names, invert=target.invert)
         figures = test(made, target, rows.test, SMALLER if config.method == "finetune" else FEWER)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,8 +11,10 @@ from torch import nn
 
 from metaft.errors import MetaftError, suggest
 from metaft.models.conv4 import Conv4
+from metaft.models.drawn import initialise, own_generator
 from metaft.models.dropout import EpisodeDropout, use_dropout
 from metaft.models.functional import Model, check_repeats, functional
+from metaft.models.handed import class_of, taken, with_constants, wrappers
 from metaft.models.mlp import MLP
 from metaft.models.norm import EpisodeNorm, episode_norms
 
@@ -24,11 +27,16 @@ __all__ = [
     "Model",
     "build",
     "check_repeats",
+    "class_of",
     "episode_norms",
     "functional",
     "initialise",
+    "is_ours",
     "skeleton",
+    "taken",
     "use_dropout",
+    "with_constants",
+    "wrappers",
 ]
 
 MODELS: dict[str, Callable[[int, tuple[int, ...], int, float], nn.Module]] = {
@@ -36,6 +44,12 @@ MODELS: dict[str, Callable[[int, tuple[int, ...], int, float], nn.Module]] = {
     "conv4-pool": lambda ways, shape, width, dropout: Conv4(ways, shape, width, "pool", dropout),
     "mlp": lambda ways, shape, width, dropout: MLP(ways, shape, width, dropout=dropout),
 }
+_OURS = dict(MODELS)
+
+
+def is_ours(name: str) -> bool:
+    """Whether a named architecture is metaft's own, and not one that the user registered."""
+    return MODELS.get(name) is not None and MODELS.get(name) is _OURS.get(name)
 
 
 def build(
@@ -68,25 +82,16 @@ def build(
 def skeleton(architecture: Mapping[str, Any]) -> nn.Module:
     """The module that a named architecture describes (see `Model.architecture`), its parameters not yet filled in.
 
-    Raises MetaftError for an unknown name.
+    One that the user registered is built as it is: its constructor may have buffers to fill. Raises MetaftError for an
+    unknown name.
     """
     a, name = architecture, architecture["name"]
     if name not in MODELS:
         raise MetaftError(f"model: no {name!r}, known are {sorted(MODELS)}{suggest(name, MODELS)}")
+    build = functools.partial(MODELS[name], a["ways"], tuple(a["shape"]), a["width"], a.get("dropout", 0.0))
+    if not is_ours(name):
+        with own_generator(0):
+            return taken(build())
     with torch.device("meta"):  # constructors would draw from the global generator
-        module = MODELS[name](a["ways"], tuple(a["shape"]), a["width"], a.get("dropout", 0.0))
+        module = build()
     return module.to_empty(device="cpu")
-
-
-def initialise(module: nn.Module, seed: int) -> nn.Module:
-    """Glorot-uniform weights and zero biases for linear and convolution layers, unit scales, from `seed` alone."""
-    generator = torch.Generator().manual_seed(seed % 2**63)
-    for part in module.modules():
-        if isinstance(part, (nn.Linear, nn.modules.conv._ConvNd)):
-            nn.init.xavier_uniform_(part.weight, generator=generator)
-            if part.bias is not None:
-                nn.init.zeros_(part.bias)
-        elif isinstance(part, EpisodeNorm) and part.weight is not None and part.bias is not None:
-            nn.init.ones_(part.weight)
-            nn.init.zeros_(part.bias)
-    return module

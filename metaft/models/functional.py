@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import math
 import threading
@@ -19,8 +18,10 @@ from metaft.metrics import LOSSES
 from metaft.models.conv4 import Conv4
 from metaft.models.convolution import task_convolutions
 from metaft.models.dropout import drops, episode_dropout
+from metaft.models.handed import buffers, class_of, copied, eagerly, frozen, taken
 from metaft.models.head import watched, watching
 from metaft.models.norm import EpisodeNorm, episode_norms, measure_moments, use_moments
+from metaft.models.plain import plain_layers
 from metaft.types import Loss, Moments, Params
 
 _plain: ContextVar[bool] = ContextVar("plain_operations", default=False)
@@ -77,6 +78,17 @@ class Model:
     """Whether a layer drops entries in inner steps."""
     architecture: Mapping[str, object]
     """Plain data from which `metaft.models.build` makes the same model again."""
+    frozen: Params = dataclasses.field(default_factory=dict)
+    """Parameters that the user froze (requires_grad=False): constants like the buffers, and in none of the others."""
+    buffers: Params = dataclasses.field(default_factory=dict)
+    """Those that the module's state_dict has."""
+    head_bound: str = ""
+    """Why nothing else can take the place of the head's weight and bias, "" where it can."""
+
+    def check_head(self, member: str) -> None:
+        """Raises MetaftError, for a member that makes the head's weight and bias anew, where it cannot."""
+        if self.head_bound:
+            raise MetaftError(f"algorithm: {member} makes the head of a task anew, and {self.head_bound}")
 
 
 def functional(
@@ -85,20 +97,23 @@ def functional(
     """Turn a module into a `Model`. The module itself is neither changed nor kept.
 
     `head` names the final linear layer; by default it is the last `nn.Linear`. Batch normalisation layers become
-    `EpisodeNorm`, dropout layers `EpisodeDropout`. Parameters keep the module's device and dtype; buffers travel along
-    as constants.
+    `EpisodeNorm`, dropout layers `EpisodeDropout`, and recurrent layers compute by plain operations. Parameters keep
+    the module's device and dtype; buffers and frozen parameters (requires_grad=False) travel along as constants. What
+    compiles or copies a module (torch.compile, nn.DataParallel) is taken away.
 
-    Raises MetaftError for a module without a linear head, with lazy parameters, or with dropout or running statistics
-    that cannot be converted.
+    Raises MetaftError for a module without a linear head, with lazy parameters, of another type than float32 or
+    float64 or of several, with nothing to learn, or with layers that cannot be converted.
     """
     module, head = prepared(module, head)
     whole = _pure(module)
     # Not on a GPU, where many small calls are what costs.
-    fused = module if type(module) is Conv4 and head == "head" and not drops(module) else None
+    still = frozen(module)
+    plain = type(module) is Conv4 and head == "head"
+    fused = module if plain and not still and not drops(module) else None
     last = linear(module, head)
     bare, top, seen = _pure(body_of(module, head)), _pure(last), _pure(watched(module, head))
-    names = [name for name, _ in module.named_parameters()]
-    parts = {part: f"{head}.{part}" for part, _ in last.named_parameters()}
+    names = [name for name, _ in module.named_parameters() if name not in still]
+    parts = {part: f"{head}.{part}" for part, p in last.named_parameters() if p.requires_grad}
     own = {id(p) for p in last.parameters()}
     tied = len(own) < sum(id(p) in own for _, p in module.named_parameters(remove_duplicate=False))
 
@@ -124,14 +139,17 @@ def functional(
         prediction = whole(params, x, None)
         return LOSSES[loss](prediction, y), prediction.detach()
 
+    norms = [path for path, part in module.named_modules() if isinstance(part, EpisodeNorm)]
+
     def measure(params: Params, x: Tensor) -> Moments:
+        if not norms:
+            return ()
         with measure_moments() as measured:
             bare(params, x, None)
         return tuple(measured)
 
-    norms = [path for path, part in module.named_modules() if isinstance(part, EpisodeNorm)]
     return Model(
-        params={name: p.detach().clone() for name, p in module.named_parameters()},
+        params={name: p.detach().clone() for name, p in module.named_parameters() if name not in still},
         apply=apply,
         features=features,
         of_head=of_head,
@@ -142,18 +160,20 @@ def functional(
         outputs=linear(module, head).out_features,
         drops=drops(module),
         convolutional=any(isinstance(part, nn.modules.conv._ConvNd) for part in module.modules()),
-        architecture=architecture or {"name": "custom", "class": type(module).__qualname__},
+        architecture=architecture or {"name": "custom", "class": class_of(module)},
+        frozen=still,
+        buffers=buffers(module),
+        head_bound=_bound(last, head),
     )
 
 
 def prepared(module: nn.Module, head: str | None = None) -> tuple[nn.Module, str]:
-    """A copy of a module as tasks can share it, with EpisodeNorm, EpisodeDropout and TaskConv2d layers, and the
-    name of its head.
+    """A copy of a module as tasks can share it, with EpisodeNorm, EpisodeDropout and TaskConv2d layers and recurrent
+    ones of plain operations, and the name of its head.
 
     Raises MetaftError as `functional` does.
     """
-    module = task_convolutions(episode_dropout(episode_norms(copy.deepcopy(module))))
-    _refuse_lazy_parameters(module)
+    module = plain_layers(task_convolutions(episode_dropout(episode_norms(taken(module)))))
     head = head if head is not None else _last_linear(module)
     linear(module, head)
     return module, head
@@ -169,16 +189,31 @@ def linear(module: nn.Module, head: str) -> nn.Linear:
 
 def body_of(module: nn.Module, head: str = "head") -> nn.Module:
     """A copy of a backbone that ends in features [n, D]: its head passes them on."""
-    body = copy.deepcopy(module)
+    body = copied(module)
     body.set_submodule(head, nn.Flatten())
     return body
 
 
+def is_plain(layer: nn.Linear) -> bool:
+    """Whether weight and bias are all that there is to a linear layer."""
+    hooked = any(vars(layer)[kind] for kind in ("_forward_hooks", "_forward_pre_hooks"))
+    return type(layer) is nn.Linear and not hooked and layer._parameters.keys() == {"weight", "bias"}
+
+
+def _bound(layer: nn.Linear, head: str) -> str:
+    if not is_plain(layer):
+        return f"{head!r} is no plain nn.Linear ({type(layer).__name__}, or one with hooks)"
+    if not all(p.requires_grad for p in layer.parameters()):
+        return f"{head!r} is frozen (requires_grad=False)"
+    return ""
+
+
 def _pure(module: nn.Module) -> Callable[[Params, Tensor, Moments | None], Tensor]:
-    buffers = {name: b.detach().clone() for name, b in module.named_buffers()}
+    fixed = {name: b.detach().clone() for name, b in module.named_buffers()} | frozen(module)
     # Tied weights appear once in `params` but must be filled in under every name.
     first = {id(p): name for name, p in module.named_parameters()}
     names = {name: first[id(p)] for name, p in module.named_parameters(remove_duplicate=False)}
+    wide = any(p.dtype == torch.float64 for p in module.parameters())
     local = threading.local()
 
     def call(params: Params, x: Tensor, moments: Moments | None) -> Tensor:
@@ -186,36 +221,54 @@ def _pure(module: nn.Module) -> Callable[[Params, Tensor, Moments | None], Tenso
         # the meta device: a tensor that was not handed in raises instead of silently serving a stale weight.
         skeleton = getattr(local, "skeleton", None)
         if skeleton is None:
-            skeleton = local.skeleton = copy.deepcopy(module).to("meta")
-        tensors = {**buffers, **{name: params[source] for name, source in names.items()}}
-        if moments is None:
-            return torch.func.functional_call(skeleton, tensors, (x,), tie_weights=False)
-        with use_moments(moments):
-            return torch.func.functional_call(skeleton, tensors, (x,), tie_weights=False)
+            skeleton = local.skeleton = copied(module).to("meta")
+        if wide and x.dtype == torch.float32:  # as data comes
+            x = x.double()
+        constants = {name: fixed[source] for name, source in names.items() if source in fixed}
+        learned = {name: params[source] for name, source in names.items() if source not in fixed}
+        given = contextlib.nullcontext() if moments is None else use_moments(moments)
+        with eagerly(), given:
+            result = torch.func.functional_call(skeleton, {**fixed, **constants, **learned}, (x,), tie_weights=False)
+        if not isinstance(result, Tensor):
+            raise MetaftError(
+                f"module: the forward pass of {class_of(module)} returns a {type(result).__name__}; it must return the "
+                "outputs alone, one tensor [n, outputs]"
+            )
+        return result
 
     return call
 
 
-def _refuse_lazy_parameters(module: nn.Module) -> None:
-    for name, p in module.named_parameters():
-        if isinstance(p, nn.parameter.UninitializedParameter):
-            raise MetaftError(f"parameter {name!r} is lazy; run one forward pass before handing the module over")
-
-
-def check_repeats(model: Model, shape: tuple[int, ...]) -> None:
-    """Raises MetaftError for a module whose forward pass over [2, *shape] is not a function of parameters and input.
+def check_repeats(model: Model, shape: tuple[int, ...], x: Tensor | None = None) -> None:
+    """Raises MetaftError for a module that cannot take x [2, *shape], does not give [2, outputs], or whose forward pass
+    is not a function of parameters and input. Without `x` that is a batch of floats.
 
     That catches what no list of layers can: functional dropout, and state that a forward pass writes.
     """
+    name = model.architecture.get("class", "the module")
     probe = next(iter(model.params.values()))
-    x = torch.linspace(-1, 1, 2 * math.prod(shape), dtype=probe.dtype, device=probe.device).view(2, *shape)
+    if x is None:
+        x = torch.linspace(-1, 1, 2 * math.prod(shape), dtype=probe.dtype).view(2, *shape)
+    x = x.to(probe.device)
     before = torch.get_rng_state()
-    first, second = model.apply(model.params, x, None), model.apply(model.params, x, None)
-    drew = not torch.equal(before, torch.get_rng_state())
-    torch.set_rng_state(before)
+    try:
+        first, second = model.apply(model.params, x, None), model.apply(model.params, x, None)
+    except (MetaftError, MemoryError):
+        raise
+    except Exception as error:  # whatever the user's forward pass does
+        why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        takes = f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)}"
+        raise MetaftError(f"module: {name} cannot take inputs of {takes} ({why})") from error
+    finally:
+        drew = not torch.equal(before, torch.get_rng_state())
+        torch.set_rng_state(before)
+    if first.shape != (2, model.outputs):
+        raise MetaftError(
+            f"module: {name} gives {list(first.shape)} for 2 inputs, not [2, {model.outputs}] as its head does"
+        )
     if drew or not torch.equal(first, second):
         raise MetaftError(
-            f"model: {model.architecture.get('class', 'the module')} gives two results for one input "
+            f"model: {name} gives two results for one input "
             "(dropout in its forward, or a buffer that it writes?); tasks could not be reproduced"
         )
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import Any
 
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+
+from metaft.models.handed import copied
 
 # A context variable is local to its thread, as the one of `metaft.models.norm`.
 _watch: ContextVar[Watch | None] = ContextVar("watch", default=None)
@@ -63,6 +64,6 @@ def watched(module: nn.Module, head: str) -> nn.Module:
             (features,) = (*inputs, *named.values())
             watch.meets(features, output)
 
-    module = copy.deepcopy(module)
+    module = copied(module)
     module.get_submodule(head).register_forward_hook(tell, with_kwargs=True)
     return module

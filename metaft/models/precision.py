@@ -30,22 +30,28 @@ def in_bf16(model: Model) -> Model:
     def cast(params: Params) -> Params:
         return {k: p if k in model.norm else p.to(short) for k, p in params.items()}
 
+    def shortened(x: Tensor) -> Tensor:
+        return x.to(short) if x.is_floating_point() else x  # the numbers of tokens stay as they are
+
+    def as_given(result: Tensor, x: Tensor) -> Tensor:
+        return result.to(x.dtype if x.is_floating_point() else torch.float32)
+
     def apply(params: Params, x: Tensor, moments: Moments | None = None) -> Tensor:
-        return model.apply(cast(params), x.to(short), moments).to(x.dtype)
+        return as_given(model.apply(cast(params), shortened(x), moments), x)
 
     def features(params: Params, x: Tensor, moments: Moments | None = None) -> Tensor:
-        return model.features(cast(params), x.to(short), moments).to(x.dtype)
+        return as_given(model.features(cast(params), shortened(x), moments), x)
 
     def of_head(params: Params, x: Tensor) -> Callable[[Params], Tensor] | None:
-        logits = model.of_head(cast(params), x.to(short))
-        return None if logits is None else lambda own: logits(cast(own)).to(x.dtype)
+        logits = model.of_head(cast(params), shortened(x))
+        return None if logits is None else lambda own: as_given(logits(cast(own)), x)
 
     def loss_of(params: Params, x: Tensor, y: Tensor, loss: Loss, *, curvature: bool = False) -> tuple[Tensor, Tensor]:
         prediction = apply(params, x)
         return LOSSES[loss](prediction, y), prediction.detach()
 
     def measure(params: Params, x: Tensor) -> Moments:
-        return model.measure(cast(params), x.to(short))
+        return model.measure(cast(params), shortened(x))
 
     return dataclasses.replace(model, apply=apply, features=features, of_head=of_head, loss=loss_of, measure=measure)
 

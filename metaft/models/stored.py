@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
 
 from metaft.errors import MetaftError
+from metaft.models.handed import copied
 from metaft.models.norm import EpisodeNorm
 from metaft.types import Moments
 
@@ -42,7 +42,7 @@ def with_stored_moments(
     layer's moments depend on those of the layers before it. Raises MetaftError for a layer that one forward pass meets
     twice, since it cannot hold two pairs of moments.
     """
-    module = copy.deepcopy(module)
+    module = copied(module)
     parts = images.split(at_once)
     met = _moments_of(module, parts[0])
     pairs = [(mean, var) for _, mean, var in met] if moments is None else list(moments)
