@@ -44,7 +44,10 @@ RESUMABLE = (
 
 @dataclasses.dataclass(frozen=True)
 class Arguments(MetaTrainConfig):
-    """Learn an initialisation from few-shot episodes, then meta-test it."""
+    """Learn an initialisation from few-shot episodes, then meta-test it.
+
+    Defaults follow data, model and member: "photos" below is for --model conv4-pool and for images above 32 pixels.
+    """
 
     config: str | None = None
     """TOML file with any of these fields; the command line wins."""
