@@ -67,7 +67,7 @@ class MetaTrainConfig:
     inner_steps: int | None = None
     """Inner gradient steps in training (auto: 1, photos: 5, or what the member says; protonet: none)."""
     inner_lr: float | None = None
-    """Inner rate; where it is learned, the first one (auto: 0.4, photos and sinusoid: 0.01, or what the member says)."""
+    """Inner rate; where it is learned, the first one (auto: 0.4; photos, sinusoid: 0.01; or what the member says)."""
     inner_optimizer: str | None = None
     """sgd, momentum, nesterov or adam, or with numbers: momentum:momentum=0.5, adam:beta1=0,eps=1e-6 (auto: sgd)."""
     inner_augment: str | None = None
@@ -103,7 +103,7 @@ class MetaTrainConfig:
     test_query_shots: int | None = None
     """Query images per class in validation and test (auto: 15; sinusoid: 100)."""
     test_inner_steps: int | None = None
-    """Inner steps in validation and test (auto: 3; photos, sinusoid: 10; --inner-steps if more, or the member's own)."""
+    """Inner steps in validation and test (auto: 3; photos, sinusoid: 10; --inner-steps if more; or the member's)."""
     test_episodes: int = 1000
     """Test episodes."""
 
