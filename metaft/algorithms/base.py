@@ -78,6 +78,9 @@ class Algorithm:
     static: bool = True
     """Whether the same operations on the same shapes are done whatever the data, so that a GPU may replay them. Nor may
     a step make tensors of Python's numbers by `torch.tensor` or `new_tensor` (`new_full` may): those are sent."""
+    curvature: bool = True
+    """Whether its meta-gradient differentiates gradients: only then are operations without a second derivative, as fast
+    attention, kept away from."""
     any_ways: bool = False
     """Whether a task at test may have another number of classes than in training."""
     adapts_head: bool = True

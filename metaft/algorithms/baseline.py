@@ -199,6 +199,7 @@ def _pretrained(name: str, model: Model, loss: Loss, classes: int, norm: Norm, h
         norm=norm,
         task_loss=task_loss,
         data="batches",
+        curvature=False,
         any_ways=True,
     )
 

@@ -126,6 +126,7 @@ def by_gradient(
             norm=norm,
             loss_of=model.loss,
         ),
+        curvature=not first_order,
         any_ways=any_ways,
         adapts_head=not set(model.head).isdisjoint(adapted),
     )

@@ -68,6 +68,7 @@ def matching_net(
         loss=loss,
         norm=norm,
         task_loss=query_loss(adapt, predict, ways=None, steps=0, loss=loss, norm=norm),
+        curvature=False,
         any_ways=True,
     )
 

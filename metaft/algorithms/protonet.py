@@ -62,6 +62,7 @@ def protonet(model: Model, *, loss: Loss = "cross_entropy", norm: Norm = "transd
         loss=loss,
         norm=norm,
         task_loss=query_loss(adapt, predict, ways=None, steps=0, loss=loss, norm=norm),
+        curvature=False,
         any_ways=True,
     )
 

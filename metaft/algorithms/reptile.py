@@ -123,4 +123,4 @@ def reptile(
             {name: torch.stack([metrics[name] for metrics in fresh]).mean() for name in fresh[0]},
         )
 
-    return Algorithm("reptile", init, adapt, predict, inner_steps, loss, norm, task_grad=task_grad)
+    return Algorithm("reptile", init, adapt, predict, inner_steps, loss, norm, task_grad=task_grad, curvature=False)

@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from metaft.batching import check_twice_differentiable
 from metaft.errors import MetaftError
 from metaft.metrics import LOSSES
 from metaft.models.conv4 import Conv4
@@ -118,11 +119,17 @@ def functional(
             return None
         return lambda own: top({part: own[name] for part, name in parts.items()}, given, None)
 
+    checked: list[bool] = []  # once is enough, in each process
+
     def loss_of(params: Params, x: Tensor, y: Tensor, loss: Loss, *, curvature: bool = False) -> tuple[Tensor, Tensor]:
         if fused is not None and loss == "cross_entropy" and x.device.type == "cpu" and not _plain.get():
             return fused.cross_entropy(params, x, y, curvature=curvature)
         prediction = whole(params, x, None)
-        return LOSSES[loss](prediction, y), prediction.detach()
+        value = LOSSES[loss](prediction, y)
+        if curvature and not checked and value.grad_fn is not None:
+            check_twice_differentiable(value)
+            checked.append(True)
+        return value, prediction.detach()
 
     def measure(params: Params, x: Tensor) -> Moments:
         with measure_moments() as measured:
