@@ -25,6 +25,7 @@ from metaft.cli import of_run
 from metaft.config import MetaTrainConfig, Settled
 from metaft.defaults import device_of, hyper, resolve
 from metaft.errors import CheckpointError, MetaftError
+from metaft.metrics import label
 from metaft.models import Model, convolution
 from metaft.models.convolution import Form
 from metaft.models.precision import in_bf16, matrix_units
@@ -35,7 +36,7 @@ from metaft.run import RunFolder
 from metaft.static import recorded
 from metaft.tasks.pool import ClassPool
 from metaft.training import Snapshot, load_snapshot
-from metaft.types import Dataset
+from metaft.types import Dataset, Loss
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -54,12 +55,15 @@ def assemble(
     *,
     dataset: Dataset | None = None,
     module: nn.Module | None = None,
+    loss: Loss | None = None,
     architecture: Mapping[str, Any] | None = None,
 ) -> Parts:
     """Load plugin and data, build the model and bind the algorithm.
 
-    `dataset` and `module` take the place of `--dataset` and `--model` for those who bring their own from Python;
-    `architecture` is a checkpoint's, when its parameters are to be filled in. Raises MetaftError.
+    `dataset` and `module` take the place of `--dataset` and `--model` for those who bring their own from Python, `loss`
+    that of the data set's own; `architecture` is a checkpoint's, when its parameters are to be filled in.
+
+    Raises MetaftError.
     """
     device = device_of(config.device)
     config = dataclasses.replace(config, plugin=plugin.load(config.plugin, config.algorithm))
@@ -101,7 +105,7 @@ def assemble(
             seed=settled.seed, device=device,
         )  # fmt: skip
     model = _computing_as(model, settled, dataset.shape)
-    algorithm = algorithms.build(settled.algorithm, model, hyper(settled, dataset.loss))
+    algorithm = algorithms.build(settled.algorithm, model, hyper(settled, dataset.loss if loss is None else loss))
     return Parts(settled, dataset.to(device), model, algorithm, device)
 
 
@@ -232,6 +236,7 @@ def header(parts: Parts, engine: Engine, ranks: int = 1) -> dict[str, Any]:
         "dataset": parts.dataset.name,
         "split_hash": parts.dataset.split_hash,
         **parts.dataset.describe(),
+        **({} if isinstance(parts.algorithm.loss, str) else {"loss": label(parts.algorithm.loss)}),
         "environment": {**environment(engine, parts.device), "ranks": str(ranks)},
     }
 
@@ -267,6 +272,10 @@ def fill(parts: Parts, snapshot: Snapshot) -> Snapshot:
 
     Raises CheckpointError that names the first tensor with another shape, or the set of names that differ.
     """
+    own = None if isinstance(parts.algorithm.loss, str) else label(parts.algorithm.loss)
+    if (theirs := snapshot.header.get("loss")) != own:
+        what = f"with {theirs}, a loss from Python; hand it over there" if theirs else "without a loss from Python"
+        raise MetaftError(f"loss: this run was trained {what} (loss=...{'' if own is None else f', given {own}'})")
     meta, state = parts.algorithm.init(parts.config.seed)
     for expected, found in ((meta, snapshot.meta), (state, snapshot.state)):
         if expected.keys() != found.keys():

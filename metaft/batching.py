@@ -95,10 +95,10 @@ def _without_derivative(said: str) -> str | None:
     if match := re.search(r"derivative for '?(?:\w+::)?(\w+)'? is not implemented", said):
         name = match[1]
         if not name.endswith("backward"):
-            return f"model: torch has no derivative of {name}, which training needs"
-        return f"model: torch has no second derivative of {name.removesuffix('_backward').lstrip('_')}; {_INSTEAD}"
+            return f"torch has no derivative of {name}, which training needs"
+        return f"torch has no second derivative of {name.removesuffix('_backward').lstrip('_')}; {_INSTEAD}"
     if re.search("(?i)double[ -]backward", said):
-        return f"model: {_first_sentence(said)}; {_INSTEAD}"
+        return f"{_first_sentence(said)}; {_INSTEAD}"
     return None
 
 
@@ -117,10 +117,10 @@ def check_twice_differentiable(value: Tensor) -> None:
         if node is None:
             continue
         if node.name() == "WeightNormInterfaceBackward0":  # wrong by tens of percent in torch 2.13
-            raise MetaftError(f"model: torch's second derivative of weight_norm is wrong; {_INSTEAD}")
+            raise MetaftError(f"torch's second derivative of weight_norm is wrong; {_INSTEAD}")
         if (function := getattr(type(node), "_forward_cls", None)) and _once(function):
             name = function.__name__.replace("Generated", "")
-            raise MetaftError(f"model: {name} is marked once_differentiable, without a second derivative; {_INSTEAD}")
+            raise MetaftError(f"{name} is marked once_differentiable, without a second derivative; {_INSTEAD}")
         following = [each for each, _ in node.next_functions if each not in seen]
         seen.update(following)
         nodes += following

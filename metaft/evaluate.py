@@ -19,7 +19,7 @@ from metaft.ranks import ALONE, Ranks
 if TYPE_CHECKING:
     from torch import nn
 
-    from metaft.types import Dataset
+    from metaft.types import Dataset, Loss
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,12 +52,13 @@ def run(
     *,
     dataset: Dataset | None = None,
     module: nn.Module | None = None,
+    loss: Loss | None = None,
     ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
     """Meta-test a run; writes and returns what `RUN/evaluations/NAME.json` holds.
 
-    `dataset`, `module` and `ranks` as in `metaft.meta_train.run`. Raises MetaftError where the run cannot be tested so:
-    other ways than its head has outputs, inputs of another shape, too few classes or images.
+    `dataset`, `module`, `loss` and `ranks` as in `metaft.meta_train.run`. Raises MetaftError where the run cannot be
+    tested so: other ways than its head has outputs, inputs of another shape, too few classes or images.
     """
     from metaft._version import __version__
     from metaft.assemble import assemble, check_ranks, engine_for, fill, open_run
@@ -83,7 +84,9 @@ def run(
     if config.rotate is not None:
         fields["rotate"] = config.rotate
     wanted, architecture = dataclasses.replace(trained, **fields), snapshot.header["architecture"]
-    parts = ranks.in_turn(lambda: assemble(wanted, dataset=dataset, module=module, architecture=architecture))
+    parts = ranks.in_turn(
+        lambda: assemble(wanted, dataset=dataset, module=module, loss=loss, architecture=architecture)
+    )
     check_ranks(parts, ranks)
     snapshot = fill(parts, snapshot)
     if config.out is not None:  # before the work

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from metaft.outer import Engine
     from metaft.run import RunFolder
     from metaft.training import Snapshot
-    from metaft.types import Dataset, Source
+    from metaft.types import Dataset, Loss, Source
 
 # What may change when a run goes on: how it is computed, how long (which stretches the outer schedule too), and where
 # the user's own things lie.
@@ -91,18 +91,20 @@ def run(
     *,
     dataset: Dataset | None = None,
     module: nn.Module | None = None,
+    loss: Loss | None = None,
     ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
     """Train and meta-test in a new run folder; returns what `result.json` holds.
 
-    `dataset` and `module` bring your own data and model (its head must have `ways` outputs); `ranks` (of
-    `metaft.group.join`) shares the work with other processes that call this too. Raises MetaftError for settings that
-    do not fit together, before anything is written.
+    `dataset`, `module` and `loss` bring your own data, model (its head must have `ways` outputs) and loss (a function
+    or a `metaft.Objective`, whose figure chooses the checkpoint); `ranks` (of `metaft.group.join`) shares the work
+    with other processes that call this too. Raises MetaftError for settings that do not fit together, before anything
+    is written.
     """
     from metaft.assemble import assemble
     from metaft.run import RunFolder, file_name
 
-    parts = ranks.in_turn(lambda: assemble(config, dataset=dataset, module=module))
+    parts = ranks.in_turn(lambda: assemble(config, dataset=dataset, module=module, loss=loss))
     sources = _sources(parts)
     parts = _with_engine(parts, sources[0], ranks)
     c = parts.config
@@ -123,6 +125,7 @@ def resume_run(
     *,
     dataset: Dataset | None = None,
     module: nn.Module | None = None,
+    loss: Loss | None = None,
     ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
     """Go on with a run from its last checkpoint. `config` may differ from the run's in RESUMABLE fields alone; what it
@@ -135,7 +138,7 @@ def resume_run(
 
     folder = ranks.on_first(lambda: RunFolder.open(path))
     with _held(folder, "resume", ranks):
-        return _resume(folder, config, dataset, module, ranks)
+        return _resume(folder, config, dataset, module, loss, ranks)
 
 
 @contextlib.contextmanager
@@ -164,6 +167,7 @@ def _resume(
     config: MetaTrainConfig | None,
     dataset: Dataset | None,
     module: nn.Module | None,
+    loss: Loss | None,
     ranks: Ranks,
 ) -> dict[str, Any]:
     from metaft.assemble import assemble
@@ -184,7 +188,9 @@ def _resume(
             f"iterations must be at least the {snapshot.position.step} already done, got {config.iterations}"
         )
     architecture = snapshot and snapshot.header["architecture"]
-    parts = ranks.in_turn(lambda: assemble(config, dataset=dataset, module=module, architecture=architecture))
+    parts = ranks.in_turn(
+        lambda: assemble(config, dataset=dataset, module=module, loss=loss, architecture=architecture)
+    )
     sources = _sources(parts)
     before = None
     if snapshot is not None and config.task_chunk == own.task_chunk:

@@ -10,7 +10,8 @@ import torch
 
 from metaft.assemble import Parts
 from metaft.errors import CheckpointError
-from metaft.metrics import FIGURES
+from metaft.metrics import figure_name
+from metaft.objective import figure_of
 from metaft.progress import duration
 from metaft.run import RunFolder, read_rows
 from metaft.training import Snapshot, percent
@@ -24,7 +25,7 @@ def draw_pictures(run: RunFolder, parts: Parts, best: Snapshot, source: Source, 
     """
     from metaft import plots
 
-    name = FIGURES[parts.algorithm.loss]
+    name = figure_name(parts.algorithm.loss)
     rows = read_rows(run.metrics)
     curves, steps, episode = (run.plots / f"{stem}.png" for stem in ("curves", "steps", "episode"))
     try:
@@ -34,13 +35,14 @@ def draw_pictures(run: RunFolder, parts: Parts, best: Snapshot, source: Source, 
         except (KeyError, TypeError) as error:
             raise CheckpointError(f"{run.metrics}: a row is not one that a run writes ({error!r})") from None
         plots.steps(steps, test)
-        _draw_episode(episode, parts, best, source)
+        drawn = _draw_episode(episode, parts, best, source)
     except OSError as error:
         raise CheckpointError(f"{run.plots}: pictures cannot be written ({error.strerror})") from None
-    return [curves, steps, episode]
+    return [curves, steps, *([episode] if drawn else [])]
 
 
-def _draw_episode(path: Path, parts: Parts, best: Snapshot, source: Source) -> None:
+def _draw_episode(path: Path, parts: Parts, best: Snapshot, source: Source) -> bool:
+    """Whether there is a picture for tasks of this kind."""
     from metaft import plots
 
     c = parts.config
@@ -54,12 +56,14 @@ def _draw_episode(path: Path, parts: Parts, best: Snapshot, source: Source) -> N
         )
         return algorithm.predict(fast, task.query_x, c.batch_norm).detach().cpu()
 
-    if algorithm.loss == "cross_entropy":
+    if not task.support_y.is_floating_point():
         class_names = getattr(parts.dataset, "class_names", None)
         names = None if class_names is None else [class_names[int(i)] for i in task.class_ids]
         shown = Episode(*(t.cpu() for t in task))
         plots.episode(path, shown, predictions(c.test_inner_steps).argmax(-1), names)
-        return
+        return True
+    if task.query_x[0].numel() != 1 or task.query_y[0].numel() != 1:
+        return False  # of several numbers there is no curve
     order = task.query_x.flatten().argsort().cpu()
     lines = {
         "before adaptation": predictions(0).flatten()[order],
@@ -73,6 +77,7 @@ def _draw_episode(path: Path, parts: Parts, best: Snapshot, source: Source) -> N
         task.query_y.flatten().cpu()[order],
         lines,
     )
+    return True
 
 
 def print_summary(result: Mapping[str, Any], pictures: list[Path], path: Path, following: Sequence[str]) -> None:
@@ -92,10 +97,10 @@ def print_summary(result: Mapping[str, Any], pictures: list[Path], path: Path, f
 
 def print_test(test: Mapping[str, Any]) -> None:
     """A meta-test's protocol and figures, a line per mode."""
-    name = "accuracy" if "accuracy" in test[NORMS[0]] else "mse"
+    name = figure_of(test[NORMS[0]])
     n = test[NORMS[0]]["episodes"]
-    per_class = f"{test['query_shots']} {'queries per class' if name == 'accuracy' else 'query points'}"
-    ways = f"{test['ways']}-way " if name == "accuracy" else ""
+    per_class = f"{test['query_shots']} {'query points' if name == 'mse' else 'queries per class'}"
+    ways = "" if name == "mse" else f"{test['ways']}-way "
     print(
         f"{test['split']}: {ways}{test['shots']}-shot, {per_class}{', rotated' if test['rotated'] else ''}, "
         f"{test['inner_steps']} inner steps, {n} episodes of seed {test['eval_seed']}, {name} ± 95 % interval"

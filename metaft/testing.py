@@ -11,7 +11,7 @@ from torch import Tensor
 
 from metaft.algorithms.base import Algorithm
 from metaft.inner import at_step
-from metaft.metrics import FIGURES, figure, mean_ci95, nearest_neighbour
+from metaft.metrics import figure, figure_name, mean_ci95, nearest_neighbour
 from metaft.outer import Engine
 from metaft.ranks import ALONE, Ranks
 from metaft.types import NORMS, Episode, Fast, Norm, Params, Source, Split
@@ -134,7 +134,7 @@ def meta_test(
         "rotated": bool(getattr(source, "rotate", False)),
         "eval_seed": seed,
         "inner_steps": scores.shape[-1] - 1,
-        **summarise(scores, FIGURES[algorithm.loss]),
+        **summarise(scores, figure_name(algorithm.loss)),
     }
     if algorithm.loss == "cross_entropy":
         values = _in_chunks(lambda indices: _pixel_baseline(source, split, seed, indices), episodes, 32, ranks)

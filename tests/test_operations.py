@@ -185,7 +185,7 @@ ONLY_ONCE: dict[str, Callable[[], nn.Module]] = {
 def test_an_operation_without_a_second_derivative_is_named(name: str) -> None:
     made = ONLY_ONCE[name]()
     for engine in ENGINES:
-        with pytest.raises(MetaftError, match=rf"^model: .*\b{name}\b.*; use --algorithm fomaml, or another") as caught:
+        with pytest.raises(MetaftError, match=rf"\b{name}\b.*; use --algorithm fomaml, or another") as caught:
             gradient(made, engine=engine)
         assert "\n" not in str(caught.value)
     assert all(g.isfinite().all() for g in gradient(made, "fomaml").values()), "what the line says does not help"

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple, Protocol, get_args
+from typing import Any, Literal, NamedTuple, Protocol
 
 from torch import Tensor
 
 from metaft.errors import MetaftError, suggest
+from metaft.metrics import objective
 from metaft.types import NORMS, Episode, Fast, Loss, Moments, Norm, Params
 
 
@@ -95,10 +96,10 @@ class Algorithm:
     def __post_init__(self) -> None:
         if (self.task_loss is None) == (self.task_grad is None):
             raise ValueError(f"{self.name}: give exactly one of task_loss and task_grad")
-        for field, known in (("loss", get_args(Loss)), ("norm", NORMS)):
-            if getattr(self, field) not in known:
-                given = getattr(self, field)
-                raise MetaftError(f"{field}: no {given!r}, known are {', '.join(known)}{suggest(str(given), known)}")
+        objective(self.loss)
+        if self.norm not in NORMS:
+            near = suggest(str(self.norm), NORMS)
+            raise MetaftError(f"norm: no {self.norm!r}, known are {', '.join(NORMS)}{near}")
 
 
 def moments_for(norm: Norm, fast: Fast) -> Moments | None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from metaft.algorithms.base import Adapt, Predict, TaskLoss
-from metaft.metrics import FIGURES, LOSSES, figure
+from metaft.metrics import figure, figure_name, loss_value
 from metaft.models.functional import LossOf
 from metaft.types import Episode, Fast, Loss, Norm, Params
 
@@ -27,9 +27,9 @@ def judge(predict: Predict, *, loss: Loss, norm: Norm, loss_of: LossOf | None = 
             value, prediction = loss_of(fast.params, episode.query_x, episode.query_y, loss)
         else:
             prediction = predict(fast, episode.query_x, norm)
-            value = LOSSES[loss](prediction, episode.query_y)
+            value = loss_value(loss, prediction, episode.query_y)
         shown = figure(loss, prediction.detach(), episode.query_y)
-        return value, {"loss": value.detach(), FIGURES[loss]: shown}
+        return value, {"loss": value.detach(), figure_name(loss): shown}
 
     return judged
 

@@ -16,7 +16,7 @@ from metaft.inner import collect, value_and_grad
 from metaft.inner_augment import Augment
 from metaft.inner_optim import InnerOptimizer
 from metaft.keyed import minibatches
-from metaft.metrics import FIGURES, figure
+from metaft.metrics import figure, figure_name
 from metaft.models import Model
 from metaft.models.dropout import use_dropout
 from metaft.types import Episode, Fast, Loss, Norm, Params
@@ -87,7 +87,7 @@ def reptile(
             directions, moments = optimizer.update(grads, moments, seen + step)
             params = {k: p - inner_lr * directions[k] for k, p in params.items()}
             shown = figure(loss, prediction.detach(), ys)
-            yield params, moments, {"loss": value.detach(), FIGURES[loss]: shown}
+            yield params, moments, {"loss": value.detach(), figure_name(loss): shown}
 
     def adapt(
         meta: Params,

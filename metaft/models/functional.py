@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from metaft.batching import check_twice_differentiable
 from metaft.errors import MetaftError
-from metaft.metrics import LOSSES
+from metaft.metrics import loss_value
 from metaft.models.conv4 import Conv4
 from metaft.models.convolution import task_convolutions
 from metaft.models.dropout import drops, episode_dropout
@@ -125,7 +125,7 @@ def functional(
         if fused is not None and loss == "cross_entropy" and x.device.type == "cpu" and not _plain.get():
             return fused.cross_entropy(params, x, y, curvature=curvature)
         prediction = whole(params, x, None)
-        value = LOSSES[loss](prediction, y)
+        value = loss_value(loss, prediction, y)
         if curvature and not checked and value.grad_fn is not None:
             check_twice_differentiable(value)
             checked.append(True)
