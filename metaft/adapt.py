@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from metaft.cli import StopSignals, check_unchanged, fresh_folder, in_one, of_run, settings
 from metaft.config import AdaptConfig, to_toml
 from metaft.errors import MetaftError
+from metaft.modes import in_usual_modes
 
 if TYPE_CHECKING:
     from torch import nn
@@ -77,6 +78,7 @@ def _command(argv: Sequence[str]) -> None:
         resume_run(resume, config)
 
 
+@in_usual_modes
 def run(config: AdaptConfig, *, module: nn.Module | None = None) -> dict[str, Any]:
     """Fine-tune from both starts in a new run folder; returns what `result.json` holds.
 
@@ -94,6 +96,7 @@ def run(config: AdaptConfig, *, module: nn.Module | None = None) -> dict[str, An
         return _go(made, settled, start, target, Position())
 
 
+@in_usual_modes
 def resume_run(path: Path, config: AdaptConfig | None = None, *, module: nn.Module | None = None) -> dict[str, Any]:
     """Go on with a run from its last checkpoint. `config` may differ from the run's in RESUMABLE fields alone.
 

@@ -14,6 +14,7 @@ import tyro
 from metaft.cli import StopSignals, check_writable, in_ranks, parse
 from metaft.config import EvaluateConfig
 from metaft.errors import MetaftError
+from metaft.modes import in_usual_modes
 from metaft.ranks import ALONE, Ranks
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ def _command(argv: Sequence[str], ranks: Ranks) -> None:
     run(Path(given.run), config, ranks=ranks)
 
 
+@in_usual_modes
 def run(
     path: Path,
     config: EvaluateConfig | None = None,

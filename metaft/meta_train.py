@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from metaft.cli import StopSignals, check_unchanged, fresh_folder, in_ranks, settings
 from metaft.config import MetaTrainConfig, from_mapping, read_toml, to_toml
 from metaft.errors import DataError, MetaftError, RankLost
+from metaft.modes import in_usual_modes
 from metaft.ranks import ALONE, Ranks
 from metaft.torchrun import launcher
 
@@ -86,6 +87,7 @@ def _asked_for(argv: Sequence[str], ranks: Ranks) -> tuple[MetaTrainConfig, Path
     return config, resume
 
 
+@in_usual_modes
 def run(
     config: MetaTrainConfig,
     *,
@@ -119,6 +121,7 @@ def run(
         return _go(made, parts, sources, None, ranks)
 
 
+@in_usual_modes
 def resume_run(
     path: Path,
     config: MetaTrainConfig | None = None,

@@ -22,6 +22,7 @@ from metaft.batching import CannotBatch, Out, Shared, TaskFunction, Tree, math_a
 from metaft.errors import MetaftError, MetaftWarning, suggest
 from metaft.inner import value_and_grad
 from metaft.models.functional import plain_operations
+from metaft.modes import in_usual_modes_but_type
 from metaft.ranks import ALONE, Ranks
 from metaft.types import Episode, Params
 
@@ -455,6 +456,7 @@ class MetaGradient(NamedTuple):
     metrics: dict[str, float]
 
 
+@in_usual_modes_but_type
 def meta_gradient(
     engine: Engine,
     algorithm: Algorithm,

@@ -12,6 +12,7 @@ from torch import Tensor
 from metaft.algorithms.base import Algorithm
 from metaft.inner import at_step
 from metaft.metrics import figure, figure_name, mean_ci95, nearest_neighbour
+from metaft.modes import in_usual_modes_but_type, ordinary
 from metaft.outer import Engine
 from metaft.ranks import ALONE, Ranks
 from metaft.types import NORMS, Episode, Fast, Norm, Params, Source, Split
@@ -46,6 +47,7 @@ def _scores_of(algorithm: Algorithm, ways: int, steps: int) -> Callable[[tuple[P
     return lambda shared, task: task_scores(algorithm, *shared, task, ways=ways, steps=steps)
 
 
+@in_usual_modes_but_type
 def score_episodes(
     engine: Engine,
     algorithm: Algorithm,
@@ -68,7 +70,7 @@ def score_episodes(
     """
 
     def score(indices: range) -> Tensor:
-        tasks = source.episodes(seed, split, indices)
+        tasks = ordinary(source.episodes(seed, split, indices))
         scores = engine.map(_scores_of(algorithm, source.ways, steps), (meta, state), tasks)
         return torch.stack(list(scores)).double().cpu()
 
@@ -107,6 +109,7 @@ def summarise(scores: Tensor, figure_name: str) -> dict[str, dict[str, Any]]:
     }
 
 
+@in_usual_modes_but_type
 def meta_test(
     engine: Engine,
     algorithm: Algorithm,

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from metaft.errors import MetaftError, suggest
 from metaft.metrics import objective
+from metaft.modes import in_usual_modes_but_type
 from metaft.types import NORMS, Episode, Fast, Loss, Moments, Norm, Params
 
 
@@ -97,6 +98,8 @@ class Algorithm:
         if (self.task_loss is None) == (self.task_grad is None):
             raise ValueError(f"{self.name}: give exactly one of task_loss and task_grad")
         objective(self.loss)
+        for field in ("init", "adapt", "predict", "schedule"):
+            object.__setattr__(self, field, in_usual_modes_but_type(getattr(self, field)))
         if self.norm not in NORMS:
             near = suggest(str(self.norm), NORMS)
             raise MetaftError(f"norm: no {self.norm!r}, known are {', '.join(NORMS)}{near}")

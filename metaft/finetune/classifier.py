@@ -19,6 +19,7 @@ from metaft.finetune import heads
 from metaft.finetune.start import build
 from metaft.models.functional import body_of
 from metaft.models.stored import empty_stored
+from metaft.modes import in_usual_modes
 from metaft.run import RunFolder
 from metaft.tasks.images import open_image, pixels_of
 from metaft.tasks.pool import Preprocessing
@@ -64,18 +65,21 @@ class Classifier(nn.Module):
         """A picture file as `forward` takes it, uint8 [1, C, H, W]. Raises DataError, naming the file."""
         return self.fitted(open_image(Path(path)))
 
+    @in_usual_modes
     def fitted(self, image: Image.Image) -> Tensor:
         """A picture that `open_image` opened as `forward` takes it, uint8 [1, C, H, W]."""
         p = self.preprocessing
         pixels = torch.from_numpy(pixels_of(image, p.channels, p.height).copy())
         return (255 - pixels if self.invert else pixels).unsqueeze(0)
 
+    @in_usual_modes
     @torch.no_grad()
     def logits(self, images: Tensor, at_once: int = 256) -> Tensor:
         """What `forward` gives, [n, classes] on the CPU, `at_once` images at a time."""
         device = next(self.parameters()).device
         return torch.cat([self(part.to(device)).cpu() for part in images.split(at_once)])
 
+    @in_usual_modes
     def probabilities(self, images: Tensor, at_once: int = 256) -> Tensor:
         """float32 [n, classes] on the CPU, `at_once` images at a time."""
         return self.logits(images, at_once).softmax(-1).float()
@@ -111,6 +115,7 @@ def save(path: Path, classifier: Classifier, architecture: Mapping[str, Any], ab
     checkpoint.save(path, tensors, header)
 
 
+@in_usual_modes
 def load(run: Path | str, *, module: nn.Module | None = None, device: str | torch.device = "cpu") -> Classifier:
     """The classifier of an adapt run (or its `classifier.safetensors` alone), in eval mode.
 

@@ -14,6 +14,7 @@ from metaft.models.dropout import EpisodeDropout, use_dropout
 from metaft.models.functional import Model, check_repeats, functional
 from metaft.models.mlp import MLP
 from metaft.models.norm import EpisodeNorm, episode_norms
+from metaft.modes import in_usual_modes
 
 __all__ = [
     "MLP",
@@ -38,6 +39,7 @@ MODELS: dict[str, Callable[[int, tuple[int, ...], int, float], nn.Module]] = {
 }
 
 
+@in_usual_modes
 def build(
     name: str,
     *,
@@ -65,6 +67,7 @@ def build(
     return functional(module, architecture=architecture)
 
 
+@in_usual_modes
 def skeleton(architecture: Mapping[str, Any]) -> nn.Module:
     """The module that a named architecture describes (see `Model.architecture`), its parameters not yet filled in.
 
@@ -78,6 +81,7 @@ def skeleton(architecture: Mapping[str, Any]) -> nn.Module:
     return module.to_empty(device="cpu")
 
 
+@in_usual_modes
 def initialise(module: nn.Module, seed: int) -> nn.Module:
     """Glorot-uniform weights and zero biases for linear and convolution layers, unit scales, from `seed` alone."""
     generator = torch.Generator().manual_seed(seed % 2**63)

@@ -22,6 +22,7 @@ from metaft.models.convolution import task_convolutions
 from metaft.models.dropout import drops, episode_dropout
 from metaft.models.head import watched, watching
 from metaft.models.norm import EpisodeNorm, episode_norms, measure_moments, use_moments
+from metaft.modes import in_usual_modes_but_type
 from metaft.types import Loss, Moments, Params
 
 _plain: ContextVar[bool] = ContextVar("plain_operations", default=False)
@@ -80,6 +81,7 @@ class Model:
     """Plain data from which `metaft.models.build` makes the same model again."""
 
 
+@in_usual_modes_but_type
 def functional(
     module: nn.Module, *, head: str | None = None, architecture: Mapping[str, object] | None = None
 ) -> Model:
