@@ -9,7 +9,7 @@ import torch
 
 from metaft.algorithms import OPTIONS, hyper_parameters, is_ours, parse_hyper
 from metaft.config import MetaTrainConfig, Settled
-from metaft.errors import MetaftError
+from metaft.errors import MetaftError, check_ways
 from metaft.types import Dataset, Loss
 
 _SUPERVISED: dict[str, object] = {"outer_lr": 1e-3, "test_inner_steps": 100}  # Chen et al. 2019
@@ -61,6 +61,8 @@ def resolve(config: MetaTrainConfig, dataset: Dataset, *, default_rotate: bool, 
     image = len(dataset.shape) == 3
     ways = config.ways or (1 if regression else 5)
     shots = config.shots or (10 if regression else 1)
+    for field in ("ways", "test_ways"):
+        check_ways(field, getattr(config, field) or ways, dataset.loss)
     model = "custom" if custom_model else config.model or model_for(dataset.shape)
     large = image and not regression and photos(model, dataset.shape)
     theirs = PHOTOS.get(config.algorithm, {}) if large and is_ours(config.algorithm) else {}

@@ -13,7 +13,7 @@ import tyro
 
 from metaft.cli import StopSignals, check_writable, in_ranks, parse
 from metaft.config import EvaluateConfig
-from metaft.errors import MetaftError
+from metaft.errors import MetaftError, check_ways
 from metaft.modes import in_usual_modes
 from metaft.ranks import ALONE, Ranks
 
@@ -97,6 +97,7 @@ def run(
         ranks.on_first(lambda: check_writable(out, "out", folder_of_out))
     c = parts.config
     ways = config.ways or c.test_ways
+    check_ways("ways", ways, parts.algorithm.loss)
     shots = config.shots or c.test_shots
     queries = config.query_shots or c.test_query_shots
     steps = c.test_inner_steps if config.inner_steps is None else config.inner_steps

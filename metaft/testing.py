@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from metaft.algorithms.base import Algorithm
+from metaft.errors import check_ways
 from metaft.inner import at_step
 from metaft.metrics import figure, figure_name, mean_ci95, nearest_neighbour
 from metaft.modes import in_usual_modes_but_type, ordinary
@@ -68,6 +69,7 @@ def score_episodes(
     Only scores are kept from one chunk of `at_once` episodes to the next, so memory does not grow with their number.
     `progress` is called after each chunk; it may raise to stop.
     """
+    check_ways("ways", source.ways, algorithm.loss)
 
     def score(indices: range) -> Tensor:
         tasks = ordinary(source.episodes(seed, split, indices))

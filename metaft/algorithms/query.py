@@ -7,6 +7,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from metaft.algorithms.base import Adapt, Predict, TaskLoss
+from metaft.errors import check_ways
 from metaft.metrics import figure, figure_name, loss_value
 from metaft.models.functional import LossOf
 from metaft.types import Episode, Fast, Loss, Norm, Params
@@ -53,13 +54,15 @@ def query_loss(
     def task_loss(
         meta: Params, state: Params, knobs: Params, episode: Episode
     ) -> tuple[Tensor, tuple[Params, dict[str, Tensor]]]:
+        classes = episode.class_ids.shape[-1] if ways is None else ways
+        check_ways("ways", classes, loss)
         fast = adapt(
             meta,
             state,
             episode.support_x,
             episode.support_y,
             episode.key,
-            ways=episode.class_ids.shape[-1] if ways is None else ways,
+            ways=classes,
             steps=steps,
             moments=norm == "inductive",  # transductive prediction has no use for them
         )

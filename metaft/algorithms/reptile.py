@@ -11,7 +11,7 @@ from torch import Tensor
 from metaft import inner_augment as inner_augments
 from metaft import inner_optim
 from metaft.algorithms.base import Algorithm, TaskGrad, moments_for
-from metaft.errors import MetaftError
+from metaft.errors import MetaftError, check_ways
 from metaft.inner import collect, value_and_grad
 from metaft.inner_augment import Augment
 from metaft.inner_optim import InnerOptimizer
@@ -58,6 +58,7 @@ def reptile(
     """
     if not 0 <= inner_lr < math.inf:
         raise MetaftError(f"inner_lr must be at least 0 and finite, got {inner_lr}")
+    check_ways("ways", model.outputs, loss)
     if inner_steps < 1:
         raise MetaftError(f"inner_steps must be at least 1, got {inner_steps}")
     if batch_size < 1:

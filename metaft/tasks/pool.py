@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metaft.errors import DataError
+from metaft.errors import DataError, check_ways
 from metaft.modes import in_usual_modes
 from metaft.tasks.sampler import Stream, choose, raw_words
 from metaft.types import SPLITS, Batch, Episode, Loss, Split
@@ -205,6 +205,7 @@ class ClassEpisodes:
         for field in ("ways", "shots", "query_shots"):
             if getattr(self, field) < 1:
                 raise DataError(f"{field} must be at least 1, got {getattr(self, field)}")
+        check_ways("ways", self.ways, self.loss)
         need = self.shots + self.query_shots
         for split in self.splits:
             classes = self.pool.splits[split]
