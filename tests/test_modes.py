@@ -193,6 +193,13 @@ def test_training_and_evaluation_are_the_same_in_any_mode(mode: str, tmp_path: P
 
 
 @pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("trained") / "run"
+    meta_train.run(images(path, iterations=2, engine="vmap"), dataset=pool())
+    return path
+
+
+@pytest.fixture(scope="module")
 def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_target(tmp_path_factory.mktemp("target"), {"train": 4, "test": 3})
 
@@ -200,16 +207,15 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("mode", sorted(WHOLE))
 @pytest.mark.parametrize(("method", "head"), [("finetune", "cosine"), ("inner", None)])
 def test_adapting_and_predicting_are_the_same_in_any_mode(
-    mode: str, method: Any, head: Any, tmp_path: Path, target: Path
+    mode: str, method: Any, head: Any, tmp_path: Path, target: Path, trained: Path
 ) -> None:
-    meta_train.run(images(tmp_path / "run", iterations=2, engine="vmap"), dataset=pool())
     files = sorted((target / "test").rglob("*.png"))
 
     def both(out: Path) -> Any:
         epochs = 2 if method == "finetune" else None
         adapt.run(
             AdaptConfig(
-                init=str(tmp_path / "run"), data=f"folder:{target}", method=method, head=head, epochs=epochs,
+                init=str(trained), data=f"folder:{target}", method=method, head=head, epochs=epochs,
                 device="cpu", out=str(out),
             )
         )  # fmt: skip

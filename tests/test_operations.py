@@ -49,7 +49,7 @@ def gradient(
     engine: str = "threads",
     *,
     chunk: int | None = None,
-    steps: int = 2,
+    steps: int = 1,
     **more: Any,
 ) -> Params:
     """Of two tasks, after one inner step each if nothing else is said."""
@@ -110,6 +110,7 @@ def test_second_order_goes_through_attention_on_every_engine(name: str) -> None:
     assert scenarios.relative_error(gradient(made.eval()), found) < 1e-10, "the fast path of eval mode"
 
 
+@pytest.mark.slow
 def test_attention_through_torch_compile_is_traced_in_its_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", lambda traced, **_: traced)
     made = ATTENTION["MultiheadAttention"]()
