@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from metaft.errors import CheckpointError, DataError, MetaftError, MetaftWarning, NonFiniteError
     from metaft.finetune.classifier import Classifier, load
     from metaft.models import Model, functional
+    from metaft.objective import Objective
     from metaft.outer import Engine, MetaGradient, engine, meta_gradient
     from metaft.testing import meta_test
     from metaft.types import Episode, Fast
@@ -62,6 +63,7 @@ _NAMES = {
     "MetaftWarning": "metaft.errors",
     "Model": "metaft.models",
     "NonFiniteError": "metaft.errors",
+    "Objective": "metaft.objective",
     "engine": "metaft.outer",
     "functional": "metaft.models",
     "load": "metaft.finetune.classifier",
@@ -85,6 +87,7 @@ __all__ = [
     "MetaftWarning",
     "Model",
     "NonFiniteError",
+    "Objective",
     "__version__",
     "adapt",
     "algorithms",

@@ -14,6 +14,7 @@ from metaft import paths
 from metaft.cli import StopSignals, check_unchanged, fresh_folder, in_one, of_run, settings
 from metaft.config import AdaptConfig, Init, to_toml
 from metaft.errors import DataError, MetaftError, suggest
+from metaft.modes import in_usual_modes
 from metaft.output import steady
 
 if TYPE_CHECKING:
@@ -80,6 +81,7 @@ def _command(argv: Sequence[str]) -> None:
 
 
 @steady()
+@in_usual_modes
 def run(config: AdaptConfig, *, module: nn.Module | None = None, init: Init = "seed") -> dict[str, Any]:
     """Fine-tune from both starts in a new run folder; returns what `result.json` holds.
 
@@ -100,6 +102,7 @@ def run(config: AdaptConfig, *, module: nn.Module | None = None, init: Init = "s
 
 
 @steady()
+@in_usual_modes
 def resume_run(
     path: Path, config: AdaptConfig | None = None, *, module: nn.Module | None = None, init: Init = "seed"
 ) -> dict[str, Any]:

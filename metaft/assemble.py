@@ -25,6 +25,7 @@ from metaft.cli import of_run
 from metaft.config import Init, MetaTrainConfig, Settled
 from metaft.defaults import device_of, hyper, resolve
 from metaft.errors import CheckpointError, DataError, MetaftError, suggest
+from metaft.metrics import label
 from metaft.models import Model, convolution
 from metaft.models.convolution import Form
 from metaft.models.handed import said
@@ -38,7 +39,7 @@ from metaft.tasks.pool import ClassPool
 from metaft.tasks.sinusoid import Sinusoid
 from metaft.testing import task_scores
 from metaft.training import Snapshot, draw, load_snapshot
-from metaft.types import SPLITS, Dataset, Episode, Params, Source, Split
+from metaft.types import SPLITS, Dataset, Episode, Loss, Params, Source, Split
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -60,15 +61,17 @@ def assemble(
     dataset: Dataset | None = None,
     module: nn.Module | None = None,
     init: Init = "keep",
+    loss: Loss | None = None,
     snapshot: Snapshot | None = None,
     classes: Mapping[str, Collection[str]] | None = None,
 ) -> Parts:
     """Load plugin and data, build the model and bind the algorithm.
 
-    `dataset` and `module` take the place of `--dataset` and `--model` for those who bring their own from Python; `init`
-    says whether the module's parameters are kept or drawn anew from the seed. `snapshot` is a run's, whose parameters
-    are to be filled in: what nothing learns (frozen parameters, buffers) comes from it too; `classes` are its classes
-    in each split, by which a folder is known that moved. Paths in the settings become absolute. Raises MetaftError.
+    `dataset` and `module` take the place of `--dataset` and `--model` for those who bring their own from Python, `loss`
+    that of the data set's own; `init` says whether the module's parameters are kept or drawn anew from the seed.
+    `snapshot` is a run's, whose parameters are to be filled in: what nothing learns (frozen parameters, buffers) comes
+    from it too; `classes` are its classes in each split, by which a folder is known that moved. Paths in the settings
+    become absolute. Raises MetaftError.
     """
     architecture = snapshot and snapshot.header["architecture"]
     if init not in get_args(Init):
@@ -122,7 +125,7 @@ def assemble(
         example = _example(dataset, settled)
         models.check_repeats(model, dataset.shape, example)
     model = _computing_as(model, settled, example, dataset.shape)
-    algorithm = algorithms.build(settled.algorithm, model, hyper(settled, dataset.loss))
+    algorithm = algorithms.build(settled.algorithm, model, hyper(settled, dataset.loss if loss is None else loss))
     if not algorithm.init(settled.seed)[0]:
         raise MetaftError(
             f"algorithm: {settled.algorithm} has nothing to learn here, all but its head is frozen in the module"
@@ -327,6 +330,7 @@ def header(parts: Parts, engine: Engine, ranks: int = 1) -> dict[str, Any]:
         "dataset": parts.dataset.name,
         "split_hash": parts.dataset.split_hash,
         **parts.dataset.describe(),
+        **({} if isinstance(parts.algorithm.loss, str) else {"loss": label(parts.algorithm.loss)}),
         "environment": {**environment(engine, parts.device), "ranks": str(ranks)},
     }
 
@@ -377,6 +381,10 @@ def fill(parts: Parts, snapshot: Snapshot) -> Snapshot:
 
     Raises CheckpointError that names the first tensor with another shape, or the set of names that differ.
     """
+    own = None if isinstance(parts.algorithm.loss, str) else label(parts.algorithm.loss)
+    if (theirs := snapshot.header.get("loss")) != own:
+        what = f"with {theirs}, a loss from Python; hand it over there" if theirs else "without a loss from Python"
+        raise MetaftError(f"loss: this run was trained {what} (loss=...{'' if own is None else f', given {own}'})")
     meta, state = parts.algorithm.init(parts.config.seed)
     if snapshot.frozen.keys() != parts.model.frozen.keys():
         raise CheckpointError(

@@ -1,6 +1,6 @@
 """The settings of each command: one frozen dataclass each, which is its `--help`, its TOML file and its record.
 
-A field left at None takes the value that `metaft.defaults` chooses for the data set and algorithm; the run folder's
+A field left at None takes the value that `metaft.defaults` chooses for data set, model and algorithm; the run folder's
 `config.toml` holds what was chosen. Importing this module does not import torch, so that `--help` answers at once.
 """
 
@@ -28,7 +28,10 @@ Init = Literal["keep", "seed"]
 
 @dataclasses.dataclass(frozen=True)
 class MetaTrainConfig:
-    """Learn an initialisation from few-shot episodes, then meta-test it."""
+    """Learn an initialisation from few-shot episodes, then meta-test it.
+
+    "photos" below is for `--model conv4-pool` and for images above 32 pixels, see `metaft.defaults.photos`.
+    """
 
     dataset: str = "glyphs"
     """glyphs (built in), omniglot, sinusoid, folder:PATH (class folders), or l2l:NAME (learn2learn's, e.g. cifarfs)."""
@@ -52,26 +55,26 @@ class MetaTrainConfig:
     shots: int | None = None
     """Support images per class, K (auto: 1; sinusoid: 10 points)."""
     query_shots: int | None = None
-    """Query images per class in training (auto: 5; sinusoid: 10)."""
+    """Query images per class in training (auto: 5; photos: 15; sinusoid: 10)."""
     meta_batch: int | None = None
-    """Tasks per meta-step, B (auto: 16; sinusoid: 25)."""
+    """Tasks per meta-step, B (auto: 16; photos: 4, from 5 shots on 2; sinusoid: 25)."""
 
     algorithm: str = "maml"
     """Member of the family, e.g. fomaml, anil, reptile, proto-maml, protonet, baseline (all: docs/algorithms.md)."""
     plugin: str | None = None
     """PATH.py or a module that registers algorithms of your own; the run keeps it: opening the run runs it again."""
     model: str | None = None
-    """conv4 (stride 2, mean), conv4-pool (max-pool) or mlp (auto: by the input's shape)."""
+    """conv4 (stride 2, mean), conv4-pool (max-pool) or mlp (auto: by the input's shape; above 32 pixels conv4-pool)."""
     width: int | None = None
-    """Filters per convolution, or units per hidden layer (auto: 64 for conv4, 40 for mlp)."""
+    """Filters per convolution, or units per hidden layer (auto: 64 for conv4, 32 for conv4-pool, 40 for mlp)."""
     dropout: float = 0.0
     """Share of the features before the head that is dropped in inner steps, in training and at test."""
     batch_norm: Literal["transductive", "inductive"] = "transductive"
     """How training queries are normalised: with their own statistics, or with the support set's."""
     inner_steps: int | None = None
-    """Inner gradient steps in training (auto: 1, or what the member says; protonet: none)."""
+    """Inner gradient steps in training (auto: 1, photos: 5, or what the member says; protonet: none)."""
     inner_lr: float | None = None
-    """Inner learning rate; where it is learned, the first one (auto: 0.4, or what the member says; sinusoid: 0.01)."""
+    """Inner rate; where it is learned, the first one (auto: 0.4; photos, sinusoid: 0.01; or what the member says)."""
     inner_optimizer: str | None = None
     """sgd, momentum, nesterov or adam, or with numbers: momentum:momentum=0.5, adam:beta1=0,eps=1e-6 (auto: sgd)."""
     inner_augment: str | None = None
@@ -86,11 +89,11 @@ class MetaTrainConfig:
     outer_optimizer: Literal["adam", "sgd"] | None = None
     """Outer optimiser (auto: adam)."""
     outer_lr: float | None = None
-    """Outer rate, at the start of its schedule (auto: 0.003, or what the member says; sinusoid: 0.001)."""
+    """Outer rate, at the start of its schedule (auto: 0.003, photos and sinusoid: 0.001, or what the member says)."""
     outer_schedule: Literal["constant", "linear", "cosine"] | None = None
     """How the outer learning rate goes: constant, or down to 0 at the last iteration (auto: cosine)."""
     clip_value: float | None = None
-    """Clip each entry of the meta-gradient to +- this."""
+    """Clip each entry of the meta-gradient to +- this (auto: photos without --clip-norm: 10, else not at all)."""
     clip_norm: float | None = None
     """Scale the meta-gradient down to at most this norm."""
 
@@ -107,7 +110,7 @@ class MetaTrainConfig:
     test_query_shots: int | None = None
     """Query images per class in validation and test (auto: 15; sinusoid: 100)."""
     test_inner_steps: int | None = None
-    """Inner steps in validation and test (auto: 3, sinusoid: 10, or --inner-steps if more, or what the member says)."""
+    """Inner steps in validation and test (auto: 3; photos, sinusoid: 10; --inner-steps if more; or the member's)."""
     test_episodes: int = 1000
     """Test episodes."""
 

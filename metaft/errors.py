@@ -77,6 +77,12 @@ class SaidElsewhere(MetaftError):
         self.status = status
 
 
+def check_ways(field: str, ways: int, loss: object) -> None:
+    """Raises MetaftError for classes that cannot be told apart: one alone is right whatever is learned."""
+    if loss == "cross_entropy" and ways < 2:
+        raise MetaftError(f"{field} must be at least 2 where classes are told apart, got {ways}")
+
+
 class MetaftWarning(UserWarning):
     """What was asked for is done, but may not be what was meant. The commands print it as one line, once."""
 

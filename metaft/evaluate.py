@@ -14,14 +14,15 @@ import tyro
 from metaft import paths
 from metaft.cli import StopSignals, check_writable, in_ranks, parse
 from metaft.config import EvaluateConfig
-from metaft.errors import MetaftError
+from metaft.errors import MetaftError, check_ways
+from metaft.modes import in_usual_modes
 from metaft.output import steady
 from metaft.ranks import ALONE, Ranks
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from metaft.types import Dataset
+    from metaft.types import Dataset, Loss
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,18 +50,20 @@ def _command(argv: Sequence[str], ranks: Ranks) -> None:
 
 
 @steady()
+@in_usual_modes
 def run(
     path: Path,
     config: EvaluateConfig | None = None,
     *,
     dataset: Dataset | None = None,
     module: nn.Module | None = None,
+    loss: Loss | None = None,
     ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
     """Meta-test a run; writes and returns what `RUN/evaluations/NAME.json` holds.
 
-    `dataset`, `module` and `ranks` as in `metaft.meta_train.run`. Raises MetaftError where the run cannot be tested so:
-    other ways than its head has outputs, inputs of another shape, too few classes or images.
+    `dataset`, `module`, `loss` and `ranks` as in `metaft.meta_train.run`. Raises MetaftError where the run cannot be
+    tested so: other ways than its head has outputs, inputs of another shape, too few classes or images.
     """
     from metaft._version import __version__
     from metaft.assemble import assemble, check_ranks, engine_for, fill, open_run, where_measured
@@ -89,7 +92,9 @@ def run(
         fields["rotate"] = config.rotate
     wanted, begun = dataclasses.replace(trained, **fields), snapshot
     classes = begun.header.get("classes") if wanted.dataset == trained.dataset else None
-    parts = ranks.in_turn(lambda: assemble(wanted, dataset=dataset, module=module, snapshot=begun, classes=classes))
+    parts = ranks.in_turn(
+        lambda: assemble(wanted, dataset=dataset, module=module, loss=loss, snapshot=begun, classes=classes)
+    )
     check_ranks(parts, ranks)
     snapshot = fill(parts, snapshot)
     if config.out is not None:  # before the work
@@ -98,6 +103,7 @@ def run(
         ranks.on_first(lambda: check_writable(out, "out", folder_of_out))
     c = parts.config
     ways = config.ways or c.test_ways
+    check_ways("ways", ways, parts.algorithm.loss)
     shots = config.shots or c.test_shots
     queries = config.query_shots or c.test_query_shots
     steps = c.test_inner_steps if config.inner_steps is None else config.inner_steps

@@ -15,6 +15,7 @@ from metaft import paths
 from metaft.cli import StopSignals, check_unchanged, fresh_folder, in_ranks, settings
 from metaft.config import Init, MetaTrainConfig, from_mapping, read_toml, to_toml
 from metaft.errors import DataError, MetaftError, RankLost
+from metaft.modes import in_usual_modes
 from metaft.output import steady
 from metaft.ranks import ALONE, Ranks
 from metaft.torchrun import launcher
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from metaft.outer import Engine
     from metaft.run import RunFolder
     from metaft.training import Snapshot
-    from metaft.types import Dataset, Source
+    from metaft.types import Dataset, Loss, Source
 
 # What may change when a run goes on: how it is computed, how long (which stretches the outer schedule too), and where
 # the user's own things lie.
@@ -46,7 +47,10 @@ RESUMABLE = (
 
 @dataclasses.dataclass(frozen=True)
 class Arguments(MetaTrainConfig):
-    """Learn an initialisation from few-shot episodes, then meta-test it."""
+    """Learn an initialisation from few-shot episodes, then meta-test it.
+
+    Defaults follow data, model and member: "photos" below is for --model conv4-pool and for images above 32 pixels.
+    """
 
     config: str | None = None
     """TOML file with any of these fields; the command line wins."""
@@ -86,26 +90,29 @@ def _asked_for(argv: Sequence[str], ranks: Ranks) -> tuple[MetaTrainConfig, Path
 
 
 @steady()
+@in_usual_modes
 def run(
     config: MetaTrainConfig,
     *,
     dataset: Dataset | None = None,
     module: nn.Module | None = None,
     init: Init = "keep",
+    loss: Loss | None = None,
     ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
     """Train and meta-test in a new run folder; returns what `result.json` holds.
 
-    `dataset` and `module` bring your own data and model (its head must have `ways` outputs). The module is copied;
-    training begins at the values that it has, or with `init="seed"` at others drawn from the run's seed. Parameters
-    with requires_grad=False stay as they are in inner and outer loop. `ranks` (of `metaft.group.join`) shares the work
-    with other processes that call this too. Raises MetaftError for settings that do not fit together, and for a module
-    that cannot be trained, before anything is written.
+    `dataset`, `module` and `loss` bring your own data, model (its head must have `ways` outputs) and loss (a function
+    or a `metaft.Objective`, whose figure chooses the checkpoint). The module is copied; training begins at the values
+    that it has, or with `init="seed"` at others drawn from the run's seed. Parameters with requires_grad=False stay as
+    they are in inner and outer loop. `ranks` (of `metaft.group.join`) shares the work with other processes that call
+    this too. Raises MetaftError for settings that do not fit together, and for a module that cannot be trained, before
+    anything is written.
     """
     from metaft.assemble import assemble
     from metaft.run import RunFolder, file_name
 
-    parts = ranks.in_turn(lambda: assemble(config, dataset=dataset, module=module, init=init))
+    parts = ranks.in_turn(lambda: assemble(config, dataset=dataset, module=module, init=init, loss=loss))
     sources = _sources(parts)
     parts = _with_engine(parts, sources[0], ranks)
     c = parts.config
@@ -122,6 +129,7 @@ def run(
 
 
 @steady()
+@in_usual_modes
 def resume_run(
     path: Path,
     config: MetaTrainConfig | None = None,
@@ -129,6 +137,7 @@ def resume_run(
     dataset: Dataset | None = None,
     module: nn.Module | None = None,
     init: Init = "keep",
+    loss: Loss | None = None,
     ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
     """Go on with a run from its last checkpoint. `config` may differ from the run's in RESUMABLE fields alone; what it
@@ -144,7 +153,7 @@ def resume_run(
 
     folder = ranks.on_first(lambda: RunFolder.open(path))
     with _held(folder, "resume", ranks):
-        return _resume(folder, config, dataset, module, init, ranks)
+        return _resume(folder, config, dataset, module, init, loss, ranks)
 
 
 @contextlib.contextmanager
@@ -174,6 +183,7 @@ def _resume(
     dataset: Dataset | None,
     module: nn.Module | None,
     init: Init,
+    loss: Loss | None,
     ranks: Ranks,
 ) -> dict[str, Any]:
     from metaft.assemble import assemble
@@ -194,10 +204,8 @@ def _resume(
         raise MetaftError(
             f"iterations must be at least the {snapshot.position.step} already done, got {config.iterations}"
         )
-    classes = snapshot and snapshot.header.get("classes")
-    parts = ranks.in_turn(
-        lambda: assemble(config, dataset=dataset, module=module, init=init, snapshot=snapshot, classes=classes)
-    )
+    begun = {"init": init, "loss": loss, "snapshot": snapshot, "classes": snapshot and snapshot.header.get("classes")}
+    parts = ranks.in_turn(lambda: assemble(config, dataset=dataset, module=module, **begun))
     sources = _sources(parts)
     before = None
     if snapshot is not None and config.task_chunk == own.task_chunk:

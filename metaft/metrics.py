@@ -3,37 +3,58 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from metaft.errors import MetaftError, suggest
+from metaft.objective import Objective, accuracy
 from metaft.types import Loss
 
-LOSSES: dict[Loss, Callable[[Tensor, Tensor], Tensor]] = {
-    "cross_entropy": F.cross_entropy,
-    "mse": F.mse_loss,
+OBJECTIVES: dict[str, Objective] = {
+    "cross_entropy": Objective(F.cross_entropy, accuracy, "accuracy", higher_is_better=True),
+    "mse": Objective(F.mse_loss, F.mse_loss, "mse"),
 }
-"""Each takes (prediction, target) of one task and gives the mean over its examples."""
 
-FIGURES: dict[Loss, Literal["accuracy", "mse"]] = {"cross_entropy": "accuracy", "mse": "mse"}
-"""The figure of merit that is reported for each loss."""
+
+def objective(loss: Loss) -> Objective:
+    """The loss and figure that a name or function stands for. Raises MetaftError for anything else."""
+    if isinstance(loss, Objective):
+        return loss
+    if isinstance(loss, str) and loss in OBJECTIVES:
+        return OBJECTIVES[loss]
+    if not callable(loss):
+        near = suggest(str(loss), OBJECTIVES)
+        raise MetaftError(f"loss: no {loss!r}, known are {', '.join(OBJECTIVES)}, and functions from Python{near}")
+    return Objective(loss)
+
+
+def label(loss: Loss) -> str:
+    """What to call a loss in a message."""
+    return loss if isinstance(loss, str) else objective(loss).label
+
+
+def loss_value(loss: Loss, prediction: Tensor, target: Tensor) -> Tensor:
+    """Scalar: the loss of one task's examples."""
+    return objective(loss).value(prediction, target)
+
+
+def figure_name(loss: Loss) -> str:
+    """What the figure of merit is called that is reported for a loss."""
+    return objective(loss).metric
 
 
 def figure(loss: Loss, prediction: Tensor, target: Tensor) -> Tensor:
-    """Scalar: share of right labels (0..1), or mean squared error, over one task's queries."""
-    if loss == "cross_entropy":
-        return (prediction.argmax(-1) == target).to(prediction.dtype).mean()
-    return F.mse_loss(prediction, target)
+    """Scalar: the figure of one task's queries, as the share of right labels (0..1) or the mean squared error."""
+    return objective(loss).shown(prediction, target)
 
 
 def better(loss: Loss, new: float, old: float) -> bool:
     """Whether a figure beats another; nothing beats by being NaN, anything finite beats NaN."""
     if math.isnan(new) or math.isnan(old):
         return math.isnan(old) and not math.isnan(new)
-    return new > old if loss == "cross_entropy" else new < old
+    return new > old if objective(loss).higher_is_better else new < old
 
 
 def mean_ci95(values: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -18,17 +18,13 @@ from torch.utils import _pytree as pytree
 
 from metaft import workers
 from metaft.algorithms.base import Algorithm, TaskGrad
+from metaft.batching import CannotBatch, Out, Shared, TaskFunction, Tree, math_attention, rows, vmapped
 from metaft.errors import MetaftError, MetaftWarning, suggest
 from metaft.inner import value_and_grad
 from metaft.models.functional import plain_operations
+from metaft.modes import in_usual_modes_but_type
 from metaft.ranks import ALONE, Ranks
 from metaft.types import Episode, Params
-
-Tree = TypeVar("Tree")
-Shared = TypeVar("Shared")
-Out = TypeVar("Out")
-TaskFunction = Callable[[Shared, Tree], Out]
-"""(what all tasks share, one task) -> a tree of tensors"""
 
 
 class Engine(Protocol):
@@ -93,7 +89,7 @@ class Threads(_Parallel):
         self._pool = ThreadPoolExecutor(threads, workers.OWN_THREADS, initializer=torch.set_num_threads, initargs=(1,))
 
     def map(self, fn: TaskFunction[Shared, Tree, Out], shared: Shared, tasks: Tree) -> Iterator[Out]:
-        parts = self._pool.map(lambda chunk: _rows_of(fn, shared, chunk), _chunks(tasks, 1))
+        parts = self._pool.map(lambda chunk: rows(fn, shared, chunk), _chunks(tasks, 1))
         return (row for part in parts for row in _unstacked(part))
 
     def sum(self, fn: TaskFunction[Shared, Tree, Out], shared: Shared, tasks: Tree) -> Out:
@@ -127,14 +123,14 @@ class Processes(_Parallel):
     def map(self, fn: TaskFunction[Shared, Tree, Out], shared: Shared, tasks: Tree) -> Iterator[Out]:
         if (unforked := self._unforked()) is not None:
             return unforked.map(fn, shared, tasks)
-        rows, spec = self._run(_rows_of, fn, shared, tasks, size=1)
-        return iter([pytree.tree_unflatten([row[i].clone() for row in rows], spec) for i in range(_length(tasks))])
+        results, spec = self._run(rows, fn, shared, tasks, size=1)
+        return iter([pytree.tree_unflatten([each[i].clone() for each in results], spec) for i in range(_length(tasks))])
 
     def sum(self, fn: TaskFunction[Shared, Tree, Out], shared: Shared, tasks: Tree) -> Out:
         if (unforked := self._unforked()) is not None:
             return unforked.sum(fn, shared, tasks)
-        rows, spec = self._run(_sum_of, fn, shared, tasks, size=self.chunk_of(tasks))
-        return _added(pytree.tree_unflatten([row[i] for row in rows], spec) for i in range(len(rows[0])))
+        results, spec = self._run(_sum_of, fn, shared, tasks, size=self.chunk_of(tasks))
+        return _added(pytree.tree_unflatten([each[i] for each in results], spec) for i in range(len(results[0])))
 
     def _unforked(self) -> Threads | None:
         """What maps tasks where nothing is to be forked any more."""
@@ -166,14 +162,14 @@ class Processes(_Parallel):
             found = workers.Workers(self.threads, run, shared, tasks, size=size, summed=summed)
         try:
             with torch.no_grad():
-                rows = found.run(shared, tasks)
+                results = found.run(shared, tasks)
         except BaseException:  # some of them may still be at work, and their answers would be taken for the next call's
             found.close()
             raise
         self._workers[key] = found  # the last one used stands last
         while len(self._workers) > self._KEPT:
             self._workers.pop(next(iter(self._workers))).close()
-        return rows
+        return results
 
     def close(self) -> None:
         for each in self._workers.values():
@@ -201,16 +197,16 @@ class Vmap:
         torch.set_num_threads(threads)
 
     def map(self, fn: TaskFunction[Shared, Tree, Out], shared: Shared, tasks: Tree) -> Iterator[Out]:
-        def rows(chunks: list[Tree]) -> list[Out]:
-            return [row for chunk in chunks for row in _unstacked(_vmapped(fn, shared, chunk))]
+        def results(chunks: list[Tree]) -> list[Out]:
+            return [row for chunk in chunks for row in _unstacked(vmapped(fn, shared, chunk))]
 
-        return iter(self._fitting(rows, tasks))
+        return iter(self._fitting(results, tasks))
 
     def sum(self, fn: TaskFunction[Shared, Tree, Out], shared: Shared, tasks: Tree) -> Out:
         return self._fitting(lambda chunks: _added(self._sum_of(fn, shared, chunk) for chunk in chunks), tasks)
 
     def _sum_of(self, fn: TaskFunction[Shared, Tree, Out], shared: Shared, tasks: Tree) -> Out:
-        return _summed(_vmapped(fn, shared, tasks))
+        return _summed(vmapped(fn, shared, tasks))
 
     def _fitting(self, run: Callable[[list[Tree]], Out], tasks: Tree) -> Out:
         """`run` on chunks of tasks: of `chunk` each, or, where a device's memory is too small, on smaller ones.
@@ -280,7 +276,7 @@ class Compiled(Vmap):
 
         def flat(*inputs: Tensor) -> list[Tensor]:
             shared, tasks = pytree.tree_unflatten(list(inputs), spec)
-            leaves, found = pytree.tree_flatten(_summed(_vmapped(fn, shared, tasks)))
+            leaves, found = pytree.tree_flatten(_summed(vmapped(fn, shared, tasks)))
             result_spec[:] = [found]
             return leaves
 
@@ -288,9 +284,11 @@ class Compiled(Vmap):
             with plain_operations(), torch.no_grad():
                 compiled = torch.compile(make_fx(flat)(*inputs), dynamic=False, fullgraph=True)
                 compiled(*inputs)
+        except MetaftError:
+            raise
         except Exception as error:  # whatever the compiler could not do, other engines can
             reason = " ".join(str(error).split("\n\n")[0].split())
-            raise MetaftError(f"engine: torch.compile failed ({reason}); use another engine") from error
+            raise MetaftError(f"engine: torch.compile failed ({reason}); use --engine processes or threads") from error
         return compiled, result_spec[0]
 
 
@@ -323,20 +321,6 @@ def _chunks(tasks: Tree, size: int | None) -> list[Tree]:
     return [pytree.tree_unflatten(list(part), spec) for part in zip(*parts, strict=True)]
 
 
-def _vmapped(fn: TaskFunction[Shared, Tree, Out], shared: Shared, tasks: Tree) -> Out:
-    with torch.no_grad():
-        return torch.func.vmap(fn, in_dims=(None, 0), randomness="error")(shared, tasks)  # type: ignore[reportArgumentType]
-
-
-def _rows_of(fn: TaskFunction[Shared, Tree, Out], shared: Shared, tasks: Tree) -> Out:
-    """Results with a task axis. One task runs without vmap, since plain autograd is faster."""
-    if _length(tasks) > 1:
-        return _vmapped(fn, shared, tasks)
-    with torch.no_grad():  # grad mode is thread-local: a worker starts with its own, whatever the caller's is
-        result = fn(shared, pytree.tree_map(lambda leaf: leaf[0], tasks))
-        return pytree.tree_map(lambda leaf: leaf.unsqueeze(0), result)
-
-
 def why_not_mapped(fn: TaskFunction[Shared, Tree, Any], shared: Shared, tasks: Tree, what: str) -> str:
     """Why vmap cannot take two tasks by this function, "" where it can. One intra-op thread, for a fork may follow.
 
@@ -347,32 +331,30 @@ def why_not_mapped(fn: TaskFunction[Shared, Tree, Any], shared: Shared, tasks: T
     try:
         first, *_ = _chunks(tasks, 1)
         try:
-            _rows_of(fn, shared, first)
+            rows(fn, shared, first)
         except (MetaftError, MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # whatever the user's module does
             raise MetaftError(f"{what} do not go together ({_reason(error)})") from error
         try:
-            _vmapped(fn, shared, tasks)
-        except (MetaftError, MemoryError, torch.OutOfMemoryError):
-            raise
-        except Exception as error:  # as above
-            return _reason(error)
+            vmapped(fn, shared, tasks)
+        except CannotBatch as error:
+            return _reason(error.__cause__ or error)
         return ""
     finally:
         torch.set_num_threads(intra_op)
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
 
 
 def _sum_of(fn: TaskFunction[Shared, Tree, Out], shared: Shared, tasks: Tree) -> Out:
-    return _summed(_rows_of(fn, shared, tasks))
+    return _summed(rows(fn, shared, tasks))
 
 
-def _summed(rows: Out) -> Out:
-    return pytree.tree_map(lambda leaf: leaf[0] if len(leaf) == 1 else leaf.sum(0), rows)
+def _summed(results: Out) -> Out:
+    return pytree.tree_map(lambda leaf: leaf[0] if len(leaf) == 1 else leaf.sum(0), results)
 
 
 def _added(results: Iterable[Out]) -> Out:
@@ -472,7 +454,10 @@ def tune(
         candidates += [(name, size) for name in parallel for size in sizes]
     found: dict[tuple[str, int | None], float] = {}
     for name, chunk in candidates:
-        with engine(name, convolutional=convolutional, device=device, threads=threads, chunk=chunk) as made:
+        with (
+            contextlib.suppress(CannotBatch),  # the others can do without
+            engine(name, convolutional=convolutional, device=device, threads=threads, chunk=chunk) as made,
+        ):
             times: list[float] = []
             end = math.inf  # the first step prepares, and is not counted
             while not times or time.perf_counter() < end:
@@ -482,12 +467,17 @@ def tune(
                     end = time.perf_counter() + seconds
                 else:
                     times.append(time.perf_counter() - start)
-        found[name, chunk] = statistics.median(times)
+            found[name, chunk] = statistics.median(times)
     return dict(sorted(found.items(), key=lambda item: item[1]))
 
 
 def task_grad(algorithm: Algorithm, meta: Params, state: Params, knobs: Params, task: Any) -> TaskGrad:
     """One task's meta-gradient: the member's own, or the gradient of its task loss in `meta`."""
+    with math_attention() if algorithm.curvature else contextlib.nullcontext():
+        return _task_grad(algorithm, meta, state, knobs, task)
+
+
+def _task_grad(algorithm: Algorithm, meta: Params, state: Params, knobs: Params, task: Any) -> TaskGrad:
     if algorithm.task_grad is not None:
         return algorithm.task_grad(meta, state, knobs, task)
     task_loss = algorithm.task_loss
@@ -515,6 +505,7 @@ class MetaGradient(NamedTuple):
     metrics: dict[str, float]
 
 
+@in_usual_modes_but_type
 def meta_gradient(
     engine: Engine,
     algorithm: Algorithm,

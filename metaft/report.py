@@ -10,7 +10,8 @@ import torch
 
 from metaft.assemble import Parts
 from metaft.errors import CheckpointError
-from metaft.metrics import FIGURES
+from metaft.metrics import figure_name
+from metaft.objective import figure_of
 from metaft.paths import shown
 from metaft.pictures import drawn, listed, plotting
 from metaft.progress import duration
@@ -24,14 +25,15 @@ def draw_pictures(run: RunFolder, parts: Parts, best: Snapshot, source: Source, 
 
     Raises CheckpointError where metrics.jsonl is damaged.
     """
-    name = FIGURES[parts.algorithm.loss]
+    name = figure_name(parts.algorithm.loss)
     curves, steps, episode = (run.plots / f"{stem}.png" for stem in ("curves", "steps", "episode"))
     pictures = {
         curves: lambda: _draw_curves(curves, run, name, best.position.best_step),
         steps: lambda: plotting().steps(steps, test),
     }
-    if _can_be_drawn(parts, source):
-        pictures[episode] = lambda: _draw_episode(episode, parts, best, source)
+    task = Episode(*(t[0] for t in source.episodes(parts.config.eval_seed, "test", [0])))
+    if _is_picturable(task):
+        pictures[episode] = lambda: _draw_episode(episode, parts, best, task, source.ways)
     return drawn(pictures)
 
 
@@ -45,24 +47,21 @@ def _draw_curves(path: Path, run: RunFolder, name: str, best_step: int | None) -
         raise CheckpointError(f"{run.metrics}: a row is not one that a run writes ({error!r})") from None
 
 
-def _can_be_drawn(parts: Parts, source: Source) -> bool:
-    """Whether an episode's inputs are points of a curve, or images."""
-    return source.shape == (1,) if parts.algorithm.loss == "mse" else len(source.shape) == 3
+def _is_picturable(task: Episode) -> bool:
+    """Whether its inputs are images in classes, or points of a curve."""
+    if not task.support_y.is_floating_point():
+        return task.query_x[0].dim() == 3
+    return task.query_x[0].numel() == task.query_y[0].numel() == 1
 
 
-def _draw_episode(path: Path, parts: Parts, best: Snapshot, source: Source) -> None:
-    c, plots = parts.config, plotting()
-    batch = source.episodes(c.eval_seed, "test", [0])
-    task = Episode(*(t[0] for t in batch))
-    algorithm = parts.algorithm
+def _draw_episode(path: Path, parts: Parts, best: Snapshot, task: Episode, ways: int) -> None:
+    c, plots, algorithm = parts.config, plotting(), parts.algorithm
 
     def predictions(steps: int) -> torch.Tensor:
-        fast = algorithm.adapt(
-            best.meta, best.state, task.support_x, task.support_y, task.key, ways=source.ways, steps=steps
-        )
+        fast = algorithm.adapt(best.meta, best.state, task.support_x, task.support_y, task.key, ways=ways, steps=steps)
         return algorithm.predict(fast, task.query_x, c.batch_norm).detach().cpu()
 
-    if algorithm.loss == "cross_entropy":
+    if not task.support_y.is_floating_point():
         class_names = getattr(parts.dataset, "class_names", None)
         names = None if class_names is None else [class_names[int(i)] for i in task.class_ids]
         shown = Episode(*(t.cpu() for t in task))
@@ -100,10 +99,10 @@ def print_summary(result: Mapping[str, Any], pictures: list[Path], path: Path, f
 
 def print_test(test: Mapping[str, Any]) -> None:
     """A meta-test's protocol and figures, a line per mode."""
-    name = "accuracy" if "accuracy" in test[NORMS[0]] else "mse"
+    name = figure_of(test[NORMS[0]])
     n = test[NORMS[0]]["episodes"]
-    per_class = f"{test['query_shots']} {'queries per class' if name == 'accuracy' else 'query points'}"
-    ways = f"{test['ways']}-way " if name == "accuracy" else ""
+    per_class = f"{test['query_shots']} {'query points' if name == 'mse' else 'queries per class'}"
+    ways = "" if name == "mse" else f"{test['ways']}-way "
     print(
         f"{test['split']}: {ways}{test['shots']}-shot, {per_class}{', rotated' if test['rotated'] else ''}, "
         f"{test['inner_steps']} inner steps, {n} episodes of seed {test['eval_seed']}, {name} ± 95 % interval"

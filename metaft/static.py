@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 from metaft.algorithms.base import Algorithm, TaskGrad
 from metaft.config import Settled
 from metaft.errors import MetaftError, MetaftWarning
-from metaft.metrics import FIGURES
+from metaft.metrics import figure_name
 from metaft.outer import Engine, task_grad_of
 from metaft.ranks import Ranks
 from metaft.types import Params, Source, Static
@@ -71,7 +71,7 @@ class Begun(Protocol):
 
 def logged(algorithm: Algorithm) -> tuple[str, ...]:
     """Which metrics of a meta-step go into metrics.jsonl."""
-    return ("loss", FIGURES[algorithm.loss], *algorithm.cautions)
+    return ("loss", figure_name(algorithm.loss), *algorithm.cautions)
 
 
 def why_not_finite(loss: float, gradient: bool) -> str | None:

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from metaft.algorithms.base import Algorithm
+from metaft.errors import check_ways
 from metaft.inner import at_step
-from metaft.metrics import FIGURES, figure, mean_ci95, nearest_neighbour
+from metaft.metrics import figure, figure_name, mean_ci95, nearest_neighbour
+from metaft.modes import in_usual_modes_but_type, ordinary
 from metaft.outer import Engine
 from metaft.ranks import ALONE, Ranks
 from metaft.types import NORMS, Episode, Fast, Norm, Params, Source, Split
@@ -46,6 +48,7 @@ def _scores_of(algorithm: Algorithm, ways: int, steps: int) -> Callable[[tuple[P
     return lambda shared, task: task_scores(algorithm, *shared, task, ways=ways, steps=steps)
 
 
+@in_usual_modes_but_type
 def score_episodes(
     engine: Engine,
     algorithm: Algorithm,
@@ -66,9 +69,10 @@ def score_episodes(
     Only scores are kept from one chunk of `at_once` episodes to the next, so memory does not grow with their number.
     `progress` is called after each chunk; it may raise to stop.
     """
+    check_ways("ways", source.ways, algorithm.loss)
 
     def score(indices: range) -> Tensor:
-        tasks = source.episodes(seed, split, indices)
+        tasks = ordinary(source.episodes(seed, split, indices))
         scores = engine.map(_scores_of(algorithm, source.ways, steps), (meta, state), tasks)
         return torch.stack(list(scores)).double().cpu()
 
@@ -107,6 +111,7 @@ def summarise(scores: Tensor, figure_name: str) -> dict[str, dict[str, Any]]:
     }
 
 
+@in_usual_modes_but_type
 def meta_test(
     engine: Engine,
     algorithm: Algorithm,
@@ -134,7 +139,7 @@ def meta_test(
         "rotated": bool(getattr(source, "rotate", False)),
         "eval_seed": seed,
         "inner_steps": scores.shape[-1] - 1,
-        **summarise(scores, FIGURES[algorithm.loss]),
+        **summarise(scores, figure_name(algorithm.loss)),
     }
     if algorithm.loss == "cross_entropy":
         values = _in_chunks(lambda indices: _pixel_baseline(source, split, seed, indices), episodes, 32, ranks)

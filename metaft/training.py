@@ -15,7 +15,7 @@ from metaft import checkpoint, static
 from metaft.algorithms.base import Algorithm
 from metaft.config import Settled
 from metaft.errors import CheckpointError, MetaftWarning, NonFiniteError, RankLost, RanksDiffer
-from metaft.metrics import FIGURES, better
+from metaft.metrics import better, figure_name
 from metaft.models import Model
 from metaft.outer import Engine, meta_gradient
 from metaft.progress import Progress
@@ -157,7 +157,7 @@ def train(
     NonFiniteError at a loss or gradient that is not finite, with the state before that step saved, and RanksDiffer
     before a validation or checkpoint of parameters that are not the same on all ranks, with nothing of them saved.
     """
-    name = FIGURES[algorithm.loss]
+    name = figure_name(algorithm.loss)
     steps = _steps(config, engine, algorithm, source, start, ranks)
     position = start.position
     writes = ranks.rank == 0

@@ -11,6 +11,8 @@ from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
 
+from metaft.objective import LossFunction, Objective
+
 Params = dict[str, Tensor]
 """Named tensors: meta-parameters, fast weights, gradients. Flat, so that a checkpoint is a plain list of names."""
 
@@ -22,7 +24,10 @@ Norm = Literal["transductive", "inductive"]
 
 NORMS: tuple[Norm, Norm] = ("transductive", "inductive")
 
-Loss = Literal["cross_entropy", "mse"]
+LossName = Literal["cross_entropy", "mse"]
+
+Loss = LossName | Objective | LossFunction
+"""One of metaft's, or the user's own: a function whose value is the figure too, or both in a record."""
 
 Split = Literal["train", "val", "test"]
 

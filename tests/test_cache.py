@@ -118,7 +118,7 @@ def test_a_file_that_changes_while_it_is_read_is_read_the_next_time(
 ) -> None:
     now, read = (data / "a/0.png").stat(), images.read_all
 
-    def meanwhile(*how: Any) -> np.ndarray:
+    def meanwhile(*how: Any) -> Any:
         pixels = read(*how)
         draw(data / "a/0.png", 70)
         os.utime(data / "a/0.png", ns=(now.st_atime_ns, now.st_mtime_ns))

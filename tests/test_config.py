@@ -156,7 +156,7 @@ def test_defaults_follow_data_set_and_algorithm():
     assert (image.ways, image.shots, image.test_ways, image.test_shots, image.rotate) == (5, 3, 5, 3, True)
     assert (image.model, image.width, image.inner_lr, image.test_inner_steps) == ("conv4", 64, 0.4, 3)
     proto = resolve(MetaTrainConfig(algorithm="protonet", ways=12), pool(64), default_rotate=False)
-    assert (proto.model, proto.meta_batch, proto.test_inner_steps) == ("conv4-pool", 16, 0)
+    assert (proto.model, proto.meta_batch, proto.test_inner_steps) == ("conv4-pool", 4, 0)
     assert (proto.inner_lr, proto.inner_steps) == (None, None)
     for dataset in (Sinusoid(), pool()):
         given = MetaTrainConfig(algorithm="reptile", dataset=dataset.name)
@@ -166,6 +166,57 @@ def test_defaults_follow_data_set_and_algorithm():
         longer = resolve(dataclasses.replace(given, inner_steps=12), dataset, default_rotate=False)
         assert longer.test_inner_steps == 12, "no fewer than in training"
         assert resolve(dataclasses.replace(given, algorithm="cavia"), dataset, default_rotate=False).inner_lr == 1.0
+
+
+MINI = ("conv4-pool", 32, 5, 0.01, 10, 4, 15, 1e-3, 10.0)
+"""Finn et al. 2017: model, filters, inner steps and rate, steps at test, tasks, queries, outer rate, clip value."""
+
+
+def mini(config: MetaTrainConfig, dataset: Any, *, custom_model: bool = False) -> tuple[object, ...]:
+    s = resolve(config, dataset, default_rotate=False, custom_model=custom_model)
+    inner = (s.inner_steps, s.inner_lr, s.test_inner_steps)
+    return (s.model, s.width, *inner, s.meta_batch, s.query_shots, s.outer_lr, s.clip_value)
+
+
+def test_defaults_of_photos_follow_model_and_data():
+    assert mini(MetaTrainConfig(), pool(84)) == MINI
+    assert mini(MetaTrainConfig(algorithm="fomaml"), pool(33)) == MINI
+    assert mini(MetaTrainConfig(model="conv4-pool"), pool()) == MINI, "by the model alone"
+    assert mini(MetaTrainConfig(model="conv4"), pool(84)) == ("conv4", 64, *MINI[2:]), "by the data alone"
+    assert mini(MetaTrainConfig(), pool(84), custom_model=True)[2:] == MINI[2:], "a module of the user's own"
+    assert mini(MetaTrainConfig(), pool(32)) == ("conv4", 64, 1, 0.4, 3, 16, 5, 3e-3, None)
+    for shots, tasks in ((4, 4), (5, 2), (6, 2)):
+        assert resolve(MetaTrainConfig(shots=shots), pool(84), default_rotate=False).meta_batch == tasks
+    given = MetaTrainConfig(
+        width=8, inner_steps=2, inner_lr=0.3, test_inner_steps=4, meta_batch=3, query_shots=2, outer_lr=0.1,
+        clip_value=7.0,
+    )  # fmt: skip
+    assert mini(given, pool(84)) == ("conv4-pool", 8, 2, 0.3, 4, 3, 2, 0.1, 7.0), "what the user sets wins"
+    assert mini(MetaTrainConfig(clip_norm=1.0), pool(84))[-1] is None, "one clipping, the user's"
+
+
+@pytest.mark.parametrize("name", sorted(ALGORITHMS))
+def test_what_members_say_of_themselves_holds_for_photos_too(name: str):
+    small, photos = (resolve(MetaTrainConfig(algorithm=name), pool(side), default_rotate=False) for side in (28, 84))
+    assert (photos.meta_batch, photos.query_shots, photos.width) == (4, 15, 32)
+    kept = {
+        "reptile": ("inner_lr", "inner_optimizer", "outer_optimizer", "outer_lr", "outer_schedule", "test_inner_steps"),
+        "cavia": ("inner_lr", "inner_steps", "test_inner_steps"),
+        "imaml": ("inner_steps", "test_inner_steps"),
+        "baseline": ("inner_lr", "outer_lr", "test_inner_steps"),
+        "protonet": ("inner_lr", "inner_steps", "test_inner_steps"),
+    }
+    for field in ("adapt_norm", "outer_optimizer", *kept.get(name, ())):
+        assert getattr(photos, field) == getattr(small, field), field
+    assert (photos.inner_lr is None) == (small.inner_lr is None)
+    assert photos.inner_lr is None or photos.inner_lr < 0.1 or name in ("boil", "cavia"), "Omniglot's is far too large"
+
+
+def test_settings_of_an_older_run_stay_as_they_are():
+    new = resolve(MetaTrainConfig(), pool(84), default_rotate=False)
+    assert resolve(new, pool(84), default_rotate=False) == new
+    old = dataclasses.replace(new, clip_value=None, width=64, inner_lr=0.4)
+    assert resolve(old, pool(84), default_rotate=False) == old, "its gradient was not clipped"
 
 
 def test_what_the_user_gave_is_kept():

@@ -365,7 +365,7 @@ def test_tune_tries_engines_and_puts_the_fastest_first() -> None:
 
 def scarce(monkeypatch: pytest.MonkeyPatch, most: int) -> list[int]:
     """A device with memory for `most` tasks at once; returns the sizes that are tried."""
-    real, tried = outer._vmapped, []
+    real, tried = outer.vmapped, []
 
     def vmapped(fn: Any, shared: Any, tasks: Any) -> Any:
         tried.append(len(tasks.key))
@@ -373,7 +373,7 @@ def scarce(monkeypatch: pytest.MonkeyPatch, most: int) -> list[int]:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. More of that")
         return real(fn, shared, tasks)
 
-    monkeypatch.setattr(outer, "_vmapped", vmapped)
+    monkeypatch.setattr(outer, "vmapped", vmapped)
     return tried
 
 

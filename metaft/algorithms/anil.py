@@ -11,7 +11,7 @@ from metaft.algorithms.gradient import by_gradient
 from metaft.errors import MetaftError
 from metaft.inner_augment import Augment
 from metaft.inner_optim import InnerOptimizer
-from metaft.metrics import LOSSES
+from metaft.metrics import loss_value
 from metaft.models import Model
 from metaft.types import Loss, Norm, Params
 
@@ -48,7 +48,7 @@ def anil(
             return None
         # Of the first order nothing goes back into the body: no need to keep its activations.
         logits = model.of_head({k: p.detach() for k, p in meta.items()} if first_order else meta, x)
-        return None if logits is None else lambda params: LOSSES[loss](logits(params), y)
+        return None if logits is None else lambda params: loss_value(loss, logits(params), y)
 
     return by_gradient(
         "anil",

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple, Protocol, get_args
+from typing import Any, Literal, NamedTuple, Protocol
 
 from torch import Tensor
 
 from metaft.errors import MetaftError, suggest
+from metaft.metrics import objective
+from metaft.modes import in_usual_modes_but_type
 from metaft.types import NORMS, Episode, Fast, Loss, Moments, Norm, Params
 
 
@@ -78,6 +80,9 @@ class Algorithm:
     static: bool = True
     """Whether the same operations on the same shapes are done whatever the data, so that a GPU may replay them. Nor may
     a step make tensors of Python's numbers by `torch.tensor` or `new_tensor` (`new_full` may): those are sent."""
+    curvature: bool = True
+    """Whether its meta-gradient differentiates gradients: only then are operations without a second derivative, as fast
+    attention, kept away from."""
     any_ways: bool = False
     """Whether a task at test may have another number of classes than in training."""
     adapts_head: bool = True
@@ -92,10 +97,12 @@ class Algorithm:
     def __post_init__(self) -> None:
         if (self.task_loss is None) == (self.task_grad is None):
             raise ValueError(f"{self.name}: give exactly one of task_loss and task_grad")
-        for field, known in (("loss", get_args(Loss)), ("norm", NORMS)):
-            if getattr(self, field) not in known:
-                given = getattr(self, field)
-                raise MetaftError(f"{field}: no {given!r}, known are {', '.join(known)}{suggest(str(given), known)}")
+        objective(self.loss)
+        for field in ("init", "adapt", "predict", "schedule"):
+            object.__setattr__(self, field, in_usual_modes_but_type(getattr(self, field)))
+        if self.norm not in NORMS:
+            near = suggest(str(self.norm), NORMS)
+            raise MetaftError(f"norm: no {self.norm!r}, known are {', '.join(NORMS)}{near}")
 
 
 def moments_for(norm: Norm, fast: Fast) -> Moments | None:

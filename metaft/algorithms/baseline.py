@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from metaft.algorithms.base import Algorithm, moments_for
 from metaft.errors import MetaftError
 from metaft.inner import at_step, value_and_grad
-from metaft.metrics import figure
+from metaft.metrics import figure, label
 from metaft.models import Model
 from metaft.tasks.sampler import Stream, raw_words
 from metaft.types import Fast, Loss, Norm, Params
@@ -122,7 +122,7 @@ class _Head(NamedTuple):
 def _pretrained(name: str, model: Model, loss: Loss, classes: int, norm: Norm, head: _Head, **sgd: float) -> Algorithm:
     """Both members, up to their heads. Raises MetaftError as they do."""
     if loss != "cross_entropy":
-        raise MetaftError(f"{name} classifies; it cannot learn a data set whose loss is {loss!r}")
+        raise MetaftError(f"{name} classifies; it cannot learn a data set whose loss is {label(loss)!r}")
     if classes < 1:
         raise MetaftError(f"classes must be at least 1, got {classes}")
     for field, value in {"inner_lr" if k == "lr" else k: v for k, v in sgd.items()}.items():
@@ -201,6 +201,7 @@ def _pretrained(name: str, model: Model, loss: Loss, classes: int, norm: Norm, h
         norm=norm,
         task_loss=task_loss,
         data="batches",
+        curvature=False,
         any_ways=True,
     )
 

@@ -90,7 +90,10 @@ def cavia(
         meta, state = algorithm.init(key)
         own = int(raw_words(key, "train", [0], 1, stream=Stream.CONTEXT)[0, 0])  # not the numbers the model began with
         generator = torch.Generator().manual_seed(own % 2**63)
-        drawn = {k: nn.init.xavier_uniform_(torch.empty(v.shape), generator=generator) for k, v in maps.items()}
+        drawn = {
+            k: nn.init.xavier_uniform_(torch.empty(v.shape, dtype=torch.float32), generator=generator)
+            for k, v in maps.items()
+        }
         return {**meta, **{k: v.to(maps[k]) for k, v in drawn.items()}}, state
 
     return dataclasses.replace(algorithm, init=init)

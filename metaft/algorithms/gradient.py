@@ -11,7 +11,7 @@ from metaft import inner, inner_optim
 from metaft import inner_augment as inner_augments
 from metaft.algorithms.base import Algorithm, moments_for
 from metaft.algorithms.query import query_loss
-from metaft.errors import MetaftError
+from metaft.errors import MetaftError, check_ways
 from metaft.inner_augment import Augment
 from metaft.inner_optim import InnerOptimizer
 from metaft.models import Model
@@ -55,8 +55,10 @@ def by_gradient(
     Dropout acts in the support loss of each step, and `inner_augment` on its images, in training and at test; masks and
     shifts follow from the task's key and the step. Prototypes, moments and predictions see neither.
 
-    Raises MetaftError for an inner_lr or inner_steps below 0, or an unknown optimiser or augmentation.
+    Raises MetaftError for a model that tells no classes apart under cross-entropy, an inner_lr or inner_steps below 0,
+    or an unknown optimiser or augmentation.
     """
+    check_ways("ways", model.outputs, loss)
     if not 0 <= inner_lr < math.inf:
         raise MetaftError(f"inner_lr must be at least 0 and finite, got {inner_lr}")
     if inner_steps < 0:
@@ -126,6 +128,7 @@ def by_gradient(
             norm=norm,
             loss_of=model.loss,
         ),
+        curvature=not first_order,
         any_ways=any_ways,
         adapts_head=not set(model.head).isdisjoint(adapted),
     )

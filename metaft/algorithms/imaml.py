@@ -118,6 +118,7 @@ def imaml(
         descent,
         task_loss=None,
         task_grad=task_grad,
+        curvature=True,
         cautions={CURVATURE: f"imaml: I + H / strength is not positive definite in some tasks, {consequence}"},
     )
 

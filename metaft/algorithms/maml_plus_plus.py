@@ -170,7 +170,10 @@ def maml_plus_plus(
         early = 1 - min(1.0, step / (multi_step * iterations)) if multi_step else 0.0
         weights = torch.full((last + 1,), early / (last + 1), dtype=torch.float64)
         weights[-1] += 1 - early
-        return {"weights": weights, "order": torch.tensor(float(step >= order_annealing * iterations))}
+        return {
+            "weights": weights,
+            "order": torch.tensor(float(step >= order_annealing * iterations), dtype=torch.float32),
+        }
 
     return dataclasses.replace(base, init=init, adapt=adapt, task_loss=task_loss, schedule=schedule)
 

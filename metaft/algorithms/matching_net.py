@@ -10,6 +10,7 @@ from metaft.algorithms.base import Algorithm, moments_for
 from metaft.algorithms.query import query_loss
 from metaft.errors import MetaftError
 from metaft.inner import collect
+from metaft.metrics import label
 from metaft.models import Model
 from metaft.types import Fast, Loss, Norm, Params
 
@@ -31,7 +32,7 @@ def matching_net(
     Raises MetaftError for a regression loss or a scale that is not above 0.
     """
     if loss != "cross_entropy":
-        raise MetaftError(f"matching-net classifies; it cannot learn a data set whose loss is {loss!r}")
+        raise MetaftError(f"matching-net classifies; it cannot learn a data set whose loss is {label(loss)!r}")
     if not scale > 0:
         raise MetaftError(f"scale must be above 0, got {scale}")
 
@@ -68,6 +69,7 @@ def matching_net(
         loss=loss,
         norm=norm,
         task_loss=query_loss(adapt, predict, ways=None, steps=0, loss=loss, norm=norm),
+        curvature=False,
         any_ways=True,
     )
 

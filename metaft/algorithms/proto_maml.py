@@ -10,6 +10,7 @@ from metaft.algorithms.protonet import class_means
 from metaft.errors import MetaftError
 from metaft.inner_augment import Augment
 from metaft.inner_optim import InnerOptimizer
+from metaft.metrics import label
 from metaft.models import Model
 from metaft.types import Loss, Norm, Params
 
@@ -44,7 +45,7 @@ def proto_maml(
     Raises MetaftError for a regression loss, a head without bias, an inner_lr or inner_steps below 0, or an unknown
     optimiser.
     """
-    if loss != "cross_entropy":
+    if loss == "mse":
         raise MetaftError(f"proto-maml classifies; it cannot learn a data set whose loss is {loss!r}")
     model.check_head("proto-maml")
     head = {name.rpartition(".")[2]: name for name in model.head}
@@ -52,6 +53,10 @@ def proto_maml(
         raise MetaftError(f"proto-maml needs a head with weight and bias, and this one has {sorted(head)}")
 
     def begin(meta: Params, x: Tensor, y: Tensor, ways: int) -> Params:
+        if y.is_floating_point():
+            raise MetaftError(
+                f"proto-maml classifies; it cannot learn targets of type {y.dtype} (loss {label(loss)!r})"
+            )
         c = class_means(model.features(meta, x, None), y, ways)
         return {**meta, head["weight"]: 2 * c, head["bias"]: -c.square().sum(-1)}
 

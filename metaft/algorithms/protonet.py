@@ -9,6 +9,7 @@ from metaft.algorithms.base import Algorithm, moments_for
 from metaft.algorithms.query import query_loss
 from metaft.errors import MetaftError
 from metaft.inner import collect
+from metaft.metrics import label
 from metaft.models import Model
 from metaft.types import Fast, Loss, Norm, Params
 
@@ -26,7 +27,7 @@ def protonet(model: Model, *, loss: Loss = "cross_entropy", norm: Norm = "transd
     Raises MetaftError for a regression loss.
     """
     if loss != "cross_entropy":
-        raise MetaftError(f"protonet classifies; it cannot learn a data set whose loss is {loss!r}")
+        raise MetaftError(f"protonet classifies; it cannot learn a data set whose loss is {label(loss)!r}")
 
     def init(key: int) -> tuple[Params, Params]:
         return {name: p.clone() for name, p in model.params.items() if name not in model.head}, {}
@@ -62,6 +63,7 @@ def protonet(model: Model, *, loss: Loss = "cross_entropy", norm: Norm = "transd
         loss=loss,
         norm=norm,
         task_loss=query_loss(adapt, predict, ways=None, steps=0, loss=loss, norm=norm),
+        curvature=False,
         any_ways=True,
     )
 

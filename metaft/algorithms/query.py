@@ -7,7 +7,8 @@ from collections.abc import Callable
 from torch import Tensor
 
 from metaft.algorithms.base import Adapt, Predict, TaskLoss
-from metaft.metrics import FIGURES, LOSSES, figure
+from metaft.errors import check_ways
+from metaft.metrics import figure, figure_name, loss_value
 from metaft.models.functional import LossOf
 from metaft.types import Episode, Fast, Loss, Norm, Params
 
@@ -27,9 +28,9 @@ def judge(predict: Predict, *, loss: Loss, norm: Norm, loss_of: LossOf | None = 
             value, prediction = loss_of(fast.params, episode.query_x, episode.query_y, loss)
         else:
             prediction = predict(fast, episode.query_x, norm)
-            value = LOSSES[loss](prediction, episode.query_y)
+            value = loss_value(loss, prediction, episode.query_y)
         shown = figure(loss, prediction.detach(), episode.query_y)
-        return value, {"loss": value.detach(), FIGURES[loss]: shown}
+        return value, {"loss": value.detach(), figure_name(loss): shown}
 
     return judged
 
@@ -53,13 +54,15 @@ def query_loss(
     def task_loss(
         meta: Params, state: Params, knobs: Params, episode: Episode
     ) -> tuple[Tensor, tuple[Params, dict[str, Tensor]]]:
+        classes = episode.class_ids.shape[-1] if ways is None else ways
+        check_ways("ways", classes, loss)
         fast = adapt(
             meta,
             state,
             episode.support_x,
             episode.support_y,
             episode.key,
-            ways=episode.class_ids.shape[-1] if ways is None else ways,
+            ways=classes,
             steps=steps,
             moments=norm == "inductive",  # transductive prediction has no use for them
         )

@@ -11,12 +11,12 @@ from torch import Tensor
 from metaft import inner_augment as inner_augments
 from metaft import inner_optim
 from metaft.algorithms.base import Algorithm, TaskGrad, moments_for
-from metaft.errors import MetaftError
+from metaft.errors import MetaftError, check_ways
 from metaft.inner import collect, value_and_grad
 from metaft.inner_augment import Augment
 from metaft.inner_optim import InnerOptimizer
 from metaft.keyed import minibatches
-from metaft.metrics import FIGURES, figure
+from metaft.metrics import figure, figure_name
 from metaft.models import Model
 from metaft.models.dropout import use_dropout
 from metaft.types import Episode, Fast, Loss, Norm, Params
@@ -58,6 +58,7 @@ def reptile(
     """
     if not 0 <= inner_lr < math.inf:
         raise MetaftError(f"inner_lr must be at least 0 and finite, got {inner_lr}")
+    check_ways("ways", model.outputs, loss)
     if inner_steps < 1:
         raise MetaftError(f"inner_steps must be at least 1, got {inner_steps}")
     if batch_size < 1:
@@ -87,7 +88,7 @@ def reptile(
             directions, moments = optimizer.update(grads, moments, seen + step)
             params = {k: p - inner_lr * directions[k] for k, p in params.items()}
             shown = figure(loss, prediction.detach(), ys)
-            yield params, moments, {"loss": value.detach(), FIGURES[loss]: shown}
+            yield params, moments, {"loss": value.detach(), figure_name(loss): shown}
 
     def adapt(
         meta: Params,
@@ -123,4 +124,4 @@ def reptile(
             {name: torch.stack([metrics[name] for metrics in fresh]).mean() for name in fresh[0]},
         )
 
-    return Algorithm("reptile", init, adapt, predict, inner_steps, loss, norm, task_grad=task_grad)
+    return Algorithm("reptile", init, adapt, predict, inner_steps, loss, norm, task_grad=task_grad, curvature=False)

@@ -19,6 +19,7 @@ from metaft.finetune import heads
 from metaft.finetune.start import build
 from metaft.models.functional import body_of
 from metaft.models.stored import empty_stored
+from metaft.modes import in_usual_modes
 from metaft.paths import local
 from metaft.run import RunFolder
 from metaft.tasks.depth import is_deep, maximum
@@ -88,6 +89,7 @@ class Classifier(nn.Module):
             warnings.warn(note, MetaftWarning, stacklevel=3)
         return torch.cat(pictures)
 
+    @in_usual_modes
     def fitted(self, image: Image.Image) -> Tensor:
         """A picture that `open_image` opened, deep or not, as `forward` takes it, uint8 [1, C, H, W]."""
         p = self.preprocessing
@@ -98,12 +100,14 @@ class Classifier(nn.Module):
         """Whether an opened picture has greys beyond the range of the training images, which are cut off there."""
         return is_deep(image) and maximum(image) >= 2**self.preprocessing.bits
 
+    @in_usual_modes
     @torch.no_grad()
     def logits(self, images: Tensor, at_once: int = 256) -> Tensor:
         """What `forward` gives, [n, classes] on the CPU, `at_once` images at a time."""
         device = next(self.parameters()).device
         return torch.cat([self(part.to(device)).cpu() for part in images.split(at_once)])
 
+    @in_usual_modes
     def probabilities(self, images: Tensor, at_once: int = 256) -> Tensor:
         """float32 [n, classes] on the CPU, `at_once` images at a time."""
         return self.logits(images, at_once).softmax(-1).float()
@@ -148,6 +152,7 @@ def save(path: Path, classifier: Classifier, architecture: Mapping[str, Any], ab
     checkpoint.save(path, tensors, header)
 
 
+@in_usual_modes
 def load(run: Path | str, *, module: nn.Module | None = None, device: str | torch.device = "cpu") -> Classifier:
     """The classifier of an adapt run (or its `classifier.safetensors` alone), in eval mode.
 

@@ -18,7 +18,7 @@ from metaft.errors import CheckpointError, MetaftError, NonFiniteError
 from metaft.finetune import heads
 from metaft.finetune.fit import Fitted
 from metaft.inner import at_step
-from metaft.metrics import LOSSES
+from metaft.metrics import loss_value
 from metaft.models import check_repeats, class_of, taken, with_constants
 from metaft.models.functional import body_of, is_plain, linear, prepared
 from metaft.models.handed import copied, said
@@ -103,6 +103,7 @@ def from_run(path: Path, module: nn.Module | None = None) -> Start:
             "dataset": header["dataset"],
             "algorithm": header["config"]["algorithm"],
             "step": snapshot.position.step,
+            **({"loss": header["loss"]} if "loss" in header else {}),
         },
         frozen=frozenset(snapshot.frozen),
     )
@@ -191,7 +192,12 @@ def build(
 
 
 def check_inner(start: Start, classes: int) -> None:
-    """Raises MetaftError where the run's inner loop cannot tell this number of classes apart."""
+    """Raises MetaftError where the run's inner loop cannot tell this number of classes apart, or is not to be had."""
+    if "loss" in start.about:
+        raise MetaftError(
+            f"method: the inner loop of {start.name} goes down {start.about['loss']}, a loss from Python that its "
+            "folder does not hold; take --method finetune"
+        )
     module, head = build(start.architecture, None, module=start.module)
     layer, others = linear(module, head), start.head_rows not in (None, classes)
     if others and not (is_plain(layer) and all(p.requires_grad for p in layer.parameters())):
@@ -258,7 +264,7 @@ def inner(
     curve = []
     for step in range(steps + 1):
         with torch.no_grad():
-            loss = LOSSES["cross_entropy"](algorithm.predict(at_step(every, step), x, "transductive"), y)
+            loss = loss_value("cross_entropy", algorithm.predict(at_step(every, step), x, "transductive"), y)
         if not loss.isfinite():
             raise NonFiniteError(f"inner step {step}: the training loss is {float(loss)}; {FEWER}")
         curve.append({"epoch": float(step), "loss": float(loss)})

@@ -17,6 +17,7 @@ from metaft.models.functional import Model, check_repeats, functional
 from metaft.models.handed import class_of, taken, with_constants, wrappers
 from metaft.models.mlp import MLP
 from metaft.models.norm import EpisodeNorm, episode_norms
+from metaft.modes import in_usual_modes
 
 __all__ = [
     "MLP",
@@ -52,6 +53,7 @@ def is_ours(name: str) -> bool:
     return MODELS.get(name) is not None and MODELS.get(name) is _OURS.get(name)
 
 
+@in_usual_modes
 def build(
     name: str,
     *,
@@ -79,6 +81,7 @@ def build(
     return functional(module, architecture=architecture)
 
 
+@in_usual_modes
 def skeleton(architecture: Mapping[str, Any]) -> nn.Module:
     """The module that a named architecture describes (see `Model.architecture`), its parameters not yet filled in.
 

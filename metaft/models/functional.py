@@ -13,8 +13,9 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from metaft.batching import check_twice_differentiable
 from metaft.errors import MetaftError
-from metaft.metrics import LOSSES
+from metaft.metrics import loss_value
 from metaft.models.conv4 import Conv4
 from metaft.models.convolution import task_convolutions
 from metaft.models.dropout import drops, episode_dropout
@@ -22,6 +23,7 @@ from metaft.models.handed import buffers, class_of, copied, eagerly, frozen, tak
 from metaft.models.head import watched, watching
 from metaft.models.norm import EpisodeNorm, episode_norms, measure_moments, use_moments
 from metaft.models.plain import plain_layers
+from metaft.modes import in_usual_modes_but_type
 from metaft.types import Loss, Moments, Params
 
 _plain: ContextVar[bool] = ContextVar("plain_operations", default=False)
@@ -91,6 +93,7 @@ class Model:
             raise MetaftError(f"algorithm: {member} makes the head of a task anew, and {self.head_bound}")
 
 
+@in_usual_modes_but_type
 def functional(
     module: nn.Module, *, head: str | None = None, architecture: Mapping[str, object] | None = None
 ) -> Model:
@@ -106,10 +109,9 @@ def functional(
     """
     module, head = prepared(module, head)
     whole = _pure(module)
-    # Not on a GPU, where many small calls are what costs.
     still = frozen(module)
-    plain = type(module) is Conv4 and head == "head"
-    fused = module if plain and not still and not drops(module) else None
+    # Not on a GPU, where many small calls are what costs.
+    fused = module if type(module) is Conv4 and head == "head" and not still and not drops(module) else None
     last = linear(module, head)
     bare, top, seen = _pure(body_of(module, head)), _pure(last), _pure(watched(module, head))
     names = [name for name, _ in module.named_parameters() if name not in still]
@@ -133,11 +135,17 @@ def functional(
             return None
         return lambda own: top({part: own[name] for part, name in parts.items()}, given, None)
 
+    checked: list[bool] = []  # once is enough, in each process
+
     def loss_of(params: Params, x: Tensor, y: Tensor, loss: Loss, *, curvature: bool = False) -> tuple[Tensor, Tensor]:
         if fused is not None and loss == "cross_entropy" and x.device.type == "cpu" and not _plain.get():
             return fused.cross_entropy(params, x, y, curvature=curvature)
         prediction = whole(params, x, None)
-        return LOSSES[loss](prediction, y), prediction.detach()
+        value = loss_value(loss, prediction, y)
+        if curvature and not checked and value.grad_fn is not None:
+            check_twice_differentiable(value)
+            checked.append(True)
+        return value, prediction.detach()
 
     norms = [path for path, part in module.named_modules() if isinstance(part, EpisodeNorm)]
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from metaft.metrics import LOSSES
+from metaft.metrics import loss_value
 from metaft.models.functional import Model
 from metaft.types import Loss, Moments, Params
 
@@ -48,7 +48,7 @@ def in_bf16(model: Model) -> Model:
 
     def loss_of(params: Params, x: Tensor, y: Tensor, loss: Loss, *, curvature: bool = False) -> tuple[Tensor, Tensor]:
         prediction = apply(params, x)
-        return LOSSES[loss](prediction, y), prediction.detach()
+        return loss_value(loss, prediction, y), prediction.detach()
 
     def measure(params: Params, x: Tensor) -> Moments:
         return model.measure(cast(params), shortened(x))

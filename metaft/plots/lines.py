@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -13,10 +13,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from torch import Tensor
 
+from metaft.objective import figure_of
 from metaft.plots.style import BLACK, BLUE, GREY, PURPLE, SKY, VERMILLION, YELLOW, decorate, percent, save
 from metaft.types import NORMS
 
-Metric = Literal["accuracy", "mse"]
 Row = Mapping[str, Any]
 
 _NAMES = {"accuracy": "accuracy", "mse": "mean squared error"}
@@ -26,9 +26,7 @@ _USUAL_LOOK = (BLUE, "-", "o")
 _PREDICTION_LOOKS = ((SKY, "--"), (VERMILLION, "-"), (BLUE, "-."), (PURPLE, ":"))
 
 
-def curves(
-    path: Path, train: Sequence[Row], val: Sequence[Row], metric: Metric, *, best_step: int | None = None
-) -> None:
+def curves(path: Path, train: Sequence[Row], val: Sequence[Row], metric: str, *, best_step: int | None = None) -> None:
     """Training loss, and the metric in training and validation, against the meta-step.
 
     `train` and `val` are rows of metrics.jsonl, in order; either may be empty. Validation rows hold {metric, "ci95"}
@@ -72,7 +70,7 @@ def regression_episode(
     save(regression_figure(support_x, support_y, grid_x, true_y, predictions), path)
 
 
-def curves_figure(train: Sequence[Row], val: Sequence[Row], metric: Metric, best_step: int | None = None) -> Figure:
+def curves_figure(train: Sequence[Row], val: Sequence[Row], metric: str, best_step: int | None = None) -> Figure:
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     _training(left, train, "loss")
@@ -84,7 +82,7 @@ def curves_figure(train: Sequence[Row], val: Sequence[Row], metric: Metric, best
         _mark_best(right, series[0], metric, best_step)
     if metric == "accuracy":
         percent(right)
-    for axes, label in ((left, "training loss"), (right, _NAMES[metric])):
+    for axes, label in ((left, "training loss"), (right, _NAMES.get(metric, metric))):
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         decorate(axes, "meta-step", label)
     return figure
@@ -135,7 +133,7 @@ def _log_scale(axes: Axes, values: Sequence[float]) -> None:
 
 def steps_figure(test: Row) -> Figure:
     first = test.get(NORMS[0], test)
-    metric: Metric = "accuracy" if "accuracy" in first else "mse"
+    metric = figure_of(first)
     count = len(first[f"{metric}_per_step"])
     figure = Figure(figsize=(5.4, 3.8), layout="constrained")
     axes = figure.subplots()
@@ -150,9 +148,10 @@ def steps_figure(test: Row) -> Figure:
             _level(axes, pixels["accuracy"], "pixel nearest\nneighbour", above=True)
         percent(axes, whole=True)
     else:
-        task = f"{test['shots']}-shot regression"
-        axes.set_ylim(bottom=0.0)
-    decorate(axes, "inner step", _NAMES[metric])
+        task = f"{test['shots']}-shot {'regression' if metric == 'mse' else 'tasks'}"
+        if metric == "mse":
+            axes.set_ylim(bottom=0.0)
+    decorate(axes, "inner step", _NAMES.get(metric, metric))
     axes.set_title(f"{task}: mean of {first['episodes']:,} tasks, 95% CI", fontsize=10)
     return figure
 
@@ -187,7 +186,7 @@ class _Series(NamedTuple):
     ci95: np.ndarray
 
 
-def _series(at: list[int], rows: Sequence[Row], metric: Metric) -> list[_Series]:
+def _series(at: list[int], rows: Sequence[Row], metric: str) -> list[_Series]:
     """One series per normalisation mode; a single one where rows have no modes, or the modes agree everywhere."""
     if not rows:
         return []
@@ -204,7 +203,7 @@ def _series(at: list[int], rows: Sequence[Row], metric: Metric) -> list[_Series]
     return found
 
 
-def _after(test: Row, metric: Metric, step: int) -> Row:
+def _after(test: Row, metric: str, step: int) -> Row:
     """The test object as a validation row would have it: the figures after one inner step only."""
 
     def pick(one: Row) -> Row:
@@ -225,7 +224,7 @@ def _band(axes: Axes, series: _Series) -> None:
     axes.fill_between(series.steps, low, high, color=colour, alpha=0.2, lw=0)
 
 
-def _mark_best(axes: Axes, series: _Series, metric: Metric, best_step: int | None) -> None:
+def _mark_best(axes: Axes, series: _Series, metric: str, best_step: int | None) -> None:
     if best_step is not None:
         if best_step not in series.steps:
             return

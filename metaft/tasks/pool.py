@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metaft.errors import DataError
+from metaft.errors import DataError, check_ways
+from metaft.modes import in_usual_modes
 from metaft.tasks.sampler import Stream, choose, raw_words
 from metaft.types import SPLITS, Batch, Episode, Loss, Split
 
@@ -50,6 +51,7 @@ class Preprocessing:
 
 
 @functools.lru_cache(maxsize=64)
+@in_usual_modes  # whoever asks first must not decide for all
 def _affine(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
     """Scale and shift [C, 1, 1]. Kept, since a step that a GPU replays may not copy anything to it."""
     scale = 1.0 / (255.0 * torch.tensor(std, device=device))
@@ -58,6 +60,7 @@ def _affine(mean: tuple[float, ...], std: tuple[float, ...], device: torch.devic
 
 
 @functools.lru_cache(maxsize=64)
+@in_usual_modes
 def _turned(side: int, device: torch.device) -> Tensor:
     """int64 [4, side * side]: where each pixel of an image comes from, for 0 to 3 quarter turns."""
     grid = np.arange(side * side).reshape(side, side)
@@ -211,6 +214,7 @@ class ClassEpisodes:
         for field in ("ways", "shots", "query_shots"):
             if getattr(self, field) < 1:
                 raise DataError(f"{field} must be at least 1, got {getattr(self, field)}")
+        check_ways("ways", self.ways, self.loss)
         need = self.shots + self.query_shots
         for split in self.splits:
             classes = self.pool.splits[split]
@@ -281,6 +285,7 @@ class ClassEpisodes:
             key=(w_key[:, 0] >> np.uint64(1)).astype(np.int64),
         )
 
+    @in_usual_modes
     def episodes(self, seed: int, split: Split, indices: Sequence[int]) -> Episode:
         """Episodes number `indices` of `split`: see `metaft.types.Episode` for shapes."""
         return self.gather(self._sent(self.indices(seed, split, indices)))
@@ -296,6 +301,7 @@ class ClassEpisodes:
         x, y = self._pixels(drawn), drawn.labels
         return Episode(x[:, :cut], y[:, :cut], x[:, cut:], y[:, cut:], drawn.class_ids, drawn.key)
 
+    @in_usual_modes
     def batches(self, seed: int, split: Split, indices: Sequence[int], size: int) -> Batch:
         """`size` images a batch: a class uniformly, then one of its images uniformly."""
         return self.gather_batch(self._sent(self.batch_indices(seed, split, indices, size)))

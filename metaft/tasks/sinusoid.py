@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from metaft.errors import DataError
+from metaft.modes import in_usual_modes
 from metaft.tasks.sampler import Stream, raw_words, uniform
 from metaft.types import SPLITS, Batch, Episode, Loss, Split
 
@@ -81,6 +82,7 @@ class SinusoidTasks:
     ways: int = dataclasses.field(default=1, init=False)
     shape: tuple[int, ...] = dataclasses.field(default=(1,), init=False)
 
+    @in_usual_modes
     def episodes(self, seed: int, split: Split, indices: Sequence[int]) -> Episode:
         """Tasks number `indices`: support [B, K, 1], query [B, Q, 1], class_ids all 0 [B, 1]."""
         return Episode(*(part.to(self.device) for part in self.indices(seed, split, indices)))
@@ -104,6 +106,7 @@ class SinusoidTasks:
         """The same."""
         return drawn
 
+    @in_usual_modes
     def batches(self, seed: int, split: Split, indices: Sequence[int], size: int) -> Batch:
         """Points of all tasks at once, for pre-training: each of the `size` points is of a random task of its own.
 

@@ -1,0 +1,88 @@
+"""A loss of the user's own, and the figure by which people and checkpoints judge what it trained."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from metaft.errors import MetaftError
+
+LossFunction = Callable[[Tensor, Tensor], Tensor]
+"""(prediction [n, outputs], target [n] or [n, outputs]) of one task -> scalar."""
+
+RESERVED = ("loss", "kind", "step", "ci95", "episodes")
+"""What else stands beside a figure in a run's files."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Objective:
+    """What is minimised, in the inner loop and on queries, and what is reported: `Objective(F.l1_loss)` for both, or
+
+        Objective(F.l1_loss, figure=worst_error, name="worst_error")
+        Objective(F.multi_margin_loss, figure=metaft.metrics.accuracy, name="accuracy", higher_is_better=True)
+
+    Both functions get the predictions and targets of one task and give a scalar, in operations that
+    torch can differentiate (the figure need not be). Raises MetaftError for what cannot be such.
+    """
+
+    loss: LossFunction
+    figure: LossFunction | None = None
+    """None: the loss itself."""
+    name: str | None = None
+    """The figure's, in every file and line (None: its function's). One called "accuracy" is shown in percent."""
+    higher_is_better: bool = False
+
+    def __post_init__(self) -> None:
+        for field, value in (("loss", self.loss), ("figure", self.figure)):
+            if not callable(value) and not (field == "figure" and value is None):
+                raise MetaftError(f"{field}: must be a function (prediction, target) -> scalar, got {value!r}")
+        if self.higher_is_better and self.figure is None:
+            raise MetaftError("higher_is_better: a loss is better where it is lower; give a figure too")
+        if self.name is None:
+            object.__setattr__(self, "name", _called(self.figure or self.loss))
+        if not isinstance(self.name, str) or not self.name.isidentifier() or self.name in RESERVED:
+            raise MetaftError(f"name: must be a word other than {', '.join(RESERVED)}, got {self.name!r}")
+
+    @property
+    def metric(self) -> str:
+        """The figure's name."""
+        assert self.name is not None
+        return self.name
+
+    @property
+    def label(self) -> str:
+        """What to call the loss in a message, and in the checkpoints that it leaves."""
+        return _called(self.loss)
+
+    def value(self, prediction: Tensor, target: Tensor) -> Tensor:
+        return scalar("loss", self.label, self.loss(prediction, target))
+
+    def shown(self, prediction: Tensor, target: Tensor) -> Tensor:
+        figure = scalar("figure", self.metric, (self.figure or self.loss)(prediction, target))
+        return figure.detach().to(prediction.dtype)
+
+
+def scalar(field: str, name: str, value: object) -> Tensor:
+    """Raises MetaftError for anything but a tensor without axes."""
+    if not isinstance(value, Tensor) or value.dim():
+        given = f"shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise MetaftError(f"{field}: {name} must give a scalar tensor for the examples of a task, got {given}")
+    return value
+
+
+def accuracy(prediction: Tensor, target: Tensor) -> Tensor:
+    """Share of right labels, 0..1."""
+    return (prediction.argmax(-1) == target).to(prediction.dtype).mean()
+
+
+def _called(function: object) -> str:
+    name = getattr(function, "__name__", type(function).__name__)
+    return name if name.isidentifier() and name not in RESERVED else "own"
+
+
+def figure_of(summary: Mapping[str, Any]) -> str:
+    """The name of the figure in a mode's part of a meta-test (see `metaft.testing.summarise`)."""
+    return next(k for k in summary if f"{k}_per_step" in summary and k != "ci95")
