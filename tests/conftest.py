@@ -38,6 +38,15 @@ def own_algorithms(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], Non
 
 
 @pytest.fixture
+def float64_runs() -> Iterator[None]:
+    """What `helpers.in_float64` says, for the whole test."""
+    from helpers import in_float64
+
+    with in_float64():
+        yield
+
+
+@pytest.fixture
 def in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Run the test inside an empty folder."""
     monkeypatch.chdir(tmp_path)

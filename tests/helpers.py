@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import re
 import resource
@@ -16,10 +17,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from metaft import adapt, meta_train
+from metaft import adapt, meta_train, models
 from metaft.config import MetaTrainConfig
 from metaft.run import RunFolder
 from metaft.tasks.pool import ClassPool, Preprocessing
+from metaft.tasks.sinusoid import SinusoidTasks
 
 SINUSOID: dict[str, Any] = {
     "dataset": "sinusoid",
@@ -182,6 +184,40 @@ def finished(argv: list[str]) -> Path:
 def same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
     """Whether named tensors are equal to the bit."""
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@contextlib.contextmanager
+def in_float64() -> Iterator[None]:
+    """Inside, runs compute in float64: models are built in it, and data come in it.
+
+    For runs that take the same steps in other ways (chunks, ranks, engines) and are compared as a whole. In float32 no
+    bound follows: Adam moves an entry by the sign of its gradient, even where that is a rounding error, so two runs
+    part by up to the rate in each step. In float64 such an entry is below Adam's eps, and stays.
+    """
+    build, functional, normalise, points = (
+        models.build, models.functional, Preprocessing.normalise, SinusoidTasks._tensor
+    )  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(models, "build", functools.partial(build, dtype=torch.float64))
+        patch.setattr(models, "functional", lambda module, **more: functional(module.double(), **more))
+        patch.setattr(Preprocessing, "normalise", lambda self, images: normalise(self, images).double())
+        patch.setattr(SinusoidTasks, "_tensor", lambda self, values: points(self, values).double())
+        yield
+
+
+SAME_RUN = 1e-9
+"""Relative difference of two runs in float64 that add up in another order: 2^-53 times some hundred roundings in each
+of a few steps is 1e-13, and the rest is room for what inner loops and small denominators make of it. A task that is
+left out, a rate or a chunk that is wrong moves the first digits."""
+
+
+def rounded_alike(found: Any, expected: Any, rel: float = SAME_RUN) -> bool:
+    """Whether two pieces of plain data are equal, but for rounding of their floats."""
+    if isinstance(expected, dict):
+        return found.keys() == expected.keys() and all(rounded_alike(found[k], v, rel) for k, v in expected.items())
+    if isinstance(expected, list):
+        return len(found) == len(expected) and all(map(functools.partial(rounded_alike, rel=rel), found, expected))
+    return found == (pytest.approx(expected, rel=rel, abs=rel) if isinstance(expected, float) else expected)
 
 
 @contextlib.contextmanager

@@ -390,7 +390,8 @@ def ambiguous() -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("head", sorted(heads.HEADS))
 @pytest.mark.parametrize("freeze", ["none", "backbone"])
 def test_it_learns_what_can_be_learned(head: str, freeze: str) -> None:
-    fitted = tune(n=60, head=head, freeze=freeze, epochs=20, lr=0.05)
+    # In float64, so that what is learned hangs on no processor's rounding.
+    fitted = tune(body(dtype=torch.float64), n=60, head=head, freeze=freeze, epochs=20, lr=0.05)
     assert [row["epoch"] for row in fitted.curve] == list(range(1, 21))
     losses = [row["loss"] for row in fitted.curve]
     assert losses[-1] < 0.7 * losses[0]

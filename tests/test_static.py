@@ -12,7 +12,7 @@ import pytest
 import scenarios
 import torch
 import toys
-from helpers import images, pool, remains, sinusoid, untimed
+from helpers import SAME_RUN, images, pool, remains, rounded_alike, sinusoid, untimed
 
 from metaft import algorithms, outer, report
 from metaft.algorithms import Algorithm
@@ -277,14 +277,7 @@ class Plain:
 # ---- runs ---------------------------------------------------------------------------------------------------------
 
 
-def near(mine: Any, theirs: Any) -> bool:
-    if isinstance(theirs, dict):
-        return mine.keys() == theirs.keys() and all(near(mine[k], theirs[k]) for k in theirs)
-    if isinstance(theirs, list):
-        return len(mine) == len(theirs) and all(map(near, mine, theirs))
-    return mine == (pytest.approx(theirs, rel=1e-5, abs=1e-6) if isinstance(theirs, float) else theirs)
-
-
+@pytest.mark.usefixtures("float64_runs")
 def test_a_run_writes_the_rows_of_the_eager_loop(tmp_path: Path) -> None:
     for begin, more in ((sinusoid, {}), (images, {"outer_optimizer": "sgd", "clip_value": 0.02})):
         data = None if begin is sinusoid else pool()
@@ -295,9 +288,9 @@ def test_a_run_writes_the_rows_of_the_eager_loop(tmp_path: Path) -> None:
             ends[engine] = (read_rows(out / "metrics.jsonl"), load_snapshot(out / "checkpoints/last.safetensors"))
         (rows, last), (expected, eager) = ends["graph"], ends["vmap"]
         assert [row["step"] for row in rows] == [row["step"] for row in expected]
-        assert near(rows, expected)
+        assert rounded_alike(rows, expected)
         assert last.position.step == STEPS and last.position.window == ()
-        assert apart(last.meta, eager.meta) < 1e-6
+        assert apart(last.meta, eager.meta) < SAME_RUN
         assert last.optimizer.keys() == eager.optimizer.keys()
 
 
@@ -320,6 +313,7 @@ def test_a_run_stopped_anywhere_ends_with_the_same_bytes(tmp_path: Path, monkeyp
         assert remains(out) == remains(tmp_path / "whole")
 
 
+@pytest.mark.usefixtures("float64_runs")
 def test_a_run_of_one_engine_goes_on_with_the_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(sinusoid(tmp_path / "whole", engine="vmap", outer_schedule="constant"))
     for first, then in (("graph", "vmap"), ("vmap", "graph")):
@@ -329,8 +323,8 @@ def test_a_run_of_one_engine_goes_on_with_the_other(tmp_path: Path, capsys: pyte
         resume_run(out, dataclasses.replace(config, out=None, engine=then, iterations=7))
         assert f"engine {first} -> {then}" in capsys.readouterr().err
         last, expected = (load_snapshot(path / "checkpoints/last.safetensors") for path in (out, tmp_path / "whole"))
-        assert apart(last.meta, expected.meta) < 1e-6
-        assert apart(last.optimizer, expected.optimizer) < 1e-6
+        assert apart(last.meta, expected.meta) < SAME_RUN
+        assert apart(last.optimizer, expected.optimizer) < SAME_RUN
 
 
 @pytest.mark.parametrize("ruined", ["loss", "gradient"])
