@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import os
 import shutil
 import signal
@@ -12,7 +13,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,62 @@ def agrees_compiled(name: str) -> None:
             scaled = {k: v * scale for k, v in meta.items()}
             found = outer.meta_gradient(engine, algorithm, scaled, state, data)
             assert close(found.grads, looped(algorithm, scaled, data))
+
+
+SPOILED: list[tuple[Callable[[Tensor], Tensor], set[str]]] = [
+    (lambda g: g * (1 + 1e-6), set()),
+    (lambda g: g * 1.1, {"float64"}),
+    (torch.zeros_like, {"float64", "float32"}),
+    (lambda g: -g, {"float64", "float32"}),
+    (lambda g: g * 1e3, {"float64", "float32", "coarse"}),
+    (lambda g: torch.full_like(g, min(1e288, torch.finfo(g.dtype).max)), {"float64", "float32", "coarse"}),  # seen
+    (lambda g: g * math.nan, {"float64", "float32", "coarse"}),
+]
+"""What befalls a gradient, and in which precision that is no rounding."""
+
+
+def in_precision(precision: str) -> Any:
+    """A toy's gradient, of tensors of which the second has a fifth of the norm, and the last one none."""
+
+    def grad(meta: Params, state: Params, knobs: Params, task: Tensor) -> algorithms.TaskGrad:
+        w = (meta["w"] * task).to(torch.bfloat16 if precision == "coarse" else meta["w"].dtype).to(meta["w"].dtype)
+        return algorithms.TaskGrad({"w": w, "v": w / 5, "zero": w - w}, {}, {"accuracy": w.sum() - w.sum()})
+
+    return grad
+
+
+@pytest.mark.parametrize("precision", ["float64", "float32", "coarse"])
+@pytest.mark.parametrize(("spoil", "refused"), SPOILED)
+@pytest.mark.parametrize("which", [0, 1])
+def test_kernels_that_compute_anything_are_refused_and_their_folder_named(
+    precision: str, spoil: Any, refused: set[str], which: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As those of another processor do; rounding in the gradient, and anything in a figure, is none of it."""
+
+    def compile(graph: Any, **_: object) -> Any:
+        def compiled(*inputs: Tensor) -> list[Tensor]:
+            *grads, last, accuracy = graph(*inputs)
+            return [*(spoil(g) if i == which else g for i, g in enumerate(grads)), last + 1e-8, accuracy + 1]
+
+        return compiled
+
+    monkeypatch.setattr(torch, "compile", compile)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "kernels"))
+    dtype = torch.float64 if precision == "float64" else torch.float32
+
+    def gradient(scale: float = 1.0) -> None:
+        with outer.engine("compiled") as engine:
+            tasks = torch.arange(1.0, 4.0, dtype=dtype)[:, None] * scale
+            outer.meta_gradient(engine, toy(in_precision(precision)), {"w": torch.ones(4, dtype=dtype)}, {}, tasks)
+
+    if precision in refused:
+        with pytest.raises(MetaftError, match=r"^engine: what torch\.compile made is wrong, ") as raised:
+            gradient()
+        assert f"; empty {tmp_path / 'kernels'}, or set TORCHINDUCTOR_CACHE_DIR to " in str(raised.value)
+        assert "\n" not in str(raised.value) and raised.value.status == 2
+    else:
+        gradient()
+    gradient(math.inf)  # that is not finite without compiling either, which the training says in its own words
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs Linux's /proc")
