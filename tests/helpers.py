@@ -220,6 +220,12 @@ def rounded_alike(found: Any, expected: Any, rel: float = SAME_RUN) -> bool:
     return found == (pytest.approx(expected, rel=rel, abs=rel) if isinstance(expected, float) else expected)
 
 
+ONE_PASS = 1e-4
+"""Difference of what one forward pass of a small network gives in float32 when it is added up in another order, as a
+batch of another size is: 2^-24 times some hundred roundings in a row, on values of up to ten. Another weight, or
+another image in the batch, moves the second digit."""
+
+
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
     """Inside, torch computes on one thread: small tensors are done before a second thread has woken up."""
