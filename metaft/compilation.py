@@ -50,8 +50,8 @@ def check_compiled(found: Sequence[Tensor], expected: Sequence[Tensor], precisio
         if not off <= limit:
             raise MetaftError(
                 "engine: what torch.compile made is wrong, as with kernels that were compiled for another processor: "
-                f"its first meta-gradient is off by {off:.3g}, where rounding allows for {limit:.3g}; empty {_cache()}, "
-                "or set TORCHINDUCTOR_CACHE_DIR to a new folder, or use another engine"
+                f"its first meta-gradient is off by {off:.3g}, where rounding allows for {limit:.3g}; "
+                f"empty {_cache()}, or set TORCHINDUCTOR_CACHE_DIR to a new folder, or use another engine"
             )
 
 

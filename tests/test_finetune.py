@@ -405,7 +405,8 @@ def test_it_learns_what_can_be_learned(head: str, freeze: str) -> None:
 
 def test_the_losses_of_the_curve_are_means_over_images() -> None:
     val = ambiguous()
-    fitted = tune(body(dtype=torch.float64), freeze="backbone", lr=0.0, epochs=1, val=val)  # 21 images in batches of 8, 8 and 5
+    # 21 images in batches of 8, 8 and 5.
+    fitted = tune(body(dtype=torch.float64), freeze="backbone", lr=0.0, epochs=1, val=val)
     for name, (images, labels) in {"loss": toy(21), "val_loss": val}.items():
         logits = fitted.head(fitted.body(PREPROCESSING.normalise(images).double())).detach()
         assert fitted.curve[0][name] == pytest.approx(float(F.cross_entropy(logits, labels)), abs=1e-12)
