@@ -111,9 +111,9 @@ def test_evaluation_leaves_memory_flat() -> None:
             score_episodes(engine, algorithm, meta, state, source, split="test", seed=0, episodes=episodes, steps=5)
             return resident()
 
-        run(64)
-        before = run(64)
-        after = run(320)
+        run(32)
+        before = run(32)
+        after = run(96)
     assert after - before < 20
 
 
