@@ -230,14 +230,19 @@ another image in the batch, moves the second digit."""
 
 
 @contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    """Inside, torch computes on one thread: small tensors are done before a second thread has woken up."""
+def on_threads(count: int) -> Iterator[None]:
+    """Inside, torch computes on so many threads."""
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(count)
     try:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def one_thread() -> contextlib.AbstractContextManager[None]:
+    """For what is slow on two (see conftest.py), whatever the caller has asked for."""
+    return on_threads(1)
 
 
 def adapted(path: Path) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import pytest
 import scenarios
 import torch
 import torch.nn.functional as F
-from helpers import ONE_PASS
+from helpers import ONE_PASS, on_threads, rounded_alike
 from PIL import Image
 from torch import Tensor, nn
 
@@ -579,6 +579,15 @@ def test_augmentation_turns_and_moves_within_its_bounds() -> None:
     torch.testing.assert_close(centres, expected, rtol=0, atol=0.05)
     flat = torch.full((4, 1, 9, 9), 255, dtype=torch.uint8)
     assert torch.equal(_augmented(flat, moves), flat)
+
+
+def test_on_two_threads_it_is_tuned_as_on_one() -> None:
+    """To rounding; the pictures are large enough for convolutions to be shared out."""
+    curves = []
+    for count in (1, 2):
+        with on_threads(count):
+            curves.append(tune(body(dtype=torch.float64), 60, batch_size=60, val=toy(24, seed=3)).curve)
+    assert rounded_alike(curves[1], curves[0])
 
 
 def test_a_double_body_is_tuned_in_double() -> None:

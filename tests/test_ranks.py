@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 import scenarios
 import torch
-from helpers import SAME_RUN, SINUSOID, images, options, pool, remains, rounded_alike, sinusoid, untimed
+from helpers import SAME_RUN, SINUSOID, images, on_threads, options, pool, remains, rounded_alike, sinusoid, untimed
 from rank_gradients import MEMBERS, meta_gradient
 from torch import distributed
 
@@ -459,6 +459,17 @@ def test_where_to_write_a_meta_test_is_rank_0s_to_try(tmp_path: Path, monkeypatc
     assert tried == [0]
     refusing = True
     assert [error.status for error in errors_of(2, start)] == [2, 2]
+
+
+@pytest.mark.usefixtures("float64_runs")
+def test_a_run_on_two_threads_is_that_of_one(tmp_path: Path):
+    """With the engine and the chunk that each number stands for, where neither is asked for."""
+    runs = []
+    for count in (1, 2):
+        with on_threads(count):
+            runs.append(run(images(tmp_path / str(count), meta_batch=3), dataset=pool()))
+    assert rounded_alike(untimed(runs[1]), untimed(runs[0]))
+    assert rounded_alike(*(read_rows(tmp_path / name / "metrics.jsonl") for name in "21"))
 
 
 @pytest.mark.usefixtures("float64_runs")

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from adapting import KEYS, Text, put, result_of
 from helpers import (
     IMAGES,
     adapted,
+    one_thread,
     options,
     words,
 )
@@ -22,6 +24,13 @@ from metaft import adapt, meta_train
 from metaft.run import read_rows
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """As in the processes: bits depend on how many there are."""
+    with one_thread():
+        yield
 
 
 @pytest.mark.slow
