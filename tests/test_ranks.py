@@ -469,7 +469,8 @@ def test_a_run_on_two_threads_is_that_of_one(tmp_path: Path):
         with on_threads(count):
             runs.append(run(images(tmp_path / str(count), meta_batch=3), dataset=pool()))
     assert rounded_alike(untimed(runs[1]), untimed(runs[0]))
-    assert rounded_alike(*(read_rows(tmp_path / name / "metrics.jsonl") for name in "21"))
+    found, expected = (read_rows(tmp_path / name / "metrics.jsonl") for name in ("2", "1"))
+    assert rounded_alike(found, expected)
 
 
 @pytest.mark.usefixtures("float64_runs")
