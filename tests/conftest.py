@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+# One intra-op thread, here and in every process that a test starts, unless the caller wants another number: what the
+# tests compute is so small that a second thread only waits, and it waits by spinning, on the core of the other pytest
+# worker. Measured: an eighth of the CPU time in tests/test_finetune.py. What several threads do is tested where they
+# are asked for. This has to stand before torch is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Keep the tests' cache of rendered images out of the user's, unless METAFT_CACHE names one already."""
     with pytest.MonkeyPatch.context() as patch:
-        import os
-
         if "METAFT_CACHE" not in os.environ:
             patch.setenv("METAFT_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
@@ -35,6 +40,15 @@ def own_algorithms(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], Non
     forget()
     yield forget
     forget()
+
+
+@pytest.fixture
+def float64_runs() -> Iterator[None]:
+    """What `helpers.in_float64` says, for the whole test."""
+    from helpers import in_float64
+
+    with in_float64():
+        yield
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import re
 import resource
@@ -16,10 +17,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from metaft import adapt, meta_train
+from metaft import adapt, meta_train, models
 from metaft.config import MetaTrainConfig
 from metaft.run import RunFolder
 from metaft.tasks.pool import ClassPool, Preprocessing
+from metaft.tasks.sinusoid import SinusoidTasks
 
 SINUSOID: dict[str, Any] = {
     "dataset": "sinusoid",
@@ -152,10 +154,13 @@ def files_of(folder: Path) -> tuple[list[Path], np.ndarray]:
 
 
 def meta_trained(out: Path, squares: Path, **changes: Any) -> Path:
-    """A finished meta-training run on the pictures of `write_folder`, without pictures of its own."""
+    """A finished meta-training run on the pictures of `write_folder`, without pictures of its own.
+
+    By the engine that needs the least time for so little: what matters is what the run leaves.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("metaft.report.draw_pictures", lambda *_: [])
-        settings = {**IMAGES, "dataset": f"folder:{squares}", "image_size": 8, "out": out}
+        settings = {**IMAGES, "engine": "vmap", "dataset": f"folder:{squares}", "image_size": 8, "out": out}
         assert meta_train.main(options(settings, **changes)) == 0
     return out
 
@@ -185,14 +190,59 @@ def same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
 
 
 @contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    """Inside, torch computes on one thread: small tensors are done before a second thread has woken up."""
+def in_float64() -> Iterator[None]:
+    """Inside, runs compute in float64: models are built in it, and data come in it.
+
+    For runs that take the same steps in other ways (chunks, ranks, engines) and are compared as a whole. In float32 no
+    bound follows: Adam moves an entry by the sign of its gradient, even where that is a rounding error, so two runs
+    part by up to the rate in each step. In float64 such an entry is below Adam's eps, and stays.
+    """
+    build, functional, normalise, points = (
+        models.build, models.functional, Preprocessing.normalise, SinusoidTasks._tensor
+    )  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(models, "build", functools.partial(build, dtype=torch.float64))
+        patch.setattr(models, "functional", lambda module, **more: functional(module.double(), **more))
+        patch.setattr(Preprocessing, "normalise", lambda self, images: normalise(self, images).double())
+        patch.setattr(SinusoidTasks, "_tensor", lambda self, values: points(self, values).double())
+        yield
+
+
+SAME_RUN = 1e-9
+"""Relative difference of two runs in float64 that add up in another order: 2^-53 times some hundred roundings in each
+of a few steps is 1e-13, and the rest is room for what inner loops and small denominators make of it. A task that is
+left out, a rate or a chunk that is wrong moves the first digits."""
+
+
+def rounded_alike(found: Any, expected: Any, rel: float = SAME_RUN) -> bool:
+    """Whether two pieces of plain data are equal, but for rounding of their floats."""
+    if isinstance(expected, dict):
+        return found.keys() == expected.keys() and all(rounded_alike(found[k], v, rel) for k, v in expected.items())
+    if isinstance(expected, list):
+        return len(found) == len(expected) and all(map(functools.partial(rounded_alike, rel=rel), found, expected))
+    return found == (pytest.approx(expected, rel=rel, abs=rel) if isinstance(expected, float) else expected)
+
+
+ONE_PASS = 1e-4
+"""Difference of what one forward pass of a small network gives in float32 when it is added up in another order, as a
+batch of another size is: 2^-24 times some hundred roundings in a row, on values of up to ten. Another weight, or
+another image in the batch, moves the second digit."""
+
+
+@contextlib.contextmanager
+def on_threads(count: int) -> Iterator[None]:
+    """Inside, torch computes on so many threads."""
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(count)
     try:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def one_thread() -> contextlib.AbstractContextManager[None]:
+    """For what is slow on two (see conftest.py), whatever the caller has asked for."""
+    return on_threads(1)
 
 
 def adapted(path: Path) -> dict[str, Any]:

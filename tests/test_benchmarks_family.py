@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import one_thread
+from helpers import in_float64, one_thread
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -77,11 +77,12 @@ def test_every_member_with_an_inner_loop_learns_curves(name: str) -> None:
     from metaft import outer
     from metaft.tasks import Sinusoid
 
-    model = models.build("mlp", ways=1, shape=(1,), width=8, seed=0)
+    model = models.build("mlp", ways=1, shape=(1,), width=8, seed=0, dtype=torch.float64)
     own = {"strength": 2.0, "damping": 0.0} if name == "imaml" else {}
     member = algorithms.build(name, model, {"loss": "mse", "inner_lr": 0.01, **own})
     meta, state = member.init(0)
-    tasks = Sinusoid().source(shots=5, query_shots=5).episodes(0, "train", range(8))
+    with in_float64():
+        tasks = Sinusoid().source(shots=5, query_shots=5).episodes(0, "train", range(8))
     adam = torch.optim.Adam(meta.values(), lr=1e-2)
     losses = []
     with outer.engine("vmap") as engine:

@@ -12,6 +12,7 @@ import pytest
 import scenarios
 import torch
 import torch.nn.functional as F
+from helpers import SAME_RUN
 from torch import Tensor, nn
 from torch.func import grad, vmap
 from torch.utils import _pytree as pytree
@@ -276,6 +277,7 @@ def test_on_a_cpu_nothing_is_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert "convolutions" not in load_snapshot(tmp_path / "r/checkpoints/last.safetensors").header
 
 
+@pytest.mark.usefixtures("float64_runs")
 def test_a_run_trains_in_the_forms_it_chose_and_goes_on_in_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -302,7 +304,7 @@ def test_a_run_trains_in_the_forms_it_chose_and_goes_on_in_them(
     assert found.header["convolutions"] == expected.header["convolutions"]
     for key, value in expected.meta.items():
         assert torch.equal(found.meta[key], value)
-        assert (other.meta[key] - value).abs().max() < 1e-5
+        assert (other.meta[key] - value).abs().max() < SAME_RUN
 
 
 @pytest.mark.gpu

@@ -140,8 +140,8 @@ def test_a_share_that_cannot_be_dropped_is_named(p: float) -> None:
 def test_dropout_layers_of_a_module_are_replaced() -> None:
     layers = [nn.Linear(256, 8), nn.Dropout(0.4), nn.Sequential(nn.Dropout(0.0)), nn.Linear(8, 3)]
     module = nn.Sequential(nn.Flatten(), *layers)
-    model = models.functional(models.initialise(module, 0))
-    x = torch.randn(50, *scenarios.SHAPE, generator=torch.Generator().manual_seed(0))
+    model = models.functional(models.initialise(module, 0).double())
+    x = torch.randn(50, *scenarios.SHAPE, generator=torch.Generator().manual_seed(0)).double()
     plain = model.apply(model.params, x, None)
     assert torch.equal(plain, model.apply(model.params, x, None))
     with use_dropout(key(1), 0):

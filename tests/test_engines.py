@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
+import math
 import os
 import shutil
 import signal
@@ -12,7 +14,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +63,14 @@ def looped(algorithm: algorithms.Algorithm, meta: Params, data: Any) -> Params:
     return {k: torch.stack([g[k] for g in each]).mean(0) for k in meta}
 
 
+@functools.lru_cache(maxsize=4)  # each is asked for by several tests in a row
+def looped_once(name: str, model: str, norm: str) -> tuple[algorithms.Algorithm, Any, Params]:
+    """A member, its data, and their meta-gradient."""
+    algorithm = algorithms.build(name, scenarios.model(model), {"norm": norm})
+    data = scenarios.data_for(algorithm, tasks=5)
+    return algorithm, data, looped(algorithm, algorithm.init(0)[0], data)
+
+
 @pytest.mark.parametrize(
     ("model", "norm"),
     [("conv4", "transductive"), ("conv4", "inductive"), ("conv4-pool", "inductive"), ("mlp", "inductive")],
@@ -68,13 +78,11 @@ def looped(algorithm: algorithms.Algorithm, meta: Params, data: Any) -> Params:
 @pytest.mark.filterwarnings("ignore::metaft.MetaftWarning")  # iMAML's, of small models' curvature
 @pytest.mark.parametrize(("name", "spec"), CASES)
 def test_engines_agree_in_float64(name: str, model: str, norm: str, spec: tuple[str, int, int | None]) -> None:
-    algorithm = algorithms.build(name, scenarios.model(model), {"norm": norm})
-    meta, state = algorithm.init(0)
-    data = scenarios.data_for(algorithm, tasks=5)
+    algorithm, data, expected = looped_once(name, model, norm)
     engine_name, threads, chunk = spec
     with outer.engine(engine_name, threads=threads, chunk=chunk) as engine:
-        found = outer.meta_gradient(engine, algorithm, meta, state, data)
-    assert close(found.grads, looped(algorithm, meta, data))
+        found = outer.meta_gradient(engine, algorithm, *algorithm.init(0), data)
+    assert close(found.grads, expected)
 
 
 @pytest.mark.filterwarnings("ignore::metaft.MetaftWarning")  # iMAML's, of small models' curvature
@@ -82,7 +90,7 @@ def test_engines_agree_in_float64(name: str, model: str, norm: str, spec: tuple[
 def test_what_is_traced_to_be_compiled_agrees_in_float64(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every member's function survives the tracing, which is ours; what is compiled of it is the compiler's."""
     monkeypatch.setattr(torch, "compile", lambda graph, **_: graph)
-    agrees_compiled(name)
+    agrees_compiled(name, inner_steps=2)
 
 
 @pytest.mark.slow
@@ -90,11 +98,12 @@ def test_what_is_traced_to_be_compiled_agrees_in_float64(name: str, monkeypatch:
 @pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="needs a C++ compiler")
 @pytest.mark.parametrize("name", ["maml", "protonet"])
 def test_compiled_agrees_in_float64(name: str) -> None:
-    agrees_compiled(name)
+    """With one inner step, which a second derivative goes through already: each more is as long to compile again."""
+    agrees_compiled(name, inner_steps=1)
 
 
-def agrees_compiled(name: str) -> None:
-    few = {"inner_steps": 2} if "inner_steps" in algorithms.hyper_parameters(name) else {}
+def agrees_compiled(name: str, inner_steps: int) -> None:
+    few = {"inner_steps": inner_steps} if "inner_steps" in algorithms.hyper_parameters(name) else {}
     algorithm = algorithms.build(name, scenarios.model("mlp"), few)
     meta, state = algorithm.init(0)
     data = scenarios.data_for(algorithm, tasks=5)
@@ -103,6 +112,62 @@ def agrees_compiled(name: str) -> None:
             scaled = {k: v * scale for k, v in meta.items()}
             found = outer.meta_gradient(engine, algorithm, scaled, state, data)
             assert close(found.grads, looped(algorithm, scaled, data))
+
+
+SPOILED: list[tuple[Callable[[Tensor], Tensor], set[str]]] = [
+    (lambda g: g * (1 + 1e-6), set()),
+    (lambda g: g * 1.1, {"float64"}),
+    (torch.zeros_like, {"float64", "float32"}),
+    (lambda g: -g, {"float64", "float32"}),
+    (lambda g: g * 1e3, {"float64", "float32", "coarse"}),
+    (lambda g: torch.full_like(g, min(1e288, torch.finfo(g.dtype).max)), {"float64", "float32", "coarse"}),  # seen
+    (lambda g: g * math.nan, {"float64", "float32", "coarse"}),
+]
+"""What befalls a gradient, and in which precision that is no rounding."""
+
+
+def in_precision(precision: str) -> Any:
+    """A toy's gradient, of tensors of which the second has a fifth of the norm, and the last one none."""
+
+    def grad(meta: Params, state: Params, knobs: Params, task: Tensor) -> algorithms.TaskGrad:
+        w = (meta["w"] * task).to(torch.bfloat16 if precision == "coarse" else meta["w"].dtype).to(meta["w"].dtype)
+        return algorithms.TaskGrad({"w": w, "v": w / 5, "zero": w - w}, {}, {"accuracy": w.sum() - w.sum()})
+
+    return grad
+
+
+@pytest.mark.parametrize("precision", ["float64", "float32", "coarse"])
+@pytest.mark.parametrize(("spoil", "refused"), SPOILED)
+@pytest.mark.parametrize("which", [0, 1])
+def test_kernels_that_compute_anything_are_refused_and_their_folder_named(
+    precision: str, spoil: Any, refused: set[str], which: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As those of another processor do; rounding in the gradient, and anything in a figure, is none of it."""
+
+    def compile(graph: Any, **_: object) -> Any:
+        def compiled(*inputs: Tensor) -> list[Tensor]:
+            *grads, last, accuracy = graph(*inputs)
+            return [*(spoil(g) if i == which else g for i, g in enumerate(grads)), last + 1e-8, accuracy + 1]
+
+        return compiled
+
+    monkeypatch.setattr(torch, "compile", compile)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "kernels"))
+    dtype = torch.float64 if precision == "float64" else torch.float32
+
+    def gradient(scale: float = 1.0) -> None:
+        with outer.engine("compiled") as engine:
+            tasks = torch.arange(1.0, 4.0, dtype=dtype)[:, None] * scale
+            outer.meta_gradient(engine, toy(in_precision(precision)), {"w": torch.ones(4, dtype=dtype)}, {}, tasks)
+
+    if precision in refused:
+        with pytest.raises(MetaftError, match=r"^engine: what torch\.compile made is wrong, ") as raised:
+            gradient()
+        assert f"; empty {tmp_path / 'kernels'}, or set TORCHINDUCTOR_CACHE_DIR to " in str(raised.value)
+        assert "\n" not in str(raised.value) and raised.value.status == 2
+    else:
+        gradient()
+    gradient(math.inf)  # that is not finite without compiling either, which the training says in its own words
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs Linux's /proc")

@@ -52,18 +52,18 @@ def custom(dropout: float = 0.0) -> nn.Module:
 
 
 def test_a_users_module_becomes_pure_functions() -> None:
-    module = custom()
+    module = custom().double()
     before = copy.deepcopy(module.state_dict())
     model = models.functional(module)
-    x = torch.randn(5, *scenarios.SHAPE)
+    x = torch.randn(5, *scenarios.SHAPE, dtype=torch.float64)
     assert model.head == ("5.weight", "5.bias")
     assert model.norm == ("1.weight", "1.bias")
     assert (model.outputs, model.convolutional) == (3, True)
     out = model.apply(model.params, x, None)
-    torch.testing.assert_close(out, module.train()(x), rtol=0, atol=1e-6)
+    torch.testing.assert_close(out, module.train()(x), rtol=0, atol=1e-12)
     features = model.features(model.params, x, None)
     torch.testing.assert_close(
-        F.linear(features, model.params["5.weight"], model.params["5.bias"]), out, rtol=0, atol=1e-6
+        F.linear(features, model.params["5.weight"], model.params["5.bias"]), out, rtol=0, atol=1e-12
     )
     for name in before:
         if "running" not in name and "tracked" not in name:  # module.train()(x) above moved those, not functional()
@@ -125,12 +125,12 @@ def test_a_normalisation_layer_in_two_places_is_converted_in_both_and_stays_one(
 
     converted = models.episode_norms(Shared())
     assert converted.bn is converted.stack[0]  # type: ignore[index]
-    model = models.functional(Shared())
-    x = torch.randn(4, *scenarios.SHAPE)
+    model = models.functional(Shared().double())
+    x = torch.randn(4, *scenarios.SHAPE, dtype=torch.float64)
     moments = model.measure(model.params, x)
     assert len(moments) == 2
     alone = torch.cat([model.apply(model.params, one, moments) for one in x.split(1)])
-    torch.testing.assert_close(alone, model.apply(model.params, x, None), rtol=0, atol=1e-5)
+    torch.testing.assert_close(alone, model.apply(model.params, x, None), rtol=0, atol=1e-12)
 
 
 class Fickle(nn.Module):

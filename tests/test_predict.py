@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import (
+    ONE_PASS,
     TARGET,
     files_of,
     finished,
@@ -144,7 +145,7 @@ def test_it_is_a_plain_module(run: Path, data: Path) -> None:
     assert torch.equal(other(x), made(x))
     double = metaft.load(run).double()(x)
     assert double.dtype == torch.float64
-    torch.testing.assert_close(double.float(), made(x), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(double.float(), made(x), rtol=0, atol=ONE_PASS)
     made(x).sum().backward()
     assert all(p.grad is not None for p in made.head.parameters())
 
@@ -159,14 +160,13 @@ def test_an_image_gets_the_same_label_in_any_company(kind: str, init: Path, data
         logits, names = made(x), made.names(x)
         assert len(set(names)) > 1
         assert (logits - logits[0]).abs().max() > 0.1
-        assert torch.equal(made(x.flip(0)).flip(0), logits)
         assert torch.equal(made(torch.cat([x[:1], 255 - x[1:]]))[0], logits[0]), "its neighbours are looked at"
         order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
         alone = torch.cat([made(one[None]) for one in x])
         parts = torch.cat([made(x[:5]), made(x[5:])])
-        # To rounding, since a batch of another size is summed otherwise.
-        for other in (alone, parts, made(x[order])[order.argsort()], made.train()(x)):
-            torch.testing.assert_close(other, logits, rtol=1e-5, atol=1e-5)
+        # To rounding, since a batch of another size is summed otherwise, and on some processors another row of one.
+        for other in (alone, parts, made(x.flip(0)).flip(0), made(x[order])[order.argsort()], made.train()(x)):
+            torch.testing.assert_close(other, logits, rtol=0, atol=ONE_PASS)
     assert [made.names(one[None])[0] for one in x] == names
 
 
@@ -220,7 +220,7 @@ def test_labels_of_files_and_folders(run: Path, data: Path, capsys: Text) -> Non
         assert said.err == ""
         rows = printed(said.out)
         assert [row[:2] for row in rows] == [[str(file), label] for file, label in zip(files, labels, strict=True)]
-        assert [float(row[2]) for row in rows] == pytest.approx(probabilities.max(1), abs=1e-4)
+        assert [float(row[2]) for row in rows] == pytest.approx(probabilities.max(1), abs=5e-5 + ONE_PASS)
     assert predict.main([str(run), str(files[3]), str(data / "test/apple"), str(files[0])]) == 0
     order = [files[3], *(file for file in files[:6] if file != files[3])]  # each file once
     assert [row[0] for row in printed(capsys.readouterr().out)] == [str(file) for file in order]
@@ -261,7 +261,7 @@ def test_the_most_probable_classes(top: int, run: Path, data: Path, tmp_path: Pa
         for path, row, line, best, p in zip(files, rows, lines, order, probabilities, strict=True):
             assert (row[0], row[-1], line[0]) == (str(path), "", str(path))
             assert row[1:-1:2] == line[1::2] == [TARGET[i] for i in best]
-            assert [float(cell) for cell in row[2:-1:2]] == pytest.approx(p[best], abs=1e-5)
+            assert [float(cell) for cell in row[2:-1:2]] == pytest.approx(p[best], abs=ONE_PASS)
             assert line[2::2] == [f"{float(cell):.4f}" for cell in row[2:-1:2]]
 
 
@@ -601,7 +601,7 @@ def test_a_module_of_ones_own(
     x = pixels_of(files_of(data)[0])
     loaded = metaft.load(out, module=own())
     assert torch.equal(loaded(x), saved[0](x))
-    torch.testing.assert_close(torch.cat([loaded(one[None]) for one in x]), loaded(x), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(torch.cat([loaded(one[None]) for one in x]), loaded(x), rtol=0, atol=ONE_PASS)
     wrong = sum(a != b.parent.name for a, b in zip(loaded.label(unseen(data)), unseen(data), strict=True))
     assert result["accuracy"] == pytest.approx(1 - wrong / 18)
     kept = {file: file.read_bytes() for file in (out / "classifier.safetensors", out / "metrics.jsonl")}

@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 import scenarios
 import torch
-from helpers import SINUSOID, images, options, pool, remains, sinusoid, untimed
+from helpers import SAME_RUN, SINUSOID, images, on_threads, options, pool, remains, rounded_alike, sinusoid, untimed
 from rank_gradients import MEMBERS, meta_gradient
 from torch import distributed
 
@@ -378,10 +378,14 @@ LAUNCH = "torchrun --standalone --nproc-per-node 2"
 # ---- the same numbers ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-6)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("member", MEMBERS)
 def test_ranks_give_the_meta_gradient_of_one_process(member: str, dtype: torch.dtype, tolerance: float):
-    """Five tasks on two, three and five ranks."""
+    """Five tasks on two, three and five ranks.
+
+    Each task's gradient has the same bits everywhere, since each is computed alone; only the sum of the five is taken
+    in another order: in float32 eight roundings of 2^-24, times twenty where terms cancel.
+    """
     expected, state = meta_gradient(member, dtype, ALONE), MEMBERS[member](scenarios.model("mlp")).init(0)[1]
     for count in (2, 3, 5):
         results = in_threads(count, lambda ranks: meta_gradient(member, dtype, ranks))
@@ -419,6 +423,7 @@ def test_episodes_and_scores_are_those_of_one_process(episodes: int):
             assert done == [*range(8 * count, episodes, 8 * count), episodes]
 
 
+@pytest.mark.usefixtures("float64_runs")
 def test_a_run_on_several_ranks_is_that_of_one(tmp_path: Path):
     """Validation, rows, checkpoints and meta-test too; the other ranks write nothing."""
     one = run(sinusoid(tmp_path / "one"))
@@ -428,10 +433,10 @@ def test_a_run_on_several_ranks_is_that_of_one(tmp_path: Path):
         assert all(result == results[0] for result in results)
         assert results[0]["ranks"] == count
         assert not (path / "nowhere").exists()
-        close(untimed(one) | {"ranks": count}, untimed(results[0]))
-        close(read_rows(tmp_path / "one/metrics.jsonl"), read_rows(path / "metrics.jsonl"))
+        assert rounded_alike(untimed(results[0]), untimed(one) | {"ranks": count})
+        assert rounded_alike(read_rows(path / "metrics.jsonl"), read_rows(tmp_path / "one/metrics.jsonl"))
         tensors = [checkpoint.load(folder / "checkpoints/last.safetensors")[0] for folder in (tmp_path / "one", path)]
-        assert scenarios.relative_error(tensors[1], tensors[0]) < 1e-6
+        assert scenarios.relative_error(tensors[1], tensors[0]) < SAME_RUN
 
 
 def test_where_to_write_a_meta_test_is_rank_0s_to_try(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -457,19 +462,19 @@ def test_where_to_write_a_meta_test_is_rank_0s_to_try(tmp_path: Path, monkeypatc
     assert [error.status for error in errors_of(2, start)] == [2, 2]
 
 
-def close(expected: Any, found: Any) -> None:
-    """Equal, but for rounding of floats."""
-    if isinstance(expected, dict):
-        assert expected.keys() == found.keys()
-        for key, value in expected.items():
-            close(value, found[key])
-    elif isinstance(expected, list):
-        for a, b in zip(expected, found, strict=True):
-            close(a, b)
-    else:
-        assert found == (pytest.approx(expected, rel=1e-5) if isinstance(expected, float) else expected)
+@pytest.mark.usefixtures("float64_runs")
+def test_a_run_on_two_threads_is_that_of_one(tmp_path: Path):
+    """With the engine and the chunk that each number stands for, where neither is asked for."""
+    runs = []
+    for count in (1, 2):
+        with on_threads(count):
+            runs.append(run(images(tmp_path / str(count), meta_batch=3), dataset=pool()))
+    assert rounded_alike(untimed(runs[1]), untimed(runs[0]))
+    found, expected = (read_rows(tmp_path / name / "metrics.jsonl") for name in ("2", "1"))
+    assert rounded_alike(found, expected)
 
 
+@pytest.mark.usefixtures("float64_runs")
 def test_a_signal_to_one_rank_stops_all_at_the_same_step_and_a_run_moves_between_numbers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
@@ -497,7 +502,7 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step_and_a_run_moves_between
     assert "note: ranks 1 -> 2: the run goes on to rounding (1e-6), not with the same bits" in capsys.readouterr().err
     resume_run(path)
     assert "note: ranks 2 -> 1: the run goes on to rounding" in capsys.readouterr().err
-    close(read_rows(tmp_path / "whole/metrics.jsonl"), read_rows(path / "metrics.jsonl"))
+    assert rounded_alike(read_rows(path / "metrics.jsonl"), read_rows(tmp_path / "whole/metrics.jsonl"))
 
 
 def steps_before_stop(patch: pytest.MonkeyPatch, steps: int) -> None:

@@ -64,9 +64,10 @@ def test_noise_scores_one_over_ways_in_both_modes(name: str) -> None:
     assert abs(floor["accuracy"] - 0.25) < 1.5 * floor["ci95"]
 
 
+@pytest.mark.usefixtures("float64_runs")  # so that no logits are as near to each other as their rounding
 def test_scores_are_per_task_and_do_not_depend_on_chunks_or_engine() -> None:
     source = scenarios.noise_pool().source(ways=3, shots=1, query_shots=4)
-    algorithm = algorithms.maml(scenarios.model(ways=3, dtype=torch.float32), inner_lr=0.1)
+    algorithm = algorithms.maml(scenarios.model(ways=3), inner_lr=0.1)
     meta, state = algorithm.init(0)
     scores = []
     for name, at_once in (("threads", 32), ("threads", 5), ("vmap", 32)):
@@ -110,9 +111,9 @@ def test_evaluation_leaves_memory_flat() -> None:
             score_episodes(engine, algorithm, meta, state, source, split="test", seed=0, episodes=episodes, steps=5)
             return resident()
 
-        run(64)
-        before = run(64)
-        after = run(320)
+        run(32)
+        before = run(32)
+        after = run(96)
     assert after - before < 20
 
 

@@ -1,0 +1,186 @@
+"""Figures, pictures and report of an adapt run."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from adapting import KEYS, MACRO, Seen, Text, each, figures, result_of
+from helpers import (
+    ADAPT,
+    ONE_PASS,
+    TARGET,
+    adapted,
+    files_of,
+    inner_words,
+    pixels_of,
+    words,
+    write_target,
+)
+from PIL import Image
+
+import metaft
+from metaft import adapt
+from metaft.finetune import study
+from metaft.finetune.classifier import Classifier
+from metaft.run import read_rows
+
+
+def test_the_figures_are_those_of_the_classifier_on_the_test_images(done: Path, data: Path, runs: dict[str, Path]):
+    result = result_of(done)
+    assert result.keys() >= set(KEYS.split())
+    files, labels = files_of(data / "test")
+    predicted = metaft.load(done)(pixels_of(files)).argmax(-1).numpy()
+    expected = figures(labels, predicted, 3)
+    assert 1 / 3 < expected["accuracy"] < 1, "figures that say nothing"
+    assert not np.array_equal(expected["confusion"], np.transpose(expected["confusion"])), "likewise"
+    assert result["confusion"] == expected["confusion"]
+    for name in MACRO:
+        assert result[name] == pytest.approx(expected[name], abs=1e-12), name
+    for row, (count, *values), name in zip(result["per_class"], expected["per_class"], TARGET, strict=True):
+        assert (row["class"], row["test_images"]) == (name, count)
+        assert [row[k] for k in ("precision", "recall", "f1")] == pytest.approx(values, abs=1e-12)
+    assert result["classes"] == list(TARGET)
+    assert [result[k] for k in ("command", "init", "data")] == ["adapt", str(runs["maml"]), f"folder:{data}"]
+    assert (result["version"], result["init_about"]["algorithm"]) == (metaft.__version__, "maml")
+    assert [result[f"{part}_images"] for part in ("train", "test")] == [24, 15]
+    assert result["seconds"] == pytest.approx(sum(row["seconds"] for row in read_rows(done / "timing.jsonl")), abs=1e-3)
+    assert 0 < result["scratch"]["seconds"] < result["seconds"]
+
+
+@pytest.mark.parametrize("method", ["finetune", "inner"])
+def test_the_figures_of_the_random_start(
+    method: str, runs: dict[str, Path], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Classifier] = []
+    real = study.test
+    monkeypatch.setattr(study, "test", lambda classifier, *a: made.append(classifier) or real(classifier, *a))
+    argv = (inner_words if method == "inner" else words)(runs["maml"], data, tmp_path / "o")
+    assert adapt.main(argv) == 0
+    result = result_of(tmp_path / "o")
+    files, labels = files_of(data / "test")
+    for classifier, said in zip(made, (result, result["scratch"]), strict=True):
+        expected = figures(labels, classifier(pixels_of(files)).argmax(-1).numpy(), 3)
+        for name in MACRO:
+            assert said[name] == pytest.approx(expected[name], abs=1e-12), name
+    assert result["gain"]["accuracy"] == pytest.approx(result["accuracy"] - result["scratch"]["accuracy"])
+    assert result["gain"]["ci95"] is None
+
+
+def test_what_is_not_trained_on_is_the_test_where_the_folder_has_no_parts(
+    runs: dict[str, Path], tmp_path: Path, fits: list[Seen]
+) -> None:
+    data = write_target(tmp_path / "d", {".": 15})
+    assert adapt.main(words(runs["maml"], data, tmp_path / "o", seeds=2, shots_per_class=12)) == 0
+    result = result_of(tmp_path / "o")
+    assert [result[f"{part}_images"] for part in ("train", "val", "test")] == [30, 6, 9]
+    files, labels = files_of(data)
+    x = pixels_of(files)
+    seen = each(fits[0].images) | each(fits[0].val_images)
+    test = [i for i in range(len(files)) if x[i].numpy().tobytes() not in seen]
+    assert len(test) == 9
+    predicted = metaft.load(tmp_path / "o")(x[test]).argmax(-1).numpy()
+    assert result["confusion"] == figures(labels[test], predicted, 3)["confusion"]
+    assert each(fits[2].images) | each(fits[2].val_images) != seen
+
+
+def test_classes_of_different_sizes_are_counted_as_images(runs: dict[str, Path], tmp_path: Path, capsys: Text) -> None:
+    data = write_target(tmp_path / "d", {"train": 4, "test": 2})
+    (data / "train" / TARGET[1] / "00.png").unlink()
+    (data / "test" / TARGET[0] / "00.png").unlink()
+    assert adapt.main(words(runs["maml"], data, tmp_path / "o", epochs=1)) == 0
+    result = result_of(tmp_path / "o")
+    assert (result["train_images"], result["train_images_per_class"]) == (11, None)
+    assert [row["test_images"] for row in result["per_class"]] == [1, 2, 2]
+    assert "\nWith 11 images to train on, " in capsys.readouterr().out
+
+
+def test_a_run_folder_holds_what_it_should(done: Path) -> None:
+    names = {str(p.relative_to(done)) for p in done.rglob("*") if p.is_file()}
+    assert names >= {
+        *("config.toml", "metrics.jsonl", "timing.jsonl", "result.json", "report.txt", "classifier.safetensors"),
+        *(f"checkpoints/{name}.safetensors" for name in ("last", "previous")),
+    }
+    for row in read_rows(done / "metrics.jsonl"):
+        assert row.keys() == {"draw", "start", "epoch", "loss"}
+    assert len(read_rows(done / "metrics.jsonl")) == 3 * 2 * ADAPT["epochs"]
+
+
+def test_the_pictures(copy: Path, monkeypatch: pytest.MonkeyPatch, capsys: Text) -> None:
+    """They are drawn from the finished run, in which nothing else changes."""
+    before = adapted(copy)
+    monkeypatch.undo()
+    assert adapt.main(["--resume", str(copy)]) == 0
+    said = capsys.readouterr().out
+    for name in ("confusion", "learning", "mistakes"):
+        with Image.open(copy / f"plots/{name}.png") as picture:
+            assert min(picture.size) > 200
+            assert np.asarray(picture.convert("L")).std() > 5
+        assert f"{copy}/plots/{name}.png" in said
+    assert adapted(copy) == before
+
+
+@pytest.mark.parametrize("which", ["confusion", "learning", "mistakes"])
+def test_what_is_drawn(which: str, done: Path, copy: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {}
+    monkeypatch.undo()
+    for name in ("confusion", "learning", "mistakes"):
+        monkeypatch.setattr(f"metaft.plots.{name}", lambda *a, name=name, **k: given.update({name: (a, k)}))
+    assert adapt.main(["--resume", str(copy)]) == 0
+    result, (arguments, options) = result_of(copy), given[which]
+    assert arguments[0] == copy / f"plots/{which}.png"
+    if which == "confusion":
+        assert arguments[1:] == (result["confusion"], TARGET)
+    if which == "learning":
+        rows = [row for row in read_rows(copy / "metrics.jsonl") if row["draw"] == 0]
+        assert list(arguments[1]) == ["meta-learned", "random"]
+        assert [row for curve in arguments[1].values() for row in curve] == rows
+        assert options["kept"] == {"meta-learned": 3, "random": 3}
+    if which == "mistakes":
+        files, labels = files_of(data / "test")
+        probabilities, predicted = metaft.load(done)(pixels_of(files)).softmax(-1).max(-1)
+        assert torch.equal(arguments[1], pixels_of(files))
+        assert arguments[2].tolist() == labels.tolist()
+        assert torch.equal(arguments[3], predicted)
+        torch.testing.assert_close(arguments[4], probabilities.detach(), rtol=0, atol=ONE_PASS)
+        assert arguments[5] == TARGET
+
+
+def test_the_report(done: Path, copy: Path, capsys: Text) -> None:
+    text, result = (done / "report.txt").read_text(encoding="utf-8"), result_of(done)
+    for name in MACRO:
+        assert f"{100 * result[name]:.2f}" in text
+        assert f"{100 * result['scratch'][name]:.2f}" in text
+        assert f"{100 * (result[name] - result['scratch'][name]):+.2f}" in text
+    gain, mean = result["gain"], result["mean"]
+    assert re.search(rf"paired gain +{100 * gain['accuracy']:.2f} ± {100 * gain['ci95']:.2f} points\n", text)
+    assert "of 3 draws, seeds 0 to 2" in text
+    for name, row in zip(TARGET, result["per_class"], strict=True):
+        line = rf"^{name} +{row['test_images']} +{row['precision']:.3f} +{row['recall']:.3f} +{row['f1']:.3f}( |$)"
+        assert re.search(line, text, re.MULTILINE)
+    sentence = text.rstrip("\n").splitlines()[-1]
+    for part in (
+        "With 8 images per class to train on",
+        f"{100 * mean['accuracy']:.0f} of 100 new images get the right label after starting from the meta-learned",
+        f"{100 * mean['scratch_accuracy']:.0f} of 100 after the same training from a random one",
+        f"{abs(100 * gain['accuracy']):.1f} points {'gained' if gain['accuracy'] >= 0 else 'lost'}",
+        "mean of 3 draws",
+    ):
+        assert part in sentence
+    assert adapt.main(["--resume", str(copy)]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith(text.splitlines()[0])
+    assert said.splitlines()[-1] == sentence
+
+
+def test_the_confused_class_is_named_in_its_true_classs_row(done: Path) -> None:
+    text, result = (done / "report.txt").read_text(encoding="utf-8"), result_of(done)
+    for true, row in enumerate(result["confusion"]):
+        others = [(-count, found) for found, count in enumerate(row) if found != true and count]
+        ending = f"{TARGET[min(others)[1]]} ({-min(others)[0]})" if others else ""
+        (line,) = re.findall(rf"^{TARGET[true]} .*$", text, re.MULTILINE)
+        assert line.endswith(ending) and ("(" in line) == bool(others)
