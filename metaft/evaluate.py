@@ -171,7 +171,7 @@ def run(
 def _seen_in_training(header: Mapping[str, Any], dataset: Dataset, split: str) -> int:
     """How many classes of a split the run was trained on; a turned character ("name@90") counts as the character."""
     # A folder that moved is the same data set by its classes.
-    if header["dataset"] != dataset.name and header["split_hash"] != dataset.split_hash:
+    if header["dataset"] != dataset.name and header.get("classes") != dataset.describe().get("classes"):
         return 0
 
     def names(described: Mapping[str, Any], part: str) -> set[str]:

@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import SINUSOID, finished, one_thread, options, sinusoid, write_target
+from helpers import IMAGES, SINUSOID, finished, one_thread, options, sinusoid, write_folder, write_target
 from helpers import words as adapt_words
 
 from metaft import evaluate, meta_train, predict
 from metaft.__main__ import main as metaft
+from metaft.config import AdaptConfig, MetaTrainConfig
+from metaft.errors import MetaftError
 from metaft.output import Steady, steady
 from metaft.progress import Progress
 from metaft.run import RunFolder
@@ -148,6 +150,31 @@ def test_results_hold_paths_that_are_no_text(tmp_path: Path) -> None:
     run = RunFolder.create(tmp_path / os.fsdecode(b"r\xe9"), "")
     run.write_json(run.result, {"run": str(run.path)})
     assert json.loads(run.result.read_text(encoding="utf-8"))["run"] == str(run.path)
+
+
+def test_class_names_that_are_no_text_or_in_no_font_are_read_tested_and_drawn(in_tmp: Path) -> None:
+    odd = os.fsdecode(b"\xe9x")
+    write_folder(in_tmp / "data")
+    for split, names in (
+        ("train", ("猫", odd, "$x_^{")),
+        ("val", ("a$b$", "😀", "c")),
+        ("test", (odd + "2", "猫 2", "_")),
+    ):
+        for folder, name in zip(sorted((in_tmp / "data" / split).iterdir()), names, strict=False):
+            folder.rename(folder.with_name(name))
+    words = options(IMAGES, dataset="folder:data", image_size=8, iterations=1, out="run")
+    assert meta_train.main(words) == 0
+    assert len(list(Path("run/plots").iterdir())) == 3
+    assert evaluate.main(["run", "--episodes", "2"]) == 0
+    assert meta_train.main(["--resume", "run", "--iterations", "2"]) == 0
+
+
+def test_settings_that_a_run_keeps_must_be_text() -> None:
+    odd = os.fsdecode(b"\xe9x")
+    for make in (lambda: MetaTrainConfig(dataset=f"folder:{odd}"), lambda: AdaptConfig(init=odd)):
+        with pytest.raises(MetaftError, match=r"(dataset|init): '.*udce9x' is not text"):
+            make()
+    assert MetaTrainConfig(out=odd).out == odd
 
 
 class Terminal(io.StringIO):

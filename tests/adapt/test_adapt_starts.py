@@ -38,7 +38,8 @@ def test_the_newest_run_that_fits_is_taken(in_tmp: Path, runs: dict[str, Path], 
     argv = [word for word in words(runs["maml"], data, in_tmp / "o") if word not in ("--init", str(runs["maml"]))]
     assert adapt.main([*argv, "--epochs", "1"]) == 0
     assert "init: runs/protonet, the newest run that fits\n" in capsys.readouterr().err
-    assert result_of(in_tmp / "o")["init"] == read_toml(in_tmp / "o/config.toml")["init"] == "runs/protonet"
+    newest = str(in_tmp / "runs/protonet")  # in full, so that it can be opened from elsewhere
+    assert result_of(in_tmp / "o")["init"] == read_toml(in_tmp / "o/config.toml")["init"] == newest
     put(runs["colour"], in_tmp / "runs/colour", 0)  # grey images can be made colour ones, not the other way round
     assert adapt.newest_run([1, 8, 8], any_size=True) == Path("runs/colour")
     assert adapt.newest_run([1, 8, 8], any_size=False) == Path("runs/protonet")
