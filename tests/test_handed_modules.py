@@ -22,6 +22,7 @@ from metaft import algorithms, evaluate, meta_train, models, outer, workers
 from metaft.cli import StopSignals
 from metaft.errors import Interrupted, MetaftError, MetaftWarning
 from metaft.models import handed
+from metaft.models.plain import plain_layers
 from metaft.types import Episode, Loss, Split
 
 needs_fork = pytest.mark.skipif(not workers.available(), reason="this system cannot fork")
@@ -91,9 +92,9 @@ class Tokens:
             x[y == 1, 0] = i % 20
             return x[:4], y[:4], x[4:], y[4:]
 
-        parts = map(torch.stack, zip(*(one(i) for i in indices), strict=True))
+        a, b, c, d = map(torch.stack, zip(*(one(i) for i in indices), strict=True))
         n = len(indices)
-        return Episode(*parts, torch.zeros(n, 2, dtype=torch.int64), torch.tensor(list(indices)))
+        return Episode(a, b, c, d, torch.zeros(n, 2, dtype=torch.int64), torch.tensor(list(indices)))
 
     def batches(self, seed: int, split: Split, indices: Sequence[int], size: int) -> Any:
         raise NotImplementedError
@@ -325,7 +326,7 @@ def test_what_torchscript_made_is_refused() -> None:
         warnings.simplefilter("ignore")
         traced = torch.jit.trace(Net(), torch.zeros(2, 1, 8, 8))
     with pytest.raises(MetaftError, match=r"^module: TopLevelTracedModule is compiled by TorchScript"):
-        models.functional(traced)
+        models.functional(traced)  # type: ignore[arg-type]
 
 
 def test_an_unknown_word_for_the_first_values_is_refused(in_tmp: Path) -> None:
@@ -394,7 +395,7 @@ def test_a_recurrent_layer_takes_all_that_pytorchs_takes() -> None:
     torch.manual_seed(0)
     for kind, options in ((nn.LSTM, {"proj_size": 3}), (nn.GRU, {}), (nn.RNN, {})):
         layer = kind(4, 6, num_layers=2, bidirectional=True, **options).double()
-        ours = models.plain.plain_layers(handed.copied(layer))
+        ours = plain_layers(handed.copied(layer))
         states = [torch.randn(4, 2, options.get("proj_size", 6)).double()]
         states += [torch.randn(4, 2, 6).double()] if kind is nn.LSTM else []
         for x, hx in ((torch.randn(5, 2, 4).double(), states), (torch.randn(5, 4).double(), [s[:, 0] for s in states])):
@@ -403,7 +404,7 @@ def test_a_recurrent_layer_takes_all_that_pytorchs_takes() -> None:
             torch.testing.assert_close(ours(x), layer(x), rtol=1e-12, atol=1e-12)
     packed = nn.utils.rnn.pack_sequence([torch.zeros(3, 4)])
     with pytest.raises(MetaftError, match="takes tensors here, not a PackedSequence"):
-        models.plain.plain_layers(nn.LSTM(4, 6))(packed)
+        plain_layers(nn.LSTM(4, 6))(packed)
 
 
 @pytest.mark.parametrize("padding", [None, 3])

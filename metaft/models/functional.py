@@ -108,8 +108,7 @@ def functional(
     whole = _pure(module)
     # Not on a GPU, where many small calls are what costs.
     still = frozen(module)
-    plain = type(module) is Conv4 and head == "head"
-    fused = module if plain and not still and not drops(module) else None
+    fused = module if type(module) is Conv4 and head == "head" and not still and not drops(module) else None
     last = linear(module, head)
     bare, top, seen = _pure(body_of(module, head)), _pure(last), _pure(watched(module, head))
     names = [name for name, _ in module.named_parameters() if name not in still]
