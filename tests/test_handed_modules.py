@@ -92,9 +92,9 @@ class Tokens:
             x[y == 1, 0] = i % 20
             return x[:4], y[:4], x[4:], y[4:]
 
-        parts = map(torch.stack, zip(*(one(i) for i in indices), strict=True))
+        a, b, c, d = map(torch.stack, zip(*(one(i) for i in indices), strict=True))
         n = len(indices)
-        return Episode(*parts, torch.zeros(n, 2, dtype=torch.int64), torch.tensor(list(indices)))  # type: ignore[reportCallIssue]
+        return Episode(a, b, c, d, torch.zeros(n, 2, dtype=torch.int64), torch.tensor(list(indices)))
 
     def batches(self, seed: int, split: Split, indices: Sequence[int], size: int) -> Any:
         raise NotImplementedError

@@ -85,10 +85,10 @@ def taken(module: nn.Module) -> nn.Module:
             kinds.setdefault(p.dtype, path)
     for dtype, path in kinds.items():
         if dtype not in _TYPES:
-            raise MetaftError(
-                f"module: parameter {path!r} is {_short(dtype)}; hand over module.float() "
-                "(precision='bf16' computes in a short type, with parameters in float32)"
-            )
+            mend = "tasks are trained in real numbers"
+            if not dtype.is_complex:
+                mend = "hand over module.float() (precision='bf16' computes in a short type, parameters in float32)"
+            raise MetaftError(f"module: parameter {path!r} is {_short(dtype)}; {mend}")
     if len(kinds) > 1:
         mixed = ", ".join(f"{path!r} is {_short(dtype)}" for dtype, path in kinds.items())
         raise MetaftError(f"module: its parameters are of several types ({mixed}); hand over module.float()")
