@@ -171,7 +171,7 @@ def test_tensors_of_the_callers_own_inference_mode_are_taken(mode: str) -> None:
     with torch.inference_mode():
         copies = type(tasks)(*(t.clone() for t in tasks))
         theirs = {name: p.clone() for name, p in meta.items()}
-    with metaft.engine("threads", threads=1) as mapped, MODES[mode]():
+    with metaft.engine("threads", threads=1, chunk=1) as mapped, MODES[mode]():
         expected = metaft.meta_gradient(mapped, member, meta, rest, tasks)
         assert same(tuple(metaft.meta_gradient(mapped, member, theirs, rest, copies)), tuple(expected))
 

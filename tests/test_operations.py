@@ -65,8 +65,8 @@ def self_attention(tokens: Tokens, t: Tensor) -> Tensor:
 
 
 def plain_attention(tokens: Tokens, t: Tensor) -> Tensor:
-    q, k = tokens.mid(t)[:, None], t[:, None]
-    return F.scaled_dot_product_attention(q, k, k)[:, 0].mean(1)
+    q = tokens.mid(t)[:, None]  # contiguous, as the fast kernels want it
+    return F.scaled_dot_product_attention(q, q, q)[:, 0].mean(1)
 
 
 def through_part(tokens: Tokens, t: Tensor) -> Tensor:
