@@ -453,7 +453,7 @@ def test_a_chunk_is_forgotten_with_the_kind_of_engine_that_it_was_chosen_for(tmp
     config = images(tmp_path / "run", threads=2, meta_batch=5, engine="threads", iterations=1)
     run(config, dataset=pool())
     assert read_toml(tmp_path / "run/config.toml")["task_chunk"] == 3
-    longer = dataclasses.replace(config, out=None, iterations=2, engine="vmap")
+    longer = dataclasses.replace(config, out=None, iterations=2, engine="vmap", threads=1)
     resume_run(tmp_path / "run", longer, dataset=pool())
     assert "task_chunk" not in read_toml(tmp_path / "run/config.toml")
     longer = dataclasses.replace(longer, iterations=3, engine="threads", task_chunk=2)
