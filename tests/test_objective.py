@@ -148,7 +148,7 @@ def test_a_run_on_images_with_an_own_loss_is_adapted_by_fine_tuning_alone(tmp_pa
     assert 0 < result["test"]["inductive"]["smoothed"] < 5
     assert (tmp_path / "run" / "plots" / "episode.png").exists()
     data = write_target(tmp_path / "target", {"": 4})
-    settings = {"init": str(tmp_path / "run"), "data": f"folder:{data}", "device": "cpu"}
+    settings: dict[str, Any] = {"init": str(tmp_path / "run"), "data": f"folder:{data}", "device": "cpu"}
     with pytest.raises(MetaftError, match=r"^method: the inner loop of .* goes down smoothed, a loss from Python"):
         adapt.run(AdaptConfig(**settings, method="inner", out=str(tmp_path / "inner")))
 

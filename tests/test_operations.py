@@ -230,8 +230,8 @@ UNBATCHED: dict[str, Callable[[], nn.Module]] = {
     "mask": lambda: module(masked),
     "function": lambda: module(lambda tokens, t: Plain.apply(tokens.mid(t)).mean(1)),  # type: ignore[reportGeneralTypeIssues]
     "GRU": lambda: module(
-        lambda tokens, t: tokens.part(t)[0].mean(1),
-        nn.GRU(WIDTH, WIDTH, batch_first=True),  # type: ignore[reportOptionalCall]
+        lambda tokens, t: tokens.part(t)[0].mean(1),  # type: ignore[reportOptionalCall]
+        nn.GRU(WIDTH, WIDTH, batch_first=True),
     ),
 }
 
