@@ -24,6 +24,7 @@ from torch import nn
 
 from metaft import evaluate, meta_train, report, testing, training, workers
 from metaft.__main__ import main as metaft
+from metaft.assemble import say_what_changed, where_measured
 from metaft.config import EvaluateConfig, MetaTrainConfig
 from metaft.errors import MetaftError
 from metaft.run import read_rows
@@ -132,10 +133,13 @@ def test_the_result_of_a_regression(curve: Path):
         "device": "cpu",
         "engine": "vmap",
         "ranks": 1,
+        "environment": where_measured("cpu", 1),
         "seconds": 0,
         "tasks_per_second": 0,
         "test": 0,
     }
+    assert result["environment"].keys() >= {"torch", "processor", "cpu_capability", "threads"}
+    assert all(result["environment"].values())
     assert result["seconds"] > 0
     timing = read_rows(curve / "timing.jsonl")
     assert [row["step"] for row in timing] == [2, 3, 4, 6, 6, 7]
@@ -358,10 +362,18 @@ def test_a_resumed_run_may_be_computed_otherwise_and_longer(copy: Path, capsys: 
     said = capsys.readouterr().err
     assert f"resuming {copy} at step 7" in said
     assert "note: chunk None -> 2: the run goes on to rounding (1e-6)" in said
+    assert "processor" not in said
     result = json.loads((copy / "result.json").read_text())
     assert (result["iterations"], result["test"]["inductive"]["episodes"]) == (9, 6)
     assert meta_train.read_toml(copy / "config.toml")["iterations"] == 9
     assert [r["step"] for r in read_rows(copy / "metrics.jsonl") if r["kind"] == "val"] == [3, 6, 7, 9]
+
+
+def test_another_processor_is_said_but_not_what_an_older_run_did_not_note(capsys: Text):
+    say_what_changed({"device": "AVX2"}, {"device": "AVX2", "processor": "of today"})
+    assert capsys.readouterr().err == ""
+    say_what_changed({"processor": "of then"}, {"device": "AVX2", "processor": "of today"})
+    assert "note: processor of then -> of today: the run goes on to rounding" in capsys.readouterr().err
 
 
 def test_a_longer_run_drops_the_result_of_the_shorter_before_it_trains(copy: Path, monkeypatch: pytest.MonkeyPatch):
@@ -545,6 +557,7 @@ def test_evaluate_at_the_runs_own_protocol_gives_its_figures(
         result = json.loads((tmp_path / "e.json").read_text())
         trained = json.loads((run / "result.json").read_text())
         assert result["test"] == trained["test"]
+        assert result["environment"] == trained["environment"]
         assert result.keys() >= {"command", "version", "run", "checkpoint", "step", "dataset", "algorithm", "test"}
         assert (result["command"], result["step"]) == ("evaluate", trained["best_step"])
 

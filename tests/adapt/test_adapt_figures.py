@@ -25,6 +25,7 @@ from PIL import Image
 
 import metaft
 from metaft import adapt
+from metaft.assemble import where_measured
 from metaft.finetune import study
 from metaft.finetune.classifier import Classifier
 from metaft.run import read_rows
@@ -48,6 +49,7 @@ def test_the_figures_are_those_of_the_classifier_on_the_test_images(done: Path, 
     assert [result[k] for k in ("command", "init", "data")] == ["adapt", str(runs["maml"]), f"folder:{data}"]
     assert (result["version"], result["init_about"]["algorithm"]) == (metaft.__version__, "maml")
     assert [result[f"{part}_images"] for part in ("train", "test")] == [24, 15]
+    assert result["environment"] == where_measured("cpu", torch.get_num_threads())
     assert result["seconds"] == pytest.approx(sum(row["seconds"] for row in read_rows(done / "timing.jsonl")), abs=1e-3)
     assert 0 < result["scratch"]["seconds"] < result["seconds"]
 
