@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         finetune,
         inner,
         meta_train,
+        metrics,
         models,
         plots,
         predict,
@@ -44,8 +45,8 @@ if TYPE_CHECKING:
     from metaft.types import Episode, Fast
 
 _MODULES = (
-    "adapt", "algorithms", "checkpoint", "evaluate", "finetune", "inner", "meta_train", "models", "plots", "predict",
-    "tasks",
+    "adapt", "algorithms", "checkpoint", "evaluate", "finetune", "inner", "meta_train", "metrics", "models", "plots",
+    "predict", "tasks",
 )  # fmt: skip
 _NAMES = {
     "AdaptConfig": "metaft.config",
@@ -101,6 +102,7 @@ __all__ = [
     "meta_gradient",
     "meta_test",
     "meta_train",
+    "metrics",
     "models",
     "plots",
     "predict",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -79,6 +80,8 @@ def accuracy(prediction: Tensor, target: Tensor) -> Tensor:
 
 
 def _called(function: object) -> str:
+    while isinstance(function, functools.partial):
+        function = function.func
     name = getattr(function, "__name__", type(function).__name__)
     return name if name.isidentifier() and name not in RESERVED else "own"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -153,5 +154,10 @@ def test_a_run_on_images_with_an_own_loss_is_adapted_by_fine_tuning_alone(tmp_pa
         adapt.run(AdaptConfig(**settings, method="inner", out=str(tmp_path / "inner")))
 
 
-def test_the_name_is_public() -> None:
+def test_names_are_public_and_read_off_functions() -> None:
     assert metaft.Objective is Objective
+    assert metaft.metrics.accuracy is accuracy
+    partial = functools.partial(F.cross_entropy, label_smoothing=0.1)
+    for loss, name in ((F.l1_loss, "l1_loss"), (partial, "cross_entropy"), (torch.nn.L1Loss(), "L1Loss")):
+        assert Objective(loss).metric == Objective(loss).label == name
+    assert Objective(lambda p, y: (p - y).mean()).metric == "own"
