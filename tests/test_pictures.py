@@ -155,6 +155,24 @@ def test_a_picture_too_large_to_be_meant_is_refused(tmp_path: Path, monkeypatch:
         open_image(tmp_path / "a.png")
 
 
+def test_a_thread_that_meets_a_strange_file_waits_for_nobody(tmp_path: Path) -> None:
+    """Whoever started it waits inside `noted` until it is done: a wait for the same lock would never end."""
+    (tmp_path / "a").write_bytes(bytes(range(128, 256)) * 8)
+    caught: list[str] = []
+
+    def reads() -> None:
+        with pytest.raises(DataError, match="is no picture that can be read here") as error:
+            open_image(tmp_path / "a")
+        caught.append(error.value.kind)  # pyright: ignore[reportAttributeAccessIssue]
+
+    thread = threading.Thread(target=reads, daemon=True)
+    with noted():
+        thread.start()
+        thread.join(10)
+        assert caught == ["file in a format that is not read (no ending)"]
+    thread.join()
+
+
 # ---- what is said -------------------------------------------------------------------------------------------------
 
 NOTE = "ignored 12 of {} files: 4 files that are no pictures, such as "

@@ -20,7 +20,7 @@ def noted() -> Iterator[dict[Path, str]]:
     """Inside, the first thing that Pillow warns of each file (see `about`) is put here, whichever thread reads it.
 
     Warnings of threads that read no file are shown as ever. Enter it once around all reading, in the thread that
-    starts the others: those need not, and must not, touch any filter.
+    starts the others: those need not, and must not, touch any filter, nor enter this, which waits until it is left.
     """
     flaws: dict[Path, str] = {}
     with _ONE_AT_A_TIME, warnings.catch_warnings():

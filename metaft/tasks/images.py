@@ -78,7 +78,7 @@ def open_image(path: Path, *, deep: bool = False) -> Image.Image:
     except MemoryError:
         raise
     except UnidentifiedImageError:
-        other = None if named_as_picture(path.name) else listing.why_not(path)
+        other = None if named_as_picture(path.name) else listing.why_not(path, open_it=False)
         kind = listing.DAMAGED if other is None else other.kind
         raise Unreadable(path, kind, "it is no picture that can be read here, or damaged") from None
     except OSError as error:

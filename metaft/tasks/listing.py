@@ -83,15 +83,18 @@ def list_images(folder: Path) -> Listed:
     return Listed(files, left)
 
 
-def why_not(path: Path) -> Left | None:
-    """What keeps a file from being read as a picture, as far as can be told without decoding it; None: nothing."""
+def why_not(path: Path, *, open_it: bool = True) -> Left | None:
+    """What keeps a file from being read as a picture, as far as can be told without decoding it; None: nothing.
+
+    `open_it` False: Pillow has been asked, see `starts_as_picture`.
+    """
     kind = no_file(path)
     if kind == EMPTY:
         return Left(path, EMPTY, not is_beside(path))
     if kind is not None:
         return Left(path, kind, True)
     try:
-        if starts_as_picture(path):
+        if starts_as_picture(path, open_it=open_it):
             return None
         beside = is_beside(path)
         ending = path.suffix.lower()
