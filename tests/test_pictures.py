@@ -27,7 +27,7 @@ from metaft.tasks import folder, load
 from metaft.tasks.depth import bits_for
 from metaft.tasks.flaws import about, noted
 from metaft.tasks.formats import starts_as_picture
-from metaft.tasks.images import open_image, read, read_all
+from metaft.tasks.images import looks_grey, open_image, read, read_all
 from metaft.tasks.listing import list_below, list_images
 from metaft.tasks.pool import Preprocessing
 
@@ -415,6 +415,30 @@ def test_a_class_that_has_too_few_left_is_refused(tmp_path: Path) -> None:
     spoil(data / "test" / TARGET[2] / "00.png")
     with pytest.raises(DataError, match=f"'{TARGET[2]}' has no picture left in {data}/test: 1 cannot"):
         target.load(f"folder:{data}", skip_bad=True)
+
+
+def test_skip_bad_goes_on_where_every_picture_of_the_sample_is_broken(tmp_path: Path) -> None:
+    """Of 201 pictures every third is looked at for grey or colour, and each of those is broken."""
+    data = write_target(tmp_path / "d", {".": 67}, channels=3)
+    files = sorted(data.glob("*/*.png"))
+    for file in files[::3]:
+        spoil(file)
+    with pytest.warns(MetaftWarning, match="skipped 67 of 201"):
+        pool = folder(data, image_size=8, skip_bad=True)
+    assert pool.shape == (3, 8, 8), "what can be read says that it is in colour"
+    assert len(pool.images) == 134
+    with pytest.raises(DataError, match=r"67 of 201 images cannot be read: .*--skip-bad"):
+        folder(data)
+
+
+def test_where_all_are_broken_nobody_is_told_to_go_on_without(tmp_path: Path) -> None:
+    data, files = broken(tmp_path / "d", 27)
+    for skip_bad in (False, True):
+        for call in (folder, lambda path, **more: target.load(f"folder:{path}", **more)):
+            with pytest.raises(DataError, match="27 of 27 images cannot be read: ") as error:
+                call(data, skip_bad=skip_bad)
+            assert str(error.value).endswith("; mend or remove them")
+    assert looks_grey(files[:0])
 
 
 def test_a_mended_picture_is_read_again(tmp_path: Path) -> None:

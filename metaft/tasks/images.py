@@ -6,7 +6,7 @@ import errno
 import hashlib
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -145,21 +145,30 @@ def _channels_agree(pixels: np.ndarray) -> bool:
 def looks_grey(files: Sequence[Path], sample: int | None = 64) -> bool:
     """Whether all of `sample` files, evenly spread, or of all files are grey by mode or by equal channels.
 
-    Those that cannot be read have no say. Raises DataError that names them where that is all.
+    Those that cannot be read have no say; where none of the sample can, the first of the others that can has it.
+    Raises DataError that names all files where there is none either.
     """
     step = 1 if sample is None else max(1, len(files) // sample)
-    bad: list[Unreadable] = []
-    looked = files[::step]
+    bad: dict[Path, str] = {}
     with noted():  # whoever reads them all will say it
-        for path in looked:
-            image = try_open(path)
-            if isinstance(image, Unreadable):
-                bad.append(image)
-            elif not is_grey(image):
-                return False
-    if looked and len(bad) == len(looked):
-        raise DataError(listing.refusal({error.path: error.why for error in bad}, len(looked)))
-    return True
+        spread = _greys(files[::step], bad)
+        first = next(spread, None)
+        if first is None:
+            first = next(_greys([file for i, file in enumerate(files) if i % step], bad), None)
+        grey = first is not False and all(spread)
+    if first is None and files:
+        raise DataError(listing.refusal({file: bad[file] for file in files}, len(files)))
+    return grey
+
+
+def _greys(files: Iterable[Path], bad: dict[Path, str]) -> Iterator[bool]:
+    """Whether each file that can be read is grey; the others are put into `bad`, each with the reason."""
+    for path in files:
+        image = try_open(path)
+        if isinstance(image, Unreadable):
+            bad[path] = image.why
+        else:
+            yield is_grey(image)
 
 
 def try_open(path: Path) -> Image.Image | Unreadable:

@@ -232,7 +232,8 @@ def check_lost(left: Sequence[Left], taken: int, *, skip_bad: bool) -> None:
 
 def refusal(bad: Mapping[Path, str], of: int, left: Sequence[Left] = ()) -> str:
     """What to say of pictures that cannot be read, with the reason for each: all of them at once."""
-    how = "; mend or remove" + (" it" if len(bad) == 1 else " them") + ", or go on without with --skip-bad"
+    how = "; mend or remove" + (" it" if len(bad) == 1 else " them")
+    how += ", or go on without with --skip-bad" if len(bad) < of else ""  # without all of them nobody can
     lost = [file for file in left if file.lost]
     also = f"; ignored besides: {counted(lost)}" if lost else ""
     return f"{unreadable(bad, of)}{also}{how}"
