@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import struct
 import threading
 import unicodedata
 import warnings
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,10 +26,10 @@ from metaft.errors import DataError, MetaftError, MetaftWarning
 from metaft.finetune import report, target
 from metaft.finetune.classifier import Classifier, save
 from metaft.tasks import folder, load
-from metaft.tasks.depth import bits_for
+from metaft.tasks.depth import bits_for, maximum
 from metaft.tasks.flaws import about, noted
 from metaft.tasks.formats import starts_as_picture
-from metaft.tasks.images import looks_grey, open_image, read, read_all
+from metaft.tasks.images import looks_grey, open_image, pixels_of, read, read_all
 from metaft.tasks.listing import list_below, list_images
 from metaft.tasks.pool import Preprocessing
 
@@ -562,6 +564,67 @@ def test_a_classifier_that_knows_no_range_takes_the_files_own_and_says_so(
     assert predict.main([str(run), str(tmp_path / "a.png")]) == 0
     assert "1 16-bit files, such as " in (line := capsys.readouterr().err)
     assert "hold no more than 10 bits" in line
+
+
+def test_a_pgm_has_its_whole_range_whatever_the_training_images_have(tmp_path: Path) -> None:
+    """Pillow scales a PGM's greys up to 16 bits by the largest number that the file says it may hold."""
+    data = deep_target(tmp_path / "d", 12)
+    values = np.linspace(0, 4095, 144).reshape(12, 12).astype(np.uint16)
+    seen = values * (255 / 4095)
+    pgm = data / "a" / "x.pgm"
+    for form in ("P5", "P2"):
+        body = values.astype(">u2").tobytes() if form == "P5" else " ".join(map(str, values.ravel())).encode()
+        pgm.write_bytes(f"{form}\n12 12\n4095\n".encode() + body)
+        made = target.load(f"folder:{data}", Preprocessing(1, 12, 12))
+        assert made.preprocessing.bits == 12, "the range is that of the files which say nothing of theirs"
+        np.testing.assert_allclose(made.images[made.files.index(str(pgm)), 0].numpy(), seen, atol=1)
+        np.testing.assert_allclose(read(pgm, 1, 12)[0], seen, atol=1)
+        picture = open_image(pgm, deep=True)
+        np.testing.assert_allclose(pixels_of(picture, 1, 12, 12)[0], seen, atol=1)
+    full = np.full((12, 12), 4095, ">u2")
+    pgm.write_bytes(b"P5\n12 12\n65535\n" + full.tobytes())
+    assert maximum(open_image(pgm, deep=True)) == 4095, "a largest number of 65535 is a container's, not a range"
+
+
+def deep_colour(path: Path, kind: int) -> Path:
+    """A PNG of 16 bits a channel of that colour type, all of it 4000; Pillow cannot write one."""
+    channels = {2: 3, 4: 2, 6: 4}[kind]
+    rows = b"".join(b"\0" + np.full((8, channels), 4000, ">u2").tobytes() for _ in range(8))
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    head = struct.pack(">IIBBBBB", 8, 8, 16, kind, 0, 0, 0)
+    path.write_bytes(
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    )
+    return path
+
+
+def test_levels_that_pillow_does_not_hand_over_are_said(run: Path, tmp_path: Path, capsys: Text) -> None:
+    data = write_target(tmp_path / "d", {".": 3}, channels=3)
+    files = [deep_colour(data / TARGET[0] / f"{kind}.png", kind) for kind in (2, 4, 6)]
+    Image.new("RGB", (8, 8)).save(data / TARGET[1] / "a.bmp")
+    (data / TARGET[1] / "b.bmp").write_bytes(  # 5, 6 and 5 bits, which no byte is too small for
+        b"BM" + struct.pack("<IHHI", 66 + 8, 0, 0, 66) + struct.pack("<IiiHHIIiiII", 40, 2, 2, 1, 16, 3, 8, 0, 0, 0, 0)
+        + struct.pack("<III", 0xF800, 0x7E0, 0x1F) + bytes(8)
+    )  # fmt: skip
+    flawed(data / TARGET[2] / "00.png")
+    note = (
+        "3 pictures have 16 bits for each colour or for transparency, of which only the high 8 are read, "
+        f"such as {files[0]}; what uses fewer bits is too dark: scale it up first"
+    )
+    made = target.load(f"folder:{data}")
+    assert note in made.notes
+    assert sum("flaws" in text for text in made.notes) == 1
+    for _ in range(2):  # from the cache too
+        with pytest.warns(MetaftWarning) as said:
+            folder(data)
+        assert f"{data}: {note}" in map(str, (warning.message for warning in said))
+    predict.main([str(run), *map(str, files)])
+    assert note in capsys.readouterr().err
+    with pytest.warns(MetaftWarning, match="1 picture has 16 bits for each colour"):
+        metaft.load(run).read(files[1])
 
 
 # ---- order of classes ---------------------------------------------------------------------------------------------

@@ -17,11 +17,11 @@ from PIL import Image, ImageOps, UnidentifiedImageError, features
 
 from metaft.errors import DataError
 from metaft.tasks import listing
-from metaft.tasks.depth import CONTAINER, bits_for, is_deep, maximum, sixteen, to_bytes
-from metaft.tasks.flaws import about, noted
+from metaft.tasks.depth import CONTAINER, bits_for, is_deep, loses_levels, maximum, scales_itself, sixteen, to_bytes
+from metaft.tasks.flaws import HIGH_BYTES, about, noted, remark
 from metaft.tasks.formats import formats_for, named_as_picture
 
-READER_VERSION = 2
+READER_VERSION = 3
 """Part of every cache key; raise it with every change to the pixels that `read` returns."""
 
 _GREY_TOLERANCE = 4
@@ -66,13 +66,17 @@ def open_image(path: Path, *, deep: bool = False) -> Image.Image:
     """A picture file as mode "L" where its mode is grey, else "RGB": first frame, upright, without transparency.
 
     Greys of more than 8 bits become "L" by the range that this one file needs; with `deep` they are left in mode
-    "I;16", for those who know more files of the set. Raises Unreadable, a DataError, where it cannot be decoded.
+    "I;16", for those who know more files of the set, but for a PGM, which says itself how bright white is.
+    Raises Unreadable, a DataError, where it cannot be decoded.
     """
     kind = listing.no_file(path)
     if kind is not None and kind != listing.GONE:
         raise Unreadable(path, kind, f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}")
     try:
         with about(path), Image.open(path, formats=formats_for(path)) as file:
+            if loses_levels(file):
+                remark(HIGH_BYTES)
+            whole_range = scales_itself(file)
             file.load()
             image = plain(_upright(file))
     except MemoryError:
@@ -88,6 +92,8 @@ def open_image(path: Path, *, deep: bool = False) -> Image.Image:
         raise Unreadable(path, kinds.get(error.errno, listing.DAMAGED), os.strerror(error.errno)) from error
     except Exception as error:  # a broken file makes a decoder raise anything: IndexError, struct.error, ...
         raise Unreadable(path, listing.DAMAGED, " ".join(str(error).split()) or type(error).__name__) from error
+    if whole_range:  # whatever the others of its set need
+        return shallow(image, CONTAINER)
     return image if deep else shallow(image)
 
 
