@@ -242,6 +242,22 @@ def test_a_folder_that_holds_nothing_says_what_is_in_it(run: Path, tmp_path: Pat
     one_line(capsys, f"images: folder {tmp_path} holds no pictures (1 file that is no picture ({tmp_path}/notes.txt))")
 
 
+@pytest.mark.parametrize("place", [".", "more", "train/{}/deep"])
+def test_lost_pictures_where_nobody_looks_are_said_too(place: str, tmp_path: Path) -> None:
+    data = write_target(tmp_path / "d", {"train": 2, "test": 1})
+    where = data / place.format(TARGET[0])
+    where.mkdir(exist_ok=True)
+    (where / "notes.txt").write_text("text")
+    assert target.load(f"folder:{data}").notes == ()
+    for name in ("gone.png", "link.png"):
+        (where / name).symlink_to("/none/there.png")
+    (where / "a.heic").write_bytes(b"\0\0\0\x18ftypheic\xff")
+    [note] = target.load(f"folder:{data}").notes
+    first = where / "a.heic" if place == "." else where
+    why = "since they are inside class folders" if "deep" in place else "beside train/ and test/"
+    assert note.startswith(f"ignored{', ' if 'deep' in place else ' '}{why}: {first}")
+
+
 @pytest.mark.parametrize("sort", ["link", "heic", "json"])
 def test_more_than_half_gone_is_an_error_unless_asked_for(sort: str, init: Path, tmp_path: Path, capsys: Text) -> None:
     """Notes and tables beside pictures do not count."""
@@ -309,6 +325,21 @@ def test_the_forms_may_differ_between_the_parts(tmp_path: Path) -> None:
     write_target(tmp_path / "d", {"test": 3}, classes=("cafe\u0301", "the"))
     assert target.load(f"folder:{data}").class_names == ("caf\u00e9", "the")
     assert all(unicodedata.is_normalized("NFC", name) for name in target.load(f"folder:{data}").class_names)
+
+
+def test_a_part_that_holds_no_class_folders_is_not_called_missing(tmp_path: Path) -> None:
+    data = write_target(tmp_path / "d", {"train": 2})
+    with pytest.raises(DataError, match=rf"^data: {data}/test is missing; give train/ and test/"):
+        target.load(f"folder:{data}")
+    for part, there in (("test", "train"), ("train", "test")):
+        flat = write_target(tmp_path / part, {there: 2})
+        (flat / part).mkdir()
+        square(1).save(flat / part / "a.png")
+        with pytest.raises(DataError, match=rf"^data: {flat}/{part} holds no class folders"):
+            target.load(f"folder:{flat}")
+    (data / "test").touch()
+    with pytest.raises(DataError, match=rf"^data: {data}/test is not a folder"):
+        target.load(f"folder:{data}")
 
 
 # ---- broken ones --------------------------------------------------------------------------------------------------

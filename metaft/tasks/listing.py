@@ -260,15 +260,17 @@ def listed_files(bad: Mapping[Path, str]) -> str:
 
 
 def overlooked(path: Path, parts: Sequence[str], class_folders: Iterable[Path]) -> list[str]:
-    """Notes on pictures that lie where nobody looks: beside the `parts` (none: there are no parts), or too deep."""
+    """Notes on pictures, lost ones too, that lie where nobody looks: beside the `parts` (none: there are no parts), or
+    too deep."""
     notes = []
     beside: list[Path] = []
     if parts:
-        beside = [sub for sub in subfolders(path) if sub.name not in parts and list_below(sub).files]
-        beside += list_images(path).files
+        beside = [sub for sub in subfolders(path) if sub.name not in parts and list_below(sub, lost=True).files]
+        files, left = list_images(path)
+        beside += sorted([*files, *(file.path for file in left if file.lost)])
     if beside:
         notes.append(f"ignored beside {' and '.join(f'{part}/' for part in parts)}: {some(beside)}")
-    deeper = [sub for folder in class_folders for sub in subfolders(folder) if list_below(sub).files]
+    deeper = [sub for folder in class_folders for sub in subfolders(folder) if list_below(sub, lost=True).files]
     if deeper:
         notes.append(f"ignored, since they are inside class folders: {some(deeper)}")
     hidden = [sub for place in (path, *(path / part for part in parts)) for sub in _hidden(place)]
