@@ -66,6 +66,21 @@ FORMS: dict[str, Callable[[np.ndarray], Any]] = {
 }
 
 
+def test_class_names_are_compared_in_one_unicode_form() -> None:
+    """As class folders are, which file systems may hand over in either form."""
+    composed, loose = "caf\u00e9", "cafe\u0301"
+    images = pixels(classes=3)
+    assert pool(listed(images, FORMS["array"], lambda c: ["a", "b", loose][c])).class_names == ("a", "b", composed)
+    clash = r"'caf\\xe9' and 'cafe\\u0301'|'cafe\\u0301' and 'caf\\xe9'"
+    with pytest.raises(DataError, match=clash) as caught:
+        pool(listed(images, FORMS["array"], lambda c: ["a", loose, composed][c]), name="mine")
+    assert str(caught.value).startswith("mine: ")
+    assert "two Unicode forms" in str(caught.value)
+    parts = [Listed([(images[0, 0], 0)], [name]) for name in (composed, "b", loose)]
+    with pytest.raises(DataError, match=clash):
+        pool(*parts)
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("form", sorted(FORMS))
 def test_pixels_come_through_whatever_form_they_have(form: str, channels: int) -> None:

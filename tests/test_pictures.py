@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import struct
 import threading
 import unicodedata
 import warnings
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,10 +26,10 @@ from metaft.errors import DataError, MetaftError, MetaftWarning
 from metaft.finetune import report, target
 from metaft.finetune.classifier import Classifier, save
 from metaft.tasks import folder, load
-from metaft.tasks.depth import bits_for
+from metaft.tasks.depth import bits_for, maximum
 from metaft.tasks.flaws import about, noted
 from metaft.tasks.formats import starts_as_picture
-from metaft.tasks.images import open_image, read, read_all
+from metaft.tasks.images import looks_grey, open_image, pixels_of, read, read_all
 from metaft.tasks.listing import list_below, list_images
 from metaft.tasks.pool import Preprocessing
 
@@ -155,6 +157,24 @@ def test_a_picture_too_large_to_be_meant_is_refused(tmp_path: Path, monkeypatch:
         open_image(tmp_path / "a.png")
 
 
+def test_a_thread_that_meets_a_strange_file_waits_for_nobody(tmp_path: Path) -> None:
+    """Whoever started it waits inside `noted` until it is done: a wait for the same lock would never end."""
+    (tmp_path / "a").write_bytes(bytes(range(128, 256)) * 8)
+    caught: list[str] = []
+
+    def reads() -> None:
+        with pytest.raises(DataError, match="is no picture that can be read here") as error:
+            open_image(tmp_path / "a")
+        caught.append(error.value.kind)  # pyright: ignore[reportAttributeAccessIssue]
+
+    thread = threading.Thread(target=reads, daemon=True)
+    with noted():
+        thread.start()
+        thread.join(10)
+        assert caught == ["file in a format that is not read (no ending)"]
+    thread.join()
+
+
 # ---- what is said -------------------------------------------------------------------------------------------------
 
 NOTE = "ignored 12 of {} files: 4 files that are no pictures, such as "
@@ -220,6 +240,22 @@ def test_a_folder_that_holds_nothing_says_what_is_in_it(run: Path, tmp_path: Pat
     (tmp_path / "notes.txt").write_text("text")
     assert predict.main([str(run), str(tmp_path)]) == 2
     one_line(capsys, f"images: folder {tmp_path} holds no pictures (1 file that is no picture ({tmp_path}/notes.txt))")
+
+
+@pytest.mark.parametrize("place", [".", "more", "train/{}/deep"])
+def test_lost_pictures_where_nobody_looks_are_said_too(place: str, tmp_path: Path) -> None:
+    data = write_target(tmp_path / "d", {"train": 2, "test": 1})
+    where = data / place.format(TARGET[0])
+    where.mkdir(exist_ok=True)
+    (where / "notes.txt").write_text("text")
+    assert target.load(f"folder:{data}").notes == ()
+    for name in ("gone.png", "link.png"):
+        (where / name).symlink_to("/none/there.png")
+    (where / "a.heic").write_bytes(b"\0\0\0\x18ftypheic\xff")
+    [note] = target.load(f"folder:{data}").notes
+    first = where / "a.heic" if place == "." else where
+    why = "since they are inside class folders" if "deep" in place else "beside train/ and test/"
+    assert note.startswith(f"ignored{', ' if 'deep' in place else ' '}{why}: {first}")
 
 
 @pytest.mark.parametrize("sort", ["link", "heic", "json"])
@@ -289,6 +325,21 @@ def test_the_forms_may_differ_between_the_parts(tmp_path: Path) -> None:
     write_target(tmp_path / "d", {"test": 3}, classes=("cafe\u0301", "the"))
     assert target.load(f"folder:{data}").class_names == ("caf\u00e9", "the")
     assert all(unicodedata.is_normalized("NFC", name) for name in target.load(f"folder:{data}").class_names)
+
+
+def test_a_part_that_holds_no_class_folders_is_not_called_missing(tmp_path: Path) -> None:
+    data = write_target(tmp_path / "d", {"train": 2})
+    with pytest.raises(DataError, match=rf"^data: {data}/test is missing; give train/ and test/"):
+        target.load(f"folder:{data}")
+    for part, there in (("test", "train"), ("train", "test")):
+        flat = write_target(tmp_path / part, {there: 2})
+        (flat / part).mkdir()
+        square(1).save(flat / part / "a.png")
+        with pytest.raises(DataError, match=rf"^data: {flat}/{part} holds no class folders"):
+            target.load(f"folder:{flat}")
+    (data / "test").touch()
+    with pytest.raises(DataError, match=rf"^data: {data}/test is not a folder"):
+        target.load(f"folder:{data}")
 
 
 # ---- broken ones --------------------------------------------------------------------------------------------------
@@ -397,6 +448,30 @@ def test_a_class_that_has_too_few_left_is_refused(tmp_path: Path) -> None:
     spoil(data / "test" / TARGET[2] / "00.png")
     with pytest.raises(DataError, match=f"'{TARGET[2]}' has no picture left in {data}/test: 1 cannot"):
         target.load(f"folder:{data}", skip_bad=True)
+
+
+def test_skip_bad_goes_on_where_every_picture_of_the_sample_is_broken(tmp_path: Path) -> None:
+    """Of 201 pictures every third is looked at for grey or colour, and each of those is broken."""
+    data = write_target(tmp_path / "d", {".": 67}, channels=3)
+    files = sorted(data.glob("*/*.png"))
+    for file in files[::3]:
+        spoil(file)
+    with pytest.warns(MetaftWarning, match="skipped 67 of 201"):
+        pool = folder(data, image_size=8, skip_bad=True)
+    assert pool.shape == (3, 8, 8), "what can be read says that it is in colour"
+    assert len(pool.images) == 134
+    with pytest.raises(DataError, match=r"67 of 201 images cannot be read: .*--skip-bad"):
+        folder(data)
+
+
+def test_where_all_are_broken_nobody_is_told_to_go_on_without(tmp_path: Path) -> None:
+    data, files = broken(tmp_path / "d", 27)
+    for skip_bad in (False, True):
+        for call in (folder, lambda path, **more: target.load(f"folder:{path}", **more)):
+            with pytest.raises(DataError, match="27 of 27 images cannot be read: ") as error:
+                call(data, skip_bad=skip_bad)
+            assert str(error.value).endswith("; mend or remove them")
+    assert looks_grey(files[:0])
 
 
 def test_a_mended_picture_is_read_again(tmp_path: Path) -> None:
@@ -520,6 +595,67 @@ def test_a_classifier_that_knows_no_range_takes_the_files_own_and_says_so(
     assert predict.main([str(run), str(tmp_path / "a.png")]) == 0
     assert "1 16-bit files, such as " in (line := capsys.readouterr().err)
     assert "hold no more than 10 bits" in line
+
+
+def test_a_pgm_has_its_whole_range_whatever_the_training_images_have(tmp_path: Path) -> None:
+    """Pillow scales a PGM's greys up to 16 bits by the largest number that the file says it may hold."""
+    data = deep_target(tmp_path / "d", 12)
+    values = np.linspace(0, 4095, 144).reshape(12, 12).astype(np.uint16)
+    seen = values * (255 / 4095)
+    pgm = data / "a" / "x.pgm"
+    for form in ("P5", "P2"):
+        body = values.astype(">u2").tobytes() if form == "P5" else " ".join(map(str, values.ravel())).encode()
+        pgm.write_bytes(f"{form}\n12 12\n4095\n".encode() + body)
+        made = target.load(f"folder:{data}", Preprocessing(1, 12, 12))
+        assert made.preprocessing.bits == 12, "the range is that of the files which say nothing of theirs"
+        np.testing.assert_allclose(made.images[made.files.index(str(pgm)), 0].numpy(), seen, atol=1)
+        np.testing.assert_allclose(read(pgm, 1, 12)[0], seen, atol=1)
+        picture = open_image(pgm, deep=True)
+        np.testing.assert_allclose(pixels_of(picture, 1, 12, 12)[0], seen, atol=1)
+    full = np.full((12, 12), 4095, ">u2")
+    pgm.write_bytes(b"P5\n12 12\n65535\n" + full.tobytes())
+    assert maximum(open_image(pgm, deep=True)) == 4095, "a largest number of 65535 is a container's, not a range"
+
+
+def deep_colour(path: Path, kind: int) -> Path:
+    """A PNG of 16 bits a channel of that colour type, all of it 4000; Pillow cannot write one."""
+    channels = {2: 3, 4: 2, 6: 4}[kind]
+    rows = b"".join(b"\0" + np.full((8, channels), 4000, ">u2").tobytes() for _ in range(8))
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    head = struct.pack(">IIBBBBB", 8, 8, 16, kind, 0, 0, 0)
+    path.write_bytes(
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    )
+    return path
+
+
+def test_levels_that_pillow_does_not_hand_over_are_said(run: Path, tmp_path: Path, capsys: Text) -> None:
+    data = write_target(tmp_path / "d", {".": 3}, channels=3)
+    files = [deep_colour(data / TARGET[0] / f"{kind}.png", kind) for kind in (2, 4, 6)]
+    Image.new("RGB", (8, 8)).save(data / TARGET[1] / "a.bmp")
+    (data / TARGET[1] / "b.bmp").write_bytes(  # 5, 6 and 5 bits, which no byte is too small for
+        b"BM" + struct.pack("<IHHI", 66 + 8, 0, 0, 66) + struct.pack("<IiiHHIIiiII", 40, 2, 2, 1, 16, 3, 8, 0, 0, 0, 0)
+        + struct.pack("<III", 0xF800, 0x7E0, 0x1F) + bytes(8)
+    )  # fmt: skip
+    flawed(data / TARGET[2] / "00.png")
+    note = (
+        "3 pictures have 16 bits for each colour or for transparency, of which only the high 8 are read, "
+        f"such as {files[0]}; what uses fewer bits is too dark: scale it up first"
+    )
+    made = target.load(f"folder:{data}")
+    assert note in made.notes
+    assert sum("flaws" in text for text in made.notes) == 1
+    for _ in range(2):  # from the cache too
+        with pytest.warns(MetaftWarning) as said:
+            folder(data)
+        assert f"{data}: {note}" in map(str, (warning.message for warning in said))
+    predict.main([str(run), *map(str, files)])
+    assert note in capsys.readouterr().err
+    with pytest.warns(MetaftWarning, match="1 picture has 16 bits for each colour"):
+        metaft.load(run).read(files[1])
 
 
 # ---- order of classes ---------------------------------------------------------------------------------------------

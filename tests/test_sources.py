@@ -282,6 +282,22 @@ def test_a_changed_picture_is_read_again(tmp_path: Path) -> None:
     assert not torch.equal(before, folder(tmp_path).images)
 
 
+def test_paths_are_taken_as_people_write_them(
+    tiny_omniglot: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for i in range(3):
+        picture(tmp_path / f"g/c{i}/a.png", i)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    for path in (Path("~/g"), "~/g", "g", Path("g")):
+        assert len(folder(path).images) == 3
+    assert folder("~/g").name == f"folder:{tmp_path}/g"
+    monkeypatch.setenv("HOME", str(tiny_omniglot))
+    for root in (Path("~"), "~", str(tiny_omniglot)):
+        assert len(omniglot(root).images) == 20 * len(TINY)
+    assert find("~") == tiny_omniglot / "omniglot"
+
+
 def test_bad_folders_are_refused_in_one_line(tmp_path: Path) -> None:
     def refused(path: Path, *words: str, **kwargs) -> None:
         with pytest.raises(DataError) as caught:

@@ -223,8 +223,11 @@ def _list(path: Path) -> tuple[tuple[str, ...], list[tuple[str, int, Path]], lis
     parts, left = {part: of.files for part, of in found.items()}, [file for of in found.values() for file in of.left]
     if "all" not in parts and not {"train", "test"} <= parts.keys():
         missing = max({"train", "test"} - parts.keys())
+        place = path / missing
+        lacks = "holds no class folders" if os.path.isdir(place) else "is not a folder"
         raise DataError(
-            f"data: {path / missing} is missing; give train/ and test/ (and val/, if you like), or no parts"
+            f"data: {place} {lacks if os.path.lexists(place) else 'is missing'}; "
+            "give train/ and test/ (and val/, if you like), or no parts"
         )
     names = tuple(sorted(next(iter(parts.values())), key=natural))
     for name in names:

@@ -5,6 +5,8 @@ How many there are is a property of a data set, not of a file: a dark picture of
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 from PIL import Image
 
@@ -17,6 +19,27 @@ CONTAINER = 16
 def is_deep(image: Image.Image) -> bool:
     """Whether a decoded picture has integers that need not fit into a byte."""
     return image.mode.startswith("I")
+
+
+def scales_itself(file: Image.Image) -> bool:
+    """Whether Pillow scales the greys of this file, opened and not yet loaded, to all of 16 bits.
+
+    So it does with a PGM, by the largest number that the file says it may hold; 65535 says no more than the container.
+    """
+    if file.format != "PPM" or not is_deep(file):
+        return False
+    return any(isinstance(args, tuple) and args[-1] != 2**CONTAINER - 1 for args in _arguments(file))
+
+
+def loses_levels(file: Image.Image) -> bool:
+    """Whether Pillow takes the high bytes alone of this file, opened and not yet loaded: of deep colours or alpha."""
+    # "BGR;16" is 5, 6 and 5 bits for a pixel.
+    return not is_deep(file) and any(re.search(r"(?<!BGR);16", str(args)) for args in _arguments(file))
+
+
+def _arguments(file: Image.Image) -> list[object]:
+    """What Pillow's decoder of each tile is told, the raw mode among it."""
+    return [tile[3] for tile in getattr(file, "tile", ())]
 
 
 def sixteen(image: Image.Image) -> Image.Image:

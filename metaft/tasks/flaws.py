@@ -14,13 +14,19 @@ _ONE_AT_A_TIME = threading.RLock()
 
 _reading = threading.local()
 
+_notes: list[dict[Path, str]] = []
+"""Of every `noted` that is entered, the innermost last; whoever holds the lock puts them here."""
+
+HIGH_BYTES = "16 bits for each colour or for transparency, of which only the high 8 are read"
+"""What `remark` is given of pictures whose levels Pillow does not hand over: a loss, and no flaw of the file."""
+
 
 @contextlib.contextmanager
 def noted() -> Iterator[dict[Path, str]]:
     """Inside, the first thing that Pillow warns of each file (see `about`) is put here, whichever thread reads it.
 
     Warnings of threads that read no file are shown as ever. Enter it once around all reading, in the thread that
-    starts the others: those need not, and must not, touch any filter.
+    starts the others: those need not, and must not, touch any filter, nor enter this, which waits until it is left.
     """
     flaws: dict[Path, str] = {}
     with _ONE_AT_A_TIME, warnings.catch_warnings():
@@ -35,7 +41,11 @@ def noted() -> Iterator[dict[Path, str]]:
 
         warnings.filterwarnings("always", module=r"PIL\.")
         warnings.showwarning = keep
-        yield flaws
+        _notes.append(flaws)
+        try:
+            yield flaws
+        finally:
+            _notes.pop()
 
 
 @contextlib.contextmanager
@@ -49,10 +59,22 @@ def about(file: Path) -> Iterator[None]:
         _reading.file = former
 
 
+def remark(text: str) -> None:
+    """Put this of the file that `about` names where Pillow's warnings go, before them; outside `noted`, nowhere."""
+    file = getattr(_reading, "file", None)
+    if file is not None and _notes:
+        _notes[-1][file] = text
+
+
 def flaws_note(flaws: Mapping[Path, str]) -> list[str]:
-    """One note with a count and the first file, or none."""
-    if not flaws:
-        return []
-    file = min(flaws)
-    count = "1 picture is" if len(flaws) == 1 else f"{len(flaws)} pictures are"
-    return [f"{count} read in spite of flaws, such as {file} ({flaws[file]})"]
+    """A note on flaws and one on levels that are lost, each with a count and the first file, where there are any."""
+    lossy = [file for file, text in flaws.items() if text == HIGH_BYTES]
+    flawed = [file for file, text in flaws.items() if text != HIGH_BYTES]
+    notes = []
+    if flawed:
+        file, count = min(flawed), "1 picture is" if len(flawed) == 1 else f"{len(flawed)} pictures are"
+        notes.append(f"{count} read in spite of flaws, such as {file} ({flaws[file]})")
+    if lossy:
+        count = "1 picture has" if len(lossy) == 1 else f"{len(lossy)} pictures have"
+        notes.append(f"{count} {HIGH_BYTES}, such as {min(lossy)}; what uses fewer bits is too dark: scale it up first")
+    return notes

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 
 from metaft.errors import DataError, MetaftWarning
+from metaft.paths import local
 from metaft.tasks.cache import cached
 from metaft.tasks.flaws import flaws_note
 from metaft.tasks.images import (
@@ -46,7 +48,11 @@ _Classes = Mapping[str, list[Path]]
 
 
 def folder(
-    path: Path, image_size: int | None = None, channels: int | None = None, *, skip_bad: bool = False
+    path: str | os.PathLike[str],
+    image_size: int | None = None,
+    channels: int | None = None,
+    *,
+    skip_bad: bool = False,
 ) -> ClassPool:
     """Images under `path`, which holds either train/, val/ and test/ folders of class folders, or class folders.
 
@@ -63,6 +69,7 @@ def folder(
         raise DataError(f"image_size must be at least 1, got {image_size}")
     if channels not in (None, 1, 3):
         raise DataError(f"channels must be 1 (grey) or 3 (colour), got {channels}")
+    path = local(path)
     splits, classes, left = _list(path)
     names = tuple(sorted(classes))
     files = [file for name in names for file in classes[name]]

@@ -67,15 +67,19 @@ def named_as_picture(name: str) -> bool:
     return Path(name).suffix.lower() in _named()[1]
 
 
-def starts_as_picture(path: Path) -> bool:
-    """Whether the file begins as a picture does, whatever it is called. Raises OSError where it cannot be read."""
+def starts_as_picture(path: Path, *, open_it: bool = True) -> bool:
+    """Whether the file begins as a picture does, whatever it is called. Raises OSError where it cannot be read.
+
+    Where its first bytes do not say, Pillow is asked, but not with `open_it` False: a thread that another one waits
+    for inside `noted` must not, since that would wait for the other.
+    """
     with open(path, "rb") as file:
         start = file.read(512)
     if start.startswith((b"II", b"MM")) and path.suffix.lower() in _UNREAD:
         return False  # a camera's raw file, whose TIFF holds no more than a thumbnail that can be read
     if _MAGIC.match(start) or _PLAIN_PPM.match(start):
         return True
-    if not start or _is_text(start):
+    if not start or _is_text(start) or not open_it:
         return False
     with noted(), about(path):
         try:

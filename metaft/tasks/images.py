@@ -6,7 +6,7 @@ import errno
 import hashlib
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -17,11 +17,11 @@ from PIL import Image, ImageOps, UnidentifiedImageError, features
 
 from metaft.errors import DataError
 from metaft.tasks import listing
-from metaft.tasks.depth import CONTAINER, bits_for, is_deep, maximum, sixteen, to_bytes
-from metaft.tasks.flaws import about, noted
+from metaft.tasks.depth import CONTAINER, bits_for, is_deep, loses_levels, maximum, scales_itself, sixteen, to_bytes
+from metaft.tasks.flaws import HIGH_BYTES, about, noted, remark
 from metaft.tasks.formats import formats_for, named_as_picture
 
-READER_VERSION = 2
+READER_VERSION = 3
 """Part of every cache key; raise it with every change to the pixels that `read` returns."""
 
 _GREY_TOLERANCE = 4
@@ -66,19 +66,23 @@ def open_image(path: Path, *, deep: bool = False) -> Image.Image:
     """A picture file as mode "L" where its mode is grey, else "RGB": first frame, upright, without transparency.
 
     Greys of more than 8 bits become "L" by the range that this one file needs; with `deep` they are left in mode
-    "I;16", for those who know more files of the set. Raises Unreadable, a DataError, where it cannot be decoded.
+    "I;16", for those who know more files of the set, but for a PGM, which says itself how bright white is.
+    Raises Unreadable, a DataError, where it cannot be decoded.
     """
     kind = listing.no_file(path)
     if kind is not None and kind != listing.GONE:
         raise Unreadable(path, kind, f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}")
     try:
         with about(path), Image.open(path, formats=formats_for(path)) as file:
+            if loses_levels(file):
+                remark(HIGH_BYTES)
+            whole_range = scales_itself(file)
             file.load()
             image = plain(_upright(file))
     except MemoryError:
         raise
     except UnidentifiedImageError:
-        other = None if named_as_picture(path.name) else listing.why_not(path)
+        other = None if named_as_picture(path.name) else listing.why_not(path, open_it=False)
         kind = listing.DAMAGED if other is None else other.kind
         raise Unreadable(path, kind, "it is no picture that can be read here, or damaged") from None
     except OSError as error:
@@ -88,6 +92,8 @@ def open_image(path: Path, *, deep: bool = False) -> Image.Image:
         raise Unreadable(path, kinds.get(error.errno, listing.DAMAGED), os.strerror(error.errno)) from error
     except Exception as error:  # a broken file makes a decoder raise anything: IndexError, struct.error, ...
         raise Unreadable(path, listing.DAMAGED, " ".join(str(error).split()) or type(error).__name__) from error
+    if whole_range:  # whatever the others of its set need
+        return shallow(image, CONTAINER)
     return image if deep else shallow(image)
 
 
@@ -145,21 +151,30 @@ def _channels_agree(pixels: np.ndarray) -> bool:
 def looks_grey(files: Sequence[Path], sample: int | None = 64) -> bool:
     """Whether all of `sample` files, evenly spread, or of all files are grey by mode or by equal channels.
 
-    Those that cannot be read have no say. Raises DataError that names them where that is all.
+    Those that cannot be read have no say; where none of the sample can, the first of the others that can has it.
+    Raises DataError that names all files where there is none either.
     """
     step = 1 if sample is None else max(1, len(files) // sample)
-    bad: list[Unreadable] = []
-    looked = files[::step]
+    bad: dict[Path, str] = {}
     with noted():  # whoever reads them all will say it
-        for path in looked:
-            image = try_open(path)
-            if isinstance(image, Unreadable):
-                bad.append(image)
-            elif not is_grey(image):
-                return False
-    if looked and len(bad) == len(looked):
-        raise DataError(listing.refusal({error.path: error.why for error in bad}, len(looked)))
-    return True
+        spread = _greys(files[::step], bad)
+        first = next(spread, None)
+        if first is None:
+            first = next(_greys([file for i, file in enumerate(files) if i % step], bad), None)
+        grey = first is not False and all(spread)
+    if first is None and files:
+        raise DataError(listing.refusal({file: bad[file] for file in files}, len(files)))
+    return grey
+
+
+def _greys(files: Iterable[Path], bad: dict[Path, str]) -> Iterator[bool]:
+    """Whether each file that can be read is grey; the others are put into `bad`, each with the reason."""
+    for path in files:
+        image = try_open(path)
+        if isinstance(image, Unreadable):
+            bad[path] = image.why
+        else:
+            yield is_grey(image)
 
 
 def try_open(path: Path) -> Image.Image | Unreadable:

@@ -10,7 +10,9 @@ import contextlib
 import dataclasses
 import importlib
 import io
+import os
 import sys
+import unicodedata
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -22,6 +24,7 @@ from PIL import Image
 from torch import Tensor
 
 from metaft.errors import DataError, MetaftError, MetaftWarning, suggest
+from metaft.paths import local
 from metaft.tasks.depth import CONTAINER, bits_for, is_deep, maximum, to_bytes
 from metaft.tasks.flaws import about, flaws_note, noted
 from metaft.tasks.folder import preprocessing_of, rank_split
@@ -148,7 +151,12 @@ def pool(
 
 
 def named(
-    name: str, root: Path, *, download: bool = False, image_size: int | None = None, channels: int | None = None
+    name: str,
+    root: str | os.PathLike[str],
+    *,
+    download: bool = False,
+    image_size: int | None = None,
+    channels: int | None = None,
 ) -> ClassPool:
     """One of learn2learn's data sets, read (and with `download` fetched) by learn2learn under `root`.
 
@@ -163,11 +171,11 @@ def named(
     modes = [{}] if name in _WHOLE else [{"mode": mode} for mode in ("train", "validation", "test")]
     try:
         with contextlib.redirect_stdout(sys.stderr):
-            parts = [make(root=str(root), download=download, **mode) for mode in modes]
+            parts = [make(root=str(local(root)), download=download, **mode) for mode in modes]
     except Exception as error:  # of learn2learn, pickle, zipfile, requests, ...: all say that the data is not there
         hint = "" if download else "; --download fetches it"
         said = " ".join(str(error).split()) or type(error).__name__
-        raise DataError(f"l2l:{name}: learn2learn cannot read it under {root} ({said}){hint}") from error
+        raise DataError(f"l2l:{name}: learn2learn cannot read it under {local(root)} ({said}){hint}") from error
     return pool(*parts, name=f"l2l:{name}", image_size=image_size, channels=channels)
 
 
@@ -231,16 +239,24 @@ def _picture(name: str, image: Any, unit: bool) -> Image.Image:
 
 
 def _names(name: str, parts: Sequence[Labelled], classes: Sequence[tuple[int, Any]]) -> list[str]:
-    """A name for each class. Raises DataError for one that is in two data sets."""
+    """A name for each class, in Unicode's composed form. Raises DataError for one that two have."""
     known = [next(_class_lists(part), None) for part in parts]
-    found: list[str] = []
+    written: list[str] = []
     for number, label in classes:
         own, split = known[number], f"{SPLITS[number]}/" if len(parts) > 1 else ""
-        found.append(str(own[label]) if own and isinstance(label, int) and 0 <= label < len(own) else f"{split}{label}")
-    if len(set(found)) < len(found):
-        twice = next(n for n in found if found.count(n) > 1)
+        is_number = own and isinstance(label, int) and 0 <= label < len(own)
+        written.append(str(own[label]) if own and is_number else f"{split}{label}")
+    names = [unicodedata.normalize("NFC", text) for text in written]
+    if len(set(names)) < len(names):
+        twice = next(n for n in names if names.count(n) > 1)
+        first, second = [text for text, n in zip(written, names, strict=True) if n == twice][:2]
+        if first != second:
+            raise DataError(
+                f"{name}: classes {first!a} and {second!a} have the same name, {twice!r}, in two Unicode forms; "
+                "merge them or rename one"
+            )
         raise DataError(f"{name}: {twice!r} names two classes; meta-learning needs different ones in each split")
-    return found
+    return names
 
 
 def _class_lists(part: Any) -> Iterator[Sequence[str]]:

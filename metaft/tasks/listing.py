@@ -83,15 +83,18 @@ def list_images(folder: Path) -> Listed:
     return Listed(files, left)
 
 
-def why_not(path: Path) -> Left | None:
-    """What keeps a file from being read as a picture, as far as can be told without decoding it; None: nothing."""
+def why_not(path: Path, *, open_it: bool = True) -> Left | None:
+    """What keeps a file from being read as a picture, as far as can be told without decoding it; None: nothing.
+
+    `open_it` False: Pillow has been asked, see `starts_as_picture`.
+    """
     kind = no_file(path)
     if kind == EMPTY:
         return Left(path, EMPTY, not is_beside(path))
     if kind is not None:
         return Left(path, kind, True)
     try:
-        if starts_as_picture(path):
+        if starts_as_picture(path, open_it=open_it):
             return None
         beside = is_beside(path)
         ending = path.suffix.lower()
@@ -229,7 +232,8 @@ def check_lost(left: Sequence[Left], taken: int, *, skip_bad: bool) -> None:
 
 def refusal(bad: Mapping[Path, str], of: int, left: Sequence[Left] = ()) -> str:
     """What to say of pictures that cannot be read, with the reason for each: all of them at once."""
-    how = "; mend or remove" + (" it" if len(bad) == 1 else " them") + ", or go on without with --skip-bad"
+    how = "; mend or remove" + (" it" if len(bad) == 1 else " them")
+    how += ", or go on without with --skip-bad" if len(bad) < of else ""  # without all of them nobody can
     lost = [file for file in left if file.lost]
     also = f"; ignored besides: {counted(lost)}" if lost else ""
     return f"{unreadable(bad, of)}{also}{how}"
@@ -256,15 +260,17 @@ def listed_files(bad: Mapping[Path, str]) -> str:
 
 
 def overlooked(path: Path, parts: Sequence[str], class_folders: Iterable[Path]) -> list[str]:
-    """Notes on pictures that lie where nobody looks: beside the `parts` (none: there are no parts), or too deep."""
+    """Notes on pictures, lost ones too, that lie where nobody looks: beside the `parts` (none: there are no parts), or
+    too deep."""
     notes = []
     beside: list[Path] = []
     if parts:
-        beside = [sub for sub in subfolders(path) if sub.name not in parts and list_below(sub).files]
-        beside += list_images(path).files
+        beside = [sub for sub in subfolders(path) if sub.name not in parts and list_below(sub, lost=True).files]
+        files, left = list_images(path)
+        beside += sorted([*files, *(file.path for file in left if file.lost)])
     if beside:
         notes.append(f"ignored beside {' and '.join(f'{part}/' for part in parts)}: {some(beside)}")
-    deeper = [sub for folder in class_folders for sub in subfolders(folder) if list_below(sub).files]
+    deeper = [sub for folder in class_folders for sub in subfolders(folder) if list_below(sub, lost=True).files]
     if deeper:
         notes.append(f"ignored, since they are inside class folders: {some(deeper)}")
     hidden = [sub for place in (path, *(path / part for part in parts)) for sub in _hidden(place)]

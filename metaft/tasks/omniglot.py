@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import functools
+import os
 import warnings
 from collections.abc import Callable
 from importlib import resources
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 
 from metaft.errors import DataError, MetaftError, MetaftWarning, suggest
+from metaft.paths import local
 from metaft.tasks.flaws import flaws_note
 from metaft.tasks.folder import read_cached, rows_left
 from metaft.tasks.images import READER_VERSION, fingerprint
@@ -66,7 +68,7 @@ def characters() -> tuple[Character, ...]:
     return tuple(Character(**row) for row in csv.DictReader(text.splitlines(), delimiter="\t"))
 
 
-def omniglot(root: Path, split: str = "finn", *, skip_bad: bool = False) -> ClassPool:
+def omniglot(root: str | os.PathLike[str], split: str = "finn", *, skip_bad: bool = False) -> ClassPool:
     """Omniglot under `root` as a pool: uint8 [32460, 1, 28, 28], bright on black.
 
     split "finn":      1,100 / 100 / 423 characters, as many as in the MAML paper, which published no list: ours is the
@@ -83,6 +85,7 @@ def omniglot(root: Path, split: str = "finn", *, skip_bad: bool = False) -> Clas
             f"split: omniglot has no {split!r}, only {list(OMNIGLOT_SPLITS)}{suggest(split, OMNIGLOT_SPLITS)}"
         )
     table = characters()
+    root = local(root)
     base = find(root)
     if base is None:
         raise DataError(f"omniglot: no {PARTS[0]}/ or {PARTS[1]}/ under {root}; {_HOW_TO_GET}")
@@ -115,11 +118,12 @@ def omniglot(root: Path, split: str = "finn", *, skip_bad: bool = False) -> Clas
     )
 
 
-def find(root: Path, *, whole: bool = False) -> Path | None:
+def find(root: str | os.PathLike[str], *, whole: bool = False) -> Path | None:
     """The folder that holds the release's parts: `root/omniglot`, torchvision's `root/omniglot-py`, or `root`.
 
     One that holds both is preferred; with `whole` nothing less will do.
     """
+    root = local(root)
     bases = (root / "omniglot", root / "omniglot-py", root)
     for enough in (all,) if whole else (all, any):
         for base in bases:
@@ -128,10 +132,11 @@ def find(root: Path, *, whole: bool = False) -> Path | None:
     return None
 
 
-def download(root: Path) -> None:
+def download(root: str | os.PathLike[str]) -> None:
     """Fetch and unpack both parts (about 17 MB) under `root` with torchvision. Raises DataError where that fails."""
     from metaft.vision import datasets
 
+    root = local(root)
     try:
         for background in (True, False):
             datasets.Omniglot(str(root), background=background, download=True)
