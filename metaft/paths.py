@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import os
+import stat
 import unicodedata
 from collections.abc import Collection
 from pathlib import Path
@@ -35,6 +37,33 @@ def absolute(path: str | os.PathLike[str]) -> Path:
         # Behind a link ".." is another folder than the one that is written before it.
         return Path(os.path.realpath(there) if ".." in there.parts else os.path.abspath(there))
     return there
+
+
+def to_replace(path: Path) -> Path | None:
+    """The file whose place a new one takes: `path`, or the one that it links to, which need not be there yet.
+
+    None for a device, a pipe, or another name of stdout or stderr, which are written to instead. Raises OSError for
+    what is none of these (a folder, a disk) and for links in a circle.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        mode = stat.S_IFREG
+    if stat.S_ISCHR(mode) or stat.S_ISFIFO(mode) or stream_at(path) is not None:
+        return None
+    if not stat.S_ISREG(mode):
+        number = errno.EISDIR if stat.S_ISDIR(mode) else errno.ENOTSUP
+        raise OSError(number, os.strerror(number))
+    return Path(os.path.realpath(path)) if os.path.islink(path) else path
+
+
+def stream_at(path: Path) -> int | None:
+    """1 or 2 where a link such as /dev/stdout leads to what that number has open."""
+    for number in (1, 2):
+        with contextlib.suppress(OSError):
+            if os.path.islink(path) and os.path.samestat(os.stat(path), os.fstat(number)):
+                return number
+    return None
 
 
 def in_full(config: Config) -> Config:
