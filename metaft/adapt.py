@@ -128,11 +128,14 @@ def _resume(folder: RunFolder, config: AdaptConfig | None, module: nn.Module | N
     own = paths.in_full(of_run(AdaptConfig, folder.config, "resume"))
     given = {} if config is None else {k: v for k, v in dataclasses.asdict(config).items() if v is not None}
     config = paths.in_full(dataclasses.replace(own, **{**given, "out": None}))
-    check_unchanged(config, own, path, except_for=RESUMABLE)
     folder.make_folders()
     folder.mend()
     position, before = read(folder) if folder.last.exists() else (Position(), None)
-    settled, start, target = _prepare(config, module, init, (before or {}).get("classes", ()))
+    classes = (before or {}).get("classes", ())
+    data = paths.as_run_names(config.data, own.data, config.data_root, classes)
+    config = dataclasses.replace(config, data=data)
+    check_unchanged(config, own, path, except_for=RESUMABLE)
+    settled, start, target = _prepare(config, module, init, classes)
     if before is not None:
         now = _header(settled, start, target)
         for field, what in (("data_sha256", "data: the images of"), ("init_sha256", "init: the checkpoint of")):

@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from metaft.errors import CheckpointError
+from metaft.paths import stream_at, to_replace
 
 FORMAT = 1
 
@@ -66,7 +68,21 @@ def under(tensors: Mapping[str, Tensor], part: str) -> dict[str, Tensor]:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Replace `path` by a file with these bytes, or leave it as it was. Raises CheckpointError."""
+    """Put a file with these bytes in the place of `path`, or of what it links to, or leave that as it was.
+
+    A device or a pipe is written to, as it is by a shell's `>`. Raises CheckpointError.
+    """
+    try:
+        target = to_replace(path)
+        if target is None:
+            _write_into(path, data)
+        else:
+            _replace(target, data)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be written ({error.strerror})") from None
+
+
+def _replace(path: Path, data: bytes) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -79,10 +95,19 @@ def write_atomically(path: Path, data: bytes) -> None:
             os.fsync(folder)  # the rename itself must survive a power cut
         finally:
             os.close(folder)
-    except OSError as error:
+    except OSError:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        raise CheckpointError(f"{path}: cannot be written ({error.strerror})") from None
+        raise
+
+
+def _write_into(path: Path, data: bytes) -> None:
+    number = stream_at(path)
+    if number is not None:
+        print(end="", file=sys.stdout if number == 1 else sys.stderr, flush=True)  # what came before
+    # Opened anew, a file behind /dev/stdout would lose what was printed into it.
+    with open(path if number is None else os.dup(number), "wb") as file:
+        file.write(data)
 
 
 def digest(text: str, tensors: Mapping[str, Tensor]) -> str:

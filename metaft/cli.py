@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
 import io
 import itertools
 import os
 import re
 import signal
-import stat
 import sys
 import tempfile
 import threading
@@ -27,6 +25,7 @@ from metaft.errors import CheckpointError, Interrupted, MetaftError, MetaftWarni
 from metaft.group import join
 from metaft.names import is_text
 from metaft.output import of_command
+from metaft.paths import to_replace
 from metaft.ranks import ALONE, Ranks
 from metaft.torchrun import check_alone
 
@@ -354,12 +353,15 @@ class StopSignals:
 
 
 def check_writable(path: Path, field: str, folder: Path) -> None:
-    """Raises CheckpointError, naming `field`, for a file that could not be written; `folder` is to hold it."""
+    """Raises CheckpointError, naming `field`, for a file that could not be written; `folder` is to hold it.
+
+    A device or pipe is left alone, since opening a pipe waits for its reader.
+    """
     try:
-        with contextlib.suppress(FileNotFoundError):
-            if stat.S_ISDIR(os.stat(path).st_mode):
-                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        with tempfile.TemporaryFile(dir=folder):
+        target = to_replace(path)
+        if target is None:
+            return
+        with tempfile.TemporaryFile(dir=folder if target == path else target.parent):
             pass
     except OSError as error:
         raise CheckpointError(f"{field}: {path} cannot be written ({error.strerror})") from None

@@ -199,12 +199,16 @@ def _resume(
     config = paths.in_full(dataclasses.replace(own, **{**given, **named, "out": None}))
     if config.engine == "tune" and config.task_chunk == own.task_chunk:  # as it was chosen once, by it or another rule
         config = dataclasses.replace(config, task_chunk=None)
+    classes = snapshot and snapshot.header.get("classes")
+    names = [name for part in (classes or {}).values() for name in part]
+    data = paths.as_run_names(config.dataset, own.dataset, config.data_root, names)
+    config = dataclasses.replace(config, dataset=data)
     check_unchanged(config, own, path, except_for=RESUMABLE)
     if snapshot is not None and config.iterations is not None and config.iterations < snapshot.position.step:
         raise MetaftError(
             f"iterations must be at least the {snapshot.position.step} already done, got {config.iterations}"
         )
-    begun = {"init": init, "loss": loss, "snapshot": snapshot, "classes": snapshot and snapshot.header.get("classes")}
+    begun = {"init": init, "loss": loss, "snapshot": snapshot, "classes": classes}
     parts = ranks.in_turn(lambda: assemble(config, dataset=dataset, module=module, **begun))
     sources = _sources(parts)
     before = None

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import os
+import stat
 import unicodedata
 from collections.abc import Collection
 from pathlib import Path
@@ -35,6 +37,33 @@ def absolute(path: str | os.PathLike[str]) -> Path:
         # Behind a link ".." is another folder than the one that is written before it.
         return Path(os.path.realpath(there) if ".." in there.parts else os.path.abspath(there))
     return there
+
+
+def to_replace(path: Path) -> Path | None:
+    """The file whose place a new one takes: `path`, or the one that it links to, which need not be there yet.
+
+    None for a device, a pipe, or another name of stdout or stderr, which are written to instead. Raises OSError for
+    what is none of these (a folder, a disk) and for links in a circle.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        mode = stat.S_IFREG
+    if stat.S_ISCHR(mode) or stat.S_ISFIFO(mode) or stream_at(path) is not None:
+        return None
+    if not stat.S_ISREG(mode):
+        number = errno.EISDIR if stat.S_ISDIR(mode) else errno.ENOTSUP
+        raise OSError(number, os.strerror(number))
+    return Path(os.path.realpath(path)) if os.path.islink(path) else path
+
+
+def stream_at(path: Path) -> int | None:
+    """1 or 2 where a link such as /dev/stdout leads to what that number has open."""
+    for number in (1, 2):
+        with contextlib.suppress(OSError):
+            if os.path.islink(path) and os.path.samestat(os.stat(path), os.fstat(number)):
+                return number
+    return None
 
 
 def in_full(config: Config) -> Config:
@@ -87,12 +116,34 @@ def found(path: str | os.PathLike[str], data_root: str | None, classes: Collecti
     A line on stderr says so where it is elsewhere, and where `data_root` is not looked into. Raises DataError, which
     lists all that was looked for.
     """
+    place, note = _search(path, data_root, classes)
+    if note:
+        say(f"note: {note}")
+    return place
+
+
+def as_run_names(name: str, own: str, data_root: str | None, classes: Collection[str] = ()) -> str:
+    """A run's `own` name of its data, where `name` is a folder that is gone and both are found in one place: the
+    command that began a run whose data moved since. Otherwise `name`."""
+    path, known = folder_of(name), folder_of(own)
+    if path is None or known is None or name == own or not _is_missing(local(path)):
+        return name
+    with contextlib.suppress(DataError):
+        place, note = _search(path, data_root, classes)
+        if _is_same(place, _search(known, data_root, classes)[0]):
+            say(f"note: {note}")
+            return own
+    return name
+
+
+def _search(path: str | os.PathLike[str], data_root: str | None, classes: Collection[str]) -> tuple[Path, str]:
+    """What `found` finds, and what it says."""
     first, root = local(path), data_root or os.environ.get("METAFT_DATA")
     inside = None if root is None else absolute(root) / absolute(path).name
     if not _is_missing(first):
         if data_root and inside is not None and os.path.isdir(inside) and not _is_same(first, inside):
-            say(f"note: data_root: {first} is there, so {inside} is not read")
-        return first
+            return first, f"data_root: {first} is there, so {inside} is not read"
+        return first, ""
     if root is None or inside is None:
         hint = "; where it moved, --data-root names the folder that holds it" if classes else ""
         raise DataError(f"{first} does not exist{hint}")
@@ -101,8 +152,7 @@ def found(path: str | os.PathLike[str], data_root: str | None, classes: Collecti
         source = "data_root" if data_root else "METAFT_DATA"
         also = f", and {absolute(root)} does not hold its class folders" if classes else ""
         raise DataError(f"{first} does not exist, nor does {inside} (from {source}){also}")
-    say(f"note: {first} does not exist; the data are read from {places[0]}")
-    return places[0]
+    return places[0], f"{first} does not exist; the data are read from {places[0]}"
 
 
 def _is_missing(path: Path) -> bool:

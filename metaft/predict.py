@@ -54,6 +54,8 @@ class Label(NamedTuple):
     """Why the file cannot be read, or nothing."""
     kind: str = ""
     """What it is instead, in words that can be counted."""
+    beside: bool = False
+    """Whether it was never meant to be a picture, as descriptions and tables beside pictures are."""
     from_colour: bool = False
     """Whether a file in colour was turned grey, which is all that the classifier takes."""
     bits: int | None = None
@@ -63,8 +65,8 @@ class Label(NamedTuple):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status: 0 done, though up to half of the files may be unreadable; 1 too little memory, or stdout is full and
-    there is no --csv; 2 bad input, or more of them are."""
+    """Exit status: 0 done, though up to half of the pictures may be unreadable; 1 too little memory, or stdout is full
+    and there is no --csv; 2 bad input, or more of them are."""
     return in_one(_command, argv, prog="metaft.predict", smaller="smaller images, or a machine with more")
 
 
@@ -141,12 +143,14 @@ def _notes(classifier: Classifier, labels: Sequence[Label], ignored: Sequence[Le
 
 
 def _say_bad(labels: Sequence[Label], bad: int, *, skip_bad: bool) -> None:
-    """A line on the files that cannot be read; where they are more than half, that is an error unless asked for."""
+    """A line on the files that cannot be read; where more than half of the pictures are among them, that is an error
+    unless asked for."""
     from metaft.tasks.listing import Left, counted
 
     kinds = counted((Left(label.file, label.kind, True) for label in labels if label.error), where=False)
     line = f"{bad} of {len(labels)} files cannot be read ({kinds}); the others are labelled"
-    if 2 * bad > len(labels) and not skip_bad:
+    beside = sum(label.beside for label in labels)
+    if 2 * (bad - beside) > len(labels) - beside and not skip_bad:
         raise DataError(f"images: {line}; --skip-bad takes that for success")
     print(f"metaft: {line}", file=sys.stderr)
 
@@ -216,7 +220,7 @@ def _read(classifier: Classifier, file: Path) -> tuple[Label, Tensor | None]:
     """A label without classes, and the picture as the classifier takes it."""
     from metaft.tasks.depth import bits_for, is_deep, maximum
     from metaft.tasks.images import Unreadable, is_grey, open_image
-    from metaft.tasks.listing import FOLDER, list_images
+    from metaft.tasks.listing import FOLDER, is_no_picture, list_images
 
     try:
         if os.path.isdir(file):
@@ -224,7 +228,7 @@ def _read(classifier: Classifier, file: Path) -> tuple[Label, Tensor | None]:
         image = open_image(file, deep=True)
     except DataError as error:
         kind = error.kind if isinstance(error, Unreadable) else FOLDER
-        return Label(file, (), (), str(error), kind), None
+        return Label(file, (), (), str(error), kind, beside=is_no_picture(file)), None
     return Label(
         file, (), (), "",
         from_colour=classifier.preprocessing.channels == 1 and not is_grey(image),

@@ -7,6 +7,9 @@ import csv
 import io
 import json
 import os
+import shlex
+import socket
+import stat
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -19,8 +22,9 @@ from helpers import words as adapt_words
 
 from metaft import evaluate, meta_train, predict
 from metaft.__main__ import main as metaft
+from metaft.cli import check_writable
 from metaft.config import AdaptConfig, MetaTrainConfig
-from metaft.errors import MetaftError
+from metaft.errors import CheckpointError, MetaftError
 from metaft.output import Steady, steady
 from metaft.progress import Progress
 from metaft.run import RunFolder
@@ -144,6 +148,99 @@ def test_file_names_that_are_no_text_leave_as_they_came(adapted: Path, tmp_path:
             patch.setattr("sys.stdout", stream)
             assert predict.main([str(adapted), str(picture)]) == 0
         assert stream.buffer.getvalue().startswith(os.fsencode(picture))  # type: ignore[attr-defined]
+
+
+# ---- where files are written --------------------------------------------------------------------------------------
+
+
+WRITERS: dict[str, Callable[[Path], None]] = {
+    "csv": lambda path: predict.write_csv(path, [], 1),
+    "json": lambda path: RunFolder(Path("none")).write_json(path, {}),
+}
+WRITTEN = {"csv": b"file,label_1,probability_1,error\n", "json": b"{}\n"}
+
+
+@pytest.mark.parametrize("there", [True, False])
+@pytest.mark.parametrize("kind", WRITERS)
+def test_a_link_stays_and_the_file_behind_it_is_written(kind: str, there: bool, tmp_path: Path) -> None:
+    (tmp_path / "deep").mkdir()
+    target, link, chain = tmp_path / "deep/real", tmp_path / "link", tmp_path / "chain"
+    link.symlink_to("deep/real")
+    chain.symlink_to("link")
+    if there:
+        target.write_text("former")
+    check_writable(chain, "csv", tmp_path)
+    WRITERS[kind](chain)
+    assert chain.is_symlink() and link.is_symlink() and not target.is_symlink()
+    assert target.read_bytes() == WRITTEN[kind]
+    assert [path.name for path in target.parent.iterdir()] == ["real"]
+    assert {path.name for path in tmp_path.iterdir()} == {"deep", "link", "chain"}
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_a_pipe_is_written_to_and_stays_one(kind: str, tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    check_writable(pipe, "csv", tmp_path)  # which does not wait for a reader
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        WRITERS[kind](pipe)
+        assert stat.S_ISFIFO(pipe.lstat().st_mode)
+        assert os.read(reader, 100) == WRITTEN[kind]
+    finally:
+        os.close(reader)
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_a_device_is_written_to_and_stays_one(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A link stands for the device, so that no machine loses one to this test where it fails."""
+    null, full = tmp_path / "null", tmp_path / "full"
+    null.symlink_to("/dev/null")
+    full.symlink_to("/dev/full")
+
+    def replace(*_: Any) -> None:
+        raise AssertionError("nothing takes a device's place")
+
+    monkeypatch.setattr("os.replace", replace)
+    WRITERS[kind](null)
+    with pytest.raises(CheckpointError, match=r"full: cannot be written \(No space left on device\)"):
+        WRITERS[kind](full)
+    assert {path.name for path in tmp_path.iterdir()} == {"null", "full"}
+
+
+def test_neither_folders_nor_sockets_nor_links_in_a_circle_are_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "one").symlink_to("other")
+    (tmp_path / "other").symlink_to("one")
+    monkeypatch.chdir(tmp_path)  # the name of a socket must be short
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind("socket")
+    for name, why in (
+        ("folder", "Is a directory"), ("one", "Too many levels of symbolic links"), ("socket", "Operation not support"),
+    ):  # fmt: skip
+        before = (tmp_path / name).lstat()
+        with pytest.raises(CheckpointError, match=f"^csv: .*{name} cannot be written \\({why}"):
+            check_writable(tmp_path / name, "csv", tmp_path)
+        with pytest.raises(CheckpointError, match=f"{name}: cannot be written \\({why}"):
+            predict.write_csv(tmp_path / name, [], 1)
+        assert os.path.samestat(before, (tmp_path / name).lstat())
+
+
+@pytest.mark.parametrize("line", ["{command} | cat > out", "{command} > out", "{command} 2> out", "{command} >> out"])
+def test_stdout_by_its_name_keeps_what_was_printed(line: str, tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("first\n" if ">>" in line else "")
+    name = "err" if "2>" in line else "out"
+    code = (
+        f"import sys; from pathlib import Path; from metaft.checkpoint import write_atomically; s = sys.std{name};"
+        f"s.write('before '); write_atomically(Path('/dev/std{name}'), b'written '); s.write('after')"
+    )
+    command = f"{sys.executable} -c {shlex.quote(code)}"
+    done = subprocess.run(["bash", "-c", line.format(command=command)], cwd=tmp_path, timeout=60)
+    assert done.returncode == 0
+    assert (tmp_path / "out").read_text().removeprefix("first\n") == "before written after"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_results_hold_paths_that_are_no_text(tmp_path: Path) -> None:

@@ -225,6 +225,34 @@ def test_the_images_of_an_adapt_run_too(there: Path, capsys: Text) -> None:
     assert read_toml(Path("again/config.toml"))["data"] == f"folder:{Path.cwd()}/new/flat"
 
 
+@pytest.mark.parametrize("command", ["meta_train", "adapt"])
+def test_the_command_that_began_a_run_goes_on_wherever_its_data_moved(
+    command: str, there: Path, monkeypatch: pytest.MonkeyPatch, capsys: Text
+) -> None:
+    monkeypatch.chdir(there)
+    main, field, name, run, words = {
+        "meta_train": (meta_train.main, "dataset", "data", "run", options(QUICK, dataset="folder:data", out="run")),
+        "adapt": (adapt.main, "data", "flat", "mine", options(ADAPT, init="run", data="folder:flat", out="mine")),
+    }[command]
+    former = there / name
+
+    def go_on(*more: str) -> str:
+        assert main([*words, "--auto-resume", *more]) == 0
+        return str(read_toml(Path(run) / "config.toml")[field])
+
+    for place in ("new", "newer"):  # and again from there, by the name that it had at first
+        Path(place).mkdir()
+        former = former.rename(there / place / name)
+        for _ in range(2):
+            assert go_on("--data-root", place) == f"folder:{former}"
+            assert f"note: {there}/{name} does not exist; the data are read from {former}\n" in capsys.readouterr().err
+    assert go_on() == f"folder:{former}"  # the run knows the place
+    shutil.copytree(former, f"other/{name}")
+    for path, root in ((f"other/{name}", "newer"), (name, "other"), ("else", "newer")):
+        assert main([*words, "--auto-resume", f"--{field}", f"folder:{path}", "--data-root", root]) == 2
+        assert f"{field}: a resumed run keeps its settings; {run} was started with" in capsys.readouterr().err
+
+
 def test_what_is_nowhere_is_listed_with_all_places(there: Path, capsys: Text) -> None:
     (there / "data").rename(there / "gone")
     Path("new/empty").mkdir(parents=True)

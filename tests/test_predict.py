@@ -353,6 +353,31 @@ def test_unreadable_images_are_listed_and_the_others_labelled(
     assert [row["probability_1"] == "" for row in rows] == [True, False, True, True, False]
 
 
+def test_what_lies_beside_pictures_does_not_count_against_them(
+    run: Path, data: Path, tmp_path: Path, capsys: Text
+) -> None:
+    """A shell's `*` names the descriptions too, and the status is that of the folder itself."""
+    good = unseen(data)[0].read_bytes()
+    for name, content in {
+        "1.png": good, "2.png": good, "1.json": b"{}", "2.json": b"", "notes": b"a text", "names.npy": b"\x93NUMPY\0",
+        "3.png": good[:60], "4.png": b"text",
+    }.items():  # fmt: skip
+        (tmp_path / name).write_bytes(content)
+    out = tmp_path.parent / "labels.csv"
+    files = sorted(map(str, tmp_path.iterdir()))
+    assert predict.main([str(run), *files, "--csv", str(out)]) == 0
+    line = capsys.readouterr().err.splitlines()[-1]
+    kinds = "3 files that are no pictures, 2 damaged files, 1 empty file"
+    assert line == f"metaft: 6 of 8 files cannot be read ({kinds}); the others are labelled"
+    assert len(out.read_text(encoding="utf-8").splitlines()) == 9  # all that was named is in it
+    assert predict.main([str(run), str(tmp_path)]) == 0
+    for name in ("5.heic", "6.png"):  # the one is a picture all the same, the other pretends to be
+        (tmp_path / name).write_bytes(b"\0\1\2\xff")
+        assert predict.main([str(run), *files, str(tmp_path / name)]) == 2
+        assert capsys.readouterr().err.splitlines()[-1].startswith("metaft: error: images: 7 of 9 files cannot be read")
+    assert predict.main([str(run), *(file for file in files if file.endswith(("json", "notes")))]) == 2
+
+
 def test_where_no_image_can_be_read_the_status_is_2(run: Path, tmp_path: Path, capsys: Text) -> None:
     for name in ("a.png", "b.png"):
         (tmp_path / name).write_text("no picture")

@@ -103,6 +103,12 @@ def why_not(path: Path, *, open_it: bool = True) -> Left | None:
         return None
 
 
+def is_no_picture(path: Path) -> bool:
+    """Whether neither its name nor what it holds ever made a picture of it."""
+    why = None if named_as_picture(path.name) else why_not(path)
+    return why is not None and not why.lost
+
+
 def no_file(path: Path) -> str | None:
     """Why this is no file to read from, or None. Never waits, as opening a pipe would."""
     try:
