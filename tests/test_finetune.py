@@ -325,7 +325,7 @@ def broken(path: Path, case: str) -> None:
         ("no train", None, r"train is missing; give train/ and test/"),
         ("few", 4, r"class 'a' has 3 images to draw from, fewer than shots_per_class = 4"),
         ("few alone", 3, r"class 'a' has 3 images .* fewer than shots_per_class \+ 1 for the test = 4"),
-        ("odd", None, r"class 'c' is not in every part of .* \(train, test\)"),
+        ("odd", None, r"2 classes, 'c', 'd', are not in every part of .* \(train, test\)"),
         ("few", 0, "shots_per_class must be at least 1, got 0"),
     ],
 )
