@@ -64,8 +64,9 @@ class Start:
         module, head = build(self.architecture, None, module=self.module)
         weight = (self.meta or {}).get(f"{head}.weight")
         if weight is None:  # of a head that is no plain linear layer the parameters have other names
-            learned = any(_of(name, head) for name in self.meta or {})
-            return linear(module, head).out_features if learned else None
+            layer = linear(module, head)
+            learned = any(f"{head}.{part}" in (self.meta or {}) for part, _ in layer.named_parameters())
+            return layer.out_features if learned else None
         return None if len(weight) == 1 else len(weight)
 
 
