@@ -40,7 +40,7 @@ def smoothed(prediction: Tensor, target: Tensor) -> Tensor:
 @pytest.mark.parametrize("order", ["first", "second"])
 @pytest.mark.parametrize("name", GRADIENT)
 def test_a_function_is_taken_as_the_loss_of_that_name_is(name: str, order: str) -> None:
-    more = {"first_order": order == "first"} if "first_order" in hyper_parameters(name) else {}
+    more: dict[str, Any] = {"first_order": order == "first"} if "first_order" in hyper_parameters(name) else {}
     expected = gradient(name, "cross_entropy", **more)
     found = gradient(name, Objective(F.cross_entropy, accuracy, "right", higher_is_better=True), **more)
     assert scenarios.relative_error(found.grads, expected.grads) < 1e-9
