@@ -97,12 +97,12 @@ def assemble(
     else:
         config = dataclasses.replace(config, dataset=paths.named_in_full(dataset.name))
         rotate = False
-    settled = resolve(config, dataset, default_rotate=rotate, custom_model=module is not None)
     taken = list((architecture or {}).get("shape", dataset.shape))
     if taken != list(dataset.shape):
         raise MetaftError(
             f"dataset: the run's model takes inputs of shape {taken}, but {dataset.name} has {list(dataset.shape)}"
         )
+    settled = resolve(config, dataset, default_rotate=rotate, custom_model=module is not None)
     if module is not None:
         if settled.dropout:
             raise MetaftError(f"dropout: a module from Python brings its own (given {settled.dropout})")
