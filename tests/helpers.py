@@ -279,7 +279,8 @@ def one_line(capsys: pytest.CaptureFixture[str], *parts: object) -> str:
 
 
 def untimed(result: dict[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in result.items() if k not in ("seconds", "tasks_per_second")}
+    """A result without clock times, and without what it says of the machine (how many threads, say)."""
+    return {k: v for k, v in result.items() if k not in ("seconds", "tasks_per_second", "environment")}
 
 
 def remains(path: Path) -> dict[str, Any]:

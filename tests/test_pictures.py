@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import os
 import shutil
 import struct
@@ -716,6 +718,62 @@ def test_pillows_warnings_become_one_note(init: Path, run: Path, tmp_path: Path,
             assert "Warning" not in said
     with pytest.warns(MetaftWarning, match="1 picture is read in spite of flaws"):
         metaft.load(run).read(files[1])
+
+
+def of_bands(file: Path, bands: int) -> Path:
+    """A TIFF file of 2 x 2 pixels with so many bands. Pillow logs an error of one with more than it can take."""
+    size = 4 * bands
+    fields = {
+        256: (3, 2), 257: (3, 2), 258: (3, 8), 259: (3, 1), 262: (3, 1), 273: (4, 8), 277: (3, bands), 278: (3, 2),
+        279: (4, size),
+    }  # fmt: skip
+    rows = b"".join(struct.pack("<HHII", tag, kind, 1, value) for tag, (kind, value) in fields.items())
+    ifd = struct.pack("<H", len(fields)) + rows + bytes(4)
+    file.write_bytes(b"II*\0" + struct.pack("<I", 8 + size) + bytes(size) + ifd)
+    return file
+
+
+@contextlib.contextmanager
+def unlogged() -> Iterator[None]:
+    """Inside, without the handlers that pytest sets up, as in a program that sets up none."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(logging.getLogger(), "handlers", [])
+        yield
+
+
+@unlogged()
+def test_what_pillow_logs_of_a_picture_is_not_on_the_terminal(run: Path, tmp_path: Path, capsys: Text) -> None:
+    assert open_image(of_bands(tmp_path / "1.tif", 1)).mode == "L"
+    capsys.readouterr()
+    many = of_bands(tmp_path / "8.tif", 8)
+    assert predict.main([str(run), str(tmp_path)]) == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.partition(":")[0] for line in lines] == ["metaft"] * 2
+    assert lines[0].startswith(f"metaft: unreadable: image {many} cannot be read")
+    (tmp_path / "data/a").mkdir(parents=True)
+    (tmp_path / "data/b").mkdir()
+    for name in ("a/1.tif", "b/2.tif"):
+        of_bands(tmp_path / "data" / name, 8)
+    assert adapt.main(["--init", "none", "--data", f"folder:{tmp_path}/data", "--out", str(tmp_path / "o")]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("metaft: error: data: ")
+
+
+@unlogged()
+def test_what_is_logged_of_a_readable_picture_is_its_flaw_and_other_logs_are_as_ever(capsys: Text) -> None:
+    log, file = logging.getLogger("PIL.SomePlugin"), Path("x.tif")
+    former = list(logging.getLogger("PIL").handlers)
+    with noted() as outer:
+        with noted() as flaws:
+            with about(file):
+                log.debug("nothing of note")
+                log.error("too many %s.", "bands")
+            log.error("no picture's")
+        with about(Path("y.tif")):
+            log.warning("later")
+    assert (flaws, outer) == ({file: "too many bands"}, {Path("y.tif"): "later"})
+    assert capsys.readouterr().err == "no picture's\n"
+    assert logging.getLogger("PIL").handlers == former
 
 
 def test_warnings_of_other_threads_and_of_other_things_are_shown_as_ever(tmp_path: Path) -> None:

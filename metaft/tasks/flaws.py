@@ -1,8 +1,9 @@
-"""What Pillow warns of, kept beside the file that it is about instead of raw on the terminal."""
+"""What Pillow warns of or logs, kept beside the file that it is about instead of raw on the terminal."""
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 import warnings
 from collections.abc import Iterator, Mapping
@@ -23,9 +24,10 @@ HIGH_BYTES = "16 bits for each colour or for transparency, of which only the hig
 
 @contextlib.contextmanager
 def noted() -> Iterator[dict[Path, str]]:
-    """Inside, the first thing that Pillow warns of each file (see `about`) is put here, whichever thread reads it.
+    """Inside, the first thing that Pillow warns of each file (see `about`), or logs as an error of it, is put here,
+    whichever thread reads it.
 
-    Warnings of threads that read no file are shown as ever. Enter it once around all reading, in the thread that
+    What threads that read no file warn of is shown as ever. Enter it once around all reading, in the thread that
     starts the others: those need not, and must not, touch any filter, nor enter this, which waits until it is left.
     """
     flaws: dict[Path, str] = {}
@@ -43,9 +45,39 @@ def noted() -> Iterator[dict[Path, str]]:
         warnings.showwarning = keep
         _notes.append(flaws)
         try:
-            yield flaws
+            with _logged_to(flaws):
+                yield flaws
         finally:
             _notes.pop()
+
+
+@contextlib.contextmanager
+def _logged_to(flaws: dict[Path, str]) -> Iterator[None]:
+    """Pillow's log goes to the file's flaws, and to the handlers that a program has set up, but to no terminal."""
+    log, handler = logging.getLogger("PIL"), _Handler(flaws)
+    outer = [other for other in log.handlers if isinstance(other, _Handler)]
+    for other in outer:
+        log.removeHandler(other)
+    log.addHandler(handler)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        for other in outer:
+            log.addHandler(other)
+
+
+class _Handler(logging.Handler):
+    def __init__(self, flaws: dict[Path, str]) -> None:
+        super().__init__(logging.WARNING)
+        self.flaws = flaws
+
+    def emit(self, record: logging.LogRecord) -> None:
+        file = getattr(_reading, "file", None)
+        if file is not None:
+            self.flaws.setdefault(file, " ".join(record.getMessage().split()).rstrip("."))
+        elif logging.lastResort is not None and not logging.getLogger().handlers:
+            logging.lastResort.handle(record)  # as without this handler
 
 
 @contextlib.contextmanager

@@ -219,8 +219,8 @@ def test_a_resumed_run_keeps_its_settings(copy: Path, capsys: Text, changes: lis
     assert contents(copy) == before
 
 
-def test_every_setting_but_three_is_kept() -> None:
-    assert set(adapt.RESUMABLE) == {"device", "seeds", "plugin"}
+def test_every_setting_but_four_is_kept() -> None:
+    assert set(adapt.RESUMABLE) == {"device", "seeds", "data_root", "plugin"}
     assert set(adapt.RESUMABLE) < {f.name for f in dataclasses.fields(AdaptConfig)}
 
 
