@@ -15,6 +15,9 @@ import pytest
 # are asked for. This has to stand before torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# --doctest-modules would collect them as tests too, and of two files of one name pytest can import only one so.
+collect_ignore_glob = ["conftest.py", "*/conftest.py"]
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
