@@ -288,6 +288,82 @@ def test_a_module_is_held_to_the_same_rules_when_it_is_adapted(data: Path, tmp_p
     adapt.run(settings("none", data, tmp_path / "o"), module=nn.DataParallel(Net(side=28).double()))
 
 
+def corner(x: Tensor) -> Tensor:
+    """[n, 64] of images of any size from 8 x 8."""
+    return x[:, 0, :8, :8].flatten(1)
+
+
+class Shaped(nn.Module):
+    """A body, a head, and something that is done with them."""
+
+    def __init__(self, end: Callable[[nn.Linear, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.body, self.head, self.end = nn.Linear(64, 8), nn.Linear(8, 3), end
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.end(self.head, torch.tanh(self.body(corner(x))))
+
+
+class Last(nn.Module):
+    """Ends with another layer than its last nn.Linear."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.head = nn.Linear(64, 3), nn.Bilinear(64, 3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(corner(x), self.gate(corner(x)))
+
+
+def cosine(head: nn.Linear, features: Tensor) -> Tensor:
+    return 10 * nn.functional.linear(nn.functional.normalize(features), nn.functional.normalize(head.weight))
+
+
+APART: dict[str, Callable[[], nn.Module]] = {
+    "log_softmax": lambda: Shaped(lambda head, f: head(f).log_softmax(-1)),
+    "sine": lambda: Shaped(lambda head, f: 5 * head(f).sin()),
+    "in place": lambda: Shaped(lambda head, f: head(f).clamp_(-99, 99)),
+    "nothing to be seen": lambda: Shaped(lambda head, f: head(f).clamp(-99, 99)),
+    "weight read": lambda: Shaped(cosine),
+    "weight read before": lambda: Shaped(lambda head, f: head(f + 0 * head.weight.sum())),
+    "twice": lambda: Shaped(lambda head, f: head(f + head(f).sum())),
+    "another end": Last,
+}
+
+
+@pytest.mark.parametrize("name", sorted(APART))
+def test_adapting_refuses_a_module_that_is_more_than_a_body_and_a_head(name: str, data: Path, tmp_path: Path) -> None:
+    """Its body would be another function than the one that was trained, without a word."""
+    with pytest.raises(MetaftError, match=r"^module: adapt takes \w+ for a body and a head, and .*end with") as refused:
+        adapt.run(settings("none", data, tmp_path / "o"), module=APART[name]())
+    assert len(str(refused.value).splitlines()) == 1
+    assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.usefixtures("_no_pictures")
+@pytest.mark.parametrize("method", ["finetune", "inner"])
+def test_adapting_a_run_refuses_such_a_module_too(method: str, data: Path, tmp_path: Path) -> None:
+    meta_train.run(images(tmp_path / "r", model=None), dataset=pool(), module=APART["log_softmax"]())
+    with pytest.raises(MetaftError, match=r"^module: adapt takes Shaped .*'head', its last nn.Linear, gives is not"):
+        adapt.run(settings(str(tmp_path / "r"), data, tmp_path / "o", method), module=APART["log_softmax"]())
+    assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize(
+    "end", [lambda head, f: head(f).view(-1, 3), lambda head, f: head(f.unsqueeze(1).squeeze(1)).flatten(1)]
+)
+def test_another_view_of_what_the_head_gives_is_no_reason_to_refuse(end: Any, data: Path, tmp_path: Path) -> None:
+    adapt.run(settings("none", data, tmp_path / "o"), module=Shaped(end))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_adapting_a_module_that_is_a_head_alone(dtype: torch.dtype, data: Path, tmp_path: Path) -> None:
+    module = nn.Sequential(nn.Flatten(), nn.Linear(28 * 28, 3)).to(dtype)
+    adapt.run(settings("none", data, tmp_path / "o"), module=module)
+    loaded = metaft.load(tmp_path / "o", module=module)
+    assert loaded.logits(torch.zeros(2, 1, 28, 28, dtype=torch.uint8)).shape == (2, 3)
+
+
 # ---- what is drawn ------------------------------------------------------------------------------------------------
 
 

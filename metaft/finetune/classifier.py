@@ -17,7 +17,7 @@ from metaft import checkpoint
 from metaft.errors import CheckpointError, DataError, MetaftError, MetaftWarning
 from metaft.finetune import heads
 from metaft.finetune.start import build
-from metaft.models.functional import body_of
+from metaft.models.head import body_of
 from metaft.models.stored import empty_stored
 from metaft.modes import in_usual_modes
 from metaft.paths import local

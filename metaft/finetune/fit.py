@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
@@ -81,7 +82,7 @@ def fit(
     `resume` needs for the same bits. Raises NonFiniteError where the training or validation loss is not finite; that of
     the last step, which no loss has seen, shows in the result alone.
     """
-    like = next(body.parameters())
+    like = _like(body)
     images, labels = images.to(like.device), labels.to(like.device)
     x_all = preprocessing.normalise(images).to(like.dtype)
     model = _start(body, x_all, labels, classes, recipe)
@@ -135,6 +136,12 @@ def unflatten(tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> dict[s
         "curve": plain["curve"],
         "best_loss": plain["best_loss"],
     }
+
+
+def _like(body: nn.Module) -> Tensor:
+    """A tensor of the device and type that a body computes with; where it holds none, as pictures come."""
+    tensors = itertools.chain(body.parameters(), body.buffers())
+    return next((t for t in tensors if t.is_floating_point()), torch.empty(0))
 
 
 def _start(body: nn.Module, x: Tensor, labels: Tensor, classes: int, recipe: Recipe) -> nn.ModuleDict:

@@ -20,8 +20,9 @@ from metaft.finetune.fit import Fitted
 from metaft.inner import at_step
 from metaft.metrics import loss_value
 from metaft.models import check_repeats, class_of, taken, with_constants
-from metaft.models.functional import body_of, is_plain, linear, prepared
+from metaft.models.functional import is_plain, linear, prepared, probe_of
 from metaft.models.handed import copied, said
+from metaft.models.head import body_of, why_apart
 from metaft.models.stored import with_stored_moments
 from metaft.tasks.pool import Preprocessing
 from metaft.types import Fast, Params
@@ -143,10 +144,17 @@ def from_nothing(preprocessing: Preprocessing, module: nn.Module | None = None, 
 
 
 def _check_module(start: Start) -> None:
-    """Raises MetaftError where the user's module is not one that meta-training would take, or cannot be drawn."""
+    """Raises MetaftError where the user's module is not one that meta-training would take, cannot be drawn, or is more
+    than a body and a head, which is what adapting trains and a classifier holds."""
     if start.module is not None:
         check_repeats(models.functional(taken(start.module).cpu()), tuple(start.shape))
         build(start.architecture, 0, module=start.module)
+    elif models.is_ours(start.architecture["name"]):
+        return
+    whole, head = build(start.architecture, None, module=start.module)
+    x = probe_of(start.shape, next(whole.parameters()).dtype)
+    if why := why_apart(whole, head, x):
+        raise MetaftError(f"module: adapt takes {class_of(whole)} for a body and a head, and {why}")
 
 
 def constants(start: Start) -> Params:

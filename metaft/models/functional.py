@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import math
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Protocol
 
@@ -20,7 +20,7 @@ from metaft.models.conv4 import Conv4
 from metaft.models.convolution import task_convolutions
 from metaft.models.dropout import drops, episode_dropout
 from metaft.models.handed import buffers, class_of, copied, eagerly, frozen, taken
-from metaft.models.head import watched, watching
+from metaft.models.head import body_of, watched, watching
 from metaft.models.norm import EpisodeNorm, episode_norms, measure_moments, use_moments
 from metaft.models.plain import plain_layers
 from metaft.modes import in_usual_modes_but_type
@@ -195,13 +195,6 @@ def linear(module: nn.Module, head: str) -> nn.Linear:
     return layer
 
 
-def body_of(module: nn.Module, head: str = "head") -> nn.Module:
-    """A copy of a backbone that ends in features [n, D]: its head passes them on."""
-    body = copied(module)
-    body.set_submodule(head, nn.Flatten())
-    return body
-
-
 def is_plain(layer: nn.Linear) -> bool:
     """Whether weight and bias are all that there is to a linear layer."""
     hooked = any(vars(layer)[kind] for kind in ("_forward_hooks", "_forward_pre_hooks"))
@@ -247,6 +240,11 @@ def _pure(module: nn.Module) -> Callable[[Params, Tensor, Moments | None], Tenso
     return call
 
 
+def probe_of(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """A batch [2, *shape] of floats to try a module on."""
+    return torch.linspace(-1, 1, 2 * math.prod(shape), dtype=dtype).view(2, *shape)
+
+
 def check_repeats(model: Model, shape: tuple[int, ...], x: Tensor | None = None) -> None:
     """Raises MetaftError for a module that cannot take x [2, *shape], does not give [2, outputs], or whose forward pass
     is not a function of parameters and input. Without `x` that is a batch of floats.
@@ -255,9 +253,7 @@ def check_repeats(model: Model, shape: tuple[int, ...], x: Tensor | None = None)
     """
     name = model.architecture.get("class", "the module")
     probe = next(iter(model.params.values()))
-    if x is None:
-        x = torch.linspace(-1, 1, 2 * math.prod(shape), dtype=probe.dtype).view(2, *shape)
-    x = x.to(probe.device)
+    x = (probe_of(shape, probe.dtype) if x is None else x).to(probe.device)
     before = torch.get_rng_state()
     try:
         first, second = model.apply(model.params, x, None), model.apply(model.params, x, None)

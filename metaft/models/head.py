@@ -1,4 +1,4 @@
-"""What a head is given, where it is the last thing that a module does."""
+"""The two parts of a module: its body, and the head that is the last thing it does."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from metaft.models.handed import copied
+from metaft.models.handed import copied, eagerly
 
 # A context variable is local to its thread, as the one of `metaft.models.norm`.
 _watch: ContextVar[Watch | None] = ContextVar("watch", default=None)
@@ -67,3 +68,35 @@ def watched(module: nn.Module, head: str) -> nn.Module:
     module = copied(module)
     module.get_submodule(head).register_forward_hook(tell, with_kwargs=True)
     return module
+
+
+def body_of(module: nn.Module, head: str = "head") -> nn.Module:
+    """A copy of a backbone that ends in features [n, D]: its head passes them on."""
+    body = copied(module)
+    body.set_submodule(head, nn.Flatten())
+    return body
+
+
+def why_apart(module: nn.Module, head: str, x: Tensor) -> str:
+    """Why a module is not its head on what `body_of` gives, tried on a batch x; "" where it is."""
+    given: list[tuple[Tensor, int]] = []
+    whole, body = copied(module), body_of(module, head)
+    layer = whole.get_submodule(head)
+    layer.register_forward_hook(lambda _module, _inputs, output: given.append((output, output._version)))
+    mend = f"let the forward pass end with {head!r}, and use it once"
+    with eagerly():
+        result = whole(x)
+        # A view is the same result; it shares the count of changes in place.
+        if not given or _place(result) != _place(given[-1][0]) or result._version != given[-1][1]:
+            return f"what {head!r}, its last nn.Linear, gives is not the result; {mend}"
+        try:
+            same = torch.equal(layer(body(x)), result)
+        except Exception as error:  # whatever the user's forward pass does with a head that is not there
+            return (
+                f"nothing runs without {head!r} ({type(error).__name__}: {' '.join(str(error).split())[:160]}); {mend}"
+            )
+    return "" if same else f"more than the last layer depends on {head!r}; {mend}"
+
+
+def _place(t: Tensor) -> tuple[int, torch.Size, tuple[int, ...]]:
+    return t.data_ptr(), t.shape, t.stride()
