@@ -17,7 +17,7 @@ from typing import Any, get_args
 import torch
 from torch import nn
 
-from metaft import algorithms, models, paths, plugin, tasks
+from metaft import algorithms, models, objective, paths, plugin, tasks
 from metaft._version import __version__
 from metaft.algorithms.base import Algorithm
 from metaft.checkpoint import digest
@@ -31,6 +31,7 @@ from metaft.models.convolution import Form
 from metaft.models.handed import said
 from metaft.models.precision import in_bf16, matrix_units
 from metaft.models.recomputed import recomputed
+from metaft.objective import Objective
 from metaft.outer import PARALLEL, Engine, engine, settled_name, task_chunk, task_grad_of, tune, why_not_mapped
 from metaft.ranks import Ranks
 from metaft.run import RunFolder
@@ -125,6 +126,10 @@ def assemble(
         example = _example(dataset, settled)
         models.check_repeats(model, dataset.shape, example)
     model = _computing_as(model, settled, example, dataset.shape)
+    if loss is not None and not isinstance(loss, str):
+        source, split = _some_source(dataset, settled)
+        target = source.episodes(settled.seed, split, range(1)).query_y[0]
+        objective.check(loss if isinstance(loss, Objective) else Objective(loss), model.outputs, target)
     algorithm = algorithms.build(settled.algorithm, model, hyper(settled, dataset.loss if loss is None else loss))
     if not algorithm.init(settled.seed)[0]:
         raise MetaftError(

@@ -7,6 +7,7 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from metaft.errors import MetaftError
@@ -64,6 +65,34 @@ class Objective:
     def shown(self, prediction: Tensor, target: Tensor) -> Tensor:
         figure = scalar("figure", self.metric, (self.figure or self.loss)(prediction, target))
         return figure.detach().to(prediction.dtype)
+
+
+def check(objective: Objective, outputs: int, target: Tensor) -> None:
+    """Try a loss and its figure on made-up predictions [n, outputs] for the targets of one task.
+
+    Raises MetaftError, naming the function, where it fails, gives no scalar, draws random numbers (tasks could not be
+    reproduced), or, of a loss, has no gradient in the predictions. torch's generator stays as it was.
+    """
+    prediction = torch.linspace(-1, 1, len(target) * outputs, device=target.device).view(len(target), outputs)
+    functions = [("loss", objective.label, objective.loss)]
+    if objective.figure is not None:
+        functions.append(("figure", objective.metric, objective.figure))
+    for field, name, function in functions:
+        before = torch.get_rng_state()
+        try:
+            value, again = (function(prediction.clone().requires_grad_(), target) for _ in range(2))
+        except Exception as error:  # whatever the user's function does
+            shapes = f"predictions {list(prediction.shape)} and targets {list(target.shape)}"
+            said = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+            raise MetaftError(f"{field}: {name} fails on {shapes} ({said})") from error
+        finally:
+            drew = not torch.equal(before, torch.get_rng_state())
+            torch.set_rng_state(before)
+        value, again = (scalar(field, name, each).detach() if field == "figure" else each for each in (value, again))
+        if drew or not torch.equal(scalar(field, name, value), scalar(field, name, again)):
+            raise MetaftError(f"{field}: {name} draws random numbers, so that tasks could not be reproduced")
+        if field == "loss" and not value.requires_grad:
+            raise MetaftError(f"loss: {name} has no gradient in the predictions, so that nothing could be learned")
 
 
 def scalar(field: str, name: str, value: object) -> Tensor:

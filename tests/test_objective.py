@@ -161,3 +161,28 @@ def test_names_are_public_and_read_off_functions() -> None:
     for loss, name in ((F.l1_loss, "l1_loss"), (partial, "cross_entropy"), (torch.nn.L1Loss(), "L1Loss")):
         assert Objective(loss).metric == Objective(loss).label == name
     assert Objective(lambda p, y: (p - y).mean()).metric == "own"
+
+
+WRONG: dict[str, tuple[Any, str]] = {
+    "one argument": (
+        lambda prediction: prediction.mean(),
+        r"fails on predictions \[6, 3\] and targets \[6\] \(TypeErr",
+    ),
+    "an error of its own": (lambda p, y: F.nll_loss(p, y.float()), r"fails on predictions .*RuntimeError"),
+    "no gradient": (lambda p, y: accuracy(p, y), "has no gradient in the predictions"),
+    "random": (lambda p, y: F.cross_entropy(p + 0.1 * torch.randn_like(p), y), "draws random numbers"),
+    "a vector": (lambda p, y: F.cross_entropy(p, y, reduction="none"), "must give a scalar tensor"),
+}
+
+
+@pytest.mark.parametrize("name", sorted(WRONG))
+def test_a_loss_that_cannot_be_one_is_named_before_anything_is_written(name: str, tmp_path: Path) -> None:
+    loss, message = WRONG[name]
+    before = torch.get_rng_state()
+    with pytest.raises(MetaftError, match=f"^loss: own {message}"):
+        meta_train.run(images(tmp_path / "run"), dataset=pool(), loss=loss)
+    objective = Objective(F.cross_entropy, lambda p: p.mean(), name="own")
+    with pytest.raises(MetaftError, match=r"^figure: own "):
+        meta_train.run(images(tmp_path / "run"), dataset=pool(), loss=objective)
+    assert torch.equal(before, torch.get_rng_state())
+    assert not (tmp_path / "run").exists()
