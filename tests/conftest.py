@@ -28,6 +28,16 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True)
+def _no_compile_pool() -> Iterator[None]:
+    """End the threads that torch.compile keeps for its next call: beside them no test that follows could fork."""
+    yield
+    compiler = sys.modules.get("torch._inductor.async_compile")
+    if compiler is not None and compiler.AsyncCompile.pool.cache_info().currsize:
+        compiler.AsyncCompile.pool().shutdown()
+        compiler.AsyncCompile.pool.cache_clear()
+
+
 @pytest.fixture
 def own_algorithms(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
     """What a test or its plugins register ends with it, or where it calls this, as if another process began."""

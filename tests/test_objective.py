@@ -181,7 +181,8 @@ def test_a_loss_that_cannot_be_one_is_named_before_anything_is_written(name: str
     before = torch.get_rng_state()
     with pytest.raises(MetaftError, match=f"^loss: own {message}"):
         meta_train.run(images(tmp_path / "run"), dataset=pool(), loss=loss)
-    objective = Objective(F.cross_entropy, lambda p: p.mean(), name="own")
+    wrong: Any = lambda p: p.mean()  # noqa: E731
+    objective = Objective(F.cross_entropy, wrong, name="own")
     with pytest.raises(MetaftError, match=r"^figure: own "):
         meta_train.run(images(tmp_path / "run"), dataset=pool(), loss=objective)
     assert torch.equal(before, torch.get_rng_state())
