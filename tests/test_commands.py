@@ -783,7 +783,7 @@ def test_a_module_killed_before_its_first_step_goes_on_from_the_weights_it_began
 def test_evaluate_from_python_returns_what_it_writes(curve: Path, tmp_path: Path):
     out = tmp_path / "e.json"
     result = evaluate.run(curve, EvaluateConfig(episodes=3, out=str(out)))
-    assert untimed(result) == json.loads(out.read_text())
+    assert result == json.loads(out.read_text())
 
 
 # ---- metaft COMMAND -----------------------------------------------------------------------------------------------
