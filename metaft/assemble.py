@@ -126,11 +126,12 @@ def assemble(
         example = _example(dataset, settled)
         models.check_repeats(model, dataset.shape, example)
     model = _computing_as(model, settled, example, dataset.shape)
-    if loss is not None and not isinstance(loss, str):
+    minimised: Loss = dataset.loss if loss is None else loss
+    if callable(loss) or isinstance(loss, Objective):
         source, split = _some_source(dataset, settled)
         target = source.episodes(settled.seed, split, range(1)).query_y[0]
         objective.check(loss if isinstance(loss, Objective) else Objective(loss), model.outputs, target)
-    algorithm = algorithms.build(settled.algorithm, model, hyper(settled, dataset.loss if loss is None else loss))
+    algorithm = algorithms.build(settled.algorithm, model, hyper(settled, minimised))
     if not algorithm.init(settled.seed)[0]:
         raise MetaftError(
             f"algorithm: {settled.algorithm} has nothing to learn here, all but its head is frozen in the module"

@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import IMAGES, SINUSOID, file_size_limit, images, options, pool, remains, untimed, write_folder
+from helpers import IMAGES, SINUSOID, file_size_limit, images, options, pool, remains, write_folder
 from torch import nn
 
 from metaft import evaluate, meta_train, report, testing, training, workers

@@ -487,3 +487,37 @@ def test_a_registered_architecture_has_its_buffers_and_is_drawn(monkeypatch: pyt
     assert not torch.equal(a.params["middle.weight"], c.params["middle.weight"])
     x = torch.randn(2, 1, 8, 8)
     assert torch.equal(a.apply(a.params, x, None), b.apply(b.params, x, None))
+
+
+class Renewed(nn.Module):
+    """Whose `reset_parameters` puts a new parameter in the place of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.full((3,), 7.0), requires_grad=False)
+        self.head = nn.Linear(3, 2)
+
+    def reset_parameters(self) -> None:
+        self.w = nn.Parameter(torch.randn(3))
+
+
+def test_a_frozen_parameter_stays_though_the_module_puts_another_in_its_place() -> None:
+    net: Any = models.initialise(Renewed(), 3)
+    assert not net.w.requires_grad and torch.equal(net.w, torch.full((3,), 7.0))
+
+
+class Demanding(nn.Linear):
+    def reset_parameters(self, std: float | None = None) -> None:
+        if std is None and hasattr(self, "ready"):
+            raise TypeError("std is missing")
+
+
+def test_a_reset_that_fails_is_named_and_changes_nothing() -> None:
+    net: Any = nn.Sequential(Demanding(3, 3), nn.Linear(3, 2))
+    net[0].ready = True
+    before = [p.clone() for p in net.parameters()]
+    with pytest.raises(
+        MetaftError, match=r"^module: reset_parameters\(\) of Demanding fails.*TypeError: std is missing"
+    ):
+        models.initialise(net, 0)
+    assert all(torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True))

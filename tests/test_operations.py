@@ -175,8 +175,9 @@ def bag(tokens: Tokens, t: Tensor) -> Tensor:
 def normed(tokens: Tokens, t: Tensor) -> Tensor:
     """The operation itself; a layer under weight_norm computes by others, which can be differentiated."""
     assert tokens.part is not None
-    v = tokens.part.weight
-    return F.linear(tokens.mid(t), torch._weight_norm(v, v.norm(dim=1, keepdim=True).detach(), 0)).mean(1)
+    v: Any = tokens.part.weight
+    scaled = torch._weight_norm(v, v.norm(dim=1, keepdim=True).detach(), 0)  # type: ignore[reportPrivateImportUsage]
+    return F.linear(tokens.mid(t), scaled).mean(1)
 
 
 ONLY_ONCE: dict[str, Callable[[], nn.Module]] = {

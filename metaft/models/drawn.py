@@ -33,8 +33,10 @@ def initialise(module: nn.Module, seed: int) -> nn.Module:
     (requires_grad=False), buffers and the global generator stay as they are.
 
     A parameter that none of these draws gets normal numbers of the mean and spread of its values, and a MetaftWarning
-    names it. Raises MetaftError, naming the layer, for a parametrization without inverse; the module then is as it was.
+    names it. Raises MetaftError, naming the layer, for a parametrization without inverse and for a `reset_parameters`
+    that fails; the module then is as it was.
     """
+    still = [name for name, p in module.named_parameters(remove_duplicate=False) if not p.requires_grad]
     before = {name: t.detach().clone() for name, t in _tensors(module)}
     bare = {id(part): _bare(part) for part in module.modules() if _is_under(part)}
     try:
@@ -53,6 +55,8 @@ def initialise(module: nn.Module, seed: int) -> nn.Module:
     except BaseException:
         _put_back(module, before, lambda t: True)
         raise
+    for name in still:  # a `reset_parameters` may have put others in their place
+        module.get_parameter(name).requires_grad_(False)
     _put_back(module, before, lambda t: not t.requires_grad)
     if bare_ones:
         names = ", ".join(map(repr, bare_ones))
@@ -99,7 +103,13 @@ def _reset(part: nn.Module, bare: dict[int, nn.Module]) -> None:
         names.append("_reset_parameters")  # of attention and transformers
     reset: Any = next((name for name in names if callable(getattr(drawn, name, None))), None)
     if reset is not None and getattr(type(drawn), reset, None) not in _GLOROT_INSTEAD:
-        getattr(drawn, reset)()
+        try:
+            getattr(drawn, reset)()
+        except Exception as error:  # whatever the user's method does, or wants to be given
+            said = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+            raise MetaftError(
+                f"module: {reset}() of {class_of(drawn)} fails, so it cannot be drawn ({said})"
+            ) from error
     if drawn is not part:
         _take_over(part, drawn)
 

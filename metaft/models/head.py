@@ -79,10 +79,14 @@ def body_of(module: nn.Module, head: str = "head") -> nn.Module:
 
 def why_apart(module: nn.Module, head: str, x: Tensor) -> str:
     """Why a module is not its head on what `body_of` gives, tried on a batch x; "" where it is."""
-    given: list[tuple[Tensor, int]] = []
+    given: list[tuple[Any, int]] = []
+
+    def note(layer: nn.Module, inputs: Any, output: Any) -> None:
+        given.append((output, output._version))
+
     whole, body = copied(module), body_of(module, head)
     layer = whole.get_submodule(head)
-    layer.register_forward_hook(lambda _module, _inputs, output: given.append((output, output._version)))
+    layer.register_forward_hook(note)
     mend = f"let the forward pass end with {head!r}, and use it once"
     with eagerly():
         result = whole(x)
