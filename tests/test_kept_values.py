@@ -350,7 +350,7 @@ def test_adapting_a_run_refuses_such_a_module_too(method: str, data: Path, tmp_p
 
 
 @pytest.mark.parametrize(
-    "end", [lambda head, f: head(f).view(-1, 3), lambda head, f: head(f.unsqueeze(1).squeeze(1)).flatten(1)]
+    "end", [lambda head, f: head(f).view(len(f), -1), lambda head, f: head(f.unsqueeze(1).squeeze(1)).flatten(1)]
 )
 def test_another_view_of_what_the_head_gives_is_no_reason_to_refuse(end: Any, data: Path, tmp_path: Path) -> None:
     adapt.run(settings("none", data, tmp_path / "o"), module=Shaped(end))
