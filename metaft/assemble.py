@@ -130,7 +130,8 @@ def assemble(
     if callable(loss) or isinstance(loss, Objective):
         source, split = _some_source(dataset, settled)
         target = source.episodes(settled.seed, split, range(1)).query_y[0]
-        objective.check(loss if isinstance(loss, Objective) else Objective(loss), model.outputs, target)
+        like = next(iter(model.params.values()))
+        objective.check(loss if isinstance(loss, Objective) else Objective(loss), model.outputs, target, like)
     algorithm = algorithms.build(settled.algorithm, model, hyper(settled, minimised))
     if not algorithm.init(settled.seed)[0]:
         raise MetaftError(

@@ -67,20 +67,25 @@ class Objective:
         return figure.detach().to(prediction.dtype)
 
 
-def check(objective: Objective, outputs: int, target: Tensor) -> None:
-    """Try a loss and its figure on made-up predictions [n, outputs] for the targets of one task.
+def check(objective: Objective, outputs: int, target: Tensor, like: Tensor) -> None:
+    """Try a loss and its figure on made-up predictions [n, outputs], of the type and on the device of `like`, for the
+    targets of one task.
 
     Raises MetaftError, naming the function, where it fails, gives no scalar, draws random numbers (tasks could not be
     reproduced), or, of a loss, has no gradient in the predictions. torch's generator stays as it was.
     """
-    prediction = torch.linspace(-1, 1, len(target) * outputs, device=target.device).view(len(target), outputs)
+    target = target.to(like.device)
+    prediction = torch.linspace(-1, 1, len(target) * outputs).view(len(target), outputs).to(like)
     functions = [("loss", objective.label, objective.loss)]
     if objective.figure is not None:
         functions.append(("figure", objective.metric, objective.figure))
     for field, name, function in functions:
         before = torch.get_rng_state()
         try:
-            value, again = (function(prediction.clone().requires_grad_(), target) for _ in range(2))
+            # No leaf, as a model's output is none: a loss may change it in place.
+            value, again = (function(prediction.clone().requires_grad_() + 0, target) for _ in range(2))
+        except MetaftError:
+            raise
         except Exception as error:  # whatever the user's function does
             shapes = f"predictions {list(prediction.shape)} and targets {list(target.shape)}"
             said = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
@@ -89,7 +94,8 @@ def check(objective: Objective, outputs: int, target: Tensor) -> None:
             drew = not torch.equal(before, torch.get_rng_state())
             torch.set_rng_state(before)
         value, again = (scalar(field, name, each).detach() if field == "figure" else each for each in (value, again))
-        if drew or not torch.equal(scalar(field, name, value), scalar(field, name, again)):
+        value, again = scalar(field, name, value), scalar(field, name, again)
+        if drew or not (torch.equal(value, again) or bool(value.isnan() & again.isnan())):
             raise MetaftError(f"{field}: {name} draws random numbers, so that tasks could not be reproduced")
         if field == "loss" and not value.requires_grad:
             raise MetaftError(f"loss: {name} has no gradient in the predictions, so that nothing could be learned")

@@ -19,7 +19,7 @@ from metaft.algorithms import ALGORITHMS, hyper_parameters
 from metaft.config import AdaptConfig
 from metaft.errors import MetaftError
 from metaft.metrics import accuracy, better
-from metaft.objective import Objective
+from metaft.objective import Objective, check
 from metaft.types import Params
 
 CLASSIFIERS = ("protonet", "matching-net", "baseline", "baseline++")
@@ -187,3 +187,21 @@ def test_a_loss_that_cannot_be_one_is_named_before_anything_is_written(name: str
         meta_train.run(images(tmp_path / "run"), dataset=pool(), loss=objective)
     assert torch.equal(before, torch.get_rng_state())
     assert not (tmp_path / "run").exists()
+
+
+def in_place(prediction: Tensor, target: Tensor) -> Tensor:
+    prediction -= prediction.mean()
+    return F.cross_entropy(prediction, target)
+
+
+def not_a_number(prediction: Tensor, target: Tensor) -> Tensor:
+    return prediction.sum() * float("nan")
+
+
+def weighted(prediction: Tensor, target: Tensor) -> Tensor:
+    return F.cross_entropy(prediction, target, weight=torch.ones(3, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("loss", [in_place, not_a_number, weighted])
+def test_what_a_loss_may_do_is_not_refused(loss: Any) -> None:
+    check(Objective(loss), 3, torch.arange(6) % 3, torch.zeros(1, dtype=torch.float64))
