@@ -148,18 +148,31 @@ def wide(squares: Path) -> list[str]:
 SPARE = [n << 20 for n in (range(16, 1024, 32) if FULL else (32, 128))]
 
 
+def starved(argv: list[str], tmp_path: Path, spare: int, after: int | None = None) -> tuple[Victim, Path]:
+    """A run that gets so many bytes more than it has, and its folder.
+
+    Some native code of PyTorch (oneDNN's, mostly) uses what it was not given, which no Python can catch. Where that
+    happens depends on the processor, so a limit at which it does is tried again a little further on.
+    """
+    for attempt in range(3):
+        out = tmp_path / f"starved-{attempt}"
+        plan = Plan(memory=spare + (attempt * 12 << 20), memory_after=after)
+        victim = Victim("meta_train", [*argv, "--out", str(out)], plan)
+        if victim.status() != -signal.SIGSEGV:
+            return victim, out
+        assert "Segmentation fault" in victim.said
+        assert "Traceback" not in victim.said
+        assert re.search(r"\(most recent call first\):\n.*/torch/", victim.said), "a crash outside PyTorch"
+        DONE["limits on memory that crashed PyTorch"] += 1
+    raise AssertionError(f"crashed at three limits in a row from {spare >> 20} MiB")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("spare", SPARE)
 def test_too_little_memory_is_one_line_that_names_what_takes_less(spare: int, wide: list[str], tmp_path: Path) -> None:
-    victim = Victim("meta_train", [*wide, "--out", str(tmp_path / "r")], Plan(memory=spare))
+    victim, _ = starved(wide, tmp_path, spare)
     if victim.status() == 0:
         assert spare > 256 << 20
-    elif FULL and victim.status() == -signal.SIGSEGV:
-        # Some native code of PyTorch uses what it was not given, which no Python can catch; metaft's own is Python.
-        assert "Segmentation fault" in victim.said
-        assert "Traceback" not in victim.said
-        DONE["limits on memory that crashed PyTorch"] += 1
-        assert DONE["limits on memory that crashed PyTorch"] <= len(SPARE) // 8
     else:
         assert victim.status() == 1, victim.said
         one_error(victim.said, "not enough memory", "--meta-batch", "--task-chunk")
@@ -168,10 +181,9 @@ def test_too_little_memory_is_one_line_that_names_what_takes_less(spare: int, wi
 
 @pytest.mark.slow
 def test_too_little_memory_in_a_later_step_keeps_what_was_computed(wide: list[str], tmp_path: Path) -> None:
-    out = tmp_path / "r"
     argv = [*wide, "--checkpoint-every", "99", "--eval-every", "99"]
     completed("meta_train", [*argv, "--out", str(tmp_path / "whole")])
-    victim = Victim("meta_train", [*argv, "--out", str(out)], Plan(memory=256 << 20, memory_after=3))
+    victim, out = starved(argv, tmp_path, 256 << 20, after=3)
     assert victim.status() == 1, victim.said
     one_error(victim.said, "not enough memory", "--meta-batch")
     assert load_snapshot(out / "checkpoints/last.safetensors").position.step == 3
