@@ -34,6 +34,7 @@ from benchmarks.peers.workloads import PUBLISHED, WORKLOADS, Workload
 from metaft import algorithms, models, outer
 from metaft.config import MetaTrainConfig, Settled
 from metaft.errors import Interrupted, MetaftError
+from metaft.inputs import ImageInputs
 from metaft.models import convolution
 from metaft.models.functional import plain_operations
 from metaft.models.precision import in_bf16, matrix_units
@@ -41,7 +42,7 @@ from metaft.models.recomputed import recomputed
 from metaft.output import of_command
 from metaft.run import read_rows
 from metaft.static import StaticSteps, recorded
-from metaft.tasks.pool import ClassPool, Preprocessing
+from metaft.tasks.pool import ClassPool
 from metaft.training import Eager, Position, Snapshot
 from metaft.types import SPLITS
 
@@ -143,7 +144,7 @@ def noise(workload: Workload, device: str) -> ClassPool:
         starts=np.arange(classes) * each,
         counts=np.full(classes, each),
         splits={"train": np.arange(classes), "val": np.arange(0), "test": np.arange(0)},
-        preprocessing=Preprocessing(*workload.shape),
+        inputs=ImageInputs(*workload.shape),
     ).to(device)
 
 
@@ -341,7 +342,7 @@ def unpack(path: Path) -> ClassPool:
             starts=file["starts"],
             counts=file["counts"],
             splits={name: file[f"split_{name}"] for name in SPLITS},
-            preprocessing=Preprocessing(*file["images"].shape[1:], polarity="bright-on-black"),
+            inputs=ImageInputs(*file["images"].shape[1:], polarity="bright-on-black"),
         )
 
 

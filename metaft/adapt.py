@@ -195,7 +195,8 @@ def _prepare(
     from metaft import plugin
     from metaft.defaults import check_steps, device_of
     from metaft.finetune import target as targets
-    from metaft.finetune.start import check_inner, from_nothing, from_run
+    from metaft.finetune.inner import check_inner
+    from metaft.finetune.start import from_nothing, from_run
 
     device_of(config.device)
     _check_method(config)
@@ -214,15 +215,15 @@ def _prepare(
         raise MetaftError("init: name a run folder of metaft.meta_train or none, not ''")
     if init == "none":
         target = targets.load(config.data, skip_bad=config.skip_bad)
-        start = from_nothing(target.preprocessing, module, keep=values == "keep")
+        start = from_nothing(target.inputs, module, keep=values == "keep")
     else:
         start = from_run(Path(init), module)
-        if start.preprocessing is None:
+        if start.inputs is None:
             raise MetaftError(
                 f"init: {init} takes inputs of shape {start.shape} ({start.about['dataset']}), but the images of "
                 f"{config.data} are {targets.shape_of(config.data)[0]}"
             )
-        target = targets.load(config.data, start.preprocessing, skip_bad=config.skip_bad)
+        target = targets.load(config.data, start.inputs, skip_bad=config.skip_bad)
         start = dataclasses.replace(start, name=str(paths.absolute(init)))
     open_values: dict[str, Any] = {"init": start.name}
     if config.method == "finetune":
@@ -274,8 +275,8 @@ def _header(config: AdaptConfig, start: Start, target: Target) -> dict[str, Any]
     from metaft.finetune.start import constants
     from metaft.finetune.study import starts
 
-    data = hashlib.sha256(repr((target.class_names, tuple(target.images.shape))).encode())
-    for part in (target.images, target.labels):
+    data = hashlib.sha256(repr((target.class_names, tuple(target.examples.shape))).encode())
+    for part in (target.examples, target.labels):
         data.update(part.numpy().tobytes())
     return {
         "version": __version__,
@@ -432,8 +433,8 @@ def _notes(config: AdaptConfig, start: Start, target: Target, rows: Any) -> list
     if target.changes:
         notes.append(f"images were fitted to the run's: {', '.join(target.changes)}")
     notes += target.notes
-    known = {target.images[i].numpy().tobytes() for i in (*rows.train, *rows.val)}
-    twins = sum(target.images[i].numpy().tobytes() in known for i in rows.test)
+    known = {target.examples[i].numpy().tobytes() for i in (*rows.train, *rows.val)}
+    twins = sum(target.examples[i].numpy().tobytes() in known for i in rows.test)
     if twins:
         also = "training or validation" if len(rows.val) else "training"
         notes.append(f"{twins} of the {len(rows.test)} test images are also {also} images, to the pixel")

@@ -68,6 +68,7 @@ def run(
     from metaft._version import __version__
     from metaft.assemble import assemble, check_ranks, engine_for, fill, open_run, where_measured
     from metaft.defaults import check_steps
+    from metaft.inputs import ImageInputs, of_header
     from metaft.progress import Progress
     from metaft.report import print_test
     from metaft.run import file_name
@@ -86,8 +87,9 @@ def run(
         # Nothing of the old data set's own settings is meant for the new one.
         fields |= {"dataset": config.dataset, "split": config.split, "rotate": None}
         # A folder is read as the run's own images were; a data set with its own size takes no such wish.
-        images = snapshot.header.get("preprocessing", {}) if config.dataset.startswith(("folder:", "l2l:")) else {}
-        fields |= {"channels": images.get("channels"), "image_size": images.get("height")}
+        inputs = of_header(snapshot.header) if config.dataset.startswith(("folder:", "l2l:")) else None
+        channels, side = (inputs.channels, inputs.height) if isinstance(inputs, ImageInputs) else (None, None)
+        fields |= {"channels": channels, "image_size": side}
     if config.rotate is not None:
         fields["rotate"] = config.rotate
     wanted, begun = dataclasses.replace(trained, **fields), snapshot

@@ -22,10 +22,9 @@ from metaft.errors import CheckpointError, DataError, MetaftError, OutputLost
 from metaft.paths import local
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from metaft.finetune.classifier import Classifier
-    from metaft.tasks.listing import Left
+    from metaft.inputs import Reading
+    from metaft.inputs.listing import Left
 
 AT_ONCE = 256  # images that are read, then labelled
 NAMED = 10  # files that cannot be read of which each gets a line; all are in the CSV file
@@ -46,22 +45,22 @@ class Arguments(PredictConfig):
 class Label(NamedTuple):
     """What came out for one file."""
 
-    file: Path
-    names: tuple[str, ...]
+    reading: Reading
+    """Without its raw numbers, which would be those of all files at last."""
+    names: tuple[str, ...] = ()
     """The most probable classes, the best first; empty where the file cannot be read."""
-    probabilities: tuple[float, ...]
-    error: str
-    """Why the file cannot be read, or nothing."""
-    kind: str = ""
-    """What it is instead, in words that can be counted."""
-    beside: bool = False
-    """Whether it was never meant to be a picture, as descriptions and tables beside pictures are."""
-    from_colour: bool = False
-    """Whether a file in colour was turned grey, which is all that the classifier takes."""
-    bits: int | None = None
-    """How many bits its greys need, where they have room for more than 8."""
+    probabilities: tuple[float, ...] = ()
     flaw: str = ""
     """What it was read in spite of."""
+
+    @property
+    def file(self) -> Path:
+        return self.reading.file
+
+    @property
+    def error(self) -> str:
+        """Why the file cannot be read, or nothing."""
+        return self.reading.error
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -119,37 +118,24 @@ def _command(argv: Sequence[str]) -> None:
 
 def _notes(classifier: Classifier, labels: Sequence[Label], ignored: Sequence[Left]) -> list[str]:
     """What there is to know of how the files were read."""
-    from metaft.finetune.classifier import beyond_note
-    from metaft.tasks.depth import CONTAINER
-    from metaft.tasks.flaws import flaws_note
-    from metaft.tasks.listing import left_note
+    from metaft.inputs.flaws import flaws_note
+    from metaft.inputs.listing import left_note
 
-    notes = left_note(ignored, len(labels))
-    colour = [label.file for label in labels if label.from_colour]
-    if colour:
-        notes.append(
-            f"{len(colour)} of the {len(labels)} images are in colour, such as {colour[0]}, but the run takes grey "
-            "ones; they were made grey"
-        )
-    bits = classifier.preprocessing.bits
-    deep = {label.file: label.bits for label in labels if label.bits is not None}
-    notes += beyond_note([file for file, needed in deep.items() if needed > bits], bits)
-    if deep and bits == CONTAINER > max(deep.values()):
-        notes.append(
-            f"{len(deep)} 16-bit files, such as {next(iter(deep))}, hold no more than {max(deep.values())} bits; they "
-            "were read by the whole range of 16, since the training images name no other"
-        )
-    return notes + flaws_note({label.file: label.flaw for label in labels if label.flaw})
+    return [
+        *left_note(ignored, len(labels)),
+        *classifier.inputs.notes([label.reading for label in labels]),
+        *flaws_note({label.file: label.flaw for label in labels if label.flaw}),
+    ]
 
 
 def _say_bad(labels: Sequence[Label], bad: int, *, skip_bad: bool) -> None:
     """A line on the files that cannot be read; where more than half of the pictures are among them, that is an error
     unless asked for."""
-    from metaft.tasks.listing import Left, counted
+    from metaft.inputs.listing import Left, counted
 
-    kinds = counted((Left(label.file, label.kind, True) for label in labels if label.error), where=False)
+    kinds = counted((Left(label.file, label.reading.kind, True) for label in labels if label.error), where=False)
     line = f"{bad} of {len(labels)} files cannot be read ({kinds}); the others are labelled"
-    beside = sum(label.beside for label in labels)
+    beside = sum(label.reading.beside for label in labels)
     if 2 * (bad - beside) > len(labels) - beside and not skip_bad:
         raise DataError(f"images: {line}; --skip-bad takes that for success")
     print(f"metaft: {line}", file=sys.stderr)
@@ -162,7 +148,7 @@ def list_files(images: Sequence[str]) -> tuple[list[Path], list[Left]]:
     folder that cannot be read are among the files too, so that they are not overlooked. Raises DataError for paths that
     do not exist and for a folder without pictures.
     """
-    from metaft.tasks.listing import counted, list_below, some
+    from metaft.inputs.listing import counted, list_below, some
 
     files: list[Path] = []
     ignored: list[Left] = []
@@ -196,44 +182,23 @@ def label_files(classifier: Classifier, files: Sequence[Path], top: int = 1) -> 
     """The `top` most probable classes of each file, in order; unreadable files come out with an error."""
     import torch
 
-    from metaft.tasks.flaws import noted
+    from metaft.inputs.flaws import noted
 
     for first in range(0, len(files), AT_ONCE):
-        some = files[first : first + AT_ONCE]
         with noted() as flaws:
-            found = [_read(classifier, file) for file in some]
-        pictures = [pixels for _, pixels in found if pixels is not None]
+            readings = [classifier.inputs.read(file) for file in files[first : first + AT_ONCE]]
+        raw = [reading.raw for reading in readings if reading.raw is not None]
         best = iter(())
-        if pictures:
-            probabilities, classes = classifier.probabilities(torch.cat(pictures)).topk(top)
+        if raw:
+            probabilities, classes = classifier.probabilities(torch.cat(raw)).topk(top)
             best = zip(classes.tolist(), probabilities.tolist(), strict=True)
-        for label, pixels in found:
-            if pixels is None:
-                yield label
+        for reading in readings:
+            if reading.raw is None:
+                yield Label(reading)
                 continue
             numbers, values = next(best)
             names = tuple(classifier.class_names[n] for n in numbers)
-            yield label._replace(names=names, probabilities=tuple(values), flaw=flaws.get(label.file, ""))
-
-
-def _read(classifier: Classifier, file: Path) -> tuple[Label, Tensor | None]:
-    """A label without classes, and the picture as the classifier takes it."""
-    from metaft.tasks.depth import bits_for, is_deep, maximum
-    from metaft.tasks.images import Unreadable, is_grey, open_image
-    from metaft.tasks.listing import FOLDER, is_no_picture, list_images
-
-    try:
-        if os.path.isdir(file):
-            list_images(file)  # says why not
-        image = open_image(file, deep=True)
-    except DataError as error:
-        kind = error.kind if isinstance(error, Unreadable) else FOLDER
-        return Label(file, (), (), str(error), kind, beside=is_no_picture(file)), None
-    return Label(
-        file, (), (), "",
-        from_colour=classifier.preprocessing.channels == 1 and not is_grey(image),
-        bits=bits_for(maximum(image)) if is_deep(image) else None,
-    ), classifier.fitted(image)  # fmt: skip
+            yield Label(reading._replace(raw=None), names, tuple(values), flaws.get(reading.file, ""))
 
 
 def write_csv(path: Path, labels: Sequence[Label], top: int) -> None:

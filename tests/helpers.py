@@ -19,8 +19,9 @@ from torch import Tensor
 
 from metaft import adapt, meta_train, models
 from metaft.config import MetaTrainConfig
+from metaft.inputs import ImageInputs
 from metaft.run import RunFolder
-from metaft.tasks.pool import ClassPool, Preprocessing
+from metaft.tasks.pool import ClassPool
 from metaft.tasks.sinusoid import SinusoidTasks
 
 SINUSOID: dict[str, Any] = {
@@ -97,7 +98,7 @@ def pool(side: int = 8, channels: int = 1) -> ClassPool:
         starts=np.arange(14) * 10,
         counts=np.full(14, 10),
         splits={"train": np.arange(6), "val": np.arange(6, 10), "test": np.arange(10, 14)},
-        preprocessing=Preprocessing(channels, side, side),
+        inputs=ImageInputs(channels, side, side),
     )
 
 
@@ -198,12 +199,12 @@ def in_float64() -> Iterator[None]:
     part by up to the rate in each step. In float64 such an entry is below Adam's eps, and stays.
     """
     build, functional, normalise, points = (
-        models.build, models.functional, Preprocessing.normalise, SinusoidTasks._tensor
+        models.build, models.functional, ImageInputs.__call__, SinusoidTasks._tensor
     )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(models, "build", functools.partial(build, dtype=torch.float64))
         patch.setattr(models, "functional", lambda module, **more: functional(module.double(), **more))
-        patch.setattr(Preprocessing, "normalise", lambda self, images: normalise(self, images).double())
+        patch.setattr(ImageInputs, "__call__", lambda self, images: normalise(self, images).double())
         patch.setattr(SinusoidTasks, "_tensor", lambda self, values: points(self, values).double())
         yield
 

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from metaft import models
 from metaft.algorithms import Algorithm
+from metaft.inputs import ImageInputs
 from metaft.models import Model
-from metaft.tasks.pool import ClassPool, Preprocessing
+from metaft.tasks.pool import ClassPool
 from metaft.types import SPLITS, Batch, Episode, Params
 
 SHAPE = (1, 16, 16)
@@ -88,7 +89,7 @@ def noise_pool(classes: int = 30, per_class: int = 20, shape: tuple[int, int, in
         starts=np.arange(classes, dtype=np.int64) * per_class,
         counts=np.full(classes, per_class, np.int64),
         splits={s: np.arange(i * third, (i + 1) * third) for i, s in enumerate(SPLITS)},
-        preprocessing=Preprocessing(*shape),
+        inputs=ImageInputs(*shape),
     )
 
 

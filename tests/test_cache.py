@@ -19,10 +19,11 @@ from helpers import IMAGES, options, write_folder
 from PIL import Image
 
 from metaft import meta_train
+from metaft.inputs import reading as images
+from metaft.inputs.reading import fingerprint
 from metaft.models import convolution
-from metaft.tasks import cache, folder, images
+from metaft.tasks import cache, folder
 from metaft.tasks.cache import cached, keep
-from metaft.tasks.images import fingerprint
 
 Text = pytest.CaptureFixture[str]
 

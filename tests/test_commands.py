@@ -163,7 +163,8 @@ def test_a_checkpoint_carries_what_is_needed_to_use_it(image_runs: dict[str, Pat
     snapshot = load_snapshot(image_runs["maml"] / "checkpoints/best.safetensors")
     header = snapshot.header
     assert header["architecture"] == {"name": "conv4", "ways": 3, "shape": [1, 8, 8], "width": 4}
-    assert header["preprocessing"] | {"polarity": ""} == {
+    assert header["inputs"] | {"polarity": ""} == {
+        "kind": "image",
         "channels": 1,
         "height": 8,
         "width": 8,
@@ -171,6 +172,7 @@ def test_a_checkpoint_carries_what_is_needed_to_use_it(image_runs: dict[str, Pat
         "mean": [0.0],
         "std": [1.0],
         "bits": 16,
+        "invert": False,
     }
     assert [len(header["classes"][split]) for split in ("train", "val", "test")] == [6, 4, 4]
     assert re.fullmatch("[0-9a-f]{64}", header["split_hash"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import io
 import math
 import types
@@ -22,14 +23,14 @@ from metaft.errors import DataError, MetaftError, NonFiniteError
 from metaft.finetune import heads, target
 from metaft.finetune.classifier import Classifier
 from metaft.finetune.fit import Fitted, Recipe, _augmented, fit
+from metaft.inputs import ImageInputs
 from metaft.models import Conv4, EpisodeNorm, initialise
 from metaft.models.functional import body_of
 from metaft.models.norm import measure_moments
 from metaft.models.stored import StoredNorm, empty_stored, with_stored_moments
 from metaft.tasks.glyphs import glyphs
-from metaft.tasks.pool import Preprocessing
 
-PREPROCESSING = Preprocessing(*scenarios.SHAPE, mean=(0.4,), std=(0.3,))
+INPUTS = ImageInputs(*scenarios.SHAPE, mean=(0.4,), std=(0.3,))
 CLASSES = 3
 
 
@@ -119,10 +120,11 @@ def test_stored_moments_survive_their_state_dict(dtype: torch.dtype) -> None:
 
 def classifier(head: str, name: str, dtype: torch.dtype, *, invert: bool = False) -> Classifier:
     images, labels = toy(12)
-    x = PREPROCESSING.normalise(images).to(dtype)
+    x = INPUTS(images).to(dtype)
     stored = with_stored_moments(body(name, dtype), x)
     built = heads.build(head, stored(x).detach(), labels, CLASSES, seed=0)
-    return Classifier(stored, built, PREPROCESSING, ("a", "b", "c"), invert=invert)
+    inputs = dataclasses.replace(INPUTS, invert=invert)
+    return Classifier(stored, built, inputs, ("a", "b", "c"))
 
 
 @pytest.mark.parametrize("name", ["conv4", "conv4-pool"])
@@ -204,7 +206,7 @@ def test_an_unknown_head_is_refused_with_the_nearest() -> None:
 
 # Target data
 
-GREY8 = Preprocessing(1, 8, 8, polarity="bright-on-black")
+GREY8 = ImageInputs(1, 8, 8, polarity="bright-on-black")
 
 
 def write(path: Path, part: str, count: int, *, classes: str = "abc", side: int = 8, paper: int = 20) -> Path:
@@ -236,9 +238,9 @@ LAYOUTS = [  # pictures of each class in each part, shots per class, then how ma
 ]
 
 
-def load_target(data: str, preprocessing: Preprocessing, *, shots_per_class: int | None, seed: int) -> Any:
+def load_target(data: str, inputs: ImageInputs, *, shots_per_class: int | None, seed: int) -> Any:
     """The target, with the rows of one draw beside its fields."""
-    found = target.load(data, preprocessing)
+    found = target.load(data, inputs)
     rows = found.rows(shots_per_class=shots_per_class, seed=seed)
     return types.SimpleNamespace(**vars(found), **rows._asdict())
 
@@ -269,11 +271,11 @@ def test_every_layout_of_a_folder(
     if "." in parts:
         assert len(every) == len(data.files)
         assert not np.array_equal(data.test, other.test)
-    for file, label, pixels in zip(data.files, data.labels, data.images, strict=True):
+    for file, label, pixels in zip(data.files, data.labels, data.examples, strict=True):
         assert Path(file).parent.name == data.class_names[label]
         assert np.array_equal(np.asarray(Image.open(file)), pixels[0])
-    assert (data.invert, data.changes, data.notes) == (False, (), ())
-    assert (data.images.dtype, data.labels.dtype) == (torch.uint8, torch.int64)
+    assert (data.inputs.invert, data.changes, data.notes) == (False, (), ())
+    assert (data.examples.dtype, data.labels.dtype) == (torch.uint8, torch.int64)
 
 
 @pytest.mark.parametrize(
@@ -292,17 +294,17 @@ def test_the_validation_part_is_one_in_five_of_every_class(counts: tuple[int, in
 def test_polarity_and_size_are_fitted_and_reported(tmp_path: Path) -> None:
     write(tmp_path, ".", 3, side=12, paper=230)
     data = load_target(f"folder:{tmp_path}", GREY8, shots_per_class=None, seed=0)
-    assert data.invert
+    assert data.inputs.invert
     assert data.changes == ("resized from 12x12 to 8x8", "dark on bright to bright on black")
-    assert data.images[:, 0, 0].float().mean() < 60
-    as_is = load_target(f"folder:{tmp_path}", Preprocessing(1, 12, 12), shots_per_class=None, seed=0)
-    assert (as_is.invert, as_is.changes) == (False, ())
-    assert torch.equal(as_is.images[0, 0], torch.from_numpy(np.array(Image.open(data.files[0]))))
-    colour = load_target(f"folder:{tmp_path}", Preprocessing(3, 12, 12), shots_per_class=None, seed=0)
-    assert (colour.images.shape[1], colour.changes) == (3, ("grey to colour",))
-    made = Classifier(nn.Identity(), nn.Identity(), GREY8, ("a", "b", "c"), invert=data.invert)
+    assert data.examples[:, 0, 0].float().mean() < 60
+    as_is = load_target(f"folder:{tmp_path}", ImageInputs(1, 12, 12), shots_per_class=None, seed=0)
+    assert (as_is.inputs.invert, as_is.changes) == (False, ())
+    assert torch.equal(as_is.examples[0, 0], torch.from_numpy(np.array(Image.open(data.files[0]))))
+    colour = load_target(f"folder:{tmp_path}", ImageInputs(3, 12, 12), shots_per_class=None, seed=0)
+    assert (colour.examples.shape[1], colour.changes) == (3, ("grey to colour",))
+    made = Classifier(nn.Identity(), nn.Identity(), data.inputs, ("a", "b", "c"))
     for i, file in enumerate(data.files):  # a picture reads the same in training and in prediction
-        assert torch.equal(made.read(Path(file)), data.images[i : i + 1])
+        assert torch.equal(made.read(Path(file)), data.examples[i : i + 1])
 
 
 def broken(path: Path, case: str) -> None:
@@ -347,21 +349,21 @@ def test_a_held_out_script_of_the_glyphs() -> None:
     pool = glyphs()
     script = pool.class_names[pool.splits["test"][0]].split("/")[0]
     classes = [i for i, name in enumerate(pool.class_names) if name.startswith(f"{script}/")]
-    data = load_target(f"glyphs:{script}", pool.preprocessing, shots_per_class=10, seed=0)
+    data = load_target(f"glyphs:{script}", pool.inputs, shots_per_class=10, seed=0)
     assert [per_class(data, rows) for rows in (data.train, data.val, data.test)] == [
         [n] * len(classes) for n in (8, 2, 10)
     ]
     assert data.class_names == tuple(pool.class_names[c] for c in classes)
     for label, c in enumerate(classes):
         own = pool.images[pool.starts[c] : pool.starts[c] + pool.counts[c]]
-        assert torch.equal(data.images[data.labels == label], own)
-    other = load_target(f"glyphs:{script}", pool.preprocessing, shots_per_class=10, seed=1)
+        assert torch.equal(data.examples[data.labels == label], own)
+    other = load_target(f"glyphs:{script}", pool.inputs, shots_per_class=10, seed=1)
     assert not np.array_equal(data.test, other.test)
     with pytest.raises(MetaftError, match=f"no held-out script '{script[:-1]}', .*did you mean '{script}'"):
-        load_target(f"glyphs:{script[:-1]}", pool.preprocessing, shots_per_class=None, seed=0)
+        load_target(f"glyphs:{script[:-1]}", pool.inputs, shots_per_class=None, seed=0)
     trained = pool.class_names[pool.splits["train"][0]].split("/")[0]
     with pytest.raises(MetaftError, match=f"no held-out script '{trained}'"):
-        load_target(f"glyphs:{trained}", pool.preprocessing, shots_per_class=None, seed=0)
+        load_target(f"glyphs:{trained}", pool.inputs, shots_per_class=None, seed=0)
     with pytest.raises(MetaftError, match=r"glyphs are \[1, 28, 28\], but the run's images are \[1, 8, 8\]"):
         load_target(f"glyphs:{script}", GREY8, shots_per_class=None, seed=0)
 
@@ -375,11 +377,9 @@ def tune(
     own = {k: changes.pop(k) for k in ("resume", "on_epoch", "should_stop") if k in changes}
     recipe = Recipe(**{"epochs": 4, "batch_size": 8, "lr": 0.01, **changes})
     images, labels = toy(n)
-    val_images, val_labels = val if val is not None else (None, None)
+    val_examples, val_labels = val if val is not None else (None, None)
     start = body() if start is None else start
-    return fit(
-        start, PREPROCESSING, images, labels, CLASSES, recipe, val_images=val_images, val_labels=val_labels, **own
-    )
+    return fit(start, INPUTS, images, labels, CLASSES, recipe, val_examples=val_examples, val_labels=val_labels, **own)
 
 
 def ambiguous() -> tuple[Tensor, Tensor]:
@@ -397,7 +397,7 @@ def test_it_learns_what_can_be_learned(head: str, freeze: str) -> None:
     losses = [row["loss"] for row in fitted.curve]
     assert losses[-1] < 0.7 * losses[0]
     images, labels = toy(30, seed=2)
-    made = Classifier(fitted.body, fitted.head, PREPROCESSING, ("0", "1", "2"), invert=False)
+    made = Classifier(fitted.body, fitted.head, INPUTS, ("0", "1", "2"))
     assert sum(int(name) == y for name, y in zip(made.names(images), labels, strict=True)) >= (
         30 if freeze == "none" else 16  # random features tell the classes apart in part
     )
@@ -408,7 +408,7 @@ def test_the_losses_of_the_curve_are_means_over_images() -> None:
     # 21 images in batches of 8, 8 and 5.
     fitted = tune(body(dtype=torch.float64), freeze="backbone", lr=0.0, epochs=1, val=val)
     for name, (images, labels) in {"loss": toy(21), "val_loss": val}.items():
-        logits = fitted.head(fitted.body(PREPROCESSING.normalise(images).double())).detach()
+        logits = fitted.head(fitted.body(INPUTS(images).double())).detach()
         assert fitted.curve[0][name] == pytest.approx(float(F.cross_entropy(logits, labels)), abs=1e-12)
     assert fitted.curve[0]["val_accuracy"] == pytest.approx(float((logits.argmax(-1) == labels).float().mean()))
 
@@ -436,7 +436,7 @@ def test_the_seed_alone_decides_and_nothing_outside_is_touched(augment: str, hea
 def test_a_frozen_backbone_stays_as_it_was() -> None:
     start, (images, _) = body(), toy(21)
     fitted = tune(start, freeze="backbone", lr=0.1, augment="basic")
-    x = PREPROCESSING.normalise(images)
+    x = INPUTS(images)
     assert same(fitted.body.state_dict(), with_stored_moments(start, x).state_dict())
     torch.testing.assert_close(fitted.body(x), start(x), rtol=0, atol=ONE_PASS)
     torch.testing.assert_close(torch.cat([fitted.body(one[None]) for one in x]), start(x), rtol=0, atol=ONE_PASS)
@@ -448,7 +448,7 @@ def test_the_stored_moments_are_those_of_all_training_images_under_the_last_weig
     assert not any(isinstance(part, EpisodeNorm) for part in fitted.body.modules())
     again.load_state_dict({k: v for k, v in fitted.body.state_dict().items() if not k.endswith(("mean", "var"))})
     assert not same(again.state_dict(), body().state_dict())
-    expected = with_stored_moments(again, PREPROCESSING.normalise(toy(21)[0]))
+    expected = with_stored_moments(again, INPUTS(toy(21)[0]))
     assert same(fitted.body.state_dict(), expected.state_dict())
 
 
@@ -463,7 +463,7 @@ def test_early_stopping_keeps_the_epoch_of_the_lowest_validation_loss() -> None:
     assert same(bits(fitted), bits(until))
     assert [row["loss"] for row in fitted.curve][: best + 1] == [row["loss"] for row in until.curve]
     images, labels = ambiguous()
-    logits = fitted.head(fitted.body(PREPROCESSING.normalise(images).double())).detach()
+    logits = fitted.head(fitted.body(INPUTS(images).double())).detach()
     assert float(F.cross_entropy(logits, labels)) == pytest.approx(min(losses), abs=1e-12)
 
 

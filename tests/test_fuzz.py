@@ -25,10 +25,10 @@ from metaft.config import AdaptConfig, EvaluateConfig, MetaTrainConfig, PredictC
 from metaft.errors import DataError, MetaftError
 from metaft.finetune import study, target
 from metaft.finetune.classifier import load
+from metaft.inputs.listing import list_below
+from metaft.inputs.reading import open_image
 from metaft.run import RunFolder, cut_back, read_rows
 from metaft.tasks import folder
-from metaft.tasks.images import open_image
-from metaft.tasks.listing import list_below
 
 CONFIGS: list[Any] = [MetaTrainConfig, AdaptConfig, EvaluateConfig, PredictConfig]
 FIELDS = sorted({f.name for cls in CONFIGS for f in dataclasses.fields(cls)})

@@ -17,7 +17,8 @@ import pytest
 import torch
 
 from benchmarks import gpu
-from metaft.tasks.pool import ClassPool, Preprocessing
+from metaft.inputs import ImageInputs
+from metaft.tasks.pool import ClassPool
 from metaft.types import SPLITS
 
 
@@ -29,7 +30,7 @@ def toy_omniglot() -> ClassPool:
         starts=np.arange(18) * 20,
         counts=np.full(18, 20),
         splits={name: np.arange(6 * i, 6 * i + 6) for i, name in enumerate(SPLITS)},
-        preprocessing=Preprocessing(1, 28, 28, polarity="bright-on-black"),
+        inputs=ImageInputs(1, 28, 28, polarity="bright-on-black"),
     )
 
 
@@ -67,7 +68,7 @@ def test_the_script_runs_at_toy_sizes_with_nothing_that_is_not_there(
     gpu.pack(packed)
     again = gpu.unpack(packed)
     assert torch.equal(again.images, pool.images) and again.split_hash == pool.split_hash
-    assert again.preprocessing == pool.preprocessing
+    assert again.inputs == pool.inputs
     words = ["--tiny", "--device", "cpu", "--seconds", "300", "--out", str(tmp_path / "out"), "--omniglot", str(packed)]
     done = without("benchmarks.gpu", *words)
     assert done.returncode == 0, done.stderr

@@ -99,7 +99,7 @@ def test_grey_images_without_a_channel_axis_are_stored_bright_on_black() -> None
     made = pixels(channels=1)
     for form in (lambda a: 255 - a[..., 0], lambda a: 1 - torch.from_numpy(a[..., 0]) / 255):
         found = pool(listed(made, form))
-        assert found.preprocessing.polarity == "bright-on-black"
+        assert found.inputs.polarity == "bright-on-black"
         assert torch.equal(found.images[found.starts[0] :][:4], torch.from_numpy(np.moveaxis(made[0], -1, 1)))
 
 
@@ -120,7 +120,7 @@ def test_greys_of_more_than_8_bits_have_one_range_and_flaws_one_note(tmp_path: P
         "x: 6 files hold 10-bit greys in 16 bits: their range is 0 to 1023",
         "x: 1 picture is read in spite of flaws, such as train item 6",
     ]
-    assert made.preprocessing.bits == 10
+    assert made.inputs.bits == 10
     np.testing.assert_allclose(made.images[:6, 0].numpy(), values / 1023 * 255, atol=0.51)
 
 

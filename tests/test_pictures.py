@@ -27,13 +27,13 @@ from metaft import adapt, meta_train, predict
 from metaft.errors import DataError, MetaftError, MetaftWarning
 from metaft.finetune import report, target
 from metaft.finetune.classifier import Classifier, save
+from metaft.inputs import ImageInputs
+from metaft.inputs.depth import bits_for, maximum
+from metaft.inputs.flaws import about, noted
+from metaft.inputs.formats import starts_as_picture
+from metaft.inputs.listing import list_below, list_images
+from metaft.inputs.reading import looks_grey, open_image, pixels_of, read, read_all
 from metaft.tasks import folder, load
-from metaft.tasks.depth import bits_for, maximum
-from metaft.tasks.flaws import about, noted
-from metaft.tasks.formats import starts_as_picture
-from metaft.tasks.images import looks_grey, open_image, pixels_of, read, read_all
-from metaft.tasks.listing import list_below, list_images
-from metaft.tasks.pool import Preprocessing
 
 Text = pytest.CaptureFixture[str]
 
@@ -406,7 +406,7 @@ def test_skip_bad_goes_on_without_them_and_a_run_keeps_it(init: Path, tmp_path: 
     whole = shutil.copytree(data, tmp_path / "whole")
     for file in files:
         (whole / file.relative_to(data)).unlink()
-    assert torch.equal(target.load(f"folder:{data}", skip_bad=True).images, target.load(f"folder:{whole}").images)
+    assert torch.equal(target.load(f"folder:{data}", skip_bad=True).examples, target.load(f"folder:{whole}").examples)
     (tmp_path / "c.toml").write_text(f'skip-bad = true\ndata = "folder:{data}"\ninit = "{init}"\nepochs = 1\n')
     assert adapt.main(["--config", str(tmp_path / "c.toml"), "--out", str(tmp_path / "p")]) == 0
 
@@ -523,16 +523,16 @@ def test_the_range_of_deep_greys_is_that_of_the_whole_set(tmp_path: Path) -> Non
     for bits in (8, 10, 12, 14, 16):
         for mode in ("I;16", "I"):
             data = deep_target(tmp_path / f"{bits} {mode}", bits, mode=mode, dim=20)
-            made = target.load(f"folder:{data}", Preprocessing(1, 12, 12))
-            assert made.preprocessing.bits == bits
+            made = target.load(f"folder:{data}", ImageInputs(1, 12, 12))
+            assert made.inputs.plain()["bits"] == bits
             with warnings.catch_warnings(record=True) as said:
                 warnings.simplefilter("always")
                 pool = folder(data, image_size=12)
-            assert pool.preprocessing.bits == bits
+            assert pool.inputs.bits == bits
             assert len(said) == (bits < 16)
             note = f"18 files hold {bits}-bit greys in 16 bits: their range is 0 to {2**bits - 1}"
             assert (note in made.notes) == (bits < 16)
-            for files, got in ((made.files, made.images), (sorted(made.files), None)):
+            for files, got in ((made.files, made.examples), (sorted(made.files), None)):
                 if got is None:
                     continue
                 for i, file in enumerate(files):
@@ -545,12 +545,12 @@ def test_deep_and_shallow_files_lie_side_by_side(tmp_path: Path) -> None:
     data = deep_target(tmp_path / "d", 12)
     grey = np.asarray(square(3, 12))
     Image.fromarray(grey).save(data / "a" / "8 bit.png")
-    made = target.load(f"folder:{data}", Preprocessing(3, 12, 12))
+    made = target.load(f"folder:{data}", ImageInputs(3, 12, 12))
     place = made.files.index(str(data / "a" / "8 bit.png"))
-    assert made.preprocessing.bits == 12
-    assert np.array_equal(made.images[place].numpy(), np.stack([grey] * 3))
+    assert made.inputs.plain()["bits"] == 12
+    assert np.array_equal(made.examples[place].numpy(), np.stack([grey] * 3))
     values = np.asarray(Image.open(made.files[0])).astype(np.float64)
-    np.testing.assert_allclose(made.images[0, 2].numpy(), values / 4095 * 255, atol=0.51)
+    np.testing.assert_allclose(made.examples[0, 2].numpy(), values / 4095 * 255, atol=0.51)
 
 
 def test_deep_greys_are_fitted_as_others_are(tmp_path: Path) -> None:
@@ -567,16 +567,17 @@ def test_the_range_travels_with_the_classifier_and_what_lies_beyond_is_said(tmp_
     data = deep_target(tmp_path / "d", 12)
     assert adapt.main(words(Path("none"), data, tmp_path / "o", epochs=1)) == 0
     made = metaft.load(tmp_path / "o")
-    assert made.preprocessing.bits == 12
+    assert made.inputs.plain()["bits"] == 12
     dim = np.zeros((28, 28), np.uint16)
     dim[5:9] = 455
     Image.fromarray(dim).save(tmp_path / "dim.png")
-    assert (made.read(tmp_path / "dim.png")[0, 0, 7] == (255 - 28 if made.invert else 28)).all(), "by its own range"
+    inverted = made.inputs.plain()["invert"]
+    assert (made.read(tmp_path / "dim.png")[0, 0, 7] == (255 - 28 if inverted else 28)).all(), "by its own range"
     dim[5:9] = 5000
     Image.fromarray(dim).save(tmp_path / "bright.png")
     note = f"1 picture has greys beyond the 4095 of the training images, cut off there, such as {tmp_path}/bright.png"
     with pytest.warns(MetaftWarning, match=note):
-        assert (made.read(tmp_path / "bright.png")[0, 0, 7] == (0 if made.invert else 255)).all()
+        assert (made.read(tmp_path / "bright.png")[0, 0, 7] == (0 if inverted else 255)).all()
     with pytest.warns(MetaftWarning, match=note):
         made.label([tmp_path / "dim.png", tmp_path / "bright.png"])
     capsys.readouterr()
@@ -591,9 +592,10 @@ def test_a_classifier_that_knows_no_range_takes_the_files_own_and_says_so(
     values = np.full((8, 8), 1023, np.uint16)
     Image.fromarray(values).save(tmp_path / "a.png")
     made = metaft.load(run)
-    plain = {k: v for k, v in vars(made.preprocessing).items() if k != "bits"}
-    assert Preprocessing.from_plain(plain) == made.preprocessing
-    assert (made.read(tmp_path / "a.png") == round(1023 / 257)).all()
+    plain = {k: v for k, v in vars(made.inputs).items() if k != "bits"}
+    assert ImageInputs.from_plain(plain) == made.inputs
+    with pytest.warns(MetaftWarning, match="hold no more than 10 bits"):
+        assert (made.read(tmp_path / "a.png") == round(1023 / 257)).all()
     assert predict.main([str(run), str(tmp_path / "a.png")]) == 0
     assert "1 16-bit files, such as " in (line := capsys.readouterr().err)
     assert "hold no more than 10 bits" in line
@@ -608,9 +610,9 @@ def test_a_pgm_has_its_whole_range_whatever_the_training_images_have(tmp_path: P
     for form in ("P5", "P2"):
         body = values.astype(">u2").tobytes() if form == "P5" else " ".join(map(str, values.ravel())).encode()
         pgm.write_bytes(f"{form}\n12 12\n4095\n".encode() + body)
-        made = target.load(f"folder:{data}", Preprocessing(1, 12, 12))
-        assert made.preprocessing.bits == 12, "the range is that of the files which say nothing of theirs"
-        np.testing.assert_allclose(made.images[made.files.index(str(pgm)), 0].numpy(), seen, atol=1)
+        made = target.load(f"folder:{data}", ImageInputs(1, 12, 12))
+        assert made.inputs.plain()["bits"] == 12, "the range is that of the files which say nothing of theirs"
+        np.testing.assert_allclose(made.examples[made.files.index(str(pgm)), 0].numpy(), seen, atol=1)
         np.testing.assert_allclose(read(pgm, 1, 12)[0], seen, atol=1)
         picture = open_image(pgm, deep=True)
         np.testing.assert_allclose(pixels_of(picture, 1, 12, 12)[0], seen, atol=1)
@@ -668,7 +670,7 @@ def test_classes_are_in_natural_order_and_joined_by_name(tmp_path: Path, capsys:
     data = write_target(tmp_path / "d", {"train": 5}, classes=names)
     write_target(tmp_path / "d", {"test": 2}, classes=names[::-1])
     order = ["1", "2", "10", "class 9", "class 10"]
-    made = target.load(f"folder:{data}", Preprocessing(1, 8, 8))
+    made = target.load(f"folder:{data}", ImageInputs(1, 8, 8))
     assert list(made.class_names) == order
     for file, label in zip(made.files, made.labels.tolist(), strict=True):
         assert Path(file).parent.name == order[label]
@@ -682,7 +684,7 @@ def test_classes_are_in_natural_order_and_joined_by_name(tmp_path: Path, capsys:
 
 def test_a_classifier_keeps_the_order_it_was_saved_with(run: Path, tmp_path: Path) -> None:
     made = metaft.load(run)
-    old = Classifier(made.body, made.head, made.preprocessing, ("10", "2", "1"), invert=made.invert)
+    old = Classifier(made.body, made.head, made.inputs, ("10", "2", "1"))
     architecture = metaft.checkpoint.load(run / "classifier.safetensors")[1]["architecture"]
     save(tmp_path / "c.safetensors", old, architecture, {})
     assert metaft.load(tmp_path / "c.safetensors").class_names == ("10", "2", "1")

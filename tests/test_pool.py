@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from metaft.errors import DataError
-from metaft.tasks.pool import ClassPool, Draw, Preprocessing
+from metaft.inputs import ImageInputs
+from metaft.tasks.pool import ClassPool, Draw
 from metaft.types import SPLITS, Source
 
 CLASSES, SIDE = 30, 4
@@ -41,7 +42,7 @@ def coded_pool(counts: list[int] | None = None, turns: np.ndarray | None = None)
         starts=starts,
         counts=sizes,
         splits={s: np.arange(i * third, (i + 1) * third, dtype=np.int64) for i, s in enumerate(SPLITS)},
-        preprocessing=Preprocessing(1, SIDE, SIDE),
+        inputs=ImageInputs(1, SIDE, SIDE),
         turns=turns,
     )
 
@@ -236,8 +237,8 @@ def test_batches_cover_all_classes_with_labels_within_the_split() -> None:
 
 
 def test_normalisation_is_in_units_of_the_pixel_range() -> None:
-    p = Preprocessing(2, 1, 2, mean=(0.5, 0.0), std=(0.25, 1.0))
-    x = p.normalise(torch.tensor([[[0, 255]], [[0, 255]]], dtype=torch.uint8))
+    p = ImageInputs(2, 1, 2, mean=(0.5, 0.0), std=(0.25, 1.0))
+    x = p(torch.tensor([[[0, 255]], [[0, 255]]], dtype=torch.uint8))
     torch.testing.assert_close(x, torch.tensor([[[-2.0, 2.0]], [[0.0, 1.0]]]))
 
 

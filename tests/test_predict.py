@@ -45,13 +45,13 @@ from metaft.config import AdaptConfig, PredictConfig
 from metaft.errors import CheckpointError, DataError, MetaftError
 from metaft.finetune import report, study
 from metaft.finetune.classifier import Classifier
+from metaft.inputs import ImageInputs
 from metaft.models import initialise
-from metaft.tasks.pool import Preprocessing
 from metaft.training import load_snapshot
 
 Text = pytest.CaptureFixture[str]
 
-BRIGHT = Preprocessing(1, 8, 8, polarity="bright-on-black")
+BRIGHT = ImageInputs(1, 8, 8, polarity="bright-on-black")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -127,7 +127,7 @@ def test_it_comes_back_to_the_bit_with_any_head_and_number_of_classes(
         assert torch.equal(loaded(x), made(x))
         assert torch.equal(loaded(x[:1]), made(x[:1]))
         assert loaded.class_names == tuple("abcde"[:classes])
-        assert (loaded.preprocessing, loaded.invert) == (BRIGHT, False)
+        assert loaded.inputs == BRIGHT
     meta = load_snapshot(init / "checkpoints/best.safetensors").meta
     backbone = {k: v for k, v in meta.items() if not k.startswith("head.")}
     assert same(dict(metaft.load(tmp_path / "o").body.named_parameters()), backbone) == (freeze == "backbone")
@@ -691,7 +691,7 @@ def test_help_lists_every_field(capsys: Text) -> None:
 
 
 def test_it_stops_at_ctrl_c(run: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Text):
-    monkeypatch.setattr(predict, "_read", lambda *_: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr(ImageInputs, "read", lambda *_: signal.raise_signal(signal.SIGINT))
     former = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background may start without it
     try:
         assert predict.main([str(run), str(data), "--csv", str(tmp_path / "out.csv")]) == 130

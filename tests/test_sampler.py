@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from metaft.errors import MetaftError
-from metaft.tasks.sampler import Stream, choose, raw_words, uniform
+from metaft.sampler import Stream, choose, raw_words, uniform
 from metaft.types import SPLITS
 
 SEEDS = st.integers(0, 2**64 - 1)

@@ -18,10 +18,10 @@ import torch
 from PIL import Image
 
 from metaft.errors import DataError, MetaftError, MetaftWarning
+from metaft.inputs.reading import open_image, read
 from metaft.tasks import ClassPool, Sinusoid, default_rotate, folder, glyphs, load, omniglot
 from metaft.tasks.cache import cached
 from metaft.tasks.folder import rank_split
-from metaft.tasks.images import open_image, read
 from metaft.tasks.letters import SAME_SHAPE, SCRIPTS, clean, faces_of, table
 from metaft.tasks.omniglot import HELD_OUT_ALPHABETS, OMNIGLOT_SPLITS, Character, characters, find
 from metaft.types import SPLITS, Dataset, Source, Split
@@ -244,7 +244,7 @@ def test_grey_pools_are_stored_bright_on_black(tmp_path: Path, ground: int) -> N
     for name in "abc":
         picture(tmp_path / name / "1.png", ink)
     pool = folder(tmp_path)
-    assert pool.preprocessing.polarity == "bright-on-black"
+    assert pool.inputs.polarity == "bright-on-black"
     assert pool.images[:, 0, 0, 0].max() == 0
     assert pool.images[:, 0, 14, 14].min() == 255
 
@@ -254,8 +254,8 @@ def test_grey_or_colour_is_told_by_the_pixels(tmp_path: Path) -> None:
         picture(tmp_path / name / "1.png", 7, mode="RGB")  # red only
     pool = folder(tmp_path)
     assert pool.shape == (3, 84, 84)
-    assert pool.preprocessing.polarity == "as-is"
-    assert pool.preprocessing.mean == (0.485, 0.456, 0.406)
+    assert pool.inputs.polarity == "as-is"
+    assert pool.inputs.mean == (0.485, 0.456, 0.406)
     assert folder(tmp_path, image_size=32, channels=1).shape == (1, 32, 32)
     picture(tmp_path / "a" / "1.png", np.full((9, 9, 3), 50, np.uint8))
     assert folder(tmp_path).shape == (3, 84, 84), "one grey picture among colour ones"

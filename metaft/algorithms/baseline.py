@@ -15,7 +15,7 @@ from metaft.errors import MetaftError
 from metaft.inner import at_step, value_and_grad
 from metaft.metrics import figure, label
 from metaft.models import Model
-from metaft.tasks.sampler import Stream, raw_words
+from metaft.sampler import Stream, raw_words
 from metaft.types import Fast, Loss, Norm, Params
 
 CLASSES = ".classes"

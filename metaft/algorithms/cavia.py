@@ -13,7 +13,7 @@ from metaft.errors import MetaftError
 from metaft.inner_augment import Augment
 from metaft.inner_optim import InnerOptimizer
 from metaft.models import Model
-from metaft.tasks.sampler import Stream, raw_words
+from metaft.sampler import Stream, raw_words
 from metaft.types import Loss, Norm, Params
 
 CONTEXT = "context"

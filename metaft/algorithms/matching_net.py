@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from metaft.algorithms.base import Algorithm, moments_for
@@ -12,6 +11,7 @@ from metaft.errors import MetaftError
 from metaft.inner import collect
 from metaft.metrics import label
 from metaft.models import Model
+from metaft.models.similarity import matched
 from metaft.types import Fast, Loss, Norm, Params
 
 
@@ -72,12 +72,3 @@ def matching_net(
         curvature=False,
         any_ways=True,
     )
-
-
-def matched(features: Tensor, support: Tensor, labels: Tensor, scale: Tensor) -> Tensor:
-    """[n, classes] logarithms of the attention of features [n, D] on the support images [m, D] of each class.
-
-    `labels` [m, classes] is 1 where an image is of a class, else 0; every class needs at least one.
-    """
-    attention = (scale * F.normalize(features, dim=-1) @ F.normalize(support, dim=-1).T).log_softmax(-1)
-    return attention.unsqueeze(-1).masked_fill(labels == 0, -torch.inf).logsumexp(-2)

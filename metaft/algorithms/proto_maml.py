@@ -6,12 +6,12 @@ from torch import Tensor
 
 from metaft.algorithms.base import Algorithm
 from metaft.algorithms.gradient import by_gradient
-from metaft.algorithms.protonet import class_means
 from metaft.errors import MetaftError
 from metaft.inner_augment import Augment
 from metaft.inner_optim import InnerOptimizer
 from metaft.metrics import label
 from metaft.models import Model
+from metaft.models.similarity import class_means
 from metaft.types import Loss, Norm, Params
 
 

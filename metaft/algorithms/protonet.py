@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from metaft.algorithms.base import Algorithm, moments_for
@@ -11,6 +10,7 @@ from metaft.errors import MetaftError
 from metaft.inner import collect
 from metaft.metrics import label
 from metaft.models import Model
+from metaft.models.similarity import class_means
 from metaft.types import Fast, Loss, Norm, Params
 
 
@@ -66,9 +66,3 @@ def protonet(model: Model, *, loss: Loss = "cross_entropy", norm: Norm = "transd
         curvature=False,
         any_ways=True,
     )
-
-
-def class_means(features: Tensor, labels: Tensor, classes: int) -> Tensor:
-    """[classes, D] mean feature of each class; every class needs at least one example."""
-    member = (labels.unsqueeze(1) == torch.arange(classes, device=labels.device)).to(features.dtype)
-    return (member.T @ features) / member.sum(0).unsqueeze(1)

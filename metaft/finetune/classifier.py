@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,95 +9,58 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from metaft import checkpoint
 from metaft.errors import CheckpointError, DataError, MetaftError, MetaftWarning
 from metaft.finetune import heads
-from metaft.finetune.start import build
+from metaft.inputs import Inputs, of_header
+from metaft.inputs.flaws import flaws_note, noted
+from metaft.inputs.listing import unreadable
+from metaft.models.architecture import build
 from metaft.models.head import body_of
 from metaft.models.stored import empty_stored
 from metaft.modes import in_usual_modes
 from metaft.paths import local
 from metaft.run import RunFolder
-from metaft.tasks.depth import is_deep, maximum
-from metaft.tasks.flaws import flaws_note, noted
-from metaft.tasks.images import Unreadable, pixels_of, try_open
-from metaft.tasks.listing import unreadable
-from metaft.tasks.pool import Preprocessing
 
 
 class Classifier(nn.Module):
-    """Preprocessing, backbone with stored normalisation moments, and head.
+    """Inputs, backbone with stored normalisation moments, and head.
 
-    `forward` takes uint8 [n, C, H, W] in the polarity that `preprocessing` names, and gives logits [n, classes]; it
-    raises MetaftError for anything else. No layer looks at more than one image, so a prediction does not depend on its
-    neighbours in the batch.
+    `forward` takes raw inputs (of pictures uint8 [n, C, H, W] in the polarity that `inputs` names), and gives logits
+    [n, classes]; it raises MetaftError for anything else. No layer looks at more than one input, so a prediction does
+    not depend on its neighbours in the batch.
     """
 
-    def __init__(
-        self,
-        body: nn.Module,
-        head: nn.Module,
-        preprocessing: Preprocessing,
-        class_names: tuple[str, ...],
-        *,
-        invert: bool,
-    ) -> None:
+    def __init__(self, body: nn.Module, head: nn.Module, inputs: Inputs, class_names: tuple[str, ...]) -> None:
         super().__init__()
         self.body, self.head = body, head
-        self.preprocessing = preprocessing
+        self.inputs = inputs
         self.class_names = class_names
-        self.invert = invert
-        """Whether the target's files are dark on bright and have to be turned around after reading."""
         self.eval()
 
-    def forward(self, images: Tensor) -> Tensor:
-        p = self.preprocessing
-        takes = [p.channels, p.height, p.width]
-        if images.dtype != torch.uint8 or images.dim() != 4 or list(images.shape[1:]) != takes:
-            raise MetaftError(
-                f"images: the classifier takes uint8 [n, {p.channels}, {p.height}, {p.width}], "
-                f"got {str(images.dtype).removeprefix('torch.')} {list(images.shape)}"
-            )
-        x = p.normalise(images).to(next(self.parameters()).dtype)
-        return self.head(self.body(x))
+    def forward(self, raw: Tensor) -> Tensor:
+        self.inputs.check(raw)
+        return self.head(self.body(self.inputs(raw).to(next(self.parameters()).dtype)))
 
     def read(self, path: Path | str) -> Tensor:
-        """A picture file as `forward` takes it, uint8 [1, C, H, W]. Raises DataError, naming the file.
+        """A file as `forward` takes it, raw [1, ...]. Raises DataError, naming the file.
 
-        Warns (MetaftWarning) of greys beyond the range of the training images, and of flaws that it is read with.
+        Warns (MetaftWarning) of what the file holds and the classifier does not take, such as greys beyond the range
+        of the training images, and of flaws that it is read with.
         """
         return self._read([local(path)])
 
     def _read(self, paths: Sequence[Path]) -> Tensor:
-        pictures, bad, beyond = [], {}, []
         with noted() as flaws:
-            for path in paths:
-                image = try_open(path)
-                if isinstance(image, Unreadable):
-                    bad[path] = image.why
-                    continue
-                pictures.append(self.fitted(image))
-                if self.is_beyond(image):
-                    beyond.append(path)
+            readings = [self.inputs.read(path) for path in paths]
+        bad = {reading.file: reading.why for reading in readings if reading.raw is None}
         if bad:
             raise DataError(unreadable(bad, len(paths)))
-        for note in (*beyond_note(beyond, self.preprocessing.bits), *flaws_note(flaws)):
+        for note in (*self.inputs.notes(readings), *flaws_note(flaws)):
             warnings.warn(note, MetaftWarning, stacklevel=3)
-        return torch.cat(pictures)
-
-    @in_usual_modes
-    def fitted(self, image: Image.Image) -> Tensor:
-        """A picture that `open_image` opened, deep or not, as `forward` takes it, uint8 [1, C, H, W]."""
-        p = self.preprocessing
-        pixels = torch.from_numpy(pixels_of(image, p.channels, p.height, p.bits).copy())
-        return (255 - pixels if self.invert else pixels).unsqueeze(0)
-
-    def is_beyond(self, image: Image.Image) -> bool:
-        """Whether an opened picture has greys beyond the range of the training images, which are cut off there."""
-        return is_deep(image) and maximum(image) >= 2**self.preprocessing.bits
+        return torch.cat([reading.raw for reading in readings if reading.raw is not None])
 
     @in_usual_modes
     @torch.no_grad()
@@ -127,14 +89,6 @@ class Classifier(nn.Module):
         return self.names(self._read(files))
 
 
-def beyond_note(beyond: Sequence[Path], bits: int) -> list[str]:
-    """A note on pictures with greys beyond the range of the training images, or none."""
-    if not beyond:
-        return []
-    has = "1 picture has" if len(beyond) == 1 else f"{len(beyond)} pictures have"
-    return [f"{has} greys beyond the {2**bits - 1} of the training images, cut off there, such as {beyond[0]}"]
-
-
 def save(path: Path, classifier: Classifier, architecture: Mapping[str, Any], about: Mapping[str, Any]) -> None:
     """Write a classifier as one file that holds all it needs; `architecture` is its run's. Raises CheckpointError."""
     tensors = {
@@ -144,9 +98,8 @@ def save(path: Path, classifier: Classifier, architecture: Mapping[str, Any], ab
     header = {
         "classifier": heads.kind(classifier.head),
         "architecture": dict(architecture),
-        "preprocessing": dataclasses.asdict(classifier.preprocessing),
+        "inputs": classifier.inputs.plain(),
         "class_names": list(classifier.class_names),
-        "invert": classifier.invert,
         **about,
     }
     checkpoint.save(path, tensors, header)
@@ -199,5 +152,6 @@ def load(run: Path | str, *, module: nn.Module | None = None, device: str | torc
             head = heads.filled(header["classifier"], checkpoint.under(tensors, "head"))
     except (RuntimeError, MetaftError) as error:
         raise CheckpointError(f"checkpoint {path}: not of this architecture: {' '.join(str(error).split())}") from None
-    preprocessing = Preprocessing.from_plain(header["preprocessing"])
-    return Classifier(body, head, preprocessing, tuple(header["class_names"]), invert=header["invert"]).to(device)
+    inputs = of_header(header)
+    assert inputs is not None, "every classifier is written with them"
+    return Classifier(body, head, inputs, tuple(header["class_names"])).to(device)

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from metaft.checkpoint import under
 from metaft.errors import MetaftError, NonFiniteError
 from metaft.finetune import heads
+from metaft.inputs import Inputs
 from metaft.models.handed import copied
 from metaft.models.stored import with_stored_moments
-from metaft.tasks.pool import Preprocessing
-from metaft.tasks.sampler import Stream, raw_words, uniform
+from metaft.sampler import Stream, raw_words, uniform
 
 SMALLER = "try a smaller --lr"
 
@@ -62,19 +62,19 @@ class Fitted:
 
 def fit(
     body: nn.Module,
-    preprocessing: Preprocessing,
-    images: Tensor,
+    inputs: Inputs,
+    examples: Tensor,
     labels: Tensor,
     classes: int,
     recipe: Recipe,
     *,
-    val_images: Tensor | None = None,
+    val_examples: Tensor | None = None,
     val_labels: Tensor | None = None,
     should_stop: Callable[[], None] = lambda: None,
     resume: Mapping[str, Any] | None = None,
     on_epoch: Callable[[Mapping[str, Any]], None] = lambda state: None,
 ) -> Fitted:
-    """Fine-tune a copy of `body` (features [n, D] out, EpisodeNorm inside) and a fresh head on uint8 images.
+    """Fine-tune a copy of `body` (features [n, D] out, EpisodeNorm inside) and a fresh head on raw examples.
 
     Training batches are normalised with their own statistics; the result with those of all training images, stored in
     one last pass. With validation images the epoch of the lowest validation loss is kept (inductively, as the result
@@ -83,8 +83,8 @@ def fit(
     the last step, which no loss has seen, shows in the result alone.
     """
     like = _like(body)
-    images, labels = images.to(like.device), labels.to(like.device)
-    x_all = preprocessing.normalise(images).to(like.dtype)
+    examples, labels = examples.to(like.device), labels.to(like.device)
+    x_all = inputs(examples).to(like.dtype)
     model = _start(body, x_all, labels, classes, recipe)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=recipe.lr)
     curve: list[dict[str, float]] = []
@@ -97,10 +97,10 @@ def fit(
     for epoch in range(len(curve), recipe.epochs):
         if _stale(curve, recipe.patience):
             break
-        loss = _epoch(model, optimizer, preprocessing, images, labels, recipe, epoch, should_stop)
+        loss = _epoch(model, optimizer, inputs, examples, labels, recipe, epoch, should_stop)
         row = {"epoch": float(epoch + 1), "loss": loss}
-        if val_images is not None and val_labels is not None and len(val_images):
-            x_val = preprocessing.normalise(val_images.to(like.device)).to(like.dtype)
+        if val_examples is not None and val_labels is not None and len(val_examples):
+            x_val = inputs(val_examples.to(like.device)).to(like.dtype)
             row |= _validate(model, x_all, x_val, val_labels.to(like.device))
             if not math.isfinite(row["val_loss"]):
                 raise NonFiniteError(f"epoch {epoch + 1}: the validation loss is {row['val_loss']}; {SMALLER}")
@@ -158,23 +158,23 @@ def _start(body: nn.Module, x: Tensor, labels: Tensor, classes: int, recipe: Rec
 def _epoch(
     model: nn.ModuleDict,
     optimizer: torch.optim.Optimizer,
-    preprocessing: Preprocessing,
-    images: Tensor,
+    inputs: Inputs,
+    examples: Tensor,
     labels: Tensor,
     recipe: Recipe,
     epoch: int,
     should_stop: Callable[[], None],
 ) -> float:
-    """One pass over the training images; gives their mean loss. Raises NonFiniteError where there is none."""
+    """One pass over the training examples; gives their mean loss. Raises NonFiniteError where there is none."""
     dtype = next(model.parameters()).dtype
-    moves = _moves(len(images), recipe, epoch)
+    moves = _moves(len(examples), recipe, epoch)
     total = 0.0
-    for batch in _batches(len(images), recipe, epoch):
+    for batch in _batches(len(examples), recipe, epoch):
         rows = torch.from_numpy(batch)
-        x = images[rows.to(images.device)]
+        x = examples[rows.to(examples.device)]
         if moves is not None:
             x = _augmented(x, moves[rows])
-        features = model["body"](preprocessing.normalise(x).to(dtype))
+        features = model["body"](inputs(x).to(dtype))
         loss = F.cross_entropy(model["head"](features), labels[rows.to(labels.device)])
         optimizer.zero_grad()
         loss.backward()
@@ -183,7 +183,7 @@ def _epoch(
         should_stop()
     if not math.isfinite(total):
         raise NonFiniteError(f"epoch {epoch + 1}: the training loss is {total}; {SMALLER}")
-    return total / len(images)
+    return total / len(examples)
 
 
 def _stale(curve: list[dict[str, float]], patience: int) -> bool:
@@ -221,7 +221,7 @@ def _batches(n: int, recipe: Recipe, epoch: int) -> list[np.ndarray]:
 
 
 def _moves(n: int, recipe: Recipe, epoch: int) -> Tensor | None:
-    """[n, 3] uniform in -1..1 for the n images' angles and shifts in an epoch, or None where they stay as they are."""
+    """[n, 3] uniform in -1..1 for n pictures' angles and shifts in an epoch, or None where they stay as they are."""
     if recipe.augment == "none":
         return None
     words = raw_words(recipe.seed, "val", [epoch], 3 * n, stream=Stream.FINE_TUNING)[0].reshape(n, 3)

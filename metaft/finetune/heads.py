@@ -8,12 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metaft.algorithms.matching_net import matched
-from metaft.algorithms.protonet import class_means
 from metaft.errors import MetaftError, suggest
 from metaft.models import initialise
 from metaft.models.functional import is_plain
-from metaft.tasks.sampler import Stream, raw_words
+from metaft.models.similarity import class_means, matched
+from metaft.sampler import Stream, raw_words
 
 
 class Cosine(nn.Module):

@@ -157,6 +157,6 @@ def _draw_learning(path: Path, result: Mapping[str, Any], curves: Mapping[str, A
 
 
 def _draw_mistakes(path: Path, classifier: Classifier, target: Target, test: torch.Tensor) -> None:
-    top = classifier.probabilities(target.images[test]).max(-1)
-    images, labels = target.images[test], target.labels[test]
+    top = classifier.probabilities(target.examples[test]).max(-1)
+    images, labels = target.examples[test], target.labels[test]
     plotting().mistakes(path, images, labels, top.indices, top.values, target.class_names)

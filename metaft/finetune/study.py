@@ -18,8 +18,9 @@ from metaft.config import AdaptConfig
 from metaft.errors import CheckpointError, NonFiniteError
 from metaft.finetune.classifier import Classifier, save
 from metaft.finetune.fit import SMALLER, Fitted, Recipe, fit, flatten, unflatten
+from metaft.finetune.inner import FEWER, inner
 from metaft.finetune.scores import scores
-from metaft.finetune.start import FEWER, Start, body, inner
+from metaft.finetune.start import Start, body
 from metaft.finetune.target import Rows, Target
 from metaft.run import RunFolder, append_row
 
@@ -102,7 +103,7 @@ def study(
         rows = rows_of(target, config, draw)
         seed, learned = config.seed + draw, names[which] != RANDOM
         fitted = _fit(config, start, target, rows, seed, learned, device, position.current, should_stop, on_epoch)
-        made = Classifier(fitted.body, fitted.head, target.preprocessing, target.class_names, invert=target.invert)
+        made = Classifier(fitted.body, fitted.head, target.inputs, target.class_names)
         figures = test(made, target, rows.test, SMALLER if config.method == "finetune" else FEWER)
         if number == 0:
             save(run.classifier, made, start.architecture, {"init": start.name, "data": target.name})
@@ -130,7 +131,7 @@ def study(
 def test(classifier: Classifier, target: Target, rows: np.ndarray, advice: str) -> dict[str, Any]:
     """Scores on some of the target's images. Raises NonFiniteError, with the advice, where they would mean nothing."""
     some = torch.from_numpy(rows)
-    logits = classifier.logits(target.images[some])
+    logits = classifier.logits(target.examples[some])
     for name, value in {**classifier.state_dict(), "the logits of the test images": logits}.items():
         if not value.isfinite().all():
             raise NonFiniteError(f"after the last step: not finite: {name}; {advice}")
@@ -151,16 +152,16 @@ def _fit(
     on_epoch: Callable[[Mapping[str, Any]], None],
 ) -> Fitted:
     train, val = torch.from_numpy(rows.train), torch.from_numpy(rows.val)
-    images, labels, classes = target.images[train], target.labels[train], len(target.class_names)
+    examples, labels, classes = target.examples[train], target.labels[train], len(target.class_names)
     if config.method == "inner":
         return inner(
-            start, images, labels, classes, seed=seed, learned=learned, steps=config.inner_steps, device=device
+            start, examples, labels, classes, seed=seed, learned=learned, steps=config.inner_steps, device=device
         )
     recipe = Recipe(seed=seed, **{f: getattr(config, f) for f in RECIPE})
     return fit(
         body(start, seed, learned=learned).to(device),
-        target.preprocessing, images, labels, classes, recipe,
-        val_images=target.images[val], val_labels=target.labels[val],
+        target.inputs, examples, labels, classes, recipe,
+        val_examples=target.examples[val], val_labels=target.labels[val],
         should_stop=should_stop, resume=resume, on_epoch=on_epoch,
     )  # fmt: skip
 

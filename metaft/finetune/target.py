@@ -15,13 +15,9 @@ import torch
 from torch import Tensor
 
 from metaft.errors import DataError, MetaftError, suggest
-from metaft.names import is_text, natural
-from metaft.paths import local
-from metaft.tasks.flaws import flaws_note
-from metaft.tasks.folder import preprocessing_for
-from metaft.tasks.glyphs import glyphs
-from metaft.tasks.images import depth_note, is_dark_on_bright, is_grey, read_all
-from metaft.tasks.listing import (
+from metaft.inputs import ImageInputs, Inputs
+from metaft.inputs.flaws import flaws_note
+from metaft.inputs.listing import (
     NAMED,
     Left,
     check_lost,
@@ -33,8 +29,13 @@ from metaft.tasks.listing import (
     some,
     subfolders,
 )
-from metaft.tasks.pool import Preprocessing, skipped_words
-from metaft.tasks.sampler import Stream, choose, raw_words
+from metaft.inputs.reading import depth_note, is_dark_on_bright, is_grey, read_all
+from metaft.names import is_text, natural
+from metaft.paths import local
+from metaft.sampler import Stream, choose, raw_words
+from metaft.tasks.folder import inputs_for
+from metaft.tasks.glyphs import glyphs
+from metaft.tasks.pool import skipped_words
 
 VALIDATION_FROM, VALIDATION_SHARE = 10, 5  # from 10 images per class, one in 5 is for validation
 
@@ -54,17 +55,15 @@ class Target:
 
     name: str
     class_names: tuple[str, ...]
-    images: Tensor
-    """uint8 [M, C, H, W]"""
+    examples: Tensor
+    """[M, ...] raw, as `inputs` takes them: of pictures uint8 [M, C, H, W]."""
     labels: Tensor
     """int64 [M]"""
     parts: Mapping[str, np.ndarray]
     """Rows of "train", "test" and perhaps "val", or of "all" where the data has no parts."""
     files: tuple[str, ...]
     """[M] what to call each image."""
-    preprocessing: Preprocessing
-    invert: bool
-    """Whether the files' polarity was turned around."""
+    inputs: Inputs
     changes: tuple[str, ...]
     """What was changed on the way from the files, in plain words."""
     notes: tuple[str, ...] = ()
@@ -98,25 +97,27 @@ def shape_of(data: str) -> tuple[list[int], bool]:
     if kind == "folder" and rest:
         with _named():
             _, files, _ = _list(local(rest))
-            p = preprocessing_for([f for _, _, f in files], sample=None)
+            p = inputs_for([f for _, _, f in files], sample=None)
         return [p.channels, p.height, p.width], True
-    return list(load(data).images.shape[1:]), False
+    return list(load(data).examples.shape[1:]), False
 
 
-def load(data: str, preprocessing: Preprocessing | None = None, *, skip_bad: bool = False) -> Target:
+def load(data: str, inputs: Inputs | None = None, *, skip_bad: bool = False) -> Target:
     """The target that `--data` names: "folder:PATH" or "glyphs:SCRIPT".
 
     PATH holds train/ and test/ (and val/, if there is one) folders of the same class folders, or class folders alone.
-    Images get the run's `preprocessing`; without one, that of a folder which is meta-trained on. How many bits greys
+    Images get the run's `inputs`; without any, those of a folder which is meta-trained on. How many bits greys
     of more than 8 have is for all of the target's files to say. Raises DataError or MetaftError for what cannot be read
-    (`skip_bad` leaves such pictures out), or not by this preprocessing.
+    (`skip_bad` leaves such pictures out), or not by these inputs.
     """
+    if inputs is not None and not isinstance(inputs, ImageInputs):
+        raise MetaftError(f"data: {data} holds images, but the run takes {inputs.kind}")
     kind, _, rest = data.partition(":")
     if kind == "folder" and rest:
         with _named():
-            return _folder(local(rest), preprocessing, skip_bad=skip_bad)
+            return _folder(local(rest), inputs, skip_bad=skip_bad)
     if kind == "glyphs" and rest:
-        return _script(rest, preprocessing)
+        return _script(rest, inputs)
     raise MetaftError(f"data: write folder:PATH or glyphs:SCRIPT, not {data!r}")
 
 
@@ -137,11 +138,11 @@ class Look(NamedTuple):
     grey: bool
 
 
-def _folder(path: Path, given: Preprocessing | None, *, skip_bad: bool) -> Target:
+def _folder(path: Path, given: ImageInputs | None, *, skip_bad: bool) -> Target:
     names, listed, left = _list(path)
     files = [file for _, _, file in listed]
     check_lost(left, len(files), skip_bad=skip_bad)
-    p = given or preprocessing_for(files, sample=None)
+    p = given or inputs_for(files, sample=None)
     seen: dict[int, Look] = {}
     pictures = read_all(
         files, p.channels, p.height,
@@ -184,12 +185,11 @@ def _folder(path: Path, given: Preprocessing | None, *, skip_bad: bool) -> Targe
     return Target(
         name=f"folder:{path}",
         class_names=names,
-        images=torch.from_numpy(255 - raw if invert else raw),
+        examples=torch.from_numpy(255 - raw if invert else raw),
         labels=torch.from_numpy(labels),
         parts=parts,
         files=tuple(map(str, files)),
-        preprocessing=dataclasses.replace(p, bits=pictures.bits) if pictures.deep else p,
-        invert=invert,
+        inputs=dataclasses.replace(p, invert=invert, bits=pictures.bits if pictures.deep else p.bits),
         changes=_changes(looks, p, invert),
         notes=(*notes, *depth_note(pictures.deep, pictures.bits)),
         skipped=skipped,
@@ -245,7 +245,7 @@ def _list(path: Path) -> tuple[tuple[str, ...], list[tuple[str, int, Path]], lis
     return names, files, left
 
 
-def _changes(looks: Sequence[Look], p: Preprocessing, invert: bool) -> tuple[str, ...]:
+def _changes(looks: Sequence[Look], p: ImageInputs, invert: bool) -> tuple[str, ...]:
     """What happens to these pictures, in plain words."""
     changes = []
     sizes = sorted({look.size for look in looks})
@@ -262,9 +262,9 @@ def _changes(looks: Sequence[Look], p: Preprocessing, invert: bool) -> tuple[str
     return tuple(changes)
 
 
-def _script(script: str, given: Preprocessing | None) -> Target:
+def _script(script: str, given: ImageInputs | None) -> Target:
     pool = glyphs()
-    p = given or pool.preprocessing
+    p = given or pool.inputs
     if p.channels != 1 or (p.height, p.width) != pool.shape[1:]:
         raise MetaftError(
             f"data: glyphs are [1, 28, 28], but the run's images are [{p.channels}, {p.height}, {p.width}]"
@@ -279,12 +279,11 @@ def _script(script: str, given: Preprocessing | None) -> Target:
     return Target(
         name=f"glyphs:{script}",
         class_names=names,
-        images=pool.images[torch.from_numpy(rows)],
+        examples=pool.images[torch.from_numpy(rows)],
         labels=torch.from_numpy(labels),
         parts={"all": np.arange(len(rows))},
         files=tuple(f"{names[label]} #{i % 20}" for i, label in enumerate(labels)),
-        preprocessing=p,
-        invert=False,
+        inputs=p,
         changes=(),
     )
 

@@ -16,7 +16,7 @@ from metaft.tasks.folder import folder
 from metaft.tasks.glyphs import glyphs
 from metaft.tasks.learn2learn import named as _learn2learn
 from metaft.tasks.omniglot import OMNIGLOT_SPLITS, download, find, omniglot
-from metaft.tasks.pool import ClassEpisodes, ClassPool, Preprocessing
+from metaft.tasks.pool import ClassEpisodes, ClassPool
 from metaft.tasks.sinusoid import Sinusoid
 from metaft.types import Dataset
 
@@ -24,7 +24,6 @@ __all__ = [
     "DATASETS",
     "ClassEpisodes",
     "ClassPool",
-    "Preprocessing",
     "Sinusoid",
     "default_rotate",
     "folder",

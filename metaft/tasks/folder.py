@@ -14,20 +14,9 @@ import numpy as np
 import torch
 
 from metaft.errors import DataError, MetaftWarning
-from metaft.paths import local
-from metaft.tasks.cache import cached
-from metaft.tasks.flaws import flaws_note
-from metaft.tasks.images import (
-    READER_VERSION,
-    Pictures,
-    depth_note,
-    fingerprint,
-    is_dark_on_bright,
-    looks_grey,
-    read_all,
-    rows_of,
-)
-from metaft.tasks.listing import (
+from metaft.inputs import ImageInputs
+from metaft.inputs.flaws import flaws_note
+from metaft.inputs.listing import (
     Left,
     check_lost,
     left_note,
@@ -37,7 +26,19 @@ from metaft.tasks.listing import (
     skipped_note,
     subfolders,
 )
-from metaft.tasks.pool import ClassPool, Preprocessing
+from metaft.inputs.reading import (
+    READER_VERSION,
+    Pictures,
+    depth_note,
+    fingerprint,
+    is_dark_on_bright,
+    looks_grey,
+    read_all,
+    rows_of,
+)
+from metaft.paths import local
+from metaft.tasks.cache import cached
+from metaft.tasks.pool import ClassPool
 from metaft.types import SPLITS
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -75,11 +76,9 @@ def folder(
     files = [file for name in names for file in classes[name]]
     check_lost(left, len(files), skip_bad=skip_bad)
 
-    preprocessing = preprocessing_for(files, image_size, channels)
-    key = (
-        f"{READER_VERSION} {preprocessing.channels} {preprocessing.height} {path.resolve()} {fingerprint(path, files)}"
-    )
-    pictures = read_cached("folder", key, files, preprocessing)
+    inputs = inputs_for(files, image_size, channels)
+    key = f"{READER_VERSION} {inputs.channels} {inputs.height} {path.resolve()} {fingerprint(path, files)}"
+    pictures = read_cached("folder", key, files, inputs)
     if pictures.bad and not skip_bad:
         raise DataError(refusal(pictures.bad, len(files), left))
     parts = () if files[0].parents[1] == path else SPLITS
@@ -101,7 +100,7 @@ def folder(
         starts=starts,
         counts=counts,
         splits={split: np.array(sorted(number[n] for n in splits[split]), np.int64) for split in SPLITS},
-        preprocessing=dataclasses.replace(preprocessing, bits=pictures.bits),
+        inputs=dataclasses.replace(inputs, bits=pictures.bits),
         skipped=skipped,
     )
 
@@ -115,13 +114,13 @@ class _Unkept(Exception):
 
 
 def read_cached(
-    name: str, key: str, files: Sequence[Path], preprocessing: Preprocessing, *, invert: bool | None = None
+    name: str, key: str, files: Sequence[Path], inputs: ImageInputs, *, invert: bool | None = None
 ) -> Pictures:
-    """The files by this preprocessing, from the cache where they are there and nothing was wrong with any.
+    """The files as these inputs, from the cache where they are there and nothing was wrong with any.
 
     Grey ones are turned to bright on black: all of them (`invert`), none, or as their borders say.
     """
-    channels, side = preprocessing.channels, preprocessing.height
+    channels, side = inputs.channels, inputs.height
 
     def build() -> dict[str, np.ndarray]:
         pictures = read_all(files, channels, side)
@@ -158,23 +157,23 @@ def rows_left(
     return starts, counts, {name: n for name, n in skipped.items() if n}
 
 
-def preprocessing_for(
+def inputs_for(
     files: Sequence[Path], image_size: int | None = None, channels: int | None = None, *, sample: int | None = 64
-) -> Preprocessing:
+) -> ImageInputs:
     """One channel where images are grey (28x28, bright on black), else three (84x84, ImageNet's mean and deviation).
 
     So many of the files are looked at, or all of them.
     """
-    return preprocessing_of(channels or (1 if looks_grey(files, sample) else 3), image_size)
+    return inputs_of(channels or (1 if looks_grey(files, sample) else 3), image_size)
 
 
-def preprocessing_of(channels: int, side: int | None) -> Preprocessing:
+def inputs_of(channels: int, side: int | None) -> ImageInputs:
     """What goes with so many channels; `side` None is the usual size."""
     if channels == 1:
         side = side or GREY_SIDE
-        return Preprocessing(1, side, side, polarity="bright-on-black")
+        return ImageInputs(1, side, side, polarity="bright-on-black")
     side = side or COLOUR_SIDE
-    return Preprocessing(3, side, side, mean=IMAGENET_MEAN, std=IMAGENET_STD)
+    return ImageInputs(3, side, side, mean=IMAGENET_MEAN, std=IMAGENET_STD)
 
 
 def rank_split(names: list[str]) -> dict[str, list[str]]:

@@ -16,10 +16,11 @@ import torch
 from PIL import Image, features
 
 from metaft.errors import DataError
+from metaft.inputs import ImageInputs
+from metaft.sampler import Stream, raw_words, uniform
 from metaft.tasks.cache import cached
 from metaft.tasks.letters import SCRIPTS, face_paths, faces_of, ink, load_face, table
-from metaft.tasks.pool import ClassPool, Preprocessing
-from metaft.tasks.sampler import Stream, raw_words, uniform
+from metaft.tasks.pool import ClassPool
 from metaft.types import SPLITS
 
 SIDE = 28
@@ -57,7 +58,7 @@ def glyphs() -> ClassPool:
         starts=np.arange(len(letters), dtype=np.int64) * INSTANCES,
         counts=np.full(len(letters), INSTANCES, np.int64),
         splits={split: np.flatnonzero(split_of == number) for number, split in enumerate(SPLITS)},
-        preprocessing=Preprocessing(1, SIDE, SIDE, polarity="bright-on-black"),
+        inputs=ImageInputs(1, SIDE, SIDE, polarity="bright-on-black"),
     )
 
 

@@ -24,11 +24,11 @@ from PIL import Image
 from torch import Tensor
 
 from metaft.errors import DataError, MetaftError, MetaftWarning, suggest
+from metaft.inputs.depth import CONTAINER, bits_for, is_deep, maximum, to_bytes
+from metaft.inputs.flaws import about, flaws_note, noted
+from metaft.inputs.reading import depth_note, fitted_deep, is_dark_on_bright, is_grey, pixels_of, plain
 from metaft.paths import local
-from metaft.tasks.depth import CONTAINER, bits_for, is_deep, maximum, to_bytes
-from metaft.tasks.flaws import about, flaws_note, noted
-from metaft.tasks.folder import preprocessing_of, rank_split
-from metaft.tasks.images import depth_note, fitted_deep, is_dark_on_bright, is_grey, pixels_of, plain
+from metaft.tasks.folder import inputs_of, rank_split
 from metaft.tasks.pool import ClassPool
 from metaft.types import SPLITS
 
@@ -105,9 +105,9 @@ def pool(
         looks = [_picture(name, image, unit) for image in sample]
     sizes = {look.size for look in looks}
     own = looks[0].width if len(sizes) == 1 and looks[0].width == looks[0].height else None
-    preprocessing = preprocessing_of(channels or (1 if all(map(is_grey, looks)) else 3), image_size or own)
+    inputs = inputs_of(channels or (1 if all(map(is_grey, looks)) else 3), image_size or own)
 
-    images = np.empty((sum(map(len, parts)), *preprocessing.shape), np.uint8)
+    images = np.empty((sum(map(len, parts)), *inputs.shape), np.uint8)
     owners: list[tuple[int, Any]] = []  # (number of the data set, label) of each image
     deep: dict[int, tuple[int, np.ndarray]] = {}  # image -> its largest number, and its pixels
     with noted() as flaws:
@@ -117,16 +117,16 @@ def pool(
                     image, label = _item(name, part, i)
                     picture = _picture(name, image, unit)
                 if is_deep(picture):
-                    deep[len(owners)] = maximum(picture), fitted_deep(picture, *preprocessing.shape[:2])
+                    deep[len(owners)] = maximum(picture), fitted_deep(picture, *inputs.shape[:2])
                 else:
-                    images[len(owners)] = pixels_of(picture, preprocessing.channels, preprocessing.height)
+                    images[len(owners)] = pixels_of(picture, inputs.channels, inputs.height)
                 owners.append((number, label))
     bits = bits_for(max((most for most, _ in deep.values()), default=2**CONTAINER - 1))
     for row, (_, values) in deep.items():
         images[row] = to_bytes(values, bits)
     for note in (*depth_note(len(deep), bits), *flaws_note(flaws)):
         warnings.warn(f"{name}: {note}", MetaftWarning, stacklevel=2)
-    if preprocessing.channels == 1 and is_dark_on_bright(images):
+    if inputs.channels == 1 and is_dark_on_bright(images):
         np.subtract(255, images, out=images)
 
     classes = sorted(set(owners), key=lambda owner: (owner[0], isinstance(owner[1], str), owner[1]))
@@ -146,7 +146,7 @@ def pool(
         starts=np.cumsum(counts) - counts,
         counts=counts,
         splits={split: np.array(sorted(of[split]), np.int64) for split in SPLITS},
-        preprocessing=dataclasses.replace(preprocessing, bits=bits),
+        inputs=dataclasses.replace(inputs, bits=bits),
     )
 
 

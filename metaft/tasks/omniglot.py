@@ -18,12 +18,13 @@ import numpy as np
 import torch
 
 from metaft.errors import DataError, MetaftError, MetaftWarning, suggest
+from metaft.inputs import ImageInputs
+from metaft.inputs.flaws import flaws_note
+from metaft.inputs.listing import Left, counted, left_note, list_classes, refusal, skipped_note, subfolders
+from metaft.inputs.reading import READER_VERSION, fingerprint
 from metaft.paths import local
-from metaft.tasks.flaws import flaws_note
 from metaft.tasks.folder import read_cached, rows_left
-from metaft.tasks.images import READER_VERSION, fingerprint
-from metaft.tasks.listing import Left, counted, left_note, list_classes, refusal, skipped_note, subfolders
-from metaft.tasks.pool import ClassPool, Preprocessing
+from metaft.tasks.pool import ClassPool
 from metaft.types import SPLITS
 
 SIDE = 28
@@ -92,8 +93,8 @@ def omniglot(root: str | os.PathLike[str], split: str = "finn", *, skip_bad: boo
     drawings, left = _files(base, table, skip_bad=skip_bad)
     files = [file for name in drawings for file in drawings[name]]
     key = f"{READER_VERSION} {SIDE} {fingerprint(base, files)}"
-    preprocessing = Preprocessing(1, SIDE, SIDE, polarity="bright-on-black")
-    pictures = read_cached("omniglot", key, files, preprocessing, invert=True)
+    inputs = ImageInputs(1, SIDE, SIDE, polarity="bright-on-black")
+    pictures = read_cached("omniglot", key, files, inputs, invert=True)
     if pictures.bad and not skip_bad:
         raise DataError(f"omniglot: {refusal(pictures.bad, len(files), left)}")
     notes = (
@@ -112,7 +113,7 @@ def omniglot(root: str | os.PathLike[str], split: str = "finn", *, skip_bad: boo
         starts=np.repeat(starts, turns),
         counts=np.repeat(counts, turns),
         splits={name: np.flatnonzero(split_of == number) for number, name in enumerate(SPLITS)},
-        preprocessing=preprocessing,
+        inputs=inputs,
         turns=np.tile(np.arange(turns, dtype=np.int64), len(table)) if turns > 1 else None,
         skipped=skipped,
     )

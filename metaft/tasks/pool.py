@@ -6,57 +6,17 @@ import dataclasses
 import functools
 import hashlib
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from metaft.errors import DataError, check_ways
+from metaft.inputs import ImageInputs
 from metaft.modes import in_usual_modes
-from metaft.tasks.sampler import Stream, choose, raw_words
+from metaft.sampler import Stream, choose, raw_words
 from metaft.types import SPLITS, Batch, Episode, Loss, Split
-
-Polarity = Literal["bright-on-black", "as-is"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Preprocessing:
-    """How a picture file becomes a model's input; it travels in the checkpoint so that new images get the same."""
-
-    channels: int
-    height: int
-    width: int
-    polarity: Polarity = "as-is"
-    """Grey pools are stored bright on black, whatever the files hold."""
-    mean: tuple[float, ...] = (0.0,)
-    """Per channel, in units of the pixel range 0..1; a single value serves every channel."""
-    std: tuple[float, ...] = (1.0,)
-    bits: int = 16
-    """Greys of more than 8 bits are divided by 2^bits - 1: the fewest bits that hold those of the whole data set."""
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        return self.channels, self.height, self.width
-
-    @classmethod
-    def from_plain(cls, values: Mapping[str, Any]) -> Preprocessing:
-        """From what `dataclasses.asdict` made of one, by way of JSON."""
-        return cls(**{**values, "mean": tuple(values["mean"]), "std": tuple(values["std"])})
-
-    def normalise(self, images: Tensor) -> Tensor:
-        """uint8 [..., C, H, W] to float32: (x / 255 - mean) / std."""
-        scale, shift = _affine(self.mean, self.std, images.device)
-        return images.float() * scale - shift
-
-
-@functools.lru_cache(maxsize=64)
-@in_usual_modes  # whoever asks first must not decide for all
-def _affine(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Scale and shift [C, 1, 1]. Kept, since a step that a GPU replays may not copy anything to it."""
-    scale = 1.0 / (255.0 * torch.tensor(std, device=device))
-    shift = torch.tensor(mean, device=device) / torch.tensor(std, device=device)
-    return scale.view(-1, 1, 1), shift.view(-1, 1, 1)
 
 
 @functools.lru_cache(maxsize=64)
@@ -84,7 +44,7 @@ class ClassPool:
     """int64 [classes]"""
     splits: Mapping[str, np.ndarray]
     """"train", "val", "test" -> int64 class numbers; disjoint, fixed, independent of every seed."""
-    preprocessing: Preprocessing
+    inputs: ImageInputs
     turns: np.ndarray | None = None
     """int64 [classes] quarter turns that belong to the class itself; None: none."""
     kept_from: str | None = None
@@ -95,7 +55,7 @@ class ClassPool:
     loss: Loss = dataclasses.field(default="cross_entropy", init=False)
 
     def __post_init__(self) -> None:
-        p = self.preprocessing
+        p = self.inputs
         if self.images.dtype != torch.uint8 or tuple(self.images.shape[1:]) != (p.channels, p.height, p.width):
             raise DataError(
                 f"{self.name}: images must be uint8 [M, {p.channels}, {p.height}, {p.width}], "
@@ -126,7 +86,7 @@ class ClassPool:
         """Of all that episodes are made of, pixels and their order too; `split_hash` knows names alone."""
         turns = self.turns if self.turns is not None else np.empty(0)
         arrays = [self.starts, self.counts, turns, *(self.splits[split] for split in SPLITS), self.images.cpu().numpy()]
-        found = hashlib.blake2b(repr((self.class_names, self.preprocessing)).encode())
+        found = hashlib.blake2b(repr((self.class_names, self.inputs)).encode())
         for array in arrays:
             found.update(repr((array.shape, array.dtype)).encode())
             found.update(np.ascontiguousarray(array).data)
@@ -134,7 +94,7 @@ class ClassPool:
 
     def describe(self) -> Mapping[str, object]:
         return {
-            "preprocessing": dataclasses.asdict(self.preprocessing),
+            "inputs": self.inputs.plain(),
             "classes": {split: [self.class_names[c] for c in self.splits[split]] for split in SPLITS},
         }
 
@@ -342,4 +302,4 @@ class ClassEpisodes:
             # A rotation is a permutation of pixels: one gather serves all four, with no branch per image.
             where = _turned(self.shape[-1], x.device)[drawn.turns].unsqueeze(2)
             x = x.flatten(-2).gather(-1, where.expand(*x.shape[:3], -1)).view_as(x)
-        return self.pool.preprocessing.normalise(x)
+        return self.pool.inputs(x)

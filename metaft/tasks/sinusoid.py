@@ -13,7 +13,7 @@ import torch
 
 from metaft.errors import DataError
 from metaft.modes import in_usual_modes
-from metaft.tasks.sampler import Stream, raw_words, uniform
+from metaft.sampler import Stream, raw_words, uniform
 from metaft.types import SPLITS, Batch, Episode, Loss, Split
 
 AMPLITUDE = (0.1, 5.0)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from torch import Tensor
 
-from metaft.tasks.pool import Preprocessing
+from metaft.inputs import ImageInputs
 from metaft.training import load_snapshot
 from metaft.types import Params
 
@@ -40,7 +40,7 @@ OWN: dict[str, dict[str, Any]] = {
 }
 """Settings of the runs that are no algorithm's defaults."""
 
-GREY = Preprocessing(1, 8, 8)
+GREY = ImageInputs(1, 8, 8)
 
 
 def result_of(out: Path) -> dict[str, Any]:

@@ -81,10 +81,10 @@ def fits(monkeypatch: pytest.MonkeyPatch) -> list[Seen]:
     seen: list[Seen] = []
     real = study.fit
 
-    def fit(body: nn.Module, preprocessing: Any, images: Tensor, labels: Tensor, n: int, recipe: Any, **k: Any) -> Any:
+    def fit(body: nn.Module, inputs: Any, images: Tensor, labels: Tensor, n: int, recipe: Any, **k: Any) -> Any:
         before = {name: p.detach().clone() for name, p in body.named_parameters()}
-        fitted = real(body, preprocessing, images, labels, n, recipe, **k)
-        seen.append(Seen(before, images, labels, k["val_images"], k["val_labels"], recipe, fitted))
+        fitted = real(body, inputs, images, labels, n, recipe, **k)
+        seen.append(Seen(before, images, labels, k["val_examples"], k["val_labels"], recipe, fitted))
         return fitted
 
     monkeypatch.setattr(study, "fit", fit)

@@ -32,8 +32,8 @@ import metaft
 from metaft import adapt, checkpoint
 from metaft.config import AdaptConfig, read_toml
 from metaft.finetune import study, target
+from metaft.inputs import ImageInputs
 from metaft.run import read_rows
-from metaft.tasks.pool import Preprocessing
 
 
 def test_the_settings_reach_the_fit(runs: dict[str, Path], data: Path, tmp_path: Path, fits: list[Seen]) -> None:
@@ -129,7 +129,7 @@ def test_it_stops_early_and_keeps_the_best_epoch(runs: dict[str, Path], data: Pa
 def target_rows(data: Path, runs: dict[str, Path], out: Path) -> Any:
     """The parts of the first draw of a run, as numbers into `files_of(data)`."""
     config = AdaptConfig(**read_toml(out / "config.toml"))
-    found = target.load(config.data, Preprocessing(1, 8, 8, polarity="bright-on-black"))
+    found = target.load(config.data, ImageInputs(1, 8, 8, polarity="bright-on-black"))
     places = {str(file): i for i, file in enumerate(files_of(data)[0])}
     rows = study.rows_of(found, config, 0)
     return types.SimpleNamespace(
@@ -160,7 +160,7 @@ def test_the_runs_own_preprocessing_and_what_was_changed(
     assert np.array_equal(fits[4].images[0, 0].numpy(), resized)
     tensors = [checkpoint.load(tmp_path / f"{name}-run/classifier.safetensors") for name in ("bright", "dark")]
     assert same(tensors[0][0], tensors[1][0])
-    assert [header["invert"] for _, header in tensors] == [False, True]
+    assert [header["inputs"]["invert"] for _, header in tensors] == [False, True]
 
 
 def recolour(file: Path) -> None:
@@ -180,7 +180,7 @@ def test_a_few_images_in_colour_are_not_overlooked(runs: dict[str, Path], tmp_pa
     one_line(capsys, part, "[1, 8, 8]")
     assert target.shape_of(f"folder:{data}") == ([3, 84, 84], True)
     made = target.load(f"folder:{data}")
-    assert made.images.shape == (390, 3, 84, 84)
+    assert made.examples.shape == (390, 3, 84, 84)
     assert made.changes == ("resized from 8x8 to 84x84", "388 of 390 from grey to colour")
     Image.open(odd[0]).resize((9, 9)).save(odd[0])
     assert target.load(f"folder:{data}").changes[0] == "resized from several sizes to 84x84"
@@ -189,9 +189,9 @@ def test_a_few_images_in_colour_are_not_overlooked(runs: dict[str, Path], tmp_pa
 def test_training_images_alone_decide_the_polarity(runs: dict[str, Path], tmp_path: Path, capsys: Text) -> None:
     data = write_target(tmp_path / "d", {"train": 2})
     write_target(tmp_path / "d", {"test": 9}, dark=True)
-    made = target.load(f"folder:{data}", Preprocessing(1, 8, 8, polarity="bright-on-black"))
-    assert (made.invert, made.changes, made.notes) == (False, (), ())
-    assert torch.equal(made.images, pixels_of(list(map(Path, made.files))))
+    made = target.load(f"folder:{data}", ImageInputs(1, 8, 8, polarity="bright-on-black"))
+    assert (made.inputs.plain()["invert"], made.changes, made.notes) == (False, (), ())
+    assert torch.equal(made.examples, pixels_of(list(map(Path, made.files))))
 
 
 @pytest.mark.parametrize("dark", [False, True])
@@ -252,4 +252,4 @@ def test_grey_images_for_a_run_on_colour(runs: dict[str, Path], data: Path, tmp_
     assert adapt.main(words(runs["colour"], data, tmp_path / "o", epochs=1)) == 0
     assert result_of(tmp_path / "o")["notes"] == ["images were fitted to the run's: grey to colour"]
     assert fits[0].images.shape == (24, 3, 8, 8)
-    assert metaft.load(tmp_path / "o").preprocessing.std == (0.229, 0.224, 0.225)
+    assert metaft.load(tmp_path / "o").inputs.plain()["std"] == (0.229, 0.224, 0.225)

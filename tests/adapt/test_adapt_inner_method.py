@@ -43,7 +43,7 @@ def meta_test(name: str, meta: Params, x: Tensor, y: Tensor, *, ways: int, steps
 def support_and_test(data: Path) -> tuple[Tensor, Tensor, Tensor]:
     """What the files of train/ and test/ are to a run, read without its code."""
     (train, labels), (test, _) = files_of(data / "train"), files_of(data / "test")
-    x, query = (GREY.normalise(pixels_of(files)) for files in (train, test))
+    x, query = (GREY(pixels_of(files)) for files in (train, test))
     return x, torch.from_numpy(labels), query
 
 

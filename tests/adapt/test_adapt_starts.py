@@ -22,8 +22,8 @@ import metaft
 from metaft import adapt, models
 from metaft.config import AdaptConfig, read_toml
 from metaft.errors import MetaftError
+from metaft.inputs import ImageInputs
 from metaft.run import read_rows
-from metaft.tasks.pool import Preprocessing
 
 
 def test_the_newest_run_that_fits_is_taken(in_tmp: Path, runs: dict[str, Path], data: Path, capsys: Text) -> None:
@@ -116,5 +116,5 @@ def test_from_none_there_is_a_random_start_alone(
     said = capsys.readouterr().out
     assert "random start" in said
     assert "meta-learned" not in said
-    assert metaft.load(out).preprocessing == Preprocessing(1, 28, 28, polarity="bright-on-black")
+    assert metaft.load(out).inputs == ImageInputs(1, 28, 28, polarity="bright-on-black")
     assert result["notes"] == ["images were fitted to the run's: resized from 8x8 to 28x28"]

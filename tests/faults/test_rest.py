@@ -17,7 +17,7 @@ from victims import DONE, FULL, Plan, Victim, Whole, completed, one_error, same_
 
 from metaft import meta_train, report, training
 from metaft.errors import NonFiniteError
-from metaft.tasks import images
+from metaft.inputs import reading as images
 from metaft.tasks import sinusoid as sinusoids
 from metaft.training import load_snapshot
 
@@ -55,7 +55,7 @@ def test_images_that_vanish_during_a_run_are_not_missed_and_a_resume_names_them(
 
 
 def vanish(path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """The file is deleted just before this function of `metaft.tasks.images` looks at anything."""
+    """The file is deleted just before this function of `metaft.inputs.reading` looks at anything."""
     real = getattr(images, name)
 
     def gone(*given: Any, **others: Any) -> Any:

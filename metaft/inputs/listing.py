@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from metaft.errors import DataError
-from metaft.tasks.formats import is_beside, named_as_picture, starts_as_picture
+from metaft.inputs.formats import is_beside, named_as_picture, starts_as_picture
 
 NAMED = 10
 """How many files an error names; of more it says how many."""

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from metaft.tasks.flaws import about, noted
+from metaft.inputs.flaws import about, noted
 
 # Those that start other programs, hold no pixels without a program of their own, or are no pictures.
 _REFUSED = frozenset({"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "PALM", "PDF", "WMF"})

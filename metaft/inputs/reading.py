@@ -1,0 +1,315 @@
+"""From picture files to uint8 arrays: opening, fitting, polarity. What every image source shares."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import PIL
+from PIL import Image, ImageOps, UnidentifiedImageError, features
+
+from metaft.errors import DataError
+from metaft.inputs import listing
+from metaft.inputs.depth import CONTAINER, bits_for, is_deep, loses_levels, maximum, scales_itself, sixteen, to_bytes
+from metaft.inputs.flaws import HIGH_BYTES, about, noted, remark
+from metaft.inputs.formats import formats_for, named_as_picture
+
+READER_VERSION = 3
+"""Part of every cache key; raise it with every change to the pixels that `read` returns."""
+
+_GREY_TOLERANCE = 4
+"""Grey levels by which the channels of a colour file may differ and still count as grey: what JPEG adds."""
+
+_CHUNK = 64  # files a thread reads at a time
+
+
+class Unreadable(DataError):
+    """A picture file that cannot be read."""
+
+    def __init__(self, path: Path, kind: str, why: str) -> None:
+        super().__init__(f"image {path} cannot be read: {why}")
+        self.path, self.kind, self.why = path, kind, why
+
+
+def fingerprint(root: Path, files: Iterable[Path]) -> str:
+    """Digest of the files' names, sizes, times, inodes and decoders: it changes when a picture is added, removed or
+    edited, whatever times its new content claims. So does a copy to another place, which only costs a reading.
+
+    Waits, for at most two seconds, until a change from now on would show. Raises DataError for a file that is gone.
+    """
+    decoders = [PIL.__version__, *(features.version(name) for name in ("jpg", "webp"))]
+    digest, newest = hashlib.sha256(f"{decoders}\n".encode()), 0
+    for path in files:
+        try:
+            stat = path.stat()
+        except OSError as error:
+            raise DataError(f"image {path} cannot be read ({error.strerror})") from None
+        name = path.relative_to(root).as_posix()
+        # cp -p, rsync and touch -r set the time of modification, but nobody that of the change itself.
+        marks = (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
+        digest.update("\t".join((name, *map(str, marks), "\n")).encode("utf-8", "surrogateescape"))
+        newest = max(newest, stat.st_ctime_ns)
+    # A file that is written twice within a tick of its clock has the same time both times.
+    tick = 2_000_000_000 if newest % 1_000_000_000 == 0 else 20_000_000
+    time.sleep(max(0, min(tick, newest + tick - time.time_ns())) / 1e9)
+    return digest.hexdigest()
+
+
+def open_image(path: Path, *, deep: bool = False) -> Image.Image:
+    """A picture file as mode "L" where its mode is grey, else "RGB": first frame, upright, without transparency.
+
+    Greys of more than 8 bits become "L" by the range that this one file needs; with `deep` they are left in mode
+    "I;16", for those who know more files of the set, but for a PGM, which says itself how bright white is.
+    Raises Unreadable, a DataError, where it cannot be decoded.
+    """
+    kind = listing.no_file(path)
+    if kind is not None and kind != listing.GONE:
+        raise Unreadable(path, kind, f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}")
+    try:
+        with about(path), Image.open(path, formats=formats_for(path)) as file:
+            if loses_levels(file):
+                remark(HIGH_BYTES)
+            whole_range = scales_itself(file)
+            file.load()
+            image = plain(_upright(file))
+    except MemoryError:
+        raise
+    except UnidentifiedImageError:
+        other = None if named_as_picture(path.name) else listing.why_not(path, open_it=False)
+        kind = listing.DAMAGED if other is None else other.kind
+        raise Unreadable(path, kind, "it is no picture that can be read here, or damaged") from None
+    except OSError as error:
+        if error.errno is None:
+            raise Unreadable(path, listing.DAMAGED, " ".join(str(error).split())) from error
+        kinds = {errno.ENOENT: listing.GONE, errno.EACCES: listing.LOCKED, errno.EPERM: listing.LOCKED}
+        raise Unreadable(path, kinds.get(error.errno, listing.DAMAGED), os.strerror(error.errno)) from error
+    except Exception as error:  # a broken file makes a decoder raise anything: IndexError, struct.error, ...
+        raise Unreadable(path, listing.DAMAGED, " ".join(str(error).split()) or type(error).__name__) from error
+    if whole_range:  # whatever the others of its set need
+        return shallow(image, CONTAINER)
+    return image if deep else shallow(image)
+
+
+def _upright(file: Image.Image) -> Image.Image:
+    """Turned as its EXIF data says; of data that cannot be read nobody knows what they say."""
+    try:
+        return ImageOps.exif_transpose(file)
+    except MemoryError:
+        raise
+    except Exception:
+        return file.copy()
+
+
+def plain(image: Image.Image) -> Image.Image:
+    """A decoded picture as mode "L", "RGB" or, of more than 8 bits, "I;16". Raises ValueError for pixels without a
+    fixed range."""
+    if is_deep(image):
+        return sixteen(image)
+    if image.mode in ("1", "L"):
+        # Never resize mode "1": Pillow falls back to the nearest pixel, and two grey levels are left of many.
+        return image.convert("L")
+    if image.mode == "F":
+        raise ValueError("floating-point pixels have no fixed range; store them as 8 or 16 bit")
+    if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
+        return _without_alpha(image)
+    return image.convert("RGB")
+
+
+def shallow(image: Image.Image, bits: int | None = None) -> Image.Image:
+    """A picture of `plain` in 8 bits. `bits` None: as many as this picture needs."""
+    if not is_deep(image):
+        return image
+    values = np.asarray(image)
+    return Image.fromarray(to_bytes(values, bits_for(int(values.max())) if bits is None else bits))
+
+
+def _without_alpha(image: Image.Image) -> Image.Image:
+    """Composite over white, or over black where the picture is grey and bright: white ink must not vanish."""
+    rgba = image.convert("RGBA")
+    pixels = np.asarray(rgba)
+    visible = pixels[pixels[..., 3] > 127, :3]
+    grey = _channels_agree(visible)
+    dark_behind = grey and visible.size > 0 and visible.mean() > 127.5
+    ground = Image.new("RGBA", rgba.size, (0, 0, 0, 255) if dark_behind else (255, 255, 255, 255))
+    return Image.alpha_composite(ground, rgba).convert("L" if grey else "RGB")
+
+
+def _channels_agree(pixels: np.ndarray) -> bool:
+    """uint8 [..., 3]: whether every pixel is grey."""
+    if pixels.size == 0:
+        return True
+    return int((pixels.max(-1) - pixels.min(-1)).max()) <= _GREY_TOLERANCE
+
+
+def looks_grey(files: Sequence[Path], sample: int | None = 64) -> bool:
+    """Whether all of `sample` files, evenly spread, or of all files are grey by mode or by equal channels.
+
+    Those that cannot be read have no say; where none of the sample can, the first of the others that can has it.
+    Raises DataError that names all files where there is none either.
+    """
+    step = 1 if sample is None else max(1, len(files) // sample)
+    bad: dict[Path, str] = {}
+    with noted():  # whoever reads them all will say it
+        spread = _greys(files[::step], bad)
+        first = next(spread, None)
+        if first is None:
+            first = next(_greys([file for i, file in enumerate(files) if i % step], bad), None)
+        grey = first is not False and all(spread)
+    if first is None and files:
+        raise DataError(listing.refusal({file: bad[file] for file in files}, len(files)))
+    return grey
+
+
+def _greys(files: Iterable[Path], bad: dict[Path, str]) -> Iterator[bool]:
+    """Whether each file that can be read is grey; the others are put into `bad`, each with the reason."""
+    for path in files:
+        image = try_open(path)
+        if isinstance(image, Unreadable):
+            bad[path] = image.why
+        else:
+            yield is_grey(image)
+
+
+def try_open(path: Path) -> Image.Image | Unreadable:
+    """What `open_image` makes of a file, deep, or why it cannot."""
+    try:
+        return open_image(path, deep=True)
+    except Unreadable as error:
+        return error
+
+
+def is_grey(image: Image.Image) -> bool:
+    """Whether an opened picture is grey by mode or by equal channels."""
+    return image.mode != "RGB" or _channels_agree(np.asarray(image))
+
+
+def fit(image: Image.Image, side: int) -> Image.Image:
+    """A picture as a square of `side` pixels.
+
+    Grey ones are padded with the median of their border, so that no part of a letter is cut off; colour ones are
+    cropped at the centre, so that no bars are added to a photograph. Squares are only resized.
+    """
+    width, height = image.size
+    if image.mode != "RGB" and width != height:
+        longest = max(width, height)
+        square = Image.new(image.mode, (longest, longest), int(np.median(border(np.asarray(image)))))
+        square.paste(image, ((longest - width) // 2, (longest - height) // 2))
+        image = square
+    elif width != height:
+        image = _cropped(image)
+    return image if image.width == side else image.resize((side, side), Image.Resampling.LANCZOS)
+
+
+def _cropped(image: Image.Image) -> Image.Image:
+    width, height = image.size
+    short = min(width, height)
+    left, top = (width - short) // 2, (height - short) // 2
+    return image.crop((left, top, left + short, top + short))
+
+
+def read(path: Path, channels: int, side: int) -> np.ndarray:
+    """One picture file as uint8 [channels, side, side], polarity as in the file. Raises DataError naming the file.
+
+    More than 8 bits are scaled by the range that this one file needs.
+    """
+    image = open_image(path, deep=True)
+    return pixels_of(image, channels, side, bits_for(maximum(image)) if is_deep(image) else CONTAINER)
+
+
+def pixels_of(image: Image.Image, channels: int, side: int, bits: int = CONTAINER) -> np.ndarray:
+    """An opened picture as uint8 [channels, side, side], polarity as in the file; deep ones are of so many bits."""
+    if is_deep(image):
+        return np.repeat(to_bytes(fitted_deep(image, channels, side), bits)[None], channels, 0)
+    pixels = np.asarray(fit(image.convert("L" if channels == 1 else "RGB"), side))
+    return pixels[None] if channels == 1 else np.moveaxis(pixels, -1, 0)
+
+
+def fitted_deep(image: Image.Image, channels: int, side: int) -> np.ndarray:
+    """float32 [side, side]: a deep picture fitted as others are, in the numbers of its file."""
+    grey = image.convert("F")
+    return np.asarray(fit(grey if channels == 1 else _cropped(grey), side))
+
+
+class Pictures(NamedTuple):
+    """What came of reading files."""
+
+    images: np.ndarray
+    """uint8 [good, channels, side, side], in the order of the files."""
+    good: np.ndarray
+    """int64: the numbers of the files that could be read."""
+    bad: dict[Path, str]
+    """The others, and why."""
+    deep: int
+    """How many have more than 8 bits in them, or room for more."""
+    bits: int
+    """How many bits those need, together."""
+    flaws: Mapping[Path, str]
+    """What Pillow warned of."""
+
+
+def read_all(
+    files: Sequence[Path], channels: int, side: int, look: Callable[[int, Image.Image], None] = lambda i, image: None
+) -> Pictures:
+    """Every file that can be read, as uint8 [channels, side, side]; greys of more than 8 bits by one range for all.
+
+    `look` is shown each good file's number and its picture as it was opened, in no order.
+    """
+    images = np.empty((len(files), channels, side, side), np.uint8)
+    bad: dict[int, Unreadable] = {}
+    deep: dict[int, tuple[int, np.ndarray]] = {}
+
+    def fill(start: int) -> None:
+        for i in range(start, min(start + _CHUNK, len(files))):
+            image = try_open(files[i])
+            if isinstance(image, Unreadable):
+                bad[i] = image
+                continue
+            look(i, image)
+            if is_deep(image):
+                deep[i] = maximum(image), fitted_deep(image, channels, side)
+            else:
+                images[i] = pixels_of(image, channels, side)
+
+    # Decoding and resizing release the interpreter lock, which pays for photographs.
+    with noted() as flaws, ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as threads:
+        for _ in threads.map(fill, range(0, len(files), _CHUNK)):
+            pass
+    bits = bits_for(max((most for most, _ in deep.values()), default=2**CONTAINER - 1))
+    for i, (_, values) in deep.items():
+        images[i] = to_bytes(values, bits)
+    why = {files[i]: bad[i].why for i in sorted(bad)}
+    good = np.array([i for i in range(len(files)) if i not in bad], np.int64)
+    flaws = {file: text for file, text in flaws.items() if file not in why}
+    return Pictures(images[good] if bad else images, good, why, len(deep), bits, flaws)
+
+
+def depth_note(deep: int, bits: int) -> list[str]:
+    """A note on the range of files of more than 8 bits, where it is not the one that they have room for."""
+    if not deep or bits == CONTAINER:
+        return []
+    files = "1 file holds" if deep == 1 else f"{deep} files hold"
+    return [f"{files} {bits}-bit greys in {CONTAINER} bits: their range is 0 to {2**bits - 1}"]
+
+
+def border(images: np.ndarray) -> np.ndarray:
+    """[..., H, W] to [..., n]: the pixels along the four edges."""
+    edges = [images[..., 0, :], images[..., -1, :], images[..., 1:-1, 0], images[..., 1:-1, -1]]
+    return np.concatenate(edges, axis=-1)
+
+
+def is_dark_on_bright(images: np.ndarray) -> bool:
+    """Whether grey uint8 [..., H, W] must be inverted to be bright on black: by the median of all their borders."""
+    return float(np.median(border(images))) > 127.5
+
+
+def rows_of(files: Iterable[Sequence[Path]]) -> tuple[np.ndarray, np.ndarray]:
+    """(starts, counts), int64 [classes] each, for classes laid one after the other."""
+    counts = np.array([len(f) for f in files], np.int64)
+    return np.cumsum(counts) - counts, counts

@@ -1,0 +1,53 @@
+"""A named architecture or a module of the user's: built, apart into backbone and head, and filled with parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from metaft import models
+from metaft.models.functional import linear, prepared
+from metaft.models.handed import copied, taken
+from metaft.types import Params
+
+
+def build(
+    architecture: Mapping[str, Any], seed: int | None, *, outputs: int | None = None, module: nn.Module | None = None
+) -> tuple[nn.Module, str]:
+    """A checkpoint's architecture with random parameters drawn from `seed`, and the name of its head; None draws none,
+    for parameters that are to be filled in.
+
+    `outputs` gives it another number of classes; `module` is the user's own, where the architecture has no name: it
+    keeps its frozen parameters and buffers. Raises MetaftError for a module that metaft does not take.
+    """
+    if module is None:
+        outputs = architecture["ways"] if outputs is None else outputs
+        own, head = models.skeleton({**architecture, "ways": outputs}), "head"
+        if not models.is_ours(architecture["name"]):
+            own, head = prepared(own)
+    else:
+        own, head = prepared(taken(module).cpu())
+        old = linear(own, head)
+        if outputs is not None and outputs != old.out_features:
+            with torch.device("meta"):  # the constructor would draw from the global generator
+                new = nn.Linear(old.in_features, outputs, bias=old.bias is not None, dtype=old.weight.dtype)
+            own.set_submodule(head, new.to_empty(device="cpu"))
+    return own if seed is None else models.initialise(own, seed), head
+
+
+def is_of(name: str, head: str) -> bool:
+    """Whether a parameter of this name is the head's."""
+    return name.startswith(f"{head}.")
+
+
+def filled(module: nn.Module, params: Params) -> nn.Module:
+    """A copy with these parameters, of which there may be more; buffers stay, and frozen ones that are not in them."""
+    module = copied(module)
+    with torch.no_grad():
+        for name, p in module.named_parameters():
+            if name in params or p.requires_grad:
+                p.copy_(params[name])
+    return module
