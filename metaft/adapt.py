@@ -266,6 +266,7 @@ def _check_method(config: AdaptConfig) -> None:
 
 def _header(config: AdaptConfig, start: Start, target: Target) -> dict[str, Any]:
     """The plain data that every checkpoint of an adapt run carries."""
+    import numpy as np
     import torch
 
     from metaft._version import __version__
@@ -277,7 +278,7 @@ def _header(config: AdaptConfig, start: Start, target: Target) -> dict[str, Any]
 
     data = hashlib.sha256(repr((target.class_names, tuple(target.examples.shape))).encode())
     for part in (target.examples, target.labels):
-        data.update(part.numpy().tobytes())
+        data.update(np.ascontiguousarray(part.numpy()).data)
     return {
         "version": __version__,
         "init": start.name,
@@ -426,6 +427,8 @@ def _short(fit: Mapping[str, Any]) -> dict[str, Any]:
 
 def _notes(config: AdaptConfig, start: Start, target: Target, rows: Any) -> list[str]:
     """What a reader has to know of how the figures came about."""
+    import numpy as np
+
     from metaft.finetune.study import draws_differ
     from metaft.finetune.target import VALIDATION_FROM
 
@@ -433,8 +436,9 @@ def _notes(config: AdaptConfig, start: Start, target: Target, rows: Any) -> list
     if target.changes:
         notes.append(f"images were fitted to the run's: {', '.join(target.changes)}")
     notes += target.notes
-    known = {target.examples[i].numpy().tobytes() for i in (*rows.train, *rows.val)}
-    twins = sum(target.examples[i].numpy().tobytes() in known for i in rows.test)
+    marks = [hashlib.blake2b(np.ascontiguousarray(x.numpy()).data, digest_size=16).digest() for x in target.examples]
+    known = {marks[i] for i in (*rows.train, *rows.val)}
+    twins = sum(marks[i] in known for i in rows.test)
     if twins:
         also = "training or validation" if len(rows.val) else "training"
         notes.append(f"{twins} of the {len(rows.test)} test images are also {also} images, to the pixel")

@@ -5,49 +5,33 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from metaft.errors import MetaftError, suggest
-from metaft.objective import Objective, accuracy
+from metaft.objective import (
+    OBJECTIVES,
+    Objective,
+    accuracy,
+    figure,
+    figure_name,
+    label,
+    loss_value,
+    objective,
+)
 from metaft.types import Loss
 
-OBJECTIVES: dict[str, Objective] = {
-    "cross_entropy": Objective(F.cross_entropy, accuracy, "accuracy", higher_is_better=True),
-    "mse": Objective(F.mse_loss, F.mse_loss, "mse"),
-}
-
-
-def objective(loss: Loss) -> Objective:
-    """The loss and figure that a name or function stands for. Raises MetaftError for anything else."""
-    if isinstance(loss, Objective):
-        return loss
-    if isinstance(loss, str) and loss in OBJECTIVES:
-        return OBJECTIVES[loss]
-    if not callable(loss):
-        near = suggest(str(loss), OBJECTIVES)
-        raise MetaftError(f"loss: no {loss!r}, known are {', '.join(OBJECTIVES)}, and functions from Python{near}")
-    return Objective(loss)
-
-
-def label(loss: Loss) -> str:
-    """What to call a loss in a message."""
-    return loss if isinstance(loss, str) else objective(loss).label
-
-
-def loss_value(loss: Loss, prediction: Tensor, target: Tensor) -> Tensor:
-    """Scalar: the loss of one task's examples."""
-    return objective(loss).value(prediction, target)
-
-
-def figure_name(loss: Loss) -> str:
-    """What the figure of merit is called that is reported for a loss."""
-    return objective(loss).metric
-
-
-def figure(loss: Loss, prediction: Tensor, target: Tensor) -> Tensor:
-    """Scalar: the figure of one task's queries, as the share of right labels (0..1) or the mean squared error."""
-    return objective(loss).shown(prediction, target)
+__all__ = [
+    "OBJECTIVES",
+    "Objective",
+    "accuracy",
+    "better",
+    "figure",
+    "figure_name",
+    "label",
+    "loss_value",
+    "mean_ci95",
+    "nearest_neighbour",
+    "objective",
+]
 
 
 def better(loss: Loss, new: float, old: float) -> bool:

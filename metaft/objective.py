@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from metaft.errors import MetaftError
+from metaft.errors import MetaftError, suggest
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 """(prediction [n, outputs], target [n] or [n, outputs]) of one task -> scalar."""
@@ -124,3 +125,46 @@ def _called(function: object) -> str:
 def figure_of(summary: Mapping[str, Any]) -> str:
     """The name of the figure in a mode's part of a meta-test (see `metaft.testing.summarise`)."""
     return next(k for k in summary if f"{k}_per_step" in summary and k != "ci95")
+
+
+LossName = Literal["cross_entropy", "mse"]
+
+Loss = LossName | Objective | LossFunction
+"""One of metaft's, or the user's own: a function whose value is the figure too, or both in a record."""
+
+OBJECTIVES: dict[str, Objective] = {
+    "cross_entropy": Objective(F.cross_entropy, accuracy, "accuracy", higher_is_better=True),
+    "mse": Objective(F.mse_loss, F.mse_loss, "mse"),
+}
+
+
+def objective(loss: Loss) -> Objective:
+    """The loss and figure that a name or function stands for. Raises MetaftError for anything else."""
+    if isinstance(loss, Objective):
+        return loss
+    if isinstance(loss, str) and loss in OBJECTIVES:
+        return OBJECTIVES[loss]
+    if not callable(loss):
+        near = suggest(str(loss), OBJECTIVES)
+        raise MetaftError(f"loss: no {loss!r}, known are {', '.join(OBJECTIVES)}, and functions from Python{near}")
+    return Objective(loss)
+
+
+def label(loss: Loss) -> str:
+    """What to call a loss in a message."""
+    return loss if isinstance(loss, str) else objective(loss).label
+
+
+def loss_value(loss: Loss, prediction: Tensor, target: Tensor) -> Tensor:
+    """Scalar: the loss of one task's examples."""
+    return objective(loss).value(prediction, target)
+
+
+def figure_name(loss: Loss) -> str:
+    """What the figure of merit is called that is reported for a loss."""
+    return objective(loss).metric
+
+
+def figure(loss: Loss, prediction: Tensor, target: Tensor) -> Tensor:
+    """Scalar: the figure of one task's queries, as the share of right labels (0..1) or the mean squared error."""
+    return objective(loss).shown(prediction, target)

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
 
-from metaft.objective import LossFunction, Objective
+from metaft.objective import Loss as Loss
 
 Params = dict[str, Tensor]
 """Named tensors: meta-parameters, fast weights, gradients. Flat, so that a checkpoint is a plain list of names."""
@@ -23,11 +23,6 @@ Norm = Literal["transductive", "inductive"]
 """transductive: a batch is normalised with its own statistics; inductive: with those of the support set."""
 
 NORMS: tuple[Norm, Norm] = ("transductive", "inductive")
-
-LossName = Literal["cross_entropy", "mse"]
-
-Loss = LossName | Objective | LossFunction
-"""One of metaft's, or the user's own: a function whose value is the figure too, or both in a record."""
 
 Split = Literal["train", "val", "test"]
 

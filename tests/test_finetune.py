@@ -7,6 +7,7 @@ import dataclasses
 import io
 import math
 import types
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,12 @@ from torch import Tensor, nn
 from metaft.errors import DataError, MetaftError, NonFiniteError
 from metaft.finetune import heads, target
 from metaft.finetune.classifier import Classifier
-from metaft.finetune.fit import Fitted, Recipe, _augmented, fit
+from metaft.finetune.fit import Fitted, Recipe, _augmented, fit, head_seed
 from metaft.inputs import ImageInputs
 from metaft.models import Conv4, EpisodeNorm, initialise
 from metaft.models.functional import body_of
 from metaft.models.norm import measure_moments
-from metaft.models.stored import StoredNorm, empty_stored, with_stored_moments
+from metaft.models.stored import PASSES, StoredNorm, empty_stored, with_stored_moments
 from metaft.tasks.glyphs import glyphs
 
 INPUTS = ImageInputs(*scenarios.SHAPE, mean=(0.4,), std=(0.3,))
@@ -102,6 +103,70 @@ def test_a_layer_that_is_used_twice_is_refused() -> None:
     norm = EpisodeNorm(4)
     with pytest.raises(MetaftError, match="layer '0' is used twice"):
         with_stored_moments(nn.Sequential(norm, nn.Linear(4, 4), norm), torch.randn(5, 4))
+
+
+class Parts:
+    """x part by part, counting how often each layer sees them all."""
+
+    def __init__(self, x: Tensor, at_once: int) -> None:
+        self.parts, self.made = x.split(at_once), 0
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for part in self.parts:
+            self.made += 1
+            yield part
+
+
+@pytest.mark.parametrize("name", ["conv4", "conv4-pool"])
+def test_moments_stored_part_by_part_are_those_of_one_batch(name: str) -> None:
+    module, x = network(name, torch.float64), torch.randn(23, *scenarios.SHAPE, dtype=torch.float64)
+    whole, parts = with_stored_moments(module, x), Parts(x, 5)
+    in_parts = with_stored_moments(module, parts)
+    for k, v in whole.state_dict().items():
+        torch.testing.assert_close(in_parts.state_dict()[k], v, rtol=0, atol=1e-12)
+    assert parts.made == 2 + 4 * len(parts.parts), "a pass for each of four layers, one behind the other"
+    assert all(p.grad is None for p in module.parameters())
+
+
+class Branches(nn.Module):
+    """Normalisation layers of which none sees another's output."""
+
+    def __init__(self, n: int) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(EpisodeNorm(3) for _ in range(n))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([norm(i * x + x**2) for i, norm in enumerate(self.norms)], -1)
+
+
+def test_moments_of_independent_layers_take_one_pass() -> None:
+    module, x = Branches(9), torch.randn(40, 3)
+    parts = Parts(x, 7)
+    stored = with_stored_moments(module, parts)
+    assert parts.made == 2 + len(parts.parts)
+    torch.testing.assert_close(stored(x), module(x), rtol=0, atol=1e-5)
+
+
+class Chain(nn.Module):
+    def __init__(self, n: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*[part for _ in range(n) for part in (nn.Linear(8, 8), EpisodeNorm(8), nn.ReLU())])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+def test_moments_of_a_long_chain_take_a_bounded_number_of_passes() -> None:
+    """The first layers' are exact; the others' are those of parts normalised by themselves, near the whole's."""
+    module, g = initialise(Chain(12), 0).double(), torch.Generator().manual_seed(0)
+    x = torch.randn(2048, 8, generator=g, dtype=torch.float64)
+    parts = Parts(x, 256)
+    stored, whole = with_stored_moments(module, parts), with_stored_moments(module, x, at_once=4096)
+    assert parts.made == 2 + PASSES * len(parts.parts)
+    norms = [[m for m in made.modules() if isinstance(m, StoredNorm)] for made in (stored, whole)]
+    off = [float((a.var - b.var).norm() / b.var.norm()) for a, b in zip(*norms, strict=True)]
+    assert max(off[:PASSES]) < 1e-12
+    assert 1e-6 < max(off[PASSES:]) < 0.03
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -193,7 +258,7 @@ def test_a_head_comes_from_its_seed_alone(head: str) -> None:
 def test_a_head_shares_no_random_numbers_with_a_backbone_of_its_seed(head: str) -> None:
     """Glorot-uniform draws differ by their scale alone, so the first ones would be proportional."""
     backbone = next(initialise(Conv4(CLASSES, scenarios.SHAPE, 4, "stride"), 3).parameters()).detach().flatten()
-    made = heads.build(head, torch.randn(6, 5), torch.arange(6) % 3, 3, seed=3).get_parameter("weight").detach()
+    made = heads.build(head, torch.randn(6, 5), torch.arange(6) % 3, 3, head_seed(3)).get_parameter("weight").detach()
     n = min(len(backbone), made.numel())
     ratio = made.flatten()[:n] / backbone[:n]
     assert float(ratio.max() - ratio.min()) > 0.1

@@ -11,7 +11,7 @@ from metaft.errors import MetaftError
 from metaft.inner import collect
 from metaft.metrics import label
 from metaft.models import Model
-from metaft.models.similarity import matched
+from metaft.models.head import matched
 from metaft.types import Fast, Loss, Norm, Params
 
 

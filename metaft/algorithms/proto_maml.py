@@ -11,7 +11,7 @@ from metaft.inner_augment import Augment
 from metaft.inner_optim import InnerOptimizer
 from metaft.metrics import label
 from metaft.models import Model
-from metaft.models.similarity import class_means
+from metaft.models.head import class_means
 from metaft.types import Loss, Norm, Params
 
 

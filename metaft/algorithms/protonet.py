@@ -10,7 +10,7 @@ from metaft.errors import MetaftError
 from metaft.inner import collect
 from metaft.metrics import label
 from metaft.models import Model
-from metaft.models.similarity import class_means
+from metaft.models.head import class_means
 from metaft.types import Fast, Loss, Norm, Params
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from metaft import checkpoint
 from metaft.errors import CheckpointError, DataError, MetaftError, MetaftWarning
 from metaft.finetune import heads
+from metaft.finetune.examples import Examples, at_most
 from metaft.inputs import Inputs, of_header
 from metaft.inputs.flaws import flaws_note, noted
 from metaft.inputs.listing import unreadable
@@ -64,19 +65,20 @@ class Classifier(nn.Module):
 
     @in_usual_modes
     @torch.no_grad()
-    def logits(self, images: Tensor, at_once: int = 256) -> Tensor:
-        """What `forward` gives, [n, classes] on the CPU, `at_once` images at a time."""
+    def logits(self, examples: Examples, at_once: int | None = None) -> Tensor:
+        """What `forward` gives, [n, classes] on the CPU, `at_once` at a time (None: up to 256, fewer of large ones)."""
         device = next(self.parameters()).device
-        return torch.cat([self(part.to(device)).cpu() for part in images.split(at_once)])
+        at_once = at_once or min(256, at_most(self.inputs.shape))
+        return torch.cat([self(examples[rows].to(device)).cpu() for rows in torch.arange(len(examples)).split(at_once)])
 
     @in_usual_modes
-    def probabilities(self, images: Tensor, at_once: int = 256) -> Tensor:
-        """float32 [n, classes] on the CPU, `at_once` images at a time."""
-        return self.logits(images, at_once).softmax(-1).float()
+    def probabilities(self, examples: Examples, at_once: int | None = None) -> Tensor:
+        """float32 [n, classes] on the CPU, as many at a time as for `logits`."""
+        return self.logits(examples, at_once).softmax(-1).float()
 
-    def names(self, images: Tensor) -> list[str]:
-        """The most probable class of each image."""
-        return [self.class_names[int(i)] for i in self.probabilities(images).argmax(-1)]
+    def names(self, examples: Examples) -> list[str]:
+        """The most probable class of each example."""
+        return [self.class_names[int(i)] for i in self.probabilities(examples).argmax(-1)]
 
     def label(self, paths: Iterable[Path | str]) -> list[str]:
         """The most probable class of each picture file. Raises DataError that names those that cannot be read; warns

@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -17,12 +17,18 @@ from torch import Tensor, nn
 from metaft.checkpoint import under
 from metaft.errors import MetaftError, NonFiniteError
 from metaft.finetune import heads
+from metaft.finetune.examples import Examples, Prepared, at_most
+from metaft.finetune.extras import Batch, Extra, Origin, composed
+from metaft.finetune.strategies import STRATEGIES, Groups, Strategy
 from metaft.inputs import Inputs
 from metaft.models.handed import copied
 from metaft.models.stored import with_stored_moments
 from metaft.sampler import Stream, raw_words, uniform
 
 SMALLER = "try a smaller --lr"
+
+OF_FREEZE = {"none": "full", "backbone": "head"}
+"""The strategy that each value of `Recipe.freeze` is."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +57,7 @@ class Fitted:
     body: nn.Module
     head: nn.Module
     curve: list[dict[str, float]]
-    """Per epoch: "epoch", "loss" and, with validation images, "val_loss" and "val_accuracy"."""
+    """Per epoch: "epoch", "loss" and, with validation examples, "val_loss" and "val_accuracy"."""
 
     @property
     def kept(self) -> int:
@@ -63,79 +69,138 @@ class Fitted:
 def fit(
     body: nn.Module,
     inputs: Inputs,
-    examples: Tensor,
+    examples: Examples,
     labels: Tensor,
     classes: int,
     recipe: Recipe,
     *,
-    val_examples: Tensor | None = None,
+    val_examples: Examples | None = None,
     val_labels: Tensor | None = None,
+    strategy: Strategy | None = None,
+    extras: Sequence[Extra] = (),
     should_stop: Callable[[], None] = lambda: None,
     resume: Mapping[str, Any] | None = None,
     on_epoch: Callable[[Mapping[str, Any]], None] = lambda state: None,
 ) -> Fitted:
-    """Fine-tune a copy of `body` (features [n, D] out, EpisodeNorm inside) and a fresh head on raw examples.
+    """Fine-tune a copy of `body` (features [n, D] out, EpisodeNorm inside) and a fresh head on raw examples [n, ...],
+    which go to the body's device batch by batch.
 
-    Training batches are normalised with their own statistics; the result with those of all training images, stored in
-    one last pass. With validation images the epoch of the lowest validation loss is kept (inductively, as the result
-    will predict) and training stops after `patience` epochs without a better one. `on_epoch` gets a copy of all that
-    `resume` needs for the same bits. Raises NonFiniteError where the training or validation loss is not finite; that of
-    the last step, which no loss has seen, shows in the result alone.
+    `strategy` says what trains and at which rate in each step (None: as `recipe.freeze` says), `extras` change the
+    loss. Training batches are normalised with their own statistics; the result with those of all training examples,
+    stored at the end. With validation examples the epoch of the lowest validation loss is kept (inductively, as the
+    result will predict) and training stops after `patience` epochs without a better one. `on_epoch` gets a copy of all
+    that `resume` needs for the same bits. Raises NonFiniteError where the training or validation loss is not finite;
+    that of the last step, which no loss has seen, shows in the result alone.
     """
+    strategy = STRATEGIES[OF_FREEZE[recipe.freeze]]() if strategy is None else strategy
     like = _like(body)
-    examples, labels = examples.to(like.device), labels.to(like.device)
-    x_all = inputs(examples).to(like.dtype)
-    model = _start(body, x_all, labels, classes, recipe)
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=recipe.lr)
+    train, labels = Prepared(examples, inputs, like), labels.to(like.device)
+    steps = recipe.epochs * len(_batches(len(train), recipe, 0))
+    model, groups = _start(body, train, labels, classes, recipe, strategy, steps)
+    # A parameter is a group of the optimiser by itself: its rate may change with every step.
+    optimizer = torch.optim.Adam([{"params": [p], "name": name} for name, p in _learning(model)], lr=recipe.lr)
+    objective = composed(extras, Origin({n: p.detach().clone() for n, p in model.named_parameters()}, recipe.seed))
     curve: list[dict[str, float]] = []
     best = (math.inf, {})
     if resume is not None:
         resume = copy.deepcopy(dict(resume))  # Adam would go on to write into the tensors that it is given
         model.load_state_dict(resume["model"])
-        optimizer.load_state_dict(resume["optimizer"])
+        _put_moments(optimizer, resume["adam"], strategy.rates(groups, 0, steps))
         curve, best = resume["curve"], (resume["best_loss"], resume["best"])
     for epoch in range(len(curve), recipe.epochs):
         if _stale(curve, recipe.patience):
             break
-        loss = _epoch(model, optimizer, inputs, examples, labels, recipe, epoch, should_stop)
-        row = {"epoch": float(epoch + 1), "loss": loss}
+        total, moves = 0.0, _moves(len(train), recipe, epoch)
+        batches = _batches(len(train), recipe, epoch)
+        for number, batch in enumerate(batches):
+            rows = torch.from_numpy(batch)
+            raw = examples[rows] if moves is None else _augmented(examples[rows].to(like.device), moves[rows])
+            set_rates(optimizer, strategy.rates(groups, epoch * len(batches) + number, steps), recipe.lr)
+            loss = objective(model, Batch(train.prepare(raw), labels[rows.to(labels.device)], rows, epoch))
+            optimizer.zero_grad()
+            if loss.requires_grad:
+                loss.backward()
+            optimizer.step()
+            total += float(loss.detach()) * len(rows)
+            should_stop()
+        if not math.isfinite(total):
+            raise NonFiniteError(f"epoch {epoch + 1}: the training loss is {total}; {SMALLER}")
+        row = {"epoch": float(epoch + 1), "loss": total / len(train)}
         if val_examples is not None and val_labels is not None and len(val_examples):
-            x_val = inputs(val_examples.to(like.device)).to(like.dtype)
-            row |= _validate(model, x_all, x_val, val_labels.to(like.device))
+            row |= _validate(model, train, Prepared(val_examples, inputs, like), val_labels.to(like.device))
             if not math.isfinite(row["val_loss"]):
                 raise NonFiniteError(f"epoch {epoch + 1}: the validation loss is {row['val_loss']}; {SMALLER}")
             if row["val_loss"] < best[0]:
                 best = (row["val_loss"], copy.deepcopy(model.state_dict()))
         curve.append(row)
-        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "curve": curve}
+        state = {"model": model.state_dict(), "adam": _moments(optimizer), "curve": curve}
         on_epoch(copy.deepcopy({**state, "best_loss": best[0], "best": best[1]}))
     if best[1]:
         model.load_state_dict(best[1])
-    return Fitted(_stored(model["body"], x_all), model["head"], curve)
+    model = strategy.finish(model)
+    return Fitted(_stored(model.get_submodule("body"), train), model.get_submodule("head"), curve)
 
 
 def flatten(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """What `fit` gives `on_epoch`, as named tensors and plain data, for a checkpoint."""
-    adam = state["optimizer"]
     tensors = {f"{part}/{k}": v for part in ("model", "best") for k, v in state[part].items()}
-    tensors |= {f"adam/{i}/{slot}": v for i, slots in adam["state"].items() for slot, v in slots.items()}
-    plain = {"curve": state["curve"], "best_loss": state["best_loss"], "adam": adam["param_groups"]}
-    return tensors, plain
+    tensors |= {f"adam/{name}/{slot}": v for name, slots in state["adam"].items() for slot, v in slots.items()}
+    return tensors, {"curve": state["curve"], "best_loss": state["best_loss"]}
 
 
 def unflatten(tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> dict[str, Any]:
     """The inverse of `flatten`."""
-    slots: dict[int, dict[str, Tensor]] = {}
-    for name, value in under(tensors, "adam").items():
-        number, _, slot = name.partition("/")
-        slots.setdefault(int(number), {})[slot] = value
+    adam: dict[str, dict[str, Tensor]] = {}
+    for key, value in under(tensors, "adam").items():
+        name, _, slot = key.rpartition("/")
+        adam.setdefault(name, {})[slot] = value
     return {
         "model": under(tensors, "model"),
         "best": under(tensors, "best"),
-        "optimizer": {"state": slots, "param_groups": plain["adam"]},
+        "adam": adam,
         "curve": plain["curve"],
         "best_loss": plain["best_loss"],
     }
+
+
+def _moments(optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
+    """Adam's state by the parameters' names; of those that never moved there is none."""
+    parameters = {group["name"]: p for group in optimizer.param_groups for p in group["params"]}
+    return {name: dict(optimizer.state[p]) for name, p in parameters.items() if p in optimizer.state}
+
+
+def _put_moments(
+    optimizer: torch.optim.Optimizer, moments: Mapping[str, Mapping[str, Tensor]], rates: Mapping[str, float]
+) -> None:
+    """The inverse of `_moments`. Older checkpoints have numbers of what trained in the
+    place of names."""
+    parameters = {g["name"]: p for g in optimizer.param_groups for p in g["params"]}
+    trained = [name for name in parameters if rates.get(name)]
+    for name, slots in moments.items():
+        optimizer.state[parameters[trained[int(name)] if name.isdecimal() else name]] = dict(slots)
+
+
+def groups_of(model: nn.Module) -> Groups:
+    """Names of the parameters that can learn, layer by layer from the input to the head, which is one group."""
+    layers: dict[str, list[str]] = {}
+    for name, _ in _learning(model):
+        layers.setdefault("head" if name.startswith("head.") else name.rpartition(".")[0], []).append(name)
+    head = layers.pop("head", [])
+    return (*map(tuple, layers.values()), tuple(head))
+
+
+def _learning(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Parameters that the user did not freeze, by name, as long as no strategy has set any rate."""
+    return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+
+
+def set_rates(optimizer: torch.optim.Optimizer, rates: Mapping[str, float], lr: float) -> None:
+    """Give each parameter its factor of `lr`; those of factor 0 get no gradient, so that Adam leaves them alone."""
+    for group in optimizer.param_groups:
+        factor = rates.get(group["name"], 0.0)
+        group["lr"] = lr * factor
+        for p in group["params"]:
+            p.requires_grad_(factor > 0)
 
 
 def _like(body: nn.Module) -> Tensor:
@@ -144,46 +209,26 @@ def _like(body: nn.Module) -> Tensor:
     return next((t for t in tensors if t.is_floating_point()), torch.empty(0))
 
 
-def _start(body: nn.Module, x: Tensor, labels: Tensor, classes: int, recipe: Recipe) -> nn.ModuleDict:
-    """A copy of the body, as far as it is to be trained, and a head that starts from its features."""
+def _start(
+    body: nn.Module, train: Prepared, labels: Tensor, classes: int, recipe: Recipe, strategy: Strategy, steps: int
+) -> tuple[nn.Module, Groups]:
+    """A copy of the body and a head that starts from its features, as the strategy wants them, and the groups of their
+    parameters."""
     body = copied(body)
-    head = heads.build(recipe.head, in_parts(_stored(body, x), x), labels, classes, recipe.seed)
-    for p in body.parameters():
-        p.requires_grad_(p.requires_grad and recipe.freeze == "none")
-    if recipe.freeze == "backbone":
-        body = with_stored_moments(body, x)  # nothing below the head may change, statistics included
-    return nn.ModuleDict({"body": body, "head": head})
+    own_seed = head_seed(recipe.seed)
+    head = heads.build(recipe.head, in_parts(_stored(body, train), train), labels, classes, own_seed)
+    model = strategy.prepare(nn.ModuleDict({"body": body, "head": head}), recipe.seed)
+    groups = groups_of(model)
+    of_body = {name for group in groups[:-1] for name in group}
+    if not any(of_body & {n for n, r in strategy.rates(groups, s, steps).items() if r} for s in range(max(1, steps))):
+        # Nothing below the head may ever change, statistics included.
+        model.set_submodule("body", with_stored_moments(model.get_submodule("body"), train).eval())
+    return model, groups
 
 
-def _epoch(
-    model: nn.ModuleDict,
-    optimizer: torch.optim.Optimizer,
-    inputs: Inputs,
-    examples: Tensor,
-    labels: Tensor,
-    recipe: Recipe,
-    epoch: int,
-    should_stop: Callable[[], None],
-) -> float:
-    """One pass over the training examples; gives their mean loss. Raises NonFiniteError where there is none."""
-    dtype = next(model.parameters()).dtype
-    moves = _moves(len(examples), recipe, epoch)
-    total = 0.0
-    for batch in _batches(len(examples), recipe, epoch):
-        rows = torch.from_numpy(batch)
-        x = examples[rows.to(examples.device)]
-        if moves is not None:
-            x = _augmented(x, moves[rows])
-        features = model["body"](inputs(x).to(dtype))
-        loss = F.cross_entropy(model["head"](features), labels[rows.to(labels.device)])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        total += float(loss.detach()) * len(rows)
-        should_stop()
-    if not math.isfinite(total):
-        raise NonFiniteError(f"epoch {epoch + 1}: the training loss is {total}; {SMALLER}")
-    return total / len(examples)
+def head_seed(seed: int) -> int:
+    """A seed for the head, of which a random backbone of this seed knows nothing."""
+    return int(raw_words(seed, "train", [0], 1, stream=Stream.HEADS)[0, 0])
 
 
 def _stale(curve: list[dict[str, float]], patience: int) -> bool:
@@ -192,19 +237,19 @@ def _stale(curve: list[dict[str, float]], patience: int) -> bool:
     return bool(losses) and len(losses) - 1 - int(np.argmin(losses)) >= patience
 
 
-def _stored(body: nn.Module, x: Tensor) -> nn.Module:
-    return with_stored_moments(body, x).eval()
+def _stored(body: nn.Module, train: Prepared) -> nn.Module:
+    return with_stored_moments(body, train).eval()
 
 
 @torch.no_grad()
-def in_parts(module: nn.Module, x: Tensor, at_once: int = 256) -> Tensor:
-    """What a module that treats each row by itself makes of x [n, ...], `at_once` rows at a time."""
-    return torch.cat([module(part) for part in x.split(at_once)])
+def in_parts(module: nn.Module, x: Prepared) -> Tensor:
+    """What a module that treats each row by itself makes of x, part by part."""
+    return torch.cat([module(part) for part in dataclasses.replace(x, at_once=min(256, at_most(x.inputs.shape)))])
 
 
 @torch.no_grad()
-def _validate(model: nn.ModuleDict, x_train: Tensor, x: Tensor, y: Tensor) -> dict[str, float]:
-    logits = model["head"](in_parts(_stored(model["body"], x_train), x))
+def _validate(model: nn.Module, train: Prepared, val: Prepared, y: Tensor) -> dict[str, float]:
+    logits = model.get_submodule("head")(in_parts(_stored(model.get_submodule("body"), train), val))
     return {
         "val_loss": float(F.cross_entropy(logits, y)),
         "val_accuracy": float((logits.argmax(-1) == y).float().mean()),

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from metaft.errors import MetaftError, suggest
 from metaft.models import initialise
 from metaft.models.functional import is_plain
-from metaft.models.similarity import class_means, matched
-from metaft.sampler import Stream, raw_words
+from metaft.models.head import class_means, matched
 
 
 class Cosine(nn.Module):
@@ -99,10 +98,8 @@ def filled(name: str, tensors: Mapping[str, Tensor]) -> nn.Module:
 def build(name: str, features: Tensor, labels: Tensor, classes: int, seed: int) -> nn.Module:
     """A fresh head, given the training images' features [n, D] and labels [n] to start from.
 
-    Its random numbers are its own: a random backbone of the same seed shares none. Raises MetaftError for an unknown
-    name.
+    `seed` is to be no backbone's, which would share its random numbers. Raises MetaftError for an unknown name.
     """
     if name not in HEADS:
         raise MetaftError(f"head: no {name!r}, known are {sorted(HEADS)}{suggest(name, HEADS)}")
-    own = int(raw_words(seed, "train", [0], 1, stream=Stream.HEADS)[0, 0])
-    return HEADS[name](features, labels, classes, own).to(features)
+    return HEADS[name](features, labels, classes, seed).to(features)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from metaft.finetune.classifier import Classifier
+from metaft.finetune.examples import Part
 from metaft.finetune.target import Target
 from metaft.names import short_names
 from metaft.paths import shown
@@ -157,6 +158,8 @@ def _draw_learning(path: Path, result: Mapping[str, Any], curves: Mapping[str, A
 
 
 def _draw_mistakes(path: Path, classifier: Classifier, target: Target, test: torch.Tensor) -> None:
-    top = classifier.probabilities(target.examples[test]).max(-1)
-    images, labels = target.examples[test], target.labels[test]
-    plotting().mistakes(path, images, labels, top.indices, top.values, target.class_names)
+    top, labels = classifier.probabilities(Part(target.examples, test)).max(-1), target.labels[test]
+    wrong = (top.indices != labels).nonzero().flatten()  # their pictures alone are needed
+    plotting().mistakes(
+        path, target.examples[test[wrong]], labels[wrong], top.indices[wrong], top.values[wrong], target.class_names
+    )

@@ -17,6 +17,7 @@ from metaft.checkpoint import write_atomically
 from metaft.config import AdaptConfig
 from metaft.errors import CheckpointError, NonFiniteError
 from metaft.finetune.classifier import Classifier, save
+from metaft.finetune.examples import Part
 from metaft.finetune.fit import SMALLER, Fitted, Recipe, fit, flatten, unflatten
 from metaft.finetune.inner import FEWER, inner
 from metaft.finetune.scores import scores
@@ -131,7 +132,7 @@ def study(
 def test(classifier: Classifier, target: Target, rows: np.ndarray, advice: str) -> dict[str, Any]:
     """Scores on some of the target's images. Raises NonFiniteError, with the advice, where they would mean nothing."""
     some = torch.from_numpy(rows)
-    logits = classifier.logits(target.examples[some])
+    logits = classifier.logits(Part(target.examples, some))
     for name, value in {**classifier.state_dict(), "the logits of the test images": logits}.items():
         if not value.isfinite().all():
             raise NonFiniteError(f"after the last step: not finite: {name}; {advice}")
@@ -152,16 +153,17 @@ def _fit(
     on_epoch: Callable[[Mapping[str, Any]], None],
 ) -> Fitted:
     train, val = torch.from_numpy(rows.train), torch.from_numpy(rows.val)
-    examples, labels, classes = target.examples[train], target.labels[train], len(target.class_names)
+    labels, classes = target.labels[train], len(target.class_names)
     if config.method == "inner":
         return inner(
-            start, examples, labels, classes, seed=seed, learned=learned, steps=config.inner_steps, device=device
-        )
+            start, target.examples[train], labels, classes,
+            seed=seed, learned=learned, steps=config.inner_steps, device=device,
+        )  # fmt: skip
     recipe = Recipe(seed=seed, **{f: getattr(config, f) for f in RECIPE})
     return fit(
         body(start, seed, learned=learned).to(device),
-        target.inputs, examples, labels, classes, recipe,
-        val_examples=target.examples[val], val_labels=target.labels[val],
+        target.inputs, Part(target.examples, train), labels, classes, recipe,
+        val_examples=Part(target.examples, val), val_labels=target.labels[val],
         should_stop=should_stop, resume=resume, on_epoch=on_epoch,
     )  # fmt: skip
 

@@ -179,13 +179,15 @@ def _folder(path: Path, given: ImageInputs | None, *, skip_bad: bool) -> Target:
         rows = parts.get("train", np.arange(len(files)))
         invert = is_dark_on_bright(raw[rows])
         odd = [n for i, n in enumerate(names) if is_dark_on_bright(raw[rows[labels[rows] == i]]) != invert]
+    if invert:
+        np.subtract(255, raw, out=raw)
     if odd:
         ways = ("bright on dark", "dark on bright")
         notes.append(f"{some(odd)}: {ways[not invert]}, but read as {ways[invert]}, as the other classes are")
     return Target(
         name=f"folder:{path}",
         class_names=names,
-        examples=torch.from_numpy(255 - raw if invert else raw),
+        examples=torch.from_numpy(raw),
         labels=torch.from_numpy(labels),
         parts=parts,
         files=tuple(map(str, files)),

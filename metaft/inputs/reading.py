@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
+import math
+import mmap
 import os
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +30,9 @@ READER_VERSION = 3
 
 _GREY_TOLERANCE = 4
 """Grey levels by which the channels of a colour file may differ and still count as grey: what JPEG adds."""
+
+MAPPED_FROM = 2**28
+"""Bytes from which an array lies in a file that the system can write back and read again as memory gets short."""
 
 _CHUNK = 64  # files a thread reads at a time
 
@@ -261,7 +268,7 @@ def read_all(
 
     `look` is shown each good file's number and its picture as it was opened, in no order.
     """
-    images = np.empty((len(files), channels, side, side), np.uint8)
+    images = room((len(files), channels, side, side))
     bad: dict[int, Unreadable] = {}
     deep: dict[int, tuple[int, np.ndarray]] = {}
 
@@ -287,7 +294,22 @@ def read_all(
     why = {files[i]: bad[i].why for i in sorted(bad)}
     good = np.array([i for i in range(len(files)) if i not in bad], np.int64)
     flaws = {file: text for file, text in flaws.items() if file not in why}
-    return Pictures(images[good] if bad else images, good, why, len(deep), bits, flaws)
+    if bad:  # moved up in their place: a copy of all of them may be more than there is memory
+        for place, i in enumerate(good.tolist()):
+            images[place] = images[i]
+    return Pictures(images[: len(good)], good, why, len(deep), bits, flaws)
+
+
+def room(shape: tuple[int, ...]) -> np.ndarray:
+    """uint8 zeros. A large array is mapped from a file without a name, in the folder for temporary files (TMPDIR); it
+    is in memory where there is no room for that."""
+    size = math.prod(shape)
+    if size >= MAPPED_FROM:
+        with contextlib.suppress(OSError), tempfile.TemporaryFile(prefix="metaft-") as file:
+            # Without blocks of its own a full disk would end the process when a page is written.
+            os.posix_fallocate(file.fileno(), 0, size)
+            return np.frombuffer(mmap.mmap(file.fileno(), size), np.uint8).reshape(shape)
+    return np.zeros(shape, np.uint8)
 
 
 def depth_note(deep: int, bits: int) -> list[str]:

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from metaft.batching import check_twice_differentiable
 from metaft.errors import MetaftError
-from metaft.metrics import loss_value
 from metaft.models.conv4 import Conv4
 from metaft.models.convolution import task_convolutions
 from metaft.models.dropout import drops, episode_dropout
@@ -24,6 +23,7 @@ from metaft.models.head import body_of, watched, watching
 from metaft.models.norm import EpisodeNorm, episode_norms, measure_moments, use_moments
 from metaft.models.plain import plain_layers
 from metaft.modes import in_usual_modes_but_type
+from metaft.objective import loss_value
 from metaft.types import Loss, Moments, Params
 
 _plain: ContextVar[bool] = ContextVar("plain_operations", default=False)

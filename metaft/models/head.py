@@ -8,6 +8,7 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -104,3 +105,18 @@ def why_apart(module: nn.Module, head: str, x: Tensor) -> str:
 
 def _place(t: Tensor) -> tuple[int, torch.Size, tuple[int, ...]]:
     return t.data_ptr(), t.shape, t.stride()
+
+
+def class_means(features: Tensor, labels: Tensor, classes: int) -> Tensor:
+    """[classes, D] mean feature of each class; every class needs at least one example."""
+    member = (labels.unsqueeze(1) == torch.arange(classes, device=labels.device)).to(features.dtype)
+    return (member.T @ features) / member.sum(0).unsqueeze(1)
+
+
+def matched(features: Tensor, support: Tensor, labels: Tensor, scale: Tensor) -> Tensor:
+    """[n, classes] logarithms of the attention of features [n, D] on the support images [m, D] of each class.
+
+    `labels` [m, classes] is 1 where an image is of a class, else 0; every class needs at least one.
+    """
+    attention = (scale * F.normalize(features, dim=-1) @ F.normalize(support, dim=-1).T).log_softmax(-1)
+    return attention.unsqueeze(-1).masked_fill(labels == 0, -torch.inf).logsumexp(-2)

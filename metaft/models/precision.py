@@ -11,8 +11,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from metaft.metrics import loss_value
 from metaft.models.functional import Model
+from metaft.objective import loss_value
 from metaft.types import Loss, Moments, Params
 
 Precision = Literal["fp32", "tf32", "bf16"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,9 @@ from metaft.errors import MetaftError
 from metaft.models.handed import copied
 from metaft.models.norm import EpisodeNorm
 from metaft.types import Moments
+
+PASSES = 4
+"""Over all examples, at most, to store moments: exact for as many layers one behind the other as Conv-4 has."""
 
 
 class StoredNorm(nn.Module):
@@ -33,26 +36,75 @@ class StoredNorm(nn.Module):
 
 
 def with_stored_moments(
-    module: nn.Module, images: Tensor, moments: Moments | None = None, *, at_once: int = 1024
+    module: nn.Module, x: Tensor | Iterable[Tensor], moments: Moments | None = None, *, at_once: int = 1024
 ) -> nn.Module:
     """A copy of `module` whose EpisodeNorm layers are StoredNorm.
 
-    The moments are those of `images` [n, ...] as one batch, or `moments`, in the order in which the forward pass over
-    `images` meets the layers. More than `at_once` images are passed through in parts, once for each layer, since a
-    layer's moments depend on those of the layers before it. Raises MetaftError for a layer that one forward pass meets
-    twice, since it cannot hold two pairs of moments.
+    The moments are those of x [n, ...] as one batch, or `moments`, in the order in which the forward pass over x meets
+    the layers. More than `at_once` examples are passed through in parts; so they are where x is an iterable of parts,
+    which is gone through several times and may make each part as it is asked for.
+
+    A layer's moments depend on those of the layers before it, so of several parts each pass settles the layers whose
+    predecessors are settled: as many passes as the longest chain has layers give the moments of one batch. At most
+    `PASSES` are made. The layers that are left then get moments for which every part was normalised with its own
+    beyond the settled layers (Wu & Johnson 2021, https://arxiv.org/abs/2105.07576, section 3.1).
+
+    Raises MetaftError for a layer that one forward pass meets twice, since it cannot hold two pairs of moments.
     """
     module = copied(module)
-    parts = images.split(at_once)
-    met = _moments_of(module, parts[0])
-    pairs = [(mean, var) for _, mean, var in met] if moments is None else list(moments)
-    for (path, _, _), (mean, var) in zip(met, pairs, strict=True):
-        layer = module.get_submodule(path)
-        assert isinstance(layer, EpisodeNorm)
-        if moments is None and len(parts) > 1:
-            mean, var = _pooled([(len(part), *_moments_of(module, part)[0][1:]) for part in parts])
-        module.set_submodule(path, StoredNorm(layer, mean, var))
+    parts = x.split(at_once) if isinstance(x, Tensor) else x
+    some = iter(parts)
+    first = next(some)
+    met = _moments_of(module, first)
+    if moments is not None or next(some, None) is None:
+        pairs = [(mean, var) for _, mean, var in met] if moments is None else moments
+        for (path, _, _), (mean, var) in zip(met, pairs, strict=True):
+            _settle(module, path, mean, var)
+        return module
+    levels = _levels(module, first[:2])
+    passes = min(PASSES, 1 + max(levels.values(), default=-1))
+    for done in range(passes):
+        measured = [(len(part), _moments_of(module, part)) for part in parts]
+        for i, (path, _, _) in enumerate(measured[0][1]):
+            if levels[path] <= done or done == passes - 1:
+                _settle(module, path, *_pooled([(n, *of_part[i][1:]) for n, of_part in measured]))
     return module
+
+
+def _settle(module: nn.Module, path: str, mean: Tensor, var: Tensor) -> None:
+    layer = module.get_submodule(path)
+    assert isinstance(layer, EpisodeNorm)
+    module.set_submodule(path, StoredNorm(layer, mean, var))
+
+
+def _levels(module: nn.Module, x: Tensor) -> dict[str, int]:
+    """How many EpisodeNorm layers lie before each on the longest way from the input, by path.
+
+    Each layer's output is multiplied by a 1 of its own; autograd knows which of those an input was made with.
+    """
+    ones: dict[str, Tensor] = {}
+    levels: dict[str, int] = {}
+
+    def hook_of(path: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+        def hook(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            given = inputs[0]
+            before: Sequence[Tensor | None] = ()
+            if given.requires_grad and ones:
+                before = torch.autograd.grad(given.sum(), [*ones.values()], retain_graph=True, allow_unused=True)
+            levels[path] = 1 + max((levels[p] for p, g in zip(ones, before, strict=False) if g is not None), default=-1)
+            ones[path] = torch.ones((), dtype=output.dtype, device=output.device, requires_grad=True)
+            return output * ones[path]
+
+        return hook
+
+    handles = [layer.register_forward_hook(hook_of(path)) for path, layer in _episode_norms(module)]
+    try:
+        with torch.enable_grad():
+            module(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return levels
 
 
 def _moments_of(module: nn.Module, images: Tensor) -> list[tuple[str, Tensor, Tensor]]:

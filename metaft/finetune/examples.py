@@ -1,0 +1,70 @@
+"""Examples that are taken from a larger tensor batch by batch, so that no part of a data set is ever copied whole."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from metaft.inputs import Inputs
+
+VALUES_AT_ONCE = 2**22
+"""Numbers of the examples that are passed through a model at once where nothing is differentiated: with what the layers
+make of them some hundred megabytes."""
+
+
+class Examples(Protocol):
+    """Raw inputs [n, ...]: a tensor, or what gives parts of one."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, rows: Tensor, /) -> Tensor: ...
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Part:
+    """Some rows of a tensor, which is not copied."""
+
+    whole: Tensor
+    rows: Tensor
+    """int64 [n]"""
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, rows: Tensor) -> Tensor:
+        return self.whole[self.rows[rows]]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Prepared:
+    """Examples as a model computes with them, part by part, made anew each time that they are gone through."""
+
+    examples: Examples
+    inputs: Inputs
+    like: Tensor
+    """Of the device and type that they are to have."""
+    at_once: int | None = None
+    """Examples in a part (None: up to 1024, fewer of large ones)."""
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, rows: Tensor) -> Tensor:
+        return self.prepare(self.examples[rows])
+
+    def __iter__(self) -> Iterator[Tensor]:
+        at_once = self.at_once or at_most(self.inputs.shape)
+        return (self[rows] for rows in torch.arange(len(self)).split(at_once))
+
+    def prepare(self, raw: Tensor) -> Tensor:
+        return self.inputs(raw.to(self.like.device)).to(self.like.dtype)
+
+
+def at_most(shape: tuple[int, ...]) -> int:
+    """How many examples of a shape are passed through a model at once where nothing is differentiated."""
+    return max(16, min(1024, VALUES_AT_ONCE // max(1, math.prod(shape))))

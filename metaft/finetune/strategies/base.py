@@ -1,0 +1,39 @@
+"""What a strategy is: what trains, how fast and when."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+from torch import nn
+
+Groups = tuple[tuple[str, ...], ...]
+"""Names of the parameters that can be trained, from the input to the head, which is the last group. Names are those in
+a module of "body" and "head"."""
+
+
+def same(model: nn.Module) -> nn.Module:
+    return model
+
+
+def unchanged(model: nn.Module, seed: int) -> nn.Module:
+    return model
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Strategy:
+    """What trains, how fast and when, as pure functions of the step: a resume needs nothing else to go on alike."""
+
+    rates: Callable[[Groups, int, int], Mapping[str, float]]
+    """(groups, step, steps of the whole fit) -> factor of the rate for each parameter by name. Where it is 0 or left
+    out, the parameter is frozen in that step: bit-equal afterwards. A body that is frozen altogether computes in
+    evaluation mode and with stored moments."""
+    prepare: Callable[[nn.Module, int], nn.Module] = unchanged
+    """(model of "body" and "head", seed) -> what is trained in its place."""
+    finish: Callable[[nn.Module], nn.Module] = same
+    """What was trained -> a model of "body" and "head" again."""
+
+
+def every(groups: Groups, factor: float = 1.0) -> dict[str, float]:
+    """The same factor for all parameters of these groups."""
+    return {name: factor for group in groups for name in group}

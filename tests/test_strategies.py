@@ -1,0 +1,169 @@
+"""What every strategy and extra must do, and one more of each that is a function and two rows."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from helpers import ONE_PASS
+from test_finetune import CLASSES, INPUTS, bits, body, same, toy
+from torch import Tensor, nn
+
+from metaft.finetune.extras import Batch, Extra, Objective, Origin
+from metaft.finetune.fit import Fitted, Recipe, fit, groups_of
+from metaft.finetune.strategies import STRATEGIES, Groups, Strategy, every
+
+STEPS = 12  # of `tune`
+
+
+def second_half(groups: Groups, step: int, steps: int) -> Mapping[str, float]:
+    """The head alone in the first half, then all, the first layer at half the rate."""
+    if step < steps / 2:
+        return every(groups[-1:])
+    return {**every(groups), **every(groups[:1], 0.5)}
+
+
+class Expected(NamedTuple):
+    """Of one strategy."""
+
+    trains: tuple[bool, bool]
+    """Whether the body moves in the first and in the second half of the steps."""
+
+
+CONTRACT = {
+    "full": Expected((True, True)),
+    "head": Expected((False, False)),
+    "second-half": Expected((False, True)),
+}
+
+
+@pytest.fixture(autouse=True)
+def _toy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(STRATEGIES, "second-half", lambda: Strategy(second_half))
+
+
+def tune(strategy: str, start: nn.Module | None = None, **more: Any) -> Fitted:
+    recipe = Recipe(epochs=4, batch_size=8, lr=0.01, augment="basic")
+    images, labels = toy(21)
+    return fit(start or body(), INPUTS, images, labels, CLASSES, recipe, strategy=STRATEGIES[strategy](), **more)
+
+
+def states_of(strategy: str, **more: Any) -> list[dict[str, Any]]:
+    states: list[dict[str, Any]] = []
+    tune(strategy, on_epoch=states.append, **more)
+    return states
+
+
+def of_body(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {k: v for k, v in state.items() if k.startswith("body.")}
+
+
+def test_every_strategy_is_in_the_table() -> None:
+    assert STRATEGIES.keys() == CONTRACT.keys()
+
+
+@pytest.mark.parametrize("name", CONTRACT)
+def test_what_is_frozen_is_equal_to_the_bit_and_the_rest_moves(name: str) -> None:
+    states = states_of(name)
+    begun = {f"body.{k}": v for k, v in body().state_dict().items()}
+    parameters = begun.keys()
+    halves = [begun, states[1]["model"], states[3]["model"]]
+    for before, after, moves in zip(halves, halves[1:], CONTRACT[name].trains, strict=False):
+        moved = {k for k in parameters if not torch.equal(before[k], after[k])}
+        assert moved == (set(parameters) if moves else set())
+    heads = [{k: v for k, v in state["model"].items() if k.startswith("head.")} for state in states]
+    assert not any(same(heads[i], heads[i + 1]) for i in range(3))
+
+
+@pytest.mark.parametrize("name", CONTRACT)
+def test_rates_are_of_parameters_that_there_are_and_a_function_of_the_step(name: str) -> None:
+    model = nn.ModuleDict({"body": body(), "head": nn.Linear(3, 2)})
+    groups, strategy = groups_of(model), STRATEGIES[name]()
+    assert [n for group in groups for n in group] == [n for n, _ in model.named_parameters()]
+    assert groups[-1] == ("head.weight", "head.bias")
+    for step in (0, 7, STEPS - 1, 2):
+        rates = dict(strategy.rates(groups, step, STEPS))
+        assert rates.keys() <= dict(model.named_parameters()).keys()
+        assert rates == dict(strategy.rates(groups, step, STEPS))
+        assert all(0 <= factor < 1e3 for factor in rates.values())
+
+
+@pytest.mark.parametrize("name", CONTRACT)
+def test_a_resume_takes_the_same_steps_and_freezes_nothing_anew(name: str) -> None:
+    whole = tune(name)
+    for state in states_of(name):
+        again = tune(name, resume=copy.deepcopy(state))
+        assert same(bits(again), bits(whole))
+        assert again.curve == whole.curve
+
+
+@pytest.mark.parametrize("name", CONTRACT)
+def test_what_the_user_froze_stays_whatever_the_strategy(name: str) -> None:
+    start = body()
+    kept, first = next(iter(start.named_parameters()))
+    first.requires_grad_(False)
+    fitted = tune(name, start)
+    assert torch.equal(fitted.body.state_dict()[kept], first)
+
+
+@pytest.mark.parametrize("name", CONTRACT)
+def test_a_picture_is_predicted_without_its_neighbours(name: str) -> None:
+    fitted, x = tune(name), INPUTS(toy(9, seed=1)[0])
+    together, alone = fitted.body(x), torch.cat([fitted.body(one[None]) for one in x])
+    torch.testing.assert_close(together, alone, rtol=0, atol=ONE_PASS)
+
+
+def test_the_optimisers_state_has_the_parameters_names_and_none_of_what_never_moved() -> None:
+    states = states_of("second-half")
+    assert states[0]["adam"].keys() == {"head.weight", "head.bias"}
+    assert {f"body.{k}" for k, _ in body().named_parameters()} < states[-1]["adam"].keys()
+    first, last = (float(states[i]["adam"]["head.weight"]["step"]) for i in (0, -1))
+    assert (first, last) == (3, 12)
+
+
+def test_a_rate_is_the_factor_of_the_recipes() -> None:
+    """Of Adam's first step, which is the rate times the gradient's sign."""
+
+    def tenth(groups: Groups, step: int, steps: int) -> Mapping[str, float]:
+        return {**every(groups), **every(groups[:1], 0.1)} if step == 0 else {}
+
+    recipe, (images, labels) = Recipe(epochs=1, batch_size=32, lr=0.01), toy(21)
+    start = body(dtype=torch.float64)
+    fitted = fit(start, INPUTS, images, labels, CLASSES, recipe, strategy=Strategy(tenth))
+    names = [n for n, _ in start.named_parameters()]
+    moves = {n: float((fitted.body.state_dict()[n] - start.state_dict()[n]).abs().max()) for n in names}
+    first = names[0].rpartition(".")[0]
+    for name, moved in moves.items():
+        assert moved == pytest.approx(0.001 if name.startswith(f"{first}.") else 0.01, rel=0.01), name
+
+
+# Extras
+
+
+def decay(strength: float = 1.0) -> Extra:
+    """Pulls what is trained back to where it began."""
+
+    def wrap(objective: Objective, origin: Origin) -> Objective:
+        def pulled(model: nn.Module, batch: Batch) -> Tensor:
+            far = sum((p - origin.params[name]).square().sum() for name, p in model.named_parameters())
+            return objective(model, batch) + strength * far
+
+        return pulled
+
+    return Extra(wrap)
+
+
+def test_an_extra_changes_the_loss_and_extras_compose() -> None:
+    def distance(fitted: Fitted) -> float:
+        begun = body().state_dict()
+        return sum(float((fitted.body.state_dict()[k] - v).square().sum()) for k, v in begun.items())
+
+    free, pulled, twice = (tune("full", extras=extras) for extras in ((), (decay(10),), (decay(5), decay(5))))
+    assert distance(pulled) < 0.5 * distance(free)
+    assert twice.curve[0]["loss"] == pytest.approx(pulled.curve[0]["loss"], rel=1e-4)
+    states: list[dict[str, Any]] = []
+    tune("full", extras=(decay(10),), on_epoch=states.append)
+    assert same(bits(tune("full", extras=(decay(10),), resume=states[1])), bits(pulled))
