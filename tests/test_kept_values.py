@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import warnings
 from collections.abc import Callable
@@ -211,9 +212,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_target(tmp_path_factory.mktemp("target") / "t", {"train": 3, "test": 2})
 
 
-def settings(init: str, data: Path, out: Path, method: str = "finetune") -> AdaptConfig:
+def settings(init: str, data: Path, out: Path, method: str = "finetune", **more: Any) -> AdaptConfig:
     loop: dict[str, Any] = {"epochs": 1, "lr": 0.02, "batch_size": 7} if method == "finetune" else {"method": "inner"}
-    return AdaptConfig(init=init, data=f"folder:{data}", out=str(out), device="cpu", **loop)
+    return AdaptConfig(init=init, data=f"folder:{data}", out=str(out), device="cpu", **loop, **more)
 
 
 @pytest.mark.usefixtures("_no_pictures")
@@ -273,6 +274,60 @@ def test_adapting_from_a_modules_own_values(data: Path, tmp_path: Path, capsys: 
         adapt.resume_run(tmp_path / "o", module=Net(1, side=28, frozen="body middle"), init="keep")
     with pytest.raises(MetaftError, match=r"^init: 'keep' is for a module without a run .*no module"):
         adapt.run(dataclasses.replace(config, out=None), init="keep")
+
+
+class Normed(nn.Module):
+    """A net whose two normalisation layers have seen data of their own, or none."""
+
+    def __init__(self, *, seen: bool = True) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(1, 6, 3, 2), nn.BatchNorm2d(6)
+        self.line, self.second = nn.Linear(6, 5), nn.BatchNorm1d(5)
+        self.head = nn.Linear(5, 3)
+        models.initialise(self, 0)
+        if seen:
+            with torch.no_grad():
+                g = torch.Generator().manual_seed(5)
+                for _ in range(20):
+                    self(3 + 2 * torch.randn(8, 1, 28, 28, generator=g))
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = self.norm(self.conv(x)).relu().mean((2, 3))
+        return self.head(self.second(self.line(features)).relu())
+
+
+@pytest.mark.parametrize("freeze", ["none", "backbone"])
+def test_running_statistics_are_kept_where_a_module_has_them(
+    freeze: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = Normed()
+    config = settings("none", data, tmp_path / "o", freeze=freeze)
+    result = adapt.run(config, module=module, init="keep")
+    assert "from module (Normed; running statistics kept)" in capsys.readouterr().err
+    body = metaft.load(tmp_path / "o", module=module).body
+    for name in ("norm", "second"):
+        kept, theirs = body.get_submodule(name), module.get_submodule(name)
+        assert torch.equal(kept.get_buffer("mean"), theirs.get_buffer("running_mean"))
+        assert torch.equal(kept.get_buffer("var"), theirs.get_buffer("running_var"))
+        assert torch.equal(kept.get_parameter("weight"), theirs.get_parameter("weight")) == (freeze == "backbone")
+    if freeze == "backbone":
+        x, bare = torch.randn(4, 1, 28, 28), copy.deepcopy(module).eval()
+        bare.head = nn.Identity()  # pyright: ignore[reportAttributeAccessIssue]
+        torch.testing.assert_close(body(x), bare(x), rtol=0, atol=1e-5)
+    assert adapt.resume_run(tmp_path / "o", module=module, init="keep")["accuracy"] == result["accuracy"]
+    module.norm.get_buffer("running_var").mul_(2)
+    with pytest.raises(MetaftError, match="changed since"):
+        adapt.resume_run(tmp_path / "o", module=module, init="keep")
+
+
+def test_statistics_that_have_seen_nothing_are_not_kept(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = Normed(seen=False)
+    adapt.run(settings("none", data, tmp_path / "o"), module=module, init="keep")
+    assert "from module (Normed) on" in capsys.readouterr().err
+    body = metaft.load(tmp_path / "o", module=module).body
+    assert (body.get_submodule("norm").get_buffer("mean") != 0).all()
 
 
 class Pair(Net):

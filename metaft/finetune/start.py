@@ -16,10 +16,11 @@ from metaft.defaults import model_for
 from metaft.errors import CheckpointError, MetaftError
 from metaft.inputs import Inputs, of_header
 from metaft.models import check_repeats, class_of, taken, with_constants
-from metaft.models.architecture import build, filled, is_of
-from metaft.models.functional import linear, prepared, probe_of
+from metaft.models.architecture import NormOf, build, filled, is_of
+from metaft.models.functional import linear, probe_of
 from metaft.models.handed import said
 from metaft.models.head import body_of, why_apart
+from metaft.models.stored import has_statistics
 from metaft.types import Params
 
 OWN = "module"
@@ -51,6 +52,8 @@ class Start:
     """Names of the parameters in `meta` that the run kept as they were handed over."""
     label: str = "meta-learned"
     """What `meta` is."""
+    norm: NormOf = "adapt"
+    """"keep" where `meta` came with running statistics; a run's are moments of its tasks."""
 
     @property
     def head_rows(self) -> int | None:
@@ -130,9 +133,10 @@ def from_nothing(inputs: Inputs, module: nn.Module | None = None, *, keep: bool 
     start = Start("none", own or named, shape, inputs, None, None, {}, module, {})
     _check_module(start)
     if keep and module is not None:
-        whole, _ = prepared(taken(module).cpu())
+        norm: NormOf = "keep" if any(map(has_statistics, module.modules())) else "adapt"
+        whole, _ = build(start.architecture, None, module=module, norm=norm)
         values = {name: p.detach() for name, p in whole.named_parameters()}
-        return dataclasses.replace(start, name=OWN, meta=values, label="own values")
+        return dataclasses.replace(start, name=OWN, meta=values, label="own values", norm=norm)
     return start
 
 
@@ -155,15 +159,20 @@ def constants(start: Start) -> Params:
     if start.module is None:
         return {}
     model = models.functional(start.module)
-    return {f"still/{name}": value for name, value in {**model.frozen, **model.buffers}.items()}
+    kept = dict(build(start.architecture, None, module=start.module, norm="keep")[0].named_buffers())
+    moments = {} if start.norm == "adapt" else {k: v for k, v in kept.items() if k not in model.buffers}
+    return {f"still/{name}": value for name, value in {**model.frozen, **model.buffers, **moments}.items()}
 
 
 def said_of(start: Start) -> str:
     """What a run's first line says of the user's module."""
-    return "" if start.module is None else said(start.module)
+    more = ["running statistics kept"] if start.norm == "keep" else []
+    return "" if start.module is None else said(start.module, *more)
 
 
 def body(start: Start, seed: int, *, learned: bool) -> nn.Module:
-    """The backbone, features [n, D] out: with the run's parameters, or with random ones drawn from `seed`."""
-    bare = body_of(*build(start.architecture, None if learned else seed, module=start.module))
-    return filled(bare, start.meta or {}) if learned else bare
+    """The backbone, features [n, D] out: with the start's parameters, or with random ones drawn from `seed`, which no
+    statistics fit."""
+    if not learned:
+        return body_of(*build(start.architecture, seed, module=start.module))
+    return filled(body_of(*build(start.architecture, None, module=start.module, norm=start.norm)), start.meta or {})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -11,17 +11,27 @@ from torch import nn
 from metaft import models
 from metaft.models.functional import linear, prepared
 from metaft.models.handed import copied, taken
+from metaft.models.stored import kept_statistics
 from metaft.types import Params
+
+NormOf = Literal["keep", "adapt"]
+"""What normalises a start's layers: running statistics that it came with, or moments of the examples."""
 
 
 def build(
-    architecture: Mapping[str, Any], seed: int | None, *, outputs: int | None = None, module: nn.Module | None = None
+    architecture: Mapping[str, Any],
+    seed: int | None,
+    *,
+    outputs: int | None = None,
+    module: nn.Module | None = None,
+    norm: NormOf = "adapt",
 ) -> tuple[nn.Module, str]:
     """A checkpoint's architecture with random parameters drawn from `seed`, and the name of its head; None draws none,
     for parameters that are to be filled in.
 
     `outputs` gives it another number of classes; `module` is the user's own, where the architecture has no name: it
-    keeps its frozen parameters and buffers. Raises MetaftError for a module that metaft does not take.
+    keeps its frozen parameters and buffers, and with `norm="keep"` running statistics where it has them: such layers
+    are StoredNorm, and look at no batch. Raises MetaftError for a module that metaft does not take.
     """
     if module is None:
         outputs = architecture["ways"] if outputs is None else outputs
@@ -29,7 +39,8 @@ def build(
         if not models.is_ours(architecture["name"]):
             own, head = prepared(own)
     else:
-        own, head = prepared(taken(module).cpu())
+        module = taken(module).cpu()
+        own, head = prepared(kept_statistics(module) if norm == "keep" else module)
         old = linear(own, head)
         if outputs is not None and outputs != old.out_features:
             with torch.device("meta"):  # the constructor would draw from the global generator

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from metaft.errors import MetaftError
 from metaft.models.handed import copied
@@ -22,7 +23,7 @@ class StoredNorm(nn.Module):
     mean: Tensor
     var: Tensor
 
-    def __init__(self, norm: EpisodeNorm, mean: Tensor, var: Tensor) -> None:
+    def __init__(self, norm: EpisodeNorm | _BatchNorm, mean: Tensor, var: Tensor) -> None:
         super().__init__()
         self.eps = norm.eps
         self.weight, self.bias = norm.weight, norm.bias
@@ -105,6 +106,27 @@ def _levels(module: nn.Module, x: Tensor) -> dict[str, int]:
         for handle in handles:
             handle.remove()
     return levels
+
+
+def kept_statistics(module: nn.Module) -> nn.Module:
+    """Batch normalisation layers that have seen data, in place, as StoredNorm with their running statistics; returns
+    the module. Those that have seen none are left."""
+    settled: dict[int, StoredNorm] = {}  # a layer may stand in several places and must stay one
+    for path, layer in list(module.named_modules(remove_duplicate=False)):
+        if path and has_statistics(layer):
+            assert isinstance(layer, _BatchNorm) and layer.running_mean is not None and layer.running_var is not None
+            if id(layer) not in settled:
+                settled[id(layer)] = StoredNorm(layer, layer.running_mean, layer.running_var)
+            parent, _, name = path.rpartition(".")
+            setattr(module.get_submodule(parent), name, settled[id(layer)])
+    return module
+
+
+def has_statistics(layer: nn.Module) -> bool:
+    """Whether it is a batch normalisation layer whose running statistics are not those that it was made with."""
+    if not isinstance(layer, _BatchNorm) or layer.running_mean is None or layer.running_var is None:
+        return False
+    return bool((layer.running_mean != 0).any() or (layer.running_var != 1).any())
 
 
 def _moments_of(module: nn.Module, images: Tensor) -> list[tuple[str, Tensor, Tensor]]:
