@@ -22,12 +22,13 @@ from torch import Tensor, nn
 from metaft.errors import DataError, MetaftError, NonFiniteError
 from metaft.finetune import heads, target
 from metaft.finetune.classifier import Classifier
-from metaft.finetune.fit import Fitted, Recipe, _augmented, fit
+from metaft.finetune.fit import Fitted, _augmented, fit
 from metaft.inputs import ImageInputs
 from metaft.models import Conv4, EpisodeNorm, initialise
 from metaft.models.functional import body_of
 from metaft.models.norm import measure_moments
 from metaft.models.stored import StoredNorm, empty_stored, with_stored_moments
+from metaft.settings import Recipe
 from metaft.tasks.glyphs import glyphs
 
 INPUTS = ImageInputs(*scenarios.SHAPE, mean=(0.4,), std=(0.3,))
@@ -374,7 +375,7 @@ def test_a_held_out_script_of_the_glyphs() -> None:
 def tune(
     start: nn.Module | None = None, n: int = 21, *, val: tuple[Tensor, Tensor] | None = None, **changes: Any
 ) -> Fitted:
-    own = {k: changes.pop(k) for k in ("resume", "on_epoch", "should_stop") if k in changes}
+    own = {k: changes.pop(k) for k in ("resume", "on_epoch", "should_stop", "seed") if k in changes}
     recipe = Recipe(**{"epochs": 4, "batch_size": 8, "lr": 0.01, **changes})
     images, labels = toy(n)
     val_examples, val_labels = val if val is not None else (None, None)
@@ -600,5 +601,5 @@ def test_what_cannot_be_trained_is_an_error() -> None:
         tune(head="prototype", lr=1e30)
     with pytest.raises(NonFiniteError, match="epoch 1: the validation loss is nan; try a smaller --lr"):
         tune(n=5, epochs=1, val=toy(6, seed=3), lr=1e30)  # in one step, whose loss is that before it
-    with pytest.raises(MetaftError, match=r"batch_size must be at least 2, .* got 1"):
+    with pytest.raises(MetaftError, match=r"batch_size must be at least 2, got 1"):
         Recipe(batch_size=1)

@@ -7,7 +7,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,33 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metaft.checkpoint import under
-from metaft.errors import MetaftError, NonFiniteError
+from metaft.errors import NonFiniteError
 from metaft.finetune import heads
 from metaft.inputs import Inputs
 from metaft.models.handed import copied
 from metaft.models.stored import with_stored_moments
 from metaft.sampler import Stream, raw_words, uniform
+from metaft.settings import Recipe
 
 SMALLER = "try a smaller --lr"
-
-
-@dataclasses.dataclass(frozen=True)
-class Recipe:
-    """How to fine-tune; the same for both starts that are compared."""
-
-    epochs: int = 40
-    lr: float = 1e-3
-    batch_size: int = 32
-    head: str = "linear"
-    freeze: Literal["none", "backbone"] = "none"
-    augment: Literal["none", "basic"] = "none"
-    patience: int = 10
-    """Epochs without a better validation loss before it stops; without validation images it never does."""
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.batch_size < 2:
-            raise MetaftError(f"batch_size must be at least 2, for a batch's own statistics, got {self.batch_size}")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -68,6 +50,7 @@ def fit(
     classes: int,
     recipe: Recipe,
     *,
+    seed: int = 0,
     val_examples: Tensor | None = None,
     val_labels: Tensor | None = None,
     should_stop: Callable[[], None] = lambda: None,
@@ -85,7 +68,7 @@ def fit(
     like = _like(body)
     examples, labels = examples.to(like.device), labels.to(like.device)
     x_all = inputs(examples).to(like.dtype)
-    model = _start(body, x_all, labels, classes, recipe)
+    model = _start(body, x_all, labels, classes, recipe, seed)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=recipe.lr)
     curve: list[dict[str, float]] = []
     best = (math.inf, {})
@@ -97,7 +80,7 @@ def fit(
     for epoch in range(len(curve), recipe.epochs):
         if _stale(curve, recipe.patience):
             break
-        loss = _epoch(model, optimizer, inputs, examples, labels, recipe, epoch, should_stop)
+        loss = _epoch(model, optimizer, inputs, examples, labels, recipe, seed, epoch, should_stop)
         row = {"epoch": float(epoch + 1), "loss": loss}
         if val_examples is not None and val_labels is not None and len(val_examples):
             x_val = inputs(val_examples.to(like.device)).to(like.dtype)
@@ -144,10 +127,10 @@ def _like(body: nn.Module) -> Tensor:
     return next((t for t in tensors if t.is_floating_point()), torch.empty(0))
 
 
-def _start(body: nn.Module, x: Tensor, labels: Tensor, classes: int, recipe: Recipe) -> nn.ModuleDict:
+def _start(body: nn.Module, x: Tensor, labels: Tensor, classes: int, recipe: Recipe, seed: int) -> nn.ModuleDict:
     """A copy of the body, as far as it is to be trained, and a head that starts from its features."""
     body = copied(body)
-    head = heads.build(recipe.head, in_parts(_stored(body, x), x), labels, classes, recipe.seed)
+    head = heads.build(recipe.head, in_parts(_stored(body, x), x), labels, classes, seed)
     for p in body.parameters():
         p.requires_grad_(p.requires_grad and recipe.freeze == "none")
     if recipe.freeze == "backbone":
@@ -162,14 +145,15 @@ def _epoch(
     examples: Tensor,
     labels: Tensor,
     recipe: Recipe,
+    seed: int,
     epoch: int,
     should_stop: Callable[[], None],
 ) -> float:
     """One pass over the training examples; gives their mean loss. Raises NonFiniteError where there is none."""
     dtype = next(model.parameters()).dtype
-    moves = _moves(len(examples), recipe, epoch)
+    moves = _moves(len(examples), recipe, seed, epoch)
     total = 0.0
-    for batch in _batches(len(examples), recipe, epoch):
+    for batch in _batches(len(examples), recipe.batch_size, seed, epoch):
         rows = torch.from_numpy(batch)
         x = examples[rows.to(examples.device)]
         if moves is not None:
@@ -211,20 +195,20 @@ def _validate(model: nn.ModuleDict, x_train: Tensor, x: Tensor, y: Tensor) -> di
     }
 
 
-def _batches(n: int, recipe: Recipe, epoch: int) -> list[np.ndarray]:
+def _batches(n: int, size: int, seed: int, epoch: int) -> list[np.ndarray]:
     """Rows of each batch of one epoch; a last batch of one image joins the one before, where it has statistics."""
-    order = np.argsort(raw_words(recipe.seed, "train", [epoch], n, stream=Stream.FINE_TUNING)[0], kind="stable")
-    cuts = list(range(recipe.batch_size, n, recipe.batch_size))
+    order = np.argsort(raw_words(seed, "train", [epoch], n, stream=Stream.FINE_TUNING)[0], kind="stable")
+    cuts = list(range(size, n, size))
     if cuts and n - cuts[-1] == 1:
         cuts.pop()
     return np.split(order, cuts)
 
 
-def _moves(n: int, recipe: Recipe, epoch: int) -> Tensor | None:
+def _moves(n: int, recipe: Recipe, seed: int, epoch: int) -> Tensor | None:
     """[n, 3] uniform in -1..1 for n pictures' angles and shifts in an epoch, or None where they stay as they are."""
     if recipe.augment == "none":
         return None
-    words = raw_words(recipe.seed, "val", [epoch], 3 * n, stream=Stream.FINE_TUNING)[0].reshape(n, 3)
+    words = raw_words(seed, "val", [epoch], 3 * n, stream=Stream.FINE_TUNING)[0].reshape(n, 3)
     return torch.from_numpy(2 * uniform(words) - 1).float()
 
 

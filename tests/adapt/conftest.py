@@ -84,7 +84,7 @@ def fits(monkeypatch: pytest.MonkeyPatch) -> list[Seen]:
     def fit(body: nn.Module, inputs: Any, images: Tensor, labels: Tensor, n: int, recipe: Any, **k: Any) -> Any:
         before = {name: p.detach().clone() for name, p in body.named_parameters()}
         fitted = real(body, inputs, images, labels, n, recipe, **k)
-        seen.append(Seen(before, images, labels, k["val_examples"], k["val_labels"], recipe, fitted))
+        seen.append(Seen(before, images, labels, k["val_examples"], k["val_labels"], recipe, k["seed"], fitted))
         return fitted
 
     monkeypatch.setattr(study, "fit", fit)
