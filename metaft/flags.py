@@ -16,6 +16,7 @@ from metaft.options import Field, Settings, options, wrong_choice
 FLAGS_WIDTH = 28
 """Columns of `--help` before the help lines; a longer flag has a line of its own."""
 
+_SWITCHED = {"True": True, "False": False, "None": None}
 _NUMBERS = {int: "a whole number", float: "a number"}
 
 
@@ -23,7 +24,7 @@ def parse(cls: type[Settings], argv: Sequence[str], *, prog: str) -> dict[str, A
     """What the command line gives, and nothing else, by the options' names.
 
     A flag is a name with hyphens (underscores do too), as `--name VALUE` or `--name=VALUE`; a switch is `--name` or
-    `--no-name`. Exits with status 0 for --help. Raises MetaftError for an unknown option, a missing or superfluous
+    `--no-name`, and one that may be left open also `--name True`, `False` or `None`. Exits with status 0 for --help. Raises MetaftError for an unknown option, a missing or superfluous
     word, or a value of the wrong type; bounds are for `cls` to check.
     """
     known = options(cls)
@@ -32,7 +33,8 @@ def parse(cls: type[Settings], argv: Sequence[str], *, prog: str) -> dict[str, A
         end = flagged.index("--")
         flagged, words = flagged[:end], flagged[end + 1 :]
     _check_switches(known, flagged)
-    given, others = _parser(cls, prog).parse_known_args(flagged)
+    given, others = _parser(cls, prog).parse_known_args(flagged, argparse.Namespace(words=[]))
+    others = [*given.__dict__.pop("words"), *others]
     for word in others:
         if word.startswith("-") and word != "-":
             raise MetaftError(f"unknown option {word}{_hint(word.partition('=')[0], known)}")
@@ -62,7 +64,7 @@ def _parser(cls: type[Settings], prog: str) -> _Parser:
         if not field.option.positional:
             if field.group is not None and field.title not in panels:
                 panels[field.title] = parser.add_argument_group(field.title)
-            _add(parser if field.group is None else panels[field.title], name, field)
+            _add(parser, parser if field.group is None else panels[field.title], name, field)
     return parser
 
 
@@ -70,19 +72,30 @@ class _Parser(argparse.ArgumentParser):
     def __init__(self, **how: Any) -> None:
         super().__init__(**how)
         self._negative_number_matcher = re.compile(r"-(\.?\d|inf$|nan$)")  # else -1e-3 is no value but a flag
+        self.switches: list[argparse.Action] = []
+
+    def format_help(self) -> str:
+        for action in self.switches:
+            action.nargs = 0  # the value is for those who know of it
+        return super().format_help()
 
     def error(self, message: str) -> NoReturn:
         raise MetaftError(message.removeprefix("argument "))
 
 
 class _Switch(argparse.Action):
-    """True, or False for a flag that begins with --no."""
+    """True, or False for a flag that begins with --no, or one of these words behind the flag."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
-        setattr(namespace, self.dest, option_string not in _switched_off(self.dest))
+        on = option_string not in _switched_off(self.dest)
+        if isinstance(values, str) and on and values in _SWITCHED:
+            on = _SWITCHED[values]
+        elif isinstance(values, str):
+            namespace.words.append(values)  # the next one, which is no business of a switch
+        setattr(namespace, self.dest, on)
 
 
-def _add(panel: Any, name: str, field: Field) -> None:
+def _add(parser: _Parser, panel: Any, name: str, field: Field) -> None:
     """The flags of an option; spellings that go without saying are not shown."""
     said = f"{field.option.help}{_default_of(field)}".replace("%", "%%")
     if _is_switch(field):
@@ -90,8 +103,9 @@ def _add(panel: Any, name: str, field: Field) -> None:
         # What is off unless it is given has its opposite for the sake of a TOML file or a run that says otherwise.
         shown = [flag(name), off[0]] if field.open else [flag(name)]
         hidden = {*off, f"--{name}"}.difference(shown)
-        panel.add_argument(*shown, dest=name, action=_Switch, nargs=0, help=said)
-        panel.add_argument(*sorted(hidden), dest=name, action=_Switch, nargs=0, help=argparse.SUPPRESS)
+        for spelt, line in ((shown, said), (sorted(hidden), argparse.SUPPRESS)):
+            how = {"dest": name, "action": _Switch, "nargs": "?" if field.open else 0}
+            parser.switches.append(panel.add_argument(*spelt, help=line, **how))
         return
     how = {"dest": name, "type": functools.partial(_read, field), "metavar": _metavar(field)}
     if isinstance(field.default, tuple):
@@ -150,11 +164,13 @@ def _read(field: Field, text: str) -> Any:
 
 def _check_switches(known: Mapping[str, Field], argv: Sequence[str]) -> None:
     """Raises MetaftError for a switch with a value."""
-    switches = {name: {f"--{name}", flag(name), *_switched_off(name)} for name, f in known.items() if _is_switch(f)}
+    switches = {name: field for name, field in known.items() if _is_switch(field)}
     for word in argv:
-        name, equals, value = word.partition("=")
-        if equals and any(name in flags for flags in switches.values()):
-            raise MetaftError(f"{name} takes no value, got {value!r}")
+        spelt, equals, value = word.partition("=")
+        for name, field in switches.items():
+            on = spelt in (flag(name), f"--{name}")
+            if equals and (on or spelt in _switched_off(name)) and not (on and field.open and value in _SWITCHED):
+                raise MetaftError(f"{spelt} takes no value, got {value!r}")
 
 
 def _positionals(known: Mapping[str, Field], words: Sequence[str]) -> dict[str, Any]:
