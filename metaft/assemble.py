@@ -32,6 +32,7 @@ from metaft.models.handed import said
 from metaft.models.precision import in_bf16, matrix_units
 from metaft.models.recomputed import recomputed
 from metaft.objective import Objective
+from metaft.options import flat
 from metaft.outer import PARALLEL, Engine, engine, settled_name, task_chunk, task_grad_of, tune, why_not_mapped
 from metaft.ranks import Ranks
 from metaft.run import RunFolder
@@ -79,22 +80,24 @@ def assemble(
         raise MetaftError(
             f"init: no {init!r}, known are {', '.join(get_args(Init))}{suggest(str(init), get_args(Init))}"
         )
-    device = device_of(config.device)
-    config = paths.in_full(dataclasses.replace(config, plugin=plugin.load(config.plugin, config.algorithm)))
+    device = device_of(config.compute.device)
+    config = paths.in_full(
+        dataclasses.replace(config, plugin=plugin.load(config.learner.plugin, config.learner.algorithm))
+    )
     if dataset is None:
         dataset = tasks.load(
-            config.dataset,
-            data_root=config.data_root,
-            split=config.split,
-            download=config.download,
-            image_size=config.image_size,
-            channels=config.channels,
+            config.data.dataset,
+            data_root=config.data.data_root,
+            split=config.data.split,
+            download=config.data.download,
+            image_size=config.data.image_size,
+            channels=config.data.channels,
             classes=[name for names in (classes or {}).values() for name in names],
-            skip_bad=config.skip_bad,
+            skip_bad=config.data.skip_bad,
         )
-        if paths.folder_of(config.dataset):
+        if paths.folder_of(config.data.dataset):
             config = dataclasses.replace(config, dataset=dataset.name)  # where it is now
-        rotate = tasks.default_rotate(config.dataset, config.split)
+        rotate = tasks.default_rotate(config.data.dataset, config.data.split)
     else:
         config = dataclasses.replace(config, dataset=paths.named_in_full(dataset.name))
         rotate = False
@@ -105,40 +108,41 @@ def assemble(
         )
     settled = resolve(config, dataset, default_rotate=rotate, custom_model=module is not None)
     if module is not None:
-        if settled.dropout:
-            raise MetaftError(f"dropout: a module from Python brings its own (given {settled.dropout})")
-        model = models.functional(_handed(module, init, settled.seed, snapshot).to(device))
-        if model.outputs != settled.ways:
+        if settled.learner.dropout:
+            raise MetaftError(f"dropout: a module from Python brings its own (given {settled.learner.dropout})")
+        model = models.functional(_handed(module, init, settled.compute.seed, snapshot).to(device))
+        if model.outputs != settled.task.ways:
             raise MetaftError(
-                f"ways: the module's head has {model.outputs} outputs, but tasks have {settled.ways} classes"
+                f"ways: the module's head has {model.outputs} outputs, but tasks have {settled.task.ways} classes"
             )
-    elif settled.model == "custom":
+    elif settled.learner.model == "custom":
         raise MetaftError(
             "model: this run was trained with a module from Python (custom); hand it over there (module=...)"
         )
     else:
         model = models.build(
-            settled.model, ways=settled.ways, shape=dataset.shape, width=settled.width, dropout=settled.dropout,
-            seed=settled.seed, device=device,
+            settled.learner.model, ways=settled.task.ways, shape=dataset.shape, width=settled.learner.width,
+            dropout=settled.learner.dropout, seed=settled.compute.seed, device=device,
         )  # fmt: skip
     example = None
-    if module is not None or not models.is_ours(settled.model):
+    if module is not None or not models.is_ours(settled.learner.model):
         example = _example(dataset, settled)
         models.check_repeats(model, dataset.shape, example)
     model = _computing_as(model, settled, example, dataset.shape)
     minimised: Loss = dataset.loss if loss is None else loss
     if callable(loss) or isinstance(loss, Objective):
         source, split = _some_source(dataset, settled)
-        target = source.episodes(settled.seed, split, range(1)).query_y[0]
+        target = source.episodes(settled.compute.seed, split, range(1)).query_y[0]
         like = next(iter(model.params.values()))
         objective.check(loss if isinstance(loss, Objective) else Objective(loss), model.outputs, target, like)
-    algorithm = algorithms.build(settled.algorithm, model, hyper(settled, minimised))
-    if not algorithm.init(settled.seed)[0]:
+    algorithm = algorithms.build(settled.learner.algorithm, model, hyper(settled, minimised))
+    if not algorithm.init(settled.compute.seed)[0]:
         raise MetaftError(
-            f"algorithm: {settled.algorithm} has nothing to learn here, all but its head is frozen in the module"
+            f"algorithm: {settled.learner.algorithm} has nothing to learn here, all but its head is frozen in the "
+            "module"
         )
     dataset = dataset.to(device)
-    if module is not None or not models.is_ours(settled.model):
+    if module is not None or not models.is_ours(settled.learner.model):
         settled = _mappable(settled, model, algorithm, dataset)
     own = "" if module is None else said(module, "its own values" if init == "keep" else "drawn from the seed")
     return Parts(settled, dataset, model, algorithm, device, own)
@@ -157,8 +161,8 @@ def _some_source(dataset: Dataset, config: Settled) -> tuple[Source, Split]:
     for split in SPLITS:
         with contextlib.suppress(DataError) if split != SPLITS[-1] else contextlib.nullcontext():
             source = dataset.source(
-                ways=config.ways, shots=config.shots, query_shots=config.query_shots, rotate=config.rotate,
-                splits=(split,),
+                ways=config.task.ways, shots=config.task.shots, query_shots=config.task.query_shots,
+                rotate=config.data.rotate, splits=(split,),
             )  # fmt: skip
             return source, split
     raise AssertionError
@@ -172,7 +176,7 @@ def _example(dataset: Dataset, config: Settled) -> torch.Tensor | None:
     if isinstance(dataset, (ClassPool, Sinusoid)):
         return None
     source, split = _some_source(dataset, config)
-    task = source.episodes(config.seed, split, range(1))
+    task = source.episodes(config.compute.seed, split, range(1))
     x = torch.cat([task.support_x[0], task.query_x[0]])
     return torch.cat([x, x])[:2]
 
@@ -183,19 +187,23 @@ def _mappable(config: Settled, model: Model, algorithm: Algorithm, dataset: Data
     Raises MetaftError where not even one task can be taken.
     """
     source, split = _some_source(dataset, config)
-    meta, state = algorithm.init(config.seed)
+    meta, state = algorithm.init(config.compute.seed)
     knobs = {name: value.to(next(iter(meta.values())).device) for name, value in algorithm.schedule(0).items()}
-    scores = functools.partial(_scores, algorithm, source.ways, min(1, config.test_inner_steps))
-    trials: list[tuple[Any, Any, Any]] = [(scores, (meta, state), source.episodes(config.seed, split, range(2)))]
+    scores = functools.partial(_scores, algorithm, source.ways, min(1, config.test.test_inner_steps))
+    trials: list[tuple[Any, Any, Any]] = [
+        (scores, (meta, state), source.episodes(config.compute.seed, split, range(2)))
+    ]
     if split == "train":
-        trials.append((task_grad_of(algorithm), (meta, state, knobs), draw(algorithm, source, config.seed, range(2))))
-    what = f"module: {model.architecture.get('class', config.model)} and {algorithm.name}"
+        trials.append(
+            (task_grad_of(algorithm), (meta, state, knobs), draw(algorithm, source, config.compute.seed, range(2)))
+        )
+    what = f"module: {model.architecture.get('class', config.learner.model)} and {algorithm.name}"
     reasons = [why_not_mapped(*trial, what) for trial in trials]
-    engine = config.engine
+    engine = config.compute.engine
     if engine not in PARALLEL:  # threads alone can be on a GPU too
         on_gpu = next(iter(meta.values())).device.type != "cpu"
         engine = "threads" if on_gpu else settled_name("auto", convolutional=True, device="cpu")
-    if not any(reasons) or (config.task_chunk == 1 and engine == config.engine):
+    if not any(reasons) or (config.compute.task_chunk == 1 and engine == config.compute.engine):
         return config
     obstacle = next(filter(None, reasons))
     print(f"engine: {engine}, one task at a time: vmap cannot take this module ({obstacle})", file=sys.stderr)
@@ -208,7 +216,7 @@ def _scores(algorithm: Algorithm, ways: int, steps: int, shared: tuple[Params, P
 
 def _computing_as(model: Model, config: Settled, example: torch.Tensor | None, shape: tuple[int, ...]) -> Model:
     """The model under `--precision` and `--inner-checkpoint`. Raises MetaftError where it cannot be."""
-    if config.precision == "bf16":
+    if config.compute.precision == "bf16":
         model = in_bf16(model)
         probe = next(iter(model.params.values()))
         x = torch.zeros(2, *shape, dtype=probe.dtype) if example is None else example
@@ -216,7 +224,7 @@ def _computing_as(model: Model, config: Settled, example: torch.Tensor | None, s
             model.apply(model.params, x.to(probe.device), None)
         except RuntimeError as error:  # a module of the user's own, say with constants in float32
             raise MetaftError(f"precision: this model cannot compute in bf16 ({str(error).splitlines()[0]})") from None
-    return recomputed(model) if config.inner_checkpoint else model
+    return recomputed(model) if config.compute.inner_checkpoint else model
 
 
 @contextlib.contextmanager
@@ -224,13 +232,13 @@ def engine_for(parts: Parts) -> Iterator[Engine]:
     """The engine that a run's settings ask for, in its precision; closed on leaving."""
     c = parts.config
     made = engine(
-        c.engine,
+        c.compute.engine,
         convolutional=parts.model.convolutional,
         device=parts.device,
-        threads=c.threads,
-        chunk=c.task_chunk,
+        threads=c.compute.threads,
+        chunk=c.compute.task_chunk,
     )
-    with matrix_units(c.precision), made as mapped:
+    with matrix_units(c.compute.precision), made as mapped:
         yield mapped
 
 
@@ -242,25 +250,25 @@ def with_engine(parts: Parts, draw_batch: Callable[[], Any], *, ranks: int = 1, 
     MetaftError for a chunk beside `tune`, which chooses it.
     """
     c = parts.config
-    name = settled_name(c.engine, convolutional=parts.model.convolutional, device=parts.device)
+    name = settled_name(c.compute.engine, convolutional=parts.model.convolutional, device=parts.device)
     if before is not None and (before in PARALLEL) != (name in PARALLEL):
         c = dataclasses.replace(c, task_chunk=None)
-    if c.engine == "tune":
-        if c.task_chunk is not None:
-            raise MetaftError(f"task_chunk: --engine tune chooses it by itself (given {c.task_chunk})")
-        meta, state = parts.algorithm.init(c.seed)
+    if c.compute.engine == "tune":
+        if c.compute.task_chunk is not None:
+            raise MetaftError(f"task_chunk: --engine tune chooses it by itself (given {c.compute.task_chunk})")
+        meta, state = parts.algorithm.init(c.compute.seed)
         times = tune(
             parts.algorithm, meta, state, draw_batch(),
-            convolutional=parts.model.convolutional, device=parts.device, threads=c.threads,
+            convolutional=parts.model.convolutional, device=parts.device, threads=c.compute.threads,
         )  # fmt: skip
         tried = ", ".join(f"{_called(*key)} {1000 * seconds:.0f}" for key, seconds in times.items())
         (name, chunk), *_ = times
         print(f"engine: {_called(name, chunk)}; ms per meta-step: {tried}", file=sys.stderr)
         c = dataclasses.replace(c, engine=name, task_chunk=chunk)
-    elif c.task_chunk is None and name in PARALLEL:
-        threads = c.threads or torch.get_num_threads()
-        values = c.ways * (c.shots + c.query_shots) * math.prod(parts.dataset.shape)
-        c = dataclasses.replace(c, task_chunk=task_chunk(values, -(-c.meta_batch // ranks), threads))
+    elif c.compute.task_chunk is None and name in PARALLEL:
+        threads = c.compute.threads or torch.get_num_threads()
+        values = c.task.ways * (c.task.shots + c.task.query_shots) * math.prod(parts.dataset.shape)
+        c = dataclasses.replace(c, task_chunk=task_chunk(values, -(-c.task.meta_batch // ranks), threads))
     return dataclasses.replace(parts, config=c)
 
 
@@ -280,7 +288,7 @@ def convolution_forms(
     device, c = torch.device(parts.device), parts.config
     record = functools.partial(recorded, device=device, said=False) if mapped.whole_steps else None
     measure = functools.partial(convolution.seconds, device=device, record=record)
-    name = " ".join((*machine(parts.device).values(), c.precision, mapped.name))
+    name = " ".join((*machine(parts.device).values(), c.compute.precision, mapped.name))
     begin = time.perf_counter()
     chosen = convolution.choose(shapes, measure, machine=name)
     counts = ", ".join(f"{form} for {n}" for form, n in collections.Counter(chosen.values()).most_common())
@@ -332,7 +340,7 @@ def header(parts: Parts, engine: Engine, ranks: int = 1) -> dict[str, Any]:
     return {
         "version": __version__,
         # Not where the folder is: it may move, and a resumed run must end with the same bytes.
-        "config": {k: v for k, v in dataclasses.asdict(parts.config).items() if v is not None and k != "out"},
+        "config": {k: v for k, v in flat(parts.config).items() if v is not None and k != "out"},
         "architecture": dict(parts.model.architecture),
         "dataset": parts.dataset.name,
         "split_hash": parts.dataset.split_hash,
@@ -392,7 +400,7 @@ def fill(parts: Parts, snapshot: Snapshot) -> Snapshot:
     if (theirs := snapshot.header.get("loss")) != own:
         what = f"with {theirs}, a loss from Python; hand it over there" if theirs else "without a loss from Python"
         raise MetaftError(f"loss: this run was trained {what} (loss=...{'' if own is None else f', given {own}'})")
-    meta, state = parts.algorithm.init(parts.config.seed)
+    meta, state = parts.algorithm.init(parts.config.compute.seed)
     if snapshot.frozen.keys() != parts.model.frozen.keys():
         raise CheckpointError(
             f"checkpoint: frozen in the run are {sorted(snapshot.frozen)[:6]}, and in the module that was handed over "

@@ -9,13 +9,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import tyro
-
 from metaft import paths
-from metaft.cli import StopSignals, check_writable, in_ranks, parse
+from metaft.cli import StopSignals, check_writable, in_ranks
 from metaft.config import EvaluateConfig
 from metaft.errors import MetaftError, check_ways
+from metaft.flags import parse
 from metaft.modes import in_usual_modes
+from metaft.options import Option, flat
 from metaft.output import steady
 from metaft.ranks import ALONE, Ranks
 
@@ -25,12 +25,11 @@ if TYPE_CHECKING:
     from metaft.types import Dataset, Loss
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, init=False)
 class Arguments(EvaluateConfig):
     """Meta-test a finished run, at its own or at other ways and shots. A field left out is as in the run."""
 
-    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")] = dataclasses.field(kw_only=True)
-    """Run folder."""
+    run: Annotated[str, Option("Run folder of metaft.meta_train.", metavar="RUN", positional=True)] = ""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,12 +40,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _command(argv: Sequence[str], ranks: Ranks) -> None:
     given = ranks.on_first(lambda: parse(Arguments, argv, prog="python -m metaft.evaluate"))
-    config = EvaluateConfig(**{f.name: getattr(given, f.name) for f in dataclasses.fields(EvaluateConfig)})
+    path = Path(given.pop("run"))
+    config = EvaluateConfig(**given)
 
     from metaft.allocator import keep_freed_memory
 
     keep_freed_memory()
-    run(Path(given.run), config, ranks=ranks)
+    run(path, config, ranks=ranks)
 
 
 @steady()
@@ -78,22 +78,25 @@ def run(
     which = config.checkpoint
     folder, trained, snapshot = ranks.on_first(lambda: open_run(path, which=which))
     trained = paths.in_full(trained)
-    fields = {name: getattr(config, name) for name in ("device", "engine", "threads", "task_chunk", "download")}
-    fields |= {name: getattr(config, name) for name in ("data_root", "plugin") if getattr(config, name) is not None}
-    fields["skip_bad"] = config.skip_bad or trained.skip_bad
-    if config.split is not None:
-        fields |= {"split": config.split, "rotate": None if config.split != trained.split else trained.rotate}
-    if config.dataset is not None and config.dataset != trained.dataset:
+    fields = {**flat(config.compute), "download": config.data.download}
+    fields |= {k: v for k, v in (("data_root", config.data.data_root), ("plugin", config.plugin)) if v is not None}
+    fields["skip_bad"] = config.data.skip_bad or trained.data.skip_bad
+    if config.data.split is not None:
+        fields |= {
+            "split": config.data.split,
+            "rotate": None if config.data.split != trained.data.split else trained.data.rotate,
+        }
+    if config.data.dataset is not None and config.data.dataset != trained.data.dataset:
         # Nothing of the old data set's own settings is meant for the new one.
-        fields |= {"dataset": config.dataset, "split": config.split, "rotate": None}
+        fields |= {"dataset": config.data.dataset, "split": config.data.split, "rotate": None}
         # A folder is read as the run's own images were; a data set with its own size takes no such wish.
-        inputs = of_header(snapshot.header) if config.dataset.startswith(("folder:", "l2l:")) else None
+        inputs = of_header(snapshot.header) if config.data.dataset.startswith(("folder:", "l2l:")) else None
         channels, side = (inputs.channels, inputs.height) if isinstance(inputs, ImageInputs) else (None, None)
         fields |= {"channels": channels, "image_size": side}
-    if config.rotate is not None:
-        fields["rotate"] = config.rotate
+    if config.data.rotate is not None:
+        fields["rotate"] = config.data.rotate
     wanted, begun = dataclasses.replace(trained, **fields), snapshot
-    classes = begun.header.get("classes") if wanted.dataset == trained.dataset else None
+    classes = begun.header.get("classes") if wanted.data.dataset == trained.data.dataset else None
     parts = ranks.in_turn(
         lambda: assemble(wanted, dataset=dataset, module=module, loss=loss, snapshot=begun, classes=classes)
     )
@@ -104,27 +107,29 @@ def run(
         folder_of_out = next((p for p in out.absolute().parents if os.path.isdir(p)), out)
         ranks.on_first(lambda: check_writable(out, "out", folder_of_out))
     c = parts.config
-    ways = config.ways or c.test_ways
+    ways = config.episode.ways or c.test.test_ways
     check_ways("ways", ways, parts.algorithm.loss)
-    shots = config.shots or c.test_shots
-    queries = config.query_shots or c.test_query_shots
-    steps = c.test_inner_steps if config.inner_steps is None else config.inner_steps
-    check_steps("inner_steps", config.inner_steps, c.algorithm)
-    same_data = config.dataset is None and config.split in (None, trained.split)
+    shots = config.episode.shots or c.test.test_shots
+    queries = config.episode.query_shots or c.test.test_query_shots
+    steps = c.test.test_inner_steps if config.episode.inner_steps is None else config.episode.inner_steps
+    check_steps("inner_steps", config.episode.inner_steps, c.learner.algorithm)
+    same_data = config.data.dataset is None and config.data.split in (None, trained.data.split)
     if same_data and snapshot.header["split_hash"] != parts.dataset.split_hash:
         raise MetaftError(
             f"dataset: the classes of {parts.dataset.name} are no longer split as when {path} was trained, so its test "
             "classes may have been trained on; name it with --dataset to test on it all the same"
         )
-    seen = _seen_in_training(snapshot.header, parts.dataset, config.set)
-    if ways != c.ways and not parts.algorithm.any_ways:
+    seen = _seen_in_training(snapshot.header, parts.dataset, config.episode.set)
+    if ways != c.task.ways and not parts.algorithm.any_ways:
         raise MetaftError(
-            f"ways: {c.algorithm} learned a head with {c.ways} outputs, so {path} can only be tested {c.ways}-way, "
-            f"not {ways}-way"
+            f"ways: {c.learner.algorithm} learned a head with {c.task.ways} outputs, so {path} can only be tested "
+            f"{c.task.ways}-way, not {ways}-way"
         )
-    source = parts.dataset.source(ways=ways, shots=shots, query_shots=queries, rotate=c.rotate, splits=(config.set,))
-    seed = c.eval_seed if config.eval_seed is None else config.eval_seed
-    episodes = config.episodes or c.test_episodes
+    source = parts.dataset.source(
+        ways=ways, shots=shots, query_shots=queries, rotate=c.data.rotate, splits=(config.episode.set,)
+    )
+    seed = c.test.eval_seed if config.episode.eval_seed is None else config.episode.eval_seed
+    episodes = config.episode.episodes or c.test.test_episodes
     bar = Progress("meta-test", episodes, "episode")
     with (
         StopSignals(ranks, "stopped; nothing was written") as signals,
@@ -137,7 +142,7 @@ def run(
 
         test = meta_test(
             mapped, parts.algorithm, snapshot.meta, snapshot.state, source,
-            split=config.set, seed=seed, episodes=episodes, steps=steps, ranks=ranks, progress=progress,
+            split=config.episode.set, seed=seed, episodes=episodes, steps=steps, ranks=ranks, progress=progress,
         )  # fmt: skip
         name, threads = mapped.name, mapped.threads
     bar.close()
@@ -148,10 +153,10 @@ def run(
         "checkpoint": config.checkpoint,
         "step": snapshot.position.step,
         "dataset": parts.dataset.name,
-        "class_split": c.split,
+        "class_split": c.data.split,
         "split_hash": parts.dataset.split_hash,
         "classes_seen_in_training": seen,
-        "algorithm": c.algorithm,
+        "algorithm": c.learner.algorithm,
         "device": parts.device,
         "engine": name,
         "ranks": ranks.count,
@@ -159,12 +164,13 @@ def run(
         "test": test,
     }
     protocol = f"{ways}w{shots}s{queries}q-{test['inner_steps']}steps-{episodes}x-seed{seed}"
-    data = "-".join(filter(None, (paths.shown(parts.dataset.name), c.split, config.set, "rotated" if c.rotate else "")))
+    words = (paths.shown(parts.dataset.name), c.data.split, config.episode.set, "rotated" if c.data.rotate else "")
+    data = "-".join(filter(None, words))
     default = f"{file_name(data)}-{protocol}-{config.checkpoint}.json"
     out = paths.local(config.out) if config.out is not None else folder.path / "evaluations" / default
     ranks.on_first(lambda: folder.write_json(out, result))
     print_test(test)
-    if seen and config.set != "train":
+    if seen and config.episode.set != "train":
         print(f"  (note: {seen} of these classes were trained on, so this is not a test on new classes)")
     print(f"result:   {out}")
     return result

@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 from metaft import paths
 from metaft.cli import StopSignals, check_unchanged, fresh_folder, in_ranks, settings
-from metaft.config import Init, MetaTrainConfig, from_mapping, read_toml, to_toml
+from metaft.config import Init, MetaTrainConfig, read_toml, to_toml
 from metaft.errors import DataError, MetaftError, RankLost
 from metaft.modes import in_usual_modes
+from metaft.options import flat, from_mapping
 from metaft.output import steady
 from metaft.ranks import ALONE, Ranks
+from metaft.settings import Origin
 from metaft.torchrun import launcher
 
 if TYPE_CHECKING:
@@ -45,19 +47,14 @@ RESUMABLE = (
 )
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, init=False)
 class Arguments(MetaTrainConfig):
     """Learn an initialisation from few-shot episodes, then meta-test it.
 
     Defaults follow data, model and member: "photos" below is for --model conv4-pool and for images above 32 pixels.
     """
 
-    config: str | None = None
-    """TOML file with any of these fields; the command line wins."""
-    resume: str | None = None
-    """Run folder to go on with; its own settings apply."""
-    auto_resume: bool = False
-    """Go on with the run in --out where there is one already, and start it where there is none."""
+    origin: Origin
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -82,7 +79,7 @@ def _asked_for(argv: Sequence[str], ranks: Ranks) -> tuple[MetaTrainConfig, Path
     before = ranks.launch if ranks.restarted else None
     config, resume = settings(Arguments, MetaTrainConfig, argv, prog="python -m metaft.meta_train", launch=before)
     restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")
-    if resume is None and config.out is None and restarts != "0":
+    if resume is None and config.output.out is None and restarts != "0":
         raise MetaftError(
             f"out: with --max-restarts {restarts} give --out, so that a restart finds the run to go on with"
         )
@@ -118,9 +115,9 @@ def run(
     c = parts.config
 
     def create() -> RunFolder:
-        data = paths.typed(config.dataset) if dataset is None else dataset.name
-        name = f"{file_name(data)}-{c.algorithm}-{c.ways}w{c.shots}s-{c.seed}"
-        folder = Path(c.out) if c.out is not None else fresh_folder(Path("runs") / name)
+        data = paths.typed(config.data.dataset) if dataset is None else dataset.name
+        name = f"{file_name(data)}-{c.learner.algorithm}-{c.task.ways}w{c.task.shots}s-{c.compute.seed}"
+        folder = Path(c.output.out) if c.output.out is not None else fresh_folder(Path("runs") / name)
         return RunFolder.create(folder, to_toml(dataclasses.replace(c, out=None)), launch=ranks.launch)
 
     made = ranks.on_first(create)
@@ -192,33 +189,39 @@ def _resume(
     path = folder.path
     own, snapshot = ranks.on_first(lambda: _reopened(folder))
     own = paths.in_full(own)
-    given = {} if config is None else {k: v for k, v in dataclasses.asdict(config).items() if v not in (None, ())}
-    if set(given.get("hyper", ())) <= set(own.hyper):  # a run adds what it found out itself
+    given = {} if config is None else {k: v for k, v in flat(config).items() if v not in (None, ())}
+    if set(given.get("hyper", ())) <= set(own.inner.hyper):  # a run adds what it found out itself
         given.pop("hyper", None)
     named = {} if dataset is None else {"dataset": dataset.name}
     config = paths.in_full(dataclasses.replace(own, **{**given, **named, "out": None}))
-    if config.engine == "tune" and config.task_chunk == own.task_chunk:  # as it was chosen once, by it or another rule
+    if (
+        config.compute.engine == "tune" and config.compute.task_chunk == own.compute.task_chunk
+    ):  # as it was chosen once, by it or another rule
         config = dataclasses.replace(config, task_chunk=None)
     classes = snapshot and snapshot.header.get("classes")
     names = [name for part in (classes or {}).values() for name in part]
-    data = paths.as_run_names(config.dataset, own.dataset, config.data_root, names)
+    data = paths.as_run_names(config.data.dataset, own.data.dataset, config.data.data_root, names)
     config = dataclasses.replace(config, dataset=data)
     check_unchanged(config, own, path, except_for=RESUMABLE)
-    if snapshot is not None and config.iterations is not None and config.iterations < snapshot.position.step:
+    if (
+        snapshot is not None
+        and config.outer.iterations is not None
+        and config.outer.iterations < snapshot.position.step
+    ):
         raise MetaftError(
-            f"iterations must be at least the {snapshot.position.step} already done, got {config.iterations}"
+            f"iterations must be at least the {snapshot.position.step} already done, got {config.outer.iterations}"
         )
     begun = {"init": init, "loss": loss, "snapshot": snapshot, "classes": classes}
     parts = ranks.in_turn(lambda: assemble(config, dataset=dataset, module=module, **begun))
     sources = _sources(parts)
     before = None
-    if snapshot is not None and config.task_chunk == own.task_chunk:
+    if snapshot is not None and config.compute.task_chunk == own.compute.task_chunk:
         before = snapshot.header["environment"]["engine"]
     parts = _with_engine(parts, sources[0], ranks, before=before)
     if ranks.rank == 0:
-        if snapshot is None or snapshot.position.step < parts.config.iterations:
+        if snapshot is None or snapshot.position.step < parts.config.outer.iterations:
             folder.result.unlink(missing_ok=True)  # of a shorter run; it would not be this one's
-        if dataclasses.asdict(config) != dataclasses.asdict(own) or parts.config.dataset != own.dataset:
+        if flat(config) != flat(own) or parts.config.data.dataset != own.data.dataset:
             write_atomically(folder.config, to_toml(parts.config).encode())
     return _go(folder, parts, sources, snapshot, ranks)
 
@@ -243,10 +246,14 @@ def _with_engine(parts: Parts, train: Source, ranks: Ranks, *, before: str | Non
 
     c = parts.config
     check_ranks(parts, ranks)
-    if c.meta_batch < ranks.count:
-        raise MetaftError(f"meta_batch must be at least the number of processes, got {c.meta_batch} for {ranks.count}")
-    mine = ranks.share(range(c.meta_batch))
-    chosen = with_engine(parts, lambda: draw(parts.algorithm, train, c.seed, mine), ranks=ranks.count, before=before)
+    if c.task.meta_batch < ranks.count:
+        raise MetaftError(
+            f"meta_batch must be at least the number of processes, got {c.task.meta_batch} for {ranks.count}"
+        )
+    mine = ranks.share(range(c.task.meta_batch))
+    chosen = with_engine(
+        parts, lambda: draw(parts.algorithm, train, c.compute.seed, mine), ranks=ranks.count, before=before
+    )
     return dataclasses.replace(parts, config=ranks.on_first(lambda: chosen.config))
 
 
@@ -259,23 +266,23 @@ def _sources(parts: Parts) -> tuple[Source, Source, Source]:
     from metaft.defaults import train_classes
 
     c = parts.config
-    if c.test_ways != c.ways and not parts.algorithm.any_ways:
+    if c.test.test_ways != c.task.ways and not parts.algorithm.any_ways:
         raise MetaftError(
-            f"test_ways: {c.algorithm} learns a head with one output per class, so {c.test_ways} ways at test "
-            f"cannot follow {c.ways} in training"
+            f"test_ways: {c.learner.algorithm} learns a head with one output per class, so {c.test.test_ways} ways at "
+            f"test cannot follow {c.task.ways} in training"
         )
-    rows, found = parse_hyper(c.algorithm, c.hyper).get("classes"), train_classes(parts.dataset)
+    rows, found = parse_hyper(c.learner.algorithm, c.inner.hyper).get("classes"), train_classes(parts.dataset)
     if isinstance(rows, int) and rows < found:
         raise MetaftError(f"hyper: classes={rows} are fewer than the {found} that {parts.dataset.name} has to train on")
     train = parts.dataset.source(
-        ways=c.ways, shots=c.shots, query_shots=c.query_shots, rotate=c.rotate, splits=("train",)
+        ways=c.task.ways, shots=c.task.shots, query_shots=c.task.query_shots, rotate=c.data.rotate, splits=("train",)
     )
     val, test = (
         parts.dataset.source(
-            ways=c.test_ways,
-            shots=c.test_shots,
-            query_shots=c.test_query_shots,
-            rotate=c.rotate,
+            ways=c.test.test_ways,
+            shots=c.test.test_shots,
+            query_shots=c.test.test_query_shots,
+            rotate=c.data.rotate,
             splits=(split,),
         )
         for split in ("val", "test")
@@ -298,7 +305,7 @@ def _go(
     ):
         now, before = header(parts, mapped, ranks.count), None
         if start is None:
-            start = ranks.on_first(lambda: begin(parts.algorithm, c.seed, now, parts.model))
+            start = ranks.on_first(lambda: begin(parts.algorithm, c.compute.seed, now, parts.model))
         else:
             say_what_changed(start.header["environment"], now["environment"])
             if start.header["environment"] == now["environment"]:
@@ -309,17 +316,17 @@ def _go(
                 )
             print(f"resuming {run.path} at step {start.position.step}", file=sys.stderr)
         start = begun = fill(parts, start)
-        mine = ranks.share(range(c.meta_batch))
+        mine = ranks.share(range(c.task.meta_batch))
 
         def meta_batch() -> Any:
-            return draw(parts.algorithm, sources[0], c.seed, mine)
+            return draw(parts.algorithm, sources[0], c.compute.seed, mine)
 
         chosen = ranks.on_first(lambda: convolution_forms(parts, mapped, begun, meta_batch, before))
         start = dataclasses.replace(start, header={**now, "convolutions": chosen} if chosen else now)
         print(
-            f"{paths.shown(parts.dataset.name)} · {c.algorithm} · {c.ways}-way {c.shots}-shot · {c.model}{parts.own} · "
-            f"{mapped.name} on {parts.device}{f', {ranks.count} processes' if ranks.count > 1 else ''} · "
-            f"run folder {run.path}",
+            f"{paths.shown(parts.dataset.name)} · {c.learner.algorithm} · {c.task.ways}-way {c.task.shots}-shot · "
+            f"{c.learner.model}{parts.own} · {mapped.name} on {parts.device}"
+            f"{f', {ranks.count} processes' if ranks.count > 1 else ''} · run folder {run.path}",
             file=sys.stderr,
         )
 
@@ -343,7 +350,7 @@ def finish(
     # Where no validation figure was finite there is no best one.
     best = ranks.on_first(lambda: read_snapshot(run, run.best if run.best.exists() else run.last))
     best = fill(parts, best)
-    bar = Progress("meta-test", c.test_episodes, "episode")
+    bar = Progress("meta-test", c.test.test_episodes, "episode")
 
     def progress(done: int) -> None:
         bar.update(done)
@@ -351,7 +358,7 @@ def finish(
 
     test = meta_test(
         mapped, parts.algorithm, best.meta, best.state, source,
-        split="test", seed=c.eval_seed, episodes=c.test_episodes, steps=c.test_inner_steps,
+        split="test", seed=c.test.eval_seed, episodes=c.test.test_episodes, steps=c.test.test_inner_steps,
         ranks=ranks, progress=progress,
     )  # fmt: skip
     bar.close()
@@ -380,20 +387,20 @@ def _report(
         "command": "meta_train",
         "version": __version__,
         "dataset": parts.dataset.name,
-        "class_split": c.split,
+        "class_split": c.data.split,
         "split_hash": parts.dataset.split_hash,
-        "algorithm": c.algorithm,
-        "ways": c.ways,
-        "shots": c.shots,
-        "iterations": c.iterations,
+        "algorithm": c.learner.algorithm,
+        "ways": c.task.ways,
+        "shots": c.task.shots,
+        "iterations": c.outer.iterations,
         "best_step": best.position.step,
-        "seed": c.seed,
+        "seed": c.compute.seed,
         "device": parts.device,
         "engine": mapped.name,
         "ranks": ranks,
         "environment": where_measured(parts.device, mapped.threads),
         "seconds": round(seconds, 3),
-        "tasks_per_second": round(c.iterations * c.meta_batch / training, 1) if training else None,
+        "tasks_per_second": round(c.outer.iterations * c.task.meta_batch / training, 1) if training else None,
         "test": test,
     }
     run.write_json(run.result, result)
@@ -408,21 +415,21 @@ def _next_commands(run: RunFolder, parts: Parts) -> list[str]:
 
     c = parts.config
     path = str(run.path)
-    if c.model == "custom":
+    if c.learner.model == "custom":
         return [f"metaft.evaluate.run(Path({path!r}), module=...) in Python, which brings the module again"]
     adapt = f"python -m metaft.adapt --init {shlex.quote(path)} --data "
     adapt += "glyphs:Hebrew" if parts.dataset.name == "glyphs" else "folder:YOUR_IMAGES"
     test = _more_shots(path, parts)
-    if c.plugin is None and not is_ours(c.algorithm):  # which adapting by fine-tuning has no need of
-        test += f" --plugin YOUR_FILE.py  # registers {c.algorithm!r}, which no process but this one knows"
+    if c.learner.plugin is None and not is_ours(c.learner.algorithm):  # which adapting by fine-tuning has no need of
+        test += f" --plugin YOUR_FILE.py  # registers {c.learner.algorithm!r}, which no process but this one knows"
     return [test, *([adapt] if len(parts.dataset.shape) == 3 else [])]
 
 
 def _more_shots(path: str, parts: Parts) -> str:
     c = parts.config
-    more = 5 if c.test_shots < 5 else 2 * c.test_shots
+    more = 5 if c.test.test_shots < 5 else 2 * c.test.test_shots
     try:
-        parts.dataset.source(ways=c.test_ways, shots=more, query_shots=c.test_query_shots, splits=("test",))
+        parts.dataset.source(ways=c.test.test_ways, shots=more, query_shots=c.test.test_query_shots, splits=("test",))
     except DataError:
         return f"python -m metaft.evaluate {shlex.quote(path)} --checkpoint last"
     return f"python -m metaft.evaluate {shlex.quote(path)} --shots {more}"

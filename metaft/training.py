@@ -123,9 +123,9 @@ class Eager:
         return self._outer.moments()
 
     def advance(self, step: int) -> Taken:
-        first = step * self._config.meta_batch
-        mine = self._ranks.share(range(first, first + self._config.meta_batch))
-        tasks = draw(self._algorithm, self._source, self._config.seed, mine)
+        first = step * self._config.task.meta_batch
+        mine = self._ranks.share(range(first, first + self._config.task.meta_batch))
+        tasks = draw(self._algorithm, self._source, self._config.compute.seed, mine)
         result = meta_gradient(
             self._engine, self._algorithm, self.meta, self.state, tasks, step=step, ranks=self._ranks
         )
@@ -150,7 +150,7 @@ def train(
     ranks: Ranks = ALONE,
     should_stop: Callable[[], None] = lambda: None,
 ) -> Snapshot:
-    """Train from `start` to `config.iterations`, writing rows, checkpoints and validations; returns the final state.
+    """Train from `start` to the last iteration, writing rows, checkpoints and validations; returns the final state.
 
     All ranks start alike and take the same steps, each with its share of the tasks; rank 0 alone writes. `should_stop`
     is asked after every step and chunk of validation, and raises to stop; the checkpoint is then written first. Raises
@@ -165,7 +165,7 @@ def train(
         # A row of training that the checkpoint's window still holds will be written again.
         cut_back(run.metrics, position.step - len(position.window), position.evaluated)
         cut_back(run.timing, position.step, position.evaluated)
-    bar = Progress("meta-train", config.iterations, "step", done=position.step, per_unit=config.meta_batch)
+    bar = Progress("meta-train", config.outer.iterations, "step", done=position.step, per_unit=config.task.meta_batch)
     clock, clock_step, validating = time.perf_counter(), position.step, 0.0
     same = position.step  # the last after which all ranks were seen to have the same parameters
 
@@ -193,7 +193,9 @@ def train(
         if writes:
             row = {"step": position.step, "seconds": now - clock, "validation_seconds": validating}
             if position.step > clock_step:
-                row["tasks_per_second"] = (position.step - clock_step) * config.meta_batch / (now - clock - validating)
+                row["tasks_per_second"] = (
+                    (position.step - clock_step) * config.task.meta_batch / (now - clock - validating)
+                )
             append_row(run.timing, row, sync=True)
             save_snapshot(run, snapshot())
         clock, clock_step, validating = now, position.step, 0.0
@@ -202,26 +204,28 @@ def train(
         if writes and not run.last.exists():  # a run killed before its first step must begin with the same parameters
             save_snapshot(run, snapshot())
         while True:
-            if position.window and (position.step % config.log_every == 0 or position.step == config.iterations):
+            if position.window and (
+                position.step % config.output.log_every == 0 or position.step == config.outer.iterations
+            ):
                 means = [math.fsum(c) / len(position.window) for c in zip(*position.window, strict=True)]
                 row = dict(zip(logged(algorithm), means, strict=True))
                 log({"kind": "train", "step": position.step, **row})
                 position = dataclasses.replace(position, window=())
                 bar.update(position.step, **_shown(name, row["loss"], row[name]))
 
-            due = position.step % config.eval_every == 0 or position.step == config.iterations
+            due = position.step % config.test.eval_every == 0 or position.step == config.outer.iterations
             if due and position.evaluated < position.step:
                 check_ranks()
                 before = time.perf_counter()
                 scores = score_episodes(
                     engine, algorithm, steps.meta, steps.state, val_source,
-                    split="val", seed=config.eval_seed, episodes=config.eval_episodes,
-                    steps=config.test_inner_steps, ranks=ranks, progress=lambda done: should_stop(),
+                    split="val", seed=config.test.eval_seed, episodes=config.test.eval_episodes,
+                    steps=config.test.test_inner_steps, ranks=ranks, progress=lambda done: should_stop(),
                 )  # fmt: skip
                 summary = summarise(scores, name)
                 log({"kind": "val", "step": position.step, **summary}, sync=True)
                 validating += time.perf_counter() - before
-                value = summary[config.batch_norm][name]
+                value = summary[config.learner.batch_norm][name]
                 position = dataclasses.replace(position, evaluated=position.step)
                 if better(algorithm.loss, value, position.best):
                     position = dataclasses.replace(position, best=value, best_step=position.step)
@@ -229,7 +233,7 @@ def train(
                         save_snapshot(run, snapshot(), best=True)
                 save()
                 bar.say(f"step {position.step}: validation {describe(name, summary)}")
-            if position.step == config.iterations:
+            if position.step == config.outer.iterations:
                 return snapshot()
 
             taken = steps.advance(position.step)
@@ -237,7 +241,7 @@ def train(
             position = dataclasses.replace(position, step=position.step + len(taken.window), window=window)
             if taken.failure is not None:
                 raise _not_finite(taken.failure, position.step, run)
-            if position.step % config.checkpoint_every == 0:
+            if position.step % config.output.checkpoint_every == 0:
                 check_ranks()
                 save()
             should_stop()

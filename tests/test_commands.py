@@ -27,6 +27,7 @@ from metaft.__main__ import main as metaft
 from metaft.assemble import say_what_changed, where_measured
 from metaft.config import EvaluateConfig, MetaTrainConfig
 from metaft.errors import MetaftError
+from metaft.options import options as options_of
 from metaft.run import read_rows
 from metaft.training import load_snapshot
 
@@ -354,7 +355,7 @@ def test_a_resumed_run_keeps_its_settings(copy: Path, capsys: Text, changes: lis
 
 
 def test_what_may_change_is_a_list_of_fields():
-    assert set(meta_train.RESUMABLE) < {f.name for f in dataclasses.fields(MetaTrainConfig)}
+    assert set(meta_train.RESUMABLE) < options_of(MetaTrainConfig).keys()
 
 
 @pytest.mark.usefixtures("_no_pictures")
@@ -816,9 +817,8 @@ def test_help_lists_every_field(command: Any, capsys: Text):
     assert command.main(["--help"]) == 0
     said = capsys.readouterr()
     assert said.err == ""
-    for field in dataclasses.fields(command.Arguments):
-        if field.name != "run":
-            assert re.search(rf"^\W+--{field.name.replace('_', '-')}[ ,]", said.out, re.MULTILINE), field.name
+    for name in options_of(command.Arguments).keys() - {"run"}:
+        assert re.search(rf"^  --{name.replace('_', '-')}\b", said.out, re.MULTILINE), name
 
 
 # ---- real processes -----------------------------------------------------------------------------------------------
