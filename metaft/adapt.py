@@ -78,12 +78,13 @@ def run(config: AdaptConfig, *, module: nn.Module | None = None, init: Init = "s
     from metaft.finetune.study import Position
     from metaft.run import RunFolder, file_name
 
-    settled, start, target = _prepare(config, module, init)
-    name = f"adapt-{file_name(paths.typed(config.target.data))}-{file_name(Path(start.name).name)}-{settled.draws.seed}"
+    settled, starts, target = _prepare(config, module, init)
+    data, init_name = file_name(paths.typed(config.target.data)), file_name(Path(starts[0].name).name)
+    name = f"adapt-{data}-{init_name}-{settled.draws.seed}"
     folder = Path(settled.output.out) if settled.output.out is not None else fresh_folder(RUNS / name)
     made = RunFolder.create(folder, to_toml(dataclasses.replace(settled, out=None)))
     with made.held("out"):
-        return _go(made, settled, start, target, Position())
+        return _fit_all(made, settled, starts, target, Position())
 
 
 @steady()
@@ -122,9 +123,9 @@ def _resume(folder: RunFolder, config: AdaptConfig | None, module: nn.Module | N
     data = paths.as_run_names(config.target.data, own.target.data, config.target.data_root, classes)
     config = dataclasses.replace(config, data=data)
     check_unchanged(config, own, path, except_for=RESUMABLE)
-    settled, start, target = _prepare(config, module, init, classes)
+    settled, starts, target = _prepare(config, module, init, classes)
     if before is not None:
-        now = _header(settled, start, target)
+        now = _header(settled, starts, target)
         for field, what in (("data_sha256", "data: the images of"), ("init_sha256", "init: the checkpoint of")):
             if before[field] != now[field]:
                 raise MetaftError(f"{what} {before[field[:4]]} changed since {path} began")
@@ -137,7 +138,7 @@ def _resume(folder: RunFolder, config: AdaptConfig | None, module: nn.Module | N
     if config != own or settled.target.data != own.target.data:
         folder.result.unlink(missing_ok=True)  # of fewer draws; it would not be this run's
         write_atomically(folder.config, to_toml(settled).encode())
-    return _go(folder, settled, start, target, position)
+    return _fit_all(folder, settled, starts, target, position)
 
 
 def newest_run(shape: Sequence[int], *, any_size: bool) -> Path:
@@ -174,7 +175,7 @@ def newest_run(shape: Sequence[int], *, any_size: bool) -> Path:
 
 def _prepare(
     config: AdaptConfig, module: nn.Module | None, values: Init, classes: Collection[str] = ()
-) -> tuple[AdaptConfig, Start, Target]:
+) -> tuple[AdaptConfig, tuple[Start, ...], Target]:
     """The config with nothing open and with absolute paths, and what it names. Nothing is written.
 
     `classes` are those of a run that goes on, by which its data are known where they moved.
@@ -183,7 +184,7 @@ def _prepare(
     from metaft.defaults import check_steps, device_of
     from metaft.finetune import target as targets
     from metaft.finetune.inner import check_inner
-    from metaft.finetune.start import from_nothing, from_run
+    from metaft.finetune.start import compared, from_nothing, from_run
 
     device_of(config.compute.device)
     _check_method(config)
@@ -233,7 +234,7 @@ def _prepare(
     target.rows(
         shots_per_class=settled.target.shots_per_class, seed=settled.draws.seed
     )  # a class may have too few images
-    return settled, start, target
+    return settled, compared(start), target
 
 
 def _with_data(config: AdaptConfig, classes: Collection[str]) -> AdaptConfig:
@@ -260,7 +261,7 @@ def _check_method(config: AdaptConfig) -> None:
         raise MetaftError("method: inner is the loop of a run; name one with --init RUN instead of none")
 
 
-def _header(config: AdaptConfig, start: Start, target: Target) -> dict[str, Any]:
+def _header(config: AdaptConfig, starts: Sequence[Start], target: Target) -> dict[str, Any]:
     """The plain data that every checkpoint of an adapt run carries."""
     import numpy as np
     import torch
@@ -270,31 +271,32 @@ def _header(config: AdaptConfig, start: Start, target: Target) -> dict[str, Any]
     from metaft.checkpoint import digest
     from metaft.defaults import device_of
     from metaft.finetune.start import constants
-    from metaft.finetune.study import starts
 
     data = hashlib.sha256(repr((target.class_names, tuple(target.examples.shape))).encode())
     for part in (target.examples, target.labels):
         data.update(np.ascontiguousarray(part.numpy()).data)
     return {
         "version": __version__,
-        "init": start.name,
-        "init_sha256": digest("", {**(start.meta or {}), **constants(start)}),
+        "init": starts[0].name,
+        "init_sha256": digest("", {**(starts[0].meta or {}), **constants(starts[0])}),
         "data": target.name,
         "data_sha256": data.hexdigest(),
         "classes": list(target.class_names),
-        "starts": list(starts(start)),
+        "starts": [start.label for start in starts],
         "environment": {**machine(device_of(config.compute.device)), "threads": str(torch.get_num_threads())},
     }
 
 
-def _go(folder: RunFolder, config: AdaptConfig, start: Start, target: Target, position: Position) -> dict[str, Any]:
+def _fit_all(
+    folder: RunFolder, config: AdaptConfig, starts: Sequence[Start], target: Target, position: Position
+) -> dict[str, Any]:
     from metaft.defaults import device_of
     from metaft.finetune.start import said_of
-    from metaft.finetune.study import starts, study
+    from metaft.finetune.study import study
     from metaft.progress import Progress
 
     device = device_of(config.compute.device)
-    header = _header(config, start, target)
+    header, start = _header(config, starts, target), starts[0]
     epochs = 1 if config.recipe is None else config.recipe.epochs
     print(
         f"{paths.shown(target.name)} · {len(target.class_names)} classes · {config.method} from "
@@ -302,7 +304,7 @@ def _go(folder: RunFolder, config: AdaptConfig, start: Start, target: Target, po
         f"run folder {folder.path}",
         file=sys.stderr,
     )
-    bar = Progress("adapt", config.draws.seeds * len(starts(start)) * epochs, "epoch", done=len(position.fits) * epochs)
+    bar = Progress("adapt", config.draws.seeds * len(starts) * epochs, "epoch", done=len(position.fits) * epochs)
     resume_hint = f"python -m metaft.adapt --resume {shlex.quote(str(folder.path))}"
 
     def progress(number: int, row: Mapping[str, float]) -> None:
@@ -311,16 +313,16 @@ def _go(folder: RunFolder, config: AdaptConfig, start: Start, target: Target, po
     with StopSignals() as signals:
         try:
             position = study(
-                folder, config, start, target, position, header, device=device, progress=progress,
+                folder, config, starts, target, position, header, device=device, progress=progress,
                 should_stop=lambda: signals.check(f"stopped; go on with: {resume_hint}"),
             )  # fmt: skip
         finally:
             bar.close()
-        return finish(folder, config, start, target, position, device)
+        return finish(folder, config, starts, target, position, device)
 
 
 def finish(
-    folder: RunFolder, config: AdaptConfig, start: Start, target: Target, position: Position, device: str
+    folder: RunFolder, config: AdaptConfig, starts: Sequence[Start], target: Target, position: Position, device: str
 ) -> dict[str, Any]:
     """Write result.json, report.txt and the pictures; say what came out."""
     import torch
@@ -328,131 +330,25 @@ def finish(
     from metaft.checkpoint import write_atomically
     from metaft.finetune import report
     from metaft.finetune.classifier import load
+    from metaft.finetune.results import result_of
     from metaft.finetune.study import rows_of
     from metaft.pictures import listed
 
-    result = result_of(folder, config, start, target, position, device)
+    result = result_of(folder, config, starts, target, position, device)
     folder.write_json(folder.result, result)
     text = report.text(result)
     whole = f"{text}\n\n{report.plainly(result)}\n"
     write_atomically(folder.path / "report.txt", whole.encode(errors="backslashreplace"))
-    classifier = load(folder.classifier, module=start.module)
+    classifier = load(folder.classifier, module=starts[0].module)
     test = torch.from_numpy(rows_of(target, config, 0).test)
     pictures = report.draw_pictures(folder, result, classifier, target, test)
     print(text)
     print(f"\n{listed(pictures)}")
     print(f"result:   {folder.result}, {folder.path / 'report.txt'}")
-    if start.module is None:
+    if starts[0].module is None:
         print(f"next:     python -m metaft.predict {shlex.quote(str(folder.path))} IMAGE_OR_FOLDER...")
     print(report.plainly(result))
     return result
-
-
-def result_of(
-    folder: RunFolder, config: AdaptConfig, start: Start, target: Target, position: Position, device: str
-) -> dict[str, Any]:
-    """What result.json holds: the first draw's figures in full, and all draws' in short."""
-    import numpy as np
-    import torch
-
-    from metaft._version import __version__
-    from metaft.assemble import where_measured
-    from metaft.finetune.scores import mean_t95
-    from metaft.finetune.study import RANDOM, rows_of, seconds, starts
-    from metaft.run import read_rows
-
-    names = starts(start)
-    rows = rows_of(target, config, 0)
-    timing = read_rows(folder.timing, ["fit", "seconds"])
-    fits = [
-        {k: v for k, v in fit.items() if k not in ("draw", "start")} | {"seconds": round(seconds(timing, number), 3)}
-        for number, fit in enumerate(position.fits)
-    ]
-    first, second = fits[0], fits[1] if len(names) == 2 else None
-    accuracies = {name: [f["accuracy"] for f in fits[i :: len(names)]] for i, name in enumerate(names)}
-    mean, ci = mean_t95(accuracies[names[0]])
-    means: dict[str, Any] = {"draws": config.draws.seeds, "accuracy": mean, "accuracy_ci95": ci}
-    gain = None
-    if second is not None:
-        means["scratch_accuracy"], means["scratch_accuracy_ci95"] = mean_t95(accuracies[RANDOM])
-        pairs = zip(accuracies[names[0]], accuracies[RANDOM], strict=True)
-        gained, ci = mean_t95([learned - random for learned, random in pairs])
-        gain = {"accuracy": gained, "ci95": ci, "draws": config.draws.seeds}
-
-    def per_class(part: np.ndarray) -> int | None:
-        """Images of each class in a part, where all have as many."""
-        counts = np.bincount(target.labels.numpy()[part], minlength=len(target.class_names))
-        return int(counts[0]) if len(set(counts.tolist())) == 1 else None
-
-    return {
-        "command": "adapt",
-        "version": __version__,
-        "init": start.name,
-        "init_about": {k: v for k, v in start.about.items() if k != "classes"},
-        "data": target.name,
-        "classes": list(target.class_names),
-        "method": config.method,
-        **({"inner_steps": config.inner.inner_steps} if config.recipe is None else flat(config.recipe)),
-        "seed": config.draws.seed,
-        "last_seed": config.draws.seed + config.draws.seeds - 1,
-        "device": device,
-        "environment": where_measured(device, torch.get_num_threads()),
-        "train_images": len(rows.train),
-        "val_images": len(rows.val),
-        "train_images_per_class": per_class(rows.train),
-        "val_images_per_class": per_class(rows.val),
-        "test_images": len(rows.test),
-        "notes": _notes(config, start, target, rows),
-        **{k: v for k, v in first.items() if k not in ("seed", "epochs", "seconds")},
-        "epochs_run": first["epochs"],
-        "scratch": second and {k: v for k, v in second.items() if k not in ("seed", "per_class", "confusion")},
-        "gain": gain,
-        "mean": means,
-        "draws": [
-            {**_short(fits[i]), **({"scratch": _short(fits[i + 1])} if second is not None else {})}
-            for i in range(0, len(fits), len(names))
-        ],
-        "seconds": round(seconds(timing), 3),
-    }
-
-
-def _short(fit: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: fit[k] for k in ("seed", "accuracy", "macro_f1", "epochs", "kept_epoch")}
-
-
-def _notes(config: AdaptConfig, start: Start, target: Target, rows: Any) -> list[str]:
-    """What a reader has to know of how the figures came about."""
-    import numpy as np
-
-    from metaft.finetune.study import draws_differ
-    from metaft.finetune.target import VALIDATION_FROM
-
-    notes = []
-    if target.changes:
-        notes.append(f"images were fitted to the run's: {', '.join(target.changes)}")
-    notes += target.notes
-    marks = [hashlib.blake2b(np.ascontiguousarray(x.numpy()).data, digest_size=16).digest() for x in target.examples]
-    known = {marks[i] for i in (*rows.train, *rows.val)}
-    twins = sum(marks[i] in known for i in rows.test)
-    if twins:
-        also = "training or validation" if len(rows.val) else "training"
-        notes.append(f"{twins} of the {len(rows.test)} test images are also {also} images, to the pixel")
-    if config.recipe is not None and len(rows.val) == 0:
-        notes.append(
-            f"a class has fewer than {VALIDATION_FROM} images to train on, so none are set aside for validation: "
-            f"all images train, for the fixed {config.recipe.epochs} epochs"
-        )
-    if config.draws.seeds > 1 and not draws_differ(target, config):
-        notes.append(
-            "every draw holds the same images; the interval is of the seeds alone, that is of the head, the order of "
-            "the images and the random start, as far as the method has them"
-        )
-    classes = len(target.class_names)
-    if config.method == "inner" and start.head_rows not in (None, classes):
-        notes.append(
-            f"the run learned {start.head_rows}-way tasks: each of the {classes} classes starts from its mean head row"
-        )
-    return notes
 
 
 if __name__ == "__main__":

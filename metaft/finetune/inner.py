@@ -70,7 +70,6 @@ def inner(
     classes: int,
     *,
     seed: int,
-    learned: bool,
     steps: int | None,
     device: str,
 ) -> Fitted:
@@ -78,15 +77,14 @@ def inner(
 
     A learned head has one row per class of a task; where the target has another number of classes, each of them starts
     from the mean row (and moves at its mean rates, where rates are learned, and with its mean moments, where those are
-    kept). `learned=False` takes the algorithm's initialisation from `seed` instead of the run's. The curve has the
-    training loss before the first step and after each one, as "epoch" 0, 1, ...
+    kept). A start without parameters takes the algorithm's initialisation from `seed` instead of the run's. The curve
+    has the training loss before the first step and after each one, as "epoch" 0, 1, ...
     """
     settings, inputs = start.settings, start.inputs
     assert settings is not None and inputs is not None
     module, head, algorithm = _algorithm(start, classes, seed=seed, device=device)
     meta, state = algorithm.init(seed)
-    if learned:
-        assert start.meta is not None
+    if start.meta is not None:
         meta, state = (
             {k: v.to(device) for k, v in _for_classes(of_run, fresh, head).items()}
             for of_run, fresh in ((start.meta, meta), (start.state, state))

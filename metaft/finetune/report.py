@@ -44,25 +44,25 @@ def plainly(result: Mapping[str, Any]) -> str:
     if result["val_images"]:
         val = result["val_images_per_class"]
         images += f" and {val} to validate" if shots and val else f" and {result['val_images']} in all to validate"
-    if result["scratch"] is None:
-        return f"With {images}, {_of_100(result['accuracy'])} of 100 new images get the right label."
-    both = [result["accuracy"], result["scratch"]["accuracy"]]
-    gain = result["gain"]["accuracy"]
-    draws = result["gain"]["draws"]
-    over = ""
-    if draws > 1:
-        both = [result["mean"]["accuracy"], result["mean"]["scratch_accuracy"]]
-        over = f" (mean of {draws} draws, ± {100 * result['gain']['ci95']:.1f})"
-    change = "gained" if gain >= 0 else "lost"
-    return (
-        f"With {images}, {_of_100(both[0])} of 100 new images get the right label after starting from the "
-        f"{_label(result)} initialisation, and {_of_100(both[1])} of 100 after the same training from a random one: "
-        f"{abs(100 * gain):.1f} points {change}{over}."
-    )
+    first, *others = result["starts"]
+    several = first["mean"]["draws"] > 1
+    right = [_of_100(start["mean"]["accuracy"] if several else start["accuracy"]) for start in result["starts"]]
+    if not others:
+        return f"With {images}, {_of_100(first['accuracy'])} of 100 new images get the right label."
+    label = f"the {_called(first)} initialisation"
+    sentence = f"With {images}, {right[0]} of 100 new images get the right label after starting from {label}"
+    for start, share, gain in zip(others, right[1:], result["gains"], strict=True):
+        points = gain["mean"] if several else first["accuracy"] - start["accuracy"]
+        over = f" (mean of {gain['draws']} draws, ± {100 * gain['ci95']:.1f})" if several else ""
+        sentence += (
+            f", and {share} of 100 after the same training from a {_called(start)} one: {abs(100 * points):.1f} points "
+            f"{'gained' if points >= 0 else 'lost'}{over}"
+        )
+    return f"{sentence}."
 
 
-def _label(r: Mapping[str, Any]) -> str:
-    return "meta-learned" if r["init_about"] else "handed over"
+def _called(start: Mapping[str, Any]) -> str:
+    return "handed over" if start["name"] == "own values" else start["name"]
 
 
 def _of_100(share: float) -> str:
@@ -73,31 +73,37 @@ def _init(r: Mapping[str, Any]) -> str:
     about = r["init_about"]
     if about:
         return f"{shown(r['init'])} ({about['algorithm']} on {shown(about['dataset'])})"
-    return "a random initialisation" if r["scratch"] is None else "the values that the module was handed over with"
+    alone = len(r["starts"]) == 1
+    return "a random initialisation" if alone else "the values that the module was handed over with"
 
 
 def _figures(r: Mapping[str, Any]) -> list[str]:
-    """Accuracy and macro figures of the starts, and the gain."""
+    """Accuracy and macro figures of the starts, and what the first gained over each of the others."""
     names = ("accuracy", "macro_precision", "macro_recall", "macro_f1")
     heads = ("accuracy", "macro precision", "macro recall", "macro F1")
+    first, *others = r["starts"]
     lines = [" " * 24 + "".join(f"{name:>17}" for name in heads) + "   test, %"]
-    first = "random start" if r["scratch"] is None else f"{_label(r)} start"
-    for label, row in ((first, r), ("random start", r["scratch"])):
-        if row is not None:
-            lines.append(f"  {label:<22}" + "".join(f"{100 * row[name]:>17.2f}" for name in names))
-    if r["scratch"] is not None:
-        gain = "".join(f"{100 * (r[name] - r['scratch'][name]):>+17.2f}" for name in names)
-        lines.append(f"  {'gain':<22}{gain}   points")
-    mean = r["mean"]
-    if mean["draws"] > 1:
+    for start in r["starts"]:
+        figures = "".join(f"{100 * start[name]:>17.2f}" for name in names)
+        lines += [f"  {_called(start) + ' start':<22}{figures}"]
+    for start in others:
+        gain = "".join(f"{100 * (first[name] - start[name]):>+17.2f}" for name in names)
+        lines.append(f"  {_over('gain', start, others):<22}{gain}   points")
+    draws = first["mean"]["draws"]
+    if draws > 1:
         lines.append("")
-        of = f"mean ± 95 % interval (Student's t) of {mean['draws']} draws, seeds {r['seed']} to {r['last_seed']}"
+        of = f"mean ± 95 % interval (Student's t) of {draws} draws, seeds {r['seed']} to {r['last_seed']}"
         lines.append(f"accuracy, {of}; the figures above and below are of the first")
-        lines.append(f"  {first:<22}{_ci(mean['accuracy'], mean['accuracy_ci95'])} %")
-        if r["scratch"] is not None:
-            lines.append(f"  {'random start':<22}{_ci(mean['scratch_accuracy'], mean['scratch_accuracy_ci95'])} %")
-            lines.append(f"  {'paired gain':<22}{_ci(r['gain']['accuracy'], r['gain']['ci95'])} points")
+        for start in r["starts"]:
+            mean = start["mean"]
+            lines.append(f"  {_called(start) + ' start':<22}{_ci(mean['accuracy'], mean['ci95'])} %")
+        for start, gain in zip(others, r["gains"], strict=True):
+            lines.append(f"  {_over('paired gain', start, others):<22}{_ci(gain['mean'], gain['ci95'])} points")
     return lines
+
+
+def _over(gain: str, start: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> str:
+    return gain if len(others) == 1 else f"{gain} over {_called(start)}"
 
 
 def _ci(value: float, ci95: float) -> str:
@@ -139,9 +145,8 @@ def draw_pictures(
     Raises CheckpointError where metrics.jsonl is damaged.
     """
     rows = [row for row in read_rows(run.metrics) if row["draw"] == 0]
-    names = list(dict.fromkeys(row["start"] for row in rows))
-    curves = {name: [row for row in rows if row["start"] == name] for name in names}
-    kept = {name: (result if name == names[0] else result["scratch"])["kept_epoch"] for name in names}
+    kept = {start["name"]: start["kept_epoch"] for start in result["starts"]}
+    curves = {name: [row for row in rows if row["start"] == name] for name in kept}
     confusion, learning, mistakes = (run.plots / f"{stem}.png" for stem in ("confusion", "learning", "mistakes"))
     return drawn(
         {

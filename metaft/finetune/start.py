@@ -27,6 +27,9 @@ from metaft.types import Params
 OWN = "module"
 """The name of the start that a module's own values are."""
 
+RANDOM = "random"
+"""The label of the start that is drawn."""
+
 WIDTH = 64  # of a backbone that no run has chosen
 
 
@@ -44,6 +47,7 @@ class Start:
     """None where the model takes numbers that no file gives."""
     settings: Settled | None
     meta: Params | None
+    """None: parameters are drawn from the seed of each draw."""
     state: Params
     module: nn.Module | None
     """The user's own module, where the architecture has no name; what nothing learns in it is the run's."""
@@ -52,7 +56,7 @@ class Start:
     frozen: frozenset[str] = frozenset()
     """Names of the parameters in `meta` that the run kept as they were handed over."""
     label: str = "meta-learned"
-    """What `meta` is."""
+    """What the parameters are; by this name figures and curves are told apart."""
     norm: NormOf = "adapt"
     """"keep" where `meta` came with running statistics; a run's are moments of its tasks."""
 
@@ -131,7 +135,7 @@ def from_nothing(inputs: Inputs, module: nn.Module | None = None, *, keep: bool 
     shape = list(inputs.shape)
     named = {"name": model_for(tuple(shape)), "ways": 2, "shape": shape, "width": WIDTH}
     own = None if module is None else {"name": "custom", "class": class_of(module)}
-    start = Start("none", own or named, shape, inputs, None, None, {}, module, {})
+    start = Start("none", own or named, shape, inputs, None, None, {}, module, {}, label=RANDOM)
     _check_module(start)
     if keep and module is not None:
         norm: NormOf = "keep" if any(map(has_statistics, module.modules())) else "adapt"
@@ -139,6 +143,13 @@ def from_nothing(inputs: Inputs, module: nn.Module | None = None, *, keep: bool 
         values = {name: p.detach() for name, p in whole.named_parameters()}
         return dataclasses.replace(start, name=OWN, meta=values, label="own values", norm=norm)
     return start
+
+
+def compared(start: Start) -> tuple[Start, ...]:
+    """The starts of a run: this one, and random parameters in the same architecture where it has any of its own."""
+    return (
+        (start,) if start.meta is None else (start, dataclasses.replace(start, label=RANDOM, meta=None, norm="adapt"))
+    )
 
 
 def _check_module(start: Start) -> None:
@@ -171,9 +182,9 @@ def said_of(start: Start) -> str:
     return "" if start.module is None else said(start.module, *more)
 
 
-def body(start: Start, seed: int, *, learned: bool) -> nn.Module:
-    """The backbone, features [n, D] out: with the start's parameters, or with random ones drawn from `seed`, which no
-    statistics fit."""
-    if not learned:
+def body(start: Start, seed: int) -> nn.Module:
+    """The backbone, features [n, D] out: with the start's parameters or, where it has none, with some drawn from
+    `seed`."""
+    if start.meta is None:
         return body_of(*build(start.architecture, seed, module=start.module))
-    return filled(body_of(*build(start.architecture, None, module=start.module, norm=start.norm)), start.meta or {})
+    return filled(body_of(*build(start.architecture, None, module=start.module, norm=start.norm)), start.meta)

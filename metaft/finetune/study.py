@@ -27,8 +27,6 @@ from metaft.run import RunFolder, append_row
 
 SAVE_EVERY = 5.0  # seconds; a killed run loses at most these
 
-RANDOM = "random"
-
 
 @dataclasses.dataclass(frozen=True)
 class Position:
@@ -40,11 +38,6 @@ class Position:
     """metrics.jsonl: every epoch so far, of the fit in progress too."""
     current: Mapping[str, Any] | None = None
     """`fit`'s state after the last epoch of the fit in progress."""
-
-
-def starts(start: Start) -> tuple[str, ...]:
-    """What is compared: the run's parameters (or those of the user's module) and random ones, or random ones alone."""
-    return (RANDOM,) if start.meta is None else (start.label, RANDOM)
 
 
 def rows_of(target: Target, config: AdaptConfig, draw: int) -> Rows:
@@ -62,7 +55,7 @@ def draws_differ(target: Target, config: AdaptConfig) -> bool:
 def study(
     run: RunFolder,
     config: AdaptConfig,
-    start: Start,
+    starts: Sequence[Start],
     target: Target,
     position: Position,
     header: Mapping[str, Any],
@@ -71,12 +64,11 @@ def study(
     should_stop: Callable[[], None] = lambda: None,
     progress: Callable[[int, Mapping[str, float]], None] = lambda number, row: None,
 ) -> Position:
-    """Go on from `position` to the end. `config` has nothing open.
+    """Go on from `position` to the end: for each draw a fit from every start. `config` has nothing open.
 
     The figures of a fit are in the checkpoint as soon as it is done, and the classifier of the first one in the run
     folder. `should_stop` raises to stop, and `progress(number of the fit, row)` is told of each epoch.
     """
-    names = starts(start)
     write_rows(run, position)  # a kill may have come between the checkpoint and them
     clock = time.monotonic()
 
@@ -89,8 +81,8 @@ def study(
 
     def one(number: int) -> None:
         nonlocal position
-        draw, which = divmod(number, len(names))
-        tag = {"draw": draw, "start": names[which]}
+        draw, which = divmod(number, len(starts))
+        tag = {"draw": draw, "start": starts[which].label}
         before = tuple(row for row in position.rows if {k: row[k] for k in tag} != tag)
 
         def on_epoch(state: Mapping[str, Any]) -> None:
@@ -102,8 +94,8 @@ def study(
             progress(number, state["curve"][-1])
 
         rows = rows_of(target, config, draw)
-        seed, learned = config.draws.seed + draw, names[which] != RANDOM
-        fitted = _fit(config, start, target, rows, seed, learned, device, position.current, should_stop, on_epoch)
+        start, seed = starts[which], config.draws.seed + draw
+        fitted = _fit(config, start, target, rows, seed, device, position.current, should_stop, on_epoch)
         made = Classifier(fitted.body, fitted.head, target.inputs, target.class_names)
         figures = test(made, target, rows.test, SMALLER if config.method == "finetune" else FEWER)
         if number == 0:
@@ -117,7 +109,7 @@ def study(
         keep(number)
 
     try:
-        for number in range(len(position.fits), config.draws.seeds * len(names)):
+        for number in range(len(position.fits), config.draws.seeds * len(starts)):
             one(number)
             should_stop()
     except CheckpointError:  # the disk refuses; trying once more would hide why
@@ -146,7 +138,6 @@ def _fit(
     target: Target,
     rows: Rows,
     seed: int,
-    learned: bool,
     device: str,
     resume: Mapping[str, Any] | None,
     should_stop: Callable[[], None],
@@ -157,11 +148,11 @@ def _fit(
     if config.method == "inner":
         return inner(
             start, target.examples[train], labels, classes,
-            seed=seed, learned=learned, steps=config.inner.inner_steps, device=device,
+            seed=seed, steps=config.inner.inner_steps, device=device,
         )  # fmt: skip
     assert config.recipe is not None
     return fit(
-        body(start, seed, learned=learned).to(device),
+        body(start, seed).to(device),
         target.inputs, Part(target.examples, train), labels, classes, config.recipe,
         val_examples=Part(target.examples, val), val_labels=target.labels[val],
         seed=seed, should_stop=should_stop, resume=resume, on_epoch=on_epoch,

@@ -1,0 +1,141 @@
+"""What an adapt run found, as `result.json` holds it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from metaft._version import __version__
+from metaft.assemble import where_measured
+from metaft.config import AdaptConfig
+from metaft.finetune.scores import mean_t95
+from metaft.finetune.start import Start
+from metaft.finetune.study import Position, draws_differ, rows_of, seconds
+from metaft.finetune.target import VALIDATION_FROM, Rows, Target
+from metaft.options import flat
+from metaft.run import RunFolder, read_rows
+
+
+def result_of(
+    folder: RunFolder, config: AdaptConfig, starts: Sequence[Start], target: Target, position: Position, device: str
+) -> dict[str, Any]:
+    """All that `result.json` holds.
+
+    "starts" has an entry for each start: the first draw's figures in full, and under "mean" the accuracy of all draws.
+    "gains" has what the first start gained over each of the others, paired by draw. What else there is of figures are
+    views of these (see `views`).
+    """
+    start, rows = starts[0], rows_of(target, config, 0)
+    timing = read_rows(folder.timing, ["fit", "seconds"])
+    fits = [
+        {k: v for k, v in fit.items() if k not in ("draw", "start")} | {"seconds": round(seconds(timing, number), 3)}
+        for number, fit in enumerate(position.fits)
+    ]
+    draws = [fits[i : i + len(starts)] for i in range(0, len(fits), len(starts))]
+    columns = list(zip(*draws, strict=True))
+    entries = [entry(s.label, column) for s, column in zip(starts, columns, strict=True)]
+    gains = [gain(start.label, s.label, columns[0], column) for s, column in zip(starts[1:], columns[1:], strict=True)]
+    return {
+        "command": "adapt",
+        "version": __version__,
+        "init": start.name,
+        "init_about": {k: v for k, v in start.about.items() if k != "classes"},
+        "data": target.name,
+        "classes": list(target.class_names),
+        "method": config.method,
+        **({"inner_steps": config.inner.inner_steps} if config.recipe is None else flat(config.recipe)),
+        "seed": config.draws.seed,
+        "last_seed": config.draws.seed + config.draws.seeds - 1,
+        "device": device,
+        "environment": where_measured(device, torch.get_num_threads()),
+        "train_images": len(rows.train),
+        "val_images": len(rows.val),
+        "train_images_per_class": _per_class(target, rows.train),
+        "val_images_per_class": _per_class(target, rows.val),
+        "test_images": len(rows.test),
+        "notes": notes(config, start, target, rows),
+        "starts": entries,
+        "gains": gains,
+        **views(entries, gains, draws),
+        "seconds": round(seconds(timing), 3),
+    }
+
+
+def entry(name: str, fits: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """A start's: the figures of its first fit, and the mean accuracy of all with a 95 % interval."""
+    mean, ci95 = mean_t95([fit["accuracy"] for fit in fits])
+    first = {k: v for k, v in fits[0].items() if k != "seed"}
+    return {"name": name, **first, "mean": {"accuracy": mean, "ci95": ci95, "draws": len(fits)}}
+
+
+def gain(of: str, over: str, mine: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What one start gained over another in accuracy, paired by draw."""
+    pairs = zip(mine, theirs, strict=True)
+    mean, ci95 = mean_t95([one["accuracy"] - other["accuracy"] for one, other in pairs])
+    return {"of": of, "over": over, "mean": mean, "ci95": ci95, "draws": len(mine)}
+
+
+def views(
+    entries: Sequence[Mapping[str, Any]],
+    gains: Sequence[Mapping[str, Any]],
+    draws: Sequence[Sequence[Mapping[str, Any]]],
+) -> dict[str, Any]:
+    """The same by the names that it had while there were two starts at most: the first, and "scratch", the last."""
+    first, last = entries[0], entries[-1] if len(entries) > 1 else None
+    mean = {"draws": len(draws), "accuracy": first["mean"]["accuracy"], "accuracy_ci95": first["mean"]["ci95"]}
+    scratch = None
+    if last is not None:
+        scratch = {k: v for k, v in last.items() if k not in ("name", "mean", "per_class", "confusion")}
+        mean |= {"scratch_accuracy": last["mean"]["accuracy"], "scratch_accuracy_ci95": last["mean"]["ci95"]}
+    return {
+        **{k: v for k, v in first.items() if k not in ("name", "mean", "epochs", "seconds")},
+        "epochs_run": first["epochs"],
+        "scratch": scratch,
+        "gain": {"accuracy": gains[-1]["mean"], "ci95": gains[-1]["ci95"], "draws": len(draws)} if gains else None,
+        "mean": mean,
+        "draws": [{**_short(d[0]), **({"scratch": _short(d[-1])} if len(d) > 1 else {})} for d in draws],
+    }
+
+
+def _short(fit: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: fit[k] for k in ("seed", "accuracy", "macro_f1", "epochs", "kept_epoch")}
+
+
+def _per_class(target: Target, part: np.ndarray) -> int | None:
+    """Images of each class in a part, where all have as many."""
+    counts = np.bincount(target.labels.numpy()[part], minlength=len(target.class_names))
+    return int(counts[0]) if len(set(counts.tolist())) == 1 else None
+
+
+def notes(config: AdaptConfig, start: Start, target: Target, rows: Rows) -> list[str]:
+    """What a reader has to know of how the figures came about."""
+    said = []
+    if target.changes:
+        said.append(f"images were fitted to the run's: {', '.join(target.changes)}")
+    said += target.notes
+    marks = [hashlib.blake2b(np.ascontiguousarray(x.numpy()).data, digest_size=16).digest() for x in target.examples]
+    known = {marks[i] for i in (*rows.train, *rows.val)}
+    twins = sum(marks[i] in known for i in rows.test)
+    if twins:
+        also = "training or validation" if len(rows.val) else "training"
+        said.append(f"{twins} of the {len(rows.test)} test images are also {also} images, to the pixel")
+    if config.recipe is not None and len(rows.val) == 0:
+        said.append(
+            f"a class has fewer than {VALIDATION_FROM} images to train on, so none are set aside for validation: "
+            f"all images train, for the fixed {config.recipe.epochs} epochs"
+        )
+    if config.draws.seeds > 1 and not draws_differ(target, config):
+        said.append(
+            "every draw holds the same images; the interval is of the seeds alone, that is of the head, the order of "
+            "the images and the random start, as far as the method has them"
+        )
+    classes = len(target.class_names)
+    if config.method == "inner" and start.head_rows not in (None, classes):
+        said.append(
+            f"the run learned {start.head_rows}-way tasks: each of the {classes} classes starts from its mean head row"
+        )
+    return said
