@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 from fixtures import make_old_runs as old
-from helpers import SAME_RUN, rounded_alike
+from helpers import SAME_RUN, in_float64, rounded_alike
 
 from metaft import adapt, evaluate, meta_train, predict
 from metaft.assemble import open_run
@@ -62,7 +62,8 @@ def here(folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
 
 @pytest.fixture
 def wide() -> Iterator[None]:
-    with old.in_float64_from_files():
+    """What the recorded figures of meta-training runs were computed in."""
+    with in_float64(), old.float64_files():
         yield
 
 
@@ -174,5 +175,4 @@ def test_old_runs_are_starts_with_all_their_parameters(folders: Path) -> None:
         _, _, snapshot = open_run(folders / "runs" / name)
         assert start.meta is not None
         assert start.meta.keys() == snapshot.meta.keys()
-        assert start.preprocessing is not None
         assert start.architecture["width"] == 4
