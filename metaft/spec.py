@@ -239,12 +239,21 @@ def _positional(rest: str, member: Takes) -> tuple[str | None, str]:
     end = _end_of_quoted(rest)
     if end is not None and (end == len(rest) or rest[end] == ":"):
         return _unquoted(rest[:end]), rest[end + 1 :]
-    before, colon, after = rest.rpartition(":")
-    pairs = [part.partition("=") for part in parts(after)]
-    reads = bool(pairs) and all(equals and key in member.options for key, equals, _ in pairs)
-    if reads and (colon or not member.required):
-        return before or None, after
+    if not member.required and _are_settings(rest, member):
+        return None, rest
+    for place in (i for i, letter in enumerate(rest) if letter == ":"):
+        if _are_settings(rest[place + 1 :], member):
+            return rest[:place] or None, rest[place + 1 :]
     return rest or None, ""
+
+
+def _are_settings(text: str, member: Takes) -> bool:
+    """Whether all of a text reads as settings of keys that the member has, without a colon outside quotes."""
+    pairs = [part.partition("=") for part in parts(text)]
+    return bool(pairs) and all(
+        equals and key in member.options and (":" not in value or (value[0] in "'\"" and _unquoted(value) is not None))
+        for key, equals, value in pairs
+    )
 
 
 def parts(text: str) -> list[str]:

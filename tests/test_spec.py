@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import pytest
 from helpers import SINUSOID, one_line, options
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from metaft import inner_augment, inner_optim, meta_train, paths, tasks
@@ -115,13 +115,18 @@ def specs(draw: st.DrawFn) -> Spec:
     return Spec(name, draw(positional), tuple(draw(WRITTEN[name]).items()))
 
 
+@settings(max_examples=500)
 @given(specs())
 @example(Spec("noise", "keep=1"))
+@example(Spec("noise", None, (("keep", ":"),)))
+@example(Spec("noise", None, (("keep", "a:keep=1"),)))
+@example(Spec("birds", "a", (("size", "a:size=1"), ("mode", "b"))))
 @example(Spec("birds", "a:size=3", (("size", 'a","b'),)))
 def test_what_is_written_is_read_as_the_same(spec: Spec) -> None:
     assert parse("toy", write(spec, TAKES[spec.name]), TAKES) == spec
 
 
+@settings(max_examples=500)
 @given(st.sampled_from(["", *TOYS]), TEXT)
 def test_any_text_is_read_or_refused_in_one_line(name: str, text: str) -> None:
     try:
