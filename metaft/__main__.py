@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from metaft._version import __version__
-from metaft.errors import suggest
+from metaft.errors import no_such
 from metaft.output import of_command
 
 COMMANDS = {
@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     name = argv[0].replace("-", "_")
     if name not in COMMANDS:
         print(
-            f"metaft: error: no command {argv[0]!r}, known are {list(COMMANDS)}{suggest(name, COMMANDS)}",
+            f"metaft: error: {no_such('command', argv[0], COMMANDS, near=name)}",
             file=sys.stderr,
         )
         return 2

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from metaft import paths
 from metaft.cli import StopSignals, check_unchanged, fresh_folder, in_one, of_run, settings
 from metaft.config import AdaptConfig, Init, of_other_method, to_toml
-from metaft.errors import DataError, MetaftError, suggest
+from metaft.errors import DataError, MetaftError, no_such
 from metaft.modes import in_usual_modes
 from metaft.options import flat, options
 from metaft.output import steady
@@ -189,7 +189,7 @@ def _prepare(
     device_of(config.compute.device)
     _check_method(config)
     if values not in get_args(Init):
-        raise MetaftError(f"init: no {values!r}, known are keep and seed{suggest(str(values), get_args(Init))}")
+        raise no_such("init", values, get_args(Init))
     if values == "keep" and (module is None or config.start.init != "none"):
         what = "no module was handed over" if module is None else f"the values are those of the run {config.start.init}"
         raise MetaftError(f"init: 'keep' is for a module without a run (init none), and {what}")

@@ -24,7 +24,7 @@ from metaft.checkpoint import digest
 from metaft.cli import of_run
 from metaft.config import Init, MetaTrainConfig, Settled
 from metaft.defaults import device_of, hyper, resolve
-from metaft.errors import CheckpointError, DataError, MetaftError, suggest
+from metaft.errors import CheckpointError, DataError, MetaftError, no_such
 from metaft.metrics import label
 from metaft.models import Model, convolution
 from metaft.models.convolution import Form
@@ -57,6 +57,18 @@ class Parts:
     """What to say of the user's own module in a run's first line."""
 
 
+def with_member(config: MetaTrainConfig, **inherited: Any) -> MetaTrainConfig:
+    """The same with the plugin's full name, and with the member's name and its settings in their two places, also where
+    `--algorithm NAME:key=value` gave both. What is `inherited` counts where the config leaves it open.
+
+    Raises MetaftError for a plugin or member that there is not, and settings that it has not or that are given twice.
+    """
+    learner, hyper = config.learner, config.inner.hyper
+    found = plugin.load(inherited.get("plugin") if learner.plugin is None else learner.plugin, learner.algorithm)
+    name, settings = algorithms.read(learner.algorithm, () if hyper == inherited.get("hyper") else hyper)
+    return dataclasses.replace(config, plugin=found, algorithm=name, hyper=settings)
+
+
 def assemble(
     config: MetaTrainConfig,
     *,
@@ -77,13 +89,9 @@ def assemble(
     """
     architecture = snapshot and snapshot.header["architecture"]
     if init not in get_args(Init):
-        raise MetaftError(
-            f"init: no {init!r}, known are {', '.join(get_args(Init))}{suggest(str(init), get_args(Init))}"
-        )
+        raise no_such("init", init, get_args(Init))
     device = device_of(config.compute.device)
-    config = paths.in_full(
-        dataclasses.replace(config, plugin=plugin.load(config.learner.plugin, config.learner.algorithm))
-    )
+    config = paths.in_full(with_member(config))
     if dataset is None:
         dataset = tasks.load(
             config.data.dataset,

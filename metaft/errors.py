@@ -87,6 +87,34 @@ class MetaftWarning(UserWarning):
     """What was asked for is done, but may not be what was meant. The commands print it as one line, once."""
 
 
+def no_such(
+    field: str,
+    word: object,
+    known: Iterable[str],
+    *,
+    lacks: str = "no",
+    says: str = "known are",
+    more: str = "",
+    near: str | None = None,
+    written: Iterable[str] | None = None,
+    quoted: bool = False,
+) -> MetaftError:
+    """What to raise for a word that is none of the known ones:
+
+    >>> print(no_such("model", "conv5", ["conv4", "mlp"]))
+    model: no 'conv5', known are conv4, mlp; did you mean 'conv4'?
+
+    `lacks` and `says` are the words before the unknown and the known ones, `more` is what else
+    there is. The suggestion is looked for by `near` in place of the word. The known ones are listed
+    as they are `written`, where that is another way, and `quoted` as Python would.
+    """
+    known = list(known)
+    shown = known if written is None else list(written)
+    listed = str(shown) if quoted else ", ".join(shown)
+    near = suggest(str(word) if near is None else near, known)
+    return MetaftError(f"{field}: {lacks} {word!r}, {says} {listed}{more}{near}")
+
+
 def suggest(word: str, known: Iterable[str], *, cutoff: float = 0.5) -> str:
     """`"; did you mean 'x'?"` for the known word nearest to a misspelt one, or nothing."""
     lower = {name.lower(): name for name in known}

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from metaft import keyed
-from metaft.errors import MetaftError, suggest
+from metaft.errors import MetaftError
+from metaft.spec import Takes, parse
 
 Augment = Callable[[Tensor, Tensor, int], Tensor]
 """(x [n, C, H, W], key [] int64, inner step) -> images of the same shape."""
@@ -44,6 +45,4 @@ def named(name: str | Augment) -> Augment:
     """The augmentation of that name, or the one handed over. Raises MetaftError for an unknown name."""
     if callable(name):
         return name
-    if name not in AUGMENTS:
-        raise MetaftError(f"inner_augment: no {name!r}, known are {', '.join(AUGMENTS)}{suggest(name, AUGMENTS)}")
-    return AUGMENTS[name]
+    return AUGMENTS[parse("inner_augment", name, dict.fromkeys(AUGMENTS, Takes())).name]

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import inspect
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from metaft.errors import MetaftError, suggest
+from metaft.errors import MetaftError
+from metaft.spec import bind
 from metaft.types import Params
 
 
@@ -87,22 +86,9 @@ def make(spec: str | InnerOptimizer) -> InnerOptimizer:
     """
     if not isinstance(spec, str):
         return spec
-    name, _, rest = spec.partition(":")
-    if name not in OPTIMIZERS:
-        raise MetaftError(f"inner_optimizer: no {name!r}, known are {', '.join(OPTIMIZERS)}{suggest(name, OPTIMIZERS)}")
-    known = inspect.signature(OPTIMIZERS[name]).parameters
-    numbers: dict[str, float] = {}
-    for part in rest.split(",") if rest else ():
-        key, _, text = part.partition("=")
-        try:
-            numbers[key] = float(text)
-        except ValueError:
-            numbers[key] = math.nan
-        if key not in known or not math.isfinite(numbers[key]):
-            has = f"{name}:{','.join(f'{p.name}={p.default}' for p in known.values())}" if known else name
-            raise MetaftError(f"inner_optimizer: cannot read {part!r} of {spec!r}; it is as in {has!r}")
+    make_it = bind("inner_optimizer", spec, OPTIMIZERS)
     try:
-        return OPTIMIZERS[name](**numbers)
+        return make_it()
     except MetaftError as error:
         raise MetaftError(f"{error} (in {spec!r})") from None
 

@@ -183,12 +183,14 @@ def _resume(
     loss: Loss | None,
     ranks: Ranks,
 ) -> dict[str, Any]:
-    from metaft.assemble import assemble
+    from metaft.assemble import assemble, with_member
     from metaft.checkpoint import write_atomically
 
     path = folder.path
     own, snapshot = ranks.on_first(lambda: _reopened(folder))
     own = paths.in_full(own)
+    if config is not None and ":" in config.learner.algorithm:
+        config = with_member(config, plugin=own.learner.plugin, hyper=own.inner.hyper)
     given = {} if config is None else {k: v for k, v in flat(config).items() if v not in (None, ())}
     if set(given.get("hyper", ())) <= set(own.inner.hyper):  # a run adds what it found out itself
         given.pop("hyper", None)

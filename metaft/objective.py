@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metaft.errors import MetaftError, suggest
+from metaft.errors import MetaftError, no_such
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 """(prediction [n, outputs], target [n] or [n, outputs]) of one task -> scalar."""
@@ -145,8 +145,7 @@ def objective(loss: Loss) -> Objective:
     if isinstance(loss, str) and loss in OBJECTIVES:
         return OBJECTIVES[loss]
     if not callable(loss):
-        near = suggest(str(loss), OBJECTIVES)
-        raise MetaftError(f"loss: no {loss!r}, known are {', '.join(OBJECTIVES)}, and functions from Python{near}")
+        raise no_such("loss", loss, OBJECTIVES, more=", and functions from Python")
     return Objective(loss)
 
 

@@ -20,7 +20,7 @@ from metaft import workers
 from metaft.algorithms.base import Algorithm, TaskGrad
 from metaft.batching import CannotBatch, Out, Shared, TaskFunction, Tree, math_attention, rows, vmapped
 from metaft.compilation import check_compiled, precision_of
-from metaft.errors import MetaftError, MetaftWarning, suggest
+from metaft.errors import MetaftError, MetaftWarning, no_such
 from metaft.inner import value_and_grad
 from metaft.models.functional import plain_operations
 from metaft.modes import in_usual_modes_but_type
@@ -419,7 +419,7 @@ def engine(
     on_cpu = torch.device(device).type == "cpu"
     name = settled_name(name, convolutional=convolutional, device=device)
     if name not in ENGINES:
-        raise MetaftError(f"engine: no {name!r}, known are {['auto', *ENGINES]}{suggest(name, ENGINES)}")
+        raise no_such("engine", name, ["auto", *ENGINES])
     if name == "processes" and not on_cpu:
         raise MetaftError(f"engine: processes are for the CPU, not for {device}; use vmap")
     if name in PARALLEL:

@@ -16,12 +16,13 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from metaft.errors import DataError
+from metaft.errors import DataError, MetaftError
 from metaft.options import Config, flat
 from metaft.output import say
+from metaft.spec import Spec, Takes, parse, write
 
 SPLITS = ("train", "val", "test")
-_FOLDER = "folder:"
+_FOLDER = {"folder": Takes("PATH")}
 
 
 def local(path: str | os.PathLike[str]) -> Path:
@@ -83,19 +84,24 @@ def in_full(config: Config) -> Config:
 def named_in_full(name: str) -> str:
     """`"folder:PATH"` with an absolute path; other data sets have names alone."""
     path = folder_of(name)
-    return name if path is None else f"{_FOLDER}{absolute(path)}"
+    return name if path is None else write(Spec("folder", str(absolute(path))), _FOLDER["folder"])
 
 
 def folder_of(name: str) -> str | None:
-    """PATH of `"folder:PATH"`."""
-    return name.removeprefix(_FOLDER) or None if name.startswith(_FOLDER) else None
+    """PATH of `"folder:PATH"`, without quotes."""
+    if not name.startswith("folder:"):
+        return None
+    try:
+        return parse("dataset", name, _FOLDER).positional
+    except MetaftError:  # which whoever reads the data says, with the option's own name
+        return None
 
 
 def shown(name: str) -> str:
     """A path, or a data set's name, as short as it can be written in this folder: `"folder:x"`."""
     path = folder_of(name)
     if path is not None:
-        return f"{_FOLDER}{shown(path)}"
+        return f"folder:{shown(path)}"
     if not os.path.isabs(name):
         return name
     with contextlib.suppress(OSError, ValueError):
@@ -106,7 +112,7 @@ def shown(name: str) -> str:
 def typed(name: str) -> str:
     """A data set's name for a run folder's own: as it was written, but for `~`."""
     path = folder_of(name)
-    return name if path is None else f"{_FOLDER}{local(path)}"
+    return name if path is None else f"folder:{local(path)}"
 
 
 def found(path: str | os.PathLike[str], data_root: str | None, classes: Collection[str] = ()) -> Path:

@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from metaft import algorithms
 from metaft.errors import MetaftError
 from metaft.paths import absolute
+from metaft.spec import name_of
 
 _one_at_a_time = threading.RLock()
 
@@ -30,12 +31,14 @@ def load(plugin: str | os.PathLike[str] | None, algorithm: str) -> str | None:
 
     What lies beside a file can be imported by it, as by a script.
 
-    Raises MetaftError for a plugin that is not there or raises, and where `algorithm` is not known even so.
+    Raises MetaftError for a plugin that is not there or raises, and where `algorithm` (a name, perhaps with
+    settings behind a colon) is not known even so.
     """
     if plugin is not None:
         plugin = os.fspath(plugin)
         with _one_at_a_time:
             plugin = _of_file(plugin) if plugin.endswith(".py") else _of_module(plugin)
+    algorithm = name_of(algorithm, algorithms.ALGORITHMS)
     try:
         algorithms.hyper_parameters(algorithm)
     except MetaftError as error:

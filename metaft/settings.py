@@ -126,9 +126,9 @@ class LearnerSettings(Group):
     algorithm: Annotated[
         str,
         Option(
-            "Member of the family, e.g. fomaml, anil, reptile, proto-maml, protonet, baseline (all: "
+            "Member of the family, e.g. anil, protonet, or with settings: maml++:multi_step=0 (all: "
             "docs/algorithms.md).",
-            metavar="NAME",
+            metavar="NAME[:KEY=VALUE,...]",
         ),
     ] = "maml"
     plugin: Annotated[

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
-import math
 from collections.abc import Callable, Iterable, Mapping
 
 from metaft.algorithms.anil import anil
@@ -24,8 +22,9 @@ from metaft.algorithms.protonet import protonet
 from metaft.algorithms.query import query_loss
 from metaft.algorithms.reptile import reptile
 from metaft.algorithms.unicorn_maml import unicorn_maml
-from metaft.errors import MetaftError, suggest
+from metaft.errors import MetaftError, no_such, suggest
 from metaft.models import Model
+from metaft.spec import bind, convert, name_of, parameters, parse, parts, takes
 
 __all__ = [
     "ALGORITHMS",
@@ -51,6 +50,7 @@ __all__ = [
     "proto_maml",
     "protonet",
     "query_loss",
+    "read",
     "reptile",
     "unicorn_maml",
 ]
@@ -88,11 +88,8 @@ def hyper_parameters(name: str) -> dict[str, object]:
     """
     if name not in ALGORITHMS:
         spelt = name.replace("_", "-").replace("-plus", "+")  # as the functions are called, or nearly
-        raise MetaftError(f"algorithm: no {name!r}, known are {sorted(ALGORITHMS)}{suggest(spelt, ALGORITHMS)}")
-    member = ALGORITHMS[name]
-    fixed = member.keywords if isinstance(member, functools.partial) else {}
-    parameters = inspect.signature(member).parameters.values()
-    found = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in fixed}
+        raise no_such("algorithm", name, sorted(ALGORITHMS), near=spelt)
+    found = {k: p.default for k, p in _keywords(name).items()}
     bare = [k for k, default in found.items() if default is inspect.Parameter.empty and k not in ("loss", "norm")]
     if bare or not {"loss", "norm"} <= found.keys():
         raise MetaftError(
@@ -100,6 +97,11 @@ def hyper_parameters(name: str) -> dict[str, object]:
             + (f"; {', '.join(bare)} has none" if bare else "")
         )
     return found
+
+
+def _keywords(name: str) -> dict[str, inspect.Parameter]:
+    """A member's parameters but for the model, with their types."""
+    return {k: p for k, p in parameters(ALGORITHMS[name]).items() if p.kind is p.KEYWORD_ONLY}
 
 
 OPTIONS = ("inner_lr", "inner_steps", "inner_optimizer", "inner_augment", "adapt_norm", "iterations")
@@ -115,7 +117,8 @@ def parse_hyper(name: str, assignments: Iterable[str]) -> dict[str, object]:
     Raises MetaftError for anything else than NAME=VALUE, a name that the member has not, or has as an option of its
     own, a name given twice, or a value of another type.
     """
-    known = {k: default for k, default in hyper_parameters(name).items() if k not in COMMON}
+    own = hyper_parameters(name).keys() - COMMON
+    known = {k: p for k, p in _keywords(name).items() if k in own}
     found: dict[str, object] = {}
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
@@ -129,25 +132,35 @@ def parse_hyper(name: str, assignments: Iterable[str]) -> dict[str, object]:
             )
         if key in found:
             raise MetaftError(f"hyper: {key!r} is given twice ({assignment!r})")
-        found[key] = _typed(assignment, text, known[key])
+        try:
+            found[key] = convert(text, known[key])
+        except ValueError as error:
+            raise MetaftError(f"hyper: {assignment!r} {error}") from None
     return found
 
 
-def _typed(assignment: str, text: str, like: object) -> object:
-    if isinstance(like, str):
-        return text
-    if isinstance(like, bool):
-        if text.lower() not in ("true", "false"):
-            raise MetaftError(f"hyper: {assignment!r} must be true or false")
-        return text.lower() == "true"
-    kind = int if isinstance(like, int) else float
-    try:
-        value = kind(text)
-    except ValueError:
-        raise MetaftError(f"hyper: {assignment!r} must be {kind.__name__}") from None
-    if not math.isfinite(value):
-        raise MetaftError(f"hyper: {assignment!r} must be finite")
-    return value
+def read(spec: str, hyper: Iterable[str] = ()) -> tuple[str, tuple[str, ...]]:
+    """The member of `--algorithm NAME[:key=value,...]`, and its settings as `--hyper` has them, `hyper`'s own last.
+
+    Raises MetaftError for an unknown member or setting, a value of another type, a setting that is an option of its
+    own, and one that is in both.
+    """
+    hyper = tuple(hyper)
+    name = name_of(spec, ALGORITHMS)
+    if name == spec:
+        return name, hyper
+    hyper_parameters(name)
+    for key in (part.partition("=")[0] for part in parts(spec[len(name) + 1 :])):
+        if key in COMMON:
+            raise MetaftError(f"algorithm: --{key.replace('_', '-')} is an option by itself (given in {spec!r})")
+    member = {name: ALGORITHMS[name]}
+    bind("algorithm", spec, member, reserved=COMMON)
+    options = parse("algorithm", spec, {name: takes(member[name], reserved=COMMON)}).options
+    for key, _ in options:
+        twice = [assignment for assignment in hyper if assignment.partition("=")[0] == key]
+        if twice:
+            raise MetaftError(f"algorithm: {key!r} is given in {spec!r} and as --hyper {twice[0]}; leave one away")
+    return name, (*(f"{key}={value}" for key, value in options), *hyper)
 
 
 def build(name: str, model: Model, hyper: Mapping[str, object]) -> Algorithm:

@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 from torch import Tensor
 
-from metaft.errors import MetaftError, suggest
+from metaft.errors import no_such
 from metaft.metrics import objective
 from metaft.modes import in_usual_modes_but_type
 from metaft.types import NORMS, Episode, Fast, Loss, Moments, Norm, Params
@@ -101,8 +101,7 @@ class Algorithm:
         for field in ("init", "adapt", "predict", "schedule"):
             object.__setattr__(self, field, in_usual_modes_but_type(getattr(self, field)))
         if self.norm not in NORMS:
-            near = suggest(str(self.norm), NORMS)
-            raise MetaftError(f"norm: no {self.norm!r}, known are {', '.join(NORMS)}{near}")
+            raise no_such("norm", self.norm, NORMS)
 
 
 def moments_for(norm: Norm, fast: Fast) -> Moments | None:

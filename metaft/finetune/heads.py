@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metaft.errors import MetaftError, suggest
+from metaft.errors import MetaftError, no_such
 from metaft.models import initialise
 from metaft.models.functional import is_plain
 from metaft.models.head import class_means, matched
@@ -101,5 +101,5 @@ def build(name: str, features: Tensor, labels: Tensor, classes: int, seed: int) 
     `seed` is to be no backbone's, which would share its random numbers. Raises MetaftError for an unknown name.
     """
     if name not in HEADS:
-        raise MetaftError(f"head: no {name!r}, known are {sorted(HEADS)}{suggest(name, HEADS)}")
+        raise no_such("head", name, sorted(HEADS))
     return HEADS[name](features, labels, classes, seed).to(features)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metaft.errors import DataError, MetaftError, suggest
+from metaft.errors import DataError, MetaftError, no_such, suggest
 from metaft.inputs import ImageInputs, Inputs
 from metaft.inputs.flaws import flaws_note
 from metaft.inputs.listing import (
@@ -33,6 +33,7 @@ from metaft.inputs.reading import depth_note, is_dark_on_bright, is_grey, read_a
 from metaft.names import is_text, natural
 from metaft.paths import local
 from metaft.sampler import Stream, choose, raw_words
+from metaft.spec import Takes, name_of, parse
 from metaft.tasks.folder import inputs_for
 from metaft.tasks.glyphs import glyphs
 from metaft.tasks.pool import skipped_words
@@ -91,10 +92,26 @@ class Target:
         return Rows(train, val if validate else val[:0], rest if whole else self.parts["test"])
 
 
+KINDS = {"folder": Takes("PATH"), "glyphs": Takes("SCRIPT")}
+"""What `--data` names."""
+
+
+def _named_by(data: str) -> tuple[str, str]:
+    """(the kind, what stands behind its colon). Raises MetaftError."""
+    try:
+        kind, rest, _ = parse("data", data, KINDS)
+    except MetaftError:
+        name = name_of(data, KINDS)
+        near = "" if name in KINDS else suggest(name, KINDS)
+        raise MetaftError(f"data: write folder:PATH or glyphs:SCRIPT, not {data!r}{near}") from None
+    assert rest is not None
+    return kind, rest
+
+
 def shape_of(data: str) -> tuple[list[int], bool]:
     """([C, H, W] of the target's images, whether another size will do). Raises as `load` does."""
-    kind, _, rest = data.partition(":")
-    if kind == "folder" and rest:
+    kind, rest = _named_by(data)
+    if kind == "folder":
         with _named():
             _, files, _ = _list(local(rest))
             p = inputs_for([f for _, _, f in files], sample=None)
@@ -112,13 +129,11 @@ def load(data: str, inputs: Inputs | None = None, *, skip_bad: bool = False) -> 
     """
     if inputs is not None and not isinstance(inputs, ImageInputs):
         raise MetaftError(f"data: {data} holds images, but the run takes {inputs.kind}")
-    kind, _, rest = data.partition(":")
-    if kind == "folder" and rest:
-        with _named():
-            return _folder(local(rest), inputs, skip_bad=skip_bad)
-    if kind == "glyphs" and rest:
+    kind, rest = _named_by(data)
+    if kind == "glyphs":
         return _script(rest, inputs)
-    raise MetaftError(f"data: write folder:PATH or glyphs:SCRIPT, not {data!r}")
+    with _named():
+        return _folder(local(rest), inputs, skip_bad=skip_bad)
 
 
 @contextlib.contextmanager
@@ -273,7 +288,7 @@ def _script(script: str, given: ImageInputs | None) -> Target:
         )
     scripts = {pool.class_names[c].split("/")[0] for c in pool.splits["test"]}
     if script not in scripts:
-        raise MetaftError(f"data: no held-out script {script!r}, there are {sorted(scripts)}{suggest(script, scripts)}")
+        raise no_such("data", script, sorted(scripts), lacks="no held-out script", says="there are", quoted=True)
     classes = [int(c) for c in pool.splits["test"] if pool.class_names[c].startswith(f"{script}/")]
     rows = np.concatenate([np.arange(pool.starts[c], pool.starts[c] + pool.counts[c]) for c in classes])
     labels = np.repeat(np.arange(len(classes)), pool.counts[classes])

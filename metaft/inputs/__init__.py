@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from metaft.errors import CheckpointError
+from metaft.errors import CheckpointError, no_such
 from metaft.inputs.base import Inputs, Reading
 from metaft.inputs.image import ImageInputs
 
@@ -20,7 +20,7 @@ def from_plain(values: Mapping[str, Any]) -> Inputs:
     """The inverse of `Inputs.plain`. Raises CheckpointError for a kind that is not known here."""
     kind = values["kind"]
     if kind not in KINDS:
-        raise CheckpointError(f"inputs: kind {kind!r} is of another version of metaft, known are {', '.join(KINDS)}")
+        raise CheckpointError(f"{no_such('inputs', kind, KINDS, lacks='this version of metaft has no kind')}")
     return KINDS[kind]({k: v for k, v in values.items() if k != "kind"})
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from metaft.errors import MetaftError, suggest
+from metaft.errors import MetaftError, no_such
 from metaft.models.conv4 import Conv4
 from metaft.models.drawn import initialise, own_generator
 from metaft.models.dropout import EpisodeDropout, use_dropout
@@ -90,7 +90,7 @@ def skeleton(architecture: Mapping[str, Any]) -> nn.Module:
     """
     a, name = architecture, architecture["name"]
     if name not in MODELS:
-        raise MetaftError(f"model: no {name!r}, known are {sorted(MODELS)}{suggest(name, MODELS)}")
+        raise no_such("model", name, sorted(MODELS), quoted=True)
     build = functools.partial(MODELS[name], a["ways"], tuple(a["shape"]), a["width"], a.get("dropout", 0.0))
     if not is_ours(name):
         with own_generator(0):

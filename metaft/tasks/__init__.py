@@ -8,7 +8,8 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 
 from metaft import paths
-from metaft.errors import DataError, MetaftError, suggest
+from metaft.errors import DataError, MetaftError, no_such
+from metaft.spec import Takes, parse
 
 # These functions share their names with the modules they live in. The eager import settles it: `metaft.tasks.folder` is
 # the function for everyone; what else a module holds is reached by `from metaft.tasks.folder import ...`.
@@ -119,17 +120,13 @@ def load(
     out picture files that cannot be read. Raises MetaftError for a name, split or option that the
     data set does not have, and DataError where its data is missing or broken.
     """
-    name, _, path = dataset.partition(":")
-    if name not in DATASETS:
-        known = [f"{known}:{entry.path}" if entry.path else known for known, entry in DATASETS.items()]
-        raise MetaftError(f"dataset: no {dataset!r}, known are {known}{suggest(name, DATASETS)}")
-    entry = DATASETS[name]
-    if bool(entry.path) != bool(path):
-        wanted = f"{name}:{entry.path}" if entry.path else name
-        raise MetaftError(f"dataset: write {wanted!r}, not {dataset!r}")
+    members = {known: Takes(entry.path or None) for known, entry in DATASETS.items()}
+    name, positional, _ = parse("dataset", dataset, members)
+    entry, path = DATASETS[name], positional or ""
     if split is not None and split not in entry.splits:
-        has = f"only {list(entry.splits)}{suggest(split, entry.splits)}" if entry.splits else "nor any other to choose"
-        raise MetaftError(f"split: {name} has no {split!r}, {has}")
+        if entry.splits:
+            raise no_such("split", split, entry.splits, lacks=f"{name} has no", says="only", quoted=True)
+        raise MetaftError(f"split: {name} has no {split!r}, nor any other to choose")
     if download and not entry.downloads:
         raise MetaftError(f"download: {name} is not something to download")
     for field, value in (("image_size", image_size), ("channels", channels)):

@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from metaft.errors import DataError, MetaftError, MetaftWarning, suggest
+from metaft.errors import DataError, MetaftError, MetaftWarning, no_such
 from metaft.inputs.depth import CONTAINER, bits_for, is_deep, maximum, to_bytes
 from metaft.inputs.flaws import about, flaws_note, noted
 from metaft.inputs.reading import depth_note, fitted_deep, is_dark_on_bright, is_grey, pixels_of, plain
@@ -166,7 +166,7 @@ def named(
     Raises MetaftError: a name that is not in NAMES, or learn2learn is not there; DataError: it cannot read the data.
     """
     if name not in NAMES:
-        raise MetaftError(f"dataset: learn2learn has no {name!r}, known are {sorted(NAMES)}{suggest(name, NAMES)}")
+        raise no_such("dataset", name, sorted(NAMES), lacks="learn2learn has no")
     make = getattr(_datasets(), NAMES[name])
     modes = [{}] if name in _WHOLE else [{"mode": mode} for mode in ("train", "validation", "test")]
     try:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from metaft.errors import DataError, MetaftError, MetaftWarning, suggest
+from metaft.errors import DataError, MetaftWarning, no_such
 from metaft.inputs import ImageInputs
 from metaft.inputs.flaws import flaws_note
 from metaft.inputs.listing import Left, counted, left_note, list_classes, refusal, skipped_note, subfolders
@@ -82,9 +82,7 @@ def omniglot(root: str | os.PathLike[str], split: str = "finn", *, skip_bad: boo
     out, with a MetaftWarning); MetaftError: a split that is not one of these.
     """
     if split not in OMNIGLOT_SPLITS:
-        raise MetaftError(
-            f"split: omniglot has no {split!r}, only {list(OMNIGLOT_SPLITS)}{suggest(split, OMNIGLOT_SPLITS)}"
-        )
+        raise no_such("split", split, OMNIGLOT_SPLITS, lacks="omniglot has no", says="only", quoted=True)
     table = characters()
     root = local(root)
     base = find(root)
