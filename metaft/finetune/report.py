@@ -82,23 +82,24 @@ def _figures(r: Mapping[str, Any]) -> list[str]:
     names = ("accuracy", "macro_precision", "macro_recall", "macro_f1")
     heads = ("accuracy", "macro precision", "macro recall", "macro F1")
     first, *others = r["starts"]
-    lines = [" " * 24 + "".join(f"{name:>17}" for name in heads) + "   test, %"]
+    wide = max(22, *(2 + len(_over("paired gain", start, others)) for start in others)) if others else 22
+    lines = [" " * (2 + wide) + "".join(f"{name:>17}" for name in heads) + "   test, %"]
     for start in r["starts"]:
         figures = "".join(f"{100 * start[name]:>17.2f}" for name in names)
-        lines += [f"  {_called(start) + ' start':<22}{figures}"]
+        lines += [f"  {_called(start) + ' start':<{wide}}{figures}"]
     for start in others:
         gain = "".join(f"{100 * (first[name] - start[name]):>+17.2f}" for name in names)
-        lines.append(f"  {_over('gain', start, others):<22}{gain}   points")
+        lines += [f"  {_over('gain', start, others):<{wide}}{gain}   points"]
     draws = first["mean"]["draws"]
     if draws > 1:
-        lines.append("")
         of = f"mean ± 95 % interval (Student's t) of {draws} draws, seeds {r['seed']} to {r['last_seed']}"
-        lines.append(f"accuracy, {of}; the figures above and below are of the first")
+        lines += ["", f"accuracy, {of}; the figures above and below are of the first"]
         for start in r["starts"]:
             mean = start["mean"]
-            lines.append(f"  {_called(start) + ' start':<22}{_ci(mean['accuracy'], mean['ci95'])} %")
+            lines += [f"  {_called(start) + ' start':<{wide}}{_ci(mean['accuracy'], mean['ci95'])} %"]
         for start, gain in zip(others, r["gains"], strict=True):
-            lines.append(f"  {_over('paired gain', start, others):<22}{_ci(gain['mean'], gain['ci95'])} points")
+            over = _over("paired gain", start, others)
+            lines += [f"  {over:<{wide}}{_ci(gain['mean'], gain['ci95'])} points"]
     return lines
 
 

@@ -145,10 +145,10 @@ def test_what_is_drawn(which: str, done: Path, copy: Path, data: Path, monkeypat
     if which == "mistakes":
         files, labels = files_of(data / "test")
         probabilities, predicted = metaft.load(done)(pixels_of(files)).softmax(-1).max(-1)
-        wrong = (predicted != labels).nonzero().flatten()
+        wrong = (predicted != torch.from_numpy(labels)).nonzero().flatten()
         assert 0 < len(wrong) < len(labels)
         assert torch.equal(arguments[1], pixels_of(files)[wrong])
-        assert torch.equal(arguments[2], labels[wrong])
+        assert arguments[2].tolist() == labels[wrong.numpy()].tolist()
         assert torch.equal(arguments[3], predicted[wrong])
         torch.testing.assert_close(arguments[4], probabilities.detach()[wrong], rtol=0, atol=ONE_PASS)
         assert arguments[5] == TARGET
