@@ -4,7 +4,7 @@
 #     benchmarks/gpu.sh carry [FOLDER]      here: what that machine lacks goes into FOLDER (.gpu)
 #     benchmarks/gpu.sh run [FOLDER] [OUT]  there, from the repository: figures go into OUT/gpu.json (runs/gpu)
 #
-# FOLDER travels with the repository: tyro and TOML for metaft, pytest, the peers, and Omniglot's pixels as one file (from
+# FOLDER travels with the repository: what writes TOML for metaft, pytest, the peers, and Omniglot's pixels as one file (from
 # $METAFT_DATA, where it is there). There Python is `python3`, here PYTHON or .venv/bin/python.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -15,7 +15,7 @@ carry() {
   mkdir -p "$folder/wheels" "$folder/peers"
   "$python" -m pip download --quiet --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
     --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 \
-    --dest "$folder/wheels" tyro docstring-parser typeguard typing-extensions tomli-w fonttools \
+    --dest "$folder/wheels" typing-extensions tomli-w fonttools \
     pytest pluggy iniconfig packaging pygments \
     torchopt==0.7.3 optree==0.20.0 graphviz==0.21 higher==0.2.1
   # learn2learn has no wheel, and its data part is compiled; its algorithms are plain Python and need none of it.

@@ -193,12 +193,12 @@ def options(cls: type[Settings] | type[Group]) -> dict[str, Field]:
         hint = _hints(cls)[field.name]
         group = _group_in(hint)
         if group is not None:
-            inside = {k: dataclasses.replace(v, group=field.name) for k, v in options(group).items()}
-            assert not fields.keys() & inside.keys(), f"{cls.__name__}: {sorted(fields.keys() & inside.keys())} twice"
-            fields |= inside
+            more = {name: dataclasses.replace(inside, group=field.name) for name, inside in options(group).items()}
         else:
-            kinds = _kinds(hint)
-            fields[field.name] = Field(field.name, _option(cls, field.name), None, title(cls), kinds, field.default)
+            option = _option(cls, field.name)
+            more = {field.name: Field(field.name, option, None, title(cls), _kinds(hint), field.default)}
+        assert not fields.keys() & more.keys(), f"{cls.__name__}: {sorted(fields.keys() & more.keys())} twice"
+        fields |= more
     return fields
 
 

@@ -19,9 +19,6 @@ DataRoot = Annotated[
     str | None,
     Option("Folder of the data sets, and of folders that moved (auto: the variable METAFT_DATA).", metavar="FOLDER"),
 ]
-Rotate = Annotated[
-    bool | None, Option("One random quarter turn per class and task (auto: on for omniglot's finn split).")
-]
 
 
 # ---- what there is to learn from ----------------------------------------------------------------------------------
@@ -65,15 +62,17 @@ class DataSettings(DataSource):
     channels: Annotated[
         int | None, Option("folder, l2l: grey or colour (auto: grey where a sample of the images is).", one_of=(1, 3))
     ] = None
-    rotate: Rotate = None
+    rotate: Annotated[
+        bool | None, Option("One random quarter turn per class and task (auto: on for omniglot's finn split).")
+    ] = None
     skip_bad: SkipBad = False
 
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateData(DataSource):
-    """Data."""
+    """Data (auto: the run's)."""
 
-    rotate: Rotate = None
+    rotate: Annotated[bool | None, Option("One random quarter turn per class and task (auto: as in the run).")] = None
     skip_bad: SkipBad = False
 
 

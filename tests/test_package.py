@@ -39,7 +39,7 @@ def in_new_process(code: str, folder: Path) -> str:
     return done.stdout
 
 
-HEAVY = "{'torch', 'numpy', 'matplotlib', 'torchvision', 'PIL', 'tyro', 'tqdm', 'safetensors'}"
+HEAVY = "{'torch', 'numpy', 'matplotlib', 'torchvision', 'PIL', 'tqdm', 'safetensors'}"
 
 
 def test_import_is_light_and_has_no_effect(tmp_path: Path):

@@ -43,7 +43,7 @@ COMMANDS = ("meta_train", "evaluate", "adapt")
 context = multiprocessing.get_context("forkserver")
 # The commands, and what they import only when they come to use it.
 _OURS = [f"metaft.{name}" for name in (*COMMANDS, "report", "finetune.report", "finetune.study")]
-_OTHERS = ["tyro", "typeguard", "torch._dynamo", "torch._inductor", "torch.distributed.nn", "sklearn.metrics"]
+_OTHERS = ["torch._dynamo", "torch._inductor", "torch.distributed.nn", "sklearn.metrics"]
 context.set_forkserver_preload([*_OURS, "rank_gradients", "wide", *_OTHERS])
 
 
