@@ -356,6 +356,20 @@ def _old_weight_norm(module: Rows) -> Rows:
     return module
 
 
+@pytest.mark.parametrize("dim", [0, 1, -1, None])
+def test_weight_norm_of_plain_operations_is_pytorchs(dim: int | None) -> None:
+    """For every axis that has a length of its own, and under vmap without PyTorch's warning of a loop."""
+    layer: Any = nn.utils.parametrizations.weight_norm(nn.Linear(3, 5), dim=dim)  # pyright: ignore[reportArgumentType]
+    expected = layer.weight.detach().clone()
+    plain: Any = plain_layers(handed.copied(layer))
+    torch.testing.assert_close(plain.weight, expected)
+    given = layer.parametrizations.weight
+    several = torch.func.vmap(plain.parametrizations.weight[0].forward)(
+        torch.stack([given.original0, 2 * given.original0]), torch.stack([given.original1] * 2)
+    )
+    torch.testing.assert_close(several, torch.stack([expected, 2 * expected]))
+
+
 def _weight_norm(module: Rows) -> Rows:
     nn.utils.parametrizations.weight_norm(module.layer, "weight_hh_l0")
     nn.utils.parametrizations.weight_norm(module.head)

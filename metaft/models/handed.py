@@ -113,7 +113,7 @@ def said(module: nn.Module, *more: str) -> str:
     parts = [class_of(module), *more]
     if taken_away := wrappers(module):
         parts.append(f"without {', '.join(taken_away)}")
-    still = [name for name, p in unwrapped(module).named_parameters() if not p.requires_grad]
+    still = [name for name, p in copied(module).named_parameters() if not p.requires_grad]
     if still:
         parts.append(f"frozen: {', '.join(still[:4])}{f' and {len(still) - 4} more' if len(still) > 4 else ''}")
     return f" ({'; '.join(parts)})"

@@ -41,7 +41,12 @@ def plain_layers(module: nn.Module) -> nn.Module:
 
 def _normed(self: Any, weight_g: Tensor, weight_v: Tensor) -> Tensor:
     """`forward` of the parametrization of torch.nn.utils.parametrizations.weight_norm."""
-    return weight_v * (weight_g / torch.norm_except_dim(weight_v, 2, self.dim))
+    # torch.norm_except_dim has no rule for vmap: PyTorch would go through the tasks one by one, with a warning.
+    kept = None if self.dim in (None, -1) else self.dim % weight_v.dim()
+    axes = [axis for axis in range(weight_v.dim()) if axis != kept]
+    squares = weight_v.square()
+    total = squares.sum() if kept is None else squares.sum(axes, keepdim=True)
+    return weight_v * (weight_g / total.sqrt())
 
 
 def _hooked(self: Any, module: nn.Module) -> Tensor:
