@@ -43,14 +43,19 @@ def test_the_example_runs_and_is_short(capsys: pytest.CaptureFixture[str]) -> No
     assert "transductive" in capsys.readouterr().out
 
 
-def test_every_option_named_in_the_readme_exists() -> None:
+@pytest.mark.parametrize("page", ["README.md", "docs/running.md", "docs/adapting.md"])
+def test_every_option_named_on_a_page_exists(page: str) -> None:
     every = (MetaTrainConfig, EvaluateConfig, AdaptConfig, PredictConfig)
     known = {name.replace("_", "-") for c in every for name in options(c)}
-    text = README.read_text(encoding="utf-8")
+    text = (README.parent / page).read_text(encoding="utf-8")
     others = r"#SBATCH.*|torchrun (.*\\\n)*.*?(?= -m metaft)"  # a scheduler's, and torchrun's up to the module
     named = set(re.findall(r"--([a-z][a-z-]*)", re.sub(others, "", text)))
     torchruns = {"nproc-per-node", "max-restarts", "rdzv-id"}  # in sentences
     assert named - known <= {"help", "resume", "config", "auto-resume"} | torchruns
+
+
+def test_the_readme_is_short() -> None:
+    assert len(README.read_text(encoding="utf-8").splitlines()) <= 120
 
 
 def test_every_name_that_the_readme_uses_exists() -> None:
