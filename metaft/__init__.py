@@ -36,11 +36,12 @@ if TYPE_CHECKING:
     )
     from metaft.algorithms import Algorithm
     from metaft.config import AdaptConfig, EvaluateConfig, MetaTrainConfig
+    from metaft.engines import Engine, engine
     from metaft.errors import CheckpointError, DataError, MetaftError, MetaftWarning, NonFiniteError
     from metaft.finetune.classifier import Classifier, load
     from metaft.models import Model, functional
     from metaft.objective import Objective
-    from metaft.outer import Engine, MetaGradient, engine, meta_gradient
+    from metaft.outer import MetaGradient, meta_gradient
     from metaft.testing import meta_test
     from metaft.types import Episode, Fast
 
@@ -54,7 +55,7 @@ _NAMES = {
     "CheckpointError": "metaft.errors",
     "Classifier": "metaft.finetune.classifier",
     "DataError": "metaft.errors",
-    "Engine": "metaft.outer",
+    "Engine": "metaft.engines",
     "Episode": "metaft.types",
     "EvaluateConfig": "metaft.config",
     "Fast": "metaft.types",
@@ -65,7 +66,7 @@ _NAMES = {
     "Model": "metaft.models",
     "NonFiniteError": "metaft.errors",
     "Objective": "metaft.objective",
-    "engine": "metaft.outer",
+    "engine": "metaft.engines",
     "functional": "metaft.models",
     "load": "metaft.finetune.classifier",
     "meta_gradient": "metaft.outer",

@@ -24,6 +24,8 @@ from metaft.checkpoint import digest
 from metaft.cli import of_run
 from metaft.config import Init, MetaTrainConfig, Settled
 from metaft.defaults import device_of, hyper, resolve
+from metaft.engines import PARALLEL, Engine, engine, settled_name, task_chunk
+from metaft.engines.batching import why_not_mapped
 from metaft.errors import CheckpointError, DataError, MetaftError, suggest
 from metaft.metrics import label
 from metaft.models import Model, convolution
@@ -32,7 +34,7 @@ from metaft.models.handed import said
 from metaft.models.precision import in_bf16, matrix_units
 from metaft.models.recomputed import recomputed
 from metaft.objective import Objective
-from metaft.outer import PARALLEL, Engine, engine, settled_name, task_chunk, task_grad_of, tune, why_not_mapped
+from metaft.outer import task_grad_of
 from metaft.ranks import Ranks
 from metaft.run import RunFolder
 from metaft.static import recorded
@@ -40,6 +42,7 @@ from metaft.tasks.pool import ClassPool
 from metaft.tasks.sinusoid import Sinusoid
 from metaft.testing import task_scores
 from metaft.training import Snapshot, draw, load_snapshot
+from metaft.tuning import tune
 from metaft.types import SPLITS, Dataset, Episode, Loss, Params, Source, Split
 
 

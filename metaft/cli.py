@@ -301,9 +301,9 @@ class StopSignals:
     """Turns SIGINT and SIGTERM into a request that the run asks for at safe points; a second SIGINT is final.
 
     A second SIGTERM is not: under torchrun each process may get one from the scheduler and one from torchrun. Several
-    ranks learn of a request together, see `Ranks.stop`. A worker process that is waited for (`metaft.workers`) gets
-    `PATIENCE` seconds to end its part after a request, and is then given up; among ranks, which stop together, four
-    times as many.
+    ranks learn of a request together, see `Ranks.stop`. A worker process that is waited for (`metaft.engines.workers`)
+    gets `PATIENCE` seconds to end its part after a request, and is then given up; among ranks, which stop together,
+    four times as many.
     """
 
     PATIENCE = 5.0

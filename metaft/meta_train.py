@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from metaft.assemble import Parts
-    from metaft.outer import Engine
+    from metaft.engines.base import Engine
     from metaft.run import RunFolder
     from metaft.training import Snapshot
     from metaft.types import Dataset, Loss, Source

@@ -22,9 +22,10 @@ from torch.utils import _pytree as pytree
 
 from metaft.algorithms.base import Algorithm, TaskGrad
 from metaft.config import Settled
+from metaft.engines.base import Engine
 from metaft.errors import MetaftError, MetaftWarning
 from metaft.metrics import figure_name
-from metaft.outer import Engine, task_grad_of
+from metaft.outer import task_grad_of
 from metaft.ranks import Ranks
 from metaft.types import Params, Source, Static
 from metaft.update import clipped, outer_lr

@@ -14,10 +14,11 @@ from torch import Tensor
 from metaft import checkpoint, static
 from metaft.algorithms.base import Algorithm
 from metaft.config import Settled
+from metaft.engines.base import Engine
 from metaft.errors import CheckpointError, MetaftWarning, NonFiniteError, RankLost, RanksDiffer
 from metaft.metrics import better, figure_name
 from metaft.models import Model
-from metaft.outer import Engine, meta_gradient
+from metaft.outer import meta_gradient
 from metaft.progress import Progress
 from metaft.ranks import ALONE, Ranks
 from metaft.run import RunFolder, append_row, cut_back

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from helpers import images, pool
 from torch import Tensor, nn
 
-from metaft import algorithms, evaluate, meta_train, outer
+from metaft import algorithms, engines, evaluate, meta_train, outer
 from metaft.algorithms.baseline import CLASSES, fit
 from metaft.config import EvaluateConfig, MetaTrainConfig, read_toml
 from metaft.defaults import resolve
@@ -69,7 +69,7 @@ def test_matching_nets_attention_survives_a_scale_at_which_probabilities_vanish(
     member = algorithms.matching_net(scenarios.model(dtype=torch.float32), scale=2000.0)
     data = scenarios.episodes(dtype=torch.float32)
     meta, state = member.init(0)
-    with outer.engine("vmap") as engine:
+    with engines.engine("vmap") as engine:
         found = outer.meta_gradient(engine, member, meta, state, data)
     assert math.isfinite(found.metrics["loss"])
     assert all(bool(g.isfinite().all()) for g in found.grads.values())
@@ -99,7 +99,7 @@ def test_pre_training_is_the_cross_entropy_of_all_classes(name: str, classes: in
         losses.append(F.cross_entropy(logits, y))
         right.append((logits.argmax(1) == y).double().mean())
     torch.stack(losses).mean().backward()
-    with outer.engine("threads", threads=1) as engine:
+    with engines.engine("threads", threads=1) as engine:
         found = outer.meta_gradient(engine, member, meta, state, data)
     expected = {k: v.grad for k, v in leaves.items() if v.grad is not None}
     assert scenarios.relative_error(found.grads, expected) < 1e-12

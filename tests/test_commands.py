@@ -22,10 +22,11 @@ import torch
 from helpers import IMAGES, SINUSOID, file_size_limit, images, options, pool, remains, write_folder
 from torch import nn
 
-from metaft import evaluate, meta_train, report, testing, training, workers
+from metaft import evaluate, meta_train, report, testing, training
 from metaft.__main__ import main as metaft
 from metaft.assemble import say_what_changed, where_measured
 from metaft.config import EvaluateConfig, MetaTrainConfig
+from metaft.engines import workers
 from metaft.errors import MetaftError
 from metaft.run import read_rows
 from metaft.training import load_snapshot

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.func import grad, vmap
 from torch.utils import _pytree as pytree
 
-from metaft import algorithms, assemble, models, outer
+from metaft import algorithms, assemble, engines, models, outer
 from metaft.config import MetaTrainConfig
 from metaft.meta_train import resume_run, run
 from metaft.models import convolution
@@ -114,7 +114,7 @@ def test_the_meta_gradient_is_the_same_in_both_forms(name: str, change: Any) -> 
     algorithm = member(change(scenarios.model(name)))
     meta, state = algorithm.init(0)
     data, found, used = scenarios.episodes(), {}, []
-    with outer.engine("vmap") as engine, plain_operations():
+    with engines.engine("vmap") as engine, plain_operations():
         for form in convolution.FORMS:
             with convolution.forms(lambda shape, form=form: used.append(form) or form):
                 found[form] = outer.meta_gradient(engine, algorithm, meta, state, data)
@@ -145,7 +145,7 @@ def test_what_is_recomputed_keeps_its_form_where_the_context_is_gone() -> None:
 def test_the_shapes_of_a_meta_step_tell_own_weights_from_shared_ones_and_data_from_features() -> None:
     algorithm = member(scenarios.model("conv4"), inner_steps=1)
     meta, state = algorithm.init(0)
-    with outer.engine("vmap") as engine, plain_operations():
+    with engines.engine("vmap") as engine, plain_operations():
         knobs = algorithm.schedule(0)
         step = outer.task_grad_of(algorithm)
         found = convolution.shapes_of(lambda: engine.sum(step, (meta, state, knobs), scenarios.episodes()))
@@ -324,7 +324,7 @@ def test_recorded_steps_in_each_form_are_the_cpus_in_float64(form: Any) -> None:
     data = scenarios.noise_pool(classes=30, per_class=6).to("cuda")
     there = Wide(data.source(ways=3, shots=1, query_shots=2, rotate=True), "cuda")
     device = torch.device("cuda")
-    with outer.engine("graph", device="cuda") as engine:
+    with engines.engine("graph", device="cuda") as engine:
         shared = (start.meta, start.state, algorithm.schedule(0))
         step = outer.task_grad_of(algorithm)
         shapes = convolution.shapes_of(lambda: engine.sum(step, shared, there.episodes(0, "train", range(4))))

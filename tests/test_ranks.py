@@ -25,9 +25,10 @@ from helpers import SAME_RUN, SINUSOID, images, on_threads, options, pool, remai
 from rank_gradients import MEMBERS, meta_gradient
 from torch import distributed
 
-from metaft import adapt, algorithms, checkpoint, evaluate, group, meta_train, outer, predict, report, training
+from metaft import adapt, algorithms, checkpoint, engines, evaluate, group, meta_train, predict, report, training
 from metaft.cli import StopSignals, settings
 from metaft.config import EvaluateConfig, MetaTrainConfig, to_toml
+from metaft.engines.workers import OWN_THREADS
 from metaft.errors import CheckpointError, Interrupted, MetaftError, NonFiniteError, RankLost
 from metaft.meta_train import resume_run, run
 from metaft.ranks import ALONE, Ranks
@@ -35,7 +36,6 @@ from metaft.run import RunFolder, read_rows
 from metaft.tasks.pool import ClassPool
 from metaft.testing import meta_test, score_episodes
 from metaft.torchrun import launcher
-from metaft.workers import OWN_THREADS
 
 Found = TypeVar("Found")
 
@@ -409,7 +409,7 @@ def test_episodes_and_scores_are_those_of_one_process(episodes: int):
     def scores(ranks: Ranks) -> tuple[torch.Tensor, list[int], dict[str, Any]]:
         done: list[int] = []
         how: dict[str, Any] = {"split": "val", "seed": 3, "episodes": episodes, "steps": 2, "ranks": ranks}
-        with outer.engine("threads", threads=1) as engine:
+        with engines.engine("threads", threads=1) as engine:
             found = score_episodes(
                 engine, algorithm, meta, state, source, **how, at_once=8, progress=lambda n: done.append(n)
             )

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from metaft import algorithms, outer
+from metaft import algorithms, engines
 from metaft.algorithms import Algorithm
 from metaft.config import Settled
 from metaft.errors import MetaftError, MetaftWarning
@@ -60,7 +60,7 @@ def found_in(algorithm: Algorithm, **changes: Any) -> set[str]:
     settings = {"ways": 3, "query_shots": 2, "meta_batch": 4, "iterations": 9, "clip_norm": 1.0, "clip_value": 1.0}
     data = scenarios.noise_pool(classes=30, per_class=6).source(ways=3, shots=1, query_shots=2, rotate=True)
     start = Snapshot(*algorithm.init(0), {}, Position(), {})
-    with outer.engine("graph", chunk=changes.pop("chunk", None)) as engine, plain_operations():  # as on a GPU
+    with engines.engine("graph", chunk=changes.pop("chunk", None)) as engine, plain_operations():  # as on a GPU
         steps = StaticSteps(Settled(**{**settings, **changes}), engine, algorithm, data, start)
         steps._send(0)
         steps._step()

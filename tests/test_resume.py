@@ -14,7 +14,7 @@ import scenarios
 import torch
 from test_algorithms import TABLE, Row
 
-from metaft import algorithms, outer
+from metaft import algorithms, engines
 from metaft.algorithms import ALGORITHMS
 from metaft.assemble import Parts, fill
 from metaft.config import Settled
@@ -82,7 +82,7 @@ def trained(folder: Path, name: str, *, stop_after: int = STEPS) -> Snapshot:
         if taken == stop_after < STEPS:
             raise Interrupted("stopped", 15)
 
-    with outer.engine("threads", threads=1) as engine:
+    with engines.engine("threads", threads=1) as engine:
         return train(run, config, algorithm, engine, source, source, start, should_stop=should_stop)
 
 

@@ -13,10 +13,10 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from metaft.batching import check_twice_differentiable
 from metaft.errors import MetaftError
 from metaft.models.conv4 import Conv4
 from metaft.models.convolution import task_convolutions
+from metaft.models.derivatives import check_twice_differentiable
 from metaft.models.dropout import drops, episode_dropout
 from metaft.models.handed import buffers, class_of, copied, eagerly, frozen, taken
 from metaft.models.head import body_of, watched, watching
