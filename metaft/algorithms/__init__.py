@@ -12,7 +12,7 @@ from metaft.algorithms.base import Algorithm, TaskGrad
 from metaft.algorithms.baseline import baseline, baseline_plus_plus
 from metaft.algorithms.boil import boil
 from metaft.algorithms.cavia import cavia
-from metaft.algorithms.gradient import by_gradient
+from metaft.algorithms.gradient import Hooks, by_gradient
 from metaft.algorithms.imaml import imaml
 from metaft.algorithms.maml import fomaml, maml
 from metaft.algorithms.maml_plus_plus import maml_plus_plus
@@ -30,6 +30,7 @@ from metaft.models import Model
 __all__ = [
     "ALGORITHMS",
     "Algorithm",
+    "Hooks",
     "TaskGrad",
     "anil",
     "baseline",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from metaft.algorithms.base import Algorithm, TaskGrad
-from metaft.algorithms.gradient import by_gradient
+from metaft.algorithms.gradient import Hooks, by_gradient
 from metaft.algorithms.query import judge
 from metaft.errors import MetaftError
 from metaft.inner import hessian_product, value_and_grad
@@ -91,7 +91,7 @@ def imaml(
         first_order=True,  # nothing differentiates through the steps
         norm=norm,
         adapted=list(model.params),
-        penalty=penalty,
+        hooks=Hooks(penalty=penalty),
         halvings=line_search,
     )
     judged = judge(descent.predict, loss=loss, norm=norm, loss_of=model.loss)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from metaft import inner
 from metaft.algorithms.base import Algorithm
-from metaft.algorithms.gradient import by_gradient
+from metaft.algorithms.gradient import Hooks, by_gradient
 from metaft.algorithms.meta_sgd import RATE
 from metaft.algorithms.query import judge
 from metaft.errors import MetaftError
@@ -108,9 +108,7 @@ def maml_plus_plus(
         norm=norm,
         adapted=adapted,
         learned=learned,
-        begin=lambda meta, x, y, ways: {name: meta[name] for name in model.params},
-        rates=rates,
-        at=at,
+        hooks=Hooks(rates=rates, at=at),
     )
     statistics = _initial_statistics(model, inner_steps + 1) if step_statistics else {}
     judged = judge(base.predict, loss=loss, norm=norm, loss_of=model.loss)
