@@ -41,9 +41,10 @@ from metaft.models.precision import in_bf16, matrix_units
 from metaft.models.recomputed import recomputed
 from metaft.output import of_command
 from metaft.run import read_rows
+from metaft.snapshot import Position, Snapshot
 from metaft.static import StaticSteps, recorded
 from metaft.tasks.pool import ClassPool
-from metaft.training import Eager, Position, Snapshot
+from metaft.training import Eager
 from metaft.types import SPLITS
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -37,11 +37,12 @@ from metaft.objective import Objective
 from metaft.outer import task_grad_of
 from metaft.ranks import Ranks
 from metaft.run import RunFolder
+from metaft.snapshot import Snapshot, load_snapshot
 from metaft.static import recorded
 from metaft.tasks.pool import ClassPool
 from metaft.tasks.sinusoid import Sinusoid
 from metaft.testing import task_scores
-from metaft.training import Snapshot, draw, load_snapshot
+from metaft.training import draw
 from metaft.tuning import tune
 from metaft.types import SPLITS, Dataset, Episode, Loss, Params, Source, Split
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from metaft.assemble import Parts
     from metaft.engines.base import Engine
     from metaft.run import RunFolder
-    from metaft.training import Snapshot
+    from metaft.snapshot import Snapshot
     from metaft.types import Dataset, Loss, Source
 
 # What may change when a run goes on: how it is computed, how long (which stretches the outer schedule too), and where
@@ -288,7 +288,8 @@ def _go(
 ) -> dict[str, Any]:
     from metaft.assemble import convolution_forms, engine_for, fill, header, say_what_changed
     from metaft.models.convolution import by_key, forms
-    from metaft.training import begin, draw, train
+    from metaft.snapshot import begin
+    from metaft.training import draw, train
 
     c = parts.config
     stop = f"stopped; a checkpoint is in {run.checkpoints}, go on with: {_go_on(run, ranks)}"

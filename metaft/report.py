@@ -10,13 +10,13 @@ import torch
 
 from metaft.assemble import Parts
 from metaft.errors import CheckpointError
-from metaft.metrics import figure_name
+from metaft.metrics import figure_name, percent
 from metaft.objective import figure_of
 from metaft.paths import shown
 from metaft.pictures import drawn, listed, plotting
 from metaft.progress import duration
 from metaft.run import RunFolder, read_rows
-from metaft.training import Snapshot, percent
+from metaft.snapshot import Snapshot
 from metaft.types import NORMS, Episode, Source
 
 

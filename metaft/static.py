@@ -60,7 +60,7 @@ class Steps(Protocol):
 
 
 class Begun(Protocol):
-    """What a run starts from (`metaft.training.Snapshot`)."""
+    """What a run starts from (`metaft.snapshot.Snapshot`)."""
 
     @property
     def meta(self) -> Params: ...

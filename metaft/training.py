@@ -1,4 +1,4 @@
-"""Meta-training: one visible loop over an explicit position that a checkpoint holds whole."""
+"""Meta-training: one visible loop over a position that a checkpoint holds whole."""
 
 from __future__ import annotations
 
@@ -9,104 +9,21 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import Tensor
-
 from metaft import checkpoint, static
 from metaft.algorithms.base import Algorithm
 from metaft.config import Settled
 from metaft.engines.base import Engine
 from metaft.errors import CheckpointError, MetaftWarning, NonFiniteError, RankLost, RanksDiffer
-from metaft.metrics import better, figure_name
-from metaft.models import Model
+from metaft.metrics import better, describe, figure_name
 from metaft.outer import meta_gradient
 from metaft.progress import Progress
 from metaft.ranks import ALONE, Ranks
 from metaft.run import RunFolder, append_row, cut_back
+from metaft.snapshot import Snapshot, save_snapshot, tensors_of
 from metaft.static import Steps, Taken, logged, why_not_finite
 from metaft.testing import score_episodes, summarise
 from metaft.types import Params, Source
 from metaft.update import Outer
-
-
-@dataclasses.dataclass(frozen=True)
-class Position:
-    """Where a run stands, besides its tensors."""
-
-    step: int = 0
-    """Meta-steps done."""
-    evaluated: int = 0
-    """Step of the last validation that was finished."""
-    best: float = math.nan
-    """Best validation figure so far."""
-    best_step: int = 0
-    window: tuple[tuple[float, ...], ...] = ()
-    """Metrics (`metaft.static.logged`) of the steps since the last row of metrics.jsonl."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Snapshot:
-    """A checkpoint in memory."""
-
-    meta: Params
-    state: Params
-    optimizer: dict[str, Tensor]
-    position: Position
-    header: Mapping[str, Any]
-    frozen: Params = dataclasses.field(default_factory=dict)
-    """Parameters of the user's module that stay as they were handed over; in a checkpoint they are beside the others
-    of `meta`, and the header has their names."""
-    buffers: Params = dataclasses.field(default_factory=dict)
-
-
-def tensors_of(snapshot: Snapshot) -> dict[str, Tensor]:
-    """All of them, named as in a checkpoint."""
-    parts = {
-        "meta": {**snapshot.meta, **snapshot.frozen},
-        "state": snapshot.state,
-        "optimizer": snapshot.optimizer,
-        "buffers": snapshot.buffers,
-    }
-    return {f"{part}/{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
-
-
-def save_snapshot(run: RunFolder, snapshot: Snapshot, *, best: bool = False) -> None:
-    """Write `checkpoints/best` or `checkpoints/last`; the former last one is kept as `previous`."""
-    tensors = tensors_of(snapshot)
-    header = {**snapshot.header, "position": dataclasses.asdict(snapshot.position)}
-    if snapshot.frozen:
-        header["frozen"] = list(snapshot.frozen)
-    # JSON has no NaN
-    header["position"]["best"] = None if math.isnan(snapshot.position.best) else snapshot.position.best
-    if best:
-        checkpoint.save(run.best, tensors, header)
-        return
-    run.save_last(tensors, header)
-
-
-def load_snapshot(path: Any) -> Snapshot:
-    """Raises CheckpointError, see `metaft.checkpoint.load`, and for a checkpoint of another command."""
-    tensors, header = checkpoint.load(path)
-    if "position" not in header:
-        raise CheckpointError(f"checkpoint {path}: not of a meta-training run")
-    p = header["position"]
-    position = Position(
-        step=p["step"],
-        evaluated=p["evaluated"],
-        best=math.nan if p["best"] is None else p["best"],
-        best_step=p["best_step"],
-        window=tuple(tuple(metrics) for metrics in p["window"]),
-    )
-    parts = ("meta", "state", "optimizer", "buffers")
-    meta, state, optimizer, buffers = (checkpoint.under(tensors, part) for part in parts)
-    frozen = {name: meta.pop(name) for name in header.get("frozen", ())}
-    return Snapshot(meta, state, optimizer, position, header, frozen, buffers)
-
-
-def begin(algorithm: Algorithm, seed: int, header: Mapping[str, Any], model: Model | None = None) -> Snapshot:
-    """The first snapshot of a run, on the CPU, with what nothing learns of its `model`."""
-    still = ({}, {}) if model is None else (model.frozen, model.buffers)
-    meta, state, frozen, buffers = ({k: t.cpu() for k, t in each.items()} for each in (*algorithm.init(seed), *still))
-    return Snapshot(meta, state, {}, Position(), header, frozen, buffers)
 
 
 class Eager:
@@ -158,89 +75,26 @@ def train(
     NonFiniteError at a loss or gradient that is not finite, with the state before that step saved, and RanksDiffer
     before a validation or checkpoint of parameters that are not the same on all ranks, with nothing of them saved.
     """
-    name = figure_name(algorithm.loss)
     steps = _steps(config, engine, algorithm, source, start, ranks)
-    position = start.position
-    writes = ranks.rank == 0
-    if writes:
+    if ranks.rank == 0:
         # A row of training that the checkpoint's window still holds will be written again.
-        cut_back(run.metrics, position.step - len(position.window), position.evaluated)
-        cut_back(run.timing, position.step, position.evaluated)
-    bar = Progress("meta-train", config.iterations, "step", done=position.step, per_unit=config.meta_batch)
-    clock, clock_step, validating = time.perf_counter(), position.step, 0.0
-    same = position.step  # the last after which all ranks were seen to have the same parameters
-
-    def snapshot() -> Snapshot:
-        meta, state = ({k: v.detach().clone() for k, v in part.items()} for part in (steps.meta, steps.state))
-        return Snapshot(meta, state, steps.moments(), position, start.header, start.frozen, start.buffers)
-
-    def log(row: Mapping[str, Any], *, sync: bool = False) -> None:
-        if writes:
-            append_row(run.metrics, row, sync=sync)
-
-    def check_ranks() -> None:
-        nonlocal same
-        if same == position.step:
-            return
-        try:
-            ranks.check_same(f"step {position.step}: the digest of the parameters", lambda: _digest(snapshot()))
-        except RanksDiffer as error:
-            raise RanksDiffer(f"{error}; the state of step {clock_step} is kept in {run.last}") from None
-        same = position.step
-
-    def save() -> None:
-        nonlocal clock, clock_step, validating
-        now = time.perf_counter()
-        if writes:
-            row = {"step": position.step, "seconds": now - clock, "validation_seconds": validating}
-            if position.step > clock_step:
-                row["tasks_per_second"] = (position.step - clock_step) * config.meta_batch / (now - clock - validating)
-            append_row(run.timing, row, sync=True)
-            save_snapshot(run, snapshot())
-        clock, clock_step, validating = now, position.step, 0.0
-
+        cut_back(run.metrics, start.position.step - len(start.position.window), start.position.evaluated)
+        cut_back(run.timing, start.position.step, start.position.evaluated)
+    bar = Progress("meta-train", config.iterations, "step", done=start.position.step, per_unit=config.meta_batch)
+    loop = _Loop(run, config, algorithm, start, ranks, steps, bar)
     try:
-        if writes and not run.last.exists():  # a run killed before its first step must begin with the same parameters
-            save_snapshot(run, snapshot())
+        loop.write_first()
         while True:
-            if position.window and (position.step % config.log_every == 0 or position.step == config.iterations):
-                means = [math.fsum(c) / len(position.window) for c in zip(*position.window, strict=True)]
-                row = dict(zip(logged(algorithm), means, strict=True))
-                log({"kind": "train", "step": position.step, **row})
-                position = dataclasses.replace(position, window=())
-                bar.update(position.step, **_shown(name, row["loss"], row[name]))
-
-            due = position.step % config.eval_every == 0 or position.step == config.iterations
-            if due and position.evaluated < position.step:
-                check_ranks()
-                before = time.perf_counter()
-                scores = score_episodes(
-                    engine, algorithm, steps.meta, steps.state, val_source,
-                    split="val", seed=config.eval_seed, episodes=config.eval_episodes,
-                    steps=config.test_inner_steps, ranks=ranks, progress=lambda done: should_stop(),
-                )  # fmt: skip
-                summary = summarise(scores, name)
-                log({"kind": "val", "step": position.step, **summary}, sync=True)
-                validating += time.perf_counter() - before
-                value = summary[config.batch_norm][name]
-                position = dataclasses.replace(position, evaluated=position.step)
-                if better(algorithm.loss, value, position.best):
-                    position = dataclasses.replace(position, best=value, best_step=position.step)
-                    if writes:
-                        save_snapshot(run, snapshot(), best=True)
-                save()
-                bar.say(f"step {position.step}: validation {describe(name, summary)}")
-            if position.step == config.iterations:
-                return snapshot()
-
-            taken = steps.advance(position.step)
-            window = (*position.window, *taken.window)
-            position = dataclasses.replace(position, step=position.step + len(taken.window), window=window)
-            if taken.failure is not None:
-                raise _not_finite(taken.failure, position.step, run)
-            if position.step % config.checkpoint_every == 0:
-                check_ranks()
-                save()
+            if loop.position.window and loop.is_due(config.log_every):
+                loop.write_row()
+            if loop.position.evaluated < loop.position.step and loop.is_due(config.eval_every):
+                loop.validate(engine, val_source, should_stop)
+            if loop.position.step == config.iterations:
+                return loop.snapshot()
+            loop.advance()
+            if loop.position.step % config.checkpoint_every == 0:
+                loop.check_ranks()
+                loop.save()
             should_stop()
     except (CheckpointError, RanksDiffer):
         # The disk refuses, and trying once more would hide why; or there is nothing worth keeping.
@@ -248,13 +102,120 @@ def train(
     except BaseException as error:
         # A signal, a non-finite loss or a bug: what was computed is kept. `position` and `steps` belong together
         # here, since both change only after everything that can fail.
-        if position.step > start.position.step:
-            save()
-        if writes and isinstance(error, RankLost):
-            error.kept = clock_step
+        if loop.position.step > start.position.step:
+            loop.save()
+        if ranks.rank == 0 and isinstance(error, RankLost):
+            error.kept = loop.saved_step
         raise
     finally:
         bar.close()
+
+
+class _Loop:
+    """A run while it trains: where it stands, and the things that its loop does, each by name."""
+
+    def __init__(
+        self,
+        run: RunFolder,
+        config: Settled,
+        algorithm: Algorithm,
+        start: Snapshot,
+        ranks: Ranks,
+        steps: Steps,
+        bar: Progress,
+    ) -> None:
+        self._run, self._config, self._algorithm, self._start = run, config, algorithm, start
+        self._ranks, self._steps, self._bar = ranks, steps, bar
+        self._name = figure_name(algorithm.loss)
+        self.position = start.position
+        self.saved_step = start.position.step
+        """The last step of which a checkpoint is kept."""
+        self._saved_at, self._validating = time.perf_counter(), 0.0
+        self._checked_step = start.position.step
+        """The last step after which all ranks were seen to have the same parameters."""
+
+    def is_due(self, every: int) -> bool:
+        """Whether this is a step, or the last one, after which something comes that comes so often."""
+        return self.position.step % every == 0 or self.position.step == self._config.iterations
+
+    def snapshot(self) -> Snapshot:
+        meta, state = ({k: v.detach().clone() for k, v in p.items()} for p in (self._steps.meta, self._steps.state))
+        start = self._start
+        return Snapshot(meta, state, self._steps.moments(), self.position, start.header, start.frozen, start.buffers)
+
+    def write_first(self) -> None:
+        """A run that is killed before its first step must begin with the same parameters."""
+        if self._ranks.rank == 0 and not self._run.last.exists():
+            save_snapshot(self._run, self.snapshot())
+
+    def write_snapshot(self, *, best: bool = False) -> None:
+        if self._ranks.rank == 0:
+            save_snapshot(self._run, self.snapshot(), best=best)
+
+    def write_row(self) -> None:
+        """The means over the steps since the last row."""
+        window, step = self.position.window, self.position.step
+        means = [math.fsum(c) / len(window) for c in zip(*window, strict=True)]
+        row = dict(zip(logged(self._algorithm), means, strict=True))
+        self._log({"kind": "train", "step": step, **row})
+        self.position = dataclasses.replace(self.position, window=())
+        self._bar.update(step, **_shown(self._name, row["loss"], row[self._name]))
+
+    def validate(self, engine: Engine, source: Source, should_stop: Callable[[], None]) -> None:
+        """Test on the validation classes, and keep the parameters where they are the best so far."""
+        self.check_ranks()
+        begin, step, c = time.perf_counter(), self.position.step, self._config
+        scores = score_episodes(
+            engine, self._algorithm, self._steps.meta, self._steps.state, source,
+            split="val", seed=c.eval_seed, episodes=c.eval_episodes, steps=c.test_inner_steps,
+            ranks=self._ranks, progress=lambda done: should_stop(),
+        )  # fmt: skip
+        summary = summarise(scores, self._name)
+        self._log({"kind": "val", "step": step, **summary}, sync=True)
+        self._validating += time.perf_counter() - begin
+        value = summary[c.batch_norm][self._name]
+        self.position = dataclasses.replace(self.position, evaluated=step)
+        if better(self._algorithm.loss, value, self.position.best):
+            self.position = dataclasses.replace(self.position, best=value, best_step=step)
+            self.write_snapshot(best=True)
+        self.save()
+        self._bar.say(f"step {step}: validation {describe(self._name, summary)}")
+
+    def advance(self) -> None:
+        """Take the next meta-step, or a stretch of them. Raises NonFiniteError, with what came before it taken."""
+        taken = self._steps.advance(self.position.step)
+        window = (*self.position.window, *taken.window)
+        self.position = dataclasses.replace(self.position, step=self.position.step + len(taken.window), window=window)
+        if taken.failure is not None:
+            raise _not_finite(taken.failure, self.position.step, self._run)
+
+    def check_ranks(self) -> None:
+        """Raises RanksDiffer where parameters are not the same on all ranks."""
+        step = self.position.step
+        if self._checked_step == step:
+            return
+        try:
+            self._ranks.check_same(f"step {step}: the digest of the parameters", lambda: _digest(self.snapshot()))
+        except RanksDiffer as error:
+            kept = f"the state of step {self.saved_step} is kept in {self._run.last}"
+            raise RanksDiffer(f"{error}; {kept}") from None
+        self._checked_step = step
+
+    def save(self) -> None:
+        """Write the last checkpoint, and how long the steps since the one before took."""
+        now, step = time.perf_counter(), self.position.step
+        if self._ranks.rank == 0:
+            seconds, count = now - self._saved_at, step - self.saved_step
+            row = {"step": step, "seconds": seconds, "validation_seconds": self._validating}
+            if count > 0:
+                row["tasks_per_second"] = count * self._config.meta_batch / (seconds - self._validating)
+            append_row(self._run.timing, row, sync=True)
+            self.write_snapshot()
+        self._saved_at, self.saved_step, self._validating = now, step, 0.0
+
+    def _log(self, row: Mapping[str, Any], *, sync: bool = False) -> None:
+        if self._ranks.rank == 0:
+            append_row(self._run.metrics, row, sync=sync)
 
 
 def _steps(
@@ -279,16 +240,6 @@ def draw(algorithm: Algorithm, source: Source, seed: int, indices: range) -> Any
     if algorithm.data == "episodes":
         return source.episodes(seed, "train", indices)
     return source.batches(seed, "train", indices, source.ways * (source.shots + source.query_shots))
-
-
-def describe(name: str, summary: Mapping[str, Any]) -> str:
-    """`transductive 97.1 ± 0.4 %, inductive 95.0 ± 0.5 %`"""
-    return ", ".join(f"{mode} {percent(name, summary[mode][name], summary[mode]['ci95'])}" for mode in summary)
-
-
-def percent(name: str, value: float, ci95: float) -> str:
-    """A figure with its interval, as people read it."""
-    return f"{100 * value:.2f} ± {100 * ci95:.2f} %" if name == "accuracy" else f"{value:.3f} ± {ci95:.3f}"
 
 
 def _shown(name: str, loss: float, value: float) -> dict[str, str]:

@@ -22,7 +22,7 @@ from metaft.config import EvaluateConfig, MetaTrainConfig, read_toml
 from metaft.defaults import resolve
 from metaft.errors import MetaftError
 from metaft.run import read_rows
-from metaft.training import load_snapshot
+from metaft.snapshot import load_snapshot
 from metaft.types import NORMS, Episode, Norm, Params
 
 

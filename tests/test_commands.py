@@ -29,7 +29,7 @@ from metaft.config import EvaluateConfig, MetaTrainConfig
 from metaft.engines import workers
 from metaft.errors import MetaftError
 from metaft.run import read_rows
-from metaft.training import load_snapshot
+from metaft.snapshot import load_snapshot
 
 Text = pytest.CaptureFixture[str]
 

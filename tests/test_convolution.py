@@ -24,7 +24,7 @@ from metaft.models import convolution
 from metaft.models.convolution import Form, Shape, TaskConv2d
 from metaft.models.functional import plain_operations
 from metaft.models.recomputed import recomputed
-from metaft.training import load_snapshot
+from metaft.snapshot import load_snapshot
 from metaft.types import Params
 
 SHAPE = Shape(2, 3, (3, 3), (1, 1), (1, 1), (1, 1), 6, 5, 2, 4, True, False, "torch.float64")

@@ -47,7 +47,7 @@ from metaft.finetune import report, study
 from metaft.finetune.classifier import Classifier
 from metaft.inputs import ImageInputs
 from metaft.models import initialise
-from metaft.training import load_snapshot
+from metaft.snapshot import load_snapshot
 
 Text = pytest.CaptureFixture[str]
 

@@ -33,6 +33,7 @@ from metaft.errors import CheckpointError, Interrupted, MetaftError, NonFiniteEr
 from metaft.meta_train import resume_run, run
 from metaft.ranks import ALONE, Ranks
 from metaft.run import RunFolder, read_rows
+from metaft.snapshot import load_snapshot
 from metaft.tasks.pool import ClassPool
 from metaft.testing import meta_test, score_episodes
 from metaft.torchrun import launcher
@@ -497,8 +498,8 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step_and_a_run_moves_between
         found = errors_of(2, lambda ranks: resume_run(path, ranks=ranks))
     assert [error.status for error in found] == [128 + signal.SIGINT] * 2
     assert all(f"go on with: {LAUNCH} -m metaft.meta_train --resume" in str(error) for error in found)
-    assert training.load_snapshot(path / "checkpoints/last.safetensors").position.step == 5
-    assert training.load_snapshot(path / "checkpoints/last.safetensors").header["environment"]["ranks"] == "2"
+    assert load_snapshot(path / "checkpoints/last.safetensors").position.step == 5
+    assert load_snapshot(path / "checkpoints/last.safetensors").header["environment"]["ranks"] == "2"
     assert "note: ranks 1 -> 2: the run goes on to rounding (1e-6), not with the same bits" in capsys.readouterr().err
     resume_run(path)
     assert "note: ranks 2 -> 1: the run goes on to rounding" in capsys.readouterr().err
@@ -535,7 +536,7 @@ def test_a_loss_that_is_not_finite_on_one_rank_ends_all(tmp_path: Path, monkeypa
     found = errors_of(2, lambda ranks: run(sinusoid(tmp_path / "r"), ranks=ranks))
     assert [type(error) for error in found] == [NonFiniteError] * 2
     assert all(str(error).startswith("step 5: the loss is nan") for error in found)
-    assert training.load_snapshot(tmp_path / "r/checkpoints/last.safetensors").position.step == 4
+    assert load_snapshot(tmp_path / "r/checkpoints/last.safetensors").position.step == 4
 
 
 @pytest.mark.parametrize(("drift", "noticed", "settings"), [(4, 6, {}), (6, 7, {"checkpoint_every": 100})])
@@ -567,8 +568,8 @@ def test_ranks_that_drift_apart_are_noticed_before_anything_of_it_is_saved(
         assert " on rank 1, " in str(error)
         assert "; the state of step 4 is kept in " in str(error)
     assert last.read_bytes() == before[0]
-    assert training.load_snapshot(last).position.step == 4
-    assert training.load_snapshot(path / "checkpoints/best.safetensors").position.step == 4
+    assert load_snapshot(last).position.step == 4
+    assert load_snapshot(path / "checkpoints/best.safetensors").position.step == 4
 
 
 def test_more_ranks_than_tasks_are_refused_before_anything_is_written(tmp_path: Path):

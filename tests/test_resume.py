@@ -20,7 +20,8 @@ from metaft.assemble import Parts, fill
 from metaft.config import Settled
 from metaft.errors import Interrupted
 from metaft.run import RunFolder
-from metaft.training import Snapshot, begin, load_snapshot, tensors_of, train
+from metaft.snapshot import Snapshot, begin, load_snapshot, tensors_of
+from metaft.training import train
 
 pytestmark = pytest.mark.slow
 

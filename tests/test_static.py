@@ -22,9 +22,10 @@ from metaft.errors import Interrupted, MetaftWarning, NonFiniteError
 from metaft.meta_train import resume_run, run
 from metaft.ranks import ALONE
 from metaft.run import read_rows
+from metaft.snapshot import Position, Snapshot, load_snapshot
 from metaft.static import StaticSteps, obstacle
 from metaft.tasks.pool import ClassEpisodes
-from metaft.training import Eager, Position, Snapshot, load_snapshot
+from metaft.training import Eager
 from metaft.types import Batch, Episode, Params, Split
 
 STEPS = 20

@@ -24,8 +24,8 @@ from metaft.errors import CheckpointError, Interrupted, MetaftError, NonFiniteEr
 from metaft.meta_train import resume_run, run
 from metaft.outer import MetaGradient
 from metaft.run import RunFolder, read_rows
+from metaft.snapshot import Position, Snapshot, load_snapshot, save_snapshot
 from metaft.tasks.pool import ClassEpisodes
-from metaft.training import Position, Snapshot, load_snapshot, save_snapshot
 from metaft.update import Outer, outer_lr
 
 

@@ -28,7 +28,7 @@ from metaft.algorithms import ALGORITHMS, hyper_parameters
 from metaft.finetune import study
 from metaft.models.stored import StoredNorm
 from metaft.run import read_rows
-from metaft.training import load_snapshot
+from metaft.snapshot import load_snapshot
 from metaft.types import Fast, Params
 
 

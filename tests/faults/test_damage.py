@@ -22,8 +22,8 @@ from metaft.errors import CheckpointError
 from metaft.finetune import study
 from metaft.finetune.classifier import load
 from metaft.run import RunFolder
+from metaft.snapshot import load_snapshot
 from metaft.tasks import cache
-from metaft.training import load_snapshot
 
 FLIPS = 200 if FULL else 20
 EVERY = 4096 if FULL else 65536

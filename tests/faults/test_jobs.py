@@ -23,7 +23,7 @@ from victims import DONE, FULL, Plan, completed, kill_tree, one_error, same_tree
 
 from metaft.ranks import ALONE
 from metaft.run import read_rows
-from metaft.training import load_snapshot
+from metaft.snapshot import load_snapshot
 
 STEPS = 12
 RUN = options(SINUSOID, iterations=STEPS, checkpoint_every=3, eval_every=5)

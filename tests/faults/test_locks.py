@@ -44,7 +44,7 @@ def test_a_second_command_on_a_run_is_refused_and_names_the_first(again: str, tm
 
 
 def last_step(out: Path) -> int:
-    from metaft.training import load_snapshot
+    from metaft.snapshot import load_snapshot
 
     folder = RunFolder(out)
     folder.mend()

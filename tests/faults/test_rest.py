@@ -18,8 +18,8 @@ from victims import DONE, FULL, Plan, Victim, Whole, completed, one_error, same_
 from metaft import meta_train, report, training
 from metaft.errors import NonFiniteError
 from metaft.inputs import reading as images
+from metaft.snapshot import load_snapshot
 from metaft.tasks import sinusoid as sinusoids
-from metaft.training import load_snapshot
 
 Text = pytest.CaptureFixture[str]
 
