@@ -5,26 +5,26 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-import shlex
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from metaft import paths
 from metaft.cli import StopSignals, check_unchanged, fresh_folder, in_ranks, settings
 from metaft.config import Init, MetaTrainConfig, from_mapping, read_toml, to_toml
-from metaft.errors import DataError, MetaftError, RankLost
+from metaft.errors import MetaftError, RankLost
+from metaft.following import brought, to_go_on
 from metaft.modes import in_usual_modes
 from metaft.output import steady
 from metaft.ranks import ALONE, Ranks
-from metaft.torchrun import launcher
 
 if TYPE_CHECKING:
     from torch import nn
 
     from metaft.assemble import Parts
     from metaft.engines.base import Engine
+    from metaft.models.convolution import Form
     from metaft.run import RunFolder
     from metaft.snapshot import Snapshot
     from metaft.types import Dataset, Loss, Source
@@ -120,12 +120,13 @@ def run(
     def create() -> RunFolder:
         data = paths.typed(config.dataset) if dataset is None else dataset.name
         name = f"{file_name(data)}-{c.algorithm}-{c.ways}w{c.shots}s-{c.seed}"
-        folder = Path(c.out) if c.out is not None else fresh_folder(Path("runs") / name)
-        return RunFolder.create(folder, to_toml(dataclasses.replace(c, out=None)), launch=ranks.launch)
+        path = Path(c.out) if c.out is not None else fresh_folder(Path("runs") / name)
+        return RunFolder.create(path, to_toml(dataclasses.replace(c, out=None)), launch=ranks.launch)
 
-    made = ranks.on_first(create)
-    with _held(made, "out", ranks):
-        return _go(made, parts, sources, None, ranks)
+    folder = ranks.on_first(create)
+    from_python = brought(dataset=dataset, module=module, init=init, loss=loss)
+    with _held(folder, "out", from_python, ranks):
+        return _train_and_test(folder, parts, sources, None, from_python, ranks)
 
 
 @steady()
@@ -152,12 +153,12 @@ def resume_run(
     from metaft.run import RunFolder
 
     folder = ranks.on_first(lambda: RunFolder.open(path))
-    with _held(folder, "resume", ranks):
+    with _held(folder, "resume", brought(dataset=dataset, module=module, init=init, loss=loss), ranks):
         return _resume(folder, config, dataset, module, init, loss, ranks)
 
 
 @contextlib.contextmanager
-def _held(run: RunFolder, field: str, ranks: Ranks) -> Iterator[None]:
+def _held(run: RunFolder, field: str, from_python: Sequence[str], ranks: Ranks) -> Iterator[None]:
     """The lock on a run folder, held by rank 0. Raises MetaftError, on all ranks, where another process has it.
 
     What ends because a rank was lost is told how to go on.
@@ -168,13 +169,9 @@ def _held(run: RunFolder, field: str, ranks: Ranks) -> Iterator[None]:
             yield
         except RankLost as lost:
             step = "" if lost.kept is None else f" of step {lost.kept}"
-            lost.hint = f"; the last checkpoint is {run.last}{step}, go on with: {_go_on(run, ranks)}"
+            how = to_go_on(run.path, from_python, ranks.count)
+            lost.hint = f"; the last checkpoint is {run.last}{step}, go on with: {how}"
             raise
-
-
-def _go_on(run: RunFolder, ranks: Ranks) -> str:
-    launch = "python" if ranks.count == 1 else f"torchrun {launcher(ranks.count)}"
-    return f"{launch} -m metaft.meta_train --resume {shlex.quote(str(run.path))}"
 
 
 def _resume(
@@ -189,21 +186,11 @@ def _resume(
     from metaft.assemble import assemble
     from metaft.checkpoint import write_atomically
 
-    path = folder.path
-    own, snapshot = ranks.on_first(lambda: _reopened(folder))
-    own = paths.in_full(own)
-    given = {} if config is None else {k: v for k, v in dataclasses.asdict(config).items() if v not in (None, ())}
-    if set(given.get("hyper", ())) <= set(own.hyper):  # a run adds what it found out itself
-        given.pop("hyper", None)
-    named = {} if dataset is None else {"dataset": dataset.name}
-    config = paths.in_full(dataclasses.replace(own, **{**given, **named, "out": None}))
-    if config.engine == "tune" and config.task_chunk == own.task_chunk:  # as it was chosen once, by it or another rule
-        config = dataclasses.replace(config, task_chunk=None)
+    before, snapshot = ranks.on_first(lambda: _reopened(folder))
+    before = paths.in_full(before)
     classes = snapshot and snapshot.header.get("classes")
-    names = [name for part in (classes or {}).values() for name in part]
-    data = paths.as_run_names(config.dataset, own.dataset, config.data_root, names)
-    config = dataclasses.replace(config, dataset=data)
-    check_unchanged(config, own, path, except_for=RESUMABLE)
+    config = _resumed_settings(before, config, dataset, classes or {})
+    check_unchanged(config, before, folder.path, except_for=RESUMABLE)
     if snapshot is not None and config.iterations is not None and config.iterations < snapshot.position.step:
         raise MetaftError(
             f"iterations must be at least the {snapshot.position.step} already done, got {config.iterations}"
@@ -211,16 +198,36 @@ def _resume(
     begun = {"init": init, "loss": loss, "snapshot": snapshot, "classes": classes}
     parts = ranks.in_turn(lambda: assemble(config, dataset=dataset, module=module, **begun))
     sources = _sources(parts)
-    before = None
-    if snapshot is not None and config.task_chunk == own.task_chunk:
-        before = snapshot.header["environment"]["engine"]
-    parts = _with_engine(parts, sources[0], ranks, before=before)
+    engine = None
+    if snapshot is not None and config.task_chunk == before.task_chunk:
+        engine = snapshot.header["environment"]["engine"]
+    parts = _with_engine(parts, sources[0], ranks, before=engine)
     if ranks.rank == 0:
         if snapshot is None or snapshot.position.step < parts.config.iterations:
             folder.result.unlink(missing_ok=True)  # of a shorter run; it would not be this one's
-        if dataclasses.asdict(config) != dataclasses.asdict(own) or parts.config.dataset != own.dataset:
+        if dataclasses.asdict(config) != dataclasses.asdict(before) or parts.config.dataset != before.dataset:
             write_atomically(folder.config, to_toml(parts.config).encode())
-    return _go(folder, parts, sources, snapshot, ranks)
+    from_python = brought(dataset=dataset, module=module, init=init, loss=loss)
+    return _train_and_test(folder, parts, sources, snapshot, from_python, ranks)
+
+
+def _resumed_settings(
+    before: MetaTrainConfig,
+    config: MetaTrainConfig | None,
+    dataset: Dataset | None,
+    classes: Mapping[str, Sequence[str]],
+) -> MetaTrainConfig:
+    """The settings of a run, changed by what was given; a data set that moved is named as the run does."""
+    given = {} if config is None else {k: v for k, v in dataclasses.asdict(config).items() if v not in (None, ())}
+    if set(given.get("hyper", ())) <= set(before.hyper):  # a run adds what it found out itself
+        given.pop("hyper", None)
+    named = {} if dataset is None else {"dataset": dataset.name}
+    config = paths.in_full(dataclasses.replace(before, **{**given, **named, "out": None}))
+    if config.engine == "tune" and config.task_chunk == before.task_chunk:
+        config = dataclasses.replace(config, task_chunk=None)  # as it was chosen once, by it or another rule
+    names = [name for part in classes.values() for name in part]
+    data = paths.as_run_names(config.dataset, before.dataset, config.data_root, names)
+    return dataclasses.replace(config, dataset=data)
 
 
 def _reopened(folder: RunFolder) -> tuple[MetaTrainConfig, Snapshot | None]:
@@ -231,8 +238,8 @@ def _reopened(folder: RunFolder) -> tuple[MetaTrainConfig, Snapshot | None]:
     folder.mend()
     if not folder.last.exists():
         return from_mapping(MetaTrainConfig, read_toml(folder.config), origin=str(folder.config)), None
-    _, own, snapshot = open_run(folder.path, which="last", field="resume")
-    return own, snapshot
+    _, config, snapshot = open_run(folder.path, which="last", field="resume")
+    return config, snapshot
 
 
 def _with_engine(parts: Parts, train: Source, ranks: Ranks, *, before: str | None = None) -> Parts:
@@ -264,9 +271,11 @@ def _sources(parts: Parts) -> tuple[Source, Source, Source]:
             f"test_ways: {c.algorithm} learns a head with one output per class, so {c.test_ways} ways at test "
             f"cannot follow {c.ways} in training"
         )
-    rows, found = parse_hyper(c.algorithm, c.hyper).get("classes"), train_classes(parts.dataset)
-    if isinstance(rows, int) and rows < found:
-        raise MetaftError(f"hyper: classes={rows} are fewer than the {found} that {parts.dataset.name} has to train on")
+    rows, classes = parse_hyper(c.algorithm, c.hyper).get("classes"), train_classes(parts.dataset)
+    if isinstance(rows, int) and rows < classes:
+        raise MetaftError(
+            f"hyper: classes={rows} are fewer than the {classes} that {parts.dataset.name} has to train on"
+        )
     train = parts.dataset.source(
         ways=c.ways, shots=c.shots, query_shots=c.query_shots, rotate=c.rotate, splits=("train",)
     )
@@ -283,40 +292,27 @@ def _sources(parts: Parts) -> tuple[Source, Source, Source]:
     return train, val, test
 
 
-def _go(
-    run: RunFolder, parts: Parts, sources: tuple[Source, Source, Source], start: Snapshot | None, ranks: Ranks
+def _train_and_test(
+    run: RunFolder,
+    parts: Parts,
+    sources: tuple[Source, Source, Source],
+    snapshot: Snapshot | None,
+    from_python: Sequence[str],
+    ranks: Ranks,
 ) -> dict[str, Any]:
-    from metaft.assemble import convolution_forms, engine_for, fill, header, say_what_changed
+    from metaft.assemble import engine_for
+    from metaft.finish import finish
     from metaft.models.convolution import by_key, forms
-    from metaft.snapshot import begin
-    from metaft.training import draw, train
+    from metaft.training import train
 
     c = parts.config
-    stop = f"stopped; a checkpoint is in {run.checkpoints}, go on with: {_go_on(run, ranks)}"
+    how = to_go_on(run.path, from_python, ranks.count)
+    stop = f"stopped; a checkpoint is in {run.checkpoints}, go on with: {how}"
     with (
         StopSignals(ranks, stop) as signals,
         engine_for(parts) as mapped,
     ):
-        now, before = header(parts, mapped, ranks.count), None
-        if start is None:
-            start = ranks.on_first(lambda: begin(parts.algorithm, c.seed, now, parts.model))
-        else:
-            say_what_changed(start.header["environment"], now["environment"])
-            if start.header["environment"] == now["environment"]:
-                before = start.header.get("convolutions")
-            if start.header["split_hash"] != parts.dataset.split_hash:
-                raise MetaftError(
-                    f"dataset: the class split of {parts.dataset.name} is not the one {run.path} began with"
-                )
-            print(f"resuming {run.path} at step {start.position.step}", file=sys.stderr)
-        start = begun = fill(parts, start)
-        mine = ranks.share(range(c.meta_batch))
-
-        def meta_batch() -> Any:
-            return draw(parts.algorithm, sources[0], c.seed, mine)
-
-        chosen = ranks.on_first(lambda: convolution_forms(parts, mapped, begun, meta_batch, before))
-        start = dataclasses.replace(start, header={**now, "convolutions": chosen} if chosen else now)
+        start, chosen = _start(run, parts, mapped, sources[0], snapshot, ranks)
         print(
             f"{paths.shown(parts.dataset.name)} · {c.algorithm} · {c.ways}-way {c.shots}-shot · {c.model}{parts.own} · "
             f"{mapped.name} on {parts.device}{f', {ranks.count} processes' if ranks.count > 1 else ''} · "
@@ -329,104 +325,35 @@ def _go(
 
         with forms(by_key(chosen) if chosen else None):
             train(run, c, parts.algorithm, mapped, sources[0], sources[1], start, ranks=ranks, should_stop=should_stop)
-        return finish(run, parts, mapped, sources[2], ranks=ranks, should_stop=should_stop)
+        return finish(run, parts, mapped, sources[2], from_python=from_python, ranks=ranks, should_stop=should_stop)
 
 
-def finish(
-    run: RunFolder, parts: Parts, mapped: Engine, source: Source, *, ranks: Ranks, should_stop: Callable[[], None]
-) -> dict[str, Any]:
-    """Meta-test the checkpoint that was best on validation; write result.json and the pictures; say what came out."""
-    from metaft.assemble import fill, read_snapshot
-    from metaft.progress import Progress
-    from metaft.testing import meta_test
+def _start(
+    run: RunFolder, parts: Parts, mapped: Engine, train: Source, snapshot: Snapshot | None, ranks: Ranks
+) -> tuple[Snapshot, dict[str, Form]]:
+    """What training begins with, on the run's device: a first snapshot, or the one that the run had; and the forms of
+    its convolutions. Raises MetaftError where the data are split otherwise than when the run began."""
+    from metaft.assemble import convolution_forms, fill, header, say_what_changed
+    from metaft.snapshot import begin
+    from metaft.training import draw
 
-    c = parts.config
-    # Where no validation figure was finite there is no best one.
-    best = ranks.on_first(lambda: read_snapshot(run, run.best if run.best.exists() else run.last))
-    best = fill(parts, best)
-    bar = Progress("meta-test", c.test_episodes, "episode")
-
-    def progress(done: int) -> None:
-        bar.update(done)
-        should_stop()
-
-    test = meta_test(
-        mapped, parts.algorithm, best.meta, best.state, source,
-        split="test", seed=c.eval_seed, episodes=c.test_episodes, steps=c.test_inner_steps,
-        ranks=ranks, progress=progress,
-    )  # fmt: skip
-    bar.close()
-    return ranks.on_first(lambda: _report(run, parts, mapped, source, best, test, ranks.count))
-
-
-def _report(
-    run: RunFolder,
-    parts: Parts,
-    mapped: Engine,
-    source: Source,
-    best: Snapshot,
-    test: Mapping[str, Any],
-    ranks: int,
-) -> dict[str, Any]:
-    from metaft._version import __version__
-    from metaft.assemble import where_measured
-    from metaft.report import draw_pictures, print_summary
-    from metaft.run import read_rows
-
-    c = parts.config
-    timing = read_rows(run.timing, ["seconds", "validation_seconds"])
-    seconds = sum(row["seconds"] for row in timing)
-    training = seconds - sum(row["validation_seconds"] for row in timing)
-    result = {
-        "command": "meta_train",
-        "version": __version__,
-        "dataset": parts.dataset.name,
-        "class_split": c.split,
-        "split_hash": parts.dataset.split_hash,
-        "algorithm": c.algorithm,
-        "ways": c.ways,
-        "shots": c.shots,
-        "iterations": c.iterations,
-        "best_step": best.position.step,
-        "seed": c.seed,
-        "device": parts.device,
-        "engine": mapped.name,
-        "ranks": ranks,
-        "environment": where_measured(parts.device, mapped.threads),
-        "seconds": round(seconds, 3),
-        "tasks_per_second": round(c.iterations * c.meta_batch / training, 1) if training else None,
-        "test": test,
-    }
-    run.write_json(run.result, result)
-    pictures = draw_pictures(run, parts, best, source, test)
-    print_summary(result, pictures, run.path, _next_commands(run, parts))
-    return result
-
-
-def _next_commands(run: RunFolder, parts: Parts) -> list[str]:
-    """What to type next: a meta-test at more shots, where data and model allow it, and adapting to a target."""
-    from metaft.algorithms import is_ours
-
-    c = parts.config
-    path = str(run.path)
-    if c.model == "custom":
-        return [f"metaft.evaluate.run(Path({path!r}), module=...) in Python, which brings the module again"]
-    adapt = f"python -m metaft.adapt --init {shlex.quote(path)} --data "
-    adapt += "glyphs:Hebrew" if parts.dataset.name == "glyphs" else "folder:YOUR_IMAGES"
-    test = _more_shots(path, parts)
-    if c.plugin is None and not is_ours(c.algorithm):  # which adapting by fine-tuning has no need of
-        test += f" --plugin YOUR_FILE.py  # registers {c.algorithm!r}, which no process but this one knows"
-    return [test, *([adapt] if len(parts.dataset.shape) == 3 else [])]
-
-
-def _more_shots(path: str, parts: Parts) -> str:
-    c = parts.config
-    more = 5 if c.test_shots < 5 else 2 * c.test_shots
-    try:
-        parts.dataset.source(ways=c.test_ways, shots=more, query_shots=c.test_query_shots, splits=("test",))
-    except DataError:
-        return f"python -m metaft.evaluate {shlex.quote(path)} --checkpoint last"
-    return f"python -m metaft.evaluate {shlex.quote(path)} --shots {more}"
+    seed = parts.config.seed
+    now, forms_before = header(parts, mapped, ranks.count), None
+    if snapshot is None:
+        snapshot = ranks.on_first(lambda: begin(parts.algorithm, seed, now, parts.model))
+    else:
+        say_what_changed(snapshot.header["environment"], now["environment"])
+        if snapshot.header["environment"] == now["environment"]:
+            forms_before = snapshot.header.get("convolutions")
+        if snapshot.header["split_hash"] != parts.dataset.split_hash:
+            raise MetaftError(f"dataset: the class split of {parts.dataset.name} is not the one {run.path} began with")
+        print(f"resuming {run.path} at step {snapshot.position.step}", file=sys.stderr)
+    start = fill(parts, snapshot)
+    share = ranks.share(range(parts.config.meta_batch))
+    chosen = ranks.on_first(
+        lambda: convolution_forms(parts, mapped, start, lambda: draw(parts.algorithm, train, seed, share), forms_before)
+    )
+    return dataclasses.replace(start, header={**now, "convolutions": chosen} if chosen else now), chosen
 
 
 if __name__ == "__main__":
