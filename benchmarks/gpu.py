@@ -31,7 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.peers.workloads import PUBLISHED, WORKLOADS, Workload
-from metaft import algorithms, engines, models, outer
+from metaft import algorithms, engines, models
 from metaft.config import MetaTrainConfig, Settled
 from metaft.errors import Interrupted, MetaftError
 from metaft.inputs import ImageInputs
@@ -40,6 +40,7 @@ from metaft.models.functional import plain_operations
 from metaft.models.precision import in_bf16, matrix_units
 from metaft.models.recomputed import recomputed
 from metaft.output import of_command
+from metaft.ranks import ALONE
 from metaft.run import read_rows
 from metaft.snapshot import Position, Snapshot
 from metaft.static import StaticSteps, recorded
@@ -165,7 +166,7 @@ def prepared(bench: Bench, w: Workload, precision: str, engine: Any, **more: Any
     start = Snapshot(*algorithm.init(0), {}, Position(), {})
     if engine.whole_steps:
         return StaticSteps(config, engine, algorithm, source, start)
-    return Eager(config, engine, algorithm, source, start, outer.ALONE)
+    return Eager(config, engine, algorithm, source, start, ALONE)
 
 
 def timed(bench: Bench, steps: Any, seconds: float) -> tuple[float, int]:

@@ -39,10 +39,10 @@ from benchmarks.sinusoid_report import PRE_TRAINING, STEPS, Row, figure, table
 from benchmarks.throughput import git
 from metaft import algorithms, engines, meta_train, models, outer
 from metaft.algorithms import ALGORITHMS, Algorithm, hyper_parameters
-from metaft.assemble import processor
 from metaft.checkpoint import write_atomically
 from metaft.config import MetaTrainConfig
 from metaft.errors import MetaftError
+from metaft.machine import processor
 from metaft.metrics import mean_ci95
 from metaft.output import of_command
 from metaft.plots.style import save

@@ -16,7 +16,8 @@ from typing import Any
 from torch import Tensor
 
 from metaft import MetaftError, MetaTrainConfig, meta_train, paths
-from metaft.assemble import assemble, engine_for, fill, open_run
+from metaft.assemble import assemble, fill, open_run
+from metaft.compute import engine_for
 from metaft.metrics import mean_ci95
 from metaft.testing import score_episodes
 from metaft.types import NORMS

@@ -120,9 +120,9 @@ def resume_run(
 
 
 def _resume(folder: RunFolder, config: AdaptConfig | None, module: nn.Module | None, init: Init) -> dict[str, Any]:
-    from metaft.assemble import say_what_changed
     from metaft.checkpoint import write_atomically
     from metaft.finetune.study import Position, read
+    from metaft.machine import say_what_changed
 
     path = folder.path
     own = paths.in_full(of_run(AdaptConfig, folder.config, "resume"))
@@ -270,11 +270,11 @@ def _header(config: AdaptConfig, start: Start, target: Target) -> dict[str, Any]
     import torch
 
     from metaft._version import __version__
-    from metaft.assemble import machine
     from metaft.checkpoint import digest
     from metaft.defaults import device_of
     from metaft.finetune.start import constants
     from metaft.finetune.study import starts
+    from metaft.machine import machine
 
     data = hashlib.sha256(repr((target.class_names, tuple(target.examples.shape))).encode())
     for part in (target.examples, target.labels):
@@ -360,9 +360,9 @@ def result_of(
     import torch
 
     from metaft._version import __version__
-    from metaft.assemble import where_measured
     from metaft.finetune.scores import mean_t95
     from metaft.finetune.study import RANDOM, rows_of, seconds, starts
+    from metaft.machine import where_measured
     from metaft.run import read_rows
 
     names = starts(start)

@@ -7,13 +7,13 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import tyro
 
 from metaft import paths
 from metaft.cli import StopSignals, check_writable, in_ranks, parse
-from metaft.config import EvaluateConfig
+from metaft.config import EvaluateConfig, MetaTrainConfig
 from metaft.errors import MetaftError, check_ways
 from metaft.modes import in_usual_modes
 from metaft.output import steady
@@ -22,7 +22,11 @@ from metaft.ranks import ALONE, Ranks
 if TYPE_CHECKING:
     from torch import nn
 
-    from metaft.types import Dataset, Loss
+    from metaft.assemble import Parts
+    from metaft.engines import Engine
+    from metaft.run import RunFolder
+    from metaft.snapshot import Snapshot
+    from metaft.types import Dataset, Loss, Source, Split
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,19 +69,69 @@ def run(
     `dataset`, `module`, `loss` and `ranks` as in `metaft.meta_train.run`. Raises MetaftError where the run cannot be
     tested so: other ways than its head has outputs, inputs of another shape, too few classes or images.
     """
-    from metaft._version import __version__
-    from metaft.assemble import assemble, check_ranks, engine_for, fill, open_run, where_measured
-    from metaft.defaults import check_steps
-    from metaft.inputs import ImageInputs, of_header
+    from metaft.assemble import assemble, fill, open_run
+    from metaft.compute import check_ranks, engine_for
     from metaft.progress import Progress
     from metaft.report import print_test
-    from metaft.run import file_name
     from metaft.testing import meta_test
 
     config = paths.in_full(config or EvaluateConfig())
-    which = config.checkpoint
-    folder, trained, snapshot = ranks.on_first(lambda: open_run(path, which=which))
+    folder, trained, snapshot = ranks.on_first(lambda: open_run(path, which=config.checkpoint))
     trained = paths.in_full(trained)
+    wanted = _settings(config, trained, snapshot.header)
+    classes = snapshot.header.get("classes") if wanted.dataset == trained.dataset else None
+    handed = {"dataset": dataset, "module": module, "loss": loss, "snapshot": snapshot, "classes": classes}
+    parts = ranks.in_turn(lambda: assemble(wanted, **handed))
+    check_ranks(parts, ranks)
+    snapshot = fill(parts, snapshot)
+    if config.out is not None:  # before the work
+        out = paths.local(config.out)
+        parent = next((p for p in out.absolute().parents if os.path.isdir(p)), out)
+        ranks.on_first(lambda: check_writable(out, "out", parent))
+    protocol = _protocol(config, parts)
+    if config.dataset is None and config.split in (None, trained.split):
+        _check_same_split(path, snapshot.header, parts.dataset)
+    seen = _seen_in_training(snapshot.header, parts.dataset, config.set)
+    source = _source(path, parts, protocol)
+    bar = Progress("meta-test", protocol.episodes, "episode")
+    with StopSignals(ranks, "stopped; nothing was written") as signals, engine_for(parts) as mapped:
+
+        def progress(done: int) -> None:
+            bar.update(done)
+            signals.check(signals.message)
+
+        test = meta_test(
+            mapped, parts.algorithm, snapshot.meta, snapshot.state, source,
+            split=protocol.split, seed=protocol.seed, episodes=protocol.episodes, steps=protocol.steps,
+            ranks=ranks, progress=progress,
+        )  # fmt: skip
+    bar.close()
+    result = _result(path, config, parts, mapped, snapshot, seen, test, ranks)
+    out = paths.local(config.out) if config.out is not None else _default_file(folder, parts, protocol, config, test)
+    ranks.on_first(lambda: folder.write_json(out, result))
+    print_test(test)
+    if seen and config.set != "train":
+        print(f"  (note: {seen} of these classes were trained on, so this is not a test on new classes)")
+    print(f"result:   {out}")
+    return result
+
+
+class _Protocol(NamedTuple):
+    """On what a run is tested."""
+
+    split: Split
+    ways: int
+    shots: int
+    queries: int
+    steps: int
+    episodes: int
+    seed: int
+
+
+def _settings(config: EvaluateConfig, trained: MetaTrainConfig, header: Mapping[str, Any]) -> MetaTrainConfig:
+    """The run's settings, with what is asked for in their place."""
+    from metaft.inputs import ImageInputs, of_header
+
     fields = {name: getattr(config, name) for name in ("device", "engine", "threads", "task_chunk", "download")}
     fields |= {name: getattr(config, name) for name in ("data_root", "plugin") if getattr(config, name) is not None}
     fields["skip_bad"] = config.skip_bad or trained.skip_bad
@@ -87,87 +141,98 @@ def run(
         # Nothing of the old data set's own settings is meant for the new one.
         fields |= {"dataset": config.dataset, "split": config.split, "rotate": None}
         # A folder is read as the run's own images were; a data set with its own size takes no such wish.
-        inputs = of_header(snapshot.header) if config.dataset.startswith(("folder:", "l2l:")) else None
+        inputs = of_header(header) if config.dataset.startswith(("folder:", "l2l:")) else None
         channels, side = (inputs.channels, inputs.height) if isinstance(inputs, ImageInputs) else (None, None)
         fields |= {"channels": channels, "image_size": side}
     if config.rotate is not None:
         fields["rotate"] = config.rotate
-    wanted, begun = dataclasses.replace(trained, **fields), snapshot
-    classes = begun.header.get("classes") if wanted.dataset == trained.dataset else None
-    parts = ranks.in_turn(
-        lambda: assemble(wanted, dataset=dataset, module=module, loss=loss, snapshot=begun, classes=classes)
-    )
-    check_ranks(parts, ranks)
-    snapshot = fill(parts, snapshot)
-    if config.out is not None:  # before the work
-        out = paths.local(config.out)
-        folder_of_out = next((p for p in out.absolute().parents if os.path.isdir(p)), out)
-        ranks.on_first(lambda: check_writable(out, "out", folder_of_out))
+    return dataclasses.replace(trained, **fields)
+
+
+def _protocol(config: EvaluateConfig, parts: Parts) -> _Protocol:
+    """What is asked for, else as in the run. Raises MetaftError for what its member or loss cannot be tested on."""
+    from metaft.defaults import check_steps
+
     c = parts.config
     ways = config.ways or c.test_ways
     check_ways("ways", ways, parts.algorithm.loss)
-    shots = config.shots or c.test_shots
-    queries = config.query_shots or c.test_query_shots
-    steps = c.test_inner_steps if config.inner_steps is None else config.inner_steps
     check_steps("inner_steps", config.inner_steps, c.algorithm)
-    same_data = config.dataset is None and config.split in (None, trained.split)
-    if same_data and snapshot.header["split_hash"] != parts.dataset.split_hash:
+    return _Protocol(
+        split=config.set,
+        ways=ways,
+        shots=config.shots or c.test_shots,
+        queries=config.query_shots or c.test_query_shots,
+        steps=c.test_inner_steps if config.inner_steps is None else config.inner_steps,
+        episodes=config.episodes or c.test_episodes,
+        seed=c.eval_seed if config.eval_seed is None else config.eval_seed,
+    )
+
+
+def _check_same_split(path: Path, header: Mapping[str, Any], dataset: Dataset) -> None:
+    """Raises MetaftError where the data are split otherwise than in training."""
+    if header["split_hash"] != dataset.split_hash:
         raise MetaftError(
-            f"dataset: the classes of {parts.dataset.name} are no longer split as when {path} was trained, so its test "
+            f"dataset: the classes of {dataset.name} are no longer split as when {path} was trained, so its test "
             "classes may have been trained on; name it with --dataset to test on it all the same"
         )
-    seen = _seen_in_training(snapshot.header, parts.dataset, config.set)
-    if ways != c.ways and not parts.algorithm.any_ways:
+
+
+def _source(path: Path, parts: Parts, protocol: _Protocol) -> Source:
+    """Raises MetaftError for other ways than a head has outputs, and DataError for more than the data can give."""
+    c = parts.config
+    if protocol.ways != c.ways and not parts.algorithm.any_ways:
         raise MetaftError(
             f"ways: {c.algorithm} learned a head with {c.ways} outputs, so {path} can only be tested {c.ways}-way, "
-            f"not {ways}-way"
+            f"not {protocol.ways}-way"
         )
-    source = parts.dataset.source(ways=ways, shots=shots, query_shots=queries, rotate=c.rotate, splits=(config.set,))
-    seed = c.eval_seed if config.eval_seed is None else config.eval_seed
-    episodes = config.episodes or c.test_episodes
-    bar = Progress("meta-test", episodes, "episode")
-    with (
-        StopSignals(ranks, "stopped; nothing was written") as signals,
-        engine_for(parts) as mapped,
-    ):
+    return parts.dataset.source(
+        ways=protocol.ways, shots=protocol.shots, query_shots=protocol.queries, rotate=c.rotate,
+        splits=(protocol.split,),
+    )  # fmt: skip
 
-        def progress(done: int) -> None:
-            bar.update(done)
-            signals.check(signals.message)
 
-        test = meta_test(
-            mapped, parts.algorithm, snapshot.meta, snapshot.state, source,
-            split=config.set, seed=seed, episodes=episodes, steps=steps, ranks=ranks, progress=progress,
-        )  # fmt: skip
-        name, threads = mapped.name, mapped.threads
-    bar.close()
-    result = {
+def _result(
+    path: Path,
+    config: EvaluateConfig,
+    parts: Parts,
+    mapped: Engine,
+    snapshot: Snapshot,
+    seen: int,
+    test: Mapping[str, Any],
+    ranks: Ranks,
+) -> dict[str, Any]:
+    """What the file holds."""
+    from metaft._version import __version__
+    from metaft.machine import where_measured
+
+    return {
         "command": "evaluate",
         "version": __version__,
         "run": str(path),
         "checkpoint": config.checkpoint,
         "step": snapshot.position.step,
         "dataset": parts.dataset.name,
-        "class_split": c.split,
+        "class_split": parts.config.split,
         "split_hash": parts.dataset.split_hash,
         "classes_seen_in_training": seen,
-        "algorithm": c.algorithm,
+        "algorithm": parts.config.algorithm,
         "device": parts.device,
-        "engine": name,
+        "engine": mapped.name,
         "ranks": ranks.count,
-        "environment": where_measured(parts.device, threads),
+        "environment": where_measured(parts.device, mapped.threads),
         "test": test,
     }
-    protocol = f"{ways}w{shots}s{queries}q-{test['inner_steps']}steps-{episodes}x-seed{seed}"
-    data = "-".join(filter(None, (paths.shown(parts.dataset.name), c.split, config.set, "rotated" if c.rotate else "")))
-    default = f"{file_name(data)}-{protocol}-{config.checkpoint}.json"
-    out = paths.local(config.out) if config.out is not None else folder.path / "evaluations" / default
-    ranks.on_first(lambda: folder.write_json(out, result))
-    print_test(test)
-    if seen and config.set != "train":
-        print(f"  (note: {seen} of these classes were trained on, so this is not a test on new classes)")
-    print(f"result:   {out}")
-    return result
+
+
+def _default_file(
+    folder: RunFolder, parts: Parts, protocol: _Protocol, config: EvaluateConfig, test: Mapping[str, Any]
+) -> Path:
+    from metaft.run import file_name
+
+    c, p = parts.config, protocol
+    how = f"{p.ways}w{p.shots}s{p.queries}q-{test['inner_steps']}steps-{p.episodes}x-seed{p.seed}"
+    data = "-".join(filter(None, (paths.shown(parts.dataset.name), c.split, p.split, "rotated" if c.rotate else "")))
+    return folder.path / "evaluations" / f"{file_name(data)}-{how}-{config.checkpoint}.json"
 
 
 def _seen_in_training(header: Mapping[str, Any], dataset: Dataset, split: str) -> int:

@@ -7,9 +7,10 @@ from typing import Any
 
 from metaft import report
 from metaft._version import __version__
-from metaft.assemble import Parts, fill, read_snapshot, where_measured
+from metaft.assemble import Parts, fill, read_snapshot
 from metaft.engines.base import Engine
 from metaft.following import to_do_next
+from metaft.machine import where_measured
 from metaft.progress import Progress
 from metaft.ranks import Ranks
 from metaft.run import RunFolder, read_rows

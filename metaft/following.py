@@ -39,6 +39,7 @@ def to_go_on(path: Path, from_python: Sequence[str], processes: int = 1) -> str:
 def to_do_next(path: Path, parts: Parts, from_python: Sequence[str]) -> list[str]:
     """What to do with a run: a meta-test, at more shots where data and model allow it, and adapting to a target."""
     from metaft.algorithms import is_ours
+    from metaft.inputs import ImageInputs, of_header
 
     c = parts.config
     needed = [argument for argument in from_python if not argument.startswith("init=")]
@@ -52,7 +53,7 @@ def to_do_next(path: Path, parts: Parts, from_python: Sequence[str]) -> list[str
             test += f" --plugin YOUR_FILE.py  # registers {c.algorithm!r}, which no process but this one knows"
     # Adapting trains the run's own parameters on images that are read as the run's were: the run's data, and the loss
     # that it went down, are not needed again.
-    if c.model == "custom" or "preprocessing" not in parts.dataset.describe():
+    if c.model == "custom" or not isinstance(of_header(parts.dataset.describe()), ImageInputs):
         return [test]
     data = "glyphs:Hebrew" if parts.dataset.name == "glyphs" else "folder:YOUR_IMAGES"
     return [test, f"python -m metaft.adapt --init {shlex.quote(str(path))} --data {data}"]

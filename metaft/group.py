@@ -135,10 +135,10 @@ class _Group(Ranks):
     def _all(self, value: Any) -> list[Any]:
         from torch import distributed
 
-        found: list[Any] = [None] * self.count
+        values: list[Any] = [None] * self.count
         with self._watched():
-            distributed.all_gather_object(found, value)
-        return found
+            distributed.all_gather_object(values, value)
+        return values
 
     def _from_first(self, value: Any) -> Any:
         from torch import distributed

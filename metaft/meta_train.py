@@ -6,13 +6,13 @@ import contextlib
 import dataclasses
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from metaft import paths
 from metaft.cli import StopSignals, check_unchanged, fresh_folder, in_ranks, settings
-from metaft.config import Init, MetaTrainConfig, from_mapping, read_toml, to_toml
+from metaft.config import Init, MetaTrainConfig, to_toml
 from metaft.errors import MetaftError, RankLost
 from metaft.following import brought, to_go_on
 from metaft.modes import in_usual_modes
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from torch import nn
 
     from metaft.assemble import Parts
-    from metaft.engines.base import Engine
-    from metaft.models.convolution import Form
     from metaft.run import RunFolder
     from metaft.snapshot import Snapshot
     from metaft.types import Dataset, Loss, Source
@@ -110,11 +108,12 @@ def run(
     anything is written.
     """
     from metaft.assemble import assemble
+    from metaft.compute import with_engine
     from metaft.run import RunFolder, file_name
 
     parts = ranks.in_turn(lambda: assemble(config, dataset=dataset, module=module, init=init, loss=loss))
     sources = _sources(parts)
-    parts = _with_engine(parts, sources[0], ranks)
+    parts = with_engine(parts, sources[0], ranks)
     c = parts.config
 
     def create() -> RunFolder:
@@ -185,11 +184,13 @@ def _resume(
 ) -> dict[str, Any]:
     from metaft.assemble import assemble
     from metaft.checkpoint import write_atomically
+    from metaft.compute import with_engine
+    from metaft.starting import reopened, resumed_settings
 
-    before, snapshot = ranks.on_first(lambda: _reopened(folder))
+    before, snapshot = ranks.on_first(lambda: reopened(folder))
     before = paths.in_full(before)
     classes = snapshot and snapshot.header.get("classes")
-    config = _resumed_settings(before, config, dataset, classes or {})
+    config = resumed_settings(before, config, dataset, classes or {})
     check_unchanged(config, before, folder.path, except_for=RESUMABLE)
     if snapshot is not None and config.iterations is not None and config.iterations < snapshot.position.step:
         raise MetaftError(
@@ -201,7 +202,7 @@ def _resume(
     engine = None
     if snapshot is not None and config.task_chunk == before.task_chunk:
         engine = snapshot.header["environment"]["engine"]
-    parts = _with_engine(parts, sources[0], ranks, before=engine)
+    parts = with_engine(parts, sources[0], ranks, before=engine)
     if ranks.rank == 0:
         if snapshot is None or snapshot.position.step < parts.config.iterations:
             folder.result.unlink(missing_ok=True)  # of a shorter run; it would not be this one's
@@ -209,52 +210,6 @@ def _resume(
             write_atomically(folder.config, to_toml(parts.config).encode())
     from_python = brought(dataset=dataset, module=module, init=init, loss=loss)
     return _train_and_test(folder, parts, sources, snapshot, from_python, ranks)
-
-
-def _resumed_settings(
-    before: MetaTrainConfig,
-    config: MetaTrainConfig | None,
-    dataset: Dataset | None,
-    classes: Mapping[str, Sequence[str]],
-) -> MetaTrainConfig:
-    """The settings of a run, changed by what was given; a data set that moved is named as the run does."""
-    given = {} if config is None else {k: v for k, v in dataclasses.asdict(config).items() if v not in (None, ())}
-    if set(given.get("hyper", ())) <= set(before.hyper):  # a run adds what it found out itself
-        given.pop("hyper", None)
-    named = {} if dataset is None else {"dataset": dataset.name}
-    config = paths.in_full(dataclasses.replace(before, **{**given, **named, "out": None}))
-    if config.engine == "tune" and config.task_chunk == before.task_chunk:
-        config = dataclasses.replace(config, task_chunk=None)  # as it was chosen once, by it or another rule
-    names = [name for part in classes.values() for name in part]
-    data = paths.as_run_names(config.dataset, before.dataset, config.data_root, names)
-    return dataclasses.replace(config, dataset=data)
-
-
-def _reopened(folder: RunFolder) -> tuple[MetaTrainConfig, Snapshot | None]:
-    """A run that was begun: its settings and last checkpoint, if it got so far."""
-    from metaft.assemble import open_run
-
-    folder.make_folders()
-    folder.mend()
-    if not folder.last.exists():
-        return from_mapping(MetaTrainConfig, read_toml(folder.config), origin=str(folder.config)), None
-    _, config, snapshot = open_run(folder.path, which="last", field="resume")
-    return config, snapshot
-
-
-def _with_engine(parts: Parts, train: Source, ranks: Ranks, *, before: str | None = None) -> Parts:
-    """The same with engine and chunk settled, as rank 0 finds them. Raises MetaftError for too few tasks, and where the
-    ranks' data or devices are not of a kind."""
-    from metaft.assemble import check_ranks, with_engine
-    from metaft.training import draw
-
-    c = parts.config
-    check_ranks(parts, ranks)
-    if c.meta_batch < ranks.count:
-        raise MetaftError(f"meta_batch must be at least the number of processes, got {c.meta_batch} for {ranks.count}")
-    mine = ranks.share(range(c.meta_batch))
-    chosen = with_engine(parts, lambda: draw(parts.algorithm, train, c.seed, mine), ranks=ranks.count, before=before)
-    return dataclasses.replace(parts, config=ranks.on_first(lambda: chosen.config))
 
 
 def _sources(parts: Parts) -> tuple[Source, Source, Source]:
@@ -300,9 +255,10 @@ def _train_and_test(
     from_python: Sequence[str],
     ranks: Ranks,
 ) -> dict[str, Any]:
-    from metaft.assemble import engine_for
+    from metaft.compute import engine_for
     from metaft.finish import finish
     from metaft.models.convolution import by_key, forms
+    from metaft.starting import start_of
     from metaft.training import train
 
     c = parts.config
@@ -312,11 +268,11 @@ def _train_and_test(
         StopSignals(ranks, stop) as signals,
         engine_for(parts) as mapped,
     ):
-        start, chosen = _start(run, parts, mapped, sources[0], snapshot, ranks)
+        start, chosen = start_of(run, parts, mapped, sources[0], snapshot, ranks)
         print(
-            f"{paths.shown(parts.dataset.name)} · {c.algorithm} · {c.ways}-way {c.shots}-shot · {c.model}{parts.own} · "
-            f"{mapped.name} on {parts.device}{f', {ranks.count} processes' if ranks.count > 1 else ''} · "
-            f"run folder {run.path}",
+            f"{paths.shown(parts.dataset.name)} · {c.algorithm} · {c.ways}-way {c.shots}-shot · "
+            f"{c.model}{parts.module_note} · {mapped.name} on {parts.device}"
+            f"{f', {ranks.count} processes' if ranks.count > 1 else ''} · run folder {run.path}",
             file=sys.stderr,
         )
 
@@ -326,34 +282,6 @@ def _train_and_test(
         with forms(by_key(chosen) if chosen else None):
             train(run, c, parts.algorithm, mapped, sources[0], sources[1], start, ranks=ranks, should_stop=should_stop)
         return finish(run, parts, mapped, sources[2], from_python=from_python, ranks=ranks, should_stop=should_stop)
-
-
-def _start(
-    run: RunFolder, parts: Parts, mapped: Engine, train: Source, snapshot: Snapshot | None, ranks: Ranks
-) -> tuple[Snapshot, dict[str, Form]]:
-    """What training begins with, on the run's device: a first snapshot, or the one that the run had; and the forms of
-    its convolutions. Raises MetaftError where the data are split otherwise than when the run began."""
-    from metaft.assemble import convolution_forms, fill, header, say_what_changed
-    from metaft.snapshot import begin
-    from metaft.training import draw
-
-    seed = parts.config.seed
-    now, forms_before = header(parts, mapped, ranks.count), None
-    if snapshot is None:
-        snapshot = ranks.on_first(lambda: begin(parts.algorithm, seed, now, parts.model))
-    else:
-        say_what_changed(snapshot.header["environment"], now["environment"])
-        if snapshot.header["environment"] == now["environment"]:
-            forms_before = snapshot.header.get("convolutions")
-        if snapshot.header["split_hash"] != parts.dataset.split_hash:
-            raise MetaftError(f"dataset: the class split of {parts.dataset.name} is not the one {run.path} began with")
-        print(f"resuming {run.path} at step {snapshot.position.step}", file=sys.stderr)
-    start = fill(parts, snapshot)
-    share = ranks.share(range(parts.config.meta_batch))
-    chosen = ranks.on_first(
-        lambda: convolution_forms(parts, mapped, start, lambda: draw(parts.algorithm, train, seed, share), forms_before)
-    )
-    return dataclasses.replace(start, header={**now, "convolutions": chosen} if chosen else now), chosen
 
 
 if __name__ == "__main__":

@@ -90,8 +90,8 @@ def _in_chunks(
     rows: list[Tensor] = []
     for first in range(0, episodes, at_once * ranks.count):
         chunk = range(first, min(first + at_once * ranks.count, episodes))
-        mine = ranks.share(chunk)
-        rows += [part for part in ranks.gather(score(mine) if mine else None) if part is not None]
+        share = ranks.share(chunk)
+        rows += [part for part in ranks.gather(score(share) if share else None) if part is not None]
         progress(chunk.stop)
     return torch.cat(rows)
 

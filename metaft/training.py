@@ -42,8 +42,8 @@ class Eager:
 
     def advance(self, step: int) -> Taken:
         first = step * self._config.meta_batch
-        mine = self._ranks.share(range(first, first + self._config.meta_batch))
-        tasks = draw(self._algorithm, self._source, self._config.seed, mine)
+        share = self._ranks.share(range(first, first + self._config.meta_batch))
+        tasks = draw(self._algorithm, self._source, self._config.seed, share)
         result = meta_gradient(
             self._engine, self._algorithm, self.meta, self.state, tasks, step=step, ranks=self._ranks
         )

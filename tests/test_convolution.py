@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.func import grad, vmap
 from torch.utils import _pytree as pytree
 
-from metaft import algorithms, assemble, engines, models, outer
+from metaft import algorithms, compute, engines, models, outer
 from metaft.config import MetaTrainConfig
 from metaft.meta_train import resume_run, run
 from metaft.models import convolution
@@ -283,7 +283,7 @@ def test_a_run_trains_in_the_forms_it_chose_and_goes_on_in_them(
 ) -> None:
     pool, last = scenarios.noise_pool(), "checkpoints/last.safetensors"
     run(settings(tmp_path / "plain", iterations=4), dataset=pool, module=module())
-    monkeypatch.setattr(assemble, "times_convolutions", lambda *given: True)
+    monkeypatch.setattr(compute, "times_convolutions", lambda *given: True)
     clock = Clock(grouped=2.0, im2col=1.0)
     monkeypatch.setattr(convolution, "seconds", lambda shape, form, device, record: clock(shape, form))
     used: list[Shape] = []

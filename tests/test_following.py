@@ -81,7 +81,7 @@ def test_what_is_offered_works(
         result = called(how, given)
     else:
         assert meta_train.main(shlex.split(how)[3:]) == 0
-        result = None
+        result = {}
     said = capsys.readouterr().out
     (line,) = re.findall(r"^next: +(.*)$", said, re.MULTILINE)
     if arguments:
@@ -98,7 +98,7 @@ def interrupt(self: Any, message: str) -> None:
     raise Interrupted(message, 15)
 
 
-def test_a_dataset_without_a_preprocessing_is_none_to_adapt_from(
+def test_a_dataset_that_names_no_inputs_is_none_to_adapt_from(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A fine-tuning reads images as the run's were read, which nothing says here."""

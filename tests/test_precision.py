@@ -14,7 +14,8 @@ from helpers import images, in_float64, pool, rounded_alike
 from torch import nn
 
 from metaft import algorithms, engines, meta_train, models, outer, report
-from metaft.assemble import assemble, engine_for
+from metaft.assemble import assemble
+from metaft.compute import engine_for
 from metaft.errors import MetaftError
 from metaft.models import recomputed as module
 from metaft.models.functional import plain_operations

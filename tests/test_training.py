@@ -439,11 +439,11 @@ def test_a_run_writes_down_how_it_maps_tasks(tmp_path: Path, monkeypatch: pytest
     assert read_toml(tmp_path / "auto/config.toml")["task_chunk"] == 3  # half of the tasks for each
 
     found = {("threads", 2): 0.1, ("vmap", None): 0.2}
-    monkeypatch.setattr("metaft.assemble.tune", lambda *_, **__: found)
+    monkeypatch.setattr("metaft.compute.tune", lambda *_, **__: found)
     run(images(tmp_path / "tuned", engine="tune", iterations=2), dataset=pool())
     settings = read_toml(tmp_path / "tuned/config.toml")
     assert (settings["engine"], settings["task_chunk"]) == ("threads", 2)
-    monkeypatch.setattr("metaft.assemble.tune", lambda *_, **__: pytest.fail("tuned once more"))
+    monkeypatch.setattr("metaft.compute.tune", lambda *_, **__: pytest.fail("tuned once more"))
     resume_run(tmp_path / "tuned", dataset=pool())
     settings = read_toml(tmp_path / "tuned/config.toml")
     assert (settings["engine"], settings["task_chunk"]) == ("threads", 2)

@@ -93,14 +93,14 @@ def hyper_parameters(name: str) -> dict[str, object]:
     member = ALGORITHMS[name]
     fixed = member.keywords if isinstance(member, functools.partial) else {}
     parameters = inspect.signature(member).parameters.values()
-    found = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in fixed}
-    bare = [k for k, default in found.items() if default is inspect.Parameter.empty and k not in ("loss", "norm")]
-    if bare or not {"loss", "norm"} <= found.keys():
+    defaults = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in fixed}
+    bare = [k for k, default in defaults.items() if default is inspect.Parameter.empty and k not in ("loss", "norm")]
+    if bare or not {"loss", "norm"} <= defaults.keys():
         raise MetaftError(
             f"algorithm: {name!r} must be a function (model, *, loss, norm, ...) in which what follows has defaults"
             + (f"; {', '.join(bare)} has none" if bare else "")
         )
-    return found
+    return defaults
 
 
 OPTIONS = ("inner_lr", "inner_steps", "inner_optimizer", "inner_augment", "adapt_norm", "iterations")
@@ -117,7 +117,7 @@ def parse_hyper(name: str, assignments: Iterable[str]) -> dict[str, object]:
     own, a name given twice, or a value of another type.
     """
     known = {k: default for k, default in hyper_parameters(name).items() if k not in COMMON}
-    found: dict[str, object] = {}
+    values: dict[str, object] = {}
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
         if not equals:
@@ -128,10 +128,10 @@ def parse_hyper(name: str, assignments: Iterable[str]) -> dict[str, object]:
             raise MetaftError(
                 f"hyper: {name} has no {key!r} (given {assignment!r}); {has}{option}{suggest(key, known)}"
             )
-        if key in found:
+        if key in values:
             raise MetaftError(f"hyper: {key!r} is given twice ({assignment!r})")
-        found[key] = _typed(assignment, text, known[key])
-    return found
+        values[key] = _typed(assignment, text, known[key])
+    return values
 
 
 def _typed(assignment: str, text: str, like: object) -> object:
@@ -164,7 +164,7 @@ def build(name: str, model: Model, hyper: Mapping[str, object]) -> Algorithm:
                 f"{field}: {name} has no such setting (given {value!r}); it has {sorted(known)}"
                 + (of_test if field == "inner_steps" else "")
             )
-    made = ALGORITHMS[name](model, **hyper)
-    if not isinstance(made, Algorithm):
-        raise MetaftError(f"algorithm: {name!r} must return an Algorithm, not {type(made).__name__}")
-    return made
+    algorithm = ALGORITHMS[name](model, **hyper)
+    if not isinstance(algorithm, Algorithm):
+        raise MetaftError(f"algorithm: {name!r} must return an Algorithm, not {type(algorithm).__name__}")
+    return algorithm

@@ -25,9 +25,9 @@ from PIL import Image
 
 import metaft
 from metaft import adapt
-from metaft.assemble import where_measured
 from metaft.finetune import study
 from metaft.finetune.classifier import Classifier
+from metaft.machine import where_measured
 from metaft.run import read_rows
 
 
