@@ -159,7 +159,10 @@ def prepared(bench: Bench, w: Workload, precision: str, engine: Any, **more: Any
     hyper = {"inner_lr": w.inner_lr, "inner_steps": more.get("steps", w.inner_steps)}
     algorithm = algorithms.maml(model, **hyper)
     config = Settled(ways=w.ways, shots=w.shots, query_shots=w.query_shots, meta_batch=w.meta_batch,
-                     outer_lr=1e-3, iterations=10**6, eval_every=10**6, checkpoint_every=10**6)  # fmt: skip
+                     outer_optimizer="adam", outer_lr=1e-3, outer_schedule="cosine", iterations=10**6,
+                     eval_every=10**6, checkpoint_every=10**6, rotate=w.shape[0] == 1, model=name, width=w.width,
+                     test_ways=w.ways, test_shots=w.shots, test_query_shots=w.query_shots,
+                     test_inner_steps=w.inner_steps)  # fmt: skip
     source = noise(w, bench.device).source(
         ways=w.ways, shots=w.shots, query_shots=w.query_shots, rotate=w.shape[0] == 1, splits=("train",)
     )
@@ -362,7 +365,7 @@ def omniglot(bench: Bench) -> Any:
         dataset="omniglot", rotate=True, meta_batch=16, outer_lr=3e-3, test_query_shots=1, device=bench.device,
         engine="graph", out=str(out), **(tiny if bench.given.tiny else whole),
     )  # fmt: skip
-    found: dict[str, Any] = {"precision": config.precision}
+    found: dict[str, Any] = {"precision": config.compute.precision}
     # A run that takes too long is stopped as Ctrl-C would, so that something is left for the peers.
     limit = threading.Timer(min(150, bench.left - 60 * (not bench.given.tiny)), os.kill, (os.getpid(), signal.SIGTERM))
     limit.start()

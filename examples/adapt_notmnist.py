@@ -64,7 +64,7 @@ def one(given: argparse.Namespace, init: str, shots: int) -> list[dict[str, Any]
         init=init, data=given.data, shots_per_class=shots, method=given.method, inner_steps=given.inner_steps,
         epochs=given.epochs, seeds=given.seeds, out=str(given.out / f"{Path(init).name}-{given.method}-{shots}"),
     )  # fmt: skip
-    out = Path(config.out or "")
+    out = Path(config.output.out or "")
     result = adapt.resume_run(out, config) if (out / "config.toml").exists() else adapt.run(config)
     learned = [draw["accuracy"] for draw in result["draws"]]
     random = [draw["scratch"]["accuracy"] for draw in result["draws"]]

@@ -19,6 +19,7 @@ from metaft import MetaftError, MetaTrainConfig, meta_train, paths
 from metaft.assemble import assemble, fill, open_run
 from metaft.compute import engine_for
 from metaft.metrics import mean_ci95
+from metaft.options import flat
 from metaft.testing import score_episodes
 from metaft.types import NORMS
 
@@ -29,17 +30,18 @@ def scores(path: Path, episodes: int, asked: dict[str, Any]) -> tuple[Tensor, di
     """Accuracies, or squared errors, after a run's last step: [episodes, 2], transductive and inductive; and by which
     settings its episodes were made. Raises MetaftError for a run with other settings than those `asked`."""
     _, config, snapshot = open_run(path)
+    values = flat(config)
     for field, value in asked.items():
-        if (has := paths.shown(config.dataset) if field == "dataset" else getattr(config, field)) != value:
+        if (has := paths.shown(config.data.dataset) if field == "dataset" else values[field]) != value:
             raise MetaftError(f"{field}: {path} has {has!r}, not {value!r}; take another --out")
     parts = assemble(config)
     c, best = parts.config, fill(parts, snapshot)
-    sizes = {"ways": c.test_ways, "shots": c.test_shots, "query_shots": c.test_query_shots}
-    source = parts.dataset.source(**sizes, rotate=c.rotate, splits=("test",))
+    sizes = {"ways": c.test.test_ways, "shots": c.test.test_shots, "query_shots": c.test.test_query_shots}
+    source = parts.dataset.source(**sizes, rotate=c.data.rotate, splits=("test",))
     with engine_for(parts) as engine:
-        own = score_episodes(engine, parts.algorithm, best.meta, best.state, source, split="test", seed=c.eval_seed,
-                             episodes=episodes, steps=c.test_inner_steps)  # fmt: skip
-    return own[..., -1], {field: getattr(config, field) for field in TEST}
+        own = score_episodes(engine, parts.algorithm, best.meta, best.state, source, split="test",
+                             seed=c.test.eval_seed, episodes=episodes, steps=c.test.test_inner_steps)  # fmt: skip
+    return own[..., -1], {field: values[field] for field in TEST}
 
 
 def main() -> int:

@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from metaft import paths
 from metaft.cli import StopSignals, check_unchanged, fresh_folder, in_one, of_run, settings
-from metaft.config import AdaptConfig, Init, to_toml
+from metaft.config import AdaptConfig, Init, of_other_method, to_toml
 from metaft.errors import DataError, MetaftError, suggest
 from metaft.modes import in_usual_modes
+from metaft.options import flat, options
 from metaft.output import steady
+from metaft.settings import Origin, Recipe
 
 if TYPE_CHECKING:
     from torch import nn
@@ -30,18 +32,6 @@ RUNS = Path("runs")
 # What may change when a run goes on: how it is computed, over how many draws, and where the user's own things lie.
 RESUMABLE = ("device", "seeds", "data_root", "plugin")
 
-# What belongs to one method alone, with the value that it takes when it is left open.
-FINETUNE: dict[str, Any] = {
-    "epochs": 40,
-    "patience": 10,
-    # Of 0.001 and 0.003 the one that is better for a random start, which is what the gain is measured against. It was
-    # chosen on notMNIST's test images.
-    "lr": 3e-3,
-    "batch_size": 32,
-    "head": "linear",
-    "freeze": "none",
-    "augment": "none",
-}
 GLYPH_SHOTS = 5
 
 # Classes that start from the same head row need more steps to part than the run's own: on notMNIST, with 5 images of
@@ -50,16 +40,11 @@ GLYPH_SHOTS = 5
 MEAN_HEAD_STEPS = 30
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, init=False)
 class Arguments(AdaptConfig):
     """Fine-tune a meta-learned initialisation to a target task, and compare it with a random one."""
 
-    config: str | None = None
-    """TOML file with any of these fields; the command line wins."""
-    resume: str | None = None
-    """Run folder to go on with; its own settings apply."""
-    auto_resume: bool = False
-    """Go on with the run in --out where there is one already, and start it where there is none."""
+    origin: Origin
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -85,7 +70,7 @@ def _command(argv: Sequence[str]) -> None:
 def run(config: AdaptConfig, *, module: nn.Module | None = None, init: Init = "seed") -> dict[str, Any]:
     """Fine-tune from both starts in a new run folder; returns what `result.json` holds.
 
-    `module` is the user's own architecture, where the run was trained on one, or where there is none (config.init
+    `module` is the user's own architecture, where the run was trained on one, or where there is none (config.start.init
     "none"): it is trained from random parameters then, and with `init="keep"` from the values that it was handed over
     with beside those. Parameters with requires_grad=False stay as they are. Raises MetaftError for settings, data or a
     run that do not fit together, or a module that cannot be trained, before anything is written.
@@ -94,8 +79,8 @@ def run(config: AdaptConfig, *, module: nn.Module | None = None, init: Init = "s
     from metaft.run import RunFolder, file_name
 
     settled, start, target = _prepare(config, module, init)
-    name = f"adapt-{file_name(paths.typed(config.data))}-{file_name(Path(start.name).name)}-{settled.seed}"
-    folder = Path(settled.out) if settled.out is not None else fresh_folder(RUNS / name)
+    name = f"adapt-{file_name(paths.typed(config.target.data))}-{file_name(Path(start.name).name)}-{settled.draws.seed}"
+    folder = Path(settled.output.out) if settled.output.out is not None else fresh_folder(RUNS / name)
     made = RunFolder.create(folder, to_toml(dataclasses.replace(settled, out=None)))
     with made.held("out"):
         return _go(made, settled, start, target, Position())
@@ -126,13 +111,15 @@ def _resume(folder: RunFolder, config: AdaptConfig | None, module: nn.Module | N
 
     path = folder.path
     own = paths.in_full(of_run(AdaptConfig, folder.config, "resume"))
-    given = {} if config is None else {k: v for k, v in dataclasses.asdict(config).items() if v is not None}
+    given = {} if config is None else {k: v for k, v in flat(config).items() if v is not None}
+    if config is not None and config.recipe is not None:
+        given = {k: v for k, v in given.items() if k not in options(Recipe)} | {"recipe": config.recipe}
     config = paths.in_full(dataclasses.replace(own, **{**given, "out": None}))
     folder.make_folders()
     folder.mend()
     position, before = read(folder) if folder.last.exists() else (Position(), None)
     classes = (before or {}).get("classes", ())
-    data = paths.as_run_names(config.data, own.data, config.data_root, classes)
+    data = paths.as_run_names(config.target.data, own.target.data, config.target.data_root, classes)
     config = dataclasses.replace(config, data=data)
     check_unchanged(config, own, path, except_for=RESUMABLE)
     settled, start, target = _prepare(config, module, init, classes)
@@ -144,10 +131,10 @@ def _resume(folder: RunFolder, config: AdaptConfig | None, module: nn.Module | N
         say_what_changed(before["environment"], now["environment"])
         begun = len(position.fits) + (position.current is not None)
         draws = -(-begun // len(before["starts"]))
-        if settled.seeds < draws:
-            raise MetaftError(f"seeds must be at least the {draws} already begun, got {settled.seeds}")
+        if settled.draws.seeds < draws:
+            raise MetaftError(f"seeds must be at least the {draws} already begun, got {settled.draws.seeds}")
         print(f"resuming {path} after {len(position.fits)} fits and {len(position.rows)} epochs", file=sys.stderr)
-    if config != own or settled.data != own.data:
+    if config != own or settled.target.data != own.target.data:
         folder.result.unlink(missing_ok=True)  # of fewer draws; it would not be this run's
         write_atomically(folder.config, to_toml(settled).encode())
     return _go(folder, settled, start, target, position)
@@ -198,69 +185,78 @@ def _prepare(
     from metaft.finetune.inner import check_inner
     from metaft.finetune.start import from_nothing, from_run
 
-    device_of(config.device)
+    device_of(config.compute.device)
     _check_method(config)
     if values not in get_args(Init):
         raise MetaftError(f"init: no {values!r}, known are keep and seed{suggest(str(values), get_args(Init))}")
-    if values == "keep" and (module is None or config.init != "none"):
-        what = "no module was handed over" if module is None else f"the values are those of the run {config.init}"
+    if values == "keep" and (module is None or config.start.init != "none"):
+        what = "no module was handed over" if module is None else f"the values are those of the run {config.start.init}"
         raise MetaftError(f"init: 'keep' is for a module without a run (init none), and {what}")
-    init = config.init
+    init = config.start.init
     config = _with_data(paths.in_full(config), classes)
     if init is None:
-        shape, any_size = targets.shape_of(config.data)
+        shape, any_size = targets.shape_of(config.target.data)
         init = str(newest_run(shape, any_size=any_size))
         print(f"init: {init}, the newest run that fits", file=sys.stderr)
     if init == "":
         raise MetaftError("init: name a run folder of metaft.meta_train or none, not ''")
     if init == "none":
-        target = targets.load(config.data, skip_bad=config.skip_bad)
+        target = targets.load(config.target.data, skip_bad=config.target.skip_bad)
         start = from_nothing(target.inputs, module, keep=values == "keep")
     else:
         start = from_run(Path(init), module)
         if start.inputs is None:
             raise MetaftError(
                 f"init: {init} takes inputs of shape {start.shape} ({start.about['dataset']}), but the images of "
-                f"{config.data} are {targets.shape_of(config.data)[0]}"
+                f"{config.target.data} are {targets.shape_of(config.target.data)[0]}"
             )
-        target = targets.load(config.data, start.inputs, skip_bad=config.skip_bad)
+        target = targets.load(config.target.data, start.inputs, skip_bad=config.target.skip_bad)
         start = dataclasses.replace(start, name=str(paths.absolute(init)))
     open_values: dict[str, Any] = {"init": start.name}
     if config.method == "finetune":
-        open_values |= FINETUNE
+        config = dataclasses.replace(config, recipe=config.recipe or Recipe())
     else:
         assert start.settings is not None
-        found = plugin.load(start.settings.plugin if config.plugin is None else config.plugin, start.settings.algorithm)
+        found = plugin.load(
+            start.settings.learner.plugin if config.inner.plugin is None else config.inner.plugin,
+            start.settings.learner.algorithm,
+        )
         config = dataclasses.replace(config, plugin=found)
-        check_steps("inner_steps", config.inner_steps, start.settings.algorithm)
+        check_steps("inner_steps", config.inner.inner_steps, start.settings.learner.algorithm)
         check_inner(start, len(target.class_names))
         mean_head = start.head_rows not in (None, len(target.class_names))
-        open_values["inner_steps"] = MEAN_HEAD_STEPS if mean_head else start.settings.test_inner_steps
-    if config.data.startswith("glyphs:"):
+        open_values["inner_steps"] = MEAN_HEAD_STEPS if mean_head else start.settings.test.test_inner_steps
+    if config.target.data.startswith("glyphs:"):
         open_values["shots_per_class"] = GLYPH_SHOTS
-    settled = dataclasses.replace(config, **{k: v for k, v in open_values.items() if getattr(config, k) is None})
-    target.rows(shots_per_class=settled.shots_per_class, seed=settled.seed)  # a class may have too few images
+    left = flat(config)
+    settled = dataclasses.replace(config, **{k: v for k, v in open_values.items() if left[k] is None})
+    target.rows(
+        shots_per_class=settled.target.shots_per_class, seed=settled.draws.seed
+    )  # a class may have too few images
     return settled, start, target
 
 
 def _with_data(config: AdaptConfig, classes: Collection[str]) -> AdaptConfig:
     """The settings with the folder of images where it is. Raises DataError."""
-    path = paths.folder_of(config.data)
+    path = paths.folder_of(config.target.data)
     if path is None:
         return config
     try:
-        return dataclasses.replace(config, data=f"folder:{paths.found(path, config.data_root, classes)}")
+        return dataclasses.replace(config, data=f"folder:{paths.found(path, config.target.data_root, classes)}")
     except DataError as error:
         raise DataError(f"data: folder {error}") from None
 
 
 def _check_method(config: AdaptConfig) -> None:
     """Raises MetaftError for settings of the other method, which would be ignored."""
-    others = ("inner_steps", "plugin") if config.method == "finetune" else FINETUNE
-    for field in others:
-        if getattr(config, field) is not None:
-            raise MetaftError(f"{field}: --method {config.method} has no such setting (given {getattr(config, field)})")
-    if config.method == "inner" and config.init == "none":
+    others = flat(config.inner)
+    if config.method == "inner":
+        recipe = {} if config.recipe is None else flat(config.recipe)
+        others = {k: v for k, v in recipe.items() if v != options(Recipe)[k].default} or recipe
+    for field, value in others.items():
+        if value is not None:
+            raise of_other_method(field, config.method, value)
+    if config.method == "inner" and config.start.init == "none":
         raise MetaftError("method: inner is the loop of a run; name one with --init RUN instead of none")
 
 
@@ -287,7 +283,7 @@ def _header(config: AdaptConfig, start: Start, target: Target) -> dict[str, Any]
         "data_sha256": data.hexdigest(),
         "classes": list(target.class_names),
         "starts": list(starts(start)),
-        "environment": {**machine(device_of(config.device)), "threads": str(torch.get_num_threads())},
+        "environment": {**machine(device_of(config.compute.device)), "threads": str(torch.get_num_threads())},
     }
 
 
@@ -297,16 +293,16 @@ def _go(folder: RunFolder, config: AdaptConfig, start: Start, target: Target, po
     from metaft.finetune.study import starts, study
     from metaft.progress import Progress
 
-    device = device_of(config.device)
+    device = device_of(config.compute.device)
     header = _header(config, start, target)
-    epochs = config.epochs or 1
+    epochs = 1 if config.recipe is None else config.recipe.epochs
     print(
         f"{paths.shown(target.name)} · {len(target.class_names)} classes · {config.method} from "
         f"{paths.shown(start.name)}{said_of(start)} on {device} · "
         f"run folder {folder.path}",
         file=sys.stderr,
     )
-    bar = Progress("adapt", config.seeds * len(starts(start)) * epochs, "epoch", done=len(position.fits) * epochs)
+    bar = Progress("adapt", config.draws.seeds * len(starts(start)) * epochs, "epoch", done=len(position.fits) * epochs)
     resume_hint = f"python -m metaft.adapt --resume {shlex.quote(str(folder.path))}"
 
     def progress(number: int, row: Mapping[str, float]) -> None:
@@ -375,20 +371,19 @@ def result_of(
     first, second = fits[0], fits[1] if len(names) == 2 else None
     accuracies = {name: [f["accuracy"] for f in fits[i :: len(names)]] for i, name in enumerate(names)}
     mean, ci = mean_t95(accuracies[names[0]])
-    means: dict[str, Any] = {"draws": config.seeds, "accuracy": mean, "accuracy_ci95": ci}
+    means: dict[str, Any] = {"draws": config.draws.seeds, "accuracy": mean, "accuracy_ci95": ci}
     gain = None
     if second is not None:
         means["scratch_accuracy"], means["scratch_accuracy_ci95"] = mean_t95(accuracies[RANDOM])
         pairs = zip(accuracies[names[0]], accuracies[RANDOM], strict=True)
         gained, ci = mean_t95([learned - random for learned, random in pairs])
-        gain = {"accuracy": gained, "ci95": ci, "draws": config.seeds}
+        gain = {"accuracy": gained, "ci95": ci, "draws": config.draws.seeds}
 
     def per_class(part: np.ndarray) -> int | None:
         """Images of each class in a part, where all have as many."""
         counts = np.bincount(target.labels.numpy()[part], minlength=len(target.class_names))
         return int(counts[0]) if len(set(counts.tolist())) == 1 else None
 
-    own = FINETUNE if config.method == "finetune" else ("inner_steps",)
     return {
         "command": "adapt",
         "version": __version__,
@@ -397,9 +392,9 @@ def result_of(
         "data": target.name,
         "classes": list(target.class_names),
         "method": config.method,
-        **{field: getattr(config, field) for field in own},
-        "seed": config.seed,
-        "last_seed": config.seed + config.seeds - 1,
+        **({"inner_steps": config.inner.inner_steps} if config.recipe is None else flat(config.recipe)),
+        "seed": config.draws.seed,
+        "last_seed": config.draws.seed + config.draws.seeds - 1,
         "device": device,
         "environment": where_measured(device, torch.get_num_threads()),
         "train_images": len(rows.train),
@@ -442,12 +437,12 @@ def _notes(config: AdaptConfig, start: Start, target: Target, rows: Any) -> list
     if twins:
         also = "training or validation" if len(rows.val) else "training"
         notes.append(f"{twins} of the {len(rows.test)} test images are also {also} images, to the pixel")
-    if config.method == "finetune" and len(rows.val) == 0:
+    if config.recipe is not None and len(rows.val) == 0:
         notes.append(
             f"a class has fewer than {VALIDATION_FROM} images to train on, so none are set aside for validation: "
-            f"all images train, for the fixed {config.epochs} epochs"
+            f"all images train, for the fixed {config.recipe.epochs} epochs"
         )
-    if config.seeds > 1 and not draws_differ(target, config):
+    if config.draws.seeds > 1 and not draws_differ(target, config):
         notes.append(
             "every draw holds the same images; the interval is of the seeds alone, that is of the head, the order of "
             "the images and the random start, as far as the method has them"

@@ -29,6 +29,7 @@ from metaft.models.handed import said
 from metaft.models.precision import in_bf16
 from metaft.models.recomputed import recomputed
 from metaft.objective import Objective
+from metaft.options import flat
 from metaft.outer import task_grad_of
 from metaft.run import RunFolder
 from metaft.snapshot import Snapshot, load_snapshot
@@ -75,8 +76,10 @@ def assemble(
         raise MetaftError(
             f"init: no {init!r}, known are {', '.join(get_args(Init))}{suggest(str(init), get_args(Init))}"
         )
-    device = device_of(config.device)
-    config = paths.in_full(dataclasses.replace(config, plugin=plugin.load(config.plugin, config.algorithm)))
+    device = device_of(config.compute.device)
+    config = paths.in_full(
+        dataclasses.replace(config, plugin=plugin.load(config.learner.plugin, config.learner.algorithm))
+    )
     config, dataset, rotate = _with_data(config, dataset, classes or {})
     shape = list((architecture or {}).get("shape", dataset.shape))
     if shape != list(dataset.shape):
@@ -84,13 +87,13 @@ def assemble(
             f"dataset: the run's model takes inputs of shape {shape}, but {dataset.name} has {list(dataset.shape)}"
         )
     settled = resolve(config, dataset, default_rotate=rotate, custom_model=module is not None)
-    is_users = module is not None or not models.is_ours(settled.model)
+    is_users = module is not None or not models.is_ours(settled.learner.model)
     example = None
     if module is None:
         model = _built(settled, dataset, device)
     else:
-        if settled.dropout:
-            raise MetaftError(f"dropout: a module from Python brings its own (given {settled.dropout})")
+        if settled.learner.dropout:
+            raise MetaftError(f"dropout: a module from Python brings its own (given {settled.learner.dropout})")
         model = _handed(module, init, settled, snapshot, device)
     if is_users:
         example = _example(dataset, settled)
@@ -98,10 +101,13 @@ def assemble(
     model = _computing_as(model, settled, example, dataset.shape)
     if callable(loss) or isinstance(loss, Objective):
         _check_loss(loss if isinstance(loss, Objective) else Objective(loss), model, dataset, settled)
-    algorithm = algorithms.build(settled.algorithm, model, hyper(settled, dataset.loss if loss is None else loss))
-    if not algorithm.init(settled.seed)[0]:
+    algorithm = algorithms.build(
+        settled.learner.algorithm, model, hyper(settled, dataset.loss if loss is None else loss)
+    )
+    if not algorithm.init(settled.compute.seed)[0]:
         raise MetaftError(
-            f"algorithm: {settled.algorithm} has nothing to learn here, all but its head is frozen in the module"
+            f"algorithm: {settled.learner.algorithm} has nothing to learn here, all but its head is frozen in the "
+            "module"
         )
     dataset = dataset.to(device)
     if is_users:
@@ -117,35 +123,35 @@ def _with_data(
     if dataset is not None:
         return dataclasses.replace(config, dataset=paths.named_in_full(dataset.name)), dataset, False
     dataset = tasks.load(
-        config.dataset,
-        data_root=config.data_root,
-        split=config.split,
-        download=config.download,
-        image_size=config.image_size,
-        channels=config.channels,
+        config.data.dataset,
+        data_root=config.data.data_root,
+        split=config.data.split,
+        download=config.data.download,
+        image_size=config.data.image_size,
+        channels=config.data.channels,
         classes=[name for names in classes.values() for name in names],
-        skip_bad=config.skip_bad,
+        skip_bad=config.data.skip_bad,
     )
-    if paths.folder_of(config.dataset):
+    if paths.folder_of(config.data.dataset):
         config = dataclasses.replace(config, dataset=dataset.name)  # where it is now
-    return config, dataset, tasks.default_rotate(config.dataset, config.split)
+    return config, dataset, tasks.default_rotate(config.data.dataset, config.data.split)
 
 
 def _built(config: Settled, dataset: Dataset, device: str) -> Model:
-    if config.model == "custom":
+    if config.learner.model == "custom":
         raise MetaftError(
             "model: this run was trained with a module from Python (custom); hand it over there (module=...)"
         )
     return models.build(
-        config.model, ways=config.ways, shape=dataset.shape, width=config.width, dropout=config.dropout,
-        seed=config.seed, device=device,
+        config.learner.model, ways=config.task.ways, shape=dataset.shape, width=config.learner.width,
+        dropout=config.learner.dropout, seed=config.compute.seed, device=device,
     )  # fmt: skip
 
 
 def _check_loss(loss: Objective, model: Model, dataset: Dataset, config: Settled) -> None:
     """Raises MetaftError where a loss from Python cannot be one of this model's outputs."""
     source, split = _some_source(dataset, config)
-    target = source.episodes(config.seed, split, range(1)).query_y[0]
+    target = source.episodes(config.compute.seed, split, range(1)).query_y[0]
     like = next(iter(model.params.values()))
     objective.check(loss, model.outputs, target, like)
 
@@ -156,10 +162,12 @@ def _handed(module: nn.Module, init: Init, config: Settled, snapshot: Snapshot |
     if snapshot is not None:
         module = models.with_constants(module, snapshot.frozen, snapshot.buffers)
     elif init == "seed":
-        module = models.initialise(module, config.seed)
+        module = models.initialise(module, config.compute.seed)
     model = models.functional(module.to(device))
-    if model.outputs != config.ways:
-        raise MetaftError(f"ways: the module's head has {model.outputs} outputs, but tasks have {config.ways} classes")
+    if model.outputs != config.task.ways:
+        raise MetaftError(
+            f"ways: the module's head has {model.outputs} outputs, but tasks have {config.task.ways} classes"
+        )
     return model
 
 
@@ -168,8 +176,8 @@ def _some_source(dataset: Dataset, config: Settled) -> tuple[Source, Split]:
     for split in SPLITS:
         with contextlib.suppress(DataError) if split != SPLITS[-1] else contextlib.nullcontext():
             source = dataset.source(
-                ways=config.ways, shots=config.shots, query_shots=config.query_shots, rotate=config.rotate,
-                splits=(split,),
+                ways=config.task.ways, shots=config.task.shots, query_shots=config.task.query_shots,
+                rotate=config.data.rotate, splits=(split,),
             )  # fmt: skip
             return source, split
     raise AssertionError
@@ -183,7 +191,7 @@ def _example(dataset: Dataset, config: Settled) -> torch.Tensor | None:
     if isinstance(dataset, (ClassPool, Sinusoid)):
         return None
     source, split = _some_source(dataset, config)
-    task = source.episodes(config.seed, split, range(1))
+    task = source.episodes(config.compute.seed, split, range(1))
     x = torch.cat([task.support_x[0], task.query_x[0]])
     return torch.cat([x, x])[:2]
 
@@ -194,19 +202,23 @@ def _mappable(config: Settled, model: Model, algorithm: Algorithm, dataset: Data
     Raises MetaftError where not even one task can be taken.
     """
     source, split = _some_source(dataset, config)
-    meta, state = algorithm.init(config.seed)
+    meta, state = algorithm.init(config.compute.seed)
     knobs = {name: value.to(next(iter(meta.values())).device) for name, value in algorithm.schedule(0).items()}
-    scores = functools.partial(_scores, algorithm, source.ways, min(1, config.test_inner_steps))
-    trials: list[tuple[Any, Any, Any]] = [(scores, (meta, state), source.episodes(config.seed, split, range(2)))]
+    scores = functools.partial(_scores, algorithm, source.ways, min(1, config.test.test_inner_steps))
+    trials: list[tuple[Any, Any, Any]] = [
+        (scores, (meta, state), source.episodes(config.compute.seed, split, range(2)))
+    ]
     if split == "train":
-        trials.append((task_grad_of(algorithm), (meta, state, knobs), draw(algorithm, source, config.seed, range(2))))
-    what = f"module: {model.architecture.get('class', config.model)} and {algorithm.name}"
+        trials.append(
+            (task_grad_of(algorithm), (meta, state, knobs), draw(algorithm, source, config.compute.seed, range(2)))
+        )
+    what = f"module: {model.architecture.get('class', config.learner.model)} and {algorithm.name}"
     reasons = [why_not_mapped(*trial, what) for trial in trials]
-    engine = config.engine
+    engine = config.compute.engine
     if engine not in PARALLEL:  # threads alone can be on a GPU too
         on_gpu = next(iter(meta.values())).device.type != "cpu"
         engine = "threads" if on_gpu else settled_name("auto", convolutional=True, device="cpu")
-    if not any(reasons) or (config.task_chunk == 1 and engine == config.engine):
+    if not any(reasons) or (config.compute.task_chunk == 1 and engine == config.compute.engine):
         return config
     obstacle = next(filter(None, reasons))
     print(f"engine: {engine}, one task at a time: vmap cannot take this module ({obstacle})", file=sys.stderr)
@@ -219,7 +231,7 @@ def _scores(algorithm: Algorithm, ways: int, steps: int, shared: tuple[Params, P
 
 def _computing_as(model: Model, config: Settled, example: torch.Tensor | None, shape: tuple[int, ...]) -> Model:
     """The model under `--precision` and `--inner-checkpoint`. Raises MetaftError where it cannot be."""
-    if config.precision == "bf16":
+    if config.compute.precision == "bf16":
         model = in_bf16(model)
         probe = next(iter(model.params.values()))
         x = torch.zeros(2, *shape, dtype=probe.dtype) if example is None else example
@@ -227,7 +239,7 @@ def _computing_as(model: Model, config: Settled, example: torch.Tensor | None, s
             model.apply(model.params, x.to(probe.device), None)
         except RuntimeError as error:  # a module of the user's own, say with constants in float32
             raise MetaftError(f"precision: this model cannot compute in bf16 ({str(error).splitlines()[0]})") from None
-    return recomputed(model) if config.inner_checkpoint else model
+    return recomputed(model) if config.compute.inner_checkpoint else model
 
 
 def open_run(path: Path, *, which: str = "best", field: str = "run") -> tuple[RunFolder, MetaTrainConfig, Snapshot]:
@@ -251,7 +263,7 @@ def header(parts: Parts, engine: Engine, ranks: int = 1) -> dict[str, Any]:
     return {
         "version": __version__,
         # Not where the folder is: it may move, and a resumed run must end with the same bytes.
-        "config": {k: v for k, v in dataclasses.asdict(parts.config).items() if v is not None and k != "out"},
+        "config": {k: v for k, v in flat(parts.config).items() if v is not None and k != "out"},
         "architecture": dict(parts.model.architecture),
         "dataset": parts.dataset.name,
         "split_hash": parts.dataset.split_hash,
@@ -270,7 +282,7 @@ def fill(parts: Parts, snapshot: Snapshot) -> Snapshot:
     if (theirs := snapshot.header.get("loss")) != given:
         what = f"with {theirs}, a loss from Python; hand it over there" if theirs else "without a loss from Python"
         raise MetaftError(f"loss: this run was trained {what} (loss=...{'' if given is None else f', given {given}'})")
-    meta, state = parts.algorithm.init(parts.config.seed)
+    meta, state = parts.algorithm.init(parts.config.compute.seed)
     if snapshot.frozen.keys() != parts.model.frozen.keys():
         raise CheckpointError(
             f"checkpoint: frozen in the run are {sorted(snapshot.frozen)[:6]}, and in the module that was handed over "

@@ -1,11 +1,9 @@
-"""What the commands share: arguments from the command line and TOML, and errors as one line with a status."""
+"""What the commands share: settings from the command line, TOML and runs, and errors as one line with a status."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import io
-import itertools
 import os
 import re
 import signal
@@ -17,109 +15,39 @@ import types
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from metaft import patience
-from metaft.config import AdaptConfig, Config, MetaTrainConfig, from_mapping, read_toml
-from metaft.errors import CheckpointError, Interrupted, MetaftError, MetaftWarning, OutOfMemory, SaidElsewhere, suggest
+from metaft.config import AdaptConfig, MetaTrainConfig, read_toml
+from metaft.errors import CheckpointError, Interrupted, MetaftError, MetaftWarning, OutOfMemory, SaidElsewhere
+from metaft.flags import parse
 from metaft.group import join
 from metaft.names import is_text
+from metaft.options import Config, Settings, flat, from_mapping, options
 from metaft.output import of_command
 from metaft.paths import to_replace
 from metaft.ranks import ALONE, Ranks
 from metaft.torchrun import check_alone
 
-Arguments = TypeVar("Arguments")
-
-
-def parse(cls: type[Arguments], argv: Sequence[str], *, prog: str, default: Arguments | None = None) -> Arguments:
-    """Arguments by tyro. `default` supplies what the command line leaves out.
-
-    Exits with status 0 for --help. Raises MetaftError for an unknown option or a value of the wrong type.
-    """
-    import tyro
-
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(said):
-            arguments = tyro.cli(cls, args=_switches(cls, argv), prog=prog, default=default)
-    except SystemExit as done:
-        if not done.code:
-            raise
-        line = _one_line(said.getvalue())
-        known = [f"--{f.name.replace('_', '-')}" for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
-        unknown = [word for word in argv if word.startswith("--") and word in line and word not in known]
-        raise MetaftError(line + (_hint(unknown[0].partition("=")[0], known) if unknown else "")) from None
-    assert arguments is not None
-    return arguments
-
-
-def _hint(option: str, known: Sequence[str]) -> str:
-    """What was meant by a word that is no option. Which settings an algorithm has only torch's import would tell."""
-    if "--hyper" not in known:
-        return suggest(option, known)
-    setting = option.lstrip("-").replace("-", "_")
-    of_one = f"; what only some algorithms have is given as --hyper {setting}=VALUE"
-    return suggest(option, known, cutoff=0.72) or of_one  # else "--loss" would be near to "--shots"
-
-
-def _one_line(box: str) -> str:
-    """What tyro says in a coloured box over several lines, without the box, its title and the help below the rule."""
-    lines = [line.strip("│ ") for line in re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines()[1:]]
-    said = itertools.takewhile(lambda line: line.strip("─╰╯"), lines)
-    return " ".join(word for line in said for word in line.split())
-
-
-def _switches(cls: type, argv: Sequence[str]) -> list[str]:
-    """Spell `--rotate` and `--no-rotate` as `--rotate True` and `--rotate False`.
-
-    tyro makes such pairs for a bool, but not for one that may also be left open (None).
-    """
-    types_of = {f.name.replace("_", "-"): f.type for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    for word in argv:
-        name, _, value = word.partition("=")
-        if value and types_of.get(name.removeprefix("--").removeprefix("no-")) == "bool":
-            raise MetaftError(f"{name} takes no value, got {value!r}")
-    three_way = {name for name, kind in types_of.items() if kind == "bool | None"}
-    out: list[str] = []
-    for word, following in zip(argv, [*argv[1:], ""], strict=False):
-        name = word.removeprefix("--").replace("_", "-")
-        if word.startswith("--") and name in three_way and following not in ("True", "False", "None"):
-            out += [word, "True"]
-        elif word.startswith("--no") and name.removeprefix("no-") in three_way:
-            out += ["--" + name.removeprefix("no-"), "False"]
-        else:
-            out.append(word)
-    return out
-
-
-def option(argv: Sequence[str], name: str) -> str | None:
-    """The value of `--name VALUE` or `--name=VALUE`, looked up before the real parse (which needs it as default)."""
-    for i, word in enumerate(argv):
-        if word == f"--{name}" and i + 1 < len(argv):
-            return argv[i + 1]
-        if word.startswith(f"--{name}="):
-            return word.partition("=")[2]
-    return None
-
 
 def settings(
-    arguments: type[Any], config: type[Config], argv: Sequence[str], *, prog: str, launch: str | None = None
+    arguments: type[Settings], config: type[Config], argv: Sequence[str], *, prog: str, launch: str | None = None
 ) -> tuple[Config, Path | None]:
     """Settings of a command that has `--config` and `--resume`: (what holds now, the run folder to go on with).
 
-    `arguments` is `config` with the fields `config`, `resume` and `auto_resume` added. What the command line leaves out
-    is as in the TOML file or in the run. A `launch` that was restarted goes on with the run that it began. Raises
-    MetaftError for what `parse` and `from_mapping` refuse, and for options that contradict each other.
+    `arguments` is `config` with the group `Origin` added. What the command line leaves out is as in the TOML file or in
+    the run. A `launch` that was restarted goes on with the run that it began. Raises MetaftError for what `parse` and
+    `from_mapping` refuse, and for options that contradict each other.
     """
     for word in argv:
         if not is_text(word):
             raise MetaftError(f"{word!r} is not text; rename the file or folder")
-    resume, file = option(argv, "resume"), option(argv, "config")
+    given = parse(arguments, argv, prog=prog)
+    file, resume, auto_resume = (given.pop(name, None) for name in ("config", "resume", "auto_resume"))
     if resume is not None and file is not None:
         raise MetaftError("config: a resumed run has its own settings; give --resume or --config, not both")
-    if resume is not None and option(argv, "out") is not None:
-        raise MetaftError(f"out: a resumed run stays in its folder {resume}; leave --out {option(argv, 'out')} away")
+    if resume is not None and given.get("out") is not None:
+        raise MetaftError(f"out: a resumed run stays in its folder {resume}; leave --out {given['out']} away")
     base = config()
     if file is not None:
         base = from_mapping(config, read_toml(Path(file)), origin=file)
@@ -130,11 +58,10 @@ def settings(
             base = of_run(config, RunFolder.open(Path(resume)).config, "resume")
         except CheckpointError as error:
             raise CheckpointError(f"resume: {error}") from None
-    given = parse(arguments, argv, prog=prog, default=arguments(**dataclasses.asdict(base)))
-    fields = {f.name: getattr(given, f.name) for f in dataclasses.fields(config)}
-    if resume is None and (given.auto_resume or _began(given.out, launch)):
-        return _taken_up(config, config(**fields))
-    return config(**fields), None if resume is None else Path(resume)
+    asked = dataclasses.replace(base, **given)
+    if resume is None and (auto_resume or _began(flat(asked)["out"], launch)):
+        return _taken_up(config, asked)
+    return asked, None if resume is None else Path(resume)
 
 
 def _began(out: str | None, launch: str | None) -> bool:
@@ -148,39 +75,40 @@ def _taken_up(kind: type[Config], config: Config) -> tuple[Config, Path | None]:
     """Settings as given, and the run in `--out` where there is one to go on with."""
     from metaft.run import RunFolder
 
-    if config.out is None:
+    out = flat(config)["out"]
+    if out is None:
         raise MetaftError("auto_resume: give --out too, the folder of the run to go on with")
-    folder = RunFolder(Path(config.out))
+    folder = RunFolder(Path(out))
     if not folder.config.exists():
         return config, None
     own = of_run(kind, folder.config, "out")
     config = dataclasses.replace(config, out=None)
-    if isinstance(config, MetaTrainConfig) and isinstance(own, MetaTrainConfig) and config.engine == "tune":
-        config = dataclasses.replace(config, engine=own.engine, task_chunk=own.task_chunk)  # tuned once, for all
+    if flat(config).get("engine") == "tune":  # once, for all
+        tuned = {name: flat(own)[name] for name in ("engine", "task_chunk")}
+        config = dataclasses.replace(config, **tuned)
     return config, folder.path
 
 
 def of_run(config: type[Config], file: Path, field: str) -> Config:
     """The settings in a run folder's `config.toml`. Raises MetaftError, naming `field`, for another command's run."""
     values = read_toml(file)
-    fields = {cls: {f.name for f in dataclasses.fields(cls)} for cls in KINDS}
     for other, kind in KINDS.items():
-        if set(values) <= fields[other] and not set(values) <= fields[config]:
+        if values.keys() <= options(other).keys() and not values.keys() <= options(config).keys():
             raise MetaftError(f"{field}: {file.parent} is a run of metaft.{kind}, not of metaft.{KINDS[config]}")
     return from_mapping(config, values, origin=str(file))
 
 
-KINDS: dict[type[Any], str] = {MetaTrainConfig: "meta_train", AdaptConfig: "adapt"}
+KINDS: dict[type[Settings], str] = {MetaTrainConfig: "meta_train", AdaptConfig: "adapt"}
 """The commands that leave run folders."""
 
 
-def check_unchanged(config: Any, own: Any, path: Path, *, except_for: Iterable[str]) -> None:
+def check_unchanged(config: Settings, own: Settings, path: Path, *, except_for: Iterable[str]) -> None:
     """Raises MetaftError for a setting that differs from the run's own and may not."""
-    for field in dataclasses.fields(config):
-        mine, theirs = getattr(config, field.name), getattr(own, field.name)
-        if mine != theirs and field.name not in except_for:
+    theirs = flat(own)
+    for name, mine in flat(config).items():
+        if name in theirs and mine != theirs[name] and name not in except_for:
             raise MetaftError(
-                f"{field.name}: a resumed run keeps its settings; {path} was started with {theirs!r}, given {mine!r}"
+                f"{name}: a resumed run keeps its settings; {path} was started with {theirs[name]!r}, given {mine!r}"
             )
 
 
@@ -203,7 +131,7 @@ def guarded(command: Callable[[Sequence[str]], None], argv: Sequence[str] | None
         lacking = _no_memory(error, smaller)
         print(f"metaft: error: {lacking}", file=sys.stderr)
         return lacking.status
-    except SystemExit as done:  # tyro, after --help
+    except SystemExit as done:  # after --help
         return done.code if isinstance(done.code, int) else 0
     except KeyboardInterrupt:  # before training or after the meta-test, when there is nothing to keep
         print("metaft: stopped", file=sys.stderr)
@@ -251,14 +179,24 @@ def _escaped(text: str) -> str:
 
 def _file_of(error: MetaftError, argv: Sequence[str]) -> str:
     """`"my.toml: "` where the message begins with a field that comes from the TOML file."""
-    file = option(argv, "config")
+    file = _option(argv, "config")
     found = re.match(r"\w+(?=[: ])", str(error))
-    if file is None or found is None or option(argv, found[0].replace("_", "-")) is not None:
+    if file is None or found is None or _option(argv, found[0].replace("_", "-")) is not None:
         return ""
     try:
         return f"{file}: " if found[0] in read_toml(Path(file)) else ""
     except MetaftError:  # which is what the message is about
         return ""
+
+
+def _option(argv: Sequence[str], name: str) -> str | None:
+    """The value of `--name VALUE` or `--name=VALUE`, as typed."""
+    for i, word in enumerate(argv):
+        if word == f"--{name}" and i + 1 < len(argv):
+            return argv[i + 1]
+        if word.startswith(f"--{name}="):
+            return word.partition("=")[2]
+    return None
 
 
 def in_ranks(command: Callable[[Sequence[str], Ranks], None], argv: Sequence[str] | None, *, smaller: str) -> int:

@@ -38,8 +38,14 @@ def engine_for(parts: Parts) -> Iterator[Engine]:
     """The engine that a run's settings ask for, in its precision; closed on leaving."""
     c = parts.config
     convolutional = parts.model.convolutional
-    mapping = engine(c.engine, convolutional=convolutional, device=parts.device, threads=c.threads, chunk=c.task_chunk)
-    with matrix_units(c.precision), mapping as mapped:
+    mapping = engine(
+        c.compute.engine,
+        convolutional=convolutional,
+        device=parts.device,
+        threads=c.compute.threads,
+        chunk=c.compute.task_chunk,
+    )
+    with matrix_units(c.compute.precision), mapping as mapped:
         yield mapped
 
 
@@ -53,10 +59,12 @@ def with_engine(parts: Parts, train: Source, ranks: Ranks, *, before: str | None
     """
     c = parts.config
     check_ranks(parts, ranks)
-    if c.meta_batch < ranks.count:
-        raise MetaftError(f"meta_batch must be at least the number of processes, got {c.meta_batch} for {ranks.count}")
-    share = ranks.share(range(c.meta_batch))
-    config = _engine_settled(parts, lambda: draw(parts.algorithm, train, c.seed, share), ranks.count, before)
+    if c.task.meta_batch < ranks.count:
+        raise MetaftError(
+            f"meta_batch must be at least the number of processes, got {c.task.meta_batch} for {ranks.count}"
+        )
+    share = ranks.share(range(c.task.meta_batch))
+    config = _engine_settled(parts, lambda: draw(parts.algorithm, train, c.compute.seed, share), ranks.count, before)
     return dataclasses.replace(parts, config=ranks.on_first(lambda: config))
 
 
@@ -75,25 +83,25 @@ def check_ranks(parts: Parts, ranks: Ranks) -> None:
 def _engine_settled(parts: Parts, draw_batch: Callable[[], Any], ranks: int, before: str | None) -> Settled:
     """`draw_batch` gives the part of a meta-batch that one of `ranks` processes takes."""
     c = parts.config
-    name = settled_name(c.engine, convolutional=parts.model.convolutional, device=parts.device)
+    name = settled_name(c.compute.engine, convolutional=parts.model.convolutional, device=parts.device)
     if before is not None and (before in PARALLEL) != (name in PARALLEL):
         c = dataclasses.replace(c, task_chunk=None)
-    if c.engine == "tune":
-        if c.task_chunk is not None:
-            raise MetaftError(f"task_chunk: --engine tune chooses it by itself (given {c.task_chunk})")
-        meta, state = parts.algorithm.init(c.seed)
+    if c.compute.engine == "tune":
+        if c.compute.task_chunk is not None:
+            raise MetaftError(f"task_chunk: --engine tune chooses it by itself (given {c.compute.task_chunk})")
+        meta, state = parts.algorithm.init(c.compute.seed)
         times = tune(
             parts.algorithm, meta, state, draw_batch(),
-            convolutional=parts.model.convolutional, device=parts.device, threads=c.threads,
+            convolutional=parts.model.convolutional, device=parts.device, threads=c.compute.threads,
         )  # fmt: skip
         tried = ", ".join(f"{_called(*key)} {1000 * seconds:.0f}" for key, seconds in times.items())
         (name, chunk), *_ = times
         print(f"engine: {_called(name, chunk)}; ms per meta-step: {tried}", file=sys.stderr)
         c = dataclasses.replace(c, engine=name, task_chunk=chunk)
-    elif c.task_chunk is None and name in PARALLEL:
-        threads = c.threads or torch.get_num_threads()
-        values = c.ways * (c.shots + c.query_shots) * math.prod(parts.dataset.shape)
-        c = dataclasses.replace(c, task_chunk=task_chunk(values, -(-c.meta_batch // ranks), threads))
+    elif c.compute.task_chunk is None and name in PARALLEL:
+        threads = c.compute.threads or torch.get_num_threads()
+        values = c.task.ways * (c.task.shots + c.task.query_shots) * math.prod(parts.dataset.shape)
+        c = dataclasses.replace(c, task_chunk=task_chunk(values, -(-c.task.meta_batch // ranks), threads))
     return c
 
 
@@ -113,7 +121,7 @@ def convolution_forms(
     device, c = torch.device(parts.device), parts.config
     record = functools.partial(recorded, device=device, said=False) if mapped.whole_steps else None
     measure = functools.partial(convolution.seconds, device=device, record=record)
-    name = " ".join((*machine(parts.device).values(), c.precision, mapped.name))
+    name = " ".join((*machine(parts.device).values(), c.compute.precision, mapped.name))
     begin = time.perf_counter()
     chosen = convolution.choose(shapes, measure, machine=name)
     counts = ", ".join(f"{form} for {n}" for form, n in collections.Counter(chosen.values()).most_common())

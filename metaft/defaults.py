@@ -10,6 +10,7 @@ import torch
 from metaft.algorithms import OPTIONS, hyper_parameters, is_ours, parse_hyper
 from metaft.config import MetaTrainConfig, Settled
 from metaft.errors import MetaftError, check_ways
+from metaft.options import flat, options
 from metaft.types import Dataset, Loss
 
 _SUPERVISED: dict[str, object] = {"outer_lr": 1e-3, "test_inner_steps": 100}  # Chen et al. 2019
@@ -57,15 +58,15 @@ def resolve(config: MetaTrainConfig, dataset: Dataset, *, default_rotate: bool, 
     One that is settled already, as that of a run, is taken as it is: a gradient that was not clipped stays so.
     """
     regression = dataset.loss == "mse"
-    accepted = hyper_parameters(config.algorithm)
+    accepted = hyper_parameters(config.learner.algorithm)
     image = len(dataset.shape) == 3
-    ways = config.ways or (1 if regression else 5)
-    shots = config.shots or (10 if regression else 1)
-    for field in ("ways", "test_ways"):
-        check_ways(field, getattr(config, field) or ways, dataset.loss)
-    model = "custom" if custom_model else config.model or model_for(dataset.shape)
+    ways = config.task.ways or (1 if regression else 5)
+    shots = config.task.shots or (10 if regression else 1)
+    for field, given in (("ways", config.task.ways), ("test_ways", config.test.test_ways)):
+        check_ways(field, given or ways, dataset.loss)
+    model = "custom" if custom_model else config.learner.model or model_for(dataset.shape)
     large = image and not regression and photos(model, dataset.shape)
-    theirs = PHOTOS.get(config.algorithm, {}) if large and is_ours(config.algorithm) else {}
+    theirs = PHOTOS.get(config.learner.algorithm, {}) if large and is_ours(config.learner.algorithm) else {}
     values: dict[str, object] = {
         **accepted,
         "rotate": default_rotate,
@@ -89,43 +90,46 @@ def resolve(config: MetaTrainConfig, dataset: Dataset, *, default_rotate: bool, 
         # Finn et al. 2017, section 5.1
         **({"inner_lr": 0.01} if regression and "inner_lr" in accepted else {}),
         **(_of_photos(shots) if large else {}),
-        **MEMBERS.get(config.algorithm, {}),
+        **MEMBERS.get(config.learner.algorithm, {}),
         **theirs,
     }
-    steps = config.inner_steps if config.inner_steps is not None else values.get("inner_steps", 0)
+    steps = config.inner.inner_steps if config.inner.inner_steps is not None else values.get("inner_steps", 0)
     at_test = values["test_inner_steps"]
     assert isinstance(steps, int) and isinstance(at_test, int)
     values["test_inner_steps"] = max(steps, at_test)
-    if config.rotate and not image:
-        raise MetaftError(f"rotate: {config.dataset} has no images to rotate")
-    if config.inner_augment not in (None, "none") and not image:
-        raise MetaftError(f"inner_augment: {config.dataset} has no images to {config.inner_augment}")
-    if config.dropout and "inner_augment" not in accepted:
-        raise MetaftError(f"dropout: {config.algorithm} takes none in its inner loop (given {config.dropout})")
-    check_steps("test_inner_steps", config.test_inner_steps, config.algorithm)
+    if config.data.rotate and not image:
+        raise MetaftError(f"rotate: {config.data.dataset} has no images to rotate")
+    if config.inner.inner_augment not in (None, "none") and not image:
+        raise MetaftError(f"inner_augment: {config.data.dataset} has no images to {config.inner.inner_augment}")
+    if config.learner.dropout and "inner_augment" not in accepted:
+        raise MetaftError(
+            f"dropout: {config.learner.algorithm} takes none in its inner loop (given {config.learner.dropout})"
+        )
+    check_steps("test_inner_steps", config.test.test_inner_steps, config.learner.algorithm)
     if custom_model:  # whatever was asked for, this is what is recorded
         config = dataclasses.replace(config, model="custom")
-    names = {f.name for f in dataclasses.fields(config)}
-    if "classes" in accepted and "classes" not in parse_hyper(config.algorithm, config.hyper):
-        config = dataclasses.replace(config, hyper=(*config.hyper, f"classes={train_classes(dataset)}"))
-    if config.clip_norm is not None or settled(config):
+    if "classes" in accepted and "classes" not in parse_hyper(config.learner.algorithm, config.inner.hyper):
+        config = dataclasses.replace(config, hyper=(*config.inner.hyper, f"classes={train_classes(dataset)}"))
+    if config.outer.clip_norm is not None or settled(config):
         values.pop("clip_value", None)
-    open_fields = {k: v for k, v in values.items() if k in names and getattr(config, k) is None}
-    return Settled(**{**dataclasses.asdict(config), **open_fields})
+    left = flat(config)
+    return Settled(**{**left, **{k: v for k, v in values.items() if k in left and left[k] is None}})
 
 
 def settled(config: MetaTrainConfig) -> bool:
     """Whether all is set that `Settled` has, as in a run's `config.toml`."""
-    return all(getattr(config, name) is not None for name in Settled.__annotations__)
+    needed = options(Settled)
+    return all(value is not None or needed[name].open for name, value in flat(config).items())
 
 
 def hyper(config: MetaTrainConfig, loss: Loss) -> dict[str, object]:
     """What to hand the algorithm: the settings it knows, and those it does not but the user gave (an error there)."""
-    given = {name: getattr(config, name) for name in OPTIONS if getattr(config, name) is not None}
-    if "iterations" not in hyper_parameters(config.algorithm):  # every run has them, few members care
+    values = flat(config)
+    given = {name: values[name] for name in OPTIONS if values[name] is not None}
+    if "iterations" not in hyper_parameters(config.learner.algorithm):  # every run has them, few members care
         given.pop("iterations", None)
-    own = parse_hyper(config.algorithm, config.hyper)
-    return {"loss": loss, "norm": config.batch_norm, **given, **own}
+    own = parse_hyper(config.learner.algorithm, config.inner.hyper)
+    return {"loss": loss, "norm": config.learner.batch_norm, **given, **own}
 
 
 def train_classes(dataset: Dataset) -> int:

@@ -9,13 +9,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
-import tyro
-
 from metaft import paths
-from metaft.cli import StopSignals, check_writable, in_ranks, parse
+from metaft.cli import StopSignals, check_writable, in_ranks
 from metaft.config import EvaluateConfig, MetaTrainConfig
 from metaft.errors import MetaftError, check_ways
+from metaft.flags import parse
 from metaft.modes import in_usual_modes
+from metaft.options import Option, flat
 from metaft.output import steady
 from metaft.ranks import ALONE, Ranks
 
@@ -29,12 +29,11 @@ if TYPE_CHECKING:
     from metaft.types import Dataset, Loss, Source, Split
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, init=False)
 class Arguments(EvaluateConfig):
     """Meta-test a finished run, at its own or at other ways and shots. A field left out is as in the run."""
 
-    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")] = dataclasses.field(kw_only=True)
-    """Run folder."""
+    run: Annotated[str, Option("Run folder of metaft.meta_train.", metavar="RUN", positional=True)] = ""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,12 +44,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _command(argv: Sequence[str], ranks: Ranks) -> None:
     given = ranks.on_first(lambda: parse(Arguments, argv, prog="python -m metaft.evaluate"))
-    config = EvaluateConfig(**{f.name: getattr(given, f.name) for f in dataclasses.fields(EvaluateConfig)})
+    path = Path(given.pop("run"))
+    config = EvaluateConfig(**given)
 
     from metaft.allocator import keep_freed_memory
 
     keep_freed_memory()
-    run(Path(given.run), config, ranks=ranks)
+    run(path, config, ranks=ranks)
 
 
 @steady()
@@ -79,7 +79,7 @@ def run(
     folder, trained, snapshot = ranks.on_first(lambda: open_run(path, which=config.checkpoint))
     trained = paths.in_full(trained)
     wanted = _settings(config, trained, snapshot.header)
-    classes = snapshot.header.get("classes") if wanted.dataset == trained.dataset else None
+    classes = snapshot.header.get("classes") if wanted.data.dataset == trained.data.dataset else None
     handed = {"dataset": dataset, "module": module, "loss": loss, "snapshot": snapshot, "classes": classes}
     parts = ranks.in_turn(lambda: assemble(wanted, **handed))
     check_ranks(parts, ranks)
@@ -89,9 +89,9 @@ def run(
         parent = next((p for p in out.absolute().parents if os.path.isdir(p)), out)
         ranks.on_first(lambda: check_writable(out, "out", parent))
     protocol = _protocol(config, parts)
-    if config.dataset is None and config.split in (None, trained.split):
+    if config.data.dataset is None and config.data.split in (None, trained.data.split):
         _check_same_split(path, snapshot.header, parts.dataset)
-    seen = _seen_in_training(snapshot.header, parts.dataset, config.set)
+    seen = _seen_in_training(snapshot.header, parts.dataset, config.episode.set)
     source = _source(path, parts, protocol)
     bar = Progress("meta-test", protocol.episodes, "episode")
     with StopSignals(ranks, "stopped; nothing was written") as signals, engine_for(parts) as mapped:
@@ -110,7 +110,7 @@ def run(
     out = paths.local(config.out) if config.out is not None else _default_file(folder, parts, protocol, config, test)
     ranks.on_first(lambda: folder.write_json(out, result))
     print_test(test)
-    if seen and config.set != "train":
+    if seen and config.episode.set != "train":
         print(f"  (note: {seen} of these classes were trained on, so this is not a test on new classes)")
     print(f"result:   {out}")
     return result
@@ -132,20 +132,21 @@ def _settings(config: EvaluateConfig, trained: MetaTrainConfig, header: Mapping[
     """The run's settings, with what is asked for in their place."""
     from metaft.inputs import ImageInputs, of_header
 
-    fields = {name: getattr(config, name) for name in ("device", "engine", "threads", "task_chunk", "download")}
-    fields |= {name: getattr(config, name) for name in ("data_root", "plugin") if getattr(config, name) is not None}
-    fields["skip_bad"] = config.skip_bad or trained.skip_bad
-    if config.split is not None:
-        fields |= {"split": config.split, "rotate": None if config.split != trained.split else trained.rotate}
-    if config.dataset is not None and config.dataset != trained.dataset:
+    data = config.data
+    fields = {**flat(config.compute), "download": data.download}
+    fields |= {k: v for k, v in (("data_root", data.data_root), ("plugin", config.plugin)) if v is not None}
+    fields["skip_bad"] = data.skip_bad or trained.data.skip_bad
+    if data.split is not None:
+        fields |= {"split": data.split, "rotate": None if data.split != trained.data.split else trained.data.rotate}
+    if data.dataset is not None and data.dataset != trained.data.dataset:
         # Nothing of the old data set's own settings is meant for the new one.
-        fields |= {"dataset": config.dataset, "split": config.split, "rotate": None}
+        fields |= {"dataset": data.dataset, "split": data.split, "rotate": None}
         # A folder is read as the run's own images were; a data set with its own size takes no such wish.
-        inputs = of_header(header) if config.dataset.startswith(("folder:", "l2l:")) else None
+        inputs = of_header(header) if data.dataset.startswith(("folder:", "l2l:")) else None
         channels, side = (inputs.channels, inputs.height) if isinstance(inputs, ImageInputs) else (None, None)
         fields |= {"channels": channels, "image_size": side}
-    if config.rotate is not None:
-        fields["rotate"] = config.rotate
+    if data.rotate is not None:
+        fields["rotate"] = data.rotate
     return dataclasses.replace(trained, **fields)
 
 
@@ -154,17 +155,17 @@ def _protocol(config: EvaluateConfig, parts: Parts) -> _Protocol:
     from metaft.defaults import check_steps
 
     c = parts.config
-    ways = config.ways or c.test_ways
+    ways = config.episode.ways or c.test.test_ways
     check_ways("ways", ways, parts.algorithm.loss)
-    check_steps("inner_steps", config.inner_steps, c.algorithm)
+    check_steps("inner_steps", config.episode.inner_steps, c.learner.algorithm)
     return _Protocol(
-        split=config.set,
+        split=config.episode.set,
         ways=ways,
-        shots=config.shots or c.test_shots,
-        queries=config.query_shots or c.test_query_shots,
-        steps=c.test_inner_steps if config.inner_steps is None else config.inner_steps,
-        episodes=config.episodes or c.test_episodes,
-        seed=c.eval_seed if config.eval_seed is None else config.eval_seed,
+        shots=config.episode.shots or c.test.test_shots,
+        queries=config.episode.query_shots or c.test.test_query_shots,
+        steps=c.test.test_inner_steps if config.episode.inner_steps is None else config.episode.inner_steps,
+        episodes=config.episode.episodes or c.test.test_episodes,
+        seed=c.test.eval_seed if config.episode.eval_seed is None else config.episode.eval_seed,
     )
 
 
@@ -180,13 +181,13 @@ def _check_same_split(path: Path, header: Mapping[str, Any], dataset: Dataset) -
 def _source(path: Path, parts: Parts, protocol: _Protocol) -> Source:
     """Raises MetaftError for other ways than a head has outputs, and DataError for more than the data can give."""
     c = parts.config
-    if protocol.ways != c.ways and not parts.algorithm.any_ways:
+    if protocol.ways != c.task.ways and not parts.algorithm.any_ways:
         raise MetaftError(
-            f"ways: {c.algorithm} learned a head with {c.ways} outputs, so {path} can only be tested {c.ways}-way, "
-            f"not {protocol.ways}-way"
+            f"ways: {c.learner.algorithm} learned a head with {c.task.ways} outputs, so {path} can only be tested "
+            f"{c.task.ways}-way, not {protocol.ways}-way"
         )
     return parts.dataset.source(
-        ways=protocol.ways, shots=protocol.shots, query_shots=protocol.queries, rotate=c.rotate,
+        ways=protocol.ways, shots=protocol.shots, query_shots=protocol.queries, rotate=c.data.rotate,
         splits=(protocol.split,),
     )  # fmt: skip
 
@@ -212,10 +213,10 @@ def _result(
         "checkpoint": config.checkpoint,
         "step": snapshot.position.step,
         "dataset": parts.dataset.name,
-        "class_split": parts.config.split,
+        "class_split": parts.config.data.split,
         "split_hash": parts.dataset.split_hash,
         "classes_seen_in_training": seen,
-        "algorithm": parts.config.algorithm,
+        "algorithm": parts.config.learner.algorithm,
         "device": parts.device,
         "engine": mapped.name,
         "ranks": ranks.count,
@@ -231,7 +232,9 @@ def _default_file(
 
     c, p = parts.config, protocol
     how = f"{p.ways}w{p.shots}s{p.queries}q-{test['inner_steps']}steps-{p.episodes}x-seed{p.seed}"
-    data = "-".join(filter(None, (paths.shown(parts.dataset.name), c.split, p.split, "rotated" if c.rotate else "")))
+    data = "-".join(
+        filter(None, (paths.shown(parts.dataset.name), c.data.split, p.split, "rotated" if c.data.rotate else ""))
+    )
     return folder.path / "evaluations" / f"{file_name(data)}-{how}-{config.checkpoint}.json"
 
 

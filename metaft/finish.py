@@ -37,7 +37,7 @@ def finish(
     # Where no validation figure was finite there is no best one.
     best = ranks.on_first(lambda: read_snapshot(run, run.best if run.best.exists() else run.last))
     best = fill(parts, best)
-    bar = Progress("meta-test", c.test_episodes, "episode")
+    bar = Progress("meta-test", c.test.test_episodes, "episode")
 
     def progress(done: int) -> None:
         bar.update(done)
@@ -45,7 +45,7 @@ def finish(
 
     test = meta_test(
         mapped, parts.algorithm, best.meta, best.state, source,
-        split="test", seed=c.eval_seed, episodes=c.test_episodes, steps=c.test_inner_steps,
+        split="test", seed=c.test.eval_seed, episodes=c.test.test_episodes, steps=c.test.test_inner_steps,
         ranks=ranks, progress=progress,
     )  # fmt: skip
     bar.close()
@@ -72,19 +72,19 @@ def _result(
         "command": "meta_train",
         "version": __version__,
         "dataset": parts.dataset.name,
-        "class_split": c.split,
+        "class_split": c.data.split,
         "split_hash": parts.dataset.split_hash,
-        "algorithm": c.algorithm,
-        "ways": c.ways,
-        "shots": c.shots,
-        "iterations": c.iterations,
+        "algorithm": c.learner.algorithm,
+        "ways": c.task.ways,
+        "shots": c.task.shots,
+        "iterations": c.outer.iterations,
         "best_step": best.position.step,
-        "seed": c.seed,
+        "seed": c.compute.seed,
         "device": parts.device,
         "engine": mapped.name,
         "ranks": ranks,
         "environment": where_measured(parts.device, mapped.threads),
         "seconds": round(seconds, 3),
-        "tasks_per_second": round(c.iterations * c.meta_batch / training, 1) if training else None,
+        "tasks_per_second": round(c.outer.iterations * c.task.meta_batch / training, 1) if training else None,
         "test": test,
     }

@@ -49,11 +49,13 @@ def to_do_next(path: Path, parts: Parts, from_python: Sequence[str]) -> list[str
         test = f"metaft.evaluate.run({_in_python(path)}, {', '.join(needed)}) in Python, which brings the {what} again"
     else:
         test = _more_shots(path, parts)
-        if c.plugin is None and not is_ours(c.algorithm):  # which adapting by fine-tuning has no need of
-            test += f" --plugin YOUR_FILE.py  # registers {c.algorithm!r}, which no process but this one knows"
+        if c.learner.plugin is None and not is_ours(
+            c.learner.algorithm
+        ):  # which adapting by fine-tuning has no need of
+            test += f" --plugin YOUR_FILE.py  # registers {c.learner.algorithm!r}, which no process but this one knows"
     # Adapting trains the run's own parameters on images that are read as the run's were: the run's data, and the loss
     # that it went down, are not needed again.
-    if c.model == "custom" or not isinstance(of_header(parts.dataset.describe()), ImageInputs):
+    if c.learner.model == "custom" or not isinstance(of_header(parts.dataset.describe()), ImageInputs):
         return [test]
     data = "glyphs:Hebrew" if parts.dataset.name == "glyphs" else "folder:YOUR_IMAGES"
     return [test, f"python -m metaft.adapt --init {shlex.quote(str(path))} --data {data}"]
@@ -61,9 +63,9 @@ def to_do_next(path: Path, parts: Parts, from_python: Sequence[str]) -> list[str
 
 def _more_shots(path: Path, parts: Parts) -> str:
     c = parts.config
-    shots = 5 if c.test_shots < 5 else 2 * c.test_shots
+    shots = 5 if c.test.test_shots < 5 else 2 * c.test.test_shots
     try:
-        parts.dataset.source(ways=c.test_ways, shots=shots, query_shots=c.test_query_shots, splits=("test",))
+        parts.dataset.source(ways=c.test.test_ways, shots=shots, query_shots=c.test.test_query_shots, splits=("test",))
     except DataError:
         return f"python -m metaft.evaluate {shlex.quote(str(path))} --checkpoint last"
     return f"python -m metaft.evaluate {shlex.quote(str(path))} --shots {shots}"

@@ -16,8 +16,10 @@ from metaft.config import Init, MetaTrainConfig, to_toml
 from metaft.errors import MetaftError, RankLost
 from metaft.following import brought, to_go_on
 from metaft.modes import in_usual_modes
+from metaft.options import flat
 from metaft.output import steady
 from metaft.ranks import ALONE, Ranks
+from metaft.settings import Origin
 
 if TYPE_CHECKING:
     from torch import nn
@@ -43,19 +45,14 @@ RESUMABLE = (
 )
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, init=False)
 class Arguments(MetaTrainConfig):
     """Learn an initialisation from few-shot episodes, then meta-test it.
 
     Defaults follow data, model and member: "photos" below is for --model conv4-pool and for images above 32 pixels.
     """
 
-    config: str | None = None
-    """TOML file with any of these fields; the command line wins."""
-    resume: str | None = None
-    """Run folder to go on with; its own settings apply."""
-    auto_resume: bool = False
-    """Go on with the run in --out where there is one already, and start it where there is none."""
+    origin: Origin
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -80,7 +77,7 @@ def _asked_for(argv: Sequence[str], ranks: Ranks) -> tuple[MetaTrainConfig, Path
     before = ranks.launch if ranks.restarted else None
     config, resume = settings(Arguments, MetaTrainConfig, argv, prog="python -m metaft.meta_train", launch=before)
     restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")
-    if resume is None and config.out is None and restarts != "0":
+    if resume is None and config.output.out is None and restarts != "0":
         raise MetaftError(
             f"out: with --max-restarts {restarts} give --out, so that a restart finds the run to go on with"
         )
@@ -117,9 +114,9 @@ def run(
     c = parts.config
 
     def create() -> RunFolder:
-        data = paths.typed(config.dataset) if dataset is None else dataset.name
-        name = f"{file_name(data)}-{c.algorithm}-{c.ways}w{c.shots}s-{c.seed}"
-        path = Path(c.out) if c.out is not None else fresh_folder(Path("runs") / name)
+        data = paths.typed(config.data.dataset) if dataset is None else dataset.name
+        name = f"{file_name(data)}-{c.learner.algorithm}-{c.task.ways}w{c.task.shots}s-{c.compute.seed}"
+        path = Path(c.output.out) if c.output.out is not None else fresh_folder(Path("runs") / name)
         return RunFolder.create(path, to_toml(dataclasses.replace(c, out=None)), launch=ranks.launch)
 
     folder = ranks.on_first(create)
@@ -192,21 +189,25 @@ def _resume(
     classes = snapshot and snapshot.header.get("classes")
     config = resumed_settings(before, config, dataset, classes or {})
     check_unchanged(config, before, folder.path, except_for=RESUMABLE)
-    if snapshot is not None and config.iterations is not None and config.iterations < snapshot.position.step:
+    if (
+        snapshot is not None
+        and config.outer.iterations is not None
+        and config.outer.iterations < snapshot.position.step
+    ):
         raise MetaftError(
-            f"iterations must be at least the {snapshot.position.step} already done, got {config.iterations}"
+            f"iterations must be at least the {snapshot.position.step} already done, got {config.outer.iterations}"
         )
     begun = {"init": init, "loss": loss, "snapshot": snapshot, "classes": classes}
     parts = ranks.in_turn(lambda: assemble(config, dataset=dataset, module=module, **begun))
     sources = _sources(parts)
     engine = None
-    if snapshot is not None and config.task_chunk == before.task_chunk:
+    if snapshot is not None and config.compute.task_chunk == before.compute.task_chunk:
         engine = snapshot.header["environment"]["engine"]
     parts = with_engine(parts, sources[0], ranks, before=engine)
     if ranks.rank == 0:
-        if snapshot is None or snapshot.position.step < parts.config.iterations:
+        if snapshot is None or snapshot.position.step < parts.config.outer.iterations:
             folder.result.unlink(missing_ok=True)  # of a shorter run; it would not be this one's
-        if dataclasses.asdict(config) != dataclasses.asdict(before) or parts.config.dataset != before.dataset:
+        if flat(config) != flat(before) or parts.config.data.dataset != before.data.dataset:
             write_atomically(folder.config, to_toml(parts.config).encode())
     from_python = brought(dataset=dataset, module=module, init=init, loss=loss)
     return _train_and_test(folder, parts, sources, snapshot, from_python, ranks)
@@ -221,25 +222,25 @@ def _sources(parts: Parts) -> tuple[Source, Source, Source]:
     from metaft.defaults import train_classes
 
     c = parts.config
-    if c.test_ways != c.ways and not parts.algorithm.any_ways:
+    if c.test.test_ways != c.task.ways and not parts.algorithm.any_ways:
         raise MetaftError(
-            f"test_ways: {c.algorithm} learns a head with one output per class, so {c.test_ways} ways at test "
-            f"cannot follow {c.ways} in training"
+            f"test_ways: {c.learner.algorithm} learns a head with one output per class, so {c.test.test_ways} ways at "
+            f"test cannot follow {c.task.ways} in training"
         )
-    rows, classes = parse_hyper(c.algorithm, c.hyper).get("classes"), train_classes(parts.dataset)
+    rows, classes = parse_hyper(c.learner.algorithm, c.inner.hyper).get("classes"), train_classes(parts.dataset)
     if isinstance(rows, int) and rows < classes:
         raise MetaftError(
             f"hyper: classes={rows} are fewer than the {classes} that {parts.dataset.name} has to train on"
         )
     train = parts.dataset.source(
-        ways=c.ways, shots=c.shots, query_shots=c.query_shots, rotate=c.rotate, splits=("train",)
+        ways=c.task.ways, shots=c.task.shots, query_shots=c.task.query_shots, rotate=c.data.rotate, splits=("train",)
     )
     val, test = (
         parts.dataset.source(
-            ways=c.test_ways,
-            shots=c.test_shots,
-            query_shots=c.test_query_shots,
-            rotate=c.rotate,
+            ways=c.test.test_ways,
+            shots=c.test.test_shots,
+            query_shots=c.test.test_query_shots,
+            rotate=c.data.rotate,
             splits=(split,),
         )
         for split in ("val", "test")
@@ -270,8 +271,8 @@ def _train_and_test(
     ):
         start, chosen = start_of(run, parts, mapped, sources[0], snapshot, ranks)
         print(
-            f"{paths.shown(parts.dataset.name)} · {c.algorithm} · {c.ways}-way {c.shots}-shot · "
-            f"{c.model}{parts.module_note} · {mapped.name} on {parts.device}"
+            f"{paths.shown(parts.dataset.name)} · {c.learner.algorithm} · {c.task.ways}-way {c.task.shots}-shot · "
+            f"{c.learner.model}{parts.module_note} · {mapped.name} on {parts.device}"
             f"{f', {ranks.count} processes' if ranks.count > 1 else ''} · run folder {run.path}",
             file=sys.stderr,
         )

@@ -14,12 +14,11 @@ import stat
 import unicodedata
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from metaft.errors import DataError
+from metaft.options import Config, flat
 from metaft.output import say
-
-Config = TypeVar("Config")
 
 SPLITS = ("train", "val", "test")
 _FOLDER = "folder:"
@@ -69,15 +68,16 @@ def stream_at(path: Path) -> int | None:
 def in_full(config: Config) -> Config:
     """Settings with absolute paths, except for `out`, which is only the run's own place."""
     changed: dict[str, Any] = {}
+    values = flat(config)
     for field in ("dataset", "data"):
-        name = getattr(config, field, None)
+        name = values.get(field)
         if name is not None:
             changed[field] = named_in_full(name)
     for field in ("data_root", "init"):
-        path = getattr(config, field, None)
+        path = values.get(field)
         if path and path != "none":
             changed[field] = str(absolute(path))
-    return dataclasses.replace(config, **changed)  # type: ignore[type-var]
+    return dataclasses.replace(config, **changed)
 
 
 def named_in_full(name: str) -> str:

@@ -13,12 +13,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NamedTuple
 
-import tyro
-
 from metaft import output
-from metaft.cli import check_writable, in_one, parse
+from metaft.cli import check_writable, in_one
 from metaft.config import PredictConfig
 from metaft.errors import CheckpointError, DataError, MetaftError, OutputLost
+from metaft.flags import parse
+from metaft.options import Option
 from metaft.paths import local
 
 if TYPE_CHECKING:
@@ -30,16 +30,18 @@ AT_ONCE = 256  # images that are read, then labelled
 NAMED = 10  # files that cannot be read of which each gets a line; all are in the CSV file
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, init=False)
 class Arguments(PredictConfig):
     """Label images with the classifier that an adapt run left."""
 
-    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")] = dataclasses.field(kw_only=True)
-    """Run folder of metaft.adapt."""
-    images: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE|FOLDER...")] = (
-        dataclasses.field(kw_only=True)
-    )
-    """Picture files, or folders whose pictures are labelled, those in folders inside too."""
+    run: Annotated[str, Option("Run folder of metaft.adapt.", metavar="RUN", positional=True)] = ""
+    images: Annotated[
+        tuple[str, ...],
+        Option(
+            "Picture files, or folders whose pictures are labelled, those in folders inside too.",
+            metavar="IMAGE|FOLDER...", positional=True,
+        ),
+    ] = ()  # fmt: skip
 
 
 class Label(NamedTuple):
@@ -70,9 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _command(argv: Sequence[str]) -> None:
-    given = parse(Arguments, argv, prog="python -m metaft.predict")
-    if not given.images:
-        raise MetaftError("images: name at least one picture file or folder")
+    given = Arguments(**parse(Arguments, argv, prog="python -m metaft.predict"))
     files, ignored = list_files(given.images)
     if given.csv is not None:
         check_writable(local(given.csv), "csv", local(given.csv).parent)
@@ -80,7 +80,7 @@ def _command(argv: Sequence[str]) -> None:
     from metaft.defaults import device_of
     from metaft.finetune.classifier import load
 
-    device = device_of(given.device)
+    device = device_of(given.compute.device)
     with warnings.catch_warnings(record=True) as said:  # a line each, without the place in the code
         warnings.simplefilter("always")
         try:

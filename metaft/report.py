@@ -31,7 +31,7 @@ def draw_pictures(run: RunFolder, parts: Parts, best: Snapshot, source: Source, 
         curves: lambda: _draw_curves(curves, run, name, best.position.best_step),
         steps: lambda: plotting().steps(steps, test),
     }
-    task = Episode(*(t[0] for t in source.episodes(parts.config.eval_seed, "test", [0])))
+    task = Episode(*(t[0] for t in source.episodes(parts.config.test.eval_seed, "test", [0])))
     if _is_picturable(task):
         pictures[episode] = lambda: _draw_episode(episode, parts, best, task, source.ways)
     return drawn(pictures)
@@ -59,18 +59,18 @@ def _draw_episode(path: Path, parts: Parts, best: Snapshot, task: Episode, ways:
 
     def predictions(steps: int) -> torch.Tensor:
         fast = algorithm.adapt(best.meta, best.state, task.support_x, task.support_y, task.key, ways=ways, steps=steps)
-        return algorithm.predict(fast, task.query_x, c.batch_norm).detach().cpu()
+        return algorithm.predict(fast, task.query_x, c.learner.batch_norm).detach().cpu()
 
     if not task.support_y.is_floating_point():
         class_names = getattr(parts.dataset, "class_names", None)
         names = None if class_names is None else [class_names[int(i)] for i in task.class_ids]
         shown = Episode(*(t.cpu() for t in task))
-        plots.episode(path, shown, predictions(c.test_inner_steps).argmax(-1), names)
+        plots.episode(path, shown, predictions(c.test.test_inner_steps).argmax(-1), names)
         return
     order = task.query_x.flatten().argsort().cpu()
     lines = {
         "before adaptation": predictions(0).flatten()[order],
-        f"after {c.test_inner_steps} steps": predictions(c.test_inner_steps).flatten()[order],
+        f"after {c.test.test_inner_steps} steps": predictions(c.test.test_inner_steps).flatten()[order],
     }
     plots.regression_episode(
         path,

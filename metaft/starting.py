@@ -9,11 +9,12 @@ from collections.abc import Mapping, Sequence
 from metaft import paths
 from metaft.assemble import Parts, fill, header, open_run
 from metaft.compute import convolution_forms
-from metaft.config import MetaTrainConfig, from_mapping, read_toml
+from metaft.config import MetaTrainConfig, read_toml
 from metaft.engines import Engine
 from metaft.errors import MetaftError
 from metaft.machine import say_what_changed
 from metaft.models.convolution import Form
+from metaft.options import flat, from_mapping
 from metaft.ranks import Ranks
 from metaft.run import RunFolder
 from metaft.snapshot import Snapshot, begin
@@ -28,15 +29,15 @@ def resumed_settings(
     classes: Mapping[str, Sequence[str]],
 ) -> MetaTrainConfig:
     """The settings of a run, changed by what was given; a data set that moved is named as the run does."""
-    given = {} if config is None else {k: v for k, v in dataclasses.asdict(config).items() if v not in (None, ())}
-    if set(given.get("hyper", ())) <= set(before.hyper):  # a run adds what it found out itself
+    given = {} if config is None else {k: v for k, v in flat(config).items() if v not in (None, ())}
+    if set(given.get("hyper", ())) <= set(before.inner.hyper):  # a run adds what it found out itself
         given.pop("hyper", None)
     named = {} if dataset is None else {"dataset": dataset.name}
     config = paths.in_full(dataclasses.replace(before, **{**given, **named, "out": None}))
-    if config.engine == "tune" and config.task_chunk == before.task_chunk:
+    if config.compute.engine == "tune" and config.compute.task_chunk == before.compute.task_chunk:
         config = dataclasses.replace(config, task_chunk=None)  # as it was chosen once, by it or another rule
     names = [name for part in classes.values() for name in part]
-    data = paths.as_run_names(config.dataset, before.dataset, config.data_root, names)
+    data = paths.as_run_names(config.data.dataset, before.data.dataset, config.data.data_root, names)
     return dataclasses.replace(config, dataset=data)
 
 
@@ -55,7 +56,7 @@ def start_of(
 ) -> tuple[Snapshot, dict[str, Form]]:
     """What training begins with, on the run's device: a first snapshot, or the one that the run had; and the forms of
     its convolutions. Raises MetaftError where the data are split otherwise than when the run began."""
-    seed = parts.config.seed
+    seed = parts.config.compute.seed
     now, forms_before = header(parts, mapped, ranks.count), None
     if snapshot is None:
         snapshot = ranks.on_first(lambda: begin(parts.algorithm, seed, now, parts.model))
@@ -67,7 +68,7 @@ def start_of(
             raise MetaftError(f"dataset: the class split of {parts.dataset.name} is not the one {run.path} began with")
         print(f"resuming {run.path} at step {snapshot.position.step}", file=sys.stderr)
     start = fill(parts, snapshot)
-    share = ranks.share(range(parts.config.meta_batch))
+    share = ranks.share(range(parts.config.task.meta_batch))
     chosen = ranks.on_first(
         lambda: convolution_forms(parts, mapped, start, lambda: draw(parts.algorithm, train, seed, share), forms_before)
     )

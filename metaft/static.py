@@ -116,7 +116,7 @@ class StaticSteps:
         self._device = self._flat.device
         self.meta = self._named(self._flat, start.meta)
         self.state = {name: value.detach().clone() for name, value in start.state.items()}
-        self._adam = config.outer_optimizer == "adam"
+        self._adam = config.outer.outer_optimizer == "adam"
         self._moments = {slot: self._stored(start, slot) for slot in (("exp_avg", "exp_avg_sq") if self._adam else ())}
         self._updates = max((int(v) for k, v in start.optimizer.items() if k.endswith("/step")), default=0)
         self._at = torch.zeros(1, dtype=torch.int64, device=self._device)
@@ -148,7 +148,7 @@ class StaticSteps:
             for _ in range(count):
                 self._run()
             following = step + count
-            if following < self._config.iterations:  # drawn while the device is at work
+            if following < self._config.outer.iterations:  # drawn while the device is at work
                 self._ahead = (following, *self._drawn(following, self._updates + count))
             rows = self._log[:count].tolist()
         except BaseException:  # the caller will keep the state, and say that it is the one before this call
@@ -165,8 +165,8 @@ class StaticSteps:
     def _stretch(self, step: int) -> int:
         """Steps from this one to the next row, validation or checkpoint."""
         c = self._config
-        every = (c.log_every, c.eval_every, c.checkpoint_every)
-        return min(c.iterations - step, *(n - step % n for n in every))
+        every = (c.output.log_every, c.test.eval_every, c.output.checkpoint_every)
+        return min(c.outer.iterations - step, *(n - step % n for n in every))
 
     def _drawn(self, step: int, updates: int) -> tuple[int, Any]:
         """How many steps the stretch from this one has, and all they need from the host: CPU tensors [steps, ...].
@@ -175,12 +175,12 @@ class StaticSteps:
         """
         c = self._config
         count = min(self._stretch(step), self._most)
-        indices = range(step * c.meta_batch, (step + count) * c.meta_batch)
+        indices = range(step * c.task.meta_batch, (step + count) * c.task.meta_batch)
         if self._algorithm.data == "episodes":
-            drawn = self._source.indices(c.seed, "train", indices)
+            drawn = self._source.indices(c.compute.seed, "train", indices)
         else:
-            drawn = self._source.batch_indices(c.seed, "train", indices, self._size)
-        drawn = pytree.tree_map(lambda leaf: leaf.unflatten(0, (count, c.meta_batch)), drawn)
+            drawn = self._source.batch_indices(c.compute.seed, "train", indices, self._size)
+        drawn = pytree.tree_map(lambda leaf: leaf.unflatten(0, (count, c.task.meta_batch)), drawn)
         knobs = [self._algorithm.schedule(at) for at in range(step, step + count)]
         knobs = {name: torch.stack([each[name].cpu() for each in knobs]) for name in knobs[0]}
         rates = [self._rates(step + i, updates + i + 1) for i in range(count)]
@@ -231,7 +231,7 @@ class StaticSteps:
         drawn, knobs, rates = pytree.tree_map(lambda leaf: leaf.index_select(0, self._at).squeeze(0), self._table)
         gather = self._source.gather if self._algorithm.data == "episodes" else self._source.gather_batch
         total: TaskGrad = self._engine.sum(self._function, (self.meta, self.state, knobs), gather(drawn))
-        tasks = self._config.meta_batch
+        tasks = self._config.task.meta_batch
         (grad,) = clipped([torch.cat([total.grads[name].reshape(-1) for name in self.meta]) / tasks], self._config)
         shown = [total.metrics[name] / tasks for name in self._logged]
         # From the first step that is not finite on nothing changes any more, until the host has read so.

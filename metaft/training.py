@@ -41,9 +41,9 @@ class Eager:
         return self._outer.moments()
 
     def advance(self, step: int) -> Taken:
-        first = step * self._config.meta_batch
-        share = self._ranks.share(range(first, first + self._config.meta_batch))
-        tasks = draw(self._algorithm, self._source, self._config.seed, share)
+        first = step * self._config.task.meta_batch
+        share = self._ranks.share(range(first, first + self._config.task.meta_batch))
+        tasks = draw(self._algorithm, self._source, self._config.compute.seed, share)
         result = meta_gradient(
             self._engine, self._algorithm, self.meta, self.state, tasks, step=step, ranks=self._ranks
         )
@@ -68,7 +68,7 @@ def train(
     ranks: Ranks = ALONE,
     should_stop: Callable[[], None] = lambda: None,
 ) -> Snapshot:
-    """Train from `start` to `config.iterations`, writing rows, checkpoints and validations; returns the final state.
+    """Train from `start` to the last iteration, writing rows, checkpoints and validations; returns the final state.
 
     All ranks start alike and take the same steps, each with its share of the tasks; rank 0 alone writes. `should_stop`
     is asked after every step and chunk of validation, and raises to stop; the checkpoint is then written first. Raises
@@ -80,19 +80,21 @@ def train(
         # A row of training that the checkpoint's window still holds will be written again.
         cut_back(run.metrics, start.position.step - len(start.position.window), start.position.evaluated)
         cut_back(run.timing, start.position.step, start.position.evaluated)
-    bar = Progress("meta-train", config.iterations, "step", done=start.position.step, per_unit=config.meta_batch)
+    bar = Progress(
+        "meta-train", config.outer.iterations, "step", done=start.position.step, per_unit=config.task.meta_batch
+    )
     loop = _Loop(run, config, algorithm, start, ranks, steps, bar)
     try:
         loop.write_first()
         while True:
-            if loop.position.window and loop.is_due(config.log_every):
+            if loop.position.window and loop.is_due(config.output.log_every):
                 loop.write_row()
-            if loop.position.evaluated < loop.position.step and loop.is_due(config.eval_every):
+            if loop.position.evaluated < loop.position.step and loop.is_due(config.test.eval_every):
                 loop.validate(engine, val_source, should_stop)
-            if loop.position.step == config.iterations:
+            if loop.position.step == config.outer.iterations:
                 return loop.snapshot()
             loop.advance()
-            if loop.position.step % config.checkpoint_every == 0:
+            if loop.position.step % config.output.checkpoint_every == 0:
                 loop.check_ranks()
                 loop.save()
             should_stop()
@@ -136,7 +138,7 @@ class _Loop:
 
     def is_due(self, every: int) -> bool:
         """Whether this is a step, or the last one, after which something comes that comes so often."""
-        return self.position.step % every == 0 or self.position.step == self._config.iterations
+        return self.position.step % every == 0 or self.position.step == self._config.outer.iterations
 
     def snapshot(self) -> Snapshot:
         meta, state = ({k: v.detach().clone() for k, v in p.items()} for p in (self._steps.meta, self._steps.state))
@@ -167,13 +169,13 @@ class _Loop:
         begin, step, c = time.perf_counter(), self.position.step, self._config
         scores = score_episodes(
             engine, self._algorithm, self._steps.meta, self._steps.state, source,
-            split="val", seed=c.eval_seed, episodes=c.eval_episodes, steps=c.test_inner_steps,
+            split="val", seed=c.test.eval_seed, episodes=c.test.eval_episodes, steps=c.test.test_inner_steps,
             ranks=self._ranks, progress=lambda done: should_stop(),
         )  # fmt: skip
         summary = summarise(scores, self._name)
         self._log({"kind": "val", "step": step, **summary}, sync=True)
         self._validating += time.perf_counter() - begin
-        value = summary[c.batch_norm][self._name]
+        value = summary[c.learner.batch_norm][self._name]
         self.position = dataclasses.replace(self.position, evaluated=step)
         if better(self._algorithm.loss, value, self.position.best):
             self.position = dataclasses.replace(self.position, best=value, best_step=step)
@@ -208,7 +210,7 @@ class _Loop:
             seconds, count = now - self._saved_at, step - self.saved_step
             row = {"step": step, "seconds": seconds, "validation_seconds": self._validating}
             if count > 0:
-                row["tasks_per_second"] = count * self._config.meta_batch / (seconds - self._validating)
+                row["tasks_per_second"] = count * self._config.task.meta_batch / (seconds - self._validating)
             append_row(self._run.timing, row, sync=True)
             self.write_snapshot()
         self._saved_at, self.saved_step, self._validating = now, step, 0.0

@@ -15,19 +15,19 @@ from metaft.types import Params
 
 def outer_lr(config: Settled, step: int) -> float:
     """Outer learning rate of meta-step `step` (0-based) under `--outer-schedule`."""
-    done = step / config.iterations
+    done = step / config.outer.iterations
     factor = {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1.0 + math.cos(math.pi * done))}
-    return config.outer_lr * factor[config.outer_schedule]
+    return config.outer.outer_lr * factor[config.outer.outer_schedule]
 
 
 def clipped(parts: Sequence[Tensor], config: Settled) -> list[Tensor]:
     """Gradients under `--clip-value`, then `--clip-norm`, whose norm is that over all of them."""
     parts = list(parts)
-    if config.clip_value is not None:
-        parts = [g.clamp(-config.clip_value, config.clip_value) for g in parts]
-    if config.clip_norm is not None:
+    if config.outer.clip_value is not None:
+        parts = [g.clamp(-config.outer.clip_value, config.outer.clip_value) for g in parts]
+    if config.outer.clip_norm is not None:
         norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in parts]))
-        scale = (config.clip_norm / norm.clamp_min(1e-12)).clamp_max(1.0)
+        scale = (config.outer.clip_norm / norm.clamp_min(1e-12)).clamp_max(1.0)
         parts = [g * scale for g in parts]
     return parts
 
@@ -38,8 +38,8 @@ class Outer:
     def __init__(self, config: Settled, meta: Params, moments: Mapping[str, Tensor] | None = None) -> None:
         self.config = config
         self.meta = {name: p.detach().clone() for name, p in meta.items()}
-        kind = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}[config.outer_optimizer]
-        self.optimizer = kind(list(self.meta.values()), lr=config.outer_lr)
+        kind = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}[config.outer.outer_optimizer]
+        self.optimizer = kind(list(self.meta.values()), lr=config.outer.outer_lr)
         for key, value in (moments or {}).items():
             name, _, slot = key.rpartition("/")
             if name not in self.meta:

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from metaft import adapt, meta_train, models
-from metaft.config import MetaTrainConfig
+from metaft.config import MetaTrainConfig, Settled
 from metaft.inputs import ImageInputs
 from metaft.run import RunFolder
 from metaft.tasks.pool import ClassPool
@@ -68,6 +68,16 @@ ADAPT: dict[str, Any] = {"epochs": 3, "lr": 0.02, "batch_size": 7, "device": "cp
 
 TARGET = ("apple", "c d", "βητα")
 """Class folders of `write_target`, sorted."""
+
+
+def settled(**changes: Any) -> Settled:
+    """The settings of a run on images with nothing open."""
+    chosen: dict[str, Any] = {
+        "rotate": False, "ways": 5, "shots": 1, "query_shots": 5, "meta_batch": 16, "model": "conv4", "width": 64,
+        "outer_optimizer": "adam", "outer_lr": 3e-3, "outer_schedule": "cosine", "iterations": 1500, "eval_every": 250,
+        "test_ways": 5, "test_shots": 1, "test_query_shots": 15, "test_inner_steps": 3,
+    }  # fmt: skip
+    return Settled(**{**chosen, **changes})
 
 
 def sinusoid(out: Path | None = None, **changes: Any) -> MetaTrainConfig:

@@ -6,13 +6,11 @@ Wrong types and ranges are made from the type; words and paths stand in the tabl
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 import shutil
 import subprocess
 import sys
-import types
 import typing
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -24,6 +22,7 @@ from helpers import words as adapt_words
 
 from metaft import adapt, evaluate, meta_train, predict
 from metaft.config import AdaptConfig, MetaTrainConfig, read_toml
+from metaft.options import options as options_of
 
 Text = pytest.CaptureFixture[str]
 
@@ -60,13 +59,8 @@ class Row(NamedTuple):
 
 def fields(command: str) -> dict[str, Any]:
     """Option -> type, without None."""
-    hints = typing.get_type_hints(COMMANDS[command].Arguments)
-    found = {}
-    for field in dataclasses.fields(COMMANDS[command].Arguments):
-        kinds = typing.get_args(hints[field.name])
-        union = typing.get_origin(hints[field.name]) in (types.UnionType, typing.Union)
-        [found[field.name]] = [k for k in kinds if k is not type(None)] if union else [hints[field.name]]
-    return found
+    known = options_of(COMMANDS[command].Arguments)
+    return {name: next(kind for kind in field.types if kind is not type(None)) for name, field in known.items()}
 
 
 def flag(option: str) -> str:
@@ -326,7 +320,7 @@ KEPT = [
         ("meta_train", MetaTrainConfig, meta_train.RESUMABLE),
         ("adapt", AdaptConfig, adapt.RESUMABLE),
     )
-    for option in (f.name for f in dataclasses.fields(of))
+    for option in options_of(of)
     if option not in (*may_change, "out")
 ]
 
@@ -352,7 +346,7 @@ TOML_ROWS = [
     row
     for row in ROWS
     if row.command in CONFIGS
-    and row.option in {field.name for field in dataclasses.fields(CONFIGS[row.command])}
+    and row.option in options_of(CONFIGS[row.command])
     and row.kind in ("type", "range", "word")
 ]
 

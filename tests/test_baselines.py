@@ -189,16 +189,21 @@ def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_defaults_of_the_baselines() -> None:
     settled = resolve(MetaTrainConfig(algorithm="baseline++"), pool(), default_rotate=False)
-    assert (settled.outer_lr, settled.test_inner_steps, settled.inner_lr, settled.inner_steps) == (
+    assert (
+        settled.outer.outer_lr,
+        settled.test.test_inner_steps,
+        settled.inner.inner_lr,
+        settled.inner.inner_steps,
+    ) == (
         1e-3,
         100,
         0.01,
         None,
     )
-    assert settled.hyper == ("classes=6",)
+    assert settled.inner.hyper == ("classes=6",)
     own = MetaTrainConfig(algorithm="baseline", hyper=("momentum=0.5",), test_inner_steps=7)
     settled = resolve(own, pool(), default_rotate=False)
-    assert (settled.hyper, settled.test_inner_steps) == (("momentum=0.5", "classes=6"), 7)
+    assert (settled.inner.hyper, settled.test.test_inner_steps) == (("momentum=0.5", "classes=6"), 7)
 
 
 @pytest.mark.usefixtures("_no_pictures")

@@ -20,6 +20,7 @@ from benchmarks.peers import child
 from benchmarks.peers.workloads import WORKLOADS, Options, draw_params
 from metaft import algorithms, engines, models
 from metaft.algorithms import ALGORITHMS, hyper_parameters
+from metaft.options import flat
 
 Text = pytest.CaptureFixture[str]
 
@@ -40,16 +41,26 @@ def test_every_member_is_measured_on_curves_or_has_a_reason() -> None:
 
 def test_members_learn_curves_as_the_paper_does_or_by_settings_of_their_own_that_are_named() -> None:
     of_paper = sinusoid.config_of("maml", 5, sinusoid.Settings(3, 6, 0), Path("x"))
-    shown = (of_paper.inner_steps, of_paper.inner_lr, of_paper.meta_batch, of_paper.query_shots, of_paper.width)
+    shown = (
+        of_paper.inner.inner_steps,
+        of_paper.inner.inner_lr,
+        of_paper.task.meta_batch,
+        of_paper.task.query_shots,
+        of_paper.learner.width,
+    )
     assert shown == (1, 0.01, 25, 5, 40)
-    assert (of_paper.outer_optimizer, of_paper.outer_lr, of_paper.outer_schedule) == ("adam", 1e-3, "constant")
+    assert (of_paper.outer.outer_optimizer, of_paper.outer.outer_lr, of_paper.outer.outer_schedule) == (
+        "adam",
+        1e-3,
+        "constant",
+    )
     for name in sinusoid.members()[0]:
         config = sinusoid.config_of(name, 5, sinusoid.Settings(3, 6, 0), Path("x"))
-        differ = {k for k, v in dataclasses.asdict(config).items() if v != getattr(of_paper, k)} - {"algorithm"}
+        differ = {k for k, v in flat(config).items() if v != flat(of_paper)[k]} - {"algorithm"}
         own = sinusoid.OWN.get(name, {})
         assert differ == {*own.get("settings", {}), *(["query_shots"] if "points" in own else [])}
         assert not own or own["source"]
-    assert sinusoid.config_of("reptile", 10, sinusoid.Settings(3, 6, 0), Path("x")).query_shots == 40
+    assert sinusoid.config_of("reptile", 10, sinusoid.Settings(3, 6, 0), Path("x")).task.query_shots == 40
 
 
 def test_unicorn_maml_of_one_output_is_maml() -> None:

@@ -28,6 +28,7 @@ from metaft.config import EvaluateConfig, MetaTrainConfig, read_toml
 from metaft.engines import workers
 from metaft.errors import MetaftError
 from metaft.machine import say_what_changed, where_measured
+from metaft.options import options as options_of
 from metaft.run import read_rows
 from metaft.snapshot import load_snapshot
 
@@ -355,7 +356,7 @@ def test_a_resumed_run_keeps_its_settings(copy: Path, capsys: Text, changes: lis
 
 
 def test_what_may_change_is_a_list_of_fields():
-    assert set(meta_train.RESUMABLE) < {f.name for f in dataclasses.fields(MetaTrainConfig)}
+    assert set(meta_train.RESUMABLE) < options_of(MetaTrainConfig).keys()
 
 
 @pytest.mark.usefixtures("_no_pictures")
@@ -817,9 +818,8 @@ def test_help_lists_every_field(command: Any, capsys: Text):
     assert command.main(["--help"]) == 0
     said = capsys.readouterr()
     assert said.err == ""
-    for field in dataclasses.fields(command.Arguments):
-        if field.name != "run":
-            assert re.search(rf"^\W+--{field.name.replace('_', '-')}[ ,]", said.out, re.MULTILINE), field.name
+    for name in options_of(command.Arguments).keys() - {"run"}:
+        assert re.search(rf"^  --{name.replace('_', '-')}\b", said.out, re.MULTILINE), name
 
 
 # ---- real processes -----------------------------------------------------------------------------------------------

@@ -181,9 +181,9 @@ def test_omniglots_inner_loop_is_the_papers_for_maml_alone(
     monkeypatch.setattr(meta_train, "run", run)
     assert run_example("omniglot", "--settings", "5w1s", "20w1s", "--algorithm", name) == 0
     assert capsys.readouterr().out.count("50.0 ± 1.0") == 4
-    loops = [(c.inner_steps, c.inner_lr, c.test_inner_steps) for c in asked]
+    loops = [(c.inner.inner_steps, c.inner.inner_lr, c.test.test_inner_steps) for c in asked]
     assert loops == ([(1, 0.4, 3), (5, 0.1, 5)] if name in ("maml", "fomaml") else [(None, None, None)] * 2)
-    assert {(c.algorithm, c.dataset, c.test_query_shots) for c in asked} == {(name, "omniglot", 1)}
+    assert {(c.learner.algorithm, c.data.dataset, c.test.test_query_shots) for c in asked} == {(name, "omniglot", 1)}
 
 
 def test_omniglot_says_what_is_wrong_in_one_line(in_tmp: Path, capsys: pytest.CaptureFixture[str]) -> None:

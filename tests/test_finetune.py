@@ -23,12 +23,13 @@ from torch import Tensor, nn
 from metaft.errors import DataError, MetaftError, NonFiniteError
 from metaft.finetune import heads, target
 from metaft.finetune.classifier import Classifier
-from metaft.finetune.fit import Fitted, Recipe, _augmented, fit, head_seed
+from metaft.finetune.fit import Fitted, _augmented, fit, head_seed
 from metaft.inputs import ImageInputs
 from metaft.models import Conv4, EpisodeNorm, initialise
 from metaft.models.functional import body_of
 from metaft.models.norm import measure_moments
 from metaft.models.stored import PASSES, StoredNorm, empty_stored, with_stored_moments
+from metaft.settings import Recipe
 from metaft.tasks.glyphs import glyphs
 
 INPUTS = ImageInputs(*scenarios.SHAPE, mean=(0.4,), std=(0.3,))
@@ -439,7 +440,7 @@ def test_a_held_out_script_of_the_glyphs() -> None:
 def tune(
     start: nn.Module | None = None, n: int = 21, *, val: tuple[Tensor, Tensor] | None = None, **changes: Any
 ) -> Fitted:
-    own = {k: changes.pop(k) for k in ("resume", "on_epoch", "should_stop") if k in changes}
+    own = {k: changes.pop(k) for k in ("resume", "on_epoch", "should_stop", "seed") if k in changes}
     recipe = Recipe(**{"epochs": 4, "batch_size": 8, "lr": 0.01, **changes})
     images, labels = toy(n)
     val_examples, val_labels = val if val is not None else (None, None)
@@ -471,7 +472,7 @@ def test_it_learns_what_can_be_learned(head: str, freeze: str) -> None:
 def test_the_losses_of_the_curve_are_means_over_images() -> None:
     val = ambiguous()
     # 21 images in batches of 8, 8 and 5.
-    fitted = tune(body(dtype=torch.float64), freeze="backbone", lr=0.0, epochs=1, val=val)
+    fitted = tune(body(dtype=torch.float64), freeze="backbone", lr=1e-300, epochs=1, val=val)
     for name, (images, labels) in {"loss": toy(21), "val_loss": val}.items():
         logits = fitted.head(fitted.body(INPUTS(images).double())).detach()
         assert fitted.curve[0][name] == pytest.approx(float(F.cross_entropy(logits, labels)), abs=1e-12)
@@ -505,7 +506,7 @@ def test_a_frozen_backbone_stays_as_it_was() -> None:
     assert same(fitted.body.state_dict(), with_stored_moments(start, x).state_dict())
     torch.testing.assert_close(fitted.body(x), start(x), rtol=0, atol=ONE_PASS)
     torch.testing.assert_close(torch.cat([fitted.body(one[None]) for one in x]), start(x), rtol=0, atol=ONE_PASS)
-    assert not same(fitted.head.state_dict(), tune(start, freeze="backbone", epochs=0).head.state_dict())
+    assert not same(fitted.head.state_dict(), tune(start, freeze="backbone", lr=1e-300).head.state_dict())
 
 
 def test_the_stored_moments_are_those_of_all_training_images_under_the_last_weights() -> None:
@@ -665,5 +666,5 @@ def test_what_cannot_be_trained_is_an_error() -> None:
         tune(head="prototype", lr=1e30)
     with pytest.raises(NonFiniteError, match="epoch 1: the validation loss is nan; try a smaller --lr"):
         tune(n=5, epochs=1, val=toy(6, seed=3), lr=1e30)  # in one step, whose loss is that before it
-    with pytest.raises(MetaftError, match=r"batch_size must be at least 2, .* got 1"):
+    with pytest.raises(MetaftError, match=r"batch_size must be at least 2, got 1"):
         Recipe(batch_size=1)

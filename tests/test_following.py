@@ -91,7 +91,7 @@ def test_what_is_offered_works(
     else:
         assert evaluate.main(shlex.split(line)[3:]) == 0
     offers_adapt = "python -m metaft.adapt --init" in said
-    assert offers_adapt == (config.dataset != "sinusoid" and "module" not in given)
+    assert offers_adapt == (config.data.dataset != "sinusoid" and "module" not in given)
 
 
 def interrupt(self: Any, message: str) -> None:

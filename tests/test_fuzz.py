@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import io
 import os
 import shutil
@@ -21,17 +20,18 @@ from PIL import Image
 
 from metaft import adapt, meta_train, report
 from metaft.assemble import open_run
-from metaft.config import AdaptConfig, EvaluateConfig, MetaTrainConfig, PredictConfig, from_mapping, read_toml
+from metaft.config import AdaptConfig, EvaluateConfig, MetaTrainConfig, PredictConfig, read_toml
 from metaft.errors import DataError, MetaftError
 from metaft.finetune import study, target
 from metaft.finetune.classifier import load
 from metaft.inputs.listing import list_below
 from metaft.inputs.reading import open_image
+from metaft.options import flat, from_mapping, options
 from metaft.run import RunFolder, cut_back, read_rows
 from metaft.tasks import folder
 
 CONFIGS: list[Any] = [MetaTrainConfig, AdaptConfig, EvaluateConfig, PredictConfig]
-FIELDS = sorted({f.name for cls in CONFIGS for f in dataclasses.fields(cls)})
+FIELDS = sorted({name for cls in CONFIGS for name in options(cls)})
 
 # The folder of a test is written over by each example, which is what is wanted; how long one takes depends on the disk.
 FULL = os.environ.get("METAFT_FAULTS") == "full"  # ten times as many examples, other ones each time
@@ -98,14 +98,14 @@ def test_any_values_as_settings(tmp_path: Path, cls: Any, values: dict[str, Any]
 
 
 @ours
-@given(field=st.sampled_from([f.name for f in dataclasses.fields(MetaTrainConfig)]), value=plain)
+@given(field=st.sampled_from(list(options(MetaTrainConfig))), value=plain)
 def test_any_value_of_one_setting_comes_back_or_is_refused_by_name(field: str, value: Any) -> None:
     try:
         config = from_mapping(MetaTrainConfig, {field: value}, origin="c.toml")
     except MetaftError as error:
         assert str(error).startswith(f"c.toml: {field} must be ")  # noqa: PT017
     else:
-        found = getattr(config, field)
+        found = flat(config)[field]
         assert (list(found) if isinstance(found, tuple) else found) == value  # TOML has lists
 
 

@@ -271,7 +271,7 @@ def test_settings_that_a_run_keeps_must_be_text() -> None:
     for make in (lambda: MetaTrainConfig(dataset=f"folder:{odd}"), lambda: AdaptConfig(init=odd)):
         with pytest.raises(MetaftError, match=r"(dataset|init): '.*udce9x' is not text"):
             make()
-    assert MetaTrainConfig(out=odd).out == odd
+    assert MetaTrainConfig(out=odd).output.out == odd
 
 
 class Terminal(io.StringIO):

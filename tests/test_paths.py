@@ -130,11 +130,15 @@ def test_spellings_of_a_folder_are_one_folder(spelt: str, home: Path, monkeypatc
 def test_settings_in_full_are_absolute_and_no_other_value_changes(home: Path) -> None:
     config = MetaTrainConfig(dataset="folder:a", data_root="b", out="c")
     full = paths.in_full(config)
-    assert (full.dataset, full.data_root, full.out) == (f"folder:{Path.cwd()}/a", f"{Path.cwd()}/b", "c")
+    assert (full.data.dataset, full.data.data_root, full.output.out) == (
+        f"folder:{Path.cwd()}/a",
+        f"{Path.cwd()}/b",
+        "c",
+    )
     assert paths.in_full(full) == full
     for same in (MetaTrainConfig(), AdaptConfig(init="none"), AdaptConfig(init="")):
         assert paths.in_full(same) == same
-    assert paths.in_full(MetaTrainConfig(dataset="l2l:x/y")).dataset == "l2l:x/y"
+    assert paths.in_full(MetaTrainConfig(dataset="l2l:x/y")).data.dataset == "l2l:x/y"
 
 
 def test_names_stay_short(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: Text) -> None:

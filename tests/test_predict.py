@@ -47,6 +47,7 @@ from metaft.finetune import report, study
 from metaft.finetune.classifier import Classifier
 from metaft.inputs import ImageInputs
 from metaft.models import initialise
+from metaft.options import options as options_of
 from metaft.snapshot import load_snapshot
 
 Text = pytest.CaptureFixture[str]
@@ -423,7 +424,7 @@ BAD = [
     (["{run}", "{picture}", "--tops", "2"], ["--tops", "did you mean '--top'"]),
     (["{run}", "{picture}", "--device", "gpu"], ["device must be", "'gpu'"]),
     (["{run}", "{picture}", "--device", "cuda:77"], ["device", "'cuda:77'"]),
-    (["{run}"], ["images: name at least one picture"]),
+    (["{run}"], ["images: IMAGE|FOLDER... is missing"]),
     ([], ["RUN"]),
 ]
 
@@ -686,8 +687,8 @@ def test_help_lists_every_field(capsys: Text) -> None:
     said = capsys.readouterr()
     assert said.err == ""
     assert "RUN" in said.out
-    for field in dataclasses.fields(PredictConfig):
-        assert re.search(rf"^\W+--{field.name.replace('_', '-')}[ ,]", said.out, re.MULTILINE), field.name
+    for name in options_of(PredictConfig):
+        assert re.search(rf"^  --{name.replace('_', '-')}\b", said.out, re.MULTILINE), name
 
 
 def test_it_stops_at_ctrl_c(run: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Text):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 import shutil
 from pathlib import Path
@@ -13,6 +12,7 @@ from helpers import write_folder
 import metaft
 from metaft import adapt
 from metaft.config import AdaptConfig, EvaluateConfig, MetaTrainConfig, PredictConfig
+from metaft.options import options
 
 README = Path(__file__).parent.parent / "README.md"
 
@@ -45,7 +45,7 @@ def test_the_example_runs_and_is_short(capsys: pytest.CaptureFixture[str]) -> No
 
 def test_every_option_named_in_the_readme_exists() -> None:
     every = (MetaTrainConfig, EvaluateConfig, AdaptConfig, PredictConfig)
-    known = {f.name.replace("_", "-") for c in every for f in dataclasses.fields(c)}
+    known = {name.replace("_", "-") for c in every for name in options(c)}
     text = README.read_text(encoding="utf-8")
     others = r"#SBATCH.*|torchrun (.*\\\n)*.*?(?= -m metaft)"  # a scheduler's, and torchrun's up to the module
     named = set(re.findall(r"--([a-z][a-z-]*)", re.sub(others, "", text)))

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import scenarios
 import torch
+from helpers import settled
 from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from metaft import algorithms, engines
 from metaft.algorithms import Algorithm
-from metaft.config import Settled
 from metaft.errors import MetaftError, MetaftWarning
 from metaft.models.functional import plain_operations
 from metaft.models.precision import in_bf16
@@ -61,7 +61,7 @@ def found_in(algorithm: Algorithm, **changes: Any) -> set[str]:
     data = scenarios.noise_pool(classes=30, per_class=6).source(ways=3, shots=1, query_shots=2, rotate=True)
     start = Snapshot(*algorithm.init(0), {}, Position(), {})
     with engines.engine("graph", chunk=changes.pop("chunk", None)) as engine, plain_operations():  # as on a GPU
-        steps = StaticSteps(Settled(**{**settings, **changes}), engine, algorithm, data, start)
+        steps = StaticSteps(settled(**{**settings, **changes}), engine, algorithm, data, start)
         steps._send(0)
         steps._step()
         with Watch() as first:

@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 import scenarios
 import torch
+from helpers import settled
 from test_algorithms import TABLE, Row
 
 from metaft import algorithms, engines
 from metaft.algorithms import ALGORITHMS
 from metaft.assemble import Parts, fill
-from metaft.config import Settled
 from metaft.errors import Interrupted
 from metaft.run import RunFolder
 from metaft.snapshot import Snapshot, begin, load_snapshot, tensors_of
@@ -60,7 +60,7 @@ def parts_of(name: str) -> Parts:
     model = scenarios.model(width=2, dtype=torch.float32, dropout=ROWS[name].dropout)
     algorithm = ROWS[name].build(model, "inductive")
     reptile = algorithm.name == "reptile"
-    config = Settled(
+    config = settled(
         ways=3, shots=2, query_shots=2, meta_batch=2, batch_norm="inductive", iterations=STEPS, seed=3,
         outer_optimizer="sgd" if reptile else "adam", outer_lr=1.0 if reptile else 0.01, outer_schedule="cosine",
         log_every=3, eval_every=STEPS, eval_episodes=2, test_inner_steps=2, checkpoint_every=100,
@@ -73,7 +73,7 @@ def trained(folder: Path, name: str, *, stop_after: int = STEPS) -> Snapshot:
     parts = parts_of(name)
     config, algorithm = parts.config, parts.algorithm
     run = RunFolder.open(folder) if folder.exists() else RunFolder.create(folder, "")
-    start = fill(parts, load_snapshot(run.last)) if run.last.exists() else begin(algorithm, config.seed, {})
+    start = fill(parts, load_snapshot(run.last)) if run.last.exists() else begin(algorithm, config.compute.seed, {})
     source = POOL.source(ways=3, shots=2, query_shots=2)
     taken = start.position.step
 

@@ -12,7 +12,7 @@ import pytest
 import scenarios
 import torch
 import toys
-from helpers import SAME_RUN, images, pool, remains, rounded_alike, sinusoid, untimed
+from helpers import SAME_RUN, images, pool, remains, rounded_alike, settled, sinusoid, untimed
 
 from metaft import algorithms, engines, report
 from metaft.algorithms import Algorithm
@@ -79,7 +79,7 @@ def source(device: str = "cpu", **changes: Any) -> Any:
 
 
 def settings(**changes: Any) -> Settled:
-    return Settled(**{"ways": 3, "query_shots": 2, "meta_batch": 4, "iterations": STEPS, "outer_lr": 1e-3,
+    return settled(**{"ways": 3, "query_shots": 2, "meta_batch": 4, "iterations": STEPS, "outer_lr": 1e-3,
                       "log_every": 3, "eval_every": 7, "checkpoint_every": 10, **changes})  # fmt: skip
 
 
@@ -90,7 +90,7 @@ def begun(algorithm: Algorithm, device: str = "cpu") -> Snapshot:
 
 def taken(steps: Any, config: Settled, first: int = 0) -> list[tuple[float, ...]]:
     rows: list[tuple[float, ...]] = []
-    while first < config.iterations:
+    while first < config.outer.iterations:
         found = steps.advance(first)
         assert found.failure is None
         first += len(found.window)
@@ -157,7 +157,7 @@ def test_twenty_static_steps_are_twenty_eager_ones_in_float64(name: str, changes
     assert apart(static.meta, begun(algorithm).meta) > 1e-6, "nothing was learned"
     assert apart({"": torch.ones(()), **static.state}, {"": torch.ones(()), **eager.state}) < 1e-11
     moments = eager.moments()
-    assert bool(moments) == (config.outer_optimizer == "adam")
+    assert bool(moments) == (config.outer.outer_optimizer == "adam")
     assert {k: v.dtype for k, v in static.moments().items()} == {k: v.dtype for k, v in moments.items()}
     assert apart({"": torch.ones(()), **static.moments()}, {"": torch.ones(()), **moments}) < 1e-11
 
@@ -256,7 +256,7 @@ def test_a_stretch_sends_no_more_than_it_may(monkeypatch: pytest.MonkeyPatch) ->
     real = ClassEpisodes.indices
 
     def recording(self: ClassEpisodes, seed: int, split: Split, indices: Sequence[int]) -> Any:
-        sent.append(len(indices) // config.meta_batch)
+        sent.append(len(indices) // config.task.meta_batch)
         return real(self, seed, split, indices)
 
     monkeypatch.setattr(ClassEpisodes, "indices", recording)

@@ -13,8 +13,9 @@ from test_finetune import CLASSES, INPUTS, bits, body, same, toy
 from torch import Tensor, nn
 
 from metaft.finetune.extras import Batch, Extra, Objective, Origin
-from metaft.finetune.fit import Fitted, Recipe, fit, groups_of
+from metaft.finetune.fit import Fitted, fit, groups_of
 from metaft.finetune.strategies import STRATEGIES, Groups, Strategy, every
+from metaft.settings import Recipe
 
 STEPS = 12  # of `tune`
 

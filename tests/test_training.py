@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import helpers
 import pytest
 import torch
 from helpers import images, pool, remains, sinusoid, untimed
@@ -39,7 +40,7 @@ def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def settled(**changes: Any) -> Settled:
-    return Settled(**{"iterations": 8, "outer_lr": 0.5, "outer_schedule": "constant", **changes})
+    return helpers.settled(**{"iterations": 8, "outer_lr": 0.5, "outer_schedule": "constant", **changes})
 
 
 def test_outer_learning_rate_in_closed_form():

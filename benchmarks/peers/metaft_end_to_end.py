@@ -61,7 +61,7 @@ def make(workload: Workload, params: Params, tasks: Tasks, options: Options) -> 
         nonlocal done
         start = time.perf_counter()
         first = done * workload.meta_batch
-        episodes = draw(algorithm, source, config.seed, range(first, first + workload.meta_batch))
+        episodes = draw(algorithm, source, config.compute.seed, range(first, first + workload.meta_batch))
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         sampling.append(time.perf_counter() - start)

@@ -7,7 +7,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metaft.checkpoint import under
-from metaft.errors import MetaftError, NonFiniteError
+from metaft.errors import NonFiniteError
 from metaft.finetune import heads
 from metaft.finetune.examples import Examples, Prepared, at_most
 from metaft.finetune.extras import Batch, Extra, Origin, composed
@@ -24,30 +24,12 @@ from metaft.inputs import Inputs
 from metaft.models.handed import copied
 from metaft.models.stored import with_stored_moments
 from metaft.sampler import Stream, raw_words, uniform
+from metaft.settings import Recipe
 
 SMALLER = "try a smaller --lr"
 
 OF_FREEZE = {"none": "full", "backbone": "head"}
 """The strategy that each value of `Recipe.freeze` is."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Recipe:
-    """How to fine-tune; the same for both starts that are compared."""
-
-    epochs: int = 40
-    lr: float = 1e-3
-    batch_size: int = 32
-    head: str = "linear"
-    freeze: Literal["none", "backbone"] = "none"
-    augment: Literal["none", "basic"] = "none"
-    patience: int = 10
-    """Epochs without a better validation loss before it stops; without validation images it never does."""
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.batch_size < 2:
-            raise MetaftError(f"batch_size must be at least 2, for a batch's own statistics, got {self.batch_size}")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -74,6 +56,7 @@ def fit(
     classes: int,
     recipe: Recipe,
     *,
+    seed: int = 0,
     val_examples: Examples | None = None,
     val_labels: Tensor | None = None,
     strategy: Strategy | None = None,
@@ -95,11 +78,11 @@ def fit(
     strategy = STRATEGIES[OF_FREEZE[recipe.freeze]]() if strategy is None else strategy
     like = _like(body)
     train, labels = Prepared(examples, inputs, like), labels.to(like.device)
-    steps = recipe.epochs * len(_batches(len(train), recipe, 0))
-    model, groups = _start(body, train, labels, classes, recipe, strategy, steps)
+    steps = recipe.epochs * len(_batches(len(train), recipe.batch_size, seed, 0))
+    model, groups = _start(body, train, labels, classes, recipe, seed, strategy, steps)
     # A parameter is a group of the optimiser by itself: its rate may change with every step.
     optimizer = torch.optim.Adam([{"params": [p], "name": name} for name, p in _learning(model)], lr=recipe.lr)
-    objective = composed(extras, Origin({n: p.detach().clone() for n, p in model.named_parameters()}, recipe.seed))
+    objective = composed(extras, Origin({n: p.detach().clone() for n, p in model.named_parameters()}, seed))
     curve: list[dict[str, float]] = []
     best = (math.inf, {})
     if resume is not None:
@@ -110,8 +93,8 @@ def fit(
     for epoch in range(len(curve), recipe.epochs):
         if _stale(curve, recipe.patience):
             break
-        total, moves = 0.0, _moves(len(train), recipe, epoch)
-        batches = _batches(len(train), recipe, epoch)
+        total, moves = 0.0, _moves(len(train), recipe, seed, epoch)
+        batches = _batches(len(train), recipe.batch_size, seed, epoch)
         for number, batch in enumerate(batches):
             rows = torch.from_numpy(batch)
             raw = examples[rows] if moves is None else _augmented(examples[rows].to(like.device), moves[rows])
@@ -210,14 +193,21 @@ def _like(body: nn.Module) -> Tensor:
 
 
 def _start(
-    body: nn.Module, train: Prepared, labels: Tensor, classes: int, recipe: Recipe, strategy: Strategy, steps: int
+    body: nn.Module,
+    train: Prepared,
+    labels: Tensor,
+    classes: int,
+    recipe: Recipe,
+    seed: int,
+    strategy: Strategy,
+    steps: int,
 ) -> tuple[nn.Module, Groups]:
     """A copy of the body and a head that starts from its features, as the strategy wants them, and the groups of their
     parameters."""
     body = copied(body)
-    own_seed = head_seed(recipe.seed)
-    head = heads.build(recipe.head, in_parts(_stored(body, train), train), labels, classes, own_seed)
-    model = strategy.prepare(nn.ModuleDict({"body": body, "head": head}), recipe.seed)
+    features = in_parts(_stored(body, train), train)
+    head = heads.build(recipe.head, features, labels, classes, head_seed(seed))
+    model = strategy.prepare(nn.ModuleDict({"body": body, "head": head}), seed)
     groups = groups_of(model)
     of_body = {name for group in groups[:-1] for name in group}
     if not any(of_body & {n for n, r in strategy.rates(groups, s, steps).items() if r} for s in range(max(1, steps))):
@@ -256,20 +246,20 @@ def _validate(model: nn.Module, train: Prepared, val: Prepared, y: Tensor) -> di
     }
 
 
-def _batches(n: int, recipe: Recipe, epoch: int) -> list[np.ndarray]:
+def _batches(n: int, size: int, seed: int, epoch: int) -> list[np.ndarray]:
     """Rows of each batch of one epoch; a last batch of one image joins the one before, where it has statistics."""
-    order = np.argsort(raw_words(recipe.seed, "train", [epoch], n, stream=Stream.FINE_TUNING)[0], kind="stable")
-    cuts = list(range(recipe.batch_size, n, recipe.batch_size))
+    order = np.argsort(raw_words(seed, "train", [epoch], n, stream=Stream.FINE_TUNING)[0], kind="stable")
+    cuts = list(range(size, n, size))
     if cuts and n - cuts[-1] == 1:
         cuts.pop()
     return np.split(order, cuts)
 
 
-def _moves(n: int, recipe: Recipe, epoch: int) -> Tensor | None:
+def _moves(n: int, recipe: Recipe, seed: int, epoch: int) -> Tensor | None:
     """[n, 3] uniform in -1..1 for n pictures' angles and shifts in an epoch, or None where they stay as they are."""
     if recipe.augment == "none":
         return None
-    words = raw_words(recipe.seed, "val", [epoch], 3 * n, stream=Stream.FINE_TUNING)[0].reshape(n, 3)
+    words = raw_words(seed, "val", [epoch], 3 * n, stream=Stream.FINE_TUNING)[0].reshape(n, 3)
     return torch.from_numpy(2 * uniform(words) - 1).float()
 
 

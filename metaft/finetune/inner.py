@@ -56,7 +56,11 @@ def _algorithm(
     assert start.settings is not None
     module, head = build(start.architecture, seed, outputs=classes, module=start.module)
     model = models.functional(module.to(device), head=head, architecture=start.architecture)
-    return module, head, algorithms.build(start.settings.algorithm, model, hyper(start.settings, "cross_entropy"))
+    return (
+        module,
+        head,
+        algorithms.build(start.settings.learner.algorithm, model, hyper(start.settings, "cross_entropy")),
+    )
 
 
 def inner(
@@ -90,7 +94,7 @@ def inner(
     like = next(module.parameters())
     x, y = inputs(examples.to(device)).to(like.dtype), labels.to(device)
     key = torch.zeros((), dtype=torch.int64, device=device)
-    steps = settings.test_inner_steps if steps is None else steps
+    steps = settings.test.test_inner_steps if steps is None else steps
     every = algorithm.adapt(meta, state, x, y, key, ways=classes, steps=steps, trajectory=True)
     curve = []
     for step in range(steps + 1):

@@ -11,7 +11,7 @@ from torch import nn
 
 from metaft import models
 from metaft.assemble import open_run
-from metaft.config import Settled, from_mapping
+from metaft.config import Settled
 from metaft.defaults import model_for
 from metaft.errors import CheckpointError, MetaftError
 from metaft.inputs import Inputs, of_header
@@ -21,6 +21,7 @@ from metaft.models.functional import linear, probe_of
 from metaft.models.handed import said
 from metaft.models.head import body_of, why_apart
 from metaft.models.stored import has_statistics
+from metaft.options import from_mapping
 from metaft.types import Params
 
 OWN = "module"

@@ -18,7 +18,7 @@ from metaft.config import AdaptConfig
 from metaft.errors import CheckpointError, NonFiniteError
 from metaft.finetune.classifier import Classifier, save
 from metaft.finetune.examples import Part
-from metaft.finetune.fit import SMALLER, Fitted, Recipe, fit, flatten, unflatten
+from metaft.finetune.fit import SMALLER, Fitted, fit, flatten, unflatten
 from metaft.finetune.inner import FEWER, inner
 from metaft.finetune.scores import scores
 from metaft.finetune.start import Start, body
@@ -50,7 +50,7 @@ def starts(start: Start) -> tuple[str, ...]:
 def rows_of(target: Target, config: AdaptConfig, draw: int) -> Rows:
     """The images of one draw; the inner loop has no use for a validation part, so it trains on that too."""
     validate = config.method == "finetune"
-    return target.rows(shots_per_class=config.shots_per_class, seed=config.seed + draw, validate=validate)
+    return target.rows(shots_per_class=config.target.shots_per_class, seed=config.draws.seed + draw, validate=validate)
 
 
 def draws_differ(target: Target, config: AdaptConfig) -> bool:
@@ -102,7 +102,7 @@ def study(
             progress(number, state["curve"][-1])
 
         rows = rows_of(target, config, draw)
-        seed, learned = config.seed + draw, names[which] != RANDOM
+        seed, learned = config.draws.seed + draw, names[which] != RANDOM
         fitted = _fit(config, start, target, rows, seed, learned, device, position.current, should_stop, on_epoch)
         made = Classifier(fitted.body, fitted.head, target.inputs, target.class_names)
         figures = test(made, target, rows.test, SMALLER if config.method == "finetune" else FEWER)
@@ -117,7 +117,7 @@ def study(
         keep(number)
 
     try:
-        for number in range(len(position.fits), config.seeds * len(names)):
+        for number in range(len(position.fits), config.draws.seeds * len(names)):
             one(number)
             should_stop()
     except CheckpointError:  # the disk refuses; trying once more would hide why
@@ -157,19 +157,15 @@ def _fit(
     if config.method == "inner":
         return inner(
             start, target.examples[train], labels, classes,
-            seed=seed, learned=learned, steps=config.inner_steps, device=device,
+            seed=seed, learned=learned, steps=config.inner.inner_steps, device=device,
         )  # fmt: skip
-    recipe = Recipe(seed=seed, **{f: getattr(config, f) for f in RECIPE})
+    assert config.recipe is not None
     return fit(
         body(start, seed, learned=learned).to(device),
-        target.inputs, Part(target.examples, train), labels, classes, recipe,
+        target.inputs, Part(target.examples, train), labels, classes, config.recipe,
         val_examples=Part(target.examples, val), val_labels=target.labels[val],
-        should_stop=should_stop, resume=resume, on_epoch=on_epoch,
+        seed=seed, should_stop=should_stop, resume=resume, on_epoch=on_epoch,
     )  # fmt: skip
-
-
-RECIPE = tuple(f.name for f in dataclasses.fields(Recipe) if f.name != "seed")
-"""The settings of fine-tuning, which have the same names in AdaptConfig."""
 
 
 def write(run: RunFolder, position: Position, header: Mapping[str, Any]) -> None:

@@ -57,6 +57,7 @@ class Seen:
     val_images: Tensor
     val_labels: Tensor
     recipe: Any
+    seed: int
     fitted: Any
 
 

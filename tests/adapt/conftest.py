@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from adapting import OWN, Seen
 from helpers import (
     TARGET,
@@ -81,10 +82,11 @@ def fits(monkeypatch: pytest.MonkeyPatch) -> list[Seen]:
     seen: list[Seen] = []
     real = study.fit
 
-    def fit(body: nn.Module, inputs: Any, images: Tensor, labels: Tensor, n: int, recipe: Any, **k: Any) -> Any:
+    def fit(body: nn.Module, inputs: Any, images: Any, labels: Tensor, n: int, recipe: Any, **k: Any) -> Any:
         before = {name: p.detach().clone() for name, p in body.named_parameters()}
         fitted = real(body, inputs, images, labels, n, recipe, **k)
-        seen.append(Seen(before, images, labels, k["val_examples"], k["val_labels"], recipe, fitted))
+        train, val = (part[torch.arange(len(part))] for part in (images, k["val_examples"]))
+        seen.append(Seen(before, train, labels, val, k["val_labels"], recipe, k["seed"], fitted))
         return fitted
 
     monkeypatch.setattr(study, "fit", fit)

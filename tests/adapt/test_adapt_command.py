@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import re
 import shlex
@@ -20,6 +19,7 @@ from helpers import (
 from metaft import adapt
 from metaft.__main__ import main as command_line
 from metaft.config import read_toml
+from metaft.options import options as options_of
 
 
 def test_the_command_line_wins_over_the_file_whose_run_it_makes_again(
@@ -65,8 +65,8 @@ def test_help_lists_every_field(capsys: Text) -> None:
     assert command_line(["adapt", "--help"]) == 0
     said = capsys.readouterr()
     assert said.err == ""
-    for field in dataclasses.fields(adapt.Arguments):
-        assert re.search(rf"^\W+--{field.name.replace('_', '-')}[ ,]", said.out, re.MULTILINE), field.name
+    for name in options_of(adapt.Arguments):
+        assert re.search(rf"^  --{name.replace('_', '-')}\b", said.out, re.MULTILINE), name
 
 
 def test_a_whole_run_leaves_the_global_state_alone(runs: dict[str, Path], data: Path, tmp_path: Path) -> None:

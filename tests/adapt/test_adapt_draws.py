@@ -113,4 +113,4 @@ def test_the_draws_of_one_run_differ_in_images_head_and_random_start(
     for one in (0, 2, 4):
         assert torch.equal(fits[one].images, fits[one + 1].images)
         assert torch.equal(fits[one].fitted.head.weight, fits[one + 1].fitted.head.weight)
-    assert [seen.recipe.seed for seen in fits] == [2, 2, 3, 3, 4, 4]
+    assert [seen.seed for seen in fits] == [2, 2, 3, 3, 4, 4]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import re
 import shlex
@@ -28,6 +27,7 @@ from PIL import Image
 from metaft import adapt
 from metaft.config import AdaptConfig, read_toml
 from metaft.finetune import study
+from metaft.options import options
 
 
 def stop_at(monkeypatch: pytest.MonkeyPatch, fit: int, step: int | None, number: int = signal.SIGTERM) -> None:
@@ -221,7 +221,7 @@ def test_a_resumed_run_keeps_its_settings(copy: Path, capsys: Text, changes: lis
 
 def test_every_setting_but_four_is_kept() -> None:
     assert set(adapt.RESUMABLE) == {"device", "seeds", "data_root", "plugin"}
-    assert set(adapt.RESUMABLE) < {f.name for f in dataclasses.fields(AdaptConfig)}
+    assert set(adapt.RESUMABLE) < options(AdaptConfig).keys()
 
 
 def test_a_damaged_last_checkpoint_is_refused_and_the_previous_one_offered(
