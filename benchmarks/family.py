@@ -35,8 +35,8 @@ from benchmarks.throughput import git, say, summary
 from benchmarks.throughput_report import QUIET
 from metaft.algorithms import ALGORITHMS, hyper_parameters
 from metaft.errors import MetaftError
-from metaft.machine import processor
-from metaft.output import of_command
+from metaft.runs.machine import processor
+from metaft.support.output import of_command
 
 REFERENCE = "maml"
 

@@ -33,19 +33,19 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.peers.workloads import PUBLISHED, WORKLOADS, Workload
 from metaft import algorithms, engines, models
 from metaft.config import MetaTrainConfig, Settled
+from metaft.dist.ranks import ALONE
 from metaft.errors import Interrupted, MetaftError
 from metaft.inputs import ImageInputs
 from metaft.models import convolution
 from metaft.models.functional import plain_operations
 from metaft.models.precision import in_bf16, matrix_units
 from metaft.models.recomputed import recomputed
-from metaft.output import of_command
-from metaft.ranks import ALONE
-from metaft.run import read_rows
-from metaft.snapshot import Position, Snapshot
-from metaft.static import StaticSteps, recorded
+from metaft.outer.static import StaticSteps, recorded
+from metaft.runs.folder import read_rows
+from metaft.runs.snapshot import Position, Snapshot
+from metaft.runs.training import Eager
+from metaft.support.output import of_command
 from metaft.tasks.pool import ClassPool
-from metaft.training import Eager
 from metaft.types import SPLITS
 
 ROOT = Path(__file__).resolve().parents[1]

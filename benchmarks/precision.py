@@ -37,10 +37,11 @@ from torch.utils import _pytree as pytree
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # to be run as a file, too
 
 from benchmarks.throughput import Order, provenance, say
-from metaft import MetaTrainConfig, algorithms, checkpoint, engines, meta_train, models, outer, tasks
+from metaft import MetaTrainConfig, algorithms, engines, meta_train, models, outer, tasks
 from metaft.errors import MetaftError
 from metaft.models import fused
 from metaft.models.functional import plain_operations
+from metaft.runs import checkpoint
 from metaft.types import Episode, Params
 
 Path_ = Literal["fused", "composed"]

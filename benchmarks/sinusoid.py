@@ -39,16 +39,16 @@ from benchmarks.sinusoid_report import PRE_TRAINING, STEPS, Row, figure, table
 from benchmarks.throughput import git
 from metaft import algorithms, engines, meta_train, models, outer
 from metaft.algorithms import ALGORITHMS, Algorithm, hyper_parameters
-from metaft.checkpoint import write_atomically
 from metaft.config import MetaTrainConfig
 from metaft.errors import MetaftError
-from metaft.machine import processor
 from metaft.metrics import mean_ci95
-from metaft.output import of_command
 from metaft.plots.style import save
+from metaft.runs.checkpoint import write_atomically
+from metaft.runs.machine import processor
+from metaft.runs.training import draw
+from metaft.support.output import of_command
 from metaft.tasks import Sinusoid
 from metaft.testing import score_episodes
-from metaft.training import draw
 from metaft.types import Batch, Params
 
 RATES = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05)

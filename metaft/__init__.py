@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from metaft import (
         adapt,
         algorithms,
-        checkpoint,
         evaluate,
         finetune,
         inner,
@@ -42,13 +41,24 @@ if TYPE_CHECKING:
     from metaft.models import Model, functional
     from metaft.objective import Objective
     from metaft.outer import MetaGradient, meta_gradient
+    from metaft.runs import checkpoint
     from metaft.testing import meta_test
     from metaft.types import Episode, Fast
 
-_MODULES = (
-    "adapt", "algorithms", "checkpoint", "evaluate", "finetune", "inner", "meta_train", "metrics", "models", "plots",
-    "predict", "tasks",
-)  # fmt: skip
+_MODULES = {
+    "adapt": "adapt",
+    "algorithms": "algorithms",
+    "checkpoint": "runs.checkpoint",
+    "evaluate": "evaluate",
+    "finetune": "finetune",
+    "inner": "inner",
+    "meta_train": "meta_train",
+    "metrics": "metrics",
+    "models": "models",
+    "plots": "plots",
+    "predict": "predict",
+    "tasks": "tasks",
+}
 _NAMES = {
     "AdaptConfig": "metaft.config",
     "Algorithm": "metaft.algorithms",
@@ -113,7 +123,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in _MODULES:
-        return importlib.import_module(f"metaft.{name}")
+        return importlib.import_module(f"metaft.{_MODULES[name]}")
     if name in _NAMES:
         return getattr(importlib.import_module(_NAMES[name]), name)
     raise AttributeError(f"module 'metaft' has no attribute {name!r}")

@@ -9,23 +9,23 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
-from metaft import paths
 from metaft.cli import StopSignals, check_writable, in_ranks
 from metaft.config import EvaluateConfig, MetaTrainConfig
+from metaft.dist.ranks import ALONE, Ranks
 from metaft.errors import MetaftError, check_ways
 from metaft.flags import parse
-from metaft.modes import in_usual_modes
 from metaft.options import Option, flat
-from metaft.output import steady
-from metaft.ranks import ALONE, Ranks
+from metaft.support import paths
+from metaft.support.modes import in_usual_modes
+from metaft.support.output import steady
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from metaft.assemble import Parts
     from metaft.engines import Engine
-    from metaft.run import RunFolder
-    from metaft.snapshot import Snapshot
+    from metaft.runs.assemble import Parts
+    from metaft.runs.folder import RunFolder
+    from metaft.runs.snapshot import Snapshot
     from metaft.types import Dataset, Loss, Source, Split
 
 
@@ -47,7 +47,7 @@ def _command(argv: Sequence[str], ranks: Ranks) -> None:
     path = Path(given.pop("run"))
     config = EvaluateConfig(**given)
 
-    from metaft.allocator import keep_freed_memory
+    from metaft.support.allocator import keep_freed_memory
 
     keep_freed_memory()
     run(path, config, ranks=ranks)
@@ -69,10 +69,10 @@ def run(
     `dataset`, `module`, `loss` and `ranks` as in `metaft.meta_train.run`. Raises MetaftError where the run cannot be
     tested so: other ways than its head has outputs, inputs of another shape, too few classes or images.
     """
-    from metaft.assemble import assemble, fill, open_run
-    from metaft.compute import check_ranks, engine_for
-    from metaft.progress import Progress
-    from metaft.report import print_test
+    from metaft.runs.assemble import assemble, fill, open_run
+    from metaft.runs.compute import check_ranks, engine_for
+    from metaft.runs.report import print_test
+    from metaft.support.progress import Progress
     from metaft.testing import meta_test
 
     config = paths.in_full(config or EvaluateConfig())
@@ -204,7 +204,7 @@ def _result(
 ) -> dict[str, Any]:
     """What the file holds."""
     from metaft._version import __version__
-    from metaft.machine import where_measured
+    from metaft.runs.machine import where_measured
 
     return {
         "command": "evaluate",
@@ -228,7 +228,7 @@ def _result(
 def _default_file(
     folder: RunFolder, parts: Parts, protocol: _Protocol, config: EvaluateConfig, test: Mapping[str, Any]
 ) -> Path:
-    from metaft.run import file_name
+    from metaft.runs.folder import file_name
 
     c, p = parts.config, protocol
     how = f"{p.ways}w{p.shots}s{p.queries}q-{test['inner_steps']}steps-{p.episodes}x-seed{p.seed}"

@@ -10,23 +10,23 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from metaft import paths
 from metaft.cli import StopSignals, check_unchanged, fresh_folder, in_ranks, settings
 from metaft.config import Init, MetaTrainConfig, to_toml
+from metaft.dist.ranks import ALONE, Ranks
 from metaft.errors import MetaftError, RankLost
-from metaft.following import brought, to_go_on
-from metaft.modes import in_usual_modes
 from metaft.options import flat
-from metaft.output import steady
-from metaft.ranks import ALONE, Ranks
+from metaft.runs.following import brought, to_go_on
 from metaft.settings import Origin
+from metaft.support import paths
+from metaft.support.modes import in_usual_modes
+from metaft.support.output import steady
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from metaft.assemble import Parts
-    from metaft.run import RunFolder
-    from metaft.snapshot import Snapshot
+    from metaft.runs.assemble import Parts
+    from metaft.runs.folder import RunFolder
+    from metaft.runs.snapshot import Snapshot
     from metaft.types import Dataset, Loss, Source
 
 # What may change when a run goes on: how it is computed, how long (which stretches the outer schedule too), and where
@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _command(argv: Sequence[str], ranks: Ranks) -> None:
     config, resume = ranks.on_first(lambda: _asked_for(argv, ranks))
 
-    from metaft.allocator import keep_freed_memory
+    from metaft.support.allocator import keep_freed_memory
 
     keep_freed_memory()
     if resume is None:
@@ -100,13 +100,13 @@ def run(
     `dataset`, `module` and `loss` bring your own data, model (its head must have `ways` outputs) and loss (a function
     or a `metaft.Objective`, whose figure chooses the checkpoint). The module is copied; training begins at the values
     that it has, or with `init="seed"` at others drawn from the run's seed. Parameters with requires_grad=False stay as
-    they are in inner and outer loop. `ranks` (of `metaft.group.join`) shares the work with other processes that call
-    this too. Raises MetaftError for settings that do not fit together, and for a module that cannot be trained, before
-    anything is written.
+    they are in inner and outer loop. `ranks` (of `metaft.dist.group.join`) shares the work with other processes that
+    call this too. Raises MetaftError for settings that do not fit together, and for a module that cannot be trained,
+    before anything is written.
     """
-    from metaft.assemble import assemble
-    from metaft.compute import with_engine
-    from metaft.run import RunFolder, file_name
+    from metaft.runs.assemble import assemble
+    from metaft.runs.compute import with_engine
+    from metaft.runs.folder import RunFolder, file_name
 
     parts = ranks.in_turn(lambda: assemble(config, dataset=dataset, module=module, init=init, loss=loss))
     sources = _sources(parts)
@@ -146,7 +146,7 @@ def resume_run(
     Raises MetaftError for another difference and where another process is at this run, CheckpointError where no
     checkpoint can be read.
     """
-    from metaft.run import RunFolder
+    from metaft.runs.folder import RunFolder
 
     folder = ranks.on_first(lambda: RunFolder.open(path))
     with _held(folder, "resume", brought(dataset=dataset, module=module, init=init, loss=loss), ranks):
@@ -179,10 +179,10 @@ def _resume(
     loss: Loss | None,
     ranks: Ranks,
 ) -> dict[str, Any]:
-    from metaft.assemble import assemble
-    from metaft.checkpoint import write_atomically
-    from metaft.compute import with_engine
-    from metaft.starting import reopened, resumed_settings
+    from metaft.runs.assemble import assemble
+    from metaft.runs.checkpoint import write_atomically
+    from metaft.runs.compute import with_engine
+    from metaft.runs.starting import reopened, resumed_settings
 
     before, snapshot = ranks.on_first(lambda: reopened(folder))
     before = paths.in_full(before)
@@ -256,11 +256,11 @@ def _train_and_test(
     from_python: Sequence[str],
     ranks: Ranks,
 ) -> dict[str, Any]:
-    from metaft.compute import engine_for
-    from metaft.finish import finish
     from metaft.models.convolution import by_key, forms
-    from metaft.starting import start_of
-    from metaft.training import train
+    from metaft.runs.compute import engine_for
+    from metaft.runs.finish import finish
+    from metaft.runs.starting import start_of
+    from metaft.runs.training import train
 
     c = parts.config
     how = to_go_on(run.path, from_python, ranks.count)

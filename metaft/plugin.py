@@ -20,7 +20,7 @@ from collections.abc import Iterator
 
 from metaft import algorithms
 from metaft.errors import MetaftError
-from metaft.paths import absolute
+from metaft.support.paths import absolute
 
 _one_at_a_time = threading.RLock()
 

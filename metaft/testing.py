@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from metaft.algorithms.base import Algorithm
+from metaft.dist.ranks import ALONE, Ranks
 from metaft.engines.base import Engine
 from metaft.errors import check_ways
 from metaft.inner import at_step
 from metaft.metrics import figure, figure_name, mean_ci95, nearest_neighbour
-from metaft.modes import in_usual_modes_but_type, ordinary
-from metaft.ranks import ALONE, Ranks
+from metaft.support.modes import in_usual_modes_but_type, ordinary
 from metaft.types import NORMS, Episode, Fast, Norm, Params, Source, Split
 
 

@@ -11,8 +11,8 @@ import toys
 
 from metaft import algorithms, engines, outer
 from metaft.algorithms import Algorithm
-from metaft.group import join
-from metaft.ranks import Ranks
+from metaft.dist.group import join
+from metaft.dist.ranks import Ranks
 
 MEMBERS: dict[str, Callable[[Any], Algorithm]] = {
     "maml": lambda model: algorithms.maml(model, inner_lr=0.1, inner_steps=2),

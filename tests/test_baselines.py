@@ -21,8 +21,8 @@ from metaft.algorithms.baseline import CLASSES, fit
 from metaft.config import EvaluateConfig, MetaTrainConfig, read_toml
 from metaft.defaults import resolve
 from metaft.errors import MetaftError
-from metaft.run import read_rows
-from metaft.snapshot import load_snapshot
+from metaft.runs.folder import read_rows
+from metaft.runs.snapshot import load_snapshot
 from metaft.types import NORMS, Episode, Norm, Params
 
 
@@ -184,7 +184,7 @@ def test_pre_trained_heads_share_no_random_numbers_with_the_backbone(name: str) 
 
 @pytest.fixture
 def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("metaft.report.draw_pictures", lambda *_: [])
+    monkeypatch.setattr("metaft.runs.report.draw_pictures", lambda *_: [])
 
 
 def test_defaults_of_the_baselines() -> None:

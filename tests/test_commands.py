@@ -22,15 +22,16 @@ import torch
 from helpers import IMAGES, SINUSOID, file_size_limit, images, options, pool, remains, write_folder
 from torch import nn
 
-from metaft import evaluate, meta_train, report, testing, training
+from metaft import evaluate, meta_train, testing
 from metaft.__main__ import main as metaft
 from metaft.config import EvaluateConfig, MetaTrainConfig, read_toml
 from metaft.engines import workers
 from metaft.errors import MetaftError
-from metaft.machine import say_what_changed, where_measured
 from metaft.options import options as options_of
-from metaft.run import read_rows
-from metaft.snapshot import load_snapshot
+from metaft.runs import report, training
+from metaft.runs.folder import read_rows
+from metaft.runs.machine import say_what_changed, where_measured
+from metaft.runs.snapshot import load_snapshot
 
 Text = pytest.CaptureFixture[str]
 
@@ -437,7 +438,7 @@ def test_a_signal_leaves_a_checkpoint_and_the_command_to_go_on(
 
 
 def test_a_signal_before_training_is_no_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Text):
-    monkeypatch.setattr("metaft.assemble.assemble", lambda *_, **__: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr("metaft.runs.assemble.assemble", lambda *_, **__: signal.raise_signal(signal.SIGINT))
     former = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background may start without it
     try:
         assert meta_train.main([*options(SINUSOID), "--out", str(tmp_path / "r")]) == 130

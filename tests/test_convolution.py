@@ -17,14 +17,15 @@ from torch import Tensor, nn
 from torch.func import grad, vmap
 from torch.utils import _pytree as pytree
 
-from metaft import algorithms, compute, engines, models, outer
+from metaft import algorithms, engines, models, outer
 from metaft.config import MetaTrainConfig
 from metaft.meta_train import resume_run, run
 from metaft.models import convolution
 from metaft.models.convolution import Form, Shape, TaskConv2d
 from metaft.models.functional import plain_operations
 from metaft.models.recomputed import recomputed
-from metaft.snapshot import load_snapshot
+from metaft.runs import compute
+from metaft.runs.snapshot import load_snapshot
 from metaft.types import Params
 
 SHAPE = Shape(2, 3, (3, 3), (1, 1), (1, 1), (1, 1), 6, 5, 2, 4, True, False, "torch.float64")
@@ -313,7 +314,7 @@ def test_a_run_trains_in_the_forms_it_chose_and_goes_on_in_them(
 def test_recorded_steps_in_each_form_are_the_cpus_in_float64(form: Any) -> None:
     from test_static import Wide, apart, begun, settings, taken, walked
 
-    from metaft.static import StaticSteps, recorded
+    from metaft.outer.static import StaticSteps, recorded
 
     config = settings()
     made = member(scenarios.model("conv4"))

@@ -23,9 +23,10 @@ import scenarios
 import torch
 from torch import Tensor
 
-from metaft import algorithms, engines, outer, tuning
+from metaft import algorithms, engines, outer
 from metaft.engines import batching, workers
 from metaft.errors import MetaftError
+from metaft.outer import tuning
 from metaft.types import Params
 
 needs_fork = pytest.mark.skipif(not workers.available(), reason="this system cannot fork")

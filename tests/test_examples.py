@@ -52,7 +52,7 @@ def test_the_examples_are_short() -> None:
 
 @pytest.fixture
 def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("metaft.report.draw_pictures", lambda *_: [])
+    monkeypatch.setattr("metaft.runs.report.draw_pictures", lambda *_: [])
 
 
 @pytest.mark.usefixtures("_no_pictures", "own_algorithms")

@@ -18,8 +18,8 @@ import metaft
 from metaft import evaluate, meta_train
 from metaft.config import MetaTrainConfig
 from metaft.errors import Interrupted
-from metaft.following import brought, to_go_on
 from metaft.objective import Objective
+from metaft.runs.following import brought, to_go_on
 
 
 def net() -> nn.Module:
@@ -61,7 +61,7 @@ def called(line: str, given: dict[str, Any]) -> Any:
 @pytest.fixture
 def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """They take most of the time, and are tested elsewhere."""
-    monkeypatch.setattr("metaft.report.draw_pictures", lambda *_: [])
+    monkeypatch.setattr("metaft.runs.report.draw_pictures", lambda *_: [])
 
 
 @pytest.mark.usefixtures("_no_pictures")

@@ -103,7 +103,7 @@ class Tokens:
 
 @pytest.fixture
 def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("metaft.report.draw_pictures", lambda *_: [])
+    monkeypatch.setattr("metaft.runs.report.draw_pictures", lambda *_: [])
 
 
 @pytest.fixture
@@ -489,7 +489,7 @@ def test_a_double_module_is_trained_in_double(tmp_path: Path) -> None:
 
 
 def meta_train_tensors(run: Path) -> dict[str, Tensor]:
-    from metaft import checkpoint
+    from metaft.runs import checkpoint
 
     return checkpoint.load(run / "checkpoints/last.safetensors")[0]
 

@@ -16,11 +16,12 @@ from helpers import images, pool, remains, write_target
 from torch import Tensor, nn
 
 import metaft
-from metaft import adapt, algorithms, checkpoint, engines, evaluate, meta_train, models, outer
+from metaft import adapt, algorithms, engines, evaluate, meta_train, models, outer
 from metaft.config import AdaptConfig
 from metaft.errors import CheckpointError, MetaftError, MetaftWarning
 from metaft.finetune.start import build
 from metaft.models import initialise
+from metaft.runs import checkpoint
 
 
 class Net(nn.Module):
@@ -48,7 +49,7 @@ FROZEN = ("body.weight", "body.bias")
 
 @pytest.fixture
 def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("metaft.report.draw_pictures", lambda *_: [])
+    monkeypatch.setattr("metaft.runs.report.draw_pictures", lambda *_: [])
 
 
 def last(run: Path) -> dict[str, Tensor]:
@@ -196,7 +197,7 @@ def test_a_run_begins_with_the_modules_values_or_with_the_seeds(tmp_path: Path) 
     first = {}
     for out, module, init in (("keep", Net(), "keep"), ("seed", Net(), "seed"), ("again", Net(1), "seed")):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("metaft.training.meta_gradient", lambda *_, **__: 1 / 0)
+            patch.setattr("metaft.runs.training.meta_gradient", lambda *_, **__: 1 / 0)
             with pytest.raises(ZeroDivisionError):
                 meta_train.run(images(tmp_path / out, model=None), dataset=pool(), module=module, init=init)  # type: ignore[arg-type]
         first[out] = last(tmp_path / out)

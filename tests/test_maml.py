@@ -73,7 +73,7 @@ def test_conv4_against_plain_autograd(engine_name: str, steps: int, first_order:
 
 
 def test_conv4_against_learn2learn() -> None:
-    import metaft.vision  # noqa: F401 - learn2learn imports torchvision, which this one makes importable
+    import metaft.support.vision  # noqa: F401 - learn2learn imports torchvision, which this one makes importable
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # its dependencies warn of their age

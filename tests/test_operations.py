@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 import metaft
-from metaft import algorithms, engines, outer, tuning
+from metaft import algorithms, engines, outer
 from metaft.errors import MetaftError
+from metaft.outer import tuning
 from metaft.types import Params
 
 ENGINES = ("threads", "processes", "vmap")

@@ -13,15 +13,16 @@ import torch
 from helpers import images, in_float64, pool, rounded_alike
 from torch import nn
 
-from metaft import algorithms, engines, meta_train, models, outer, report
-from metaft.assemble import assemble
-from metaft.compute import engine_for
+from metaft import algorithms, engines, meta_train, models, outer
 from metaft.errors import MetaftError
 from metaft.models import recomputed as module
 from metaft.models.functional import plain_operations
 from metaft.models.precision import in_bf16, matrix_units
 from metaft.models.recomputed import recomputed
-from metaft.run import read_rows
+from metaft.runs import report
+from metaft.runs.assemble import assemble
+from metaft.runs.compute import engine_for
+from metaft.runs.folder import read_rows
 from metaft.types import Params
 
 MEMBERS: list[tuple[str, dict[str, Any]]] = [

@@ -25,18 +25,20 @@ from helpers import SAME_RUN, SINUSOID, images, on_threads, options, pool, remai
 from rank_gradients import MEMBERS, meta_gradient
 from torch import distributed
 
-from metaft import adapt, algorithms, checkpoint, engines, evaluate, group, meta_train, predict, report, training
+from metaft import adapt, algorithms, engines, evaluate, meta_train, predict
 from metaft.cli import StopSignals, settings
 from metaft.config import EvaluateConfig, MetaTrainConfig, to_toml
+from metaft.dist import group
+from metaft.dist.ranks import ALONE, Ranks
+from metaft.dist.torchrun import launcher
 from metaft.engines.workers import OWN_THREADS
 from metaft.errors import CheckpointError, Interrupted, MetaftError, NonFiniteError, RankLost
 from metaft.meta_train import resume_run, run
-from metaft.ranks import ALONE, Ranks
-from metaft.run import RunFolder, read_rows
-from metaft.snapshot import load_snapshot
+from metaft.runs import checkpoint, report, training
+from metaft.runs.folder import RunFolder, read_rows
+from metaft.runs.snapshot import load_snapshot
 from metaft.tasks.pool import ClassPool
 from metaft.testing import meta_test, score_episodes
-from metaft.torchrun import launcher
 
 Found = TypeVar("Found")
 
@@ -163,7 +165,7 @@ def test_alone_nothing_is_computed_and_nothing_imported():
     assert ALONE.sum_flat([t])[0] is t
     ALONE.check_same("what", lambda: 1 / 0)
     assert group.join().count == 1
-    code = "import sys, metaft.group; metaft.group.join(); sys.exit('torch' in sys.modules)"
+    code = "import sys, metaft.dist.group; metaft.dist.group.join(); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

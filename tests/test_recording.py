@@ -21,8 +21,8 @@ from metaft.errors import MetaftError, MetaftWarning
 from metaft.models.functional import plain_operations
 from metaft.models.precision import in_bf16
 from metaft.models.recomputed import recomputed as recomputing
-from metaft.snapshot import Position, Snapshot
-from metaft.static import StaticSteps, recorded
+from metaft.outer.static import StaticSteps, recorded
+from metaft.runs.snapshot import Position, Snapshot
 
 LOOKS = {"_local_scalar_dense", "equal", "is_nonzero", "masked_select", "nonzero", "_unique2", "unique_dim"}
 """Operations whose result, or its shape, the host has to wait for."""

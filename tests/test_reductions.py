@@ -24,7 +24,7 @@ from metaft.algorithms.meta_sgd import RATE
 from metaft.errors import MetaftError
 from metaft.meta_train import run
 from metaft.models import Model
-from metaft.run import read_rows
+from metaft.runs.folder import read_rows
 from metaft.types import NORMS, Episode, Norm, Params
 
 Moment = tuple[Tensor, Tensor]
@@ -246,7 +246,7 @@ def test_runs_of_maml_plus_plus_with_every_switch_off_are_mamls(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The cosine is the outer loop's, and on by default."""
-    monkeypatch.setattr("metaft.report.draw_pictures", lambda *_: [])
+    monkeypatch.setattr("metaft.runs.report.draw_pictures", lambda *_: [])
     off = tuple(f"{k}={str(v).lower()}" for k, v in OFF.items())
     rows: dict[str, list[dict[str, Any]]] = {}
     for name, changes in {

@@ -17,11 +17,11 @@ from test_algorithms import TABLE, Row
 
 from metaft import algorithms, engines
 from metaft.algorithms import ALGORITHMS
-from metaft.assemble import Parts, fill
 from metaft.errors import Interrupted
-from metaft.run import RunFolder
-from metaft.snapshot import Snapshot, begin, load_snapshot, tensors_of
-from metaft.training import train
+from metaft.runs.assemble import Parts, fill
+from metaft.runs.folder import RunFolder
+from metaft.runs.snapshot import Snapshot, begin, load_snapshot, tensors_of
+from metaft.runs.training import train
 
 pytestmark = pytest.mark.slow
 

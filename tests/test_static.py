@@ -14,18 +14,19 @@ import torch
 import toys
 from helpers import SAME_RUN, images, pool, remains, rounded_alike, settled, sinusoid, untimed
 
-from metaft import algorithms, engines, report
+from metaft import algorithms, engines
 from metaft.algorithms import Algorithm
 from metaft.cli import StopSignals
 from metaft.config import Settled
+from metaft.dist.ranks import ALONE
 from metaft.errors import Interrupted, MetaftWarning, NonFiniteError
 from metaft.meta_train import resume_run, run
-from metaft.ranks import ALONE
-from metaft.run import read_rows
-from metaft.snapshot import Position, Snapshot, load_snapshot
-from metaft.static import StaticSteps, obstacle
+from metaft.outer.static import StaticSteps, obstacle
+from metaft.runs import report
+from metaft.runs.folder import read_rows
+from metaft.runs.snapshot import Position, Snapshot, load_snapshot
+from metaft.runs.training import Eager
 from metaft.tasks.pool import ClassEpisodes
-from metaft.training import Eager
 from metaft.types import Batch, Episode, Params, Split
 
 STEPS = 20
@@ -251,7 +252,7 @@ def test_a_pool_that_stays_in_host_memory_gives_the_same(batches: bool) -> None:
 def test_a_stretch_sends_no_more_than_it_may(monkeypatch: pytest.MonkeyPatch) -> None:
     algorithm, config = MEMBERS["maml"](), settings(log_every=10)
     whole = walked(algorithm, config)[0]
-    monkeypatch.setattr("metaft.static._STRETCH_BYTES", 2500)  # two steps' indices
+    monkeypatch.setattr("metaft.outer.static._STRETCH_BYTES", 2500)  # two steps' indices
     sent: list[int] = []
     real = ClassEpisodes.indices
 

@@ -26,7 +26,7 @@ from metaft.inner import hessian_product, value_and_grad
 from metaft.keyed import minibatches
 from metaft.meta_train import run
 from metaft.models import Model
-from metaft.run import read_rows
+from metaft.runs.folder import read_rows
 from metaft.types import NORMS, Episode, Norm, Params
 
 every_norm = pytest.mark.parametrize("norm", NORMS)
@@ -286,7 +286,7 @@ def test_imamls_defaults_are_its_papers() -> None:
 @pytest.mark.filterwarnings("ignore:imaml. I . H:metaft.MetaftWarning")
 def test_the_share_of_tasks_without_a_minimum_is_in_each_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By whole steps as by eager ones; a row is the mean of its steps."""
-    monkeypatch.setattr("metaft.report.draw_pictures", lambda *_: [])
+    monkeypatch.setattr("metaft.runs.report.draw_pictures", lambda *_: [])
     found: dict[str, list[float]] = {}
     for name, engine, every in (("each", "vmap", 1), ("three", "vmap", 3), ("whole", "graph", 3)):
         hyper = ("strength=0.001", "damping=0")

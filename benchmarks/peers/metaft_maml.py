@@ -9,7 +9,7 @@ import torch
 import metaft
 import metaft.engines
 from benchmarks.peers.workloads import Options, Params, System, Tasks, Workload
-from metaft.ranks import ALONE, Ranks
+from metaft.dist.ranks import ALONE, Ranks
 
 
 def model_for(workload: Workload, some: torch.Tensor) -> metaft.Model:

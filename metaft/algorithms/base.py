@@ -11,7 +11,7 @@ from torch import Tensor
 from metaft.errors import MetaftError, suggest
 from metaft.metrics import objective
 from metaft.models import Model
-from metaft.modes import in_usual_modes_but_type
+from metaft.support.modes import in_usual_modes_but_type
 from metaft.types import NORMS, Episode, Fast, Loss, Moments, Norm, Params
 
 

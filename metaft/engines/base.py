@@ -16,7 +16,7 @@ class Engine(Protocol):
     threads: int
     """Tasks at the same time, or threads within an operation."""
     whole_steps: bool
-    """Whether training is to take its steps as a whole (see `metaft.static`), as far as it can."""
+    """Whether training is to take its steps as a whole (see `metaft.outer.static`), as far as it can."""
 
     def map(self, fn: TaskFunction[Shared, Tree, Out], shared: Shared, tasks: Tree) -> Iterator[Out]:
         """`fn(shared, task)` for each task of a tree whose tensors lead with a task axis; results come in task order.

@@ -72,7 +72,7 @@ class Vmap:
 
 
 class Graph(Vmap):
-    """As `Vmap`; training records a whole meta-step once and replays it (see `metaft.static`)."""
+    """As `Vmap`; training records a whole meta-step once and replays it (see `metaft.outer.static`)."""
 
     name = "graph"
     whole_steps = True

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from tqdm import TMonitor
 
-from metaft import patience
+from metaft.dist import patience
 from metaft.errors import MetaftError
 
 OWN_THREADS = "metaft-task"

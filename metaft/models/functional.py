@@ -22,8 +22,8 @@ from metaft.models.handed import buffers, class_of, copied, eagerly, frozen, tak
 from metaft.models.head import body_of, watched, watching
 from metaft.models.norm import EpisodeNorm, episode_norms, measure_moments, use_moments
 from metaft.models.plain import plain_layers
-from metaft.modes import in_usual_modes_but_type
 from metaft.objective import loss_value
+from metaft.support.modes import in_usual_modes_but_type
 from metaft.types import Loss, Moments, Params
 
 _plain: ContextVar[bool] = ContextVar("plain_operations", default=False)

@@ -27,8 +27,8 @@ import metaft
 from metaft import adapt
 from metaft.finetune import study
 from metaft.finetune.classifier import Classifier
-from metaft.machine import where_measured
-from metaft.run import read_rows
+from metaft.runs.folder import read_rows
+from metaft.runs.machine import where_measured
 
 
 def test_the_figures_are_those_of_the_classifier_on_the_test_images(done: Path, data: Path, runs: dict[str, Path]):

@@ -18,7 +18,7 @@ from typing import Any
 
 from metaft.errors import DataError
 from metaft.options import Config, flat
-from metaft.output import say
+from metaft.support.output import say
 
 SPLITS = ("train", "val", "test")
 _FOLDER = "folder:"

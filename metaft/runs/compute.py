@@ -14,22 +14,22 @@ from typing import Any
 
 import torch
 
-from metaft.assemble import Parts
-from metaft.checkpoint import digest
+from metaft.runs.assemble import Parts
+from metaft.runs.checkpoint import digest
 from metaft.config import Settled
 from metaft.engines import PARALLEL, Engine, engine, settled_name, task_chunk
 from metaft.errors import MetaftError
-from metaft.machine import machine
+from metaft.runs.machine import machine
 from metaft.models import convolution
 from metaft.models.convolution import Form
 from metaft.models.precision import matrix_units
 from metaft.outer import task_grad_of
-from metaft.ranks import Ranks
-from metaft.snapshot import Snapshot
-from metaft.static import recorded
+from metaft.dist.ranks import Ranks
+from metaft.runs.snapshot import Snapshot
+from metaft.outer.static import recorded
 from metaft.tasks.pool import ClassPool
-from metaft.training import draw
-from metaft.tuning import tune
+from metaft.runs.training import draw
+from metaft.outer.tuning import tune
 from metaft.types import Source
 
 

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from metaft.errors import MetaftError, RankLost, SaidElsewhere
-from metaft.ranks import Ranks, named
-from metaft.torchrun import Missing, attempt_word, env_number, launch_of_one, launch_word, time_limit
+from metaft.dist.ranks import Ranks, named
+from metaft.dist.torchrun import Missing, attempt_word, env_number, launch_of_one, launch_word, time_limit
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -22,13 +22,13 @@ from torch.utils import _pytree as pytree
 
 from metaft.algorithms.base import Algorithm, TaskGrad
 from metaft.config import Settled
+from metaft.dist.ranks import Ranks
 from metaft.engines.base import Engine
 from metaft.errors import MetaftError, MetaftWarning
 from metaft.metrics import figure_name
 from metaft.outer import task_grad_of
-from metaft.ranks import Ranks
+from metaft.outer.update import clipped, outer_lr
 from metaft.types import Params, Source, Static
-from metaft.update import clipped, outer_lr
 
 _BETAS, _EPS = (0.9, 0.999), 1e-8
 _STRETCH_BYTES = 1 << 28
@@ -60,7 +60,7 @@ class Steps(Protocol):
 
 
 class Begun(Protocol):
-    """What a run starts from (`metaft.snapshot.Snapshot`)."""
+    """What a run starts from (`metaft.runs.snapshot.Snapshot`)."""
 
     @property
     def meta(self) -> Params: ...

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from metaft.errors import DataError
-from metaft.torchrun import launcher
+from metaft.dist.torchrun import launcher
 
 if TYPE_CHECKING:
-    from metaft.assemble import Parts
+    from metaft.runs.assemble import Parts
 
 
 def brought(

@@ -22,11 +22,11 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from metaft import checkpoint
-from metaft.checkpoint import write_atomically
+from metaft.runs import checkpoint
+from metaft.runs.checkpoint import write_atomically
 from metaft.errors import CheckpointError, MetaftError
-from metaft.lock import held
-from metaft.paths import local
+from metaft.runs.lock import held
+from metaft.support.paths import local
 
 Loaded = TypeVar("Loaded")
 

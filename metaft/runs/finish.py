@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from metaft import report
+from metaft.runs import report
 from metaft._version import __version__
-from metaft.assemble import Parts, fill, read_snapshot
+from metaft.runs.assemble import Parts, fill, read_snapshot
 from metaft.engines.base import Engine
-from metaft.following import to_do_next
-from metaft.machine import where_measured
-from metaft.progress import Progress
-from metaft.ranks import Ranks
-from metaft.run import RunFolder, read_rows
-from metaft.snapshot import Snapshot
+from metaft.runs.following import to_do_next
+from metaft.runs.machine import where_measured
+from metaft.support.progress import Progress
+from metaft.dist.ranks import Ranks
+from metaft.runs.folder import RunFolder, read_rows
+from metaft.runs.snapshot import Snapshot
 from metaft.testing import meta_test
 from metaft.types import Source
 
@@ -31,7 +31,7 @@ def finish(
 ) -> dict[str, Any]:
     """Meta-test the checkpoint that was best on validation; write result.json and the pictures; say what came out.
 
-    `from_python` is what the run was handed there (see `metaft.following.brought`).
+    `from_python` is what the run was handed there (see `metaft.runs.following.brought`).
     """
     c = parts.config
     # Where no validation figure was finite there is no best one.

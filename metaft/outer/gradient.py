@@ -13,13 +13,13 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from metaft.algorithms.base import Algorithm, TaskGrad
+from metaft.dist.ranks import ALONE, Ranks
 from metaft.engines.base import Engine
 from metaft.engines.trees import length
 from metaft.errors import MetaftWarning
 from metaft.inner import value_and_grad
 from metaft.models.derivatives import math_attention
-from metaft.modes import in_usual_modes_but_type
-from metaft.ranks import ALONE, Ranks
+from metaft.support.modes import in_usual_modes_but_type
 from metaft.types import Episode, Params
 
 

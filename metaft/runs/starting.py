@@ -6,19 +6,19 @@ import dataclasses
 import sys
 from collections.abc import Mapping, Sequence
 
-from metaft import paths
-from metaft.assemble import Parts, fill, header, open_run
-from metaft.compute import convolution_forms
+from metaft.support import paths
+from metaft.runs.assemble import Parts, fill, header, open_run
+from metaft.runs.compute import convolution_forms
 from metaft.config import MetaTrainConfig, read_toml
 from metaft.engines import Engine
 from metaft.errors import MetaftError
-from metaft.machine import say_what_changed
+from metaft.runs.machine import say_what_changed
 from metaft.models.convolution import Form
 from metaft.options import flat, from_mapping
-from metaft.ranks import Ranks
-from metaft.run import RunFolder
-from metaft.snapshot import Snapshot, begin
-from metaft.training import draw
+from metaft.dist.ranks import Ranks
+from metaft.runs.folder import RunFolder
+from metaft.runs.snapshot import Snapshot, begin
+from metaft.runs.training import draw
 from metaft.types import Dataset, Source
 
 

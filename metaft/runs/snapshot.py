@@ -9,11 +9,11 @@ from typing import Any
 
 from torch import Tensor
 
-from metaft import checkpoint
+from metaft.runs import checkpoint
 from metaft.algorithms.base import Algorithm
 from metaft.errors import CheckpointError
 from metaft.models import Model
-from metaft.run import RunFolder
+from metaft.runs.folder import RunFolder
 from metaft.types import Params
 
 
@@ -29,7 +29,7 @@ class Position:
     """Best validation figure so far."""
     best_step: int = 0
     window: tuple[tuple[float, ...], ...] = ()
-    """Metrics (`metaft.static.logged`) of the steps since the last row of metrics.jsonl."""
+    """Metrics (`metaft.outer.static.logged`) of the steps since the last row of metrics.jsonl."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +73,7 @@ def save_snapshot(run: RunFolder, snapshot: Snapshot, *, best: bool = False) -> 
 
 
 def load_snapshot(path: Any) -> Snapshot:
-    """Raises CheckpointError, see `metaft.checkpoint.load`, and for a checkpoint of another command."""
+    """Raises CheckpointError, see `metaft.runs.checkpoint.load`, and for a checkpoint of another command."""
     tensors, header = checkpoint.load(path)
     if "position" not in header:
         raise CheckpointError(f"checkpoint {path}: not of a meta-training run")
