@@ -34,9 +34,9 @@ from benchmarks.peers.workloads import WORKLOADS, Options, Workload
 from benchmarks.throughput import git, say, summary
 from benchmarks.throughput_report import QUIET
 from metaft.algorithms import ALGORITHMS, hyper_parameters
-from metaft.assemble import processor
 from metaft.errors import MetaftError
-from metaft.output import of_command
+from metaft.runs.machine import processor
+from metaft.support.output import of_command
 
 REFERENCE = "maml"
 

@@ -31,19 +31,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.peers.workloads import PUBLISHED, WORKLOADS, Workload
-from metaft import algorithms, models, outer
+from metaft import algorithms, engines, models
 from metaft.config import MetaTrainConfig, Settled
+from metaft.dist.ranks import ALONE
 from metaft.errors import Interrupted, MetaftError
 from metaft.inputs import ImageInputs
 from metaft.models import convolution
 from metaft.models.functional import plain_operations
 from metaft.models.precision import in_bf16, matrix_units
 from metaft.models.recomputed import recomputed
-from metaft.output import of_command
-from metaft.run import read_rows
-from metaft.static import StaticSteps, recorded
+from metaft.outer.static import StaticSteps, recorded
+from metaft.runs.folder import read_rows
+from metaft.runs.snapshot import Position, Snapshot
+from metaft.runs.training import Eager
+from metaft.support.output import of_command
 from metaft.tasks.pool import ClassPool
-from metaft.training import Eager, Position, Snapshot
 from metaft.types import SPLITS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -167,7 +169,7 @@ def prepared(bench: Bench, w: Workload, precision: str, engine: Any, **more: Any
     start = Snapshot(*algorithm.init(0), {}, Position(), {})
     if engine.whole_steps:
         return StaticSteps(config, engine, algorithm, source, start)
-    return Eager(config, engine, algorithm, source, start, outer.ALONE)
+    return Eager(config, engine, algorithm, source, start, ALONE)
 
 
 def timed(bench: Bench, steps: Any, seconds: float) -> tuple[float, int]:
@@ -201,7 +203,7 @@ def layers(bench: Bench, name: str, precision: Any, end: float) -> dict[str, Any
         raise Skipped("out of time")
     device = torch.device(bench.device)
     record = functools.partial(recorded, device=device, said=False) if device.type == "cuda" else None
-    with matrix_units(precision), plain_operations(), outer.engine("vmap", device=device) as engine:
+    with matrix_units(precision), plain_operations(), engines.engine("vmap", device=device) as engine:
         steps = prepared(bench, WORKLOADS[name], precision, engine)
         found: dict[str, Any] = {}
         for shape in convolution.shapes_of(lambda: steps.advance(0)):
@@ -244,7 +246,7 @@ def speed(bench: Bench, name: str, kind: Any, precision: Any, counted: Mapping[s
     rows = bench.figures.get("convolutions", {}).get(f"{name} {precision}", {})
     chosen = {key: row["chosen"] for key, row in rows.items() if "chosen" in row}
     form_of = convolution.by_key(chosen) if chosen else None
-    with matrix_units(precision), outer.engine(kind, device=bench.device) as engine, convolution.forms(form_of):
+    with matrix_units(precision), engines.engine(kind, device=bench.device) as engine, convolution.forms(form_of):
         steps = prepared(bench, WORKLOADS[name], precision, engine)
         ms, count = timed(bench, steps, 0.1 if bench.given.tiny else 2.0)
         entry: dict[str, Any] = {"ms": ms, "steps": count}
@@ -271,7 +273,7 @@ def work(bench: Bench, workload: Workload) -> dict[str, Any]:
     count many times over: the operations are those of one task, times the tasks.
     """
     one = dataclasses.replace(workload, meta_batch=1)
-    with outer.engine("vmap", device=bench.device) as engine:
+    with engines.engine("vmap", device=bench.device) as engine:
         with FlopCounterMode(display=False) as flops:
             prepared(bench, one, "fp32", engine).advance(0)
         with Bytes() as moved:
@@ -314,7 +316,7 @@ def memory(bench: Bench) -> Any:
     for steps, checkpoint in ((10, False), (100, True)):
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-        with matrix_units("fp32"), outer.engine("vmap", device="cuda") as engine:
+        with matrix_units("fp32"), engines.engine("vmap", device="cuda") as engine:
             prepared(bench, WORKLOADS["omniglot-5w1s-q1"], "fp32", engine, steps=steps, checkpoint=checkpoint).advance(
                 0
             )

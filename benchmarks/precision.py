@@ -37,10 +37,11 @@ from torch.utils import _pytree as pytree
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # to be run as a file, too
 
 from benchmarks.throughput import Order, provenance, say
-from metaft import MetaTrainConfig, algorithms, checkpoint, meta_train, models, outer, tasks
+from metaft import MetaTrainConfig, algorithms, engines, meta_train, models, outer, tasks
 from metaft.errors import MetaftError
 from metaft.models import fused
 from metaft.models.functional import plain_operations
+from metaft.runs import checkpoint
 from metaft.types import Episode, Params
 
 Path_ = Literal["fused", "composed"]
@@ -158,7 +159,7 @@ def gradients(
     model = models.build(case.form, ways=case.ways, shape=case.shape, width=case.width, seed=0, dtype=dtype)
     algorithm = algorithms.maml(model, inner_lr=case.inner_lr, inner_steps=case.steps, first_order=order == "first")
     _, state = algorithm.init(0)
-    with outer.engine("vmap", threads=threads, chunk=chunk) as engine:
+    with engines.engine("vmap", threads=threads, chunk=chunk) as engine:
         function = outer.task_grad_of(algorithm)
 
         def results() -> Iterator[Any]:

@@ -42,8 +42,8 @@ def times(workload: Workload, ranks: int, *, seconds: float, engine: str) -> lis
 def work(request: dict[str, Any]) -> None:
     """One rank's part of `times`; rank 0 writes them."""
     from benchmarks.peers import metaft_maml
-    from metaft.allocator import keep_freed_memory
-    from metaft.group import join
+    from metaft.dist.group import join
+    from metaft.support.allocator import keep_freed_memory
 
     keep_freed_memory()
     ranks = join()

@@ -34,11 +34,11 @@ from benchmarks import ranked
 from benchmarks.peers import metaft_maml
 from benchmarks.peers.workloads import WORKLOADS, Options, Workload, draw_params, draw_tasks
 from benchmarks.throughput import provenance
-from metaft.allocator import keep_freed_memory
 from metaft.errors import MetaftError
 from metaft.outer import task_grad
-from metaft.output import of_command
 from metaft.plots.style import BLUE, GREY, decorate, save
+from metaft.support.allocator import keep_freed_memory
+from metaft.support.output import of_command
 from metaft.types import Episode
 
 AXES: dict[str, tuple[int, ...]] = {

@@ -37,18 +37,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # to be run as a f
 
 from benchmarks.sinusoid_report import PRE_TRAINING, STEPS, Row, figure, table
 from benchmarks.throughput import git
-from metaft import algorithms, meta_train, models, outer
+from metaft import algorithms, engines, meta_train, models, outer
 from metaft.algorithms import ALGORITHMS, Algorithm, hyper_parameters
-from metaft.assemble import processor
-from metaft.checkpoint import write_atomically
 from metaft.config import MetaTrainConfig
 from metaft.errors import MetaftError
 from metaft.metrics import mean_ci95
-from metaft.output import of_command
 from metaft.plots.style import save
+from metaft.runs.checkpoint import write_atomically
+from metaft.runs.machine import processor
+from metaft.runs.training import draw
+from metaft.support.output import of_command
 from metaft.tasks import Sinusoid
 from metaft.testing import score_episodes
-from metaft.training import draw
 from metaft.types import Batch, Params
 
 RATES = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05)
@@ -158,7 +158,7 @@ def pre_trained(shots: int, settings: Settings) -> Row:
     training = dataclasses.replace(descent(0.0), data="batches", task_loss=task_loss)
     meta, state = training.init(settings.seed)
     adam = torch.optim.Adam(meta.values(), lr=OUTER_LR)
-    with outer.engine("vmap") as engine:
+    with engines.engine("vmap") as engine:
         for step in range(settings.iterations):
             batches = draw(training, source, settings.seed, range(META_BATCH * step, META_BATCH * (step + 1)))
             grads = outer.meta_gradient(engine, training, meta, state, batches, step=step).grads

@@ -39,10 +39,10 @@ from benchmarks import throughput_report as report
 from benchmarks.peers.meters import Elsewhere
 from benchmarks.peers.process import ROOT, Process, SystemFailure, environment
 from benchmarks.peers.workloads import PUBLISHED, WORKLOADS, Options, Workload
-from metaft.assemble import processor
 from metaft.defaults import device_of
 from metaft.errors import MetaftError
-from metaft.output import of_command
+from metaft.runs.machine import processor
+from metaft.support.output import of_command
 
 PEERS = ("learn2learn", "higher", "torchopt", "plain")
 LIBRARIES = PEERS[:-1]

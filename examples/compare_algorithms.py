@@ -15,10 +15,12 @@ from typing import Any
 
 from torch import Tensor
 
-from metaft import MetaftError, MetaTrainConfig, meta_train, paths
-from metaft.assemble import assemble, engine_for, fill, open_run
+from metaft import MetaftError, MetaTrainConfig, meta_train
 from metaft.metrics import mean_ci95
 from metaft.options import flat
+from metaft.runs.assemble import assemble, fill, open_run
+from metaft.runs.compute import engine_for
+from metaft.support import paths
 from metaft.testing import score_episodes
 from metaft.types import NORMS
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 
 from metaft import Algorithm, MetaTrainConfig, Model, meta_train
-from metaft.algorithms import ALGORITHMS, by_gradient
+from metaft.algorithms import ALGORITHMS, Hooks, by_gradient
 from metaft.inner import Rates
 from metaft.types import Loss, Norm, Params
 
@@ -40,8 +40,7 @@ def sign_maml(
         norm=norm,
         adapted=list(model.params),
         learned=model.params | {f"{k}.rate": p.new_full((), inner_lr) for k, p in model.params.items()},
-        begin=lambda meta, x, y, ways: {k: meta[k] for k in model.params},
-        rates=rates,
+        hooks=Hooks(rates=rates),
     )
 
 

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from metaft import (
         adapt,
         algorithms,
-        checkpoint,
         evaluate,
         finetune,
         inner,
@@ -36,25 +35,37 @@ if TYPE_CHECKING:
     )
     from metaft.algorithms import Algorithm
     from metaft.config import AdaptConfig, EvaluateConfig, MetaTrainConfig
+    from metaft.engines import Engine, engine
     from metaft.errors import CheckpointError, DataError, MetaftError, MetaftWarning, NonFiniteError
     from metaft.finetune.classifier import Classifier, load
     from metaft.models import Model, functional
     from metaft.objective import Objective
-    from metaft.outer import Engine, MetaGradient, engine, meta_gradient
+    from metaft.outer import MetaGradient, meta_gradient
+    from metaft.runs import checkpoint
     from metaft.testing import meta_test
     from metaft.types import Episode, Fast
 
-_MODULES = (
-    "adapt", "algorithms", "checkpoint", "evaluate", "finetune", "inner", "meta_train", "metrics", "models", "plots",
-    "predict", "tasks",
-)  # fmt: skip
+_MODULES = {
+    "adapt": "adapt",
+    "algorithms": "algorithms",
+    "checkpoint": "runs.checkpoint",
+    "evaluate": "evaluate",
+    "finetune": "finetune",
+    "inner": "inner",
+    "meta_train": "meta_train",
+    "metrics": "metrics",
+    "models": "models",
+    "plots": "plots",
+    "predict": "predict",
+    "tasks": "tasks",
+}
 _NAMES = {
     "AdaptConfig": "metaft.config",
     "Algorithm": "metaft.algorithms",
     "CheckpointError": "metaft.errors",
     "Classifier": "metaft.finetune.classifier",
     "DataError": "metaft.errors",
-    "Engine": "metaft.outer",
+    "Engine": "metaft.engines",
     "Episode": "metaft.types",
     "EvaluateConfig": "metaft.config",
     "Fast": "metaft.types",
@@ -65,7 +76,7 @@ _NAMES = {
     "Model": "metaft.models",
     "NonFiniteError": "metaft.errors",
     "Objective": "metaft.objective",
-    "engine": "metaft.outer",
+    "engine": "metaft.engines",
     "functional": "metaft.models",
     "load": "metaft.finetune.classifier",
     "meta_gradient": "metaft.outer",
@@ -112,7 +123,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in _MODULES:
-        return importlib.import_module(f"metaft.{name}")
+        return importlib.import_module(f"metaft.{_MODULES[name]}")
     if name in _NAMES:
         return getattr(importlib.import_module(_NAMES[name]), name)
     raise AttributeError(f"module 'metaft' has no attribute {name!r}")

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from metaft._version import __version__
 from metaft.errors import no_such
-from metaft.output import of_command
+from metaft.support.output import of_command
 
 COMMANDS = {
     "meta_train": "learn an initialisation from few-shot episodes",

@@ -10,14 +10,14 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from metaft import paths
 from metaft.cli import StopSignals, check_unchanged, fresh_folder, in_one, of_run, settings
 from metaft.config import AdaptConfig, Init, of_other_method, to_toml
 from metaft.errors import DataError, MetaftError, no_such
-from metaft.modes import in_usual_modes
 from metaft.options import flat, options
-from metaft.output import steady
 from metaft.settings import Origin, Recipe
+from metaft.support import paths
+from metaft.support.modes import in_usual_modes
+from metaft.support.output import steady
 
 if TYPE_CHECKING:
     from torch import nn
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from metaft.finetune.start import Start
     from metaft.finetune.study import Position
     from metaft.finetune.target import Target
-    from metaft.run import RunFolder
+    from metaft.runs.folder import RunFolder
 
 RUNS = Path("runs")
 
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _command(argv: Sequence[str]) -> None:
     config, resume = settings(Arguments, AdaptConfig, argv, prog="python -m metaft.adapt")
 
-    from metaft.allocator import keep_freed_memory
+    from metaft.support.allocator import keep_freed_memory
 
     keep_freed_memory()
     if resume is None:
@@ -76,7 +76,7 @@ def run(config: AdaptConfig, *, module: nn.Module | None = None, init: Init = "s
     run that do not fit together, or a module that cannot be trained, before anything is written.
     """
     from metaft.finetune.study import Position
-    from metaft.run import RunFolder, file_name
+    from metaft.runs.folder import RunFolder, file_name
 
     settled, starts, target = _prepare(config, module, init)
     data, init_name = file_name(paths.typed(config.target.data)), file_name(Path(starts[0].name).name)
@@ -98,7 +98,7 @@ def resume_run(
     Raises MetaftError for another difference, where the images or the initialisation are no longer those that the run
     began with, and where another process is at this run; CheckpointError where no checkpoint can be read.
     """
-    from metaft.run import RunFolder
+    from metaft.runs.folder import RunFolder
 
     folder = RunFolder.open(path)
     with folder.held("resume"):
@@ -106,9 +106,9 @@ def resume_run(
 
 
 def _resume(folder: RunFolder, config: AdaptConfig | None, module: nn.Module | None, init: Init) -> dict[str, Any]:
-    from metaft.assemble import say_what_changed
-    from metaft.checkpoint import write_atomically
     from metaft.finetune.study import Position, read
+    from metaft.runs.checkpoint import write_atomically
+    from metaft.runs.machine import say_what_changed
 
     path = folder.path
     own = paths.in_full(of_run(AdaptConfig, folder.config, "resume"))
@@ -147,7 +147,7 @@ def newest_run(shape: Sequence[int], *, any_size: bool) -> Path:
     Raises MetaftError where there is none, naming the shapes that there are.
     """
     from metaft.finetune.start import from_run
-    from metaft.run import RunFolder
+    from metaft.runs.folder import RunFolder
 
     found: list[tuple[int, Path]] = []
     others: list[str] = []
@@ -267,10 +267,10 @@ def _header(config: AdaptConfig, starts: Sequence[Start], target: Target) -> dic
     import torch
 
     from metaft._version import __version__
-    from metaft.assemble import machine
-    from metaft.checkpoint import digest
     from metaft.defaults import device_of
     from metaft.finetune.start import constants
+    from metaft.runs.checkpoint import digest
+    from metaft.runs.machine import machine
 
     data = hashlib.sha256(repr((target.class_names, tuple(target.examples.shape))).encode())
     for part in (target.examples, target.labels):
@@ -293,7 +293,7 @@ def _fit_all(
     from metaft.defaults import device_of
     from metaft.finetune.start import said_of
     from metaft.finetune.study import study
-    from metaft.progress import Progress
+    from metaft.support.progress import Progress
 
     device = device_of(config.compute.device)
     header, start = _header(config, starts, target), starts[0]
@@ -327,12 +327,12 @@ def finish(
     """Write result.json, report.txt and the pictures; say what came out."""
     import torch
 
-    from metaft.checkpoint import write_atomically
     from metaft.finetune import report
     from metaft.finetune.classifier import load
     from metaft.finetune.results import result_of
     from metaft.finetune.study import rows_of
-    from metaft.pictures import listed
+    from metaft.runs.checkpoint import write_atomically
+    from metaft.support.pictures import listed
 
     result = result_of(folder, config, starts, target, position, device)
     folder.write_json(folder.result, result)

@@ -17,17 +17,17 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from metaft import patience
 from metaft.config import AdaptConfig, MetaTrainConfig, read_toml
+from metaft.dist import patience
+from metaft.dist.group import join
+from metaft.dist.ranks import ALONE, Ranks
+from metaft.dist.torchrun import check_alone
 from metaft.errors import CheckpointError, Interrupted, MetaftError, MetaftWarning, OutOfMemory, SaidElsewhere
 from metaft.flags import parse
-from metaft.group import join
-from metaft.names import is_text
 from metaft.options import Config, Settings, flat, from_mapping, options
-from metaft.output import of_command
-from metaft.paths import to_replace
-from metaft.ranks import ALONE, Ranks
-from metaft.torchrun import check_alone
+from metaft.support.names import is_text
+from metaft.support.output import of_command
+from metaft.support.paths import to_replace
 
 
 def settings(
@@ -52,7 +52,7 @@ def settings(
     if file is not None:
         base = from_mapping(config, read_toml(Path(file)), origin=file)
     elif resume is not None:
-        from metaft.run import RunFolder
+        from metaft.runs.folder import RunFolder
 
         try:
             base = of_run(config, RunFolder.open(Path(resume)).config, "resume")
@@ -66,14 +66,14 @@ def settings(
 
 def _began(out: str | None, launch: str | None) -> bool:
     """Whether the run in `--out` is one that this launch began before it was restarted, and no other's."""
-    from metaft.run import RunFolder
+    from metaft.runs.folder import RunFolder
 
     return out is not None and launch is not None and RunFolder(Path(out)).began_by(launch)
 
 
 def _taken_up(kind: type[Config], config: Config) -> tuple[Config, Path | None]:
     """Settings as given, and the run in `--out` where there is one to go on with."""
-    from metaft.run import RunFolder
+    from metaft.runs.folder import RunFolder
 
     out = flat(config)["out"]
     if out is None:
@@ -239,9 +239,9 @@ class StopSignals:
     """Turns SIGINT and SIGTERM into a request that the run asks for at safe points; a second SIGINT is final.
 
     A second SIGTERM is not: under torchrun each process may get one from the scheduler and one from torchrun. Several
-    ranks learn of a request together, see `Ranks.stop`. A worker process that is waited for (`metaft.workers`) gets
-    `PATIENCE` seconds to end its part after a request, and is then given up; among ranks, which stop together, four
-    times as many.
+    ranks learn of a request together, see `Ranks.stop`. A worker process that is waited for (`metaft.engines.workers`)
+    gets `PATIENCE` seconds to end its part after a request, and is then given up; among ranks, which stop together,
+    four times as many.
     """
 
     PATIENCE = 5.0

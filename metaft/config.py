@@ -14,7 +14,6 @@ from typing import Annotated, Any, Literal
 
 from metaft.errors import MetaftError
 from metaft.options import Option, Settings, flat, options
-from metaft.paths import local
 from metaft.settings import (
     Compute,
     DataSettings,
@@ -40,6 +39,7 @@ from metaft.settings import (
     TaskSettings,
     TrainingOutput,
 )
+from metaft.support.paths import local
 
 Init = Literal["keep", "seed"]
 """Of a module from Python: the values that it was handed over with, or others drawn from the seed."""

@@ -7,22 +7,26 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
-from metaft import paths
 from metaft.cli import StopSignals, check_writable, in_ranks
-from metaft.config import EvaluateConfig
+from metaft.config import EvaluateConfig, MetaTrainConfig
+from metaft.dist.ranks import ALONE, Ranks
 from metaft.errors import MetaftError, check_ways
 from metaft.flags import parse
-from metaft.modes import in_usual_modes
 from metaft.options import Option, flat
-from metaft.output import steady
-from metaft.ranks import ALONE, Ranks
+from metaft.support import paths
+from metaft.support.modes import in_usual_modes
+from metaft.support.output import steady
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from metaft.types import Dataset, Loss
+    from metaft.engines import Engine
+    from metaft.runs.assemble import Parts
+    from metaft.runs.folder import RunFolder
+    from metaft.runs.snapshot import Snapshot
+    from metaft.types import Dataset, Loss, Source, Split
 
 
 @dataclasses.dataclass(frozen=True, init=False)
@@ -43,7 +47,7 @@ def _command(argv: Sequence[str], ranks: Ranks) -> None:
     path = Path(given.pop("run"))
     config = EvaluateConfig(**given)
 
-    from metaft.allocator import keep_freed_memory
+    from metaft.support.allocator import keep_freed_memory
 
     keep_freed_memory()
     run(path, config, ranks=ranks)
@@ -65,76 +69,32 @@ def run(
     `dataset`, `module`, `loss` and `ranks` as in `metaft.meta_train.run`. Raises MetaftError where the run cannot be
     tested so: other ways than its head has outputs, inputs of another shape, too few classes or images.
     """
-    from metaft._version import __version__
-    from metaft.assemble import assemble, check_ranks, engine_for, fill, open_run, where_measured
-    from metaft.defaults import check_steps
-    from metaft.inputs import ImageInputs, of_header
-    from metaft.progress import Progress
-    from metaft.report import print_test
-    from metaft.run import file_name
+    from metaft.runs.assemble import assemble, fill, open_run
+    from metaft.runs.compute import check_ranks, engine_for
+    from metaft.runs.report import print_test
+    from metaft.support.progress import Progress
     from metaft.testing import meta_test
 
     config = paths.in_full(config or EvaluateConfig())
-    which = config.checkpoint
-    folder, trained, snapshot = ranks.on_first(lambda: open_run(path, which=which))
+    folder, trained, snapshot = ranks.on_first(lambda: open_run(path, which=config.checkpoint))
     trained = paths.in_full(trained)
-    fields = {**flat(config.compute), "download": config.data.download}
-    fields |= {k: v for k, v in (("data_root", config.data.data_root), ("plugin", config.plugin)) if v is not None}
-    fields["skip_bad"] = config.data.skip_bad or trained.data.skip_bad
-    if config.data.split is not None:
-        fields |= {
-            "split": config.data.split,
-            "rotate": None if config.data.split != trained.data.split else trained.data.rotate,
-        }
-    if config.data.dataset is not None and config.data.dataset != trained.data.dataset:
-        # Nothing of the old data set's own settings is meant for the new one.
-        fields |= {"dataset": config.data.dataset, "split": config.data.split, "rotate": None}
-        # A folder is read as the run's own images were; a data set with its own size takes no such wish.
-        inputs = of_header(snapshot.header) if config.data.dataset.startswith(("folder:", "l2l:")) else None
-        channels, side = (inputs.channels, inputs.height) if isinstance(inputs, ImageInputs) else (None, None)
-        fields |= {"channels": channels, "image_size": side}
-    if config.data.rotate is not None:
-        fields["rotate"] = config.data.rotate
-    wanted, begun = dataclasses.replace(trained, **fields), snapshot
-    classes = begun.header.get("classes") if wanted.data.dataset == trained.data.dataset else None
-    parts = ranks.in_turn(
-        lambda: assemble(wanted, dataset=dataset, module=module, loss=loss, snapshot=begun, classes=classes)
-    )
+    wanted = _settings(config, trained, snapshot.header)
+    classes = snapshot.header.get("classes") if wanted.data.dataset == trained.data.dataset else None
+    handed = {"dataset": dataset, "module": module, "loss": loss, "snapshot": snapshot, "classes": classes}
+    parts = ranks.in_turn(lambda: assemble(wanted, **handed))
     check_ranks(parts, ranks)
     snapshot = fill(parts, snapshot)
     if config.out is not None:  # before the work
         out = paths.local(config.out)
-        folder_of_out = next((p for p in out.absolute().parents if os.path.isdir(p)), out)
-        ranks.on_first(lambda: check_writable(out, "out", folder_of_out))
-    c = parts.config
-    ways = config.episode.ways or c.test.test_ways
-    check_ways("ways", ways, parts.algorithm.loss)
-    shots = config.episode.shots or c.test.test_shots
-    queries = config.episode.query_shots or c.test.test_query_shots
-    steps = c.test.test_inner_steps if config.episode.inner_steps is None else config.episode.inner_steps
-    check_steps("inner_steps", config.episode.inner_steps, c.learner.algorithm)
-    same_data = config.data.dataset is None and config.data.split in (None, trained.data.split)
-    if same_data and snapshot.header["split_hash"] != parts.dataset.split_hash:
-        raise MetaftError(
-            f"dataset: the classes of {parts.dataset.name} are no longer split as when {path} was trained, so its test "
-            "classes may have been trained on; name it with --dataset to test on it all the same"
-        )
+        parent = next((p for p in out.absolute().parents if os.path.isdir(p)), out)
+        ranks.on_first(lambda: check_writable(out, "out", parent))
+    protocol = _protocol(config, parts)
+    if config.data.dataset is None and config.data.split in (None, trained.data.split):
+        _check_same_split(path, snapshot.header, parts.dataset)
     seen = _seen_in_training(snapshot.header, parts.dataset, config.episode.set)
-    if ways != c.task.ways and not parts.algorithm.any_ways:
-        raise MetaftError(
-            f"ways: {c.learner.algorithm} learned a head with {c.task.ways} outputs, so {path} can only be tested "
-            f"{c.task.ways}-way, not {ways}-way"
-        )
-    source = parts.dataset.source(
-        ways=ways, shots=shots, query_shots=queries, rotate=c.data.rotate, splits=(config.episode.set,)
-    )
-    seed = c.test.eval_seed if config.episode.eval_seed is None else config.episode.eval_seed
-    episodes = config.episode.episodes or c.test.test_episodes
-    bar = Progress("meta-test", episodes, "episode")
-    with (
-        StopSignals(ranks, "stopped; nothing was written") as signals,
-        engine_for(parts) as mapped,
-    ):
+    source = _source(path, parts, protocol)
+    bar = Progress("meta-test", protocol.episodes, "episode")
+    with StopSignals(ranks, "stopped; nothing was written") as signals, engine_for(parts) as mapped:
 
         def progress(done: int) -> None:
             bar.update(done)
@@ -142,38 +102,140 @@ def run(
 
         test = meta_test(
             mapped, parts.algorithm, snapshot.meta, snapshot.state, source,
-            split=config.episode.set, seed=seed, episodes=episodes, steps=steps, ranks=ranks, progress=progress,
+            split=protocol.split, seed=protocol.seed, episodes=protocol.episodes, steps=protocol.steps,
+            ranks=ranks, progress=progress,
         )  # fmt: skip
-        name, threads = mapped.name, mapped.threads
     bar.close()
-    result = {
-        "command": "evaluate",
-        "version": __version__,
-        "run": str(path),
-        "checkpoint": config.checkpoint,
-        "step": snapshot.position.step,
-        "dataset": parts.dataset.name,
-        "class_split": c.data.split,
-        "split_hash": parts.dataset.split_hash,
-        "classes_seen_in_training": seen,
-        "algorithm": c.learner.algorithm,
-        "device": parts.device,
-        "engine": name,
-        "ranks": ranks.count,
-        "environment": where_measured(parts.device, threads),
-        "test": test,
-    }
-    protocol = f"{ways}w{shots}s{queries}q-{test['inner_steps']}steps-{episodes}x-seed{seed}"
-    words = (paths.shown(parts.dataset.name), c.data.split, config.episode.set, "rotated" if c.data.rotate else "")
-    data = "-".join(filter(None, words))
-    default = f"{file_name(data)}-{protocol}-{config.checkpoint}.json"
-    out = paths.local(config.out) if config.out is not None else folder.path / "evaluations" / default
+    result = _result(path, config, parts, mapped, snapshot, seen, test, ranks)
+    out = paths.local(config.out) if config.out is not None else _default_file(folder, parts, protocol, config, test)
     ranks.on_first(lambda: folder.write_json(out, result))
     print_test(test)
     if seen and config.episode.set != "train":
         print(f"  (note: {seen} of these classes were trained on, so this is not a test on new classes)")
     print(f"result:   {out}")
     return result
+
+
+class _Protocol(NamedTuple):
+    """On what a run is tested."""
+
+    split: Split
+    ways: int
+    shots: int
+    queries: int
+    steps: int
+    episodes: int
+    seed: int
+
+
+def _settings(config: EvaluateConfig, trained: MetaTrainConfig, header: Mapping[str, Any]) -> MetaTrainConfig:
+    """The run's settings, with what is asked for in their place."""
+    from metaft.inputs import ImageInputs, of_header
+
+    data = config.data
+    fields = {**flat(config.compute), "download": data.download}
+    fields |= {k: v for k, v in (("data_root", data.data_root), ("plugin", config.plugin)) if v is not None}
+    fields["skip_bad"] = data.skip_bad or trained.data.skip_bad
+    if data.split is not None:
+        fields |= {"split": data.split, "rotate": None if data.split != trained.data.split else trained.data.rotate}
+    if data.dataset is not None and data.dataset != trained.data.dataset:
+        # Nothing of the old data set's own settings is meant for the new one.
+        fields |= {"dataset": data.dataset, "split": data.split, "rotate": None}
+        # A folder is read as the run's own images were; a data set with its own size takes no such wish.
+        inputs = of_header(header) if data.dataset.startswith(("folder:", "l2l:")) else None
+        channels, side = (inputs.channels, inputs.height) if isinstance(inputs, ImageInputs) else (None, None)
+        fields |= {"channels": channels, "image_size": side}
+    if data.rotate is not None:
+        fields["rotate"] = data.rotate
+    return dataclasses.replace(trained, **fields)
+
+
+def _protocol(config: EvaluateConfig, parts: Parts) -> _Protocol:
+    """What is asked for, else as in the run. Raises MetaftError for what its member or loss cannot be tested on."""
+    from metaft.defaults import check_steps
+
+    c = parts.config
+    ways = config.episode.ways or c.test.test_ways
+    check_ways("ways", ways, parts.algorithm.loss)
+    check_steps("inner_steps", config.episode.inner_steps, c.learner.algorithm)
+    return _Protocol(
+        split=config.episode.set,
+        ways=ways,
+        shots=config.episode.shots or c.test.test_shots,
+        queries=config.episode.query_shots or c.test.test_query_shots,
+        steps=c.test.test_inner_steps if config.episode.inner_steps is None else config.episode.inner_steps,
+        episodes=config.episode.episodes or c.test.test_episodes,
+        seed=c.test.eval_seed if config.episode.eval_seed is None else config.episode.eval_seed,
+    )
+
+
+def _check_same_split(path: Path, header: Mapping[str, Any], dataset: Dataset) -> None:
+    """Raises MetaftError where the data are split otherwise than in training."""
+    if header["split_hash"] != dataset.split_hash:
+        raise MetaftError(
+            f"dataset: the classes of {dataset.name} are no longer split as when {path} was trained, so its test "
+            "classes may have been trained on; name it with --dataset to test on it all the same"
+        )
+
+
+def _source(path: Path, parts: Parts, protocol: _Protocol) -> Source:
+    """Raises MetaftError for other ways than a head has outputs, and DataError for more than the data can give."""
+    c = parts.config
+    if protocol.ways != c.task.ways and not parts.algorithm.any_ways:
+        raise MetaftError(
+            f"ways: {c.learner.algorithm} learned a head with {c.task.ways} outputs, so {path} can only be tested "
+            f"{c.task.ways}-way, not {protocol.ways}-way"
+        )
+    return parts.dataset.source(
+        ways=protocol.ways, shots=protocol.shots, query_shots=protocol.queries, rotate=c.data.rotate,
+        splits=(protocol.split,),
+    )  # fmt: skip
+
+
+def _result(
+    path: Path,
+    config: EvaluateConfig,
+    parts: Parts,
+    mapped: Engine,
+    snapshot: Snapshot,
+    seen: int,
+    test: Mapping[str, Any],
+    ranks: Ranks,
+) -> dict[str, Any]:
+    """What the file holds."""
+    from metaft._version import __version__
+    from metaft.runs.machine import where_measured
+
+    return {
+        "command": "evaluate",
+        "version": __version__,
+        "run": str(path),
+        "checkpoint": config.checkpoint,
+        "step": snapshot.position.step,
+        "dataset": parts.dataset.name,
+        "class_split": parts.config.data.split,
+        "split_hash": parts.dataset.split_hash,
+        "classes_seen_in_training": seen,
+        "algorithm": parts.config.learner.algorithm,
+        "device": parts.device,
+        "engine": mapped.name,
+        "ranks": ranks.count,
+        "environment": where_measured(parts.device, mapped.threads),
+        "test": test,
+    }
+
+
+def _default_file(
+    folder: RunFolder, parts: Parts, protocol: _Protocol, config: EvaluateConfig, test: Mapping[str, Any]
+) -> Path:
+    from metaft.runs.folder import file_name
+
+    c, p = parts.config, protocol
+    how = f"{p.ways}w{p.shots}s{p.queries}q-{test['inner_steps']}steps-{p.episodes}x-seed{p.seed}"
+    data = "-".join(
+        filter(None, (paths.shown(parts.dataset.name), c.data.split, p.split, "rotated" if c.data.rotate else ""))
+    )
+    return folder.path / "evaluations" / f"{file_name(data)}-{how}-{config.checkpoint}.json"
 
 
 def _seen_in_training(header: Mapping[str, Any], dataset: Dataset, split: str) -> int:

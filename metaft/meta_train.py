@@ -5,30 +5,28 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-import shlex
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from metaft import paths
 from metaft.cli import StopSignals, check_unchanged, fresh_folder, in_ranks, settings
-from metaft.config import Init, MetaTrainConfig, read_toml, to_toml
-from metaft.errors import DataError, MetaftError, RankLost
-from metaft.modes import in_usual_modes
-from metaft.options import flat, from_mapping
-from metaft.output import steady
-from metaft.ranks import ALONE, Ranks
+from metaft.config import Init, MetaTrainConfig, to_toml
+from metaft.dist.ranks import ALONE, Ranks
+from metaft.errors import MetaftError, RankLost
+from metaft.options import flat
+from metaft.runs.following import brought, to_go_on
 from metaft.settings import Origin
-from metaft.torchrun import launcher
+from metaft.support import paths
+from metaft.support.modes import in_usual_modes
+from metaft.support.output import steady
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from metaft.assemble import Parts
-    from metaft.outer import Engine
-    from metaft.run import RunFolder
-    from metaft.training import Snapshot
+    from metaft.runs.assemble import Parts
+    from metaft.runs.folder import RunFolder
+    from metaft.runs.snapshot import Snapshot
     from metaft.types import Dataset, Loss, Source
 
 # What may change when a run goes on: how it is computed, how long (which stretches the outer schedule too), and where
@@ -66,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _command(argv: Sequence[str], ranks: Ranks) -> None:
     config, resume = ranks.on_first(lambda: _asked_for(argv, ranks))
 
-    from metaft.allocator import keep_freed_memory
+    from metaft.support.allocator import keep_freed_memory
 
     keep_freed_memory()
     if resume is None:
@@ -102,27 +100,29 @@ def run(
     `dataset`, `module` and `loss` bring your own data, model (its head must have `ways` outputs) and loss (a function
     or a `metaft.Objective`, whose figure chooses the checkpoint). The module is copied; training begins at the values
     that it has, or with `init="seed"` at others drawn from the run's seed. Parameters with requires_grad=False stay as
-    they are in inner and outer loop. `ranks` (of `metaft.group.join`) shares the work with other processes that call
-    this too. Raises MetaftError for settings that do not fit together, and for a module that cannot be trained, before
-    anything is written.
+    they are in inner and outer loop. `ranks` (of `metaft.dist.group.join`) shares the work with other processes that
+    call this too. Raises MetaftError for settings that do not fit together, and for a module that cannot be trained,
+    before anything is written.
     """
-    from metaft.assemble import assemble
-    from metaft.run import RunFolder, file_name
+    from metaft.runs.assemble import assemble
+    from metaft.runs.compute import with_engine
+    from metaft.runs.folder import RunFolder, file_name
 
     parts = ranks.in_turn(lambda: assemble(config, dataset=dataset, module=module, init=init, loss=loss))
     sources = _sources(parts)
-    parts = _with_engine(parts, sources[0], ranks)
+    parts = with_engine(parts, sources[0], ranks)
     c = parts.config
 
     def create() -> RunFolder:
         data = paths.typed(config.data.dataset) if dataset is None else dataset.name
         name = f"{file_name(data)}-{c.learner.algorithm}-{c.task.ways}w{c.task.shots}s-{c.compute.seed}"
-        folder = Path(c.output.out) if c.output.out is not None else fresh_folder(Path("runs") / name)
-        return RunFolder.create(folder, to_toml(dataclasses.replace(c, out=None)), launch=ranks.launch)
+        path = Path(c.output.out) if c.output.out is not None else fresh_folder(Path("runs") / name)
+        return RunFolder.create(path, to_toml(dataclasses.replace(c, out=None)), launch=ranks.launch)
 
-    made = ranks.on_first(create)
-    with _held(made, "out", ranks):
-        return _go(made, parts, sources, None, ranks)
+    folder = ranks.on_first(create)
+    from_python = brought(dataset=dataset, module=module, init=init, loss=loss)
+    with _held(folder, "out", from_python, ranks):
+        return _train_and_test(folder, parts, sources, None, from_python, ranks)
 
 
 @steady()
@@ -146,15 +146,15 @@ def resume_run(
     Raises MetaftError for another difference and where another process is at this run, CheckpointError where no
     checkpoint can be read.
     """
-    from metaft.run import RunFolder
+    from metaft.runs.folder import RunFolder
 
     folder = ranks.on_first(lambda: RunFolder.open(path))
-    with _held(folder, "resume", ranks):
+    with _held(folder, "resume", brought(dataset=dataset, module=module, init=init, loss=loss), ranks):
         return _resume(folder, config, dataset, module, init, loss, ranks)
 
 
 @contextlib.contextmanager
-def _held(run: RunFolder, field: str, ranks: Ranks) -> Iterator[None]:
+def _held(run: RunFolder, field: str, from_python: Sequence[str], ranks: Ranks) -> Iterator[None]:
     """The lock on a run folder, held by rank 0. Raises MetaftError, on all ranks, where another process has it.
 
     What ends because a rank was lost is told how to go on.
@@ -165,13 +165,9 @@ def _held(run: RunFolder, field: str, ranks: Ranks) -> Iterator[None]:
             yield
         except RankLost as lost:
             step = "" if lost.kept is None else f" of step {lost.kept}"
-            lost.hint = f"; the last checkpoint is {run.last}{step}, go on with: {_go_on(run, ranks)}"
+            how = to_go_on(run.path, from_python, ranks.count)
+            lost.hint = f"; the last checkpoint is {run.last}{step}, go on with: {how}"
             raise
-
-
-def _go_on(run: RunFolder, ranks: Ranks) -> str:
-    launch = "python" if ranks.count == 1 else f"torchrun {launcher(ranks.count)}"
-    return f"{launch} -m metaft.meta_train --resume {shlex.quote(str(run.path))}"
 
 
 def _resume(
@@ -183,28 +179,16 @@ def _resume(
     loss: Loss | None,
     ranks: Ranks,
 ) -> dict[str, Any]:
-    from metaft.assemble import assemble, with_member
-    from metaft.checkpoint import write_atomically
+    from metaft.runs.assemble import assemble
+    from metaft.runs.checkpoint import write_atomically
+    from metaft.runs.compute import with_engine
+    from metaft.runs.starting import reopened, resumed_settings
 
-    path = folder.path
-    own, snapshot = ranks.on_first(lambda: _reopened(folder))
-    own = paths.in_full(own)
-    if config is not None and ":" in config.learner.algorithm:
-        config = with_member(config, plugin=own.learner.plugin, hyper=own.inner.hyper)
-    given = {} if config is None else {k: v for k, v in flat(config).items() if v not in (None, ())}
-    if set(given.get("hyper", ())) <= set(own.inner.hyper):  # a run adds what it found out itself
-        given.pop("hyper", None)
-    named = {} if dataset is None else {"dataset": dataset.name}
-    config = paths.in_full(dataclasses.replace(own, **{**given, **named, "out": None}))
-    if (
-        config.compute.engine == "tune" and config.compute.task_chunk == own.compute.task_chunk
-    ):  # as it was chosen once, by it or another rule
-        config = dataclasses.replace(config, task_chunk=None)
+    before, snapshot = ranks.on_first(lambda: reopened(folder))
+    before = paths.in_full(before)
     classes = snapshot and snapshot.header.get("classes")
-    names = [name for part in (classes or {}).values() for name in part]
-    data = paths.as_run_names(config.data.dataset, own.data.dataset, config.data.data_root, names)
-    config = dataclasses.replace(config, dataset=data)
-    check_unchanged(config, own, path, except_for=RESUMABLE)
+    config = resumed_settings(before, config, dataset, classes or {})
+    check_unchanged(config, before, folder.path, except_for=RESUMABLE)
     if (
         snapshot is not None
         and config.outer.iterations is not None
@@ -216,47 +200,17 @@ def _resume(
     begun = {"init": init, "loss": loss, "snapshot": snapshot, "classes": classes}
     parts = ranks.in_turn(lambda: assemble(config, dataset=dataset, module=module, **begun))
     sources = _sources(parts)
-    before = None
-    if snapshot is not None and config.compute.task_chunk == own.compute.task_chunk:
-        before = snapshot.header["environment"]["engine"]
-    parts = _with_engine(parts, sources[0], ranks, before=before)
+    engine = None
+    if snapshot is not None and config.compute.task_chunk == before.compute.task_chunk:
+        engine = snapshot.header["environment"]["engine"]
+    parts = with_engine(parts, sources[0], ranks, before=engine)
     if ranks.rank == 0:
         if snapshot is None or snapshot.position.step < parts.config.outer.iterations:
             folder.result.unlink(missing_ok=True)  # of a shorter run; it would not be this one's
-        if flat(config) != flat(own) or parts.config.data.dataset != own.data.dataset:
+        if flat(config) != flat(before) or parts.config.data.dataset != before.data.dataset:
             write_atomically(folder.config, to_toml(parts.config).encode())
-    return _go(folder, parts, sources, snapshot, ranks)
-
-
-def _reopened(folder: RunFolder) -> tuple[MetaTrainConfig, Snapshot | None]:
-    """A run that was begun: its settings and last checkpoint, if it got so far."""
-    from metaft.assemble import open_run
-
-    folder.make_folders()
-    folder.mend()
-    if not folder.last.exists():
-        return from_mapping(MetaTrainConfig, read_toml(folder.config), origin=str(folder.config)), None
-    _, own, snapshot = open_run(folder.path, which="last", field="resume")
-    return own, snapshot
-
-
-def _with_engine(parts: Parts, train: Source, ranks: Ranks, *, before: str | None = None) -> Parts:
-    """The same with engine and chunk settled, as rank 0 finds them. Raises MetaftError for too few tasks, and where the
-    ranks' data or devices are not of a kind."""
-    from metaft.assemble import check_ranks, with_engine
-    from metaft.training import draw
-
-    c = parts.config
-    check_ranks(parts, ranks)
-    if c.task.meta_batch < ranks.count:
-        raise MetaftError(
-            f"meta_batch must be at least the number of processes, got {c.task.meta_batch} for {ranks.count}"
-        )
-    mine = ranks.share(range(c.task.meta_batch))
-    chosen = with_engine(
-        parts, lambda: draw(parts.algorithm, train, c.compute.seed, mine), ranks=ranks.count, before=before
-    )
-    return dataclasses.replace(parts, config=ranks.on_first(lambda: chosen.config))
+    from_python = brought(dataset=dataset, module=module, init=init, loss=loss)
+    return _train_and_test(folder, parts, sources, snapshot, from_python, ranks)
 
 
 def _sources(parts: Parts) -> tuple[Source, Source, Source]:
@@ -273,9 +227,11 @@ def _sources(parts: Parts) -> tuple[Source, Source, Source]:
             f"test_ways: {c.learner.algorithm} learns a head with one output per class, so {c.test.test_ways} ways at "
             f"test cannot follow {c.task.ways} in training"
         )
-    rows, found = parse_hyper(c.learner.algorithm, c.inner.hyper).get("classes"), train_classes(parts.dataset)
-    if isinstance(rows, int) and rows < found:
-        raise MetaftError(f"hyper: classes={rows} are fewer than the {found} that {parts.dataset.name} has to train on")
+    rows, classes = parse_hyper(c.learner.algorithm, c.inner.hyper).get("classes"), train_classes(parts.dataset)
+    if isinstance(rows, int) and rows < classes:
+        raise MetaftError(
+            f"hyper: classes={rows} are fewer than the {classes} that {parts.dataset.name} has to train on"
+        )
     train = parts.dataset.source(
         ways=c.task.ways, shots=c.task.shots, query_shots=c.task.query_shots, rotate=c.data.rotate, splits=("train",)
     )
@@ -292,42 +248,31 @@ def _sources(parts: Parts) -> tuple[Source, Source, Source]:
     return train, val, test
 
 
-def _go(
-    run: RunFolder, parts: Parts, sources: tuple[Source, Source, Source], start: Snapshot | None, ranks: Ranks
+def _train_and_test(
+    run: RunFolder,
+    parts: Parts,
+    sources: tuple[Source, Source, Source],
+    snapshot: Snapshot | None,
+    from_python: Sequence[str],
+    ranks: Ranks,
 ) -> dict[str, Any]:
-    from metaft.assemble import convolution_forms, engine_for, fill, header, say_what_changed
     from metaft.models.convolution import by_key, forms
-    from metaft.training import begin, draw, train
+    from metaft.runs.compute import engine_for
+    from metaft.runs.finish import finish
+    from metaft.runs.starting import start_of
+    from metaft.runs.training import train
 
     c = parts.config
-    stop = f"stopped; a checkpoint is in {run.checkpoints}, go on with: {_go_on(run, ranks)}"
+    how = to_go_on(run.path, from_python, ranks.count)
+    stop = f"stopped; a checkpoint is in {run.checkpoints}, go on with: {how}"
     with (
         StopSignals(ranks, stop) as signals,
         engine_for(parts) as mapped,
     ):
-        now, before = header(parts, mapped, ranks.count), None
-        if start is None:
-            start = ranks.on_first(lambda: begin(parts.algorithm, c.compute.seed, now, parts.model))
-        else:
-            say_what_changed(start.header["environment"], now["environment"])
-            if start.header["environment"] == now["environment"]:
-                before = start.header.get("convolutions")
-            if start.header["split_hash"] != parts.dataset.split_hash:
-                raise MetaftError(
-                    f"dataset: the class split of {parts.dataset.name} is not the one {run.path} began with"
-                )
-            print(f"resuming {run.path} at step {start.position.step}", file=sys.stderr)
-        start = begun = fill(parts, start)
-        mine = ranks.share(range(c.task.meta_batch))
-
-        def meta_batch() -> Any:
-            return draw(parts.algorithm, sources[0], c.compute.seed, mine)
-
-        chosen = ranks.on_first(lambda: convolution_forms(parts, mapped, begun, meta_batch, before))
-        start = dataclasses.replace(start, header={**now, "convolutions": chosen} if chosen else now)
+        start, chosen = start_of(run, parts, mapped, sources[0], snapshot, ranks)
         print(
             f"{paths.shown(parts.dataset.name)} · {c.learner.algorithm} · {c.task.ways}-way {c.task.shots}-shot · "
-            f"{c.learner.model}{parts.own} · {mapped.name} on {parts.device}"
+            f"{c.learner.model}{parts.module_note} · {mapped.name} on {parts.device}"
             f"{f', {ranks.count} processes' if ranks.count > 1 else ''} · run folder {run.path}",
             file=sys.stderr,
         )
@@ -337,104 +282,7 @@ def _go(
 
         with forms(by_key(chosen) if chosen else None):
             train(run, c, parts.algorithm, mapped, sources[0], sources[1], start, ranks=ranks, should_stop=should_stop)
-        return finish(run, parts, mapped, sources[2], ranks=ranks, should_stop=should_stop)
-
-
-def finish(
-    run: RunFolder, parts: Parts, mapped: Engine, source: Source, *, ranks: Ranks, should_stop: Callable[[], None]
-) -> dict[str, Any]:
-    """Meta-test the checkpoint that was best on validation; write result.json and the pictures; say what came out."""
-    from metaft.assemble import fill, read_snapshot
-    from metaft.progress import Progress
-    from metaft.testing import meta_test
-
-    c = parts.config
-    # Where no validation figure was finite there is no best one.
-    best = ranks.on_first(lambda: read_snapshot(run, run.best if run.best.exists() else run.last))
-    best = fill(parts, best)
-    bar = Progress("meta-test", c.test.test_episodes, "episode")
-
-    def progress(done: int) -> None:
-        bar.update(done)
-        should_stop()
-
-    test = meta_test(
-        mapped, parts.algorithm, best.meta, best.state, source,
-        split="test", seed=c.test.eval_seed, episodes=c.test.test_episodes, steps=c.test.test_inner_steps,
-        ranks=ranks, progress=progress,
-    )  # fmt: skip
-    bar.close()
-    return ranks.on_first(lambda: _report(run, parts, mapped, source, best, test, ranks.count))
-
-
-def _report(
-    run: RunFolder,
-    parts: Parts,
-    mapped: Engine,
-    source: Source,
-    best: Snapshot,
-    test: Mapping[str, Any],
-    ranks: int,
-) -> dict[str, Any]:
-    from metaft._version import __version__
-    from metaft.assemble import where_measured
-    from metaft.report import draw_pictures, print_summary
-    from metaft.run import read_rows
-
-    c = parts.config
-    timing = read_rows(run.timing, ["seconds", "validation_seconds"])
-    seconds = sum(row["seconds"] for row in timing)
-    training = seconds - sum(row["validation_seconds"] for row in timing)
-    result = {
-        "command": "meta_train",
-        "version": __version__,
-        "dataset": parts.dataset.name,
-        "class_split": c.data.split,
-        "split_hash": parts.dataset.split_hash,
-        "algorithm": c.learner.algorithm,
-        "ways": c.task.ways,
-        "shots": c.task.shots,
-        "iterations": c.outer.iterations,
-        "best_step": best.position.step,
-        "seed": c.compute.seed,
-        "device": parts.device,
-        "engine": mapped.name,
-        "ranks": ranks,
-        "environment": where_measured(parts.device, mapped.threads),
-        "seconds": round(seconds, 3),
-        "tasks_per_second": round(c.outer.iterations * c.task.meta_batch / training, 1) if training else None,
-        "test": test,
-    }
-    run.write_json(run.result, result)
-    pictures = draw_pictures(run, parts, best, source, test)
-    print_summary(result, pictures, run.path, _next_commands(run, parts))
-    return result
-
-
-def _next_commands(run: RunFolder, parts: Parts) -> list[str]:
-    """What to type next: a meta-test at more shots, where data and model allow it, and adapting to a target."""
-    from metaft.algorithms import is_ours
-
-    c = parts.config
-    path = str(run.path)
-    if c.learner.model == "custom":
-        return [f"metaft.evaluate.run(Path({path!r}), module=...) in Python, which brings the module again"]
-    adapt = f"python -m metaft.adapt --init {shlex.quote(path)} --data "
-    adapt += "glyphs:Hebrew" if parts.dataset.name == "glyphs" else "folder:YOUR_IMAGES"
-    test = _more_shots(path, parts)
-    if c.learner.plugin is None and not is_ours(c.learner.algorithm):  # which adapting by fine-tuning has no need of
-        test += f" --plugin YOUR_FILE.py  # registers {c.learner.algorithm!r}, which no process but this one knows"
-    return [test, *([adapt] if len(parts.dataset.shape) == 3 else [])]
-
-
-def _more_shots(path: str, parts: Parts) -> str:
-    c = parts.config
-    more = 5 if c.test.test_shots < 5 else 2 * c.test.test_shots
-    try:
-        parts.dataset.source(ways=c.test.test_ways, shots=more, query_shots=c.test.test_query_shots, splits=("test",))
-    except DataError:
-        return f"python -m metaft.evaluate {shlex.quote(path)} --checkpoint last"
-    return f"python -m metaft.evaluate {shlex.quote(path)} --shots {more}"
+        return finish(run, parts, mapped, sources[2], from_python=from_python, ranks=ranks, should_stop=should_stop)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,3 +67,13 @@ def nearest_neighbour(support_x: Tensor, support_y: Tensor, query_x: Tensor, que
     else:
         distance = (query_x.unsqueeze(1) != support_x).sum(-1)
     return (support_y[distance.argmin(1)] == query_y).double().mean()
+
+
+def describe(name: str, summary: Mapping[str, Any]) -> str:
+    """`transductive 97.1 ± 0.4 %, inductive 95.0 ± 0.5 %`"""
+    return ", ".join(f"{mode} {percent(name, summary[mode][name], summary[mode]['ci95'])}" for mode in summary)
+
+
+def percent(name: str, value: float, ci95: float) -> str:
+    """A figure with its interval, as people read it."""
+    return f"{100 * value:.2f} ± {100 * ci95:.2f} %" if name == "accuracy" else f"{value:.3f} ± {ci95:.3f}"

@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from metaft.errors import MetaftError, suggest
-from metaft.names import is_text
+from metaft.support.names import is_text
 
 
 @dataclasses.dataclass(frozen=True)

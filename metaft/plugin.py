@@ -20,8 +20,8 @@ from collections.abc import Iterator
 
 from metaft import algorithms
 from metaft.errors import MetaftError
-from metaft.paths import absolute
 from metaft.spec import name_of
+from metaft.support.paths import absolute
 
 _one_at_a_time = threading.RLock()
 

@@ -13,13 +13,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NamedTuple
 
-from metaft import output
 from metaft.cli import check_writable, in_one
 from metaft.config import PredictConfig
 from metaft.errors import CheckpointError, DataError, MetaftError, OutputLost
 from metaft.flags import parse
 from metaft.options import Option
-from metaft.paths import local
+from metaft.support import output
+from metaft.support.paths import local
 
 if TYPE_CHECKING:
     from metaft.finetune.classifier import Classifier
@@ -203,7 +203,7 @@ def label_files(classifier: Classifier, files: Sequence[Path], top: int = 1) -> 
 
 def write_csv(path: Path, labels: Sequence[Label], top: int) -> None:
     """file, label_1, probability_1, ..., error: a line per file. Raises CheckpointError where it cannot be written."""
-    from metaft.checkpoint import write_atomically
+    from metaft.runs.checkpoint import write_atomically
 
     text = io.StringIO()
     out = csv.writer(text, lineterminator="\n")

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from metaft.algorithms.base import Algorithm
+from metaft.dist.ranks import ALONE, Ranks
+from metaft.engines.base import Engine
 from metaft.errors import check_ways
 from metaft.inner import at_step
 from metaft.metrics import figure, figure_name, mean_ci95, nearest_neighbour
-from metaft.modes import in_usual_modes_but_type, ordinary
-from metaft.outer import Engine
-from metaft.ranks import ALONE, Ranks
+from metaft.support.modes import in_usual_modes_but_type, ordinary
 from metaft.types import NORMS, Episode, Fast, Norm, Params, Source, Split
 
 
@@ -90,8 +90,8 @@ def _in_chunks(
     rows: list[Tensor] = []
     for first in range(0, episodes, at_once * ranks.count):
         chunk = range(first, min(first + at_once * ranks.count, episodes))
-        mine = ranks.share(chunk)
-        rows += [part for part in ranks.gather(score(mine) if mine else None) if part is not None]
+        share = ranks.share(chunk)
+        rows += [part for part in ranks.gather(score(share) if share else None) if part is not None]
         progress(chunk.stop)
     return torch.cat(rows)
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from metaft import adapt, meta_train, models
 from metaft.config import MetaTrainConfig, Settled
 from metaft.inputs import ImageInputs
-from metaft.run import RunFolder
+from metaft.runs.folder import RunFolder
 from metaft.tasks.pool import ClassPool
 from metaft.tasks.sinusoid import SinusoidTasks
 
@@ -170,7 +170,7 @@ def meta_trained(out: Path, squares: Path, **changes: Any) -> Path:
     By the engine that needs the least time for so little: what matters is what the run leaves.
     """
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("metaft.report.draw_pictures", lambda *_: [])
+        patch.setattr("metaft.runs.report.draw_pictures", lambda *_: [])
         settings = {**IMAGES, "engine": "vmap", "dataset": f"folder:{squares}", "image_size": 8, "out": out}
         assert meta_train.main(options(settings, **changes)) == 0
     return out

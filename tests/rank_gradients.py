@@ -9,10 +9,10 @@ import scenarios
 import torch
 import toys
 
-from metaft import algorithms, outer
+from metaft import algorithms, engines, outer
 from metaft.algorithms import Algorithm
-from metaft.group import join
-from metaft.ranks import Ranks
+from metaft.dist.group import join
+from metaft.dist.ranks import Ranks
 
 MEMBERS: dict[str, Callable[[Any], Algorithm]] = {
     "maml": lambda model: algorithms.maml(model, inner_lr=0.1, inner_steps=2),
@@ -35,7 +35,7 @@ def meta_gradient(member: str, dtype: torch.dtype, ranks: Ranks, model: str = "m
     data = scenarios.episodes(tasks=TASKS, dtype=dtype)
     share = ranks.share(range(TASKS))
     mine = type(data)(*(t[share.start : share.stop] for t in data))
-    with outer.engine("threads", threads=1, chunk=1) as engine:
+    with engines.engine("threads", threads=1, chunk=1) as engine:
         return outer.meta_gradient(engine, algorithm, meta, state, mine, step=3, ranks=ranks)
 
 

@@ -15,9 +15,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from metaft import training
+from metaft.dist.ranks import Ranks
 from metaft.errors import MetaftError
-from metaft.ranks import Ranks
+from metaft.runs import training
 
 
 def arrange(at: int, what: str) -> None:

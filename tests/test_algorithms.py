@@ -13,7 +13,7 @@ import torch
 import toys
 from torch import Tensor
 
-from metaft import algorithms, outer
+from metaft import algorithms, engines, outer
 from metaft.algorithms import ALGORITHMS, Algorithm
 from metaft.algorithms.meta_sgd import RATE
 from metaft.errors import MetaftError
@@ -139,7 +139,9 @@ every_norm = pytest.mark.parametrize("norm", NORMS)
 every_model = pytest.mark.parametrize("model_name", ["conv4", "conv4-pool", "mlp"])
 
 
-def gradient(algorithm: Algorithm, engine: outer.Engine, data: Any, meta: Params, state: Params) -> outer.MetaGradient:
+def gradient(
+    algorithm: Algorithm, engine: engines.Engine, data: Any, meta: Params, state: Params
+) -> outer.MetaGradient:
     return outer.meta_gradient(engine, algorithm, meta, state, data, step=3)
 
 
@@ -157,7 +159,7 @@ def test_batched_equals_looped(row: Row, norm: Norm, model_name: str) -> None:
     meta, state = algorithm.init(5)
     data = scenarios.data_for(algorithm)
     results = []
-    for make in (outer.Threads(1, 1), outer.Threads(2, 3), outer.Vmap(), outer.Vmap(chunk=3)):
+    for make in (engines.Threads(1, 1), engines.Threads(2, 3), engines.Vmap(), engines.Vmap(chunk=3)):
         results.append(gradient(algorithm, make, data, meta, state))
         make.close()
     for other in results[1:]:
@@ -172,7 +174,7 @@ def test_batched_equals_looped(row: Row, norm: Norm, model_name: str) -> None:
 def test_gradient_has_metas_names_and_shapes_and_reaches_it(row: Row, norm: Norm) -> None:
     algorithm = row.build(scenarios.model(dropout=row.dropout), norm)
     meta, state = algorithm.init(5)
-    with outer.engine("threads", threads=1) as engine:
+    with engines.engine("threads", threads=1) as engine:
         result = gradient(algorithm, engine, scenarios.data_for(algorithm), meta, state)
     assert {k: g.shape for k, g in result.grads.items()} == {k: p.shape for k, p in meta.items()}
     assert all(bool(g.isfinite().all()) for g in result.grads.values())
@@ -197,7 +199,7 @@ def test_all_that_was_learned_is_in_meta(row: Row) -> None:
         fast = algorithm.adapt(
             meta, state, task.support_x, task.support_y, task.key, ways=3, steps=2 if row.adapts else 0, trajectory=True
         )
-        with outer.engine("threads", threads=1) as engine:
+        with engines.engine("threads", threads=1) as engine:
             result = gradient(algorithm, engine, scenarios.data_for(algorithm, tasks=1), meta, state)
         found.append((fast, [algorithm.predict(at_step(fast, 0), task.query_x, n) for n in NORMS], result))
     assert_same(*found)
@@ -216,7 +218,7 @@ def test_inputs_are_left_alone_and_the_same_seed_gives_the_same_bits(row: Row, n
     data = scenarios.data_for(algorithm, dtype=torch.float32)
     before = copy.deepcopy((meta, state, data))
     generator = torch.get_rng_state()
-    with outer.engine("threads", threads=2) as engine:
+    with engines.engine("threads", threads=2) as engine:
         first = gradient(algorithm, engine, data, meta, state)
         second = gradient(algorithm, engine, data, meta, state)
     assert_same(again, meta)
@@ -240,7 +242,7 @@ def test_meta_gradient_against_finite_differences(row: Row, norm: Norm, model_na
     def value(at: Params) -> float:
         return sum(float(task_loss(at, state, knobs, scenarios.one(data, i))[0]) for i in range(2)) / 2
 
-    with outer.engine("threads", threads=1) as engine:
+    with engines.engine("threads", threads=1) as engine:
         grads = gradient(algorithm, engine, data, meta, state).grads
     g = torch.Generator().manual_seed(0)
     h = 1e-8  # small: a ReLU that switches between the two points would count as error

@@ -9,7 +9,7 @@ import scenarios
 import torch
 from torch import Tensor, nn
 
-from metaft import algorithms, inner_augment, models, outer
+from metaft import algorithms, engines, inner_augment, models, outer
 from metaft.algorithms import Algorithm
 from metaft.algorithms.gradient import by_gradient
 from metaft.models import Model
@@ -92,7 +92,7 @@ def plainly(model: Model, **hyper: Any) -> Algorithm:
 
 
 def gradient(algorithm: Algorithm, data: Episode, engine: str = "threads") -> Params:
-    with outer.engine(engine, threads=1) as mapped:
+    with engines.engine(engine, threads=1) as mapped:
         return outer.meta_gradient(mapped, algorithm, *algorithm.init(0), data).grads
 
 

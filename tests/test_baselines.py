@@ -16,13 +16,13 @@ import torch.nn.functional as F
 from helpers import images, pool
 from torch import Tensor, nn
 
-from metaft import algorithms, evaluate, meta_train, outer
+from metaft import algorithms, engines, evaluate, meta_train, outer
 from metaft.algorithms.baseline import CLASSES, fit
 from metaft.config import EvaluateConfig, MetaTrainConfig, read_toml
 from metaft.defaults import resolve
 from metaft.errors import MetaftError
-from metaft.run import read_rows
-from metaft.training import load_snapshot
+from metaft.runs.folder import read_rows
+from metaft.runs.snapshot import load_snapshot
 from metaft.types import NORMS, Episode, Norm, Params
 
 
@@ -69,7 +69,7 @@ def test_matching_nets_attention_survives_a_scale_at_which_probabilities_vanish(
     member = algorithms.matching_net(scenarios.model(dtype=torch.float32), scale=2000.0)
     data = scenarios.episodes(dtype=torch.float32)
     meta, state = member.init(0)
-    with outer.engine("vmap") as engine:
+    with engines.engine("vmap") as engine:
         found = outer.meta_gradient(engine, member, meta, state, data)
     assert math.isfinite(found.metrics["loss"])
     assert all(bool(g.isfinite().all()) for g in found.grads.values())
@@ -99,7 +99,7 @@ def test_pre_training_is_the_cross_entropy_of_all_classes(name: str, classes: in
         losses.append(F.cross_entropy(logits, y))
         right.append((logits.argmax(1) == y).double().mean())
     torch.stack(losses).mean().backward()
-    with outer.engine("threads", threads=1) as engine:
+    with engines.engine("threads", threads=1) as engine:
         found = outer.meta_gradient(engine, member, meta, state, data)
     expected = {k: v.grad for k, v in leaves.items() if v.grad is not None}
     assert scenarios.relative_error(found.grads, expected) < 1e-12
@@ -184,7 +184,7 @@ def test_pre_trained_heads_share_no_random_numbers_with_the_backbone(name: str) 
 
 @pytest.fixture
 def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("metaft.report.draw_pictures", lambda *_: [])
+    monkeypatch.setattr("metaft.runs.report.draw_pictures", lambda *_: [])
 
 
 def test_defaults_of_the_baselines() -> None:

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import family, sinusoid
 from benchmarks.peers import child
 from benchmarks.peers.workloads import WORKLOADS, Options, draw_params
-from metaft import algorithms, models
+from metaft import algorithms, engines, models
 from metaft.algorithms import ALGORITHMS, hyper_parameters
 from metaft.options import flat
 
@@ -27,7 +27,7 @@ Text = pytest.CaptureFixture[str]
 
 @pytest.fixture(autouse=True)
 def _one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr("metaft.report.draw_pictures", lambda *_: [])
+    monkeypatch.setattr("metaft.runs.report.draw_pictures", lambda *_: [])
     with one_thread():
         yield
 
@@ -75,7 +75,7 @@ def test_unicorn_maml_of_one_output_is_maml() -> None:
     for name in ("unicorn-maml", "maml"):
         member = algorithms.build(name, model, {"loss": "mse", "inner_lr": 0.01, "inner_steps": 2})
         meta, state = member.init(0)
-        with outer.engine("threads", threads=1) as engine:
+        with engines.engine("threads", threads=1) as engine:
             found.append(outer.meta_gradient(engine, member, meta, state, tasks).grads)
     assert found[0].keys() == found[1].keys()
     assert all(g.any() and torch.equal(found[0][k], g) for k, g in found[1].items())
@@ -101,7 +101,7 @@ def test_every_member_with_an_inner_loop_learns_curves(name: str) -> None:
         tasks = Sinusoid().source(shots=5, query_shots=5).episodes(0, "train", range(8))
     adam = torch.optim.Adam(meta.values(), lr=1e-2)
     losses = []
-    with outer.engine("vmap") as engine:
+    with engines.engine("vmap") as engine:
         for step in range(30):
             found = outer.meta_gradient(engine, member, meta, state, tasks, step=step)
             for k, p in meta.items():

@@ -247,7 +247,7 @@ def test_matplotlib_says_nothing_of_a_home_that_is_missing(home: str | None, tmp
         "import pwd\n"
         "def nobody(*_): raise KeyError('uid not found')\n"
         "pwd.getpwuid = nobody\n"
-        "from metaft.drawing import font_folder\n"
+        "from metaft.support.drawing import font_folder\n"
         "import metaft.plots\n"
         "assert font_folder().is_dir()\n"
     )

@@ -16,8 +16,8 @@ import safetensors.torch
 import torch
 from helpers import file_size_limit
 
-from metaft import checkpoint
 from metaft.errors import CheckpointError
+from metaft.runs import checkpoint
 
 TENSORS = {"w": torch.tensor([1.5, -2.0, 0.25]), "n": torch.tensor(7)}
 HEADER = {"step": 3, "names": ["a", "ü"], "best": None}

@@ -22,14 +22,16 @@ import torch
 from helpers import IMAGES, SINUSOID, file_size_limit, images, options, pool, remains, write_folder
 from torch import nn
 
-from metaft import evaluate, meta_train, report, testing, training, workers
+from metaft import evaluate, meta_train, testing
 from metaft.__main__ import main as metaft
-from metaft.assemble import say_what_changed, where_measured
-from metaft.config import EvaluateConfig, MetaTrainConfig
+from metaft.config import EvaluateConfig, MetaTrainConfig, read_toml
+from metaft.engines import workers
 from metaft.errors import MetaftError
 from metaft.options import options as options_of
-from metaft.run import read_rows
-from metaft.training import load_snapshot
+from metaft.runs import report, training
+from metaft.runs.folder import read_rows
+from metaft.runs.machine import say_what_changed, where_measured
+from metaft.runs.snapshot import load_snapshot
 
 Text = pytest.CaptureFixture[str]
 
@@ -229,7 +231,7 @@ def test_the_command_line_wins_over_the_file(tmp_path: Path):
     (tmp_path / "c.toml").write_text("".join(lines))
     out = tmp_path / "r"
     assert meta_train.main(["--config", f"{tmp_path}/c.toml", "--seed", "6", "--adapt-norm", "--out", str(out)]) == 0
-    config = meta_train.read_toml(out / "config.toml")
+    config = read_toml(out / "config.toml")
     assert (config["iterations"], config["seed"], config["adapt_norm"]) == (3, 6, True)
 
 
@@ -368,7 +370,7 @@ def test_a_resumed_run_may_be_computed_otherwise_and_longer(copy: Path, capsys: 
     assert "processor" not in said
     result = json.loads((copy / "result.json").read_text())
     assert (result["iterations"], result["test"]["inductive"]["episodes"]) == (9, 6)
-    assert meta_train.read_toml(copy / "config.toml")["iterations"] == 9
+    assert read_toml(copy / "config.toml")["iterations"] == 9
     assert [r["step"] for r in read_rows(copy / "metrics.jsonl") if r["kind"] == "val"] == [3, 6, 7, 9]
 
 
@@ -436,7 +438,7 @@ def test_a_signal_leaves_a_checkpoint_and_the_command_to_go_on(
 
 
 def test_a_signal_before_training_is_no_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Text):
-    monkeypatch.setattr("metaft.assemble.assemble", lambda *_, **__: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr("metaft.runs.assemble.assemble", lambda *_, **__: signal.raise_signal(signal.SIGINT))
     former = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background may start without it
     try:
         assert meta_train.main([*options(SINUSOID), "--out", str(tmp_path / "r")]) == 130

@@ -17,14 +17,15 @@ from torch import Tensor, nn
 from torch.func import grad, vmap
 from torch.utils import _pytree as pytree
 
-from metaft import algorithms, assemble, models, outer
+from metaft import algorithms, engines, models, outer
 from metaft.config import MetaTrainConfig
 from metaft.meta_train import resume_run, run
 from metaft.models import convolution
 from metaft.models.convolution import Form, Shape, TaskConv2d
 from metaft.models.functional import plain_operations
 from metaft.models.recomputed import recomputed
-from metaft.training import load_snapshot
+from metaft.runs import compute
+from metaft.runs.snapshot import load_snapshot
 from metaft.types import Params
 
 SHAPE = Shape(2, 3, (3, 3), (1, 1), (1, 1), (1, 1), 6, 5, 2, 4, True, False, "torch.float64")
@@ -114,7 +115,7 @@ def test_the_meta_gradient_is_the_same_in_both_forms(name: str, change: Any) -> 
     algorithm = member(change(scenarios.model(name)))
     meta, state = algorithm.init(0)
     data, found, used = scenarios.episodes(), {}, []
-    with outer.engine("vmap") as engine, plain_operations():
+    with engines.engine("vmap") as engine, plain_operations():
         for form in convolution.FORMS:
             with convolution.forms(lambda shape, form=form: used.append(form) or form):
                 found[form] = outer.meta_gradient(engine, algorithm, meta, state, data)
@@ -145,7 +146,7 @@ def test_what_is_recomputed_keeps_its_form_where_the_context_is_gone() -> None:
 def test_the_shapes_of_a_meta_step_tell_own_weights_from_shared_ones_and_data_from_features() -> None:
     algorithm = member(scenarios.model("conv4"), inner_steps=1)
     meta, state = algorithm.init(0)
-    with outer.engine("vmap") as engine, plain_operations():
+    with engines.engine("vmap") as engine, plain_operations():
         knobs = algorithm.schedule(0)
         step = outer.task_grad_of(algorithm)
         found = convolution.shapes_of(lambda: engine.sum(step, (meta, state, knobs), scenarios.episodes()))
@@ -283,7 +284,7 @@ def test_a_run_trains_in_the_forms_it_chose_and_goes_on_in_them(
 ) -> None:
     pool, last = scenarios.noise_pool(), "checkpoints/last.safetensors"
     run(settings(tmp_path / "plain", iterations=4), dataset=pool, module=module())
-    monkeypatch.setattr(assemble, "times_convolutions", lambda *given: True)
+    monkeypatch.setattr(compute, "times_convolutions", lambda *given: True)
     clock = Clock(grouped=2.0, im2col=1.0)
     monkeypatch.setattr(convolution, "seconds", lambda shape, form, device, record: clock(shape, form))
     used: list[Shape] = []
@@ -313,7 +314,7 @@ def test_a_run_trains_in_the_forms_it_chose_and_goes_on_in_them(
 def test_recorded_steps_in_each_form_are_the_cpus_in_float64(form: Any) -> None:
     from test_static import Wide, apart, begun, settings, taken, walked
 
-    from metaft.static import StaticSteps, recorded
+    from metaft.outer.static import StaticSteps, recorded
 
     config = settings()
     made = member(scenarios.model("conv4"))
@@ -324,7 +325,7 @@ def test_recorded_steps_in_each_form_are_the_cpus_in_float64(form: Any) -> None:
     data = scenarios.noise_pool(classes=30, per_class=6).to("cuda")
     there = Wide(data.source(ways=3, shots=1, query_shots=2, rotate=True), "cuda")
     device = torch.device("cuda")
-    with outer.engine("graph", device="cuda") as engine:
+    with engines.engine("graph", device="cuda") as engine:
         shared = (start.meta, start.state, algorithm.schedule(0))
         step = outer.task_grad_of(algorithm)
         shapes = convolution.shapes_of(lambda: engine.sum(step, shared, there.episodes(0, "train", range(4))))

@@ -12,18 +12,18 @@ import scenarios
 import torch
 from torch import Tensor, nn
 
-from metaft import algorithms, inner_augment, keyed, models, outer
+from metaft import algorithms, engines, inner_augment, keyed, models, outer
 from metaft.errors import MetaftError
 from metaft.models import EpisodeDropout, Model, use_dropout
 from metaft.models.dropout import episode_dropout
 from metaft.types import Params
 
 ENGINES = [
-    lambda: outer.Threads(1, 1),
-    lambda: outer.Threads(2, 1),
-    lambda: outer.Processes(2, 1),
-    lambda: outer.Threads(1, 2),
-    lambda: outer.Vmap(),
+    lambda: engines.Threads(1, 1),
+    lambda: engines.Threads(2, 1),
+    lambda: engines.Processes(2, 1),
+    lambda: engines.Threads(1, 2),
+    lambda: engines.Vmap(),
 ]
 
 

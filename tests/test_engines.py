@@ -23,8 +23,10 @@ import scenarios
 import torch
 from torch import Tensor
 
-from metaft import algorithms, outer, workers
+from metaft import algorithms, engines, outer
+from metaft.engines import batching, workers
 from metaft.errors import MetaftError
+from metaft.outer import tuning
 from metaft.types import Params
 
 needs_fork = pytest.mark.skipif(not workers.available(), reason="this system cannot fork")
@@ -80,7 +82,7 @@ def looped_once(name: str, model: str, norm: str) -> tuple[algorithms.Algorithm,
 def test_engines_agree_in_float64(name: str, model: str, norm: str, spec: tuple[str, int, int | None]) -> None:
     algorithm, data, expected = looped_once(name, model, norm)
     engine_name, threads, chunk = spec
-    with outer.engine(engine_name, threads=threads, chunk=chunk) as engine:
+    with engines.engine(engine_name, threads=threads, chunk=chunk) as engine:
         found = outer.meta_gradient(engine, algorithm, *algorithm.init(0), data)
     assert close(found.grads, expected)
 
@@ -107,7 +109,7 @@ def agrees_compiled(name: str, inner_steps: int) -> None:
     algorithm = algorithms.build(name, scenarios.model("mlp"), few)
     meta, state = algorithm.init(0)
     data = scenarios.data_for(algorithm, tasks=5)
-    with outer.engine("compiled") as engine:
+    with engines.engine("compiled") as engine:
         for scale in (1.0, 0.5):  # the second time with other numbers in the compiled function
             scaled = {k: v * scale for k, v in meta.items()}
             found = outer.meta_gradient(engine, algorithm, scaled, state, data)
@@ -156,7 +158,7 @@ def test_kernels_that_compute_anything_are_refused_and_their_folder_named(
     dtype = torch.float64 if precision == "float64" else torch.float32
 
     def gradient(scale: float = 1.0) -> None:
-        with outer.engine("compiled") as engine:
+        with engines.engine("compiled") as engine:
             tasks = torch.arange(1.0, 4.0, dtype=dtype)[:, None] * scale
             outer.meta_gradient(engine, toy(in_precision(precision)), {"w": torch.ones(4, dtype=dtype)}, {}, tasks)
 
@@ -191,7 +193,7 @@ def test_every_fork_waits_for_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[float] = []
     monkeypatch.setattr(workers, "wait_for_threads", asked.append)
     algorithm = algorithms.maml(scenarios.model(), inner_lr=0.1, inner_steps=1)
-    with outer.engine("processes", threads=1) as engine:
+    with engines.engine("processes", threads=1) as engine:
         outer.meta_gradient(engine, algorithm, *algorithm.init(0), scenarios.episodes(tasks=2))
     assert len(asked) == 2, "once for the process that tells what results look like, once for the workers"
     assert min(asked) > 0
@@ -203,7 +205,7 @@ def test_what_cannot_be_compiled_is_an_error_and_no_traceback() -> None:
             return algorithms.TaskGrad({"w": task}, {}, {})
         return algorithms.TaskGrad({"w": -task}, {}, {})
 
-    with outer.engine("compiled") as engine, pytest.raises(MetaftError, match=r"engine: torch\.compile failed"):
+    with engines.engine("compiled") as engine, pytest.raises(MetaftError, match=r"engine: torch\.compile failed"):
         outer.meta_gradient(engine, toy(grad), {"w": torch.ones(1)}, {}, torch.ones(3, 1))
 
 
@@ -219,10 +221,10 @@ def test_processes_give_the_bits_of_threads_whatever_their_number(chunk: int) ->
     algorithm = algorithms.maml(scenarios.model(dtype=torch.float32), inner_lr=0.1, inner_steps=2)
     meta, state = algorithm.init(0)
     data = scenarios.episodes(tasks=10, dtype=torch.float32)
-    with outer.engine("threads", threads=1, chunk=chunk) as engine:
+    with engines.engine("threads", threads=1, chunk=chunk) as engine:
         expected = outer.meta_gradient(engine, algorithm, meta, state, data)
     for count in (1, 2, 3):
-        with outer.engine("processes", threads=count, chunk=chunk) as engine:
+        with engines.engine("processes", threads=count, chunk=chunk) as engine:
             for _ in range(2):
                 found = outer.meta_gradient(engine, algorithm, meta, state, data)
                 assert found.metrics == expected.metrics
@@ -230,11 +232,11 @@ def test_processes_give_the_bits_of_threads_whatever_their_number(chunk: int) ->
 
 
 @pytest.fixture
-def processes() -> Iterator[outer.Processes]:
+def processes() -> Iterator[engines.Processes]:
     if not workers.available():
         pytest.skip("this system cannot fork")
-    with outer.engine("processes", threads=2, chunk=2) as engine:
-        assert isinstance(engine, outer.Processes)
+    with engines.engine("processes", threads=2, chunk=2) as engine:
+        assert isinstance(engine, engines.Processes)
         yield engine
 
 
@@ -242,7 +244,7 @@ def scaled(shared: Tensor, task: Tensor) -> Tensor:
     return shared * task
 
 
-def test_results_of_processes_are_their_own(processes: outer.Processes) -> None:
+def test_results_of_processes_are_their_own(processes: engines.Processes) -> None:
     """They come out of memory that the next call writes to."""
     tasks = torch.arange(6.0)[:, None]
     first = list(processes.map(scaled, torch.tensor(2.0), tasks))
@@ -255,7 +257,7 @@ def test_results_of_processes_are_their_own(processes: outer.Processes) -> None:
     assert [float(v) for v in processes.map(scaled, torch.tensor(1.0), torch.ones(9, 1))] == [1.0] * 9  # and more
 
 
-def test_an_error_in_a_process_reaches_the_caller_and_work_goes_on(processes: outer.Processes) -> None:
+def test_an_error_in_a_process_reaches_the_caller_and_work_goes_on(processes: engines.Processes) -> None:
     def fail(shared: Tensor, task: Tensor) -> Tensor:
         if int(task) in (3, 5):
             raise MetaftError(f"task {int(task)}")
@@ -267,7 +269,7 @@ def test_an_error_in_a_process_reaches_the_caller_and_work_goes_on(processes: ou
     assert len(list(processes.map(fail, torch.zeros(()), torch.zeros(6)))) == 6
 
 
-def test_an_error_in_the_first_call_reaches_the_caller(processes: outer.Processes) -> None:
+def test_an_error_in_the_first_call_reaches_the_caller(processes: engines.Processes) -> None:
     class Odd(Exception):
         """Local, so it cannot be pickled."""
 
@@ -278,7 +280,7 @@ def test_an_error_in_the_first_call_reaches_the_caller(processes: outer.Processe
         processes.sum(fail, torch.zeros(()), torch.zeros(4))
 
 
-def test_a_worker_that_dies_is_named(processes: outer.Processes) -> None:
+def test_a_worker_that_dies_is_named(processes: engines.Processes) -> None:
     def die(shared: Tensor, task: Tensor) -> Tensor:
         if int(task):
             os.kill(os.getpid(), signal.SIGKILL)
@@ -290,7 +292,7 @@ def test_a_worker_that_dies_is_named(processes: outer.Processes) -> None:
 
 
 @pytest.mark.parametrize("victim", [0, 1])
-def test_one_worker_of_two_that_dies_is_noticed(processes: outer.Processes, victim: int) -> None:
+def test_one_worker_of_two_that_dies_is_noticed(processes: engines.Processes, victim: int) -> None:
     """The other one must not keep its pipe open."""
     list(processes.map(scaled, torch.ones(()), torch.ones(4)))
     (workers_,) = processes._workers.values()
@@ -302,7 +304,7 @@ def test_one_worker_of_two_that_dies_is_noticed(processes: outer.Processes, vict
     assert [float(v) for v in processes.map(scaled, torch.ones(()), torch.ones(4))] == [1.0] * 4
 
 
-def test_answers_to_an_interrupted_call_are_not_taken_for_the_next_ones(processes: outer.Processes) -> None:
+def test_answers_to_an_interrupted_call_are_not_taken_for_the_next_ones(processes: engines.Processes) -> None:
     def slow(shared: Tensor, task: Tensor) -> Tensor:
         time.sleep(0.3 * float(shared > 1))
         return shared * task
@@ -324,7 +326,7 @@ def test_answers_to_an_interrupted_call_are_not_taken_for_the_next_ones(processe
         assert [float(v) for v in processes.map(slow, torch.tensor(factor), tasks)] == [factor * i for i in range(4)]
 
 
-def test_shared_tensors_of_another_shape_get_workers_of_their_own(processes: outer.Processes) -> None:
+def test_shared_tensors_of_another_shape_get_workers_of_their_own(processes: engines.Processes) -> None:
     def total(shared: Tensor, task: Tensor) -> Tensor:
         return shared.sum() * task
 
@@ -332,7 +334,7 @@ def test_shared_tensors_of_another_shape_get_workers_of_their_own(processes: out
         assert [float(v) for v in processes.map(total, torch.ones(length), torch.ones(2))] == [length] * 2
 
 
-def test_a_signal_to_all_processes_is_the_parents_to_answer(processes: outer.Processes) -> None:
+def test_a_signal_to_all_processes_is_the_parents_to_answer(processes: engines.Processes) -> None:
     processes.sum(scaled, torch.ones(()), torch.ones(4))
     for each in processes._workers.values():
         for worker in each._processes:
@@ -345,9 +347,9 @@ def test_a_signal_to_all_processes_is_the_parents_to_answer(processes: outer.Pro
 @needs_fork
 def test_a_program_that_forgets_to_close_ends_all_the_same() -> None:
     code = (
-        "import torch; from metaft import outer\n"
+        "import torch; from metaft import engines\n"
         "def f(s, t): return t\n"
-        "print(outer.Processes(2, 1).sum(f, torch.zeros(()), torch.ones(2)))\n"
+        "print(engines.Processes(2, 1).sum(f, torch.zeros(()), torch.ones(2)))\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert "2." in done.stdout
@@ -366,7 +368,7 @@ def children() -> set[int]:
 @pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs /proc")
 def test_no_process_is_left() -> None:
     before = children()
-    with outer.engine("processes", threads=2) as engine:
+    with engines.engine("processes", threads=2) as engine:
         engine.sum(scaled, torch.zeros(()), torch.zeros(4))
         assert len(children() - before) == 2
         for i in range(9):  # functions that come and go do not pile up
@@ -383,9 +385,9 @@ def test_no_process_is_left() -> None:
 @pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs /proc")
 def test_workers_end_with_a_parent_that_is_killed() -> None:
     code = (
-        "import torch, time; from metaft import outer\n"
+        "import torch, time; from metaft import engines\n"
         "def f(s, t): return t\n"
-        "with outer.engine('processes', threads=2, chunk=1) as e:\n"
+        "with engines.engine('processes', threads=2, chunk=1) as e:\n"
         "    e.sum(f, torch.zeros(()), torch.zeros(2))\n"
         "    print(*[w.pid for v in e._workers.values() for w in v._processes], flush=True)\n"
         "    time.sleep(60)\n"
@@ -404,23 +406,23 @@ def test_workers_end_with_a_parent_that_is_killed() -> None:
 def test_processes_are_refused_on_a_gpu() -> None:
     with (
         pytest.raises(MetaftError, match="engine: processes are for the CPU, not for cuda"),
-        outer.engine("processes", device="cuda"),
+        engines.engine("processes", device="cuda"),
     ):
         pass
 
 
 def test_small_tasks_share_calls_and_large_ones_do_not() -> None:
-    assert outer.task_chunk(7_840, 32, 2) == 16
-    assert outer.task_chunk(62_720, 32, 2) == 8
-    assert outer.task_chunk(1_693_440, 4, 2) == 1
-    assert outer.task_chunk(7_840, 16, 8) == 2  # no process is left without work
-    assert outer.task_chunk(7_840, 1, 8) == 1
+    assert engines.task_chunk(7_840, 32, 2) == 16
+    assert engines.task_chunk(62_720, 32, 2) == 8
+    assert engines.task_chunk(1_693_440, 4, 2) == 1
+    assert engines.task_chunk(7_840, 16, 8) == 2  # no process is left without work
+    assert engines.task_chunk(7_840, 1, 8) == 1
 
 
 def test_tune_tries_engines_and_puts_the_fastest_first() -> None:
     algorithm = algorithms.maml(scenarios.model("mlp"), inner_lr=0.1)
     meta, state = algorithm.init(0)
-    found = outer.tune(
+    found = tuning.tune(
         algorithm, meta, state, scenarios.episodes(tasks=4), convolutional=False, threads=2, seconds=0.02
     )
     assert list(found.values()) == sorted(found.values())
@@ -430,7 +432,7 @@ def test_tune_tries_engines_and_puts_the_fastest_first() -> None:
 
 def scarce(monkeypatch: pytest.MonkeyPatch, most: int) -> list[int]:
     """A device with memory for `most` tasks at once; returns the sizes that are tried."""
-    real, tried = outer.vmapped, []
+    real, tried = batching.vmapped, []
 
     def vmapped(fn: Any, shared: Any, tasks: Any) -> Any:
         tried.append(len(tasks.key))
@@ -438,7 +440,7 @@ def scarce(monkeypatch: pytest.MonkeyPatch, most: int) -> list[int]:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. More of that")
         return real(fn, shared, tasks)
 
-    monkeypatch.setattr(outer, "vmapped", vmapped)
+    monkeypatch.setattr("metaft.engines.vmap.vmapped", vmapped)
     return tried
 
 
@@ -450,7 +452,7 @@ def test_a_batch_that_does_not_fit_is_chunked_and_gives_the_same(
     meta, state = algorithm.init(0)
     data = scenarios.episodes(tasks=5)
     tried = scarce(monkeypatch, most)
-    with outer.engine("graph") as engine:
+    with engines.engine("graph") as engine:
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             found = outer.meta_gradient(engine, algorithm, meta, state, data)
@@ -468,7 +470,7 @@ def test_a_task_that_does_not_fit_is_one_line(monkeypatch: pytest.MonkeyPatch) -
     algorithm = algorithms.maml(scenarios.model())
     scarce(monkeypatch, 0)
     with (
-        outer.engine("vmap") as engine,
+        engines.engine("vmap") as engine,
         pytest.raises(MetaftError, match=r"^engine: not even one task fits .*\(CUDA out of memory\); try --inner-ch"),
     ):
         outer.meta_gradient(engine, algorithm, *algorithm.init(0), scenarios.episodes(tasks=5))

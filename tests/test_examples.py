@@ -17,7 +17,7 @@ import scenarios
 import torch
 from helpers import images, sinusoid, write_folder
 
-from metaft import MetaTrainConfig, meta_train, outer
+from metaft import MetaTrainConfig, engines, meta_train, outer
 from metaft.types import NORMS, Params
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -52,7 +52,7 @@ def test_the_examples_are_short() -> None:
 
 @pytest.fixture
 def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("metaft.report.draw_pictures", lambda *_: [])
+    monkeypatch.setattr("metaft.runs.report.draw_pictures", lambda *_: [])
 
 
 @pytest.mark.usefixtures("_no_pictures", "own_algorithms")
@@ -76,7 +76,7 @@ def test_the_new_algorithm_has_the_exact_gradient() -> None:
         tasks = (scenarios.one(data, i) for i in range(2))
         return sum(float(member.task_loss(at, state, {}, task)[0].detach()) for task in tasks) / 2
 
-    with outer.engine("vmap") as engine:
+    with engines.engine("vmap") as engine:
         grads = outer.meta_gradient(engine, member, meta, state, data).grads
     g, h = torch.Generator().manual_seed(0), 1e-8
     v = {k: torch.randint(2, p.shape, generator=g).double() * 2 - 1 for k, p in meta.items()}

@@ -12,11 +12,11 @@ from typing import Annotated, Any
 import pytest
 
 from metaft import adapt, evaluate, meta_train, predict
-from metaft.checkpoint import load
 from metaft.config import AdaptConfig, EvaluateConfig, MetaTrainConfig, PredictConfig, Settled, read_toml, to_toml
 from metaft.errors import MetaftError
 from metaft.flags import flag, parse
 from metaft.options import Group, Option, Settings, flat, from_mapping, options
+from metaft.runs.checkpoint import load
 from metaft.settings import InnerMethod, Recipe, TaskSettings
 
 COMMANDS: dict[str, Any] = {"meta_train": meta_train, "evaluate": evaluate, "adapt": adapt, "predict": predict}

@@ -18,8 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from metaft import adapt, meta_train, report
-from metaft.assemble import open_run
+from metaft import adapt, meta_train
 from metaft.config import AdaptConfig, EvaluateConfig, MetaTrainConfig, PredictConfig, read_toml
 from metaft.errors import DataError, MetaftError
 from metaft.finetune import study, target
@@ -27,7 +26,9 @@ from metaft.finetune.classifier import load
 from metaft.inputs.listing import list_below
 from metaft.inputs.reading import open_image
 from metaft.options import flat, from_mapping, options
-from metaft.run import RunFolder, cut_back, read_rows
+from metaft.runs import report
+from metaft.runs.assemble import open_run
+from metaft.runs.folder import RunFolder, cut_back, read_rows
 from metaft.tasks import folder
 
 CONFIGS: list[Any] = [MetaTrainConfig, AdaptConfig, EvaluateConfig, PredictConfig]

@@ -18,8 +18,9 @@ import torch
 from helpers import images, pool, remains
 from torch import Tensor, nn
 
-from metaft import algorithms, evaluate, meta_train, models, outer, workers
+from metaft import algorithms, engines, evaluate, meta_train, models, outer
 from metaft.cli import StopSignals
+from metaft.engines import workers
 from metaft.errors import Interrupted, MetaftError, MetaftWarning
 from metaft.models import handed
 from metaft.models.plain import plain_layers
@@ -102,7 +103,7 @@ class Tokens:
 
 @pytest.fixture
 def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("metaft.report.draw_pictures", lambda *_: [])
+    monkeypatch.setattr("metaft.runs.report.draw_pictures", lambda *_: [])
 
 
 @pytest.fixture
@@ -180,7 +181,7 @@ def test_functions_that_are_compiled_run_as_written_and_what_others_compile_stay
 
     model = models.functional(Hidden(side=16))
     data = scenarios.episodes(dtype=torch.float32)
-    with outer.engine("threads", threads=2, chunk=1) as engine:
+    with engines.engine("threads", threads=2, chunk=1) as engine:
         outer.meta_gradient(engine, algorithms.maml(model, inner_lr=0.1), model.params, {}, data)
     assert seen == []
     assert double(torch.ones(2)).tolist() == [2, 2]
@@ -211,7 +212,7 @@ def test_a_wait_for_a_worker_ends_on_a_signal(number: int, at: str, monkeypatch:
 
     timer = threading.Timer(0.5, lambda: signal.pthread_kill(threading.main_thread().ident or 0, number))
     timer.name = workers.OWN_THREADS  # another one would be a reason not to fork
-    with outer.engine("processes", threads=2, chunk=1) as engine:
+    with engines.engine("processes", threads=2, chunk=1) as engine:
         if at == "a later call":
             engine.sum(slow, torch.zeros(()), torch.ones(4))
         with StopSignals(message="stopped; all is well") as signals:
@@ -232,10 +233,10 @@ def test_nothing_is_forked_where_the_users_code_may_wait_for_a_thread(
     kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In a forked worker the thread is not there, and what waits for it waits for ever."""
-    with ThreadPoolExecutor(1, "the user's") as users, outer.engine("processes", threads=2, chunk=1) as engine:
+    with ThreadPoolExecutor(1, "the user's") as users, engines.engine("processes", threads=2, chunk=1) as engine:
         engine.sum(lambda shared, task: task, torch.ones(()), torch.ones(4))
         assert workers.multiprocessing.active_children()
-        with outer.engine("threads", threads=2, chunk=1) as other:  # metaft's own threads are no obstacle
+        with engines.engine("threads", threads=2, chunk=1) as other:  # metaft's own threads are no obstacle
             other.sum(lambda shared, task: task, torch.ones(()), torch.ones(4))
             assert workers.others() == []
 
@@ -400,7 +401,7 @@ def test_layers_give_what_pytorchs_give_and_the_same_meta_gradient_on_every_engi
     expected = scenarios.maml_reference(net, model.params, data, lr=0.1, steps=1, first_order=False)
     maml = algorithms.maml(model, inner_lr=0.1)
     for engine, chunk in (("threads", 1), ("vmap", None)):
-        with outer.engine(engine, threads=1, chunk=chunk) as mapped:
+        with engines.engine(engine, threads=1, chunk=chunk) as mapped:
             found = outer.meta_gradient(mapped, maml, model.params, {}, data).grads
         assert scenarios.relative_error(found, expected) < 1e-11, (engine, chunk)
 
@@ -434,7 +435,7 @@ def test_the_meta_gradient_of_tokens_is_the_same_on_every_engine(padding: int | 
     assert padding is None or not expected["words.weight"][padding].any()
     maml = algorithms.maml(model, inner_lr=0.1, inner_steps=2)
     for engine, chunk in (("threads", 1), ("threads", 3), ("vmap", None)):
-        with outer.engine(engine, threads=1, chunk=chunk) as mapped:
+        with engines.engine(engine, threads=1, chunk=chunk) as mapped:
             found = outer.meta_gradient(mapped, maml, model.params, {}, data).grads
         assert scenarios.relative_error(found, expected) < 1e-12, (engine, chunk)
 
@@ -502,7 +503,7 @@ def test_a_double_module_is_trained_in_double(tmp_path: Path) -> None:
 
 
 def meta_train_tensors(run: Path) -> dict[str, Tensor]:
-    from metaft import checkpoint
+    from metaft.runs import checkpoint
 
     return checkpoint.load(run / "checkpoints/last.safetensors")[0]
 

@@ -9,7 +9,7 @@ import scenarios
 import torch
 from torch import Tensor
 
-from metaft import algorithms, inner, outer
+from metaft import algorithms, engines, inner, outer
 from metaft.types import Params
 
 
@@ -86,7 +86,7 @@ def test_imaml_with_a_line_search_stays_finite_at_any_rate() -> None:
 
     def found(lr: float, line_search: int) -> outer.MetaGradient:
         member = algorithms.imaml(model, inner_lr=lr, inner_steps=30, line_search=line_search)
-        with outer.engine("vmap") as engine:
+        with engines.engine("vmap") as engine:
             return outer.meta_gradient(engine, member, *member.init(0), data)
 
     assert not all(bool(g.isfinite().all()) for g in found(50.0, 0).grads.values())

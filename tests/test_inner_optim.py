@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metaft import algorithms, inner, inner_optim, models, outer
+from metaft import algorithms, engines, inner, inner_optim, models, outer
 from metaft.errors import MetaftError
 from metaft.types import Episode, Params
 
@@ -56,7 +56,7 @@ def forward(p: Params, x: Tensor) -> Tensor:
 def meta_gradient(data: Episode, *, steps: int = 3, **hyper: Any) -> Params:
     algorithm = algorithms.maml(models.functional(dead_unit()), loss="mse", inner_lr=0.1, inner_steps=steps, **hyper)
     meta, state = algorithm.init(0)
-    with outer.engine("threads", threads=1) as engine:
+    with engines.engine("threads", threads=1) as engine:
         return outer.meta_gradient(engine, algorithm, meta, state, data).grads
 
 
@@ -189,7 +189,7 @@ def ours(task: Episode, name: str) -> Params:
         models.functional(alive()), loss="mse", inner_lr=0.1, inner_steps=3, inner_optimizer=name
     )
     meta, state = algorithm.init(0)
-    with outer.engine("threads", threads=1) as engine:
+    with engines.engine("threads", threads=1) as engine:
         return outer.meta_gradient(engine, algorithm, meta, state, Episode(*(t[None] for t in task))).grads
 
 

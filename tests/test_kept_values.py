@@ -16,11 +16,12 @@ from helpers import images, pool, remains, write_target
 from torch import Tensor, nn
 
 import metaft
-from metaft import adapt, algorithms, checkpoint, evaluate, meta_train, models, outer
+from metaft import adapt, algorithms, engines, evaluate, meta_train, models, outer
 from metaft.config import AdaptConfig
 from metaft.errors import CheckpointError, MetaftError, MetaftWarning
 from metaft.finetune.start import build
 from metaft.models import initialise
+from metaft.runs import checkpoint
 
 
 class Net(nn.Module):
@@ -48,7 +49,7 @@ FROZEN = ("body.weight", "body.bias")
 
 @pytest.fixture
 def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("metaft.report.draw_pictures", lambda *_: [])
+    monkeypatch.setattr("metaft.runs.report.draw_pictures", lambda *_: [])
 
 
 def last(run: Path) -> dict[str, Tensor]:
@@ -74,7 +75,7 @@ def test_no_member_moves_or_learns_what_is_frozen(name: str) -> None:
     data, task = scenarios.data_for(algorithm), scenarios.one(scenarios.episodes())
     grads = []
     for engine, chunk in (("threads", 1), ("vmap", None)):
-        with warnings.catch_warnings(), outer.engine(engine, threads=1, chunk=chunk) as mapped:
+        with warnings.catch_warnings(), engines.engine(engine, threads=1, chunk=chunk) as mapped:
             warnings.simplefilter("ignore", MetaftWarning)  # iMAML's of its curvature
             grads.append(outer.meta_gradient(mapped, algorithm, meta, state, data).grads)
     assert scenarios.relative_error(*grads) < 1e-9
@@ -97,7 +98,7 @@ def test_the_meta_gradient_takes_frozen_parameters_for_constants() -> None:
         return torch.func.functional_call(module, params, (x,))
 
     expected = scenarios.maml_reference(net, model.params, data, lr=0.1, steps=2, first_order=False)
-    with outer.engine("vmap") as engine:
+    with engines.engine("vmap") as engine:
         maml = algorithms.maml(model, inner_lr=0.1, inner_steps=2)
         found = outer.meta_gradient(engine, maml, model.params, {}, data).grads
     assert scenarios.relative_error(found, expected) < 1e-10
@@ -196,7 +197,7 @@ def test_a_run_begins_with_the_modules_values_or_with_the_seeds(tmp_path: Path) 
     first = {}
     for out, module, init in (("keep", Net(), "keep"), ("seed", Net(), "seed"), ("again", Net(1), "seed")):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("metaft.training.meta_gradient", lambda *_, **__: 1 / 0)
+            patch.setattr("metaft.runs.training.meta_gradient", lambda *_, **__: 1 / 0)
             with pytest.raises(ZeroDivisionError):
                 meta_train.run(images(tmp_path / out, model=None), dataset=pool(), module=module, init=init)  # type: ignore[arg-type]
         first[out] = last(tmp_path / out)

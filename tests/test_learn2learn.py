@@ -250,7 +250,7 @@ def test_learn2learns_data_sets_by_name(stand: list[Any], tmp_path: Path, capsys
 
 @pytest.mark.usefixtures("stand")
 def test_a_run_on_one_of_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("metaft.report.draw_pictures", lambda *_: [])
+    monkeypatch.setattr("metaft.runs.report.draw_pictures", lambda *_: [])
     words = {**IMAGES, "dataset": "l2l:mini-imagenet", "data_root": tmp_path, "image_size": 16, "iterations": 2}
     assert meta_train.main(options(words, out=tmp_path / "run")) == 0
     assert (tmp_path / "run/result.json").exists()

@@ -10,7 +10,7 @@ import scenarios
 import torch
 from torch import nn
 
-from metaft import algorithms, models, outer
+from metaft import algorithms, engines, models, outer
 from metaft.inner import value_and_grad
 from metaft.types import Episode, Params
 
@@ -32,7 +32,7 @@ def linear_task(steps: int, lr: float, *, first_order: bool) -> tuple[Params, Pa
     )
     meta, state = algorithm.init(0)
     data = Episode(x, y, qx, qy, torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
-    with outer.engine("threads", threads=1) as engine:
+    with engines.engine("threads", threads=1) as engine:
         found = outer.meta_gradient(engine, algorithm, meta, state, data).grads
 
     hessian = 2 / n * x[0].T @ x[0]
@@ -67,13 +67,13 @@ def test_conv4_against_plain_autograd(engine_name: str, steps: int, first_order:
     )
     algorithm = algorithms.maml(model, inner_lr=0.2, inner_steps=steps, first_order=first_order)
     meta, state = algorithm.init(0)
-    with outer.engine(engine_name) as engine:
+    with engines.engine(engine_name) as engine:
         found = outer.meta_gradient(engine, algorithm, meta, state, data).grads
     assert scenarios.relative_error(found, expected) < 1e-12
 
 
 def test_conv4_against_learn2learn() -> None:
-    import metaft.vision  # noqa: F401 - learn2learn imports torchvision, which this one makes importable
+    import metaft.support.vision  # noqa: F401 - learn2learn imports torchvision, which this one makes importable
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # its dependencies warn of their age
@@ -103,7 +103,7 @@ def test_conv4_against_learn2learn() -> None:
 
     algorithm = algorithms.maml(model, inner_lr=0.2, inner_steps=2)
     meta, state = algorithm.init(0)
-    with outer.engine("threads") as engine:
+    with engines.engine("threads") as engine:
         found = outer.meta_gradient(engine, algorithm, meta, state, data).grads
     assert scenarios.relative_error(found, expected) < 1e-10
 
@@ -135,7 +135,7 @@ def test_without_inner_steps_the_meta_gradient_is_the_query_gradient(change: dic
     )
     algorithm = algorithms.maml(model, **{"inner_lr": 0.4, **change})  # type: ignore[arg-type]
     meta, state = algorithm.init(0)
-    with outer.engine("threads") as engine:
+    with engines.engine("threads") as engine:
         found = outer.meta_gradient(engine, algorithm, meta, state, data).grads
     assert scenarios.relative_error(found, expected) < 1e-12
 
@@ -159,7 +159,7 @@ def test_inductive_training_differentiates_through_the_support_moments() -> None
     task = scenarios.one(data)
     algorithm = algorithms.maml(model, inner_lr=0.1, inner_steps=1, norm="inductive")
     meta, state = algorithm.init(0)
-    with outer.engine("threads", threads=1) as engine:
+    with engines.engine("threads", threads=1) as engine:
         exact = outer.meta_gradient(engine, algorithm, meta, state, data).grads
 
     leaves = {k: v.clone().requires_grad_() for k, v in meta.items()}

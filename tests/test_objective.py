@@ -14,7 +14,7 @@ from helpers import images, pool, sinusoid, write_target
 from torch import Tensor
 
 import metaft
-from metaft import adapt, algorithms, evaluate, meta_train, outer
+from metaft import adapt, algorithms, engines, evaluate, meta_train, outer
 from metaft.algorithms import ALGORITHMS, hyper_parameters
 from metaft.config import AdaptConfig
 from metaft.errors import MetaftError
@@ -28,7 +28,7 @@ GRADIENT = sorted(set(ALGORITHMS) - set(CLASSIFIERS))
 
 def gradient(name: str, loss: Any, model: str = "conv4", **more: Any) -> outer.MetaGradient:
     algorithm = algorithms.build(name, scenarios.model(model), {"loss": loss, **more})
-    with outer.engine("threads", threads=1, chunk=1) as engine:
+    with engines.engine("threads", threads=1, chunk=1) as engine:
         return outer.meta_gradient(engine, algorithm, *algorithm.init(0), scenarios.episodes(tasks=2))
 
 
@@ -67,7 +67,7 @@ def test_the_meta_gradient_of_an_own_loss_is_that_of_the_equations(first_order: 
         total = total + smoothed(scenarios.conv4_reference(fast, task.query_x), task.query_y) / 2
     total.backward()
     expected: Params = {k: p.grad for k, p in leaves.items() if p.grad is not None}
-    with outer.engine("threads", threads=1) as engine:
+    with engines.engine("threads", threads=1) as engine:
         assert scenarios.relative_error(outer.meta_gradient(engine, maml, meta, state, data).grads, expected) < 1e-9
 
 

@@ -19,10 +19,10 @@ from fixtures import make_old_runs as old
 from helpers import SAME_RUN, in_float64, rounded_alike
 
 from metaft import adapt, evaluate, meta_train, predict
-from metaft.assemble import open_run
 from metaft.config import read_toml
 from metaft.finetune.start import from_run
-from metaft.run import RunFolder
+from metaft.runs.assemble import open_run
+from metaft.runs.folder import RunFolder
 
 RECORDS: dict[str, Any] = json.loads(old.RECORDS.read_text(encoding="utf-8"))
 FLOAT32_RUN = 1e-5

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 import metaft
-from metaft import algorithms, outer
+from metaft import algorithms, engines, outer
 from metaft.errors import MetaftError
+from metaft.outer import tuning
 from metaft.types import Params
 
 ENGINES = ("threads", "processes", "vmap")
@@ -55,7 +56,7 @@ def gradient(
     """Of two tasks, after one inner step each if nothing else is said."""
     algorithm = algorithms.ALGORITHMS[name](metaft.functional(made), inner_lr=0.3, inner_steps=steps, **more)
     data = scenarios.episodes(tasks=2)
-    with outer.engine(engine, threads=2, chunk=chunk) as mapped:
+    with engines.engine(engine, threads=2, chunk=chunk) as mapped:
         return outer.meta_gradient(mapped, algorithm, *algorithm.init(0), data).grads
 
 
@@ -259,7 +260,7 @@ def test_what_cannot_be_compiled_names_an_engine_that_can() -> None:
 def test_engines_that_cannot_do_a_model_are_not_tuned_for() -> None:
     algorithm = algorithms.maml(metaft.functional(UNBATCHED["branch"]()))
     data = scenarios.episodes(tasks=2)
-    times = outer.tune(algorithm, *algorithm.init(0), data, convolutional=True, threads=2, seconds=0.01)
+    times = tuning.tune(algorithm, *algorithm.init(0), data, convolutional=True, threads=2, seconds=0.01)
     assert ("threads", 1) in times
     assert ("vmap", None) not in times
 

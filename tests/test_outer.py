@@ -10,7 +10,8 @@ import scenarios
 import torch
 from torch import Tensor
 
-from metaft import algorithms, models, outer, workers
+from metaft import algorithms, engines, models, outer
+from metaft.engines import workers
 from metaft.errors import MetaftError
 from metaft.types import Params
 
@@ -22,9 +23,9 @@ def test_64_tasks_over_two_threads_equal_serial_to_the_bit_twenty_times() -> Non
     algorithm = algorithms.maml(models.functional(module), inner_lr=0.1, inner_steps=2, norm="inductive")
     meta, state = algorithm.init(0)
     data = scenarios.episodes(tasks=64, dtype=torch.float32)
-    with outer.engine("threads", threads=1) as serial:
+    with engines.engine("threads", threads=1) as serial:
         expected = outer.meta_gradient(serial, algorithm, meta, state, data)
-    with outer.engine("threads", threads=2) as parallel:
+    with engines.engine("threads", threads=2) as parallel:
         for _ in range(20):
             found = outer.meta_gradient(parallel, algorithm, meta, state, data)
             assert found.metrics == expected.metrics
@@ -58,8 +59,8 @@ def test_results_come_in_task_order_and_mean_is_the_mean() -> None:
         "toy", lambda key: ({}, {}), None, None, 0, "mse", "transductive", task_grad=grad  # type: ignore[arg-type]
     )  # fmt: skip
     tasks = torch.arange(10, dtype=torch.float64)[:, None]
-    for name in outer.ENGINES[:3]:
-        with outer.engine(name, threads=3, chunk=4) as engine:
+    for name in ("processes", "threads", "vmap"):
+        with engines.engine(name, threads=3, chunk=4) as engine:
             assert [float(t) for t in engine.map(lambda _, t: t.sum(), (), tasks)] == list(range(10))
             if name != "vmap":
                 w, s = torch.tensor([2.0]).double(), torch.tensor([1.0]).double()
@@ -74,7 +75,7 @@ def test_results_come_in_task_order_and_mean_is_the_mean() -> None:
 
 def test_engine_puts_back_the_callers_thread_setting() -> None:
     before = torch.get_num_threads()
-    with outer.engine("threads", threads=2) as engine:
+    with engines.engine("threads", threads=2) as engine:
         counts = engine.map(lambda _, t: torch.tensor(torch.get_num_threads()), (), torch.zeros(4, 1))
         assert [int(count) for count in counts] == [1] * 4
     assert torch.get_num_threads() == before
@@ -84,16 +85,16 @@ def test_an_error_inside_a_task_reaches_the_caller() -> None:
     def fail(_: object, task: Tensor) -> Tensor:
         raise RuntimeError(f"task {int(task)}")
 
-    with outer.engine("threads", threads=2) as engine, pytest.raises(RuntimeError, match="task 0"):
+    with engines.engine("threads", threads=2) as engine, pytest.raises(RuntimeError, match="task 0"):
         list(engine.map(fail, (), torch.arange(4)))
 
 
 def test_auto_is_a_fixed_rule() -> None:
-    with outer.engine(convolutional=True, device="cpu") as engine:
+    with engines.engine(convolutional=True, device="cpu") as engine:
         assert engine.name == ("processes" if workers.available() else "threads")
-    with outer.engine(convolutional=False, device="cpu") as engine:
+    with engines.engine(convolutional=False, device="cpu") as engine:
         assert engine.name == "vmap"
-    with outer.engine(convolutional=True, device="cuda") as engine:
+    with engines.engine(convolutional=True, device="cuda") as engine:
         assert engine.name == "graph"
 
 
@@ -106,7 +107,7 @@ def test_auto_is_a_fixed_rule() -> None:
     ],
 )
 def test_engine_settings_are_checked(kwargs: dict[str, object], message: str) -> None:
-    with pytest.raises(MetaftError, match=message), outer.engine(**kwargs):  # type: ignore[arg-type]
+    with pytest.raises(MetaftError, match=message), engines.engine(**kwargs):  # type: ignore[arg-type]
         pass
 
 
@@ -124,7 +125,7 @@ def test_gpu_meta_gradient_equals_the_cpus_in_float64(norm: str) -> None:
         algorithm = algorithms.maml(placed, inner_lr=0.1, inner_steps=2, norm=norm)  # type: ignore[arg-type]
         meta = {k: p.to(device) for k, p in model.params.items()}
         there = type(data)(*(t.to(device) for t in data))
-        with outer.engine("auto", convolutional=True, device=device) as engine:
+        with engines.engine("auto", convolutional=True, device=device) as engine:
             grads = outer.meta_gradient(engine, algorithm, meta, {}, there).grads
         found[device] = {k: g.cpu() for k, g in grads.items()}
     assert scenarios.relative_error(found["cuda"], found["cpu"]) < 1e-10

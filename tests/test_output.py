@@ -25,9 +25,9 @@ from metaft.__main__ import main as metaft
 from metaft.cli import check_writable
 from metaft.config import AdaptConfig, MetaTrainConfig
 from metaft.errors import CheckpointError, MetaftError
-from metaft.output import Steady, steady
-from metaft.progress import Progress
-from metaft.run import RunFolder
+from metaft.runs.folder import RunFolder
+from metaft.support.output import Steady, steady
+from metaft.support.progress import Progress
 
 
 def ascii_stream() -> io.TextIOWrapper:
@@ -101,7 +101,7 @@ def test_a_run_is_finished_and_tested_whatever_it_prints_to(name: str, tmp_path:
 
 @pytest.mark.parametrize("name", STREAMS)
 def test_a_run_from_python_likewise(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("metaft.report.draw_pictures", lambda *_: [])
+    monkeypatch.setattr("metaft.runs.report.draw_pictures", lambda *_: [])
     with pytest.MonkeyPatch.context() as patch:
         both = streams(patch, name)
         assert meta_train.run(sinusoid(tmp_path / "r"))["command"] == "meta_train"
@@ -233,7 +233,7 @@ def test_stdout_by_its_name_keeps_what_was_printed(line: str, tmp_path: Path) ->
     (tmp_path / "out").write_text("first\n" if ">>" in line else "")
     name = "err" if "2>" in line else "out"
     code = (
-        f"import sys; from pathlib import Path; from metaft.checkpoint import write_atomically; s = sys.std{name};"
+        f"import sys; from pathlib import Path; from metaft.runs.checkpoint import write_atomically; s = sys.std{name};"
         f"s.write('before '); write_atomically(Path('/dev/std{name}'), b'written '); s.write('after')"
     )
     command = f"{sys.executable} -c {shlex.quote(code)}"

@@ -16,9 +16,10 @@ import torch
 from helpers import images, pool, sinusoid
 
 import metaft
-from metaft import evaluate, meta_train, report
+from metaft import evaluate, meta_train
 from metaft.__main__ import COMMANDS
 from metaft.config import read_toml
+from metaft.runs import report
 
 ROOT = Path(__file__).parents[1]
 

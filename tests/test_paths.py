@@ -13,9 +13,10 @@ import pytest
 from helpers import ADAPT, IMAGES, one_thread, options, write_folder, write_target
 
 import metaft
-from metaft import adapt, evaluate, meta_train, paths, predict
+from metaft import adapt, evaluate, meta_train, predict
 from metaft.config import AdaptConfig, MetaTrainConfig, read_toml, to_toml
 from metaft.errors import DataError, MetaftError
+from metaft.support import paths
 from metaft.tasks import load
 
 Text = pytest.CaptureFixture[str]
@@ -26,7 +27,7 @@ BOTH = ["--episodes", "2"]
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr("metaft.report.draw_pictures", lambda *_: [])
+    monkeypatch.setattr("metaft.runs.report.draw_pictures", lambda *_: [])
     monkeypatch.setattr("metaft.finetune.report.draw_pictures", lambda *_: [])
     monkeypatch.delenv("METAFT_DATA", raising=False)
     with one_thread():
@@ -51,7 +52,7 @@ def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_folder(base / "data")
     write_target(base / "flat", {".": 3})
     with pytest.MonkeyPatch.context() as patch, one_thread():
-        patch.setattr("metaft.report.draw_pictures", lambda *_: [])
+        patch.setattr("metaft.runs.report.draw_pictures", lambda *_: [])
         patch.setattr("metaft.finetune.report.draw_pictures", lambda *_: [])
         patch.chdir(base)
         assert meta_train.main(options(QUICK, dataset="folder:data", out="run")) == 0

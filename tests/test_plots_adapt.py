@@ -14,11 +14,11 @@ from matplotlib.text import Text
 from PIL import Image
 
 from metaft import plots
-from metaft.names import short_names
 from metaft.plots.confusion import confusion_figure
 from metaft.plots.grid import mistakes_figure
 from metaft.plots.lines import learning_figure
 from metaft.plots.text import fitted, width, wrapped
+from metaft.support.names import short_names
 
 HEBREW = [f"Hebrew/U+05D{i} HEBREW LETTER {name}" for i, name in enumerate(("ALEF", "BET", "GIMEL"))]
 

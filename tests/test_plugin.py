@@ -26,8 +26,8 @@ ROOT = Path(__file__).parents[1]
 
 WITHOUT_PICTURES = """
 import sys
-import metaft.__main__, metaft.finetune.report, metaft.report
-metaft.report.draw_pictures = metaft.finetune.report.draw_pictures = lambda *_: []
+import metaft.__main__, metaft.finetune.report, metaft.runs.report
+metaft.runs.report.draw_pictures = metaft.finetune.report.draw_pictures = lambda *_: []
 sys.exit(metaft.__main__.main())
 """
 
@@ -40,7 +40,7 @@ ALGORITHMS["mine"] = functools.partial(maml, first_order=True)
 
 @pytest.fixture(autouse=True)
 def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("metaft.report.draw_pictures", lambda *_: [])
+    monkeypatch.setattr("metaft.runs.report.draw_pictures", lambda *_: [])
     monkeypatch.setattr("metaft.finetune.report.draw_pictures", lambda *_: [])
 
 

@@ -13,14 +13,16 @@ import torch
 from helpers import images, in_float64, pool, rounded_alike
 from torch import nn
 
-from metaft import algorithms, meta_train, models, outer, report
-from metaft.assemble import assemble, engine_for
+from metaft import algorithms, engines, meta_train, models, outer
 from metaft.errors import MetaftError
 from metaft.models import recomputed as module
 from metaft.models.functional import plain_operations
 from metaft.models.precision import in_bf16, matrix_units
 from metaft.models.recomputed import recomputed
-from metaft.run import read_rows
+from metaft.runs import report
+from metaft.runs.assemble import assemble
+from metaft.runs.compute import engine_for
+from metaft.runs.folder import read_rows
 from metaft.types import Params
 
 MEMBERS: list[tuple[str, dict[str, Any]]] = [
@@ -41,7 +43,7 @@ MEMBERS: list[tuple[str, dict[str, Any]]] = [
 
 def gradient(algorithm: algorithms.Algorithm, engine: str, chunk: int | None, data: Any) -> outer.MetaGradient:
     meta, state = algorithm.init(0)
-    with outer.engine(engine, threads=1, chunk=chunk) as mapped:
+    with engines.engine(engine, threads=1, chunk=chunk) as mapped:
         return outer.meta_gradient(mapped, algorithm, meta, state, data)
 
 
@@ -93,7 +95,7 @@ def test_recomputed_steps_drop_what_the_plain_ones_drop(engine: str, derivatives
 
 MEMORY = """
 import re, sys, torch
-from metaft import algorithms, models, outer
+from metaft import algorithms, engines, models, outer
 from metaft.models.functional import plain_operations
 from metaft.models.recomputed import recomputed
 from metaft.types import Episode
@@ -105,7 +107,7 @@ def step(steps, model):
     algorithm = algorithms.maml(model, inner_lr=0.01, inner_steps=steps)
     y = torch.arange(5).expand(2, 5)
     data = Episode(torch.rand(2, 5, 1, 28, 28), y, torch.rand(2, 5, 1, 28, 28), y, y, torch.arange(2))
-    with plain_operations(), outer.engine("vmap") as engine:
+    with plain_operations(), engines.engine("vmap") as engine:
         outer.meta_gradient(engine, algorithm, *algorithm.init(0), data)
 
 model = models.build("conv4", ways=5, shape=(1, 28, 28), width=32, seed=0)

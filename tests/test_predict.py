@@ -48,7 +48,7 @@ from metaft.finetune.classifier import Classifier
 from metaft.inputs import ImageInputs
 from metaft.models import initialise
 from metaft.options import options as options_of
-from metaft.training import load_snapshot
+from metaft.runs.snapshot import load_snapshot
 
 Text = pytest.CaptureFixture[str]
 
@@ -601,7 +601,7 @@ def own_init(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A meta-training run on a module from Python."""
     out = tmp_path_factory.mktemp("runs") / "own"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("metaft.report.draw_pictures", lambda *_: [])
+        patch.setattr("metaft.runs.report.draw_pictures", lambda *_: [])
         meta_train.run(images(out, model=None, width=None), dataset=pool(), module=own())
     return out
 

@@ -25,17 +25,20 @@ from helpers import SAME_RUN, SINUSOID, images, on_threads, options, pool, remai
 from rank_gradients import MEMBERS, meta_gradient
 from torch import distributed
 
-from metaft import adapt, algorithms, checkpoint, evaluate, group, meta_train, outer, predict, report, training
+from metaft import adapt, algorithms, engines, evaluate, meta_train, predict
 from metaft.cli import StopSignals, settings
 from metaft.config import EvaluateConfig, MetaTrainConfig, to_toml
+from metaft.dist import group
+from metaft.dist.ranks import ALONE, Ranks
+from metaft.dist.torchrun import launcher
+from metaft.engines.workers import OWN_THREADS
 from metaft.errors import CheckpointError, Interrupted, MetaftError, NonFiniteError, RankLost
 from metaft.meta_train import resume_run, run
-from metaft.ranks import ALONE, Ranks
-from metaft.run import RunFolder, read_rows
+from metaft.runs import checkpoint, report, training
+from metaft.runs.folder import RunFolder, read_rows
+from metaft.runs.snapshot import load_snapshot
 from metaft.tasks.pool import ClassPool
 from metaft.testing import meta_test, score_episodes
-from metaft.torchrun import launcher
-from metaft.workers import OWN_THREADS
 
 Found = TypeVar("Found")
 
@@ -162,7 +165,7 @@ def test_alone_nothing_is_computed_and_nothing_imported():
     assert ALONE.sum_flat([t])[0] is t
     ALONE.check_same("what", lambda: 1 / 0)
     assert group.join().count == 1
-    code = "import sys, metaft.group; metaft.group.join(); sys.exit('torch' in sys.modules)"
+    code = "import sys, metaft.dist.group; metaft.dist.group.join(); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
@@ -409,7 +412,7 @@ def test_episodes_and_scores_are_those_of_one_process(episodes: int):
     def scores(ranks: Ranks) -> tuple[torch.Tensor, list[int], dict[str, Any]]:
         done: list[int] = []
         how: dict[str, Any] = {"split": "val", "seed": 3, "episodes": episodes, "steps": 2, "ranks": ranks}
-        with outer.engine("threads", threads=1) as engine:
+        with engines.engine("threads", threads=1) as engine:
             found = score_episodes(
                 engine, algorithm, meta, state, source, **how, at_once=8, progress=lambda n: done.append(n)
             )
@@ -497,8 +500,8 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step_and_a_run_moves_between
         found = errors_of(2, lambda ranks: resume_run(path, ranks=ranks))
     assert [error.status for error in found] == [128 + signal.SIGINT] * 2
     assert all(f"go on with: {LAUNCH} -m metaft.meta_train --resume" in str(error) for error in found)
-    assert training.load_snapshot(path / "checkpoints/last.safetensors").position.step == 5
-    assert training.load_snapshot(path / "checkpoints/last.safetensors").header["environment"]["ranks"] == "2"
+    assert load_snapshot(path / "checkpoints/last.safetensors").position.step == 5
+    assert load_snapshot(path / "checkpoints/last.safetensors").header["environment"]["ranks"] == "2"
     assert "note: ranks 1 -> 2: the run goes on to rounding (1e-6), not with the same bits" in capsys.readouterr().err
     resume_run(path)
     assert "note: ranks 2 -> 1: the run goes on to rounding" in capsys.readouterr().err
@@ -535,7 +538,7 @@ def test_a_loss_that_is_not_finite_on_one_rank_ends_all(tmp_path: Path, monkeypa
     found = errors_of(2, lambda ranks: run(sinusoid(tmp_path / "r"), ranks=ranks))
     assert [type(error) for error in found] == [NonFiniteError] * 2
     assert all(str(error).startswith("step 5: the loss is nan") for error in found)
-    assert training.load_snapshot(tmp_path / "r/checkpoints/last.safetensors").position.step == 4
+    assert load_snapshot(tmp_path / "r/checkpoints/last.safetensors").position.step == 4
 
 
 @pytest.mark.parametrize(("drift", "noticed", "settings"), [(4, 6, {}), (6, 7, {"checkpoint_every": 100})])
@@ -567,8 +570,8 @@ def test_ranks_that_drift_apart_are_noticed_before_anything_of_it_is_saved(
         assert " on rank 1, " in str(error)
         assert "; the state of step 4 is kept in " in str(error)
     assert last.read_bytes() == before[0]
-    assert training.load_snapshot(last).position.step == 4
-    assert training.load_snapshot(path / "checkpoints/best.safetensors").position.step == 4
+    assert load_snapshot(last).position.step == 4
+    assert load_snapshot(path / "checkpoints/best.safetensors").position.step == 4
 
 
 def test_more_ranks_than_tasks_are_refused_before_anything_is_written(tmp_path: Path):

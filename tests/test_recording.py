@@ -15,14 +15,14 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from metaft import algorithms, outer
+from metaft import algorithms, engines
 from metaft.algorithms import Algorithm
 from metaft.errors import MetaftError, MetaftWarning
 from metaft.models.functional import plain_operations
 from metaft.models.precision import in_bf16
 from metaft.models.recomputed import recomputed as recomputing
-from metaft.static import StaticSteps, recorded
-from metaft.training import Position, Snapshot
+from metaft.outer.static import StaticSteps, recorded
+from metaft.runs.snapshot import Position, Snapshot
 
 LOOKS = {"_local_scalar_dense", "equal", "is_nonzero", "masked_select", "nonzero", "_unique2", "unique_dim"}
 """Operations whose result, or its shape, the host has to wait for."""
@@ -60,7 +60,7 @@ def found_in(algorithm: Algorithm, **changes: Any) -> set[str]:
     settings = {"ways": 3, "query_shots": 2, "meta_batch": 4, "iterations": 9, "clip_norm": 1.0, "clip_value": 1.0}
     data = scenarios.noise_pool(classes=30, per_class=6).source(ways=3, shots=1, query_shots=2, rotate=True)
     start = Snapshot(*algorithm.init(0), {}, Position(), {})
-    with outer.engine("graph", chunk=changes.pop("chunk", None)) as engine, plain_operations():  # as on a GPU
+    with engines.engine("graph", chunk=changes.pop("chunk", None)) as engine, plain_operations():  # as on a GPU
         steps = StaticSteps(settled(**{**settings, **changes}), engine, algorithm, data, start)
         steps._send(0)
         steps._step()

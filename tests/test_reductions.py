@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from helpers import images, pool
 from torch import Tensor, nn
 
-from metaft import algorithms, inner, models, outer
+from metaft import algorithms, engines, inner, models, outer
 from metaft.algorithms import ALGORITHMS, Algorithm
 from metaft.algorithms.cavia import MAP
 from metaft.algorithms.maml_plus_plus import LATER
@@ -24,7 +24,7 @@ from metaft.algorithms.meta_sgd import RATE
 from metaft.errors import MetaftError
 from metaft.meta_train import run
 from metaft.models import Model
-from metaft.run import read_rows
+from metaft.runs.folder import read_rows
 from metaft.types import NORMS, Episode, Norm, Params
 
 Moment = tuple[Tensor, Tensor]
@@ -36,7 +36,7 @@ ONE_STEP_OR_THREE = pytest.mark.parametrize("steps", [1, 3])
 
 def gradient(algorithm: Algorithm, data: Episode, meta: Params | None = None) -> Params:
     first, state = algorithm.init(0)
-    with outer.engine("threads", threads=1) as engine:
+    with engines.engine("threads", threads=1) as engine:
         return outer.meta_gradient(engine, algorithm, first if meta is None else meta, state, data).grads
 
 
@@ -246,7 +246,7 @@ def test_runs_of_maml_plus_plus_with_every_switch_off_are_mamls(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The cosine is the outer loop's, and on by default."""
-    monkeypatch.setattr("metaft.report.draw_pictures", lambda *_: [])
+    monkeypatch.setattr("metaft.runs.report.draw_pictures", lambda *_: [])
     off = tuple(f"{k}={str(v).lower()}" for k, v in OFF.items())
     rows: dict[str, list[dict[str, Any]]] = {}
     for name, changes in {
@@ -301,7 +301,7 @@ def test_annealed_maml_plus_plus_is_first_then_second_order(engine_name: str, no
     meta, state = member.init(0)
     for step, first_order in ((4, True), (5, False)):
         static = algorithms.maml_plus_plus(model, **hyper, iterations=10, order_annealing=0, first_order=first_order)
-        with outer.engine(engine_name) as engine:
+        with engines.engine(engine_name) as engine:
             found, expected = (
                 outer.meta_gradient(engine, a, meta, state, data, step=step).grads for a in (member, static)
             )
@@ -362,7 +362,7 @@ def test_maml_plus_plus_against_plain_autograd(norm: Norm, statistics: bool, mul
             logits, _ = conv4_normalised(now, task.query_x, moments)
             total = total + weights[step] * F.cross_entropy(logits, task.query_y) / 2
     total.backward()
-    with outer.engine("threads", threads=1) as engine:
+    with engines.engine("threads", threads=1) as engine:
         found = outer.meta_gradient(engine, member, meta, state, data, step=3)
     expected = {k: torch.zeros_like(v) if v.grad is None else v.grad for k, v in leaves.items()}
     assert scenarios.relative_error(found.grads, expected) < 1e-12
@@ -396,7 +396,7 @@ def test_step_statistics_are_running_means_that_inductive_predictions_take(norm:
     g = torch.Generator().manual_seed(4)
     noise = {k: torch.rand(v.shape, generator=g, dtype=v.dtype) for k, v in state.items()}
     state = {k: v + noise[k] * (1 if k.endswith("var") else -1) for k, v in state.items()}  # as after some steps
-    with outer.engine("threads", threads=1) as engine:
+    with engines.engine("threads", threads=1) as engine:
         result = outer.meta_gradient(engine, member, meta, state, data)
     every = [
         plain.adapt(meta, {}, t.support_x, t.support_y, t.key, ways=3, steps=2, trajectory=True).moments

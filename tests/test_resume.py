@@ -15,12 +15,13 @@ import torch
 from helpers import settled
 from test_algorithms import TABLE, Row
 
-from metaft import algorithms, outer
+from metaft import algorithms, engines
 from metaft.algorithms import ALGORITHMS
-from metaft.assemble import Parts, fill
 from metaft.errors import Interrupted
-from metaft.run import RunFolder
-from metaft.training import Snapshot, begin, load_snapshot, tensors_of, train
+from metaft.runs.assemble import Parts, fill
+from metaft.runs.folder import RunFolder
+from metaft.runs.snapshot import Snapshot, begin, load_snapshot, tensors_of
+from metaft.runs.training import train
 
 pytestmark = pytest.mark.slow
 
@@ -82,7 +83,7 @@ def trained(folder: Path, name: str, *, stop_after: int = STEPS) -> Snapshot:
         if taken == stop_after < STEPS:
             raise Interrupted("stopped", 15)
 
-    with outer.engine("threads", threads=1) as engine:
+    with engines.engine("threads", threads=1) as engine:
         return train(run, config, algorithm, engine, source, source, start, should_stop=should_stop)
 
 

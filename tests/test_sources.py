@@ -464,7 +464,7 @@ def test_the_omniglot_table() -> None:
 def test_download_goes_through_torchvision_and_fails_in_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from metaft import vision
+    from metaft.support import vision
 
     asked = []
 

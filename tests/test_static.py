@@ -14,17 +14,19 @@ import torch
 import toys
 from helpers import SAME_RUN, images, pool, remains, rounded_alike, settled, sinusoid, untimed
 
-from metaft import algorithms, outer, report
+from metaft import algorithms, engines
 from metaft.algorithms import Algorithm
 from metaft.cli import StopSignals
 from metaft.config import Settled
+from metaft.dist.ranks import ALONE
 from metaft.errors import Interrupted, MetaftWarning, NonFiniteError
 from metaft.meta_train import resume_run, run
-from metaft.ranks import ALONE
-from metaft.run import read_rows
-from metaft.static import StaticSteps, obstacle
+from metaft.outer.static import StaticSteps, obstacle
+from metaft.runs import report
+from metaft.runs.folder import read_rows
+from metaft.runs.snapshot import Position, Snapshot, load_snapshot
+from metaft.runs.training import Eager
 from metaft.tasks.pool import ClassEpisodes
-from metaft.training import Eager, Position, Snapshot, load_snapshot
 from metaft.types import Batch, Episode, Params, Split
 
 STEPS = 20
@@ -99,7 +101,7 @@ def taken(steps: Any, config: Settled, first: int = 0) -> list[tuple[float, ...]
 
 def walked(algorithm: Algorithm, config: Settled, **how: Any) -> tuple[Any, list[tuple[float, ...]]]:
     """All steps of a run: eager, or static with what `how` says."""
-    with outer.engine("graph", chunk=how.pop("chunk", None)) as engine:
+    with engines.engine("graph", chunk=how.pop("chunk", None)) as engine:
         made = how.pop("kind", StaticSteps)
         start, data = begun(algorithm), how.pop("source", None) or source()
         steps = made(config, engine, algorithm, data, start, *([ALONE] if made is Eager else []), **how)
@@ -218,7 +220,7 @@ def test_an_error_within_a_stretch_leaves_the_state_before_it() -> None:
         return run_
 
     algorithm, config = MEMBERS["state"](), settings()
-    with outer.engine("graph") as engine:
+    with engines.engine("graph") as engine:
         steps = StaticSteps(config, engine, algorithm, source(), begun(algorithm), record=record)
         rows = [row for first in (0, 3, 6) for row in steps.advance(first).window]
         before = {**{k: v.clone() for k, v in steps.meta.items()}, **steps.state, **steps.moments()}
@@ -250,7 +252,7 @@ def test_a_pool_that_stays_in_host_memory_gives_the_same(batches: bool) -> None:
 def test_a_stretch_sends_no_more_than_it_may(monkeypatch: pytest.MonkeyPatch) -> None:
     algorithm, config = MEMBERS["maml"](), settings(log_every=10)
     whole = walked(algorithm, config)[0]
-    monkeypatch.setattr("metaft.static._STRETCH_BYTES", 2500)  # two steps' indices
+    monkeypatch.setattr("metaft.outer.static._STRETCH_BYTES", 2500)  # two steps' indices
     sent: list[int] = []
     real = ClassEpisodes.indices
 
@@ -378,7 +380,7 @@ def test_recorded_steps_are_the_cpus_in_float64(name: str, in_host_memory: bool)
     data = scenarios.noise_pool(classes=30, per_class=6).to("cuda", budget=0 if in_host_memory else None)
     algorithm = MEMBERS[name]()
     there = Wide(data.source(ways=3, shots=1, query_shots=2, rotate=True), "cuda")
-    with outer.engine("graph", device="cuda") as engine:
+    with engines.engine("graph", device="cuda") as engine:
         steps = StaticSteps(config, engine, algorithm, there, begun(algorithm, "cuda"))  # type: ignore[arg-type]
         found = taken(steps, config)
     assert getattr(steps._run, "__name__", "") == "replay", "nothing was recorded"

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from helpers import images, pool
 from torch import Tensor, nn
 
-from metaft import algorithms, models, outer
+from metaft import algorithms, engines, models, outer
 from metaft.algorithms import Algorithm
 from metaft.algorithms.imaml import CURVATURE, conjugate_gradients
 from metaft.algorithms.reptile import COUNT
@@ -26,7 +26,7 @@ from metaft.inner import hessian_product, value_and_grad
 from metaft.keyed import minibatches
 from metaft.meta_train import run
 from metaft.models import Model
-from metaft.run import read_rows
+from metaft.runs.folder import read_rows
 from metaft.types import NORMS, Episode, Norm, Params
 
 every_norm = pytest.mark.parametrize("norm", NORMS)
@@ -34,7 +34,7 @@ every_norm = pytest.mark.parametrize("norm", NORMS)
 
 def result(algorithm: Algorithm, data: Episode, state: Params | None = None) -> outer.MetaGradient:
     meta, first = algorithm.init(0)
-    with outer.engine("threads", threads=1) as engine:
+    with engines.engine("threads", threads=1) as engine:
         return outer.meta_gradient(engine, algorithm, meta, first if state is None else state, data)
 
 
@@ -209,7 +209,7 @@ def test_imaml_has_the_explicit_solves_gradient(strength: float, damping: float,
     assert 0.3 < smallest < 0.99, "positive definite, and not the identity"
     member = algorithms.imaml(model, inner_lr=0.1, inner_steps=7, cg_steps=60, **hyper)
     meta, state = member.init(0)
-    with outer.engine(engine, threads=1) as made:
+    with engines.engine(engine, threads=1) as made:
         found = outer.meta_gradient(made, member, meta, state, data)
     assert scenarios.relative_error(found.grads, expected) < 1e-9
     assert found.metrics[CURVATURE] == 0
@@ -286,7 +286,7 @@ def test_imamls_defaults_are_its_papers() -> None:
 @pytest.mark.filterwarnings("ignore:imaml. I . H:metaft.MetaftWarning")
 def test_the_share_of_tasks_without_a_minimum_is_in_each_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By whole steps as by eager ones; a row is the mean of its steps."""
-    monkeypatch.setattr("metaft.report.draw_pictures", lambda *_: [])
+    monkeypatch.setattr("metaft.runs.report.draw_pictures", lambda *_: [])
     found: dict[str, list[float]] = {}
     for name, engine, every in (("each", "vmap", 1), ("three", "vmap", 3), ("whole", "graph", 3)):
         hyper = ("strength=0.001", "damping=0")

@@ -11,7 +11,7 @@ import pytest
 import scenarios
 import torch
 
-from metaft import algorithms, models, outer
+from metaft import algorithms, engines, models
 from metaft.metrics import better, figure, mean_ci95, nearest_neighbour
 from metaft.testing import meta_test, score_episodes, summarise, task_scores
 
@@ -55,7 +55,7 @@ def test_noise_scores_one_over_ways_in_both_modes(name: str) -> None:
     hyper = {"inner_lr": 0.1, "inner_steps": 2} if name == "maml" else {}
     algorithm = algorithms.build(name, scenarios.model(ways=4, dtype=torch.float32), hyper)
     meta, state = algorithm.init(0)
-    with outer.engine("threads") as engine:
+    with engines.engine("threads") as engine:
         result = meta_test(engine, algorithm, meta, state, source, split="test", seed=1, episodes=400, steps=2)
     for mode in ("transductive", "inductive"):
         assert abs(result[mode]["accuracy"] - 0.25) < 1.5 * result[mode]["ci95"], mode
@@ -71,7 +71,7 @@ def test_scores_are_per_task_and_do_not_depend_on_chunks_or_engine() -> None:
     meta, state = algorithm.init(0)
     scores = []
     for name, at_once in (("threads", 32), ("threads", 5), ("vmap", 32)):
-        with outer.engine(name) as engine:
+        with engines.engine(name) as engine:
             scores.append(
                 score_episodes(
                     engine, algorithm, meta, state, source, split="val", seed=3, episodes=13, steps=3, at_once=at_once
@@ -105,7 +105,7 @@ def test_evaluation_leaves_memory_flat() -> None:
     def resident() -> float:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
-    with outer.engine("threads", threads=2) as engine:
+    with engines.engine("threads", threads=2) as engine:
 
         def run(episodes: int) -> float:
             score_episodes(engine, algorithm, meta, state, source, split="test", seed=0, episodes=episodes, steps=5)
@@ -125,6 +125,6 @@ def test_evaluation_keeps_no_graph() -> None:
     with torch.no_grad():
         fast = algorithm.adapt(meta, state, task.support_x, task.support_y, task.key, ways=3, steps=2, trajectory=True)
     assert not any(t.requires_grad for t in fast.params.values())
-    with outer.engine("threads", threads=1) as engine:
+    with engines.engine("threads", threads=1) as engine:
         scores = score_episodes(engine, algorithm, meta, state, source, split="test", seed=0, episodes=2, steps=2)
     assert not scores.requires_grad

@@ -17,17 +17,18 @@ import pytest
 import torch
 from helpers import images, pool, remains, sinusoid, untimed
 
-from metaft import checkpoint, meta_train, report, training
-from metaft import run as run_module
-from metaft.assemble import assemble
+from metaft import meta_train
 from metaft.config import MetaTrainConfig, Settled, read_toml
 from metaft.errors import CheckpointError, Interrupted, MetaftError, NonFiniteError
 from metaft.meta_train import resume_run, run
 from metaft.outer import MetaGradient
-from metaft.run import RunFolder, read_rows
+from metaft.outer.update import Outer, outer_lr
+from metaft.runs import checkpoint, report, training
+from metaft.runs import folder as run_module
+from metaft.runs.assemble import assemble
+from metaft.runs.folder import RunFolder, read_rows
+from metaft.runs.snapshot import Position, Snapshot, load_snapshot, save_snapshot
 from metaft.tasks.pool import ClassEpisodes
-from metaft.training import Position, Snapshot, load_snapshot, save_snapshot
-from metaft.update import Outer, outer_lr
 
 
 @pytest.fixture(autouse=True)
@@ -440,11 +441,11 @@ def test_a_run_writes_down_how_it_maps_tasks(tmp_path: Path, monkeypatch: pytest
     assert read_toml(tmp_path / "auto/config.toml")["task_chunk"] == 3  # half of the tasks for each
 
     found = {("threads", 2): 0.1, ("vmap", None): 0.2}
-    monkeypatch.setattr("metaft.assemble.tune", lambda *_, **__: found)
+    monkeypatch.setattr("metaft.runs.compute.tune", lambda *_, **__: found)
     run(images(tmp_path / "tuned", engine="tune", iterations=2), dataset=pool())
     settings = read_toml(tmp_path / "tuned/config.toml")
     assert (settings["engine"], settings["task_chunk"]) == ("threads", 2)
-    monkeypatch.setattr("metaft.assemble.tune", lambda *_, **__: pytest.fail("tuned once more"))
+    monkeypatch.setattr("metaft.runs.compute.tune", lambda *_, **__: pytest.fail("tuned once more"))
     resume_run(tmp_path / "tuned", dataset=pool())
     settings = read_toml(tmp_path / "tuned/config.toml")
     assert (settings["engine"], settings["task_chunk"]) == ("threads", 2)
@@ -511,7 +512,7 @@ def test_a_run_can_be_made_longer(tmp_path: Path):
 
 
 def _config_of(path: Path) -> MetaTrainConfig:
-    from metaft.assemble import open_run
+    from metaft.runs.assemble import open_run
 
     return open_run(path)[1]
 

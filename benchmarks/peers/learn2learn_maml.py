@@ -10,7 +10,7 @@ from benchmarks.peers.workloads import Options, Params, System, Tasks, Workload,
 
 
 def make(workload: Workload, params: Params, tasks: Tasks, options: Options) -> System:
-    import metaft.vision  # noqa: F401 - learn2learn imports torchvision, which this makes importable beside any torch
+    import metaft.support.vision  # noqa: F401 - learn2learn imports torchvision, which this makes importable beside any torch
 
     l2l = importlib.import_module("learn2learn")
     model = plain_module(workload, params)

@@ -12,7 +12,7 @@ from benchmarks.peers.metaft_maml import algorithm_for, in_flight, model_for
 from benchmarks.peers.workloads import Options, Params, System, Tasks, Workload
 from metaft.config import MetaTrainConfig
 from metaft.defaults import resolve
-from metaft.training import Outer, draw
+from metaft.runs.training import Outer, draw
 
 
 def make(workload: Workload, params: Params, tasks: Tasks, options: Options) -> System:

@@ -7,9 +7,9 @@ import contextlib
 import torch
 
 import metaft
-import metaft.outer
+import metaft.engines
 from benchmarks.peers.workloads import Options, Params, System, Tasks, Workload
-from metaft.ranks import ALONE, Ranks
+from metaft.dist.ranks import ALONE, Ranks
 
 
 def model_for(workload: Workload, some: torch.Tensor) -> metaft.Model:
@@ -34,7 +34,7 @@ def algorithm_for(workload: Workload, model: metaft.Model, options: Options) -> 
 def in_flight(engine: metaft.Engine, tasks: Tasks) -> int:
     """Tasks whose graphs an engine holds at the same time."""
     meta_batch = len(tasks.support_x)
-    if isinstance(engine, metaft.outer.Threads | metaft.outer.Processes):
+    if isinstance(engine, metaft.engines.Threads | metaft.engines.Processes):
         return min(engine.threads * engine.chunk_of(tasks), meta_batch)
     return min(getattr(engine, "chunk", None) or meta_batch, meta_batch)
 

@@ -10,7 +10,7 @@ from metaft.algorithms.base import Algorithm, TaskGrad
 from metaft.algorithms.baseline import baseline, baseline_plus_plus
 from metaft.algorithms.boil import boil
 from metaft.algorithms.cavia import cavia
-from metaft.algorithms.gradient import by_gradient
+from metaft.algorithms.gradient import Hooks, by_gradient
 from metaft.algorithms.imaml import imaml
 from metaft.algorithms.maml import fomaml, maml
 from metaft.algorithms.maml_plus_plus import maml_plus_plus
@@ -29,6 +29,7 @@ from metaft.spec import bind, convert, name_of, parameters, parse, parts, takes
 __all__ = [
     "ALGORITHMS",
     "Algorithm",
+    "Hooks",
     "TaskGrad",
     "anil",
     "baseline",
@@ -89,14 +90,14 @@ def hyper_parameters(name: str) -> dict[str, object]:
     if name not in ALGORITHMS:
         spelt = name.replace("_", "-").replace("-plus", "+")  # as the functions are called, or nearly
         raise no_such("algorithm", name, sorted(ALGORITHMS), near=spelt)
-    found = {k: p.default for k, p in _keywords(name).items()}
-    bare = [k for k, default in found.items() if default is inspect.Parameter.empty and k not in ("loss", "norm")]
-    if bare or not {"loss", "norm"} <= found.keys():
+    defaults = {k: p.default for k, p in _keywords(name).items()}
+    bare = [k for k, default in defaults.items() if default is inspect.Parameter.empty and k not in ("loss", "norm")]
+    if bare or not {"loss", "norm"} <= defaults.keys():
         raise MetaftError(
             f"algorithm: {name!r} must be a function (model, *, loss, norm, ...) in which what follows has defaults"
             + (f"; {', '.join(bare)} has none" if bare else "")
         )
-    return found
+    return defaults
 
 
 def _keywords(name: str) -> dict[str, inspect.Parameter]:
@@ -119,7 +120,7 @@ def parse_hyper(name: str, assignments: Iterable[str]) -> dict[str, object]:
     """
     own = hyper_parameters(name).keys() - COMMON
     known = {k: p for k, p in _keywords(name).items() if k in own}
-    found: dict[str, object] = {}
+    values: dict[str, object] = {}
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
         if not equals:
@@ -130,13 +131,13 @@ def parse_hyper(name: str, assignments: Iterable[str]) -> dict[str, object]:
             raise MetaftError(
                 f"hyper: {name} has no {key!r} (given {assignment!r}); {has}{option}{suggest(key, known)}"
             )
-        if key in found:
+        if key in values:
             raise MetaftError(f"hyper: {key!r} is given twice ({assignment!r})")
         try:
-            found[key] = convert(text, known[key])
+            values[key] = convert(text, known[key])
         except ValueError as error:
             raise MetaftError(f"hyper: {assignment!r} {error}") from None
-    return found
+    return values
 
 
 def read(spec: str, hyper: Iterable[str] = ()) -> tuple[str, tuple[str, ...]]:
@@ -176,7 +177,7 @@ def build(name: str, model: Model, hyper: Mapping[str, object]) -> Algorithm:
                 f"{field}: {name} has no such setting (given {value!r}); it has {sorted(known)}"
                 + (of_test if field == "inner_steps" else "")
             )
-    made = ALGORITHMS[name](model, **hyper)
-    if not isinstance(made, Algorithm):
-        raise MetaftError(f"algorithm: {name!r} must return an Algorithm, not {type(made).__name__}")
-    return made
+    algorithm = ALGORITHMS[name](model, **hyper)
+    if not isinstance(algorithm, Algorithm):
+        raise MetaftError(f"algorithm: {name!r} must return an Algorithm, not {type(algorithm).__name__}")
+    return algorithm

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 from torch import Tensor
 
 from metaft.algorithms.base import Algorithm
-from metaft.algorithms.gradient import by_gradient
+from metaft.algorithms.gradient import Hooks, by_gradient
 from metaft.errors import MetaftError
 from metaft.inner_augment import Augment
 from metaft.inner_optim import InnerOptimizer
@@ -42,14 +43,7 @@ def anil(
     """
     if not model.head:
         raise MetaftError("anil adapts the head alone, and this module's is frozen (requires_grad=False)")
-
-    def loss_on(meta: Params, x: Tensor, y: Tensor) -> Callable[[Params], Tensor] | None:
-        if model.drops or inner_augment != "none":
-            return None
-        # Of the first order nothing goes back into the body: no need to keep its activations.
-        logits = model.of_head({k: p.detach() for k, p in meta.items()} if first_order else meta, x)
-        return None if logits is None else lambda params: loss_value(loss, logits(params), y)
-
+    same_features = not model.drops and inner_augment == "none"
     return by_gradient(
         "anil",
         model,
@@ -61,5 +55,13 @@ def anil(
         first_order=first_order,
         norm=norm,
         adapted=model.head,
-        loss_on=loss_on,
+        hooks=Hooks(loss_on=functools.partial(_loss_of_head, model, loss, first_order)) if same_features else Hooks(),
     )
+
+
+def _loss_of_head(
+    model: Model, loss: Loss, first_order: bool, meta: Params, x: Tensor, y: Tensor
+) -> Callable[[Params], Tensor] | None:
+    # Of the first order nothing goes back into the body: no need to keep its activations.
+    logits = model.of_head({k: p.detach() for k, p in meta.items()} if first_order else meta, x)
+    return None if logits is None else lambda params: loss_value(loss, logits(params), y)

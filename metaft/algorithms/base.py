@@ -10,7 +10,8 @@ from torch import Tensor
 
 from metaft.errors import no_such
 from metaft.metrics import objective
-from metaft.modes import in_usual_modes_but_type
+from metaft.models import Model
+from metaft.support.modes import in_usual_modes_but_type
 from metaft.types import NORMS, Episode, Fast, Loss, Moments, Norm, Params
 
 
@@ -107,3 +108,8 @@ class Algorithm:
 def moments_for(norm: Norm, fast: Fast) -> Moments | None:
     """What `Model.apply` takes to normalise a query in this mode."""
     return None if norm == "transductive" else fast.moments
+
+
+def apply_fast(model: Model, fast: Fast, x: Tensor, norm: Norm) -> Tensor:
+    """`predict` of members whose fast weights are the model's parameters: x [n, ...] -> [n, outputs]."""
+    return model.apply(fast.params, x, moments_for(norm, fast))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -47,19 +48,11 @@ def baseline(
 
     Raises MetaftError for a regression loss, classes below 1, or another setting below 0.
     """
-
-    def logits(head: Params, features: Tensor) -> Tensor:
-        product = features @ head["weight"].mT
-        return product + head["bias"].unsqueeze(-2) if "bias" in head else product
-
     model.check_head("baseline")
     rows = {name.rpartition(".")[2]: model.params[name].shape[1:] for name in model.head}
-
-    def begin(features: Tensor, ways: int) -> Params:
-        return {part: features.new_zeros(ways, *shape) for part, shape in rows.items()}
-
+    head = _Head(rows, _products, functools.partial(_zeros, rows))
     return _pretrained(
-        "baseline", model, loss, classes, norm, _Head(rows, logits, begin),
+        "baseline", model, loss, classes, norm, head,
         lr=inner_lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay,
     )  # fmt: skip
 
@@ -86,20 +79,31 @@ def baseline_plus_plus(
 
     Raises MetaftError as `baseline` does.
     """
-
-    def logits(head: Params, features: Tensor) -> Tensor:
-        rows = head["weight"].shape[-2]
-        return _scale(rows) * F.normalize(features, dim=-1) @ F.normalize(head["weight"], dim=-1).mT
-
-    def begin(features: Tensor, ways: int) -> Params:
-        return {"weight": F.normalize(features.mean(0), dim=0).expand(ways, -1)}
-
     model.check_head("baseline++")
     rows = {"weight": model.params[model.head[0]].shape[1:]}
+    head = _Head(rows, _cosines, _mean_direction, lambda ways: {"scale": _scale(ways)})
     return _pretrained(
-        "baseline++", model, loss, classes, norm, _Head(rows, logits, begin, lambda ways: {"scale": _scale(ways)}),
+        "baseline++", model, loss, classes, norm, head,
         lr=inner_lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay,
     )  # fmt: skip
+
+
+def _products(head: Params, features: Tensor) -> Tensor:
+    product = features @ head["weight"].mT
+    return product + head["bias"].unsqueeze(-2) if "bias" in head else product
+
+
+def _zeros(rows: Mapping[str, torch.Size], features: Tensor, ways: int) -> Params:
+    return {part: features.new_zeros(ways, *shape) for part, shape in rows.items()}
+
+
+def _cosines(head: Params, features: Tensor) -> Tensor:
+    rows = head["weight"].shape[-2]
+    return _scale(rows) * F.normalize(features, dim=-1) @ F.normalize(head["weight"], dim=-1).mT
+
+
+def _mean_direction(features: Tensor, ways: int) -> Params:
+    return {"weight": F.normalize(features.mean(0), dim=0).expand(ways, -1)}
 
 
 def _scale(rows: int) -> float:
@@ -130,80 +134,104 @@ def _pretrained(name: str, model: Model, loss: Loss, classes: int, norm: Norm, h
             raise MetaftError(f"{field} must be at least 0 and finite, got {value}")
     layer = model.head[0].rpartition(".")[0]
     body = [k for k in model.params if k not in model.head]
-    parts = {part: f"{layer}.{part}" for part in head.rows}
-
-    def init(key: int) -> tuple[Params, Params]:
-        # Numbers of its own: a backbone of the same seed shares none.
-        own = torch.Generator().manual_seed(int(raw_words(key, "train", [0], 1, stream=Stream.BASELINES)[0, 0] >> 1))
-        like = model.params[model.head[0]]
-        whole = {part: torch.zeros(classes, *shape, dtype=like.dtype) for part, shape in head.rows.items()}
-        nn.init.xavier_uniform_(whole["weight"], generator=own)
-        return {
-            **{k: model.params[k].clone() for k in body},
-            **{parts[part] + CLASSES: value.to(like.device) for part, value in whole.items()},
-        }, {}
-
-    def task_loss(meta: Params, state: Params, knobs: Params, batch: Any) -> tuple[Tensor, tuple[Params, Params]]:
-        whole = {part: meta[k + CLASSES] for part, k in parts.items()}
-        prediction = head.logits(whole, model.features(meta, batch.x, None))
-        value = F.cross_entropy(prediction, batch.y)
-        metrics = {"loss": value.detach(), "accuracy": figure(loss, prediction.detach(), batch.y)}
-        return value, ({}, metrics)
-
-    def adapt(
-        meta: Params,
-        state: Params,
-        support_x: Tensor,
-        support_y: Tensor,
-        key: Tensor,
-        *,
-        ways: int,
-        steps: int,
-        trajectory: bool = False,
-        moments: bool = True,
-    ) -> Fast:
-        features = model.features(meta, support_x, None)
-
-        def support_loss(own: Params) -> tuple[Tensor, tuple[()]]:
-            return F.cross_entropy(head.logits(own, features), support_y), ()
-
-        heads = list(fit(support_loss, head.begin(features, ways), steps=steps, **sgd))
-        still = {k: meta[k] for k in body}
-        still |= {f"{layer}.{k}": features.new_full((), v) for k, v in head.constant(ways).items()}
-        measured = model.measure(meta, support_x) if moments else ()
-        if not trajectory:
-            return Fast({**still, **{parts[part]: v for part, v in heads[-1].items()}}, measured, {})
-
-        def every(t: Tensor) -> Tensor:  # a view: a hundred copies of a backbone would be much
-            return t.expand(steps + 1, *t.shape)
-
-        moving = {k: torch.stack([own[part] for own in heads]) for part, k in parts.items()}
-        still = {k: every(v) for k, v in still.items()}
-        return Fast({**still, **moving}, tuple((every(mean), every(var)) for mean, var in measured), {})
-
-    def predict(fast: Fast, x: Tensor, norm: Norm) -> Tensor:
-        own = {part: fast.params[k] for part, k in parts.items()}
-        return head.logits(own, model.features(fast.params, x, moments_for(norm, fast)))
-
-    def predict_steps(every: Fast, x: Tensor, norm: Norm) -> Tensor:
-        first = at_step(every, 0)
-        heads = {part: every.params[k] for part, k in parts.items()}
-        return head.logits(heads, model.features(first.params, x, moments_for(norm, first)))
-
+    recipe = _Recipe(model, head, layer, body, {part: f"{layer}.{part}" for part in head.rows}, sgd)
     return Algorithm(
         name=name,
-        init=init,
-        adapt=adapt,
-        predict=predict,
-        predict_steps=predict_steps,
+        init=functools.partial(_init, recipe, classes),
+        adapt=functools.partial(_adapt, recipe),
+        predict=functools.partial(_predict, recipe),
+        predict_steps=functools.partial(_predict_steps, recipe),
         inner_steps=0,
         loss=loss,
         norm=norm,
-        task_loss=task_loss,
+        task_loss=functools.partial(_task_loss, recipe),
         data="batches",
         curvature=False,
         any_ways=True,
     )
+
+
+class _Recipe(NamedTuple):
+    """A body that is pretrained and the head that a task fits on it."""
+
+    model: Model
+    head: _Head
+    layer: str
+    """Name of the model's head."""
+    body: Sequence[str]
+    """Names of all other parameters."""
+    parts: Mapping[str, str]
+    """Part of the head -> its name in the model."""
+    sgd: Mapping[str, float]
+    """Settings of `fit`."""
+
+
+def _init(recipe: _Recipe, classes: int, key: int) -> tuple[Params, Params]:
+    model = recipe.model
+    # Numbers of its own: a backbone of the same seed shares none.
+    generator = torch.Generator().manual_seed(int(raw_words(key, "train", [0], 1, stream=Stream.BASELINES)[0, 0] >> 1))
+    like = model.params[model.head[0]]
+    whole = {part: torch.zeros(classes, *shape, dtype=like.dtype) for part, shape in recipe.head.rows.items()}
+    nn.init.xavier_uniform_(whole["weight"], generator=generator)
+    return {
+        **{k: model.params[k].clone() for k in recipe.body},
+        **{recipe.parts[part] + CLASSES: value.to(like.device) for part, value in whole.items()},
+    }, {}
+
+
+def _task_loss(
+    recipe: _Recipe, meta: Params, state: Params, knobs: Params, batch: Any
+) -> tuple[Tensor, tuple[Params, Params]]:
+    whole = {part: meta[k + CLASSES] for part, k in recipe.parts.items()}
+    prediction = recipe.head.logits(whole, recipe.model.features(meta, batch.x, None))
+    value = F.cross_entropy(prediction, batch.y)
+    accuracy = figure("cross_entropy", prediction.detach(), batch.y)
+    return value, ({}, {"loss": value.detach(), "accuracy": accuracy})
+
+
+def _adapt(
+    recipe: _Recipe,
+    meta: Params,
+    state: Params,
+    support_x: Tensor,
+    support_y: Tensor,
+    key: Tensor,
+    *,
+    ways: int,
+    steps: int,
+    trajectory: bool = False,
+    moments: bool = True,
+) -> Fast:
+    model, head, parts = recipe.model, recipe.head, recipe.parts
+    features = model.features(meta, support_x, None)
+
+    def support_loss(rows: Params) -> tuple[Tensor, tuple[()]]:
+        return F.cross_entropy(head.logits(rows, features), support_y), ()
+
+    heads = list(fit(support_loss, head.begin(features, ways), steps=steps, **recipe.sgd))
+    still = {k: meta[k] for k in recipe.body}
+    still |= {f"{recipe.layer}.{k}": features.new_full((), v) for k, v in head.constant(ways).items()}
+    measured = model.measure(meta, support_x) if moments else ()
+    if not trajectory:
+        return Fast({**still, **{parts[part]: v for part, v in heads[-1].items()}}, measured, {})
+
+    def every(t: Tensor) -> Tensor:  # a view: a hundred copies of a backbone would be much
+        return t.expand(steps + 1, *t.shape)
+
+    moving = {k: torch.stack([rows[part] for rows in heads]) for part, k in parts.items()}
+    still = {k: every(v) for k, v in still.items()}
+    return Fast({**still, **moving}, tuple((every(mean), every(var)) for mean, var in measured), {})
+
+
+def _predict(recipe: _Recipe, fast: Fast, x: Tensor, norm: Norm) -> Tensor:
+    rows = {part: fast.params[k] for part, k in recipe.parts.items()}
+    return recipe.head.logits(rows, recipe.model.features(fast.params, x, moments_for(norm, fast)))
+
+
+def _predict_steps(recipe: _Recipe, every: Fast, x: Tensor, norm: Norm) -> Tensor:
+    first = at_step(every, 0)
+    heads = {part: every.params[k] for part, k in recipe.parts.items()}
+    return recipe.head.logits(heads, recipe.model.features(first.params, x, moments_for(norm, first)))
 
 
 def fit(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 
 from metaft.algorithms.base import Algorithm
-from metaft.algorithms.gradient import by_gradient
+from metaft.algorithms.gradient import Hooks, by_gradient
 from metaft.errors import MetaftError
 from metaft.inner_augment import Augment
 from metaft.inner_optim import InnerOptimizer
@@ -61,14 +63,6 @@ def cavia(
     if context < 1:
         raise MetaftError(f"context must be at least 1, got {context}")
     shift, scale = _entry(model, layer)
-
-    def weights(params: Params) -> Params:
-        fast = {k: params[k] for k in model.params}
-        if scale is not None:
-            factor = 1 + params[scale + MAP] @ params[CONTEXT]
-            fast |= {scale: factor * fast[scale], shift: factor * fast[shift]}
-        return fast | {shift: fast[shift] + params[shift + MAP] @ params[CONTEXT]}
-
     maps = {k + MAP: model.params[k].new_zeros(len(model.params[k]), context) for k in (shift, scale) if k is not None}
     algorithm = by_gradient(
         "cavia",
@@ -82,21 +76,32 @@ def cavia(
         norm=norm,
         adapted=[CONTEXT],
         learned={**model.params, **maps},
-        begin=lambda meta, x, y, ways: {**meta, CONTEXT: meta[shift].new_zeros(context)},
-        weights=weights,
+        hooks=Hooks(
+            begin=lambda meta, x, y, ways: {**meta, CONTEXT: meta[shift].new_zeros(context)},
+            weights=functools.partial(_with_context, tuple(model.params), shift, scale),
+        ),
     )
+    return dataclasses.replace(algorithm, init=functools.partial(_init, model.params, maps))
 
-    def init(key: int) -> tuple[Params, Params]:
-        meta, state = algorithm.init(key)
-        own = int(raw_words(key, "train", [0], 1, stream=Stream.CONTEXT)[0, 0])  # not the numbers the model began with
-        generator = torch.Generator().manual_seed(own % 2**63)
-        drawn = {
-            k: nn.init.xavier_uniform_(torch.empty(v.shape, dtype=torch.float32), generator=generator)
-            for k, v in maps.items()
-        }
-        return {**meta, **{k: v.to(maps[k]) for k, v in drawn.items()}}, state
 
-    return dataclasses.replace(algorithm, init=init)
+def _with_context(names: Sequence[str], shift: str, scale: str | None, params: Params) -> Params:
+    """The model's parameters under a context."""
+    fast = {k: params[k] for k in names}
+    if scale is not None:
+        factor = 1 + params[scale + MAP] @ params[CONTEXT]
+        fast |= {scale: factor * fast[scale], shift: factor * fast[shift]}
+    return fast | {shift: fast[shift] + params[shift + MAP] @ params[CONTEXT]}
+
+
+def _init(params: Params, maps: Params, key: int) -> tuple[Params, Params]:
+    # Not the numbers that the model began with.
+    seed = int(raw_words(key, "train", [0], 1, stream=Stream.CONTEXT)[0, 0]) % 2**63
+    generator = torch.Generator().manual_seed(seed)
+    drawn = {
+        k: nn.init.xavier_uniform_(torch.empty(v.shape, dtype=torch.float32), generator=generator)
+        for k, v in maps.items()
+    }
+    return {k: p.clone() for k, p in params.items()} | {k: v.to(maps[k]) for k, v in drawn.items()}, {}
 
 
 def _entry(model: Model, layer: str) -> tuple[str, str | None]:

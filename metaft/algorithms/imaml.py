@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from metaft.algorithms.base import Algorithm, TaskGrad
-from metaft.algorithms.gradient import by_gradient
-from metaft.algorithms.query import judge
+from metaft.algorithms.gradient import Hooks, by_gradient
+from metaft.algorithms.query import Judge, judge
 from metaft.errors import MetaftError
 from metaft.inner import hessian_product, value_and_grad
 from metaft.inner_optim import InnerOptimizer
@@ -20,6 +21,7 @@ from metaft.types import Episode, Fast, Loss, Norm, Params
 CURVATURE = "negative_curvature"
 
 
+# Above 60 lines for its docstring: what is the paper's and what is not belongs in one place.
 def imaml(
     model: Model,
     *,
@@ -77,10 +79,6 @@ def imaml(
     if cg_steps < 1:
         raise MetaftError(f"cg_steps must be at least 1, got {cg_steps}")
 
-    def penalty(meta: Params, params: Params) -> Tensor:
-        away = {k: p - meta[k] for k, p in params.items()}
-        return strength / 2 * _dot(away, away)
-
     descent = by_gradient(
         "imaml",
         model,
@@ -91,23 +89,12 @@ def imaml(
         first_order=True,  # nothing differentiates through the steps
         norm=norm,
         adapted=list(model.params),
-        penalty=penalty,
+        hooks=Hooks(penalty=functools.partial(_proximal, strength)),
         halvings=line_search,
     )
     judged = judge(descent.predict, loss=loss, norm=norm, loss_of=model.loss)
 
-    def task_grad(meta: Params, state: Params, knobs: Params, task: Episode) -> TaskGrad:
-        x, y = task.support_x, task.support_y
-        fast = descent.adapt(meta, state, x, y, task.key, ways=model.outputs, steps=inner_steps, moments=False).params
-
-        def query(params: Params) -> tuple[Tensor, dict[str, Tensor]]:
-            return judged(Fast(params, model.measure(params, x) if norm == "inductive" else (), {}), task)
-
-        _, metrics, b = value_and_grad(query, fast, create_graph=False)
-        product = hessian_product(lambda params: model.loss(params, x, y, loss, curvature=True)[0], fast)
-        grads, negative = conjugate_gradients(product, b, cg_steps, strength=strength, damping=damping)
-        return TaskGrad(grads, {}, {**metrics, CURVATURE: negative})
-
+    solve = functools.partial(conjugate_gradients, steps=cg_steps, strength=strength, damping=damping)
     consequence = (
         f"and damping {damping:g} brings their meta-gradient near the query gradient"
         if damping
@@ -117,10 +104,41 @@ def imaml(
     return dataclasses.replace(
         descent,
         task_loss=None,
-        task_grad=task_grad,
+        task_grad=functools.partial(_task_grad, model, descent, judged, solve),
         curvature=True,
         cautions={CURVATURE: f"imaml: I + H / strength is not positive definite in some tasks, {consequence}"},
     )
+
+
+def _proximal(strength: float, meta: Params, params: Params) -> Tensor:
+    """strength / 2 |params - meta|^2."""
+    away = {k: p - meta[k] for k, p in params.items()}
+    return strength / 2 * _dot(away, away)
+
+
+def _task_grad(
+    model: Model,
+    descent: Algorithm,
+    judged: Judge,
+    solve: Callable[[Callable[[Params], Params], Params], tuple[Params, Tensor]],
+    meta: Params,
+    state: Params,
+    knobs: Params,
+    task: Episode,
+) -> TaskGrad:
+    """(I + H / strength)^-1 times the query gradient, both at the fast weights: `solve` of v -> H v and the latter."""
+    x, y = task.support_x, task.support_y
+    fast = descent.adapt(
+        meta, state, x, y, task.key, ways=model.outputs, steps=descent.inner_steps, moments=False
+    ).params
+
+    def query(params: Params) -> tuple[Tensor, dict[str, Tensor]]:
+        return judged(Fast(params, model.measure(params, x) if descent.norm == "inductive" else (), {}), task)
+
+    _, metrics, b = value_and_grad(query, fast, create_graph=False)
+    product = hessian_product(lambda params: model.loss(params, x, y, descent.loss, curvature=True)[0], fast)
+    grads, negative = solve(product, b)
+    return TaskGrad(grads, {}, {**metrics, CURVATURE: negative})
 
 
 def conjugate_gradients(

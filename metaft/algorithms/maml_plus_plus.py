@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from metaft import inner
-from metaft.algorithms.base import Algorithm
-from metaft.algorithms.gradient import by_gradient
+from metaft.algorithms.base import Adapt, Algorithm
+from metaft.algorithms.gradient import Hooks, by_gradient
 from metaft.algorithms.meta_sgd import RATE
-from metaft.algorithms.query import judge
+from metaft.algorithms.query import Judge, judge
 from metaft.errors import MetaftError
 from metaft.inner_augment import Augment
 from metaft.inner_optim import InnerOptimizer
@@ -25,6 +28,7 @@ ORDER = ".order"
 MOMENTUM = 0.1
 
 
+# Above 60 lines for its docstring, a paragraph per change that can be switched off.
 def maml_plus_plus(
     model: Model,
     *,
@@ -82,20 +86,6 @@ def maml_plus_plus(
     if step_norm and last:
         learned |= {k + LATER: model.params[k].expand(last, *model.params[k].shape) for k in model.norm}
 
-    def rates(meta: Params) -> inner.Rates:
-        def moves(directions: Params, step: int) -> Params:
-            if ORDER in meta:
-                order = meta[ORDER]  # 0 or 1, so this is exact; momentum too is a function of nothing but gradients
-                directions = {k: order * d + (1 - order) * d.detach() for k, d in directions.items()}
-            step = min(step, last)
-            return {k: (meta[k + RATE][step] if learned_rates else inner_lr) * d for k, d in directions.items()}
-
-        return moves
-
-    def at(meta: Params, step: int) -> Params:
-        step = min(step, last)
-        return {k: meta[k + LATER][step - 1] for k in model.norm} if step_norm and step else {}
-
     base = by_gradient(
         "maml++",
         model,
@@ -108,74 +98,117 @@ def maml_plus_plus(
         norm=norm,
         adapted=adapted,
         learned=learned,
-        begin=lambda meta, x, y, ways: {name: meta[name] for name in model.params},
-        rates=rates,
-        at=at,
+        hooks=Hooks(
+            rates=lambda meta: functools.partial(_moves, None if learned_rates else inner_lr, last, meta),
+            at=functools.partial(_scales_and_shifts, model.norm if step_norm else (), last),
+        ),
     )
-    statistics = _initial_statistics(model, inner_steps + 1) if step_statistics else {}
     judged = judge(base.predict, loss=loss, norm=norm, loss_of=model.loss)
+    bundle = _Bundle(model.outputs, inner_steps, norm, multi_step, order_annealing, step_statistics, iterations)
+    member = dataclasses.replace(
+        base,
+        task_loss=functools.partial(_task_loss, bundle, base.adapt, judged),
+        schedule=functools.partial(_schedule, bundle),
+    )
+    if not step_statistics:
+        return member
+    statistics = _initial_statistics(model, inner_steps + 1)
+    return dataclasses.replace(
+        member,
+        init=functools.partial(_init, learned, statistics),
+        adapt=functools.partial(_adapt_to_statistics, base.adapt, inner_steps),
+    )
 
-    def init(key: int) -> tuple[Params, Params]:
-        return base.init(key)[0], {k: v.clone() for k, v in statistics.items()}
 
-    def adapt(
-        meta: Params,
-        state: Params,
-        support_x: Tensor,
-        support_y: Tensor,
-        key: Tensor,
-        *,
-        ways: int,
-        steps: int,
-        trajectory: bool = False,
-        moments: bool = True,
-    ) -> Fast:
-        own = moments and not step_statistics
-        fast = base.adapt(
-            meta, {}, support_x, support_y, key, ways=ways, steps=steps, trajectory=trajectory, moments=own
-        )
-        if not moments or own:
-            return fast
-        rows = [min(s, inner_steps) for s in (range(steps + 1) if trajectory else (steps,))]
-        kept = _pairs({k: v[rows] if trajectory else v[rows[0]] for k, v in state.items()})
-        return fast._replace(moments=kept)
+class _Bundle(NamedTuple):
+    """What of a member decides about its objective."""
 
-    def task_loss(
-        meta: Params, state: Params, knobs: Params, episode: Episode
-    ) -> tuple[Tensor, tuple[Params, dict[str, Tensor]]]:
-        trajectory = multi_step > 0 or step_statistics
-        fast = base.adapt(
-            {**meta, ORDER: knobs["order"].to(episode.support_x)} if order_annealing else meta,
-            {},
-            *episode[:2],
-            episode.key,
-            ways=model.outputs,
-            steps=inner_steps,
-            trajectory=trajectory,
-            moments=norm == "inductive" or step_statistics,
-        )
-        delta: Params = {}
-        if step_statistics:
-            measured = [t.detach() for pair in fast.moments for t in pair]
-            delta = {k: MOMENTUM * (m - state[k]) for k, m in zip(sorted(state), measured, strict=True)}
-            fast = fast._replace(moments=_pairs(state))
-        first = min(1, inner_steps) if multi_step else inner_steps
-        steps = range(first, inner_steps + 1)
-        results = [judged(inner.at_step(fast, s) if trajectory else fast, episode) for s in steps]
-        losses = torch.stack([value for value, _ in results])
-        value = (knobs["weights"].to(losses) * losses).sum() if len(results) > 1 else losses[0]
-        return value, (delta, {**results[-1][1], "loss": value.detach()})
+    ways: int
+    inner_steps: int
+    norm: Norm
+    multi_step: float
+    order_annealing: float
+    step_statistics: bool
+    iterations: int
 
-    def schedule(step: int) -> Params:
-        early = 1 - min(1.0, step / (multi_step * iterations)) if multi_step else 0.0
-        weights = torch.full((last + 1,), early / (last + 1), dtype=torch.float64)
-        weights[-1] += 1 - early
-        return {
-            "weights": weights,
-            "order": torch.tensor(float(step >= order_annealing * iterations), dtype=torch.float32),
-        }
 
-    return dataclasses.replace(base, init=init, adapt=adapt, task_loss=task_loss, schedule=schedule)
+def _moves(inner_lr: float | None, last: int, meta: Params, directions: Params, step: int) -> Params:
+    """Directions times the rates of a step: those in `meta` where there is no `inner_lr`."""
+    if ORDER in meta:
+        order = meta[ORDER]  # 0 or 1, so this is exact; momentum too is a function of nothing but gradients
+        directions = {k: order * d + (1 - order) * d.detach() for k, d in directions.items()}
+    step = min(step, last)
+    return {k: (meta[k + RATE][step] if inner_lr is None else inner_lr) * d for k, d in directions.items()}
+
+
+def _scales_and_shifts(names: Iterable[str], last: int, meta: Params, step: int) -> Params:
+    """Those of a step after the first one."""
+    step = min(step, last)
+    return {k: meta[k + LATER][step - 1] for k in names} if step else {}
+
+
+def _init(learned: Params, statistics: Params, key: int) -> tuple[Params, Params]:
+    return {k: p.clone() for k, p in learned.items()}, {k: v.clone() for k, v in statistics.items()}
+
+
+def _adapt_to_statistics(
+    adapt: Adapt,
+    inner_steps: int,
+    meta: Params,
+    state: Params,
+    support_x: Tensor,
+    support_y: Tensor,
+    key: Tensor,
+    *,
+    ways: int,
+    steps: int,
+    trajectory: bool = False,
+    moments: bool = True,
+) -> Fast:
+    """`adapt` with the running statistics of its last step, or of every one, in the place of the task's moments."""
+    fast = adapt(meta, {}, support_x, support_y, key, ways=ways, steps=steps, trajectory=trajectory, moments=False)
+    if not moments:
+        return fast
+    rows = [min(s, inner_steps) for s in (range(steps + 1) if trajectory else (steps,))]
+    return fast._replace(moments=_pairs({k: v[rows] if trajectory else v[rows[0]] for k, v in state.items()}))
+
+
+def _task_loss(
+    bundle: _Bundle, adapt: Adapt, judged: Judge, meta: Params, state: Params, knobs: Params, episode: Episode
+) -> tuple[Tensor, tuple[Params, dict[str, Tensor]]]:
+    """The weighted sum of the query losses after each step, or the one after the last."""
+    trajectory = bundle.multi_step > 0 or bundle.step_statistics
+    fast = adapt(
+        {**meta, ORDER: knobs["order"].to(episode.support_x)} if bundle.order_annealing else meta,
+        {},
+        *episode[:2],
+        episode.key,
+        ways=bundle.ways,
+        steps=bundle.inner_steps,
+        trajectory=trajectory,
+        moments=bundle.norm == "inductive" or bundle.step_statistics,
+    )
+    delta: Params = {}
+    if bundle.step_statistics:
+        measured = [t.detach() for pair in fast.moments for t in pair]
+        delta = {k: MOMENTUM * (m - state[k]) for k, m in zip(sorted(state), measured, strict=True)}
+        fast = fast._replace(moments=_pairs(state))
+    first = min(1, bundle.inner_steps) if bundle.multi_step else bundle.inner_steps
+    steps = range(first, bundle.inner_steps + 1)
+    results = [judged(inner.at_step(fast, s) if trajectory else fast, episode) for s in steps]
+    losses = torch.stack([value for value, _ in results])
+    value = (knobs["weights"].to(losses) * losses).sum() if len(results) > 1 else losses[0]
+    return value, (delta, {**results[-1][1], "loss": value.detach()})
+
+
+def _schedule(bundle: _Bundle, step: int) -> Params:
+    """The weights of the query losses, and whether inner gradients count as functions of the meta-parameters."""
+    steps = max(bundle.inner_steps, 1)
+    early = 1 - min(1.0, step / (bundle.multi_step * bundle.iterations)) if bundle.multi_step else 0.0
+    weights = torch.full((steps,), early / steps, dtype=torch.float64)
+    weights[-1] += 1 - early
+    order = float(step >= bundle.order_annealing * bundle.iterations)
+    return {"weights": weights, "order": torch.tensor(order, dtype=torch.float32)}
 
 
 def _initial_statistics(model: Model, states: int) -> Params:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
 from metaft.algorithms.base import Algorithm, moments_for
+from metaft.algorithms.protonet import init_body
 from metaft.algorithms.query import query_loss
 from metaft.errors import MetaftError
 from metaft.inner import collect
@@ -36,33 +39,10 @@ def matching_net(
     if not scale > 0:
         raise MetaftError(f"scale must be above 0, got {scale}")
 
-    def init(key: int) -> tuple[Params, Params]:
-        return {name: p.clone() for name, p in model.params.items() if name not in model.head}, {}
-
-    def adapt(
-        meta: Params,
-        state: Params,
-        support_x: Tensor,
-        support_y: Tensor,
-        key: Tensor,
-        *,
-        ways: int,
-        steps: int,
-        trajectory: bool = False,
-        moments: bool = True,
-    ) -> Fast:
-        features = model.features(meta, support_x, None)
-        has = (support_y.unsqueeze(1) == torch.arange(ways, device=support_y.device)).to(features.dtype)
-        extra = {"support": features, "labels": has, "scale": features.new_full((), scale)}
-        measured = model.measure(meta, support_x) if moments else ()
-        return collect(iter([meta]), lambda params: Fast(params, measured, extra), trajectory)
-
-    def predict(fast: Fast, x: Tensor, norm: Norm) -> Tensor:
-        return matched(model.features(fast.params, x, moments_for(norm, fast)), **fast.extra)
-
+    adapt, predict = functools.partial(_adapt, model, scale), functools.partial(_predict, model)
     return Algorithm(
         name="matching-net",
-        init=init,
+        init=functools.partial(init_body, model),
         adapt=adapt,
         predict=predict,
         inner_steps=0,
@@ -72,3 +52,28 @@ def matching_net(
         curvature=False,
         any_ways=True,
     )
+
+
+def _adapt(
+    model: Model,
+    scale: float,
+    meta: Params,
+    state: Params,
+    support_x: Tensor,
+    support_y: Tensor,
+    key: Tensor,
+    *,
+    ways: int,
+    steps: int,
+    trajectory: bool = False,
+    moments: bool = True,
+) -> Fast:
+    features = model.features(meta, support_x, None)
+    has = (support_y.unsqueeze(1) == torch.arange(ways, device=support_y.device)).to(features.dtype)
+    extra = {"support": features, "labels": has, "scale": features.new_full((), scale)}
+    measured = model.measure(meta, support_x) if moments else ()
+    return collect(iter([meta]), lambda params: Fast(params, measured, extra), trajectory)
+
+
+def _predict(model: Model, fast: Fast, x: Tensor, norm: Norm) -> Tensor:
+    return matched(model.features(fast.params, x, moments_for(norm, fast)), **fast.extra)

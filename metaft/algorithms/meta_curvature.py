@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
-from metaft import inner
 from metaft.algorithms.base import Algorithm
-from metaft.algorithms.gradient import by_gradient
+from metaft.algorithms.gradient import Hooks, by_gradient
 from metaft.inner_augment import Augment
 from metaft.inner_optim import InnerOptimizer
 from metaft.models import Model
@@ -51,14 +52,6 @@ def meta_curvature(
         for mode, size in zip(MODES, _modes(model.params[name]).shape, strict=False)
         if size > 1 and not (mode == ".out" and name in model.head)
     }
-
-    def rates(meta: Params) -> inner.Rates:
-        def moves(directions: Params, step: int) -> Params:
-            found = {k: [meta.get(k + mode) for mode in MODES] for k in directions}
-            return {k: inner_lr * _transformed(d, found[k]) for k, d in directions.items()}
-
-        return moves
-
     return by_gradient(
         "meta-curvature",
         model,
@@ -71,9 +64,12 @@ def meta_curvature(
         norm=norm,
         adapted=adapted,
         learned={**model.params, **matrices},
-        begin=lambda meta, x, y, ways: {name: meta[name] for name in model.params},
-        rates=rates,
+        hooks=Hooks(rates=lambda meta: functools.partial(_moves, inner_lr, meta)),
     )
+
+
+def _moves(inner_lr: float, meta: Params, directions: Params, step: int) -> Params:
+    return {k: inner_lr * _transformed(d, [meta.get(k + mode) for mode in MODES]) for k, d in directions.items()}
 
 
 def _modes(p: Tensor) -> Tensor:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
+
 import torch
 
 from metaft.algorithms.base import Algorithm
-from metaft.algorithms.gradient import by_gradient
+from metaft.algorithms.gradient import Hooks, by_gradient
 from metaft.inner_augment import Augment
 from metaft.inner_optim import InnerOptimizer
 from metaft.models import Model
@@ -41,10 +44,6 @@ def meta_sgd(
     Raises MetaftError for an inner_lr or inner_steps below 0, or an unknown optimiser.
     """
     adapted = [name for name in model.params if adapt_norm or name not in model.norm]
-
-    def rates(meta: Params) -> Params:
-        return {name: meta[name + RATE] for name in adapted}
-
     return by_gradient(
         "meta-sgd",
         model,
@@ -57,6 +56,9 @@ def meta_sgd(
         norm=norm,
         adapted=adapted,
         learned={**model.params, **{k + RATE: torch.full_like(model.params[k], inner_lr) for k in adapted}},
-        begin=lambda meta, x, y, ways: {name: meta[name] for name in model.params},
-        rates=rates,
+        hooks=Hooks(rates=functools.partial(_rates, adapted)),
     )
+
+
+def _rates(adapted: Sequence[str], meta: Params) -> Params:
+    return {name: meta[name + RATE] for name in adapted}

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+
 from torch import Tensor
 
 from metaft.algorithms.base import Algorithm
-from metaft.algorithms.gradient import by_gradient
+from metaft.algorithms.gradient import Hooks, by_gradient
 from metaft.errors import MetaftError
 from metaft.inner_augment import Augment
 from metaft.inner_optim import InnerOptimizer
@@ -51,15 +53,6 @@ def proto_maml(
     head = {name.rpartition(".")[2]: name for name in model.head}
     if head.keys() != {"weight", "bias"}:
         raise MetaftError(f"proto-maml needs a head with weight and bias, and this one has {sorted(head)}")
-
-    def begin(meta: Params, x: Tensor, y: Tensor, ways: int) -> Params:
-        if y.is_floating_point():
-            raise MetaftError(
-                f"proto-maml classifies; it cannot learn targets of type {y.dtype} (loss {label(loss)!r})"
-            )
-        c = class_means(model.features(meta, x, None), y, ways)
-        return {**meta, head["weight"]: 2 * c, head["bias"]: -c.square().sum(-1)}
-
     return by_gradient(
         "proto-maml",
         model,
@@ -72,6 +65,15 @@ def proto_maml(
         norm=norm,
         adapted=[name for name in model.params if adapt_norm or name not in model.norm],
         learned={name: p for name, p in model.params.items() if name not in model.head},
-        begin=begin,
+        hooks=Hooks(begin=functools.partial(_prototypes, model, loss, head["weight"], head["bias"])),
         any_ways=True,
     )
+
+
+def _prototypes(
+    model: Model, loss: Loss, weight: str, bias: str, meta: Params, x: Tensor, y: Tensor, ways: int
+) -> Params:
+    if y.is_floating_point():
+        raise MetaftError(f"proto-maml classifies; it cannot learn targets of type {y.dtype} (loss {label(loss)!r})")
+    c = class_means(model.features(meta, x, None), y, ways)
+    return {**meta, weight: 2 * c, bias: -c.square().sum(-1)}

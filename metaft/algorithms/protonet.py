@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 from torch import Tensor
 
 from metaft.algorithms.base import Algorithm, moments_for
@@ -29,34 +31,10 @@ def protonet(model: Model, *, loss: Loss = "cross_entropy", norm: Norm = "transd
     if loss != "cross_entropy":
         raise MetaftError(f"protonet classifies; it cannot learn a data set whose loss is {label(loss)!r}")
 
-    def init(key: int) -> tuple[Params, Params]:
-        return {name: p.clone() for name, p in model.params.items() if name not in model.head}, {}
-
-    def adapt(
-        meta: Params,
-        state: Params,
-        support_x: Tensor,
-        support_y: Tensor,
-        key: Tensor,
-        *,
-        ways: int,
-        steps: int,
-        trajectory: bool = False,
-        moments: bool = True,
-    ) -> Fast:
-        features = model.features(meta, support_x, None)
-        prototypes = class_means(features, support_y, ways)
-        measured = model.measure(meta, support_x) if moments else ()
-        return collect(iter([meta]), lambda params: Fast(params, measured, {"prototypes": prototypes}), trajectory)
-
-    def predict(fast: Fast, x: Tensor, norm: Norm) -> Tensor:
-        features = model.features(fast.params, x, moments_for(norm, fast))
-        # Written out rather than as a distance squared: the root in between has no derivative at 0.
-        return -(features.unsqueeze(1) - fast.extra["prototypes"]).square().sum(-1)
-
+    adapt, predict = functools.partial(_adapt, model), functools.partial(_predict, model)
     return Algorithm(
         name="protonet",
-        init=init,
+        init=functools.partial(init_body, model),
         adapt=adapt,
         predict=predict,
         inner_steps=0,
@@ -66,3 +44,32 @@ def protonet(model: Model, *, loss: Loss = "cross_entropy", norm: Norm = "transd
         curvature=False,
         any_ways=True,
     )
+
+
+def init_body(model: Model, key: int) -> tuple[Params, Params]:
+    """The first `meta` of members that learn all but the head."""
+    return {name: p.clone() for name, p in model.params.items() if name not in model.head}, {}
+
+
+def _adapt(
+    model: Model,
+    meta: Params,
+    state: Params,
+    support_x: Tensor,
+    support_y: Tensor,
+    key: Tensor,
+    *,
+    ways: int,
+    steps: int,
+    trajectory: bool = False,
+    moments: bool = True,
+) -> Fast:
+    prototypes = class_means(model.features(meta, support_x, None), support_y, ways)
+    measured = model.measure(meta, support_x) if moments else ()
+    return collect(iter([meta]), lambda params: Fast(params, measured, {"prototypes": prototypes}), trajectory)
+
+
+def _predict(model: Model, fast: Fast, x: Tensor, norm: Norm) -> Tensor:
+    features = model.features(fast.params, x, moments_for(norm, fast))
+    # Written out rather than as a distance squared: the root in between has no derivative at 0.
+    return -(features.unsqueeze(1) - fast.extra["prototypes"]).square().sum(-1)

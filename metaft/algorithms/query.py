@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 from torch import Tensor
@@ -22,17 +23,19 @@ def judge(predict: Predict, *, loss: Loss, norm: Norm, loss_of: LossOf | None = 
     `loss_of` is the model's own `loss`, for members whose `predict` applies the model at the fast weights: it may be
     faster where the queries are normalised with their own moments.
     """
+    return functools.partial(_judged, predict, loss, norm, loss_of)
 
-    def judged(fast: Fast, episode: Episode) -> tuple[Tensor, dict[str, Tensor]]:
-        if loss_of is not None and norm == "transductive":
-            value, prediction = loss_of(fast.params, episode.query_x, episode.query_y, loss)
-        else:
-            prediction = predict(fast, episode.query_x, norm)
-            value = loss_value(loss, prediction, episode.query_y)
-        shown = figure(loss, prediction.detach(), episode.query_y)
-        return value, {"loss": value.detach(), figure_name(loss): shown}
 
-    return judged
+def _judged(
+    predict: Predict, loss: Loss, norm: Norm, loss_of: LossOf | None, fast: Fast, episode: Episode
+) -> tuple[Tensor, dict[str, Tensor]]:
+    if loss_of is not None and norm == "transductive":
+        value, prediction = loss_of(fast.params, episode.query_x, episode.query_y, loss)
+    else:
+        prediction = predict(fast, episode.query_x, norm)
+        value = loss_value(loss, prediction, episode.query_y)
+    shown = figure(loss, prediction.detach(), episode.query_y)
+    return value, {"loss": value.detach(), figure_name(loss): shown}
 
 
 def query_loss(
@@ -50,23 +53,32 @@ def query_loss(
     `loss_of` is as in `judge`.
     """
     judged = judge(predict, loss=loss, norm=norm, loss_of=loss_of)
+    return functools.partial(_query_loss, adapt, judged, ways, steps, loss, norm)
 
-    def task_loss(
-        meta: Params, state: Params, knobs: Params, episode: Episode
-    ) -> tuple[Tensor, tuple[Params, dict[str, Tensor]]]:
-        classes = episode.class_ids.shape[-1] if ways is None else ways
-        check_ways("ways", classes, loss)
-        fast = adapt(
-            meta,
-            state,
-            episode.support_x,
-            episode.support_y,
-            episode.key,
-            ways=classes,
-            steps=steps,
-            moments=norm == "inductive",  # transductive prediction has no use for them
-        )
-        value, metrics = judged(fast, episode)
-        return value, ({}, metrics)
 
-    return task_loss
+def _query_loss(
+    adapt: Adapt,
+    judged: Judge,
+    ways: int | None,
+    steps: int,
+    loss: Loss,
+    norm: Norm,
+    meta: Params,
+    state: Params,
+    knobs: Params,
+    episode: Episode,
+) -> tuple[Tensor, tuple[Params, dict[str, Tensor]]]:
+    classes = episode.class_ids.shape[-1] if ways is None else ways
+    check_ways("ways", classes, loss)
+    fast = adapt(
+        meta,
+        state,
+        episode.support_x,
+        episode.support_y,
+        episode.key,
+        ways=classes,
+        steps=steps,
+        moments=norm == "inductive",  # transductive prediction has no use for them
+    )
+    value, metrics = judged(fast, episode)
+    return value, ({}, metrics)

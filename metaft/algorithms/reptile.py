@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from metaft import inner_augment as inner_augments
 from metaft import inner_optim
-from metaft.algorithms.base import Algorithm, TaskGrad, moments_for
+from metaft.algorithms.base import Algorithm, TaskGrad, apply_fast
 from metaft.errors import MetaftError, check_ways
 from metaft.inner import collect, value_and_grad
 from metaft.inner_augment import Augment
@@ -64,64 +66,94 @@ def reptile(
     if batch_size < 1:
         raise MetaftError(f"batch_size must be at least 1, got {batch_size}")
     optimizer, augment = inner_optim.make(inner_optimizer), inner_augments.named(inner_augment)
+    training = _Training(model, loss, inner_lr, optimizer, augment, batch_size, keep_moments)
+    return Algorithm(
+        name="reptile",
+        init=functools.partial(_init, training),
+        adapt=functools.partial(_adapt, training),
+        predict=functools.partial(apply_fast, model),
+        inner_steps=inner_steps,
+        loss=loss,
+        norm=norm,
+        task_grad=functools.partial(_task_grad, training, inner_steps),
+        curvature=False,
+    )
 
-    def init(key: int) -> tuple[Params, Params]:
-        meta = {k: p.clone() for k, p in model.params.items()}
-        probe = next(iter(meta.values()))
-        return meta, {**optimizer.init(meta), COUNT: probe.new_zeros(())} if keep_moments else {}
 
-    def walk(
-        meta: Params, state: Params, x: Tensor, y: Tensor, key: Tensor, steps: int
-    ) -> Iterator[tuple[Params, Params, dict[str, Tensor]]]:
-        """(parameters, the optimiser's state, metrics of the batch before the step) at the start and after each step"""
-        params, seen = meta, state.get(COUNT, 0)
-        moments = {k: v for k, v in state.items() if k != COUNT} if keep_moments else optimizer.init(meta)
-        yield params, moments, {}
-        for step, rows in enumerate(minibatches(key, len(y), min(batch_size, len(y)), steps)):
-            xs, ys = augment(x.index_select(0, rows), key, step), y.index_select(0, rows)
+class _Training(NamedTuple):
+    """Ordinary training on a task, without the task."""
 
-            def batch_loss(at: Params, xs: Tensor = xs, ys: Tensor = ys, step: int = step) -> tuple[Tensor, Tensor]:
-                with use_dropout(key, step):
-                    return model.loss(at, xs, ys, loss)
+    model: Model
+    loss: Loss
+    lr: float
+    optimizer: InnerOptimizer
+    augment: Augment
+    batch_size: int
+    keep_moments: bool
 
-            value, prediction, grads = value_and_grad(batch_loss, params, create_graph=False)
-            directions, moments = optimizer.update(grads, moments, seen + step)
-            params = {k: p - inner_lr * directions[k] for k, p in params.items()}
-            shown = figure(loss, prediction.detach(), ys)
-            yield params, moments, {"loss": value.detach(), figure_name(loss): shown}
 
-    def adapt(
-        meta: Params,
-        state: Params,
-        support_x: Tensor,
-        support_y: Tensor,
-        key: Tensor,
-        *,
-        ways: int,
-        steps: int,
-        trajectory: bool = False,
-        moments: bool = True,
-    ) -> Fast:
-        def finish(params: Params) -> Fast:
-            return Fast(params, model.measure(params, support_x) if moments else (), {})
+def _init(training: _Training, key: int) -> tuple[Params, Params]:
+    meta = {k: p.clone() for k, p in training.model.params.items()}
+    probe = next(iter(meta.values()))
+    return meta, {**training.optimizer.init(meta), COUNT: probe.new_zeros(())} if training.keep_moments else {}
 
-        states = (params for params, _, _ in walk(meta, state, support_x, support_y, key, steps))
-        return collect(states, finish, trajectory)
 
-    def predict(fast: Fast, x: Tensor, norm: Norm) -> Tensor:
-        return model.apply(fast.params, x, moments_for(norm, fast))
+def _walk(
+    training: _Training, meta: Params, state: Params, x: Tensor, y: Tensor, key: Tensor, steps: int
+) -> Iterator[tuple[Params, Params, dict[str, Tensor]]]:
+    """(parameters, the optimiser's state, metrics of the batch before the step) at the start and after each step"""
+    loss, optimizer = training.loss, training.optimizer
+    params, seen = meta, state.get(COUNT, 0)
+    moments = {k: v for k, v in state.items() if k != COUNT} if training.keep_moments else optimizer.init(meta)
+    yield params, moments, {}
+    for step, rows in enumerate(minibatches(key, len(y), min(training.batch_size, len(y)), steps)):
+        xs, ys = training.augment(x.index_select(0, rows), key, step), y.index_select(0, rows)
+        batch_loss = functools.partial(_batch_loss, training, xs, ys, key, step)
+        value, prediction, grads = value_and_grad(batch_loss, params, create_graph=False)
+        directions, moments = optimizer.update(grads, moments, seen + step)
+        params = {k: p - training.lr * directions[k] for k, p in params.items()}
+        shown = figure(loss, prediction.detach(), ys)
+        yield params, moments, {"loss": value.detach(), figure_name(loss): shown}
 
-    def task_grad(meta: Params, state: Params, knobs: Params, task: Episode) -> TaskGrad:
-        x, y = torch.cat([task.support_x, task.query_x]), torch.cat([task.support_y, task.query_y])
-        fast, moments, shown = meta, state, []
-        for fast, moments, metrics in walk(meta, state, x, y, task.key, inner_steps):  # noqa: B007
-            shown.append(metrics)
-        fresh = shown[1 : 1 + max(1, len(y) // batch_size)]  # of images that were not trained on before
-        seen = {COUNT: state[COUNT] + inner_steps} if keep_moments else {}
-        return TaskGrad(
-            {k: p - fast[k] for k, p in meta.items()},
-            {k: v - state[k] for k, v in {**moments, **seen}.items()} if keep_moments else {},
-            {name: torch.stack([metrics[name] for metrics in fresh]).mean() for name in fresh[0]},
-        )
 
-    return Algorithm("reptile", init, adapt, predict, inner_steps, loss, norm, task_grad=task_grad, curvature=False)
+def _batch_loss(
+    training: _Training, x: Tensor, y: Tensor, key: Tensor, step: int, params: Params
+) -> tuple[Tensor, Tensor]:
+    with use_dropout(key, step):
+        return training.model.loss(params, x, y, training.loss)
+
+
+def _adapt(
+    training: _Training,
+    meta: Params,
+    state: Params,
+    support_x: Tensor,
+    support_y: Tensor,
+    key: Tensor,
+    *,
+    ways: int,
+    steps: int,
+    trajectory: bool = False,
+    moments: bool = True,
+) -> Fast:
+    def finish(params: Params) -> Fast:
+        return Fast(params, training.model.measure(params, support_x) if moments else (), {})
+
+    path = (params for params, _, _ in _walk(training, meta, state, support_x, support_y, key, steps))
+    return collect(path, finish, trajectory)
+
+
+def _task_grad(
+    training: _Training, inner_steps: int, meta: Params, state: Params, knobs: Params, task: Episode
+) -> TaskGrad:
+    x, y = torch.cat([task.support_x, task.query_x]), torch.cat([task.support_y, task.query_y])
+    fast, moments, shown = meta, state, []
+    for fast, moments, metrics in _walk(training, meta, state, x, y, task.key, inner_steps):  # noqa: B007
+        shown.append(metrics)
+    fresh = shown[1 : 1 + max(1, len(y) // training.batch_size)]  # of images that were not trained on before
+    seen = {COUNT: state[COUNT] + inner_steps} if training.keep_moments else {}
+    return TaskGrad(
+        {k: p - fast[k] for k, p in meta.items()},
+        {k: v - state[k] for k, v in {**moments, **seen}.items()} if training.keep_moments else {},
+        {name: torch.stack([metrics[name] for metrics in fresh]).mean() for name in fresh[0]},
+    )

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+
 from torch import Tensor
 
 from metaft.algorithms.base import Algorithm
-from metaft.algorithms.gradient import by_gradient
+from metaft.algorithms.gradient import Hooks, by_gradient
 from metaft.inner_augment import Augment
 from metaft.inner_optim import InnerOptimizer
 from metaft.models import Model
@@ -44,11 +46,6 @@ def unicorn_maml(
     Raises MetaftError for an inner_lr or inner_steps below 0, or an unknown optimiser.
     """
     model.check_head("unicorn-maml")
-
-    def begin(meta: Params, x: Tensor, y: Tensor, ways: int) -> Params:
-        outputs = ways if loss == "cross_entropy" else model.outputs
-        return {k: p.expand(outputs, *p.shape[1:]) if k in model.head else p for k, p in meta.items()}
-
     return by_gradient(
         "unicorn-maml",
         model,
@@ -61,6 +58,11 @@ def unicorn_maml(
         norm=norm,
         adapted=[name for name in model.params if adapt_norm or name not in model.norm],
         learned={k: p[:1] if k in model.head else p for k, p in model.params.items()},
-        begin=begin,
+        hooks=Hooks(begin=functools.partial(_copies_of_the_row, model, loss)),
         any_ways=loss == "cross_entropy",
     )
+
+
+def _copies_of_the_row(model: Model, loss: Loss, meta: Params, x: Tensor, y: Tensor, ways: int) -> Params:
+    outputs = ways if loss == "cross_entropy" else model.outputs
+    return {k: p.expand(outputs, *p.shape[1:]) if k in model.head else p for k, p in meta.items()}

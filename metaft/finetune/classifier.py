@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metaft import checkpoint
 from metaft.errors import CheckpointError, DataError, MetaftError, MetaftWarning
 from metaft.finetune import heads
 from metaft.finetune.examples import Examples, at_most
@@ -21,9 +20,10 @@ from metaft.inputs.listing import unreadable
 from metaft.models.architecture import build
 from metaft.models.head import body_of
 from metaft.models.stored import empty_stored
-from metaft.modes import in_usual_modes
-from metaft.paths import local
-from metaft.run import RunFolder
+from metaft.runs import checkpoint
+from metaft.runs.folder import RunFolder
+from metaft.support.modes import in_usual_modes
+from metaft.support.paths import local
 
 
 class Classifier(nn.Module):

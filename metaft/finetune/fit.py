@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metaft.checkpoint import under
 from metaft.errors import NonFiniteError
 from metaft.finetune import heads
 from metaft.finetune.examples import Examples, Prepared, at_most
@@ -23,6 +22,7 @@ from metaft.finetune.strategies import STRATEGIES, Groups, Strategy
 from metaft.inputs import Inputs
 from metaft.models.handed import copied
 from metaft.models.stored import with_stored_moments
+from metaft.runs.checkpoint import under
 from metaft.sampler import Stream, raw_words, uniform
 from metaft.settings import Recipe
 

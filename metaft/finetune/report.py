@@ -11,11 +11,11 @@ import torch
 from metaft.finetune.classifier import Classifier
 from metaft.finetune.examples import Part
 from metaft.finetune.target import Target
-from metaft.names import short_names
-from metaft.paths import shown
-from metaft.pictures import drawn, plotting
-from metaft.progress import duration
-from metaft.run import RunFolder, read_rows
+from metaft.runs.folder import RunFolder, read_rows
+from metaft.support.names import short_names
+from metaft.support.paths import shown
+from metaft.support.pictures import drawn, plotting
+from metaft.support.progress import duration
 
 _TABLE = 30  # classes that are listed; of more, only the worst
 

@@ -10,14 +10,14 @@ import numpy as np
 import torch
 
 from metaft._version import __version__
-from metaft.assemble import where_measured
 from metaft.config import AdaptConfig
 from metaft.finetune.scores import mean_t95
 from metaft.finetune.start import Start
 from metaft.finetune.study import Position, draws_differ, rows_of, seconds
 from metaft.finetune.target import VALIDATION_FROM, Rows, Target
 from metaft.options import flat
-from metaft.run import RunFolder, read_rows
+from metaft.runs.folder import RunFolder, read_rows
+from metaft.runs.machine import where_measured
 
 
 def result_of(

@@ -10,7 +10,6 @@ from typing import Any
 from torch import nn
 
 from metaft import models
-from metaft.assemble import open_run
 from metaft.config import Settled
 from metaft.defaults import model_for
 from metaft.errors import CheckpointError, MetaftError
@@ -22,6 +21,7 @@ from metaft.models.handed import said
 from metaft.models.head import body_of, why_apart
 from metaft.models.stored import has_statistics
 from metaft.options import from_mapping
+from metaft.runs.assemble import open_run
 from metaft.types import Params
 
 OWN = "module"

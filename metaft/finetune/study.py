@@ -12,8 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from metaft import checkpoint
-from metaft.checkpoint import write_atomically
 from metaft.config import AdaptConfig
 from metaft.errors import CheckpointError, NonFiniteError
 from metaft.finetune.classifier import Classifier, save
@@ -23,7 +21,9 @@ from metaft.finetune.inner import FEWER, inner
 from metaft.finetune.scores import scores
 from metaft.finetune.start import Start, body
 from metaft.finetune.target import Rows, Target
-from metaft.run import RunFolder, append_row
+from metaft.runs import checkpoint
+from metaft.runs.checkpoint import write_atomically
+from metaft.runs.folder import RunFolder, append_row
 
 SAVE_EVERY = 5.0  # seconds; a killed run loses at most these
 

@@ -30,10 +30,10 @@ from metaft.inputs.listing import (
     subfolders,
 )
 from metaft.inputs.reading import depth_note, is_dark_on_bright, is_grey, read_all
-from metaft.names import is_text, natural
-from metaft.paths import local
 from metaft.sampler import Stream, choose, raw_words
 from metaft.spec import Takes, name_of, parse
+from metaft.support.names import is_text, natural
+from metaft.support.paths import local
 from metaft.tasks.folder import inputs_for
 from metaft.tasks.glyphs import glyphs
 from metaft.tasks.pool import skipped_words

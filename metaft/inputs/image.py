@@ -18,7 +18,7 @@ from metaft.inputs.base import Reading
 from metaft.inputs.depth import CONTAINER, bits_for, is_deep, maximum
 from metaft.inputs.listing import FOLDER, is_no_picture, list_images
 from metaft.inputs.reading import Unreadable, is_grey, open_image, pixels_of
-from metaft.modes import in_usual_modes
+from metaft.support.modes import in_usual_modes
 
 Polarity = Literal["bright-on-black", "as-is"]
 

@@ -17,7 +17,7 @@ from metaft.models.functional import Model, check_repeats, functional
 from metaft.models.handed import class_of, taken, with_constants, wrappers
 from metaft.models.mlp import MLP
 from metaft.models.norm import EpisodeNorm, episode_norms
-from metaft.modes import in_usual_modes
+from metaft.support.modes import in_usual_modes
 
 __all__ = [
     "MLP",

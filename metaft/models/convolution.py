@@ -157,7 +157,7 @@ def shapes_of(run: Callable[[], object]) -> tuple[Shape, ...]:
 def seconds(shape: Shape, form: Form, device: str | torch.device, *, record: Record | None = None) -> float:
     """Median seconds of the convolution, its gradient and that gradient's own, for all tasks at once.
 
-    `record` turns a function into what runs it as a training step would be run (see `metaft.static.recorded`).
+    `record` turns a function into what runs it as a training step would be run (see `metaft.outer.static.recorded`).
     """
     wait = functools.partial(torch.cuda.synchronize, device) if torch.device(device).type == "cuda" else lambda: None
     dtype = getattr(torch, shape.dtype.removeprefix("torch."))

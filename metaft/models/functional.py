@@ -13,17 +13,17 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from metaft.batching import check_twice_differentiable
 from metaft.errors import MetaftError
 from metaft.models.conv4 import Conv4
 from metaft.models.convolution import task_convolutions
+from metaft.models.derivatives import check_twice_differentiable
 from metaft.models.dropout import drops, episode_dropout
 from metaft.models.handed import buffers, class_of, copied, eagerly, frozen, taken
 from metaft.models.head import body_of, watched, watching
 from metaft.models.norm import EpisodeNorm, episode_norms, measure_moments, use_moments
 from metaft.models.plain import plain_layers
-from metaft.modes import in_usual_modes_but_type
 from metaft.objective import loss_value
+from metaft.support.modes import in_usual_modes_but_type
 from metaft.types import Loss, Moments, Params
 
 _plain: ContextVar[bool] = ContextVar("plain_operations", default=False)

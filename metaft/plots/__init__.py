@@ -6,7 +6,7 @@ any thread may draw. Import this package where a picture is made, not at the top
 
 from __future__ import annotations
 
-from metaft.drawing import quiet
+from metaft.support.drawing import quiet
 
 with quiet():
     from metaft.plots.confusion import confusion

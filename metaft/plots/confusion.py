@@ -14,10 +14,10 @@ from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from metaft.names import short_names
 from metaft.plots.grid import drawable
 from metaft.plots.style import FONT, save
 from metaft.plots.text import fitted, width
+from metaft.support.names import short_names
 
 _COUNTED = 25  # up to so many classes the counts are written into the cells
 _NAME = 1.8  # inches of a class name that are shown

@@ -16,9 +16,9 @@ from matplotlib.font_manager import findfont, get_font
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
-from metaft.names import short_names
 from metaft.plots.style import FONT, GREEN, VERMILLION, save
 from metaft.plots.text import fitted, wrapped
+from metaft.support.names import short_names
 from metaft.types import Episode
 
 RIGHT, WRONG = GREEN, VERMILLION

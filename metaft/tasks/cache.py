@@ -19,7 +19,7 @@ from typing import IO
 
 import numpy as np
 
-from metaft.output import say
+from metaft.support.output import say
 
 _DIGEST = "sha256"
 _FORMAT = 2

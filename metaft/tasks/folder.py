@@ -36,7 +36,7 @@ from metaft.inputs.reading import (
     read_all,
     rows_of,
 )
-from metaft.paths import local
+from metaft.support.paths import local
 from metaft.tasks.cache import cached
 from metaft.tasks.pool import ClassPool
 from metaft.types import SPLITS

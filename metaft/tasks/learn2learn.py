@@ -27,7 +27,7 @@ from metaft.errors import DataError, MetaftError, MetaftWarning, no_such
 from metaft.inputs.depth import CONTAINER, bits_for, is_deep, maximum, to_bytes
 from metaft.inputs.flaws import about, flaws_note, noted
 from metaft.inputs.reading import depth_note, fitted_deep, is_dark_on_bright, is_grey, pixels_of, plain
-from metaft.paths import local
+from metaft.support.paths import local
 from metaft.tasks.folder import inputs_of, rank_split
 from metaft.tasks.pool import ClassPool
 from metaft.types import SPLITS
@@ -181,7 +181,7 @@ def named(
 
 def _datasets() -> Any:
     """learn2learn.vision.datasets. Raises MetaftError that says how to install it."""
-    importlib.import_module("metaft.vision")  # without which torchvision may not import
+    importlib.import_module("metaft.support.vision")  # without which torchvision may not import
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # gym, which it imports, says that it is no longer maintained
             return importlib.import_module("learn2learn.vision.datasets")

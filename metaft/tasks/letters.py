@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
-from metaft.drawing import font_folder
 from metaft.errors import DataError
+from metaft.support.drawing import font_folder
 from metaft.types import Split
 
 FACES = tuple(

@@ -22,7 +22,7 @@ from metaft.inputs import ImageInputs
 from metaft.inputs.flaws import flaws_note
 from metaft.inputs.listing import Left, counted, left_note, list_classes, refusal, skipped_note, subfolders
 from metaft.inputs.reading import READER_VERSION, fingerprint
-from metaft.paths import local
+from metaft.support.paths import local
 from metaft.tasks.folder import read_cached, rows_left
 from metaft.tasks.pool import ClassPool
 from metaft.types import SPLITS
@@ -133,7 +133,7 @@ def find(root: str | os.PathLike[str], *, whole: bool = False) -> Path | None:
 
 def download(root: str | os.PathLike[str]) -> None:
     """Fetch and unpack both parts (about 17 MB) under `root` with torchvision. Raises DataError where that fails."""
-    from metaft.vision import datasets
+    from metaft.support.vision import datasets
 
     root = local(root)
     try:

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from metaft.errors import DataError, check_ways
 from metaft.inputs import ImageInputs
-from metaft.modes import in_usual_modes
 from metaft.sampler import Stream, choose, raw_words
+from metaft.support.modes import in_usual_modes
 from metaft.types import SPLITS, Batch, Episode, Loss, Split
 
 

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from metaft.errors import DataError
-from metaft.modes import in_usual_modes
 from metaft.sampler import Stream, raw_words, uniform
+from metaft.support.modes import in_usual_modes
 from metaft.types import SPLITS, Batch, Episode, Loss, Split
 
 AMPLITUDE = (0.1, 5.0)

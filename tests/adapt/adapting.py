@@ -15,7 +15,7 @@ import pytest
 from torch import Tensor
 
 from metaft.inputs import ImageInputs
-from metaft.training import load_snapshot
+from metaft.runs.snapshot import load_snapshot
 from metaft.types import Params
 
 Text = pytest.CaptureFixture[str]

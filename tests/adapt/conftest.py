@@ -31,7 +31,7 @@ from metaft.finetune import report, study
 @pytest.fixture(autouse=True)
 def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing takes longer than all the rest of a small run."""
-    monkeypatch.setattr("metaft.report.draw_pictures", lambda *_: [])
+    monkeypatch.setattr("metaft.runs.report.draw_pictures", lambda *_: [])
     monkeypatch.setattr(report, "draw_pictures", lambda *_: [])
 
 
@@ -49,7 +49,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, squares: Path) -> dict[str, P
         made = {name: meta_trained(base / name, squares, algorithm=name, **OWN[name]) for name in ALGORITHMS}
     made["colour"] = meta_trained(base / "colour", squares, channels=3)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("metaft.report.draw_pictures", lambda *_: [])
+        patch.setattr("metaft.runs.report.draw_pictures", lambda *_: [])
         meta_train.run(sinusoid(base / "curve"))
     return {**made, "curve": base / "curve"}
 

@@ -20,7 +20,7 @@ from helpers import (
 from metaft import adapt
 from metaft.finetune import study
 from metaft.finetune.scores import mean_t95
-from metaft.run import read_rows
+from metaft.runs.folder import read_rows
 
 
 def test_the_gain_is_paired_with_students_interval(

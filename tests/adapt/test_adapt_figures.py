@@ -25,10 +25,10 @@ from PIL import Image
 
 import metaft
 from metaft import adapt
-from metaft.assemble import where_measured
 from metaft.finetune import report, study
 from metaft.finetune.classifier import Classifier
-from metaft.run import read_rows
+from metaft.runs.folder import read_rows
+from metaft.runs.machine import where_measured
 
 
 def test_the_figures_are_those_of_the_classifier_on_the_test_images(done: Path, data: Path, runs: dict[str, Path]):

@@ -29,11 +29,12 @@ from helpers import (
 from PIL import Image
 
 import metaft
-from metaft import adapt, checkpoint
+from metaft import adapt
 from metaft.config import AdaptConfig, read_toml
 from metaft.finetune import study, target
 from metaft.inputs import ImageInputs
-from metaft.run import read_rows
+from metaft.runs import checkpoint
+from metaft.runs.folder import read_rows
 
 
 def test_the_settings_reach_the_fit(runs: dict[str, Path], data: Path, tmp_path: Path, fits: list[Seen]) -> None:

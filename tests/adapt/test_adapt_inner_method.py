@@ -27,8 +27,8 @@ from metaft import adapt, models
 from metaft.algorithms import ALGORITHMS, hyper_parameters
 from metaft.finetune import study
 from metaft.models.stored import StoredNorm
-from metaft.run import read_rows
-from metaft.training import load_snapshot
+from metaft.runs.folder import read_rows
+from metaft.runs.snapshot import load_snapshot
 from metaft.types import Fast, Params
 
 

@@ -22,7 +22,7 @@ from helpers import (
 import metaft
 from metaft import adapt
 from metaft.finetune import study
-from metaft.run import RunFolder, read_rows
+from metaft.runs.folder import RunFolder, read_rows
 
 
 @pytest.mark.parametrize("shots", [1, 2, 10])

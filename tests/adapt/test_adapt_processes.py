@@ -21,7 +21,7 @@ from helpers import (
 )
 
 from metaft import adapt, meta_train
-from metaft.run import read_rows
+from metaft.runs.folder import read_rows
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 

@@ -23,7 +23,7 @@ from metaft import adapt, models
 from metaft.config import AdaptConfig, read_toml
 from metaft.errors import MetaftError
 from metaft.inputs import ImageInputs
-from metaft.run import read_rows
+from metaft.runs.folder import read_rows
 
 
 def test_the_newest_run_that_fits_is_taken(in_tmp: Path, runs: dict[str, Path], data: Path, capsys: Text) -> None:

@@ -16,14 +16,15 @@ import torch
 from helpers import finished, meta_trained, one_line, one_thread, words
 from victims import DONE, FULL
 
-from metaft import adapt, checkpoint, evaluate, meta_train, predict
-from metaft.assemble import open_run
+from metaft import adapt, evaluate, meta_train, predict
 from metaft.errors import CheckpointError
 from metaft.finetune import study
 from metaft.finetune.classifier import load
-from metaft.run import RunFolder
+from metaft.runs import checkpoint
+from metaft.runs.assemble import open_run
+from metaft.runs.folder import RunFolder
+from metaft.runs.snapshot import load_snapshot
 from metaft.tasks import cache
-from metaft.training import load_snapshot
 
 FLIPS = 200 if FULL else 20
 EVERY = 4096 if FULL else 65536

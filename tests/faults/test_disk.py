@@ -13,9 +13,9 @@ import pytest
 import torch
 from victims import DONE, FULL, Plan, Victim, Whole, go_on, one_error, same_tree, tree
 
-from metaft import checkpoint
 from metaft.errors import CheckpointError
-from metaft.run import RunFolder
+from metaft.runs import checkpoint
+from metaft.runs.folder import RunFolder
 
 
 def mount(folder: Path, *how: str) -> None:

@@ -21,9 +21,9 @@ from helpers import IMAGES, SAME_RUN, SINUSOID, options, rounded_alike
 from jobs import Job, settled
 from victims import DONE, FULL, Plan, completed, kill_tree, one_error, same_tree, tree
 
-from metaft.ranks import ALONE
-from metaft.run import read_rows
-from metaft.training import load_snapshot
+from metaft.dist.ranks import ALONE
+from metaft.runs.folder import read_rows
+from metaft.runs.snapshot import load_snapshot
 
 STEPS = 12
 RUN = options(SINUSOID, iterations=STEPS, checkpoint_every=3, eval_every=5)

@@ -15,8 +15,8 @@ from helpers import SINUSOID, options
 from victims import FULL, Victim, Whole, completed, one_error, same_tree, tree
 
 from metaft.errors import CheckpointError, MetaftError
-from metaft.lock import held
-from metaft.run import RunFolder
+from metaft.runs.folder import RunFolder
+from metaft.runs.lock import held
 
 FOREVER = options(SINUSOID, iterations=10**6, checkpoint_every=5, eval_every=10**6)
 
@@ -44,7 +44,7 @@ def test_a_second_command_on_a_run_is_refused_and_names_the_first(again: str, tm
 
 
 def last_step(out: Path) -> int:
-    from metaft.training import load_snapshot
+    from metaft.runs.snapshot import load_snapshot
 
     folder = RunFolder(out)
     folder.mend()

@@ -15,11 +15,12 @@ import pytest
 from helpers import IMAGES, options, remains, sinusoid, write_folder
 from victims import DONE, FULL, Plan, Victim, Whole, completed, one_error, same_tree, tree
 
-from metaft import meta_train, report, training
+from metaft import meta_train
 from metaft.errors import NonFiniteError
 from metaft.inputs import reading as images
+from metaft.runs import report, training
+from metaft.runs.snapshot import load_snapshot
 from metaft.tasks import sinusoid as sinusoids
-from metaft.training import load_snapshot
 
 Text = pytest.CaptureFixture[str]
 

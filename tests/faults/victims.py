@@ -42,7 +42,7 @@ COMMANDS = ("meta_train", "evaluate", "adapt")
 
 context = multiprocessing.get_context("forkserver")
 # The commands, and what they import only when they come to use it.
-_OURS = [f"metaft.{name}" for name in (*COMMANDS, "report", "finetune.report", "finetune.study")]
+_OURS = [f"metaft.{name}" for name in (*COMMANDS, "runs.report", "finetune.report", "finetune.study")]
 _OTHERS = ["torch._dynamo", "torch._inductor", "torch.distributed.nn", "sklearn.metrics"]
 context.set_forkserver_preload([*_OURS, "rank_gradients", "wide", *_OTHERS])
 
@@ -73,8 +73,8 @@ class Moments:
     """Counts what a run does to the disk. At the moment `kill_at` it is killed; a write then leaves half its data."""
 
     def __init__(self, kill_at: float) -> None:
-        from metaft import checkpoint
-        from metaft import run as run_module
+        from metaft.runs import checkpoint
+        from metaft.runs import folder as run_module
 
         self.names: list[str] = []
         self.kill_at = kill_at
@@ -218,8 +218,8 @@ def _run(module: str, argv: list[str], plan: Plan, environment: dict[str, str], 
     faulthandler.enable()
     import torch
 
-    from metaft import report
     from metaft.finetune import report as finetune_report
+    from metaft.runs import report
 
     torch.set_num_threads(1)
     report.draw_pictures = finetune_report.draw_pictures = lambda *_: []  # type: ignore[assignment]
@@ -257,7 +257,7 @@ def _befall(plan: Plan) -> None:
     if plan.memory is not None and plan.memory_after is not None:
         import torch
 
-        from metaft import training
+        from metaft.runs import training
 
         memory, after, gradient = plan.memory, plan.memory_after, training.meta_gradient
 
@@ -271,7 +271,7 @@ def _befall(plan: Plan) -> None:
 
 
 def weigh(file: Path) -> None:
-    from metaft import training
+    from metaft.runs import training
 
     real = training.score_episodes
 

@@ -1,4 +1,4 @@
-"""The one way to torchvision: import it as `from metaft.vision import torchvision`, inside the function that needs it.
+"""The one way to torchvision: `from metaft.support.vision import torchvision`, inside the function that needs it.
 
 torchvision's registry wheel is built against a CUDA torch. Beside a CPU-only torch its compiled operators do not load,
 and `import torchvision` then fails with "operator torchvision::nms does not exist" (pytorch/vision#9085), because it

@@ -66,9 +66,9 @@ class Ranks:
         """Every rank's value (small plain data), in rank order, on all of them. Raises RankLost."""
         if self.count == 1:
             return [value]
-        found = self._all((self._request(), value))
-        self._agree(sum(request for request, _ in found))
-        return [value for _, value in found]
+        answers = self._all((self._request(), value))
+        self._agree(sum(request for request, _ in answers))
+        return [value for _, value in answers]
 
     def on_first(self, function: Callable[[], Value]) -> Value:
         """What rank 0's `function()` gives; the others do not call theirs. An error there ends all. Raises RankLost."""
@@ -107,10 +107,10 @@ class Ranks:
         """Raises RanksDiffer, on all ranks, where a value (small plain data) is not that of rank 0."""
         if self.count == 1:
             return
-        found = self.gather(value())
-        others = [rank for rank, each in enumerate(found) if each != found[0]]
+        values = self.gather(value())
+        others = [rank for rank, each in enumerate(values) if each != values[0]]
         if others:
-            raise RanksDiffer(f"{what}: {found[others[0]]} on {named(others)}, {found[0]} on rank 0")
+            raise RanksDiffer(f"{what}: {values[others[0]]} on {named(others)}, {values[0]} on rank 0")
 
     def check_device(self, device: str) -> None:
         """Raises MetaftError for a device that this rank would share with another, or that is not there.

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from metaft.errors import MetaftError, RankLost, SaidElsewhere
-from metaft.ranks import Ranks, named
-from metaft.torchrun import Missing, attempt_word, env_number, launch_of_one, launch_word, time_limit
+from metaft.dist.ranks import Ranks, named
+from metaft.dist.torchrun import Missing, attempt_word, env_number, launch_of_one, launch_word, time_limit
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -135,10 +135,10 @@ class _Group(Ranks):
     def _all(self, value: Any) -> list[Any]:
         from torch import distributed
 
-        found: list[Any] = [None] * self.count
+        values: list[Any] = [None] * self.count
         with self._watched():
-            distributed.all_gather_object(found, value)
-        return found
+            distributed.all_gather_object(values, value)
+        return values
 
     def _from_first(self, value: Any) -> Any:
         from torch import distributed

@@ -22,12 +22,13 @@ from torch.utils import _pytree as pytree
 
 from metaft.algorithms.base import Algorithm, TaskGrad
 from metaft.config import Settled
+from metaft.dist.ranks import Ranks
+from metaft.engines.base import Engine
 from metaft.errors import MetaftError, MetaftWarning
 from metaft.metrics import figure_name
-from metaft.outer import Engine, task_grad_of
-from metaft.ranks import Ranks
+from metaft.outer import task_grad_of
+from metaft.outer.update import clipped, outer_lr
 from metaft.types import Params, Source, Static
-from metaft.update import clipped, outer_lr
 
 _BETAS, _EPS = (0.9, 0.999), 1e-8
 _STRETCH_BYTES = 1 << 28
@@ -59,7 +60,7 @@ class Steps(Protocol):
 
 
 class Begun(Protocol):
-    """What a run starts from (`metaft.training.Snapshot`)."""
+    """What a run starts from (`metaft.runs.snapshot.Snapshot`)."""
 
     @property
     def meta(self) -> Params: ...
@@ -133,9 +134,9 @@ class StaticSteps:
         if not self._updates:
             return {}
         parts = {slot: self._named(flat, self.meta) for slot, flat in self._moments.items()}
-        found = {f"{name}/{slot}": each[name] for slot, each in parts.items() for name in self.meta}
+        tensors = {f"{name}/{slot}": each[name] for slot, each in parts.items() for name in self.meta}
         count = {f"{name}/step": torch.tensor(float(self._updates)) for name in self.meta} if self._adam else {}
-        return {**found, **count}
+        return {**tensors, **count}
 
     def advance(self, step: int) -> Taken:
         count = self._send(step)
@@ -211,8 +212,8 @@ class StaticSteps:
             self._table = pytree.tree_map(
                 lambda leaf: torch.zeros(self._most, *leaf.shape[1:], dtype=leaf.dtype, device=self._device), table
             )
-        for mine, leaf in zip(pytree.tree_leaves(self._table), pytree.tree_leaves(table), strict=True):
-            mine[:count].copy_(leaf, non_blocking=True)
+        for slots, leaf in zip(pytree.tree_leaves(self._table), pytree.tree_leaves(table), strict=True):
+            slots[:count].copy_(leaf, non_blocking=True)
         self._at.zero_()
         self._alive.fill_(True)
         return count
@@ -236,7 +237,7 @@ class StaticSteps:
         # From the first step that is not finite on nothing changes any more, until the host has read so.
         self._alive &= shown[0].isfinite() & grad.isfinite().all()
         for name, delta in total.state_delta.items():
-            self._keep(self.state[name], self.state[name] + delta / tasks)
+            self._assign(self.state[name], self.state[name] + delta / tasks)
         self._update(grad, *rates.unbind())
         row = torch.stack([value.double().reshape(()) for value in (*shown, self._alive)])
         self._log.index_copy_(0, self._at, row.unsqueeze(0))
@@ -245,15 +246,15 @@ class StaticSteps:
     def _update(self, grad: Tensor, rate: Tensor, root: Tensor) -> None:
         """torch.optim's Adam or SGD for all parameters in one, operation by operation."""
         if not self._adam:
-            self._keep(self._flat, self._flat - rate * grad)
+            self._assign(self._flat, self._flat - rate * grad)
             return
         first = torch.lerp(self._moments["exp_avg"], grad, 1 - _BETAS[0])
         second = torch.addcmul(self._moments["exp_avg_sq"] * _BETAS[1], grad, grad, value=1 - _BETAS[1])
-        self._keep(self._moments["exp_avg"], first)
-        self._keep(self._moments["exp_avg_sq"], second)
-        self._keep(self._flat, self._flat - rate * (first / (second.sqrt() / root + _EPS)))
+        self._assign(self._moments["exp_avg"], first)
+        self._assign(self._moments["exp_avg_sq"], second)
+        self._assign(self._flat, self._flat - rate * (first / (second.sqrt() / root + _EPS)))
 
-    def _keep(self, tensor: Tensor, value: Tensor) -> None:
+    def _assign(self, tensor: Tensor, value: Tensor) -> None:
         tensor.copy_(torch.where(self._alive, value, tensor))
 
     def _stored(self, start: Begun, slot: str) -> Tensor:

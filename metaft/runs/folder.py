@@ -22,11 +22,11 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from metaft import checkpoint
-from metaft.checkpoint import write_atomically
+from metaft.runs import checkpoint
+from metaft.runs.checkpoint import write_atomically
 from metaft.errors import CheckpointError, MetaftError
-from metaft.lock import held
-from metaft.paths import local
+from metaft.runs.lock import held
+from metaft.support.paths import local
 
 Loaded = TypeVar("Loaded")
 
@@ -143,13 +143,13 @@ class RunFolder:
             if path == bad or not path.exists():
                 continue
             try:
-                found = when(read(path))
+                state = when(read(path))
             except CheckpointError:
                 continue
             # cp, not mv: the good one has its own part to play when the run goes on.
             copy = f"cp {shlex.quote(str(path))} {shlex.quote(str(bad))}"
             how = copy if path != self.last else f"evaluate --checkpoint last, or {copy}"
-            return f"; {path.name} {found} is good, to use it: {how}"
+            return f"; {path.name} {state} is good, to use it: {how}"
         return "; no other checkpoint of this run can be read"
 
     def write_json(self, path: Path, value: Mapping[str, Any]) -> None:

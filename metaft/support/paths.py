@@ -18,8 +18,8 @@ from typing import Any
 
 from metaft.errors import DataError, MetaftError
 from metaft.options import Config, flat
-from metaft.output import say
 from metaft.spec import Spec, Takes, parse, write
+from metaft.support.output import say
 
 SPLITS = ("train", "val", "test")
 _FOLDER = {"folder": Takes("PATH")}

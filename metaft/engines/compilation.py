@@ -34,7 +34,7 @@ def precision_of(graph: GraphModule, outputs: Sequence[Tensor]) -> str:
     return "float64" if outputs[0].dtype is torch.float64 else "float32"
 
 
-def check_compiled(found: Sequence[Tensor], expected: Sequence[Tensor], precision: str) -> None:
+def check_compiled(compiled: Sequence[Tensor], expected: Sequence[Tensor], precision: str) -> None:
     """Raise MetaftError where a compiled function's gradients lie further from those of the plain one than rounding.
 
     PyTorch keeps kernels in a folder, and gives those that were compiled for one processor to another, where they
@@ -43,7 +43,7 @@ def check_compiled(found: Sequence[Tensor], expected: Sequence[Tensor], precisio
     size = math.hypot(*map(_norm, expected))
     if not math.isfinite(size):
         return
-    for a, b in zip(found, expected, strict=True):
+    for a, b in zip(compiled, expected, strict=True):
         # A whole gradient that is 0 in truth has rounding errors of 1 in each entry at most.
         least = torch.finfo(b.dtype).eps * math.sqrt(b.numel())
         off, limit = _norm(a.double() - b.double()), ROUNDING[precision] * max(_norm(b), SHARE * size) + least

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from metaft.errors import CheckpointError
-from metaft.paths import stream_at, to_replace
+from metaft.support.paths import stream_at, to_replace
 
 FORMAT = 1
 

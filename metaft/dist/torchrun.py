@@ -15,7 +15,7 @@ import uuid
 from typing import Any
 
 from metaft.errors import MetaftError, SaidElsewhere
-from metaft.ranks import named
+from metaft.dist.ranks import named
 
 
 def env_number(name: str, default: int, allowed: range = range(2**31)) -> int:

@@ -8,15 +8,15 @@ from typing import Any
 
 import torch
 
-from metaft.assemble import Parts
+from metaft.runs.assemble import Parts
 from metaft.errors import CheckpointError
-from metaft.metrics import figure_name
+from metaft.metrics import figure_name, percent
 from metaft.objective import figure_of
-from metaft.paths import shown
-from metaft.pictures import drawn, listed, plotting
-from metaft.progress import duration
-from metaft.run import RunFolder, read_rows
-from metaft.training import Snapshot, percent
+from metaft.support.paths import shown
+from metaft.support.pictures import drawn, listed, plotting
+from metaft.support.progress import duration
+from metaft.runs.folder import RunFolder, read_rows
+from metaft.runs.snapshot import Snapshot
 from metaft.types import NORMS, Episode, Source
 
 

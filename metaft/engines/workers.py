@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from tqdm import TMonitor
 
-from metaft import patience
+from metaft.dist import patience
 from metaft.errors import MetaftError
 
 OWN_THREADS = "metaft-task"
@@ -241,8 +241,8 @@ def wait_for_threads(seconds: float) -> bool:
 def others() -> list[threading.Thread]:
     """Python's threads that a function of the user's may wait for, and that no forked process would have: those of
     pools, and those that were started since metaft was first used. Not this one, metaft's own or tqdm's clock."""
-    own = (threading.current_thread(), threading.main_thread())
-    there = [each for each in threading.enumerate() if each not in own and not isinstance(each, TMonitor)]
+    known = (threading.current_thread(), threading.main_thread())
+    there = [each for each in threading.enumerate() if each not in known and not isinstance(each, TMonitor)]
     there = [each for each in there if not each.name.startswith(OWN_THREADS)]
     return [each for each in there if each not in _BEFORE or _of_pool(each)]
 

@@ -1,0 +1,116 @@
+"""One task's function on several tasks: by vmap, or one by one, and why the one may not be."""
+
+from __future__ import annotations
+
+import re
+import weakref
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch.utils import _pytree as pytree
+
+from metaft.engines.trees import chunks, summed
+from metaft.errors import MetaftError
+from metaft.models.derivatives import first_sentence, without_derivative
+
+Tree = TypeVar("Tree")
+Shared = TypeVar("Shared")
+Out = TypeVar("Out")
+TaskFunction = Callable[[Shared, Tree], Out]
+"""(what all tasks share, one task) -> a tree of tensors"""
+
+_one_by_one: weakref.WeakSet[Any] = weakref.WeakSet()
+"""Functions that vmap was found not to batch, so that it is not tried anew in each step."""
+
+
+class CannotBatch(MetaftError):
+    """What is right for one task is beyond vmap."""
+
+
+def rows(fn: TaskFunction[Shared, Tree, Out], shared: Shared, tasks: Tree) -> Out:
+    """`fn(shared, task)` of each task, stacked: by vmap, or one by one where that cannot be.
+
+    One task runs without vmap, since plain autograd is faster. Raises MetaftError for an operation without the
+    derivative that is asked of it.
+    """
+    leaves, spec = pytree.tree_flatten(tasks)
+    if len(leaves[0]) > 1 and fn not in _one_by_one:
+        try:
+            return vmapped(fn, shared, tasks)
+        except CannotBatch:
+            _one_by_one.add(fn)
+    parts = zip(*(leaf.unbind() for leaf in leaves), strict=True)
+    results = [pytree.tree_flatten(_single(fn, shared, pytree.tree_unflatten(list(part), spec))) for part in parts]
+    stacked = [torch.stack(row) for row in zip(*(result for result, _ in results), strict=True)]
+    return pytree.tree_unflatten(stacked, results[0][1])
+
+
+def vmapped(fn: TaskFunction[Shared, Tree, Out], shared: Shared, tasks: Tree) -> Out:
+    """`fn(shared, task)` of each task, stacked, by vmap.
+
+    Raises CannotBatch where one task alone would do, and MetaftError for an operation that draws from the global
+    generator, or without the derivative that is asked of it.
+    """
+    try:
+        with torch.no_grad():
+            return torch.func.vmap(fn, in_dims=(None, 0), randomness="error")(shared, tasks)  # type: ignore[reportArgumentType]
+    except MetaftError:
+        raise
+    except Exception as error:  # vmap has no class of its own for what it cannot do
+        said = " ".join(str(error).split())
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or re.search("(?i)memory|alloc", said):
+            raise
+        if "random operation" in said:
+            raise MetaftError(
+                "model: it draws from torch's global generator, so that tasks could not be reproduced; "
+                "nn.Dropout layers may drop, by masks that follow from the task"
+            ) from error
+        _single(fn, shared, pytree.tree_map(lambda leaf: leaf[0], tasks))  # or raises what is wrong with any task
+        raise CannotBatch(
+            f"engine: vmap cannot batch an operation of this model ({first_sentence(said)}); "
+            "use --engine processes or threads"
+        ) from error
+
+
+def _single(fn: TaskFunction[Shared, Tree, Out], shared: Shared, task: Tree) -> Out:
+    try:
+        with torch.no_grad():  # grad mode is thread-local: a worker starts with its own, whatever the caller's is
+            return fn(shared, task)
+    except RuntimeError as error:
+        refusal = without_derivative(str(error))
+        if refusal is None:
+            raise
+        raise MetaftError(refusal) from error
+
+
+def sum_of(fn: TaskFunction[Shared, Tree, Out], shared: Shared, tasks: Tree) -> Out:
+    return summed(rows(fn, shared, tasks))
+
+
+def why_not_mapped(fn: TaskFunction[Shared, Tree, Any], shared: Shared, tasks: Tree, what: str) -> str:
+    """Why vmap cannot take two tasks by this function, "" where it can. One intra-op thread, for a fork may follow.
+
+    Raises MetaftError, of `what`, where not even one task by itself can be taken.
+    """
+    intra_op = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        first, *_ = chunks(tasks, 1)
+        try:
+            rows(fn, shared, first)
+        except (MetaftError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # whatever the user's module does
+            raise MetaftError(f"{what} do not go together ({_reason(error)})") from error
+        try:
+            vmapped(fn, shared, tasks)
+        except CannotBatch as error:
+            return _reason(error.__cause__ or error)
+        return ""
+    finally:
+        torch.set_num_threads(intra_op)
+
+
+def _reason(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
