@@ -29,9 +29,8 @@ def scores(path: Path, episodes: int, asked: dict[str, Any]) -> tuple[Tensor, di
     """Accuracies, or squared errors, after a run's last step: [episodes, 2], transductive and inductive; and by which
     settings its episodes were made. Raises MetaftError for a run with other settings than those `asked`."""
     _, config, snapshot = open_run(path)
-    values = flat(config)
     for field, value in asked.items():
-        if (has := paths.shown(config.data.dataset) if field == "dataset" else values[field]) != value:
+        if (has := paths.shown(config.data.dataset) if field == "dataset" else flat(config)[field]) != value:
             raise MetaftError(f"{field}: {path} has {has!r}, not {value!r}; take another --out")
     parts = assemble(config)
     c, best = parts.config, fill(parts, snapshot)
@@ -40,7 +39,7 @@ def scores(path: Path, episodes: int, asked: dict[str, Any]) -> tuple[Tensor, di
     with engine_for(parts) as engine:
         own = score_episodes(engine, parts.algorithm, best.meta, best.state, source, split="test",
                              seed=c.test.eval_seed, episodes=episodes, steps=c.test.test_inner_steps)  # fmt: skip
-    return own[..., -1], {field: values[field] for field in TEST}
+    return own[..., -1], {field: flat(config)[field] for field in TEST}
 
 
 def main() -> int:
@@ -66,12 +65,15 @@ def main() -> int:
         print(f"compare_algorithms: {error}", file=sys.stderr)
         return error.status
 
-    first, regression = given.algorithms[0], given.dataset == "sinusoid"
-    figure, factor, digits = ("mse (less is better)", 1, 3) if regression else ("accuracy in %", 100, 1)
-    print(f"\n{given.dataset}, {figure}, {given.episodes} episodes; in brackets the mean difference to {first}")
+    figure, factor, digits = (
+        ("mse (less is better)", 1, 3) if given.dataset == "sinusoid" else ("accuracy in %", 100, 1)
+    )
+    print(
+        f"\n{given.dataset}, {figure}, {given.episodes} episodes; in brackets the mean difference to {given.algorithms[0]}"
+    )
     print(f"{'':<16}" + "".join(f"{mode:<36}" for mode in NORMS))
     for name, own in found.items():
-        rows = zip(*mean_ci95(factor * own), *mean_ci95(factor * (own - found[first])), strict=True)
+        rows = zip(*mean_ci95(factor * own), *mean_ci95(factor * (own - found[given.algorithms[0]])), strict=True)
         cells = [f"{m:.{digits}f} ± {c:.{digits}f}  ({g:+.{digits}f} ± {a:.{digits}f})" for m, c, g, a in rows]
         print(f"{name:<16}" + "".join(f"{cell:<36}" for cell in cells))
     return 0

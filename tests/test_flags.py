@@ -165,8 +165,8 @@ def test_a_group_checks_itself_wherever_it_is_made() -> None:
 
 
 def test_a_recipe_is_none_until_something_of_it_is_given() -> None:
-    assert AdaptConfig().recipe is None
-    assert AdaptConfig(epochs=3).recipe == Recipe(epochs=3)
+    assert AdaptConfig().recipe is AdaptConfig(method="inner", epochs=None).recipe is None
+    assert AdaptConfig(epochs=3, lr=None).recipe == Recipe(epochs=3)
     assert dataclasses.replace(AdaptConfig(epochs=3), lr=0.1).recipe == Recipe(epochs=3, lr=0.1)
     assert not flat(AdaptConfig()).keys() & options(Recipe).keys()
     assert Recipe().lr == 0.003
