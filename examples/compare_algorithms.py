@@ -18,7 +18,6 @@ from torch import Tensor
 from metaft import MetaftError, MetaTrainConfig, meta_train, paths
 from metaft.assemble import assemble, engine_for, fill, open_run
 from metaft.metrics import mean_ci95
-from metaft.options import flat
 from metaft.testing import score_episodes
 from metaft.types import NORMS
 
@@ -29,17 +28,17 @@ def scores(path: Path, episodes: int, asked: dict[str, Any]) -> tuple[Tensor, di
     """Accuracies, or squared errors, after a run's last step: [episodes, 2], transductive and inductive; and by which
     settings its episodes were made. Raises MetaftError for a run with other settings than those `asked`."""
     _, config, snapshot = open_run(path)
+    kept = snapshot.header["config"]
     for field, value in asked.items():
-        if (has := paths.shown(config.data.dataset) if field == "dataset" else flat(config)[field]) != value:
+        if (has := paths.shown(kept[field]) if field == "dataset" else kept.get(field)) != value:
             raise MetaftError(f"{field}: {path} has {has!r}, not {value!r}; take another --out")
-    parts = assemble(config)
-    c, best = parts.config, fill(parts, snapshot)
+    c, best = (parts := assemble(config)).config, fill(parts, snapshot)
     sizes = {"ways": c.test.test_ways, "shots": c.test.test_shots, "query_shots": c.test.test_query_shots}
     source = parts.dataset.source(**sizes, rotate=c.data.rotate, splits=("test",))
     with engine_for(parts) as engine:
         own = score_episodes(engine, parts.algorithm, best.meta, best.state, source, split="test",
                              seed=c.test.eval_seed, episodes=episodes, steps=c.test.test_inner_steps)  # fmt: skip
-    return own[..., -1], {field: flat(config)[field] for field in TEST}
+    return own[..., -1], {field: kept.get(field) for field in TEST}
 
 
 def main() -> int:
@@ -65,15 +64,12 @@ def main() -> int:
         print(f"compare_algorithms: {error}", file=sys.stderr)
         return error.status
 
-    figure, factor, digits = (
-        ("mse (less is better)", 1, 3) if given.dataset == "sinusoid" else ("accuracy in %", 100, 1)
-    )
-    print(
-        f"\n{given.dataset}, {figure}, {given.episodes} episodes; in brackets the mean difference to {given.algorithms[0]}"
-    )
+    first, regression = given.algorithms[0], given.dataset == "sinusoid"
+    figure, factor, digits = ("mse (less is better)", 1, 3) if regression else ("accuracy in %", 100, 1)
+    print(f"\n{given.dataset}, {figure}, {given.episodes} episodes; in brackets the mean difference to {first}")
     print(f"{'':<16}" + "".join(f"{mode:<36}" for mode in NORMS))
     for name, own in found.items():
-        rows = zip(*mean_ci95(factor * own), *mean_ci95(factor * (own - found[given.algorithms[0]])), strict=True)
+        rows = zip(*mean_ci95(factor * own), *mean_ci95(factor * (own - found[first])), strict=True)
         cells = [f"{m:.{digits}f} ± {c:.{digits}f}  ({g:+.{digits}f} ± {a:.{digits}f})" for m, c, g, a in rows]
         print(f"{name:<16}" + "".join(f"{cell:<36}" for cell in cells))
     return 0

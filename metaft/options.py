@@ -136,8 +136,8 @@ class Settings:
 
     Keywords are options by their own names, whole groups, or both, where an option replaces what its group says; so
     does `dataclasses.replace`. A group that may be None, which says that nothing of it was given, begins at its
-    defaults where one of its options is given; None gives none of them. Raises MetaftError for an unknown keyword, and for a field with a wrong
-    type or value.
+    defaults where one of its options is given; None gives none of them. Raises MetaftError for an unknown keyword, and
+    for a field with a wrong type or value.
     """
 
     stored: ClassVar[bool] = False
