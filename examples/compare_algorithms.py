@@ -2,8 +2,7 @@
 
     python examples/compare_algorithms.py --algorithms maml anil protonet [--iterations 600] [--out runs/compare]
 
-Within an episode figures differ less than from one to the next: the interval of the mean difference to the first
-algorithm tells more than two intervals side by side. Runs that are in `--out` are not trained again, if they fit.
+Intervals of the mean difference by episode tell more than two side by side. Runs that are in `--out` are kept.
 """
 
 from __future__ import annotations
@@ -17,7 +16,6 @@ from torch import Tensor
 
 from metaft import MetaftError, MetaTrainConfig, meta_train
 from metaft.metrics import mean_ci95
-from metaft.options import flat
 from metaft.runs.assemble import assemble, fill, open_run
 from metaft.runs.compute import engine_for
 from metaft.support import paths
@@ -31,18 +29,17 @@ def scores(path: Path, episodes: int, asked: dict[str, Any]) -> tuple[Tensor, di
     """Accuracies, or squared errors, after a run's last step: [episodes, 2], transductive and inductive; and by which
     settings its episodes were made. Raises MetaftError for a run with other settings than those `asked`."""
     _, config, snapshot = open_run(path)
-    values = flat(config)
+    kept = snapshot.header["config"]
     for field, value in asked.items():
-        if (has := paths.shown(config.data.dataset) if field == "dataset" else values[field]) != value:
+        if (has := paths.shown(kept[field]) if field == "dataset" else kept.get(field)) != value:
             raise MetaftError(f"{field}: {path} has {has!r}, not {value!r}; take another --out")
-    parts = assemble(config)
-    c, best = parts.config, fill(parts, snapshot)
+    c, best = (parts := assemble(config)).config, fill(parts, snapshot)
     sizes = {"ways": c.test.test_ways, "shots": c.test.test_shots, "query_shots": c.test.test_query_shots}
     source = parts.dataset.source(**sizes, rotate=c.data.rotate, splits=("test",))
     with engine_for(parts) as engine:
         own = score_episodes(engine, parts.algorithm, best.meta, best.state, source, split="test",
                              seed=c.test.eval_seed, episodes=episodes, steps=c.test.test_inner_steps)  # fmt: skip
-    return own[..., -1], {field: values[field] for field in TEST}
+    return own[..., -1], {field: kept.get(field) for field in TEST}
 
 
 def main() -> int:
@@ -54,7 +51,6 @@ def main() -> int:
     parser.add_argument("--width", type=int, default=64, help="filters of a layer")
     parser.add_argument("--out", type=Path, default=Path("runs/compare"))
     given = parser.parse_args()
-
     found: dict[str, Tensor] = {}
     shared: dict[str, Any] = {"dataset": given.dataset, "iterations": given.iterations, "width": given.width}
     try:

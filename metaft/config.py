@@ -119,8 +119,9 @@ class AdaptConfig(Settings):
     def __init__(self, **given: Any) -> None:
         super().__init__(**given)
         if self.method == "inner":
-            for name in given.keys() & options(Recipe).keys():
-                raise of_other_method(name, self.method, given[name])
+            for name, value in given.items():
+                if name in options(Recipe) and value is not None:
+                    raise of_other_method(name, self.method, value)
 
 
 def of_other_method(name: str, method: str, value: Any) -> MetaftError:

@@ -136,8 +136,8 @@ class Settings:
 
     Keywords are options by their own names, whole groups, or both, where an option replaces what its group says; so
     does `dataclasses.replace`. A group that may be None, which says that nothing of it was given, begins at its
-    defaults where one of its options is given. Raises MetaftError for an unknown keyword, and for a field with a wrong
-    type or value.
+    defaults where one of its options is given; None gives none of them. Raises MetaftError for an unknown keyword, and
+    for a field with a wrong type or value.
     """
 
     stored: ClassVar[bool] = False
@@ -154,18 +154,16 @@ class Settings:
             value = given.get(name, default)
             kind = _group_in(hints[name])
             if kind is not None:
-                value = _assembled(name, value, kind, {k: v for k, v in given.items() if known_in(known, k, name)})
+                changes = {k: v for k, v in given.items() if k in known and known[k].group == name}
+                if types.NoneType in _kinds(hints[name]):
+                    changes = {k: v for k, v in changes.items() if v is not None}
+                value = _assembled(name, value, kind, changes)
             object.__setattr__(self, name, value)
         for name, value in flat(self).items():
             if known[name].group is None:
                 known[name].check(value)
             if isinstance(value, str) and self.stored and known[name].option.stored and not is_text(value):
                 raise MetaftError(f"{name}: {value!r} is not text; rename the file or folder")
-
-
-def known_in(known: Mapping[str, Field], name: str, group: str) -> bool:
-    """Whether this is the name of an option in the group."""
-    return name in known and known[name].group == group
 
 
 def _assembled(name: str, value: Any, kind: type[Group], changes: Mapping[str, Any]) -> Group | None:

@@ -165,8 +165,8 @@ def test_a_group_checks_itself_wherever_it_is_made() -> None:
 
 
 def test_a_recipe_is_none_until_something_of_it_is_given() -> None:
-    assert AdaptConfig().recipe is None
-    assert AdaptConfig(epochs=3).recipe == Recipe(epochs=3)
+    assert AdaptConfig().recipe is AdaptConfig(method="inner", epochs=None).recipe is None
+    assert AdaptConfig(epochs=3, lr=None).recipe == Recipe(epochs=3)
     assert dataclasses.replace(AdaptConfig(epochs=3), lr=0.1).recipe == Recipe(epochs=3, lr=0.1)
     assert not flat(AdaptConfig()).keys() & options(Recipe).keys()
     assert Recipe().lr == 0.003
@@ -277,7 +277,7 @@ checkpoint_every = 100
 
 
 def test_a_run_keeps_the_same_flat_text_as_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("metaft.report.draw_pictures", lambda *_: [])
+    monkeypatch.setattr("metaft.runs.report.draw_pictures", lambda *_: [])
     words = "--dataset sinusoid --algorithm anil --hyper first_order=true --iterations 1 --eval-every 1 --meta-batch 2 "
     words += "--width 4 --eval-episodes 2 --test-episodes 2 --clip-norm 1 --device cpu --engine vmap"
     assert meta_train.main([*words.split(), "--out", str(tmp_path / "r")]) == 0

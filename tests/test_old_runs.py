@@ -55,7 +55,7 @@ def here(folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
     place = tmp_path / "moved"
     shutil.copytree(folders, place)
     monkeypatch.chdir(place)
-    monkeypatch.setattr("metaft.report.draw_pictures", lambda *_: [])
+    monkeypatch.setattr("metaft.runs.report.draw_pictures", lambda *_: [])
     monkeypatch.setattr("metaft.finetune.report.draw_pictures", lambda *_: [])
     return place
 

@@ -33,6 +33,7 @@ from metaft.inputs.flaws import about, noted
 from metaft.inputs.formats import starts_as_picture
 from metaft.inputs.listing import list_below, list_images
 from metaft.inputs.reading import looks_grey, open_image, pixels_of, read, read_all
+from metaft.runs import checkpoint
 from metaft.tasks import folder, load
 
 Text = pytest.CaptureFixture[str]
@@ -685,7 +686,7 @@ def test_classes_are_in_natural_order_and_joined_by_name(tmp_path: Path, capsys:
 def test_a_classifier_keeps_the_order_it_was_saved_with(run: Path, tmp_path: Path) -> None:
     made = metaft.load(run)
     old = Classifier(made.body, made.head, made.inputs, ("10", "2", "1"))
-    architecture = metaft.checkpoint.load(run / "classifier.safetensors")[1]["architecture"]
+    architecture = checkpoint.load(run / "classifier.safetensors")[1]["architecture"]
     save(tmp_path / "c.safetensors", old, architecture, {})
     assert metaft.load(tmp_path / "c.safetensors").class_names == ("10", "2", "1")
 

@@ -629,7 +629,7 @@ def test_the_same_command_goes_on_where_there_is_a_run(tmp_path: Path, restarted
     out = str(tmp_path / "r")
     words = ["--dataset", "sinusoid", "--engine", "tune", "--out", out]
     config, resume = asked(meta_train.Arguments, MetaTrainConfig, *words)
-    assert (config.out, resume) == (out, None)
+    assert (config.output.out, resume) == (out, None)
     tuned = dataclasses.replace(config, out=None, engine="vmap", task_chunk=3)
     RunFolder.create(tmp_path / "r", to_toml(tuned), launch="launch 7")
     config, resume = asked(meta_train.Arguments, MetaTrainConfig, *words)

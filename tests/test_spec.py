@@ -14,10 +14,11 @@ from helpers import SINUSOID, one_line, options
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from metaft import inner_augment, inner_optim, meta_train, paths, tasks
+from metaft import inner_augment, inner_optim, meta_train, tasks
 from metaft.errors import MetaftError, no_such
 from metaft.finetune import target
 from metaft.spec import Spec, Takes, bind, convert, name_of, parameters, parse, takes, write
+from metaft.support import paths
 
 
 def birds(path: str, /, *, size: int = 3, mode: Literal["grey", "colour"] = "grey", rate: float | None = None) -> Any:
@@ -210,7 +211,7 @@ def test_data_are_named_as_they_were_and_in_quotes(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("in_tmp")
 def test_an_algorithm_brings_its_settings_and_the_run_keeps_them_as_ever(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("metaft.report.draw_pictures", lambda *_: [])
+    monkeypatch.setattr("metaft.runs.report.draw_pictures", lambda *_: [])
     words = options(SINUSOID, out="one", algorithm="maml++:multi_step=0,step_norm=false", hyper="first_order=true")
     assert meta_train.main(words) == 0
     hyper = ["--hyper", "multi_step=0", "step_norm=false", "first_order=true"]
@@ -253,7 +254,7 @@ def test_settings_of_an_algorithm_are_checked(
 def test_a_resumed_run_keeps_the_settings_of_its_algorithm(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("metaft.report.draw_pictures", lambda *_: [])
+    monkeypatch.setattr("metaft.runs.report.draw_pictures", lambda *_: [])
     assert meta_train.main(options(SINUSOID, out="run", algorithm="maml++:multi_step=0", iterations=2)) == 0
     capsys.readouterr()
     assert meta_train.main(["--resume", "run", "--algorithm", "maml++:multi_step=1"]) == 2
