@@ -22,7 +22,7 @@ from metaft import adapt
 from metaft.config import AdaptConfig
 from metaft.errors import MetaftError
 from metaft.finetune.scores import mean_t95
-from metaft.support.paths import shown
+from metaft.support.places import shown
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -18,7 +18,7 @@ from metaft import MetaftError, MetaTrainConfig, meta_train
 from metaft.metrics import mean_ci95
 from metaft.runs.assemble import assemble, fill, open_run
 from metaft.runs.compute import engine_for
-from metaft.support import paths
+from metaft.support import places
 from metaft.testing import score_episodes
 from metaft.types import NORMS
 
@@ -31,7 +31,7 @@ def scores(path: Path, episodes: int, asked: dict[str, Any]) -> tuple[Tensor, di
     _, config, snapshot = open_run(path)
     kept = snapshot.header["config"]
     for field, value in asked.items():
-        if (has := paths.shown(kept[field]) if field == "dataset" else kept.get(field)) != value:
+        if (has := places.shown(kept[field]) if field == "dataset" else kept.get(field)) != value:
             raise MetaftError(f"{field}: {path} has {has!r}, not {value!r}; take another --out")
     c, best = (parts := assemble(config)).config, fill(parts, snapshot)
     sizes = {"ways": c.test.test_ways, "shots": c.test.test_shots, "query_shots": c.test.test_query_shots}

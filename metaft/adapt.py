@@ -15,7 +15,7 @@ from metaft.config import AdaptConfig, Init, of_other_method, to_toml
 from metaft.errors import DataError, MetaftError, no_such
 from metaft.options import flat, options
 from metaft.settings import Origin, Recipe
-from metaft.support import paths
+from metaft.support import paths, places
 from metaft.support.modes import in_usual_modes
 from metaft.support.output import steady
 
@@ -79,7 +79,7 @@ def run(config: AdaptConfig, *, module: nn.Module | None = None, init: Init = "s
     from metaft.runs.folder import RunFolder, file_name
 
     settled, starts, target = _prepare(config, module, init)
-    data, init_name = file_name(paths.typed(config.target.data)), file_name(Path(starts[0].name).name)
+    data, init_name = file_name(places.typed(config.target.data)), file_name(Path(starts[0].name).name)
     name = f"adapt-{data}-{init_name}-{settled.draws.seed}"
     folder = Path(settled.output.out) if settled.output.out is not None else fresh_folder(RUNS / name)
     made = RunFolder.create(folder, to_toml(dataclasses.replace(settled, out=None)))
@@ -111,16 +111,16 @@ def _resume(folder: RunFolder, config: AdaptConfig | None, module: nn.Module | N
     from metaft.runs.machine import say_what_changed
 
     path = folder.path
-    own = paths.in_full(of_run(AdaptConfig, folder.config, "resume"))
+    own = places.in_full(of_run(AdaptConfig, folder.config, "resume"))
     given = {} if config is None else {k: v for k, v in flat(config).items() if v is not None}
     if config is not None and config.recipe is not None:
         given = {k: v for k, v in given.items() if k not in options(Recipe)} | {"recipe": config.recipe}
-    config = paths.in_full(dataclasses.replace(own, **{**given, "out": None}))
+    config = places.in_full(dataclasses.replace(own, **{**given, "out": None}))
     folder.make_folders()
     folder.mend()
     position, before = read(folder) if folder.last.exists() else (Position(), None)
     classes = (before or {}).get("classes", ())
-    data = paths.as_run_names(config.target.data, own.target.data, config.target.data_root, classes)
+    data = places.as_run_names(config.target.data, own.target.data, config.target.data_root, classes)
     config = dataclasses.replace(config, data=data)
     check_unchanged(config, own, path, except_for=RESUMABLE)
     settled, starts, target = _prepare(config, module, init, classes)
@@ -194,7 +194,7 @@ def _prepare(
         what = "no module was handed over" if module is None else f"the values are those of the run {config.start.init}"
         raise MetaftError(f"init: 'keep' is for a module without a run (init none), and {what}")
     init = config.start.init
-    config = _with_data(paths.in_full(config), classes)
+    config = _with_data(places.in_full(config), classes)
     if init is None:
         shape, any_size = targets.shape_of(config.target.data)
         init = str(newest_run(shape, any_size=any_size))
@@ -239,11 +239,11 @@ def _prepare(
 
 def _with_data(config: AdaptConfig, classes: Collection[str]) -> AdaptConfig:
     """The settings with the folder of images where it is. Raises DataError."""
-    path = paths.folder_of(config.target.data)
+    path = places.folder_of(config.target.data)
     if path is None:
         return config
     try:
-        return dataclasses.replace(config, data=f"folder:{paths.found(path, config.target.data_root, classes)}")
+        return dataclasses.replace(config, data=f"folder:{places.found(path, config.target.data_root, classes)}")
     except DataError as error:
         raise DataError(f"data: folder {error}") from None
 
@@ -299,8 +299,8 @@ def _fit_all(
     header, start = _header(config, starts, target), starts[0]
     epochs = 1 if config.recipe is None else config.recipe.epochs
     print(
-        f"{paths.shown(target.name)} · {len(target.class_names)} classes · {config.method} from "
-        f"{paths.shown(start.name)}{said_of(start)} on {device} · "
+        f"{places.shown(target.name)} · {len(target.class_names)} classes · {config.method} from "
+        f"{places.shown(start.name)}{said_of(start)} on {device} · "
         f"run folder {folder.path}",
         file=sys.stderr,
     )

@@ -15,7 +15,7 @@ from metaft.dist.ranks import ALONE, Ranks
 from metaft.errors import MetaftError, check_ways
 from metaft.flags import parse
 from metaft.options import Option, flat
-from metaft.support import paths
+from metaft.support import paths, places
 from metaft.support.modes import in_usual_modes
 from metaft.support.output import steady
 
@@ -75,9 +75,9 @@ def run(
     from metaft.support.progress import Progress
     from metaft.testing import meta_test
 
-    config = paths.in_full(config or EvaluateConfig())
+    config = places.in_full(config or EvaluateConfig())
     folder, trained, snapshot = ranks.on_first(lambda: open_run(path, which=config.checkpoint))
-    trained = paths.in_full(trained)
+    trained = places.in_full(trained)
     wanted = _settings(config, trained, snapshot.header)
     classes = snapshot.header.get("classes") if wanted.data.dataset == trained.data.dataset else None
     handed = {"dataset": dataset, "module": module, "loss": loss, "snapshot": snapshot, "classes": classes}
@@ -233,7 +233,7 @@ def _default_file(
     c, p = parts.config, protocol
     how = f"{p.ways}w{p.shots}s{p.queries}q-{test['inner_steps']}steps-{p.episodes}x-seed{p.seed}"
     data = "-".join(
-        filter(None, (paths.shown(parts.dataset.name), c.data.split, p.split, "rotated" if c.data.rotate else ""))
+        filter(None, (places.shown(parts.dataset.name), c.data.split, p.split, "rotated" if c.data.rotate else ""))
     )
     return folder.path / "evaluations" / f"{file_name(data)}-{how}-{config.checkpoint}.json"
 

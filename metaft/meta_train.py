@@ -17,7 +17,7 @@ from metaft.errors import MetaftError, RankLost
 from metaft.options import flat
 from metaft.runs.following import brought, to_go_on
 from metaft.settings import Origin
-from metaft.support import paths
+from metaft.support import places
 from metaft.support.modes import in_usual_modes
 from metaft.support.output import steady
 
@@ -114,7 +114,7 @@ def run(
     c = parts.config
 
     def create() -> RunFolder:
-        data = paths.typed(config.data.dataset) if dataset is None else dataset.name
+        data = places.typed(config.data.dataset) if dataset is None else dataset.name
         name = f"{file_name(data)}-{c.learner.algorithm}-{c.task.ways}w{c.task.shots}s-{c.compute.seed}"
         path = Path(c.output.out) if c.output.out is not None else fresh_folder(Path("runs") / name)
         return RunFolder.create(path, to_toml(dataclasses.replace(c, out=None)), launch=ranks.launch)
@@ -185,7 +185,7 @@ def _resume(
     from metaft.runs.starting import reopened, resumed_settings
 
     before, snapshot = ranks.on_first(lambda: reopened(folder))
-    before = paths.in_full(before)
+    before = places.in_full(before)
     classes = snapshot and snapshot.header.get("classes")
     config = resumed_settings(before, config, dataset, classes or {})
     check_unchanged(config, before, folder.path, except_for=RESUMABLE)
@@ -271,7 +271,7 @@ def _train_and_test(
     ):
         start, chosen = start_of(run, parts, mapped, sources[0], snapshot, ranks)
         print(
-            f"{paths.shown(parts.dataset.name)} · {c.learner.algorithm} · {c.task.ways}-way {c.task.shots}-shot · "
+            f"{places.shown(parts.dataset.name)} · {c.learner.algorithm} · {c.task.ways}-way {c.task.shots}-shot · "
             f"{c.learner.model}{parts.module_note} · {mapped.name} on {parts.device}"
             f"{f', {ranks.count} processes' if ranks.count > 1 else ''} · run folder {run.path}",
             file=sys.stderr,

@@ -134,3 +134,46 @@ def test_a_whole_run_leaves_the_global_state_alone(tmp_path: Path, monkeypatch: 
         assert state() == before
     a, b = ((tmp_path / seed / "checkpoints/last.safetensors").read_bytes() for seed in ("3", "4"))
     assert a == b
+
+
+def test_opening_a_classifier_reaches_what_a_classifier_needs_and_no_more(tmp_path: Path):
+    """No engine, member, data set or command: a program that labels pictures starts fast, and breaks by little."""
+    code = "import metaft, sys; metaft.load; print(*(m for m in sys.modules if m.startswith('metaft')))"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
+    reached = said.stdout.split()
+    assert "metaft.finetune.classifier" in reached
+    assert len(reached) < 40, reached
+    parts = {name.split(".")[1] for name in reached if "." in name}
+    assert parts.isdisjoint({"algorithms", "engines", "outer", "dist", "tasks", "plots", "config", "cli"})
+
+
+def imports_of(file: Path, package: Path) -> set[str]:
+    """Modules of metaft that a file imports when it is imported itself."""
+    tree, names = ast.parse(file.read_text(encoding="utf-8")), set()
+    todo = list(tree.body)
+    while todo:
+        node = todo.pop()
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            continue
+        if isinstance(node, (ast.If, ast.Try)):
+            todo += node.body
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("metaft"):
+            base = str(node.module)
+            for alias in node.names:
+                inner = f"{base}.{alias.name}".replace(".", "/")
+                is_module = any((package.parent / f"{inner}{end}").exists() for end in (".py", "/__init__.py"))
+                names.add(f"{base}.{alias.name}" if is_module else base)
+    return names
+
+
+def test_no_import_goes_round_in_a_circle():
+    package = Path(metaft.__file__).parent
+    graph = {}
+    for file in package.rglob("*.py"):
+        name = ".".join(file.relative_to(package.parent).with_suffix("").parts).removesuffix(".__init__")
+        graph[name] = imports_of(file, package) - {"metaft"}
+    assert len(graph) > 100
+    done: set[str] = set()
+    while ready := {name for name, needs in graph.items() if name not in done and needs <= done | {name}}:
+        done |= ready
+    assert graph.keys() == done, {name: needs - done for name, needs in graph.items() if name not in done}

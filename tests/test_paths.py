@@ -16,7 +16,7 @@ import metaft
 from metaft import adapt, evaluate, meta_train, predict
 from metaft.config import AdaptConfig, MetaTrainConfig, read_toml, to_toml
 from metaft.errors import DataError, MetaftError
-from metaft.support import paths
+from metaft.support import paths, places
 from metaft.tasks import load
 
 Text = pytest.CaptureFixture[str]
@@ -122,7 +122,7 @@ def test_spellings_of_a_folder_are_one_folder(spelt: str, home: Path, monkeypatc
     (home / "link").symlink_to(home.parent / "deep/er")
     (home.parent / "deep/pets").symlink_to(home / "pets")  # what the system finds behind the link
     wanted = "deep/pets" if spelt.startswith("link") else "pets"
-    full = paths.named_in_full(f"folder:{spelt}")
+    full = places.named_in_full(f"folder:{spelt}")
     assert os.path.samefile(full.removeprefix("folder:"), home / "pets")
     assert wanted == "deep/pets" or full == f"folder:{home}/pets"
     assert load(f"folder:{spelt}", image_size=8).shape == (1, 8, 8)
@@ -130,16 +130,16 @@ def test_spellings_of_a_folder_are_one_folder(spelt: str, home: Path, monkeypatc
 
 def test_settings_in_full_are_absolute_and_no_other_value_changes(home: Path) -> None:
     config = MetaTrainConfig(dataset="folder:a", data_root="b", out="c")
-    full = paths.in_full(config)
+    full = places.in_full(config)
     assert (full.data.dataset, full.data.data_root, full.output.out) == (
         f"folder:{Path.cwd()}/a",
         f"{Path.cwd()}/b",
         "c",
     )
-    assert paths.in_full(full) == full
+    assert places.in_full(full) == full
     for same in (MetaTrainConfig(), AdaptConfig(init="none"), AdaptConfig(init="")):
-        assert paths.in_full(same) == same
-    assert paths.in_full(MetaTrainConfig(dataset="l2l:x/y")).data.dataset == "l2l:x/y"
+        assert places.in_full(same) == same
+    assert places.in_full(MetaTrainConfig(dataset="l2l:x/y")).data.dataset == "l2l:x/y"
 
 
 def test_names_stay_short(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: Text) -> None:
@@ -154,8 +154,8 @@ def test_names_stay_short(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: T
     assert evaluate.main(["runs/folder-pets-maml-3w1s-0", *BOTH]) == 0
     [file] = Path("runs/folder-pets-maml-3w1s-0/evaluations").iterdir()
     assert file.name.startswith("folder-pets-test-3w1s2q")
-    assert paths.shown("glyphs") == "glyphs"
-    assert paths.shown("folder:/x/y") == "folder:/x/y"
+    assert places.shown("glyphs") == "glyphs"
+    assert places.shown("folder:/x/y") == "folder:/x/y"
 
 
 # ---- run folders --------------------------------------------------------------------------------------------------
@@ -299,7 +299,7 @@ def test_a_working_folder_that_is_gone_is_no_traceback(in_tmp: Path, monkeypatch
 
     monkeypatch.setattr("os.getcwd", gone)
     assert paths.absolute("x") == Path("x")
-    assert paths.shown(f"folder:{in_tmp}") == f"folder:{in_tmp}"
+    assert places.shown(f"folder:{in_tmp}") == f"folder:{in_tmp}"
     with pytest.raises(MetaftError, match="x does not exist"):
         load("folder:x")
-    assert "x" in to_toml(paths.in_full(MetaTrainConfig(dataset="folder:x")))
+    assert "x" in to_toml(places.in_full(MetaTrainConfig(dataset="folder:x")))

@@ -18,7 +18,7 @@ from metaft import inner_augment, inner_optim, meta_train, tasks
 from metaft.errors import MetaftError, no_such
 from metaft.finetune import target
 from metaft.spec import Spec, Takes, bind, convert, name_of, parameters, parse, takes, write
-from metaft.support import paths
+from metaft.support import places
 
 
 def birds(path: str, /, *, size: int = 3, mode: Literal["grey", "colour"] = "grey", rate: float | None = None) -> Any:
@@ -142,7 +142,7 @@ def test_any_text_is_read_or_refused_in_one_line(name: str, text: str) -> None:
 
 @given(TEXT.filter(bool).filter(lambda text: text[0] not in "'\""))
 def test_a_path_without_a_quote_before_it_is_read_as_it_is(text: str) -> None:
-    assert paths.folder_of(f"folder:{text}") == text
+    assert places.folder_of(f"folder:{text}") == text
     assert parse("data", f"folder:{text}", target.KINDS).positional == text
 
 
@@ -197,11 +197,11 @@ def test_a_row_of_a_table_is_all_that_a_member_needs(monkeypatch: pytest.MonkeyP
 
 def test_data_are_named_as_they_were_and_in_quotes(tmp_path: Path) -> None:
     for name in ("a:b", "a,b=c", "c d", "x:size=3"):
-        assert paths.folder_of(f"folder:{tmp_path}/{name}") == f"{tmp_path}/{name}"
-        assert paths.named_in_full(f"folder:{tmp_path}/{name}") == f"folder:{tmp_path}/{name}"
-        assert paths.named_in_full(f'folder:"{tmp_path}/{name}"') == f"folder:{tmp_path}/{name}"
+        assert places.folder_of(f"folder:{tmp_path}/{name}") == f"{tmp_path}/{name}"
+        assert places.named_in_full(f"folder:{tmp_path}/{name}") == f"folder:{tmp_path}/{name}"
+        assert places.named_in_full(f'folder:"{tmp_path}/{name}"') == f"folder:{tmp_path}/{name}"
     for name in ("folder", "folder:", 'folder:""', "glyphs", "l2l:x"):
-        assert paths.folder_of(name) is None
+        assert places.folder_of(name) is None
     with pytest.raises(MetaftError, match=r"""^dataset: write 'folder:PATH', not 'folder:""'"""):
         tasks.load('folder:""')
     with pytest.raises(MetaftError, match=r"^data: write folder:PATH or glyphs:SCRIPT, not 'glyph:Thai'; did you mean"):

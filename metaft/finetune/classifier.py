@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from metaft.errors import CheckpointError, DataError, MetaftError, MetaftWarning
 from metaft.finetune import heads
-from metaft.finetune.examples import Examples, at_most
 from metaft.inputs import Inputs, of_header
+from metaft.inputs.base import Examples, at_most
 from metaft.inputs.flaws import flaws_note, noted
 from metaft.inputs.listing import unreadable
 from metaft.models.architecture import build

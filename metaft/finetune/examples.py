@@ -3,26 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Iterator
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from metaft.inputs import Inputs
-
-VALUES_AT_ONCE = 2**22
-"""Numbers of the examples that are passed through a model at once where nothing is differentiated: with what the layers
-make of them some hundred megabytes."""
-
-
-class Examples(Protocol):
-    """Raw inputs [n, ...]: a tensor, or what gives parts of one."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, rows: Tensor, /) -> Tensor: ...
+from metaft.inputs.base import Examples, at_most
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -63,8 +50,3 @@ class Prepared:
 
     def prepare(self, raw: Tensor) -> Tensor:
         return self.inputs(raw.to(self.like.device)).to(self.like.dtype)
-
-
-def at_most(shape: tuple[int, ...]) -> int:
-    """How many examples of a shape are passed through a model at once where nothing is differentiated."""
-    return max(16, min(1024, VALUES_AT_ONCE // max(1, math.prod(shape))))

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from metaft.errors import NonFiniteError
 from metaft.finetune import heads
-from metaft.finetune.examples import Examples, Prepared, at_most
+from metaft.finetune.examples import Prepared
 from metaft.finetune.extras import Batch, Extra, Origin, composed
 from metaft.finetune.strategies import STRATEGIES, Groups, Strategy
 from metaft.inputs import Inputs
+from metaft.inputs.base import Examples, at_most
 from metaft.models.handed import copied
 from metaft.models.stored import with_stored_moments
 from metaft.runs.checkpoint import under

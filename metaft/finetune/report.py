@@ -13,8 +13,8 @@ from metaft.finetune.examples import Part
 from metaft.finetune.target import Target
 from metaft.runs.folder import RunFolder, read_rows
 from metaft.support.names import short_names
-from metaft.support.paths import shown
 from metaft.support.pictures import drawn, plotting
+from metaft.support.places import shown
 from metaft.support.progress import duration
 
 _TABLE = 30  # classes that are listed; of more, only the worst

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 from torch import Tensor
+
+VALUES_AT_ONCE = 2**22
+"""Numbers of the examples that are passed through a model at once where nothing is differentiated: with what the layers
+make of them some hundred megabytes."""
 
 
 class Reading(NamedTuple):
@@ -60,3 +65,16 @@ class Inputs(Protocol):
     def plain(self) -> dict[str, Any]:
         """For a checkpoint; `metaft.inputs.from_plain` is the inverse, by way of JSON."""
         ...
+
+
+class Examples(Protocol):
+    """Raw inputs [n, ...]: a tensor, or what gives parts of one."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, rows: Tensor, /) -> Tensor: ...
+
+
+def at_most(shape: tuple[int, ...]) -> int:
+    """How many examples of a shape are passed through a model at once where nothing is differentiated."""
+    return max(16, min(1024, VALUES_AT_ONCE // max(1, math.prod(shape))))

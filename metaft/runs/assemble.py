@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from metaft import algorithms, models, objective, plugin, tasks
-from metaft.support import paths
+from metaft.support import places
 from metaft._version import __version__
 from metaft.algorithms.base import Algorithm
 from metaft.cli import of_run
@@ -88,7 +88,7 @@ def assemble(
     if init not in get_args(Init):
         raise no_such("init", init, get_args(Init))
     device = device_of(config.compute.device)
-    config = paths.in_full(with_member(config))
+    config = places.in_full(with_member(config))
     config, dataset, rotate = _with_data(config, dataset, classes or {})
     shape = list((architecture or {}).get("shape", dataset.shape))
     if shape != list(dataset.shape):
@@ -130,7 +130,7 @@ def _with_data(
 ) -> tuple[MetaTrainConfig, Dataset, bool]:
     """The settings with the data set as it is to be named, the data, and whether to rotate them by default."""
     if dataset is not None:
-        return dataclasses.replace(config, dataset=paths.named_in_full(dataset.name)), dataset, False
+        return dataclasses.replace(config, dataset=places.named_in_full(dataset.name)), dataset, False
     dataset = tasks.load(
         config.data.dataset,
         data_root=config.data.data_root,
@@ -141,7 +141,7 @@ def _with_data(
         classes=[name for names in classes.values() for name in names],
         skip_bad=config.data.skip_bad,
     )
-    if paths.folder_of(config.data.dataset):
+    if places.folder_of(config.data.dataset):
         config = dataclasses.replace(config, dataset=dataset.name)  # where it is now
     return config, dataset, tasks.default_rotate(config.data.dataset, config.data.split)
 

@@ -12,7 +12,7 @@ from metaft.runs.assemble import Parts
 from metaft.errors import CheckpointError
 from metaft.metrics import figure_name, percent
 from metaft.objective import figure_of
-from metaft.support.paths import shown
+from metaft.support.places import shown
 from metaft.support.pictures import drawn, listed, plotting
 from metaft.support.progress import duration
 from metaft.runs.folder import RunFolder, read_rows

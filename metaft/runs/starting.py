@@ -6,7 +6,7 @@ import dataclasses
 import sys
 from collections.abc import Mapping, Sequence
 
-from metaft.support import paths
+from metaft.support import places
 from metaft.runs.assemble import Parts, fill, header, open_run, with_member
 from metaft.runs.compute import convolution_forms
 from metaft.config import MetaTrainConfig, read_toml
@@ -35,11 +35,11 @@ def resumed_settings(
     if set(given.get("hyper", ())) <= set(before.inner.hyper):  # a run adds what it found out itself
         given.pop("hyper", None)
     named = {} if dataset is None else {"dataset": dataset.name}
-    config = paths.in_full(dataclasses.replace(before, **{**given, **named, "out": None}))
+    config = places.in_full(dataclasses.replace(before, **{**given, **named, "out": None}))
     if config.compute.engine == "tune" and config.compute.task_chunk == before.compute.task_chunk:
         config = dataclasses.replace(config, task_chunk=None)  # as it was chosen once, by it or another rule
     names = [name for part in classes.values() for name in part]
-    data = paths.as_run_names(config.data.dataset, before.data.dataset, config.data.data_root, names)
+    data = places.as_run_names(config.data.dataset, before.data.dataset, config.data.data_root, names)
     return dataclasses.replace(config, dataset=data)
 
 

@@ -7,22 +7,10 @@ expanded. What a run folder keeps is absolute, so that it holds wherever the run
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import errno
 import os
 import stat
-import unicodedata
-from collections.abc import Collection
 from pathlib import Path
-from typing import Any
-
-from metaft.errors import DataError, MetaftError
-from metaft.options import Config, flat
-from metaft.spec import Spec, Takes, parse, write
-from metaft.support.output import say
-
-SPLITS = ("train", "val", "test")
-_FOLDER = {"folder": Takes("PATH")}
 
 
 def local(path: str | os.PathLike[str]) -> Path:
@@ -64,124 +52,3 @@ def stream_at(path: Path) -> int | None:
             if os.path.islink(path) and os.path.samestat(os.stat(path), os.fstat(number)):
                 return number
     return None
-
-
-def in_full(config: Config) -> Config:
-    """Settings with absolute paths, except for `out`, which is only the run's own place."""
-    changed: dict[str, Any] = {}
-    values = flat(config)
-    for field in ("dataset", "data"):
-        name = values.get(field)
-        if name is not None:
-            changed[field] = named_in_full(name)
-    for field in ("data_root", "init"):
-        path = values.get(field)
-        if path and path != "none":
-            changed[field] = str(absolute(path))
-    return dataclasses.replace(config, **changed)
-
-
-def named_in_full(name: str) -> str:
-    """`"folder:PATH"` with an absolute path; other data sets have names alone."""
-    path = folder_of(name)
-    return name if path is None else write(Spec("folder", str(absolute(path))), _FOLDER["folder"])
-
-
-def folder_of(name: str) -> str | None:
-    """PATH of `"folder:PATH"`, without quotes."""
-    if not name.startswith("folder:"):
-        return None
-    try:
-        return parse("dataset", name, _FOLDER).positional
-    except MetaftError:  # which whoever reads the data says, with the option's own name
-        return None
-
-
-def shown(name: str) -> str:
-    """A path, or a data set's name, as short as it can be written in this folder: `"folder:x"`."""
-    path = folder_of(name)
-    if path is not None:
-        return f"folder:{shown(path)}"
-    if not os.path.isabs(name):
-        return name
-    with contextlib.suppress(OSError, ValueError):
-        return min(os.path.relpath(name), name, key=len)
-    return name
-
-
-def typed(name: str) -> str:
-    """A data set's name for a run folder's own: as it was written, but for `~`."""
-    path = folder_of(name)
-    return name if path is None else f"folder:{local(path)}"
-
-
-def found(path: str | os.PathLike[str], data_root: str | None, classes: Collection[str] = ()) -> Path:
-    """Where a folder of data is: where it is named, or else by its last name in `data_root` (by default the
-    environment's METAFT_DATA), or that folder itself where it holds the `classes` that a run knows.
-
-    A line on stderr says so where it is elsewhere, and where `data_root` is not looked into. Raises DataError, which
-    lists all that was looked for.
-    """
-    place, note = _search(path, data_root, classes)
-    if note:
-        say(f"note: {note}")
-    return place
-
-
-def as_run_names(name: str, own: str, data_root: str | None, classes: Collection[str] = ()) -> str:
-    """A run's `own` name of its data, where `name` is a folder that is gone and both are found in one place: the
-    command that began a run whose data moved since. Otherwise `name`."""
-    path, known = folder_of(name), folder_of(own)
-    if path is None or known is None or name == own or not _is_missing(local(path)):
-        return name
-    with contextlib.suppress(DataError):
-        place, note = _search(path, data_root, classes)
-        if _is_same(place, _search(known, data_root, classes)[0]):
-            say(f"note: {note}")
-            return own
-    return name
-
-
-def _search(path: str | os.PathLike[str], data_root: str | None, classes: Collection[str]) -> tuple[Path, str]:
-    """What `found` finds, and what it says."""
-    first, root = local(path), data_root or os.environ.get("METAFT_DATA")
-    inside = None if root is None else absolute(root) / absolute(path).name
-    if not _is_missing(first):
-        if data_root and inside is not None and os.path.isdir(inside) and not _is_same(first, inside):
-            return first, f"data_root: {first} is there, so {inside} is not read"
-        return first, ""
-    if root is None or inside is None:
-        hint = "; where it moved, --data-root names the folder that holds it" if classes else ""
-        raise DataError(f"{first} does not exist{hint}")
-    places = [inside] if os.path.isdir(inside) else [absolute(root)] if _holds(absolute(root), classes) else []
-    if not places:
-        source = "data_root" if data_root else "METAFT_DATA"
-        also = f", and {absolute(root)} does not hold its class folders" if classes else ""
-        raise DataError(f"{first} does not exist, nor does {inside} (from {source}){also}")
-    return places[0], f"{first} does not exist; the data are read from {places[0]}"
-
-
-def _is_missing(path: Path) -> bool:
-    """Whether a path is sure not to exist: of one in a locked folder whoever reads it shall say why it cannot."""
-    try:
-        os.stat(path)
-    except (FileNotFoundError, NotADirectoryError):
-        return not os.path.islink(path)
-    except (OSError, ValueError):
-        return False
-    return False
-
-
-def _is_same(one: Path, other: Path) -> bool:
-    with contextlib.suppress(OSError, ValueError):
-        return os.path.samefile(one, other)
-    return False
-
-
-def _holds(root: Path, classes: Collection[str]) -> bool:
-    """Whether the class folders are in a folder, or in its parts."""
-    names: set[str] = set()
-    for part in (".", *SPLITS):
-        with contextlib.suppress(OSError, ValueError):
-            names |= {unicodedata.normalize("NFC", name) for name in os.listdir(root / part)}
-    return bool(classes) and set(classes) <= names

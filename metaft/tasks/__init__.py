@@ -9,7 +9,7 @@ from pathlib import Path
 
 from metaft.errors import DataError, MetaftError, no_such
 from metaft.spec import Takes, parse
-from metaft.support import paths
+from metaft.support import paths, places
 
 # These functions share their names with the modules they live in. The eager import settles it: `metaft.tasks.folder` is
 # the function for everyone; what else a module holds is reached by `from metaft.tasks.folder import ...`.
@@ -79,7 +79,7 @@ def _open_omniglot(request: Request) -> Dataset:
 
 def _open_folder(request: Request) -> Dataset:
     try:
-        path = paths.found(request.path, request.data_root, request.classes)
+        path = places.found(request.path, request.data_root, request.classes)
     except DataError as error:
         raise DataError(f"folder: {error}") from None
     return folder(path, request.image_size, request.channels, skip_bad=request.skip_bad)
@@ -115,7 +115,7 @@ def load(
     """The data set of that name: "glyphs", "omniglot", "folder:PATH", "l2l:NAME" or "sinusoid".
 
     `data_root` (default: the environment's METAFT_DATA) is where data sets with a fixed name live,
-    and where a folder is looked for that is not at its path, see `metaft.support.paths.found`; `classes` are
+    and where a folder is looked for that is not at its path, see `metaft.support.places.found`; `classes` are
     those that a run knows it by. `split` names one of the data set's class splits; `skip_bad` leaves
     out picture files that cannot be read. Raises MetaftError for a name, split or option that the
     data set does not have, and DataError where its data is missing or broken.
