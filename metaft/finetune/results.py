@@ -10,9 +10,8 @@ import numpy as np
 import torch
 
 from metaft._version import __version__
-from metaft.config import AdaptConfig
 from metaft.finetune.scores import mean_t95
-from metaft.finetune.start import Start
+from metaft.finetune.setup import Setup
 from metaft.finetune.study import Position, draws_differ, rows_of, seconds
 from metaft.finetune.target import VALIDATION_FROM, Rows, Target
 from metaft.options import flat
@@ -20,16 +19,15 @@ from metaft.runs.folder import RunFolder, read_rows
 from metaft.runs.machine import where_measured
 
 
-def result_of(
-    folder: RunFolder, config: AdaptConfig, starts: Sequence[Start], target: Target, position: Position, device: str
-) -> dict[str, Any]:
+def result_of(folder: RunFolder, setup: Setup, position: Position, device: str) -> dict[str, Any]:
     """All that `result.json` holds.
 
     "starts" has an entry for each start: the first draw's figures in full, and under "mean" the accuracy of all draws.
     "gains" has what the first start gained over each of the others, paired by draw. What else there is of figures are
     views of these (see `views`).
     """
-    start, rows = starts[0], rows_of(target, config, 0)
+    config, starts, target = setup
+    start, rows = starts[0], rows_of(setup, 0)
     timing = read_rows(folder.timing, ["fit", "seconds"])
     fits = [
         {k: v for k, v in fit.items() if k not in ("draw", "start")} | {"seconds": round(seconds(timing, number), 3)}
@@ -57,7 +55,7 @@ def result_of(
         "train_images_per_class": _per_class(target, rows.train),
         "val_images_per_class": _per_class(target, rows.val),
         "test_images": len(rows.test),
-        "notes": notes(config, start, target, rows),
+        "notes": notes(setup, rows),
         "starts": entries,
         "gains": gains,
         **views(entries, gains, draws),
@@ -111,8 +109,9 @@ def _per_class(target: Target, part: np.ndarray) -> int | None:
     return int(counts[0]) if len(set(counts.tolist())) == 1 else None
 
 
-def notes(config: AdaptConfig, start: Start, target: Target, rows: Rows) -> list[str]:
+def notes(setup: Setup, rows: Rows) -> list[str]:
     """What a reader has to know of how the figures came about."""
+    config, (start, *_), target = setup
     said = []
     if target.changes:
         said.append(f"images were fitted to the run's: {', '.join(target.changes)}")
@@ -128,7 +127,7 @@ def notes(config: AdaptConfig, start: Start, target: Target, rows: Rows) -> list
             f"a class has fewer than {VALIDATION_FROM} images to train on, so none are set aside for validation: "
             f"all images train, for the fixed {config.recipe.epochs} epochs"
         )
-    if config.draws.seeds > 1 and not draws_differ(target, config):
+    if config.draws.seeds > 1 and not draws_differ(setup):
         said.append(
             "every draw holds the same images; the interval is of the seeds alone, that is of the head, the order of "
             "the images and the random start, as far as the method has them"

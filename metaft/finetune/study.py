@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from metaft.config import AdaptConfig
 from metaft.errors import CheckpointError, NonFiniteError
 from metaft.finetune.classifier import Classifier, save
 from metaft.finetune.examples import Part
 from metaft.finetune.fit import SMALLER, Fitted, fit, flatten, unflatten
 from metaft.finetune.inner import FEWER, inner
 from metaft.finetune.scores import scores
+from metaft.finetune.setup import Setup
 from metaft.finetune.start import Start, body
 from metaft.finetune.target import Rows, Target
 from metaft.runs import checkpoint
@@ -40,23 +40,22 @@ class Position:
     """`fit`'s state after the last epoch of the fit in progress."""
 
 
-def rows_of(target: Target, config: AdaptConfig, draw: int) -> Rows:
+def rows_of(setup: Setup, draw: int) -> Rows:
     """The images of one draw; the inner loop has no use for a validation part, so it trains on that too."""
+    config, _, target = setup
     validate = config.method == "finetune"
     return target.rows(shots_per_class=config.target.shots_per_class, seed=config.draws.seed + draw, validate=validate)
 
 
-def draws_differ(target: Target, config: AdaptConfig) -> bool:
+def draws_differ(setup: Setup) -> bool:
     """Whether other seeds train, validate or test on other images; without anything to draw they do not."""
-    pairs = zip(rows_of(target, config, 0), rows_of(target, config, 1), strict=True)
+    pairs = zip(rows_of(setup, 0), rows_of(setup, 1), strict=True)
     return not all(np.array_equal(one, other) for one, other in pairs)
 
 
 def study(
     run: RunFolder,
-    config: AdaptConfig,
-    starts: Sequence[Start],
-    target: Target,
+    setup: Setup,
     position: Position,
     header: Mapping[str, Any],
     *,
@@ -64,61 +63,76 @@ def study(
     should_stop: Callable[[], None] = lambda: None,
     progress: Callable[[int, Mapping[str, float]], None] = lambda number, row: None,
 ) -> Position:
-    """Go on from `position` to the end: for each draw a fit from every start. `config` has nothing open.
+    """Go on from `position` to the end: for each draw a fit from every start.
 
     The figures of a fit are in the checkpoint as soon as it is done, and the classifier of the first one in the run
     folder. `should_stop` raises to stop, and `progress(number of the fit, row)` is told of each epoch.
     """
     write_rows(run, position)  # a kill may have come between the checkpoint and them
-    clock = time.monotonic()
-
-    def keep(number: int) -> None:
-        nonlocal clock
-        now = time.monotonic()
-        append_row(run.timing, {"fit": number, "seconds": now - clock}, sync=True)
-        write(run, position, header)
-        clock = now
-
-    def one(number: int) -> None:
-        nonlocal position
-        draw, which = divmod(number, len(starts))
-        tag = {"draw": draw, "start": starts[which].label}
-        before = tuple(row for row in position.rows if {k: row[k] for k in tag} != tag)
-
-        def on_epoch(state: Mapping[str, Any]) -> None:
-            nonlocal position
-            rows = (*before, *({**tag, **row} for row in state["curve"]))
-            position = Position(position.fits, rows, state)
-            if time.monotonic() - clock > SAVE_EVERY:
-                keep(number)
-            progress(number, state["curve"][-1])
-
-        rows = rows_of(target, config, draw)
-        start, seed = starts[which], config.draws.seed + draw
-        fitted = _fit(config, start, target, rows, seed, device, position.current, should_stop, on_epoch)
-        made = Classifier(fitted.body, fitted.head, target.inputs, target.class_names)
-        figures = test(made, target, rows.test, SMALLER if config.method == "finetune" else FEWER)
-        if number == 0:
-            save(run.classifier, made, start.architecture, {"init": start.name, "data": target.name})
-        if draw > 0:  # the first draw's tables are enough
-            figures = {k: v for k, v in figures.items() if k not in ("per_class", "confusion")}
-        ran = len([row for row in fitted.curve if row["epoch"] > 0])
-        done = {**tag, "seed": seed, "epochs": ran, "kept_epoch": fitted.kept, **figures}
-        rows_now = (*before, *({**tag, **row} for row in fitted.curve))
-        position = Position((*position.fits, _as_read(done)), rows_now)
-        keep(number)
-
+    journal = Journal(run, header, position)
+    count = len(setup.starts)
     try:
-        for number in range(len(position.fits), config.draws.seeds * len(starts)):
-            one(number)
+        for number in range(len(position.fits), setup.config.draws.seeds * count):
+            draw, which = divmod(number, count)
+            start, tag = setup.starts[which], {"draw": draw, "start": setup.starts[which].label}
+
+            def on_epoch(state: Mapping[str, Any], number: int = number, tag: Mapping[str, Any] = tag) -> None:
+                journal.epoch(number, tag, state)
+                progress(number, state["curve"][-1])
+
+            rows = rows_of(setup, draw)
+            fitted = _fit(setup, start, rows, draw, device, journal.position.current, should_stop, on_epoch)
+            classifier = Classifier(fitted.body, fitted.head, setup.target.inputs, setup.target.class_names)
+            advice = SMALLER if setup.config.method == "finetune" else FEWER
+            figures = test(classifier, setup.target, rows.test, advice)
+            if number == 0:
+                save(run.classifier, classifier, start.architecture, {"init": start.name, "data": setup.target.name})
+            if draw > 0:  # the first draw's tables are enough
+                figures = {k: v for k, v in figures.items() if k not in ("per_class", "confusion")}
+            journal.fit(number, tag, setup.config.draws.seed + draw, fitted, figures)
             should_stop()
     except CheckpointError:  # the disk refuses; trying once more would hide why
         raise
     except BaseException:
-        if position.current is not None:
-            keep(len(position.fits))
+        journal.interrupted()
         raise
-    return position
+    return journal.position
+
+
+class Journal:
+    """Writes a run's position down: after each fit, and within one every `SAVE_EVERY` seconds."""
+
+    def __init__(self, run: RunFolder, header: Mapping[str, Any], position: Position) -> None:
+        self.run, self.header, self.position = run, header, position
+        self._clock = time.monotonic()
+
+    def epoch(self, number: int, tag: Mapping[str, Any], state: Mapping[str, Any]) -> None:
+        """`state` is that of the fit in progress, as `fit` gives it."""
+        self.position = Position(self.position.fits, self._rows(tag, state["curve"]), state)
+        if time.monotonic() - self._clock > SAVE_EVERY:
+            self._keep(number)
+
+    def fit(self, number: int, tag: Mapping[str, Any], seed: int, fitted: Fitted, figures: Mapping[str, Any]) -> None:
+        """A fit is done."""
+        epochs = len([row for row in fitted.curve if row["epoch"] > 0])
+        done = {**tag, "seed": seed, "epochs": epochs, "kept_epoch": fitted.kept, **figures}
+        self.position = Position((*self.position.fits, _as_read(done)), self._rows(tag, fitted.curve))
+        self._keep(number)
+
+    def interrupted(self) -> None:
+        """Something ends the run; what the fit in progress has so far is kept."""
+        if self.position.current is not None:
+            self._keep(len(self.position.fits))
+
+    def _rows(self, tag: Mapping[str, Any], curve: Sequence[Mapping[str, float]]) -> tuple[Mapping[str, Any], ...]:
+        before = [row for row in self.position.rows if {k: row[k] for k in tag} != tag]
+        return (*before, *({**tag, **row} for row in curve))
+
+    def _keep(self, number: int) -> None:
+        now = time.monotonic()
+        append_row(self.run.timing, {"fit": number, "seconds": now - self._clock}, sync=True)
+        write(self.run, self.position, self.header)
+        self._clock = now
 
 
 def test(classifier: Classifier, target: Target, rows: np.ndarray, advice: str) -> dict[str, Any]:
@@ -133,16 +147,17 @@ def test(classifier: Classifier, target: Target, rows: np.ndarray, advice: str) 
 
 
 def _fit(
-    config: AdaptConfig,
+    setup: Setup,
     start: Start,
-    target: Target,
     rows: Rows,
-    seed: int,
+    draw: int,
     device: str,
     resume: Mapping[str, Any] | None,
     should_stop: Callable[[], None],
     on_epoch: Callable[[Mapping[str, Any]], None],
 ) -> Fitted:
+    config, _, target = setup
+    seed = config.draws.seed + draw
     train, val = torch.from_numpy(rows.train), torch.from_numpy(rows.val)
     labels, classes = target.labels[train], len(target.class_names)
     if config.method == "inner":

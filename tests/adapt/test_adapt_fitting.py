@@ -32,6 +32,7 @@ import metaft
 from metaft import adapt
 from metaft.config import AdaptConfig, read_toml
 from metaft.finetune import study, target
+from metaft.finetune.setup import Setup
 from metaft.inputs import ImageInputs
 from metaft.runs import checkpoint
 from metaft.runs.folder import read_rows
@@ -132,7 +133,7 @@ def target_rows(data: Path, runs: dict[str, Path], out: Path) -> Any:
     config = AdaptConfig(**read_toml(out / "config.toml"))
     found = target.load(config.target.data, ImageInputs(1, 8, 8, polarity="bright-on-black"))
     places = {str(file): i for i, file in enumerate(files_of(data)[0])}
-    rows = study.rows_of(found, config, 0)
+    rows = study.rows_of(Setup(config, (), found), 0)
     return types.SimpleNamespace(
         **{part: np.array([places[found.files[i]] for i in getattr(rows, part)], np.int64) for part in rows._fields}
     )
