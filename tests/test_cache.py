@@ -19,8 +19,8 @@ from helpers import IMAGES, options, write_folder
 from PIL import Image
 
 from metaft import meta_train
-from metaft.inputs import reading as images
-from metaft.inputs.reading import fingerprint
+from metaft.inputs import pictures
+from metaft.inputs.pictures import fingerprint
 from metaft.models import convolution
 from metaft.tasks import cache, folder
 from metaft.tasks.cache import cached, keep
@@ -117,7 +117,7 @@ def test_what_is_unchanged_is_not_read_again(data: Path, monkeypatch: pytest.Mon
 def test_a_file_that_changes_while_it_is_read_is_read_the_next_time(
     data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    now, read = (data / "a/0.png").stat(), images.read_all
+    now, read = (data / "a/0.png").stat(), pictures.read_all
 
     def meanwhile(*how: Any) -> Any:
         pixels = read(*how)

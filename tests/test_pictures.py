@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
+import mmap
 import os
 import shutil
 import struct
@@ -27,12 +29,13 @@ from metaft import adapt, meta_train, predict
 from metaft.errors import DataError, MetaftError, MetaftWarning
 from metaft.finetune import report, target
 from metaft.finetune.classifier import Classifier, save
-from metaft.inputs import ImageInputs
+from metaft.inputs import ImageInputs, pictures
 from metaft.inputs.depth import bits_for, maximum
 from metaft.inputs.flaws import about, noted
 from metaft.inputs.formats import starts_as_picture
 from metaft.inputs.listing import list_below, list_images
-from metaft.inputs.reading import looks_grey, open_image, pixels_of, read, read_all
+from metaft.inputs.pictures import looks_grey, read_all
+from metaft.inputs.reading import open_image, pixels_of, read
 from metaft.runs import checkpoint
 from metaft.tasks import folder, load
 
@@ -910,3 +913,46 @@ def test_load_takes_the_wish_from_python(tmp_path: Path) -> None:
         load(f"folder:{data}")
     with pytest.warns(MetaftWarning, match="skipped 1"):
         load(f"folder:{data}", skip_bad=True)
+
+
+def test_many_pictures_lie_in_a_file_that_is_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the file has no room, or pictures are few, they lie in memory; which is which shows in no pixel."""
+    data = write_folder(tmp_path / "d")
+    files = sorted((data / "test").rglob("*.png"))
+    in_memory = read_all(files, 1, 8)
+    monkeypatch.setattr(pictures, "MAPPED_FROM", 1)
+    asked: list[int] = []
+    reserve = os.posix_fallocate
+    monkeypatch.setattr(os, "posix_fallocate", lambda f, start, size: asked.append(size) or reserve(f, start, size))
+    mapped = read_all(files, 1, 8)
+    assert asked == [len(files) * 64]
+    assert isinstance(base_of(mapped.images), mmap.mmap)
+    assert np.array_equal(mapped.images, in_memory.images)
+
+    def full(*_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    unmapped = read_all(files, 1, 8)
+    assert base_of(unmapped.images) is None
+    assert np.array_equal(unmapped.images, in_memory.images)
+
+
+def base_of(array: Any) -> Any:
+    """What holds an array's memory."""
+    while isinstance(array, (np.ndarray, memoryview)):
+        owner = array.base if isinstance(array, np.ndarray) else array.obj
+        if owner is None:
+            return None
+        array = owner
+    return array
+
+
+def test_pictures_that_cannot_be_read_leave_no_gap(tmp_path: Path) -> None:
+    files = sorted((write_folder(tmp_path / "d") / "test").rglob("*.png"))
+    whole = read_all(files, 1, 8).images
+    for i in (0, 3, len(files) - 1):
+        files[i].write_bytes(b"no picture")
+    left = read_all(files, 1, 8)
+    assert left.good.tolist() == [i for i in range(len(files)) if i not in (0, 3, len(files) - 1)]
+    assert np.array_equal(left.images, whole[left.good])

@@ -10,10 +10,11 @@ import numpy as np
 import torch
 
 from metaft._version import __version__
+from metaft.finetune.draws import VALIDATION_FROM, Rows
 from metaft.finetune.scores import mean_t95
 from metaft.finetune.setup import Setup
 from metaft.finetune.study import Position, draws_differ, rows_of, seconds
-from metaft.finetune.target import VALIDATION_FROM, Rows, Target
+from metaft.finetune.target import Target
 from metaft.options import flat
 from metaft.runs.folder import RunFolder, read_rows
 from metaft.runs.machine import where_measured

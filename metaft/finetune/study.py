@@ -14,13 +14,14 @@ import torch
 
 from metaft.errors import CheckpointError, NonFiniteError
 from metaft.finetune.classifier import Classifier, save
+from metaft.finetune.draws import Rows
 from metaft.finetune.examples import Part
 from metaft.finetune.fit import SMALLER, Fitted, fit, flatten, unflatten
 from metaft.finetune.inner import FEWER, inner
 from metaft.finetune.scores import scores
 from metaft.finetune.setup import Setup
 from metaft.finetune.start import Start, body
-from metaft.finetune.target import Rows, Target
+from metaft.finetune.target import Target
 from metaft.runs import checkpoint
 from metaft.runs.checkpoint import write_atomically
 from metaft.runs.folder import RunFolder, append_row

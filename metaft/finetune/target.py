@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from metaft.errors import DataError, MetaftError, no_such, suggest
+from metaft.finetune.draws import Rows, draw, validation_part
 from metaft.inputs import ImageInputs, Inputs
 from metaft.inputs.flaws import flaws_note
 from metaft.inputs.listing import (
@@ -29,25 +30,13 @@ from metaft.inputs.listing import (
     some,
     subfolders,
 )
-from metaft.inputs.reading import depth_note, is_dark_on_bright, is_grey, read_all
-from metaft.sampler import Stream, choose, raw_words
+from metaft.inputs.pictures import depth_note, read_all
+from metaft.inputs.reading import is_dark_on_bright, is_grey
 from metaft.spec import Takes, name_of, parse
 from metaft.support.names import is_text, natural
 from metaft.support.paths import local
 from metaft.tasks.folder import inputs_for
 from metaft.tasks.glyphs import glyphs
-from metaft.tasks.pool import skipped_words
-
-VALIDATION_FROM, VALIDATION_SHARE = 10, 5  # from 10 images per class, one in 5 is for validation
-
-
-class Rows(NamedTuple):
-    """Which images of a target are for what; int64 rows, disjoint."""
-
-    train: np.ndarray
-    val: np.ndarray
-    """Empty where there is no validation part."""
-    test: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -303,46 +292,3 @@ def _script(script: str, given: ImageInputs | None) -> Target:
         inputs=p,
         changes=(),
     )
-
-
-def draw(
-    labels: np.ndarray,
-    rows: np.ndarray,
-    shots: int | None,
-    seed: int,
-    names: tuple[str, ...],
-    *,
-    keep_some: bool,
-    skipped: Mapping[str, int],
-) -> tuple[np.ndarray, np.ndarray]:
-    """(drawn, left): `shots` of `rows` for each class, a function of `seed` alone, and the others.
-
-    `shots=None` draws all, or four in five where `keep_some`. Raises DataError where a class has too few.
-    """
-    drawn = []
-    for label, name in enumerate(names):
-        own = rows[labels[rows] == label]
-        spare = 1 if keep_some else 0
-        k = shots if shots is not None else max(1, len(own) * 4 // 5) if keep_some else len(own)
-        if len(own) < k + spare:
-            need = f"shots_per_class + 1 for the test = {k + 1}" if keep_some else f"shots_per_class = {k}"
-            gone = skipped_words(skipped, name)
-            raise DataError(f"data: class {name!r} has {len(own)} images to draw from{gone}, fewer than {need}")
-        words = raw_words(seed, "train", [label], k, stream=Stream.TARGET_DRAWS)
-        drawn.append(own[choose(words, np.array([len(own)]))[0]])
-    taken = np.sort(np.concatenate(drawn))
-    return taken, np.setdiff1d(rows, taken)
-
-
-def validation_part(labels: np.ndarray, train: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """(train, val): one in five of every class for validation, or none where a class has fewer than ten images."""
-    counts = np.bincount(labels[train])
-    if counts.min() < VALIDATION_FROM:
-        return train, np.empty(0, np.int64)
-    val = []
-    for label, count in enumerate(counts):
-        own = train[labels[train] == label]
-        words = raw_words(seed, "val", [label], int(count) // VALIDATION_SHARE, stream=Stream.TARGET_DRAWS)
-        val.append(own[choose(words, np.array([count]))[0]])
-    picked = np.sort(np.concatenate(val))
-    return np.setdiff1d(train, picked), picked

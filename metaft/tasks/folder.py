@@ -26,16 +26,8 @@ from metaft.inputs.listing import (
     skipped_note,
     subfolders,
 )
-from metaft.inputs.reading import (
-    READER_VERSION,
-    Pictures,
-    depth_note,
-    fingerprint,
-    is_dark_on_bright,
-    looks_grey,
-    read_all,
-    rows_of,
-)
+from metaft.inputs.pictures import READER_VERSION, Pictures, depth_note, fingerprint, looks_grey, read_all, rows_of
+from metaft.inputs.reading import is_dark_on_bright
 from metaft.support.paths import local
 from metaft.tasks.cache import cached
 from metaft.tasks.pool import ClassPool

@@ -26,7 +26,8 @@ from torch import Tensor
 from metaft.errors import DataError, MetaftError, MetaftWarning, no_such
 from metaft.inputs.depth import CONTAINER, bits_for, is_deep, maximum, to_bytes
 from metaft.inputs.flaws import about, flaws_note, noted
-from metaft.inputs.reading import depth_note, fitted_deep, is_dark_on_bright, is_grey, pixels_of, plain
+from metaft.inputs.pictures import depth_note
+from metaft.inputs.reading import fitted_deep, is_dark_on_bright, is_grey, pixels_of, plain
 from metaft.support.paths import local
 from metaft.tasks.folder import inputs_of, rank_split
 from metaft.tasks.pool import ClassPool

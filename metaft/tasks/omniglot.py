@@ -21,7 +21,7 @@ from metaft.errors import DataError, MetaftWarning, no_such
 from metaft.inputs import ImageInputs
 from metaft.inputs.flaws import flaws_note
 from metaft.inputs.listing import Left, counted, left_note, list_classes, refusal, skipped_note, subfolders
-from metaft.inputs.reading import READER_VERSION, fingerprint
+from metaft.inputs.pictures import READER_VERSION, fingerprint
 from metaft.support.paths import local
 from metaft.tasks.folder import read_cached, rows_left
 from metaft.tasks.pool import ClassPool

@@ -17,7 +17,7 @@ from victims import DONE, FULL, Plan, Victim, Whole, completed, one_error, same_
 
 from metaft import meta_train
 from metaft.errors import NonFiniteError
-from metaft.inputs import reading as images
+from metaft.inputs import pictures, reading
 from metaft.runs import report, training
 from metaft.runs.snapshot import load_snapshot
 from metaft.tasks import sinusoid as sinusoids
@@ -56,15 +56,15 @@ def test_images_that_vanish_during_a_run_are_not_missed_and_a_resume_names_them(
 
 
 def vanish(path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """The file is deleted just before this function of `metaft.inputs.reading` looks at anything."""
-    real = getattr(images, name)
+    """The file is deleted just before this function looks at anything."""
+    real = getattr(reading if hasattr(reading, name) else pictures, name)
 
     def gone(*given: Any, **others: Any) -> Any:
         path.unlink(missing_ok=True)
         return real(*given, **others)
 
     # `metaft.tasks.folder` is a function, too, so that the module is to be had by its name alone.
-    for module in (images, *map(importlib.import_module, ("metaft.tasks.folder", "metaft.finetune.target"))):
+    for module in (reading, pictures, *map(importlib.import_module, ("metaft.tasks.folder", "metaft.finetune.target"))):
         if hasattr(module, name):
             monkeypatch.setattr(module, name, gone)
 
