@@ -1,5 +1,6 @@
 """What the commands share: settings from the command line, TOML and runs, and errors as one line with a status."""
 
+# Above 300 lines: signals, errors, files and settings meet in every command, in this order.
 from __future__ import annotations
 
 import contextlib

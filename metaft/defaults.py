@@ -52,6 +52,7 @@ def _of_photos(shots: int) -> dict[str, object]:
     }
 
 
+# Above 60 lines: a table of defaults, one line each.
 def resolve(config: MetaTrainConfig, dataset: Dataset, *, default_rotate: bool, custom_model: bool = False) -> Settled:
     """The same config with nothing left open that training depends on (only `threads`, `task_chunk`, `out` may be).
 

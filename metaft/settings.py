@@ -4,6 +4,7 @@ Every option is one field here, or in the command that alone has it. An option a
 others (data set, model, algorithm, the run), which "auto" in its help line names.
 """
 
+# Above 300 lines: one field per option, and each option in one place alone.
 from __future__ import annotations
 
 import dataclasses

@@ -10,6 +10,7 @@ settings that the factory really has: paths need no quotes for colons, commas or
 text itself holds is doubled. Everything here is a pure function of text and signatures, and imports no torch.
 """
 
+# Above 300 lines: reading, writing and typing of one grammar, which no other file may know.
 from __future__ import annotations
 
 import functools

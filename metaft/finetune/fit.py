@@ -49,6 +49,7 @@ class Fitted:
         return int(min(validated, key=lambda row: row["val_loss"])["epoch"] if validated else self.curve[-1]["epoch"])
 
 
+# Above 60 lines: the one loop, to be seen whole.
 def fit(
     body: nn.Module,
     inputs: Inputs,

@@ -93,6 +93,7 @@ class Model:
             raise MetaftError(f"algorithm: {member} makes the head of a task anew, and {self.head_bound}")
 
 
+# Above 60 lines: the closures of one `Model`, a few lines each.
 @in_usual_modes_but_type
 def functional(
     module: nn.Module, *, head: str | None = None, architecture: Mapping[str, object] | None = None

@@ -26,6 +26,7 @@ gbeta = sum(gu), ggamma = sum(gu xhat) = m b, and gw and gx by the convolution. 
     Dgz = P(q) - gamma s^2 (b P(p) + xhat k / m)    with q = gamma s Dgu + (dgamma s - gamma s^2 c) gu
 """
 
+# Above 300 lines: one formula with its first and second derivative, which are read side by side.
 from __future__ import annotations
 
 import dataclasses
@@ -252,6 +253,7 @@ class _Pass(NamedTuple):
     top: _Top
 
 
+# Above 60 lines: the formulas of one pass, in its order.
 def _gradient(form: _Form, x: Tensor, labels: Tensor, p: _Params, *, keep: bool) -> _Pass:
     """Loss and gradient: x [tasks, n H W, C], labels [tasks, n]. The layers are returned only to be kept."""
     tasks, n = labels.shape
@@ -315,6 +317,7 @@ def _gradient(form: _Form, x: Tensor, labels: Tensor, p: _Params, *, keep: bool)
     return _Pass(value, logits, grads, layers, _Top(features, chances, gl))
 
 
+# Above 60 lines: the formulas of one pass, in its order.
 def _derivative(form: _Form, x: Tensor, p: _Params, layers: Sequence[_Layer], top: _Top, d: _Params) -> list[Tensor]:
     """The derivative of `_gradient`'s gradient along `d`; the Hessian times d."""
     tasks, n = top.gl.shape[:2]

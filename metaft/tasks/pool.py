@@ -1,5 +1,6 @@
 """Images grouped by class, and the episodes drawn from them."""
 
+# Above 300 lines: a pool and its episodes share the arrays that both are made of.
 from __future__ import annotations
 
 import dataclasses
