@@ -103,18 +103,18 @@ def _resume(folder: RunFolder, config: AdaptConfig | None, module: nn.Module | N
     from metaft.runs.machine import say_what_changed
 
     path = folder.path
-    own = places.in_full(of_run(AdaptConfig, folder.config, "resume"))
+    recorded = places.in_full(of_run(AdaptConfig, folder.config, "resume"))
     given = {} if config is None else {k: v for k, v in flat(config).items() if v is not None}
     if config is not None and config.recipe is not None:
         given = {k: v for k, v in given.items() if k not in options(Recipe)} | {"recipe": config.recipe}
-    config = places.in_full(dataclasses.replace(own, **{**given, "out": None}))
+    config = places.in_full(dataclasses.replace(recorded, **{**given, "out": None}))
     folder.make_folders()
     folder.mend()
     position, before = read(folder) if folder.last.exists() else (Position(), None)
     classes = (before or {}).get("classes", ())
-    data = places.as_run_names(config.target.data, own.target.data, config.target.data_root, classes)
+    data = places.as_run_names(config.target.data, recorded.target.data, config.target.data_root, classes)
     config = dataclasses.replace(config, data=data)
-    check_unchanged(config, own, path, except_for=RESUMABLE)
+    check_unchanged(config, recorded, path, except_for=RESUMABLE)
     setup = prepared(config, module, init, classes)
     settled = setup.config
     if before is not None:
@@ -128,7 +128,7 @@ def _resume(folder: RunFolder, config: AdaptConfig | None, module: nn.Module | N
         if settled.draws.seeds < draws:
             raise MetaftError(f"seeds must be at least the {draws} already begun, got {settled.draws.seeds}")
         print(f"resuming {path} after {len(position.fits)} fits and {len(position.rows)} epochs", file=sys.stderr)
-    if config != own or settled.target.data != own.target.data:
+    if config != recorded or settled.target.data != recorded.target.data:
         folder.result.unlink(missing_ok=True)  # of fewer draws; it would not be this run's
         write_atomically(folder.config, to_toml(settled).encode())
     return _fit_all(folder, setup, position)

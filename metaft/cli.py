@@ -82,10 +82,10 @@ def _taken_up(kind: type[Config], config: Config) -> tuple[Config, Path | None]:
     folder = RunFolder(Path(out))
     if not folder.config.exists():
         return config, None
-    own = of_run(kind, folder.config, "out")
+    recorded = of_run(kind, folder.config, "out")
     config = dataclasses.replace(config, out=None)
     if flat(config).get("engine") == "tune":  # once, for all
-        tuned = {name: flat(own)[name] for name in ("engine", "task_chunk")}
+        tuned = {name: flat(recorded)[name] for name in ("engine", "task_chunk")}
         config = dataclasses.replace(config, **tuned)
     return config, folder.path
 
@@ -181,11 +181,11 @@ def _escaped(text: str) -> str:
 def _file_of(error: MetaftError, argv: Sequence[str]) -> str:
     """`"my.toml: "` where the message begins with a field that comes from the TOML file."""
     file = _option(argv, "config")
-    found = re.match(r"\w+(?=[: ])", str(error))
-    if file is None or found is None or _option(argv, found[0].replace("_", "-")) is not None:
+    field = re.match(r"\w+(?=[: ])", str(error))
+    if file is None or field is None or _option(argv, field[0].replace("_", "-")) is not None:
         return ""
     try:
-        return f"{file}: " if found[0] in read_toml(Path(file)) else ""
+        return f"{file}: " if field[0] in read_toml(Path(file)) else ""
     except MetaftError:  # which is what the message is about
         return ""
 

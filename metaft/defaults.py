@@ -129,8 +129,8 @@ def hyper(config: MetaTrainConfig, loss: Loss) -> dict[str, object]:
     given = {name: values[name] for name in OPTIONS if values[name] is not None}
     if "iterations" not in hyper_parameters(config.learner.algorithm):  # every run has them, few members care
         given.pop("iterations", None)
-    own = parse_hyper(config.learner.algorithm, config.inner.hyper)
-    return {"loss": loss, "norm": config.learner.batch_norm, **given, **own}
+    special = parse_hyper(config.learner.algorithm, config.inner.hyper)
+    return {"loss": loss, "norm": config.learner.batch_norm, **given, **special}
 
 
 def train_classes(dataset: Dataset) -> int:

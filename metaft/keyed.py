@@ -14,8 +14,8 @@ _FACTORS = ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64))
 
 def permutation(key: Tensor, n: int, draw: int = 0) -> Tensor:
     """An order of n things, int64 [n], that depends on (key, draw) alone: key [] int64."""
-    own = _mixed(_mixed(key) + draw * _STEP % 2**63)
-    return _stream(own, n).sort(stable=True).indices
+    mixed = _mixed(_mixed(key) + draw * _STEP % 2**63)
+    return _stream(mixed, n).sort(stable=True).indices
 
 
 def minibatches(key: Tensor, n: int, size: int, steps: int) -> Tensor:
@@ -32,10 +32,10 @@ def words(key: Tensor, *where: int, count: int) -> Tensor:
 
     `where` says what they are for (the step, the layer, ...), so that one key serves for all.
     """
-    own = _mixed(key)
+    mixed = _mixed(key)
     for number in where:
-        own = _mixed(own + (number + 1) * _STEP % 2**63)
-    return _shifted(_stream(own, count), 32)
+        mixed = _mixed(mixed + (number + 1) * _STEP % 2**63)
+    return _shifted(_stream(mixed, count), 32)
 
 
 def _stream(own: Tensor, n: int) -> Tensor:

@@ -74,11 +74,11 @@ def takes(factory: Callable[..., Any], *, reserved: Collection[str] = ()) -> Tak
 def parameters(factory: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     """A factory's parameters but for those that a partial has fixed, with what annotations in text stand for."""
     try:
-        found = inspect.signature(factory, eval_str=True).parameters
+        declared = inspect.signature(factory, eval_str=True).parameters
     except Exception:  # a name that only a type checker imports: then the defaults have to say what is what
-        found = inspect.signature(factory).parameters
+        declared = inspect.signature(factory).parameters
     fixed = factory.keywords if isinstance(factory, functools.partial) else {}
-    return {name: p for name, p in found.items() if name not in fixed}
+    return {name: p for name, p in declared.items() if name not in fixed}
 
 
 def name_of(text: str, known: Collection[str]) -> str:
@@ -227,8 +227,8 @@ def _kinds(parameter: inspect.Parameter) -> tuple[Any, ...]:
     union = typing.get_origin(hint) in (types.UnionType, typing.Union)
     kinds = [types.NoneType if kind is None else kind for kind in (typing.get_args(hint) if union else (hint,))]
     order = [types.NoneType, bool, int, float, "literal", str]
-    found = [(order.index("literal" if typing.get_origin(k) is Literal else k), k) for k in kinds if _is_plain(k)]
-    return tuple(kind for _, kind in sorted(found, key=lambda pair: pair[0])) if len(found) == len(kinds) else ()
+    ranked = [(order.index("literal" if typing.get_origin(k) is Literal else k), k) for k in kinds if _is_plain(k)]
+    return tuple(kind for _, kind in sorted(ranked, key=lambda pair: pair[0])) if len(ranked) == len(kinds) else ()
 
 
 def _is_plain(kind: Any) -> bool:

@@ -20,6 +20,7 @@ from metaft.config import AdaptConfig
 from metaft.errors import MetaftError
 from metaft.metrics import accuracy, better
 from metaft.objective import Objective, check
+from metaft.tasks import Sinusoid
 from metaft.types import Params
 
 CLASSIFIERS = ("protonet", "matching-net", "baseline", "baseline++")
@@ -205,3 +206,14 @@ def weighted(prediction: Tensor, target: Tensor) -> Tensor:
 @pytest.mark.parametrize("loss", [in_place, not_a_number, weighted])
 def test_what_a_loss_may_do_is_not_refused(loss: Any) -> None:
     check(Objective(loss), 3, torch.arange(6) % 3, torch.zeros(1, dtype=torch.float64))
+
+
+def test_the_loss_of_a_data_set_is_held_to_the_same_rules(tmp_path: Path) -> None:
+    """A scalar per task; a loss per example was found out in the first meta-step, with a traceback."""
+
+    points = Sinusoid()
+    object.__setattr__(points, "loss", lambda prediction, target: (prediction - target).square())
+    config = sinusoid(tmp_path / "r", dataset="sinusoid", ways=1, shots=5, query_shots=5)
+    with pytest.raises(MetaftError, match=r"^loss: .* must give a scalar tensor"):
+        meta_train.run(config, dataset=points)
+    assert not (tmp_path / "r").exists()

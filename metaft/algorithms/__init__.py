@@ -118,8 +118,8 @@ def parse_hyper(name: str, assignments: Iterable[str]) -> dict[str, object]:
     Raises MetaftError for anything else than NAME=VALUE, a name that the member has not, or has as an option of its
     own, a name given twice, or a value of another type.
     """
-    own = hyper_parameters(name).keys() - COMMON
-    known = {k: p for k, p in _keywords(name).items() if k in own}
+    names = hyper_parameters(name).keys() - COMMON
+    known = {k: p for k, p in _keywords(name).items() if k in names}
     values: dict[str, object] = {}
     for assignment in assignments:
         key, equals, text = assignment.partition("=")

@@ -39,15 +39,15 @@ def draw(
     """
     drawn = []
     for label, name in enumerate(names):
-        own = rows[labels[rows] == label]
+        members = rows[labels[rows] == label]
         spare = 1 if keep_some else 0
-        k = shots if shots is not None else max(1, len(own) * 4 // 5) if keep_some else len(own)
-        if len(own) < k + spare:
+        k = shots if shots is not None else max(1, len(members) * 4 // 5) if keep_some else len(members)
+        if len(members) < k + spare:
             need = f"shots_per_class + 1 for the test = {k + 1}" if keep_some else f"shots_per_class = {k}"
             gone = skipped_words(skipped, name)
-            raise DataError(f"data: class {name!r} has {len(own)} images to draw from{gone}, fewer than {need}")
+            raise DataError(f"data: class {name!r} has {len(members)} images to draw from{gone}, fewer than {need}")
         words = raw_words(seed, "train", [label], k, stream=Stream.TARGET_DRAWS)
-        drawn.append(own[choose(words, np.array([len(own)]))[0]])
+        drawn.append(members[choose(words, np.array([len(members)]))[0]])
     taken = np.sort(np.concatenate(drawn))
     return taken, np.setdiff1d(rows, taken)
 
@@ -59,8 +59,8 @@ def validation_part(labels: np.ndarray, train: np.ndarray, seed: int) -> tuple[n
         return train, np.empty(0, np.int64)
     val = []
     for label, count in enumerate(counts):
-        own = train[labels[train] == label]
+        members = train[labels[train] == label]
         words = raw_words(seed, "val", [label], int(count) // VALIDATION_SHARE, stream=Stream.TARGET_DRAWS)
-        val.append(own[choose(words, np.array([count]))[0]])
+        val.append(members[choose(words, np.array([count]))[0]])
     picked = np.sort(np.concatenate(val))
     return np.setdiff1d(train, picked), picked

@@ -121,8 +121,8 @@ def _head(fast: Fast, module: nn.Module, head: str) -> nn.Module:
         return heads.Matching(**fast.extra)
     if fast.extra:
         raise MetaftError(f"method: the fast weights hold {sorted(fast.extra)}, which no classifier head can store")
-    own = {k.removeprefix(f"{head}."): v for k, v in fast.params.items() if is_of(k, head)}
+    tensors = {k.removeprefix(f"{head}."): v for k, v in fast.params.items() if is_of(k, head)}
     layer = linear(module, head)
     if not is_plain(layer) or not all(p.requires_grad for p in layer.parameters()):
-        return filled(layer, own)
-    return heads.filled("cosine" if "scale" in own else "linear", own)
+        return filled(layer, tensors)
+    return heads.filled("cosine" if "scale" in tensors else "linear", tensors)

@@ -129,12 +129,12 @@ def _table(rows: Sequence[Mapping[str, Any]], mistaken: Sequence[str]) -> list[s
 
 def _mistaken(classes: Sequence[str], confusion: Sequence[Sequence[int]]) -> list[str]:
     """For each class the other one that its images are most often given, with how many."""
-    found = []
+    mistaken = []
     for true, row in enumerate(confusion):
         wrong = [(n, -other) for other, n in enumerate(row) if other != true]
         n, other = max(wrong)
-        found.append(f"{classes[-other]} ({n})" if n else "")
-    return found
+        mistaken.append(f"{classes[-other]} ({n})" if n else "")
+    return mistaken
 
 
 def draw_pictures(

@@ -17,8 +17,8 @@ def scores(labels: np.ndarray, predicted: np.ndarray, class_names: Sequence[str]
     from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
     every = np.arange(len(class_names))
-    found = precision_recall_fscore_support(labels, predicted, labels=every, zero_division=0.0)  # type: ignore[arg-type]
-    precision, recall, f1, count = (np.asarray(column) for column in found)
+    columns = precision_recall_fscore_support(labels, predicted, labels=every, zero_division=0.0)  # type: ignore[arg-type]
+    precision, recall, f1, count = (np.asarray(column) for column in columns)
     return {
         "accuracy": float((labels == predicted).mean()),
         "macro_f1": float(np.mean(f1)),

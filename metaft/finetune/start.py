@@ -118,13 +118,13 @@ def _check_fits(start: Start) -> None:
     """Raises CheckpointError where the run's parameters are not this architecture's, naming the first that differs."""
     module, head = build(start.architecture, None, module=start.module)
     for name, p in module.named_parameters():
-        of_head, found = is_of(name, head), (start.meta or {}).get(name)
-        if found is None and not of_head:
+        of_head, learned = is_of(name, head), (start.meta or {}).get(name)
+        if learned is None and not of_head:
             raise CheckpointError(f"init: {start.name} has no parameter {name!r}, which this architecture needs")
         # The head's rows are classes, and another number of them is what adapting is for.
-        if found is not None and found.shape[of_head:] != p.shape[of_head:]:
+        if learned is not None and learned.shape[of_head:] != p.shape[of_head:]:
             raise CheckpointError(
-                f"init: {name} has shape {list(found.shape)} in the run, {list(p.shape)} in this architecture"
+                f"init: {name} has shape {list(learned.shape)} in the run, {list(p.shape)} in this architecture"
             )
     _check_module(start)
 
@@ -134,8 +134,8 @@ def from_nothing(inputs: Inputs, module: nn.Module | None = None, *, keep: bool 
     are drawn, or beside those with its own (`keep`). Raises MetaftError for a module that metaft does not take."""
     shape = list(inputs.shape)
     named = {"name": model_for(tuple(shape)), "ways": 2, "shape": shape, "width": WIDTH}
-    own = None if module is None else {"name": "custom", "class": class_of(module)}
-    start = Start("none", own or named, shape, inputs, None, None, {}, module, {}, label=RANDOM)
+    handed = None if module is None else {"name": "custom", "class": class_of(module)}
+    start = Start("none", handed or named, shape, inputs, None, None, {}, module, {}, label=RANDOM)
     _check_module(start)
     if keep and module is not None:
         norm: NormOf = "keep" if any(map(has_statistics, module.modules())) else "adapt"

@@ -51,7 +51,7 @@ def rows_of(setup: Setup, draw: int) -> Rows:
 def draws_differ(setup: Setup) -> bool:
     """Whether other seeds train, validate or test on other images; without anything to draw they do not."""
     pairs = zip(rows_of(setup, 0), rows_of(setup, 1), strict=True)
-    return not all(np.array_equal(one, other) for one, other in pairs)
+    return not all(np.array_equal(first, second) for first, second in pairs)
 
 
 def study(

@@ -221,12 +221,12 @@ def _list(path: Path) -> tuple[tuple[str, ...], list[tuple[str, int, Path]], lis
     if not os.path.isdir(path):
         there = os.path.lexists(path)
         raise DataError(f"data: {path} is not a folder" if there else f"data: folder {path} does not exist")
-    found = {
+    listed = {
         s: list_classes(path / s) for s in ("train", "val", "test") if os.path.isdir(path / s) and subfolders(path / s)
     }
-    if not found:
-        found = {"all": list_classes(path)}
-    parts, left = {part: of.files for part, of in found.items()}, [file for of in found.values() for file in of.left]
+    if not listed:
+        listed = {"all": list_classes(path)}
+    parts, left = {part: of.files for part, of in listed.items()}, [file for of in listed.values() for file in of.left]
     if "all" not in parts and not {"train", "test"} <= parts.keys():
         missing = max({"train", "test"} - parts.keys())
         place = path / missing

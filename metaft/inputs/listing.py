@@ -112,18 +112,18 @@ def is_no_picture(path: Path) -> bool:
 def no_file(path: Path) -> str | None:
     """Why this is no file to read from, or None. Never waits, as opening a pipe would."""
     try:
-        found = os.stat(path)
+        status = os.stat(path)
     except OSError as error:
         if error.errno == errno.ELOOP:
             return ENDLESS_LINK
         if error.errno in (errno.EACCES, errno.EPERM):
             return LOCKED
         return BROKEN_LINK if os.path.islink(path) else GONE
-    if stat.S_ISDIR(found.st_mode):
+    if stat.S_ISDIR(status.st_mode):
         return None
-    if not stat.S_ISREG(found.st_mode):
+    if not stat.S_ISREG(status.st_mode):
         return SPECIAL
-    return EMPTY if found.st_size == 0 else None
+    return EMPTY if status.st_size == 0 else None
 
 
 def list_below(folder: Path, *, lost: bool = False) -> Listed:
@@ -208,9 +208,10 @@ def counted(left: Iterable[Left], *, where: bool = True) -> str:
         kinds[file.kind].append(file.path)
     parts = []
     for kind, paths in sorted(kinds.items(), key=lambda item: -len(item[1])):
-        one = len(paths) == 1
-        number = f"{len(paths)} {kind if one else _several(kind)}"
-        parts.append(f"{number} ({paths[0]})" if where and one else number + (f", such as {paths[0]}" if where else ""))
+        single = len(paths) == 1
+        number = f"{len(paths)} {kind if single else _several(kind)}"
+        place = f" ({paths[0]})" if single else f", such as {paths[0]}"
+        parts.append(f"{number}{place if where else ''}")
     return "; ".join(parts) if where else ", ".join(parts)
 
 

@@ -35,18 +35,18 @@ def build(
     """
     if module is None:
         outputs = architecture["ways"] if outputs is None else outputs
-        own, head = models.skeleton({**architecture, "ways": outputs}), "head"
+        built, head = models.skeleton({**architecture, "ways": outputs}), "head"
         if not models.is_ours(architecture["name"]):
-            own, head = prepared(own)
+            built, head = prepared(built)
     else:
         module = taken(module).cpu()
-        own, head = prepared(kept_statistics(module) if norm == "keep" else module)
-        old = linear(own, head)
+        built, head = prepared(kept_statistics(module) if norm == "keep" else module)
+        old = linear(built, head)
         if outputs is not None and outputs != old.out_features:
             with torch.device("meta"):  # the constructor would draw from the global generator
                 new = nn.Linear(old.in_features, outputs, bias=old.bias is not None, dtype=old.weight.dtype)
-            own.set_submodule(head, new.to_empty(device="cpu"))
-    return own if seed is None else models.initialise(own, seed), head
+            built.set_submodule(head, new.to_empty(device="cpu"))
+    return built if seed is None else models.initialise(built, seed), head
 
 
 def is_of(name: str, head: str) -> bool:

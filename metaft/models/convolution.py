@@ -94,11 +94,11 @@ class TaskConv2d(nn.Conv2d):
 
     def _shape(self, x: Tensor) -> Shape:
         tasks, differentiated = _wrapping(x)
-        own, _ = _wrapping(self.weight)
+        weights, _ = _wrapping(self.weight)
         padding = tuple(map(int, self.padding))
         return Shape(
             self.in_channels, self.out_channels, self.kernel_size, self.stride, padding, self.dilation, x.shape[2],
-            x.shape[3], len(x), max(tasks, own), own > 1, not differentiated, str(x.dtype),
+            x.shape[3], len(x), max(tasks, weights), weights > 1, not differentiated, str(x.dtype),
         )  # fmt: skip
 
 
@@ -237,10 +237,10 @@ def _read() -> dict[str, Form]:
 
     try:
         folder = cache_folder()
-        found = {} if folder is None else json.loads((folder / _FILE).read_text("utf-8"))
+        forms = {} if folder is None else json.loads((folder / _FILE).read_text("utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
-    return {k: v for k, v in found.items() if v in FORMS} if isinstance(found, dict) else {}
+    return {k: v for k, v in forms.items() if v in FORMS} if isinstance(forms, dict) else {}
 
 
 def _write() -> None:

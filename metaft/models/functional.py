@@ -117,8 +117,8 @@ def functional(
     bare, top, seen = _pure(body_of(module, head)), _pure(last), _pure(watched(module, head))
     names = [name for name, _ in module.named_parameters() if name not in still]
     parts = {part: f"{head}.{part}" for part, p in last.named_parameters() if p.requires_grad}
-    own = {id(p) for p in last.parameters()}
-    tied = len(own) < sum(id(p) in own for _, p in module.named_parameters(remove_duplicate=False))
+    last_ids = {id(p) for p in last.parameters()}
+    tied = len(last_ids) < sum(id(p) in last_ids for _, p in module.named_parameters(remove_duplicate=False))
 
     def apply(params: Params, x: Tensor, moments: Moments | None = None) -> Tensor:
         return whole(params, x, moments)
@@ -285,5 +285,5 @@ def _linears(module: nn.Module) -> list[str]:
 def _last_linear(module: nn.Module) -> str:
     linears = [path for path in _linears(module) if path]
     if not linears:
-        raise MetaftError(f"{type(module).__name__} has no nn.Linear inside it to serve as head; name one with head=")
+        raise MetaftError(f"{type(module).__name__} has no nn.Linear inside it to serve as head")
     return linears[-1]

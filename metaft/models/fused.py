@@ -158,7 +158,7 @@ def _conv(x: Tensor, w: Tensor, stride: int) -> Tensor:
     """Images [tasks n, C, H, W], with one weight or with one per task."""
     if w.dim() == 4:
         return F.conv2d(x, w, None, stride, 1)
-    return _joined([F.conv2d(part, own, None, stride, 1) for part, own in zip(x.chunk(len(w)), w, strict=True)])
+    return _joined([F.conv2d(part, weight, None, stride, 1) for part, weight in zip(x.chunk(len(w)), w, strict=True)])
 
 
 def _conv_to_images(gz: Tensor, x: Tensor, w: Tensor, stride: int) -> Tensor:

@@ -195,12 +195,12 @@ def _series(at: list[int], rows: Sequence[Row], metric: str) -> list[_Series]:
         values = np.array([(_number(part[metric]), _number(part["ci95"])) for part in parts])
         return _Series(name, at, values[:, 0], values[:, 1])
 
-    found = [read(norm, [row[norm] for row in rows]) for norm in NORMS if norm in rows[0]]
-    if not found:
+    series = [read(norm, [row[norm] for row in rows]) for norm in NORMS if norm in rows[0]]
+    if not series:
         return [read("validation" if "step" in rows[0] else "mean", rows)]
-    if len(found) == 2 and np.array_equal(found[0].mean, found[1].mean, equal_nan=True):
-        return [found[0]._replace(name="both modes (they agree)")]  # a model without normalisation layers
-    return found
+    if len(series) == 2 and np.array_equal(series[0].mean, series[1].mean, equal_nan=True):
+        return [series[0]._replace(name="both modes (they agree)")]  # a model without normalisation layers
+    return series
 
 
 def _after(test: Row, metric: str, step: int) -> Row:

@@ -62,9 +62,9 @@ def with_member(config: MetaTrainConfig, **inherited: Any) -> MetaTrainConfig:
     Raises MetaftError for a plugin or member that there is not, and settings that it has not or that are given twice.
     """
     learner, hyper = config.learner, config.inner.hyper
-    found = plugin.load(inherited.get("plugin") if learner.plugin is None else learner.plugin, learner.algorithm)
+    module = plugin.load(inherited.get("plugin") if learner.plugin is None else learner.plugin, learner.algorithm)
     name, settings = algorithms.read(learner.algorithm, () if hyper == inherited.get("hyper") else hyper)
-    return dataclasses.replace(config, plugin=found, algorithm=name, hyper=settings)
+    return dataclasses.replace(config, plugin=module, algorithm=name, hyper=settings)
 
 
 def assemble(
@@ -109,11 +109,10 @@ def assemble(
         example = _example(dataset, settled)
         models.check_repeats(model, dataset.shape, example)
     model = _computing_as(model, settled, example, dataset.shape)
-    if callable(loss) or isinstance(loss, Objective):
-        _check_loss(loss if isinstance(loss, Objective) else Objective(loss), model, dataset, settled)
-    algorithm = algorithms.build(
-        settled.learner.algorithm, model, hyper(settled, dataset.loss if loss is None else loss)
-    )
+    minimised: Loss = dataset.loss if loss is None else loss
+    if callable(minimised) or isinstance(minimised, Objective):
+        _check_loss(minimised if isinstance(minimised, Objective) else Objective(minimised), model, dataset, settled)
+    algorithm = algorithms.build(settled.learner.algorithm, model, hyper(settled, minimised))
     if not algorithm.init(settled.compute.seed)[0]:
         raise MetaftError(
             f"algorithm: {settled.learner.algorithm} has nothing to learn here, all but its head is frozen in the "

@@ -31,8 +31,8 @@ _said: set[str] = set()
 
 def cache_folder() -> Path | None:
     """`$METAFT_CACHE`, else `$XDG_CACHE_HOME/metaft`, else `~/.cache/metaft`; None for a user without a home."""
-    if own := os.environ.get("METAFT_CACHE"):
-        return Path(os.path.expanduser(own))
+    if folder := os.environ.get("METAFT_CACHE"):
+        return Path(os.path.expanduser(folder))
     home = os.path.expanduser("~")
     if base := os.environ.get("XDG_CACHE_HOME"):
         return Path(base) / "metaft"

@@ -199,16 +199,16 @@ def _list_splits(path: Path) -> tuple[dict[str, list[str]], _Classes, list[Left]
     for split in SPLITS:
         if not (path / split).is_dir():
             raise DataError(f"folder: {path / split} is missing; give all of train/, val/ and test/, or no splits")
-        found, left_here = list_classes(path / split)
+        in_split, left_here = list_classes(path / split)
         left += left_here
-        if not found:
+        if not in_split:
             raise DataError(f"folder: {path / split} holds no class folders")
-        for name in found:
+        for name in in_split:
             if name in classes:
                 raise DataError(
-                    f"folder: class {name!r} is in {classes[name][0].parent} and in {found[name][0].parent}; "
+                    f"folder: class {name!r} is in {classes[name][0].parent} and in {in_split[name][0].parent}; "
                     "meta-learning needs different classes in train/, val/ and test/"
                 )
-        splits[split] = list(found)
-        classes.update(found)
+        splits[split] = list(in_split)
+        classes.update(in_split)
     return splits, classes, left

@@ -106,8 +106,8 @@ def pool(
         unit = all(a.dtype.kind in "fb" and a.size and a.max() <= 1 for a in floats)
         looks = [_picture(name, image, unit) for image in sample]
     sizes = {look.size for look in looks}
-    own = looks[0].width if len(sizes) == 1 and looks[0].width == looks[0].height else None
-    inputs = inputs_of(channels or (1 if all(map(is_grey, looks)) else 3), image_size or own)
+    side = looks[0].width if len(sizes) == 1 and looks[0].width == looks[0].height else None
+    inputs = inputs_of(channels or (1 if all(map(is_grey, looks)) else 3), image_size or side)
 
     images = np.empty((sum(map(len, parts)), *inputs.shape), np.uint8)
     owners: list[tuple[int, Any]] = []  # (number of the data set, label) of each image
@@ -245,9 +245,9 @@ def _names(name: str, parts: Sequence[Labelled], classes: Sequence[tuple[int, An
     known = [next(_class_lists(part), None) for part in parts]
     written: list[str] = []
     for number, label in classes:
-        own, split = known[number], f"{SPLITS[number]}/" if len(parts) > 1 else ""
-        is_number = own and isinstance(label, int) and 0 <= label < len(own)
-        written.append(str(own[label]) if own and is_number else f"{split}{label}")
+        words, split = known[number], f"{SPLITS[number]}/" if len(parts) > 1 else ""
+        is_number = words and isinstance(label, int) and 0 <= label < len(words)
+        written.append(str(words[label]) if words and is_number else f"{split}{label}")
     names = [unicodedata.normalize("NFC", text) for text in written]
     if len(set(names)) < len(names):
         twice = next(n for n in names if names.count(n) > 1)

@@ -148,24 +148,24 @@ def _files(base: Path, table: tuple[Character, ...], *, skip_bad: bool) -> tuple
 
     Raises DataError where any is missing; with `skip_bad` one that is there, but cannot be read, is not missed.
     """
-    found: dict[str, list[Path]] = {}
+    drawings_of: dict[str, list[Path]] = {}
     left: list[Left] = []
     for part in PARTS:
         for alphabet in subfolders(base / part) if (base / part).is_dir() else ():
             classes, left_here = list_classes(alphabet)
-            found |= {f"{alphabet.name}/{character}": drawings for character, drawings in classes.items()}
+            drawings_of |= {f"{alphabet.name}/{character}": drawings for character, drawings in classes.items()}
             left += left_here
-    missing = [c.name for c in table if c.name not in found]
+    missing = [c.name for c in table if c.name not in drawings_of]
     if missing:
         raise DataError(
             f"omniglot: {len(missing)} of {len(table)} characters are missing under {base}, "
             f"e.g. {missing[0]!r}; {_HOW_TO_GET}"
         )
     for character in table:
-        drawings = found[character.name]
+        drawings = drawings_of[character.name]
         folder = drawings[0].parent
         lost = [file for file in left if file.lost and file.path.parent == folder] if len(drawings) < DRAWINGS else []
         if len(drawings) + (len(lost) if skip_bad else 0) != DRAWINGS:
             besides = f" ({counted(lost)})" if lost else ""
             raise DataError(f"omniglot: {folder} holds {len(drawings)} images{besides}, not {DRAWINGS}")
-    return {character.name: found[character.name] for character in table}, left
+    return {character.name: drawings_of[character.name] for character in table}, left

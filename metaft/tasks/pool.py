@@ -87,11 +87,11 @@ class ClassPool:
         """Of all that episodes are made of, pixels and their order too; `split_hash` knows names alone."""
         turns = self.turns if self.turns is not None else np.empty(0)
         arrays = [self.starts, self.counts, turns, *(self.splits[split] for split in SPLITS), self.images.cpu().numpy()]
-        found = hashlib.blake2b(repr((self.class_names, self.inputs)).encode())
+        total = hashlib.blake2b(repr((self.class_names, self.inputs)).encode())
         for array in arrays:
-            found.update(repr((array.shape, array.dtype)).encode())
-            found.update(np.ascontiguousarray(array).data)
-        return found.hexdigest()[:16]
+            total.update(repr((array.shape, array.dtype)).encode())
+            total.update(np.ascontiguousarray(array).data)
+        return total.hexdigest()[:16]
 
     def describe(self) -> Mapping[str, object]:
         return {
