@@ -26,7 +26,7 @@ from metaft.options import flat, options
 from metaft.runs.checkpoint import digest
 from metaft.runs.folder import RunFolder
 from metaft.runs.machine import machine
-from metaft.settings import Recipe
+from metaft.settings import Recipe, TargetSettings
 from metaft.support import paths, places
 
 RUNS = Path("runs")
@@ -58,8 +58,9 @@ def prepared(config: AdaptConfig, module: nn.Module | None, values: Init, classe
     device_of(config.compute.device)
     _check_method(config)
     _check_values(config, module, values)
+    init = config.start.init  # as it was typed, which is how an error is to name it
     config = _with_data(places.in_full(config), classes)
-    start, target = _start_and_target(config, module, keep=values == "keep")
+    start, target = _start_and_target(init, config.target, module, keep=values == "keep")
     open_values: dict[str, Any] = {"init": start.name}
     if config.target.data.startswith("glyphs:"):
         open_values["shots_per_class"] = GLYPH_SHOTS
@@ -75,9 +76,10 @@ def prepared(config: AdaptConfig, module: nn.Module | None, values: Init, classe
     return Setup(config, compared(start), target)
 
 
-def _start_and_target(config: AdaptConfig, module: nn.Module | None, *, keep: bool) -> tuple[Start, Target]:
+def _start_and_target(
+    init: str | None, data: TargetSettings, module: nn.Module | None, *, keep: bool
+) -> tuple[Start, Target]:
     """What the settings name: the run, the newest one that fits, or none; and the images as it takes them."""
-    init, data = config.start.init, config.target
     if init is None:
         shape, any_size = targets.shape_of(data.data)
         init = str(newest_run(shape, any_size=any_size))
