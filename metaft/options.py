@@ -158,6 +158,8 @@ class Settings:
                 if types.NoneType in _kinds(hints[name]):
                     changes = {k: v for k, v in changes.items() if v is not None}
                 value = _assembled(name, value, kind, changes)
+                if value is None and types.NoneType not in _kinds(hints[name]):
+                    raise MetaftError(f"{name} must be {kind.__name__}, got None")
             object.__setattr__(self, name, value)
         for name, value in flat(self).items():
             if known[name].group is None:
@@ -172,6 +174,8 @@ def _assembled(name: str, value: Any, kind: type[Group], changes: Mapping[str, A
         return kind(**changes)
     if value is not None and not isinstance(value, kind):
         raise MetaftError(f"{name} must be {kind.__name__}, got {value!r}")
+    if value is not None and (strange := options(type(value)).keys() - options(kind).keys()):
+        raise MetaftError(f"{name} must be {kind.__name__}, got a group with {', '.join(sorted(strange))} too")
     return value if value is None or not changes else dataclasses.replace(value, **changes)
 
 

@@ -22,6 +22,7 @@ from metaft.config import (
 from metaft.defaults import hyper, resolve
 from metaft.errors import MetaftError
 from metaft.options import flat, from_mapping, options
+from metaft.settings import Compute
 from metaft.tasks import Sinusoid
 
 
@@ -338,3 +339,14 @@ def test_a_members_own_settings_come_from_toml_and_go_there(tmp_path: Path) -> N
     file.write_text(to_toml(config))
     assert from_mapping(MetaTrainConfig, read_toml(file), origin=str(file)) == config
     assert "hyper must be str, got 3" in message({"hyper": [3]})
+
+
+@pytest.mark.parametrize("group", ["draws", "compute", "output"])
+def test_a_group_that_cannot_be_left_out_is_not(group: str) -> None:
+    with pytest.raises(MetaftError, match=f"^{group} must be [A-Z][A-Za-z]*, got None"):
+        AdaptConfig(**{group: None})
+
+
+def test_a_group_with_more_options_than_a_command_has_is_refused() -> None:
+    with pytest.raises(MetaftError, match=r"^compute must be .*, got a group with .*engine"):
+        AdaptConfig(compute=Compute())

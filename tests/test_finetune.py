@@ -23,8 +23,10 @@ from torch import Tensor, nn
 from metaft.errors import DataError, MetaftError, NonFiniteError
 from metaft.finetune import heads, target
 from metaft.finetune.classifier import Classifier
+from metaft.finetune.examples import Part, Prepared
 from metaft.finetune.fit import Fitted, _augmented, fit, head_seed
 from metaft.inputs import ImageInputs
+from metaft.inputs.base import at_most
 from metaft.models import Conv4, EpisodeNorm, initialise
 from metaft.models.functional import body_of
 from metaft.models.norm import measure_moments
@@ -168,6 +170,54 @@ def test_moments_of_a_long_chain_take_a_bounded_number_of_passes() -> None:
     off = [float((a.var - b.var).norm() / b.var.norm()) for a, b in zip(*norms, strict=True)]
     assert max(off[:PASSES]) < 1e-12
     assert 1e-6 < max(off[PASSES:]) < 0.03
+
+
+class Hidden(nn.Module):
+    """A chain that autograd does not see, or not to its end."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.chain = how, Chain(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.how == "no_grad":
+            with torch.no_grad():
+                return self.chain(x)
+        for part in self.chain.layers:
+            x = part(x)
+            x = x.detach() if self.how == "detach" else torch.sigmoid(x).add_(1) if self.how == "in place" else x
+        return x
+
+
+@pytest.mark.parametrize("how", ["no_grad", "detach", "in place"])
+def test_moments_are_exact_where_autograd_cannot_see(how: str) -> None:
+    module, x = initialise(Hidden(how), 0).double(), torch.randn(60, 8, dtype=torch.float64)
+    whole, parts = with_stored_moments(module, x), with_stored_moments(module, Parts(x, 7))
+    for k, v in whole.state_dict().items():
+        torch.testing.assert_close(parts.state_dict()[k], v, rtol=0, atol=1e-12)
+
+
+class Twofold(nn.Module):
+    """One normalisation layer by two names, of which one is used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = EpisodeNorm(8)
+        self.layers = nn.Sequential(nn.Linear(8, 8), self.norm, nn.ReLU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+def test_a_layer_by_two_names_is_stored_by_both() -> None:
+    x = torch.randn(30, 8)
+    for given in (x, Parts(x, 7)):
+        stored = with_stored_moments(Twofold(), given)
+        assert isinstance(stored.get_submodule("layers.1"), StoredNorm)
+        assert stored.get_submodule("layers.1") is stored.get_submodule("norm")
+        empty = empty_stored(Twofold())
+        empty.load_state_dict(stored.state_dict())
+        torch.testing.assert_close(empty(x[:1]), stored(x)[:1], rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -668,3 +718,28 @@ def test_what_cannot_be_trained_is_an_error() -> None:
         tune(n=5, epochs=1, val=toy(6, seed=3), lr=1e30)  # in one step, whose loss is that before it
     with pytest.raises(MetaftError, match=r"batch_size must be at least 2, got 1"):
         Recipe(batch_size=1)
+
+
+def test_a_part_of_a_tensor_is_never_copied_whole() -> None:
+    """A batch is taken from where all lie, by two looks at rows."""
+    whole, rows = torch.arange(40).view(20, 2), torch.arange(19, -1, -2)
+    part = Part(whole, rows)
+    assert len(part) == 10
+    assert part.whole.data_ptr() == whole.data_ptr()
+    assert torch.equal(part[torch.tensor([0, 3])], whole[[19, 13]])
+    asked: list[int] = []
+
+    class Counted(Part):
+        def __getitem__(self, rows: Tensor) -> Tensor:
+            asked.append(len(rows))
+            return super().__getitem__(rows)
+
+    images, labels = toy(50)
+    examples = Counted(images, torch.arange(40))
+    fit(body(), INPUTS, examples, labels[:40], CLASSES, Recipe(epochs=1, batch_size=8))
+    assert max(asked) == 40, "as one batch where so many small ones fit"
+    asked.clear()
+    parts = list(Prepared(examples, INPUTS, torch.empty(0), at_once=16))
+    assert asked == [16, 16, 8]
+    assert torch.equal(torch.cat(parts), INPUTS(images[:40]))
+    assert at_most((3, 224, 224)) < 32 < at_most((3, 84, 84)) < at_most((1, 28, 28)) == 1024

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import json
 import math
 import os
 import re
@@ -45,7 +46,7 @@ from metaft.config import AdaptConfig, PredictConfig
 from metaft.errors import CheckpointError, DataError, MetaftError
 from metaft.finetune import report, study
 from metaft.finetune.classifier import Classifier
-from metaft.inputs import ImageInputs
+from metaft.inputs import ImageInputs, of_header
 from metaft.models import initialise
 from metaft.options import options as options_of
 from metaft.runs.snapshot import load_snapshot
@@ -720,3 +721,15 @@ def test_a_real_process(run: Path, data: Path, tmp_path: Path) -> None:
     done = subprocess.run([*argv[:3], "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert done.stdout.splitlines()[-1] == "[]", done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_header_of_before_there_were_kinds_of_input_says_the_same() -> None:
+    inputs = ImageInputs(1, 8, 8, polarity="bright-on-black", bits=12, invert=True)
+    plain = {k: v for k, v in inputs.plain().items() if k not in ("kind", "invert")}
+    assert of_header(json.loads(json.dumps({"preprocessing": plain, "invert": True}))) == inputs
+    assert of_header(json.loads(json.dumps({"inputs": inputs.plain()}))) == inputs
+    lighter = dataclasses.replace(inputs, invert=False, mean=(0.5,))
+    assert of_header({"preprocessing": {**plain, "mean": [0.5]}}) == lighter
+    assert of_header({}) is None
+    with pytest.raises(CheckpointError, match=r"^inputs: .*no kind 'smell', known are image"):
+        of_header({"inputs": {"kind": "smell"}})

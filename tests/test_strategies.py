@@ -8,13 +8,16 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import ONE_PASS
 from test_finetune import CLASSES, INPUTS, bits, body, same, toy
 from torch import Tensor, nn
 
-from metaft.finetune.extras import Batch, Extra, Objective, Origin
-from metaft.finetune.fit import Fitted, fit, groups_of
+from metaft.errors import CheckpointError, MetaftError
+from metaft.finetune.extras import Batch, Extra, Objective, Origin, composed, cross_entropy
+from metaft.finetune.fit import Fitted, _put_moments, fit, groups_of
 from metaft.finetune.strategies import STRATEGIES, Groups, Strategy, every
+from metaft.models import EpisodeNorm
 from metaft.settings import Recipe
 
 STEPS = 12  # of `tune`
@@ -141,6 +144,109 @@ def test_a_rate_is_the_factor_of_the_recipes() -> None:
         assert moved == pytest.approx(0.001 if name.startswith(f"{first}.") else 0.01, rel=0.01), name
 
 
+def test_rates_follow_the_step_within_an_epoch() -> None:
+    """Three steps an epoch, of which the second alone moves anything: one step of Adam each."""
+
+    def second(groups: Groups, step: int, steps: int) -> Mapping[str, float]:
+        assert steps == STEPS
+        return every(groups) if step % 3 == 1 else {}
+
+    recipe, (images, labels) = Recipe(epochs=4, batch_size=8, lr=0.01), toy(21)
+    states: list[Mapping[str, Any]] = []
+    fit(body(), INPUTS, images, labels, CLASSES, recipe, strategy=Strategy(second), on_epoch=states.append)
+    for epoch, state in enumerate(states):
+        assert {float(slots["step"]) for slots in state["adam"].values()} == {epoch + 1}
+
+
+def test_patience_is_for_the_last_phase() -> None:
+    """In the first one, in which nothing below the head moves, the loss may well stand still."""
+    recipe, (images, labels) = Recipe(epochs=20, batch_size=8, lr=1e-30, patience=2), toy(21)
+    val = toy(9, seed=3)
+    curve = fit(
+        body(), INPUTS, images, labels, CLASSES, recipe, strategy=STRATEGIES["second-half"](),
+        val_examples=val[0], val_labels=val[1],
+    ).curve  # fmt: skip
+    assert len(curve) == 10 + 1 + 2, "nothing moves, so the first loss of a phase is its best"
+
+
+def test_a_rate_of_what_is_no_parameter_is_refused() -> None:
+    recipe, (images, labels) = Recipe(epochs=1), toy(21)
+    strategy = Strategy(lambda groups, step, steps: {**every(groups), "body.nosuch": 1.0})
+    with pytest.raises(MetaftError, match=r"^strategy: it has rates for \['body.nosuch'\]"):
+        fit(body(), INPUTS, images, labels, CLASSES, recipe, strategy=strategy)
+
+
+class Scaled(nn.Module):
+    """A body whose features are multiplied by what is learned in its place, as LoRA's would be."""
+
+    def __init__(self, body: nn.Module, scale: float) -> None:
+        super().__init__()
+        self.inner, self.scale = body, nn.Parameter(torch.tensor(scale))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * self.inner(x)
+
+
+class Merged(nn.Module):
+    def __init__(self, scaled: Scaled) -> None:
+        super().__init__()
+        self.inner, self.by = scaled.inner, float(scaled.scale.detach())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.by * self.inner(x)
+
+
+def test_a_strategy_may_put_other_layers_in_and_takes_them_out_again() -> None:
+    seeds: list[int] = []
+
+    def prepare(model: nn.Module, seed: int) -> nn.Module:
+        seeds.append(seed)
+        return nn.ModuleDict({"body": Scaled(model.get_submodule("body"), 2.0), "head": model.get_submodule("head")})
+
+    def finish(model: nn.Module) -> nn.Module:
+        scaled = model.get_submodule("body")
+        assert isinstance(scaled, Scaled)
+        assert any(isinstance(part, EpisodeNorm) for part in scaled.modules()), "moments are stored afterwards"
+        return nn.ModuleDict({"body": Merged(scaled), "head": model.get_submodule("head")})
+
+    def scale_and_head(groups: Groups, step: int, steps: int) -> Mapping[str, float]:
+        return {**every(groups[-1:]), "body.scale": 1.0}
+
+    recipe, (images, labels), val = Recipe(epochs=4, batch_size=8, lr=0.05), toy(21), toy(9, seed=3)
+    strategy = Strategy(scale_and_head, prepare, finish)
+    fitted = fit(
+        body(dtype=torch.float64), INPUTS, images, labels, CLASSES, recipe, seed=7, strategy=strategy,
+        val_examples=val[0], val_labels=val[1],
+    )  # fmt: skip
+    assert seeds == [7]
+    assert isinstance(fitted.body, Merged)
+    assert fitted.body.by != 2.0
+    with torch.no_grad():
+        logits = fitted.head(fitted.body(INPUTS(val[0]).double()))
+    lowest = min(row["val_loss"] for row in fitted.curve)
+    assert float(F.cross_entropy(logits, val[1])) == pytest.approx(lowest, abs=1e-9)
+
+
+def test_state_of_adam_goes_where_its_parameter_is() -> None:
+    p = nn.Parameter(torch.zeros(2, device="meta"))
+    optimizer = torch.optim.Adam([{"params": [p], "name": "head.weight"}])
+    slots = {"step": torch.tensor(3.0), "exp_avg": torch.zeros(2), "exp_avg_sq": torch.zeros(2)}
+    _put_moments(optimizer, {"head.weight": slots}, {"head.weight": 1.0})
+    devices = {slot: value.device.type for slot, value in optimizer.state[p].items()}
+    assert devices == {"step": "cpu", "exp_avg": "meta", "exp_avg_sq": "meta"}
+
+
+def test_numbers_of_older_checkpoints_are_of_what_trained() -> None:
+    """There the frozen body was in no group of Adam's, so that 0 is the head's weight."""
+    states = states_of("head")
+    names = list(states[1]["adam"])
+    old = {**states[1], "adam": {str(names.index(name)): slots for name, slots in states[1]["adam"].items()}}
+    assert same(bits(tune("head", resume=old)), bits(tune("head")))
+    wrong = {**old, "adam": {"9": old["adam"]["0"]}}
+    with pytest.raises(CheckpointError, match=r"^resume: the state of Adam for '9'"):
+        tune("head", resume=wrong)
+
+
 # Extras
 
 
@@ -168,3 +274,36 @@ def test_an_extra_changes_the_loss_and_extras_compose() -> None:
     states: list[dict[str, Any]] = []
     tune("full", extras=(decay(10),), on_epoch=states.append)
     assert same(bits(tune("full", extras=(decay(10),), resume=states[1])), bits(pulled))
+
+
+def test_the_first_extra_is_the_innermost() -> None:
+    def twice() -> Extra:
+        return Extra(lambda objective, origin: lambda model, batch: 2 * objective(model, batch))
+
+    def plus() -> Extra:
+        return Extra(lambda objective, origin: lambda model, batch: objective(model, batch) + 1)
+
+    plain, first, last = (tune("full", extras=e).curve[0]["loss"] for e in ((), (twice(), plus()), (plus(), twice())))
+    assert plain < first < last
+    model = nn.ModuleDict({"body": nn.Flatten(), "head": nn.Linear(4, 3)})
+    batch, origin = Batch(torch.zeros(2, 1, 2, 2), torch.tensor([0, 1]), torch.arange(2), 0), Origin({}, 0)
+    value = float(cross_entropy(model, batch))
+    assert float(composed((twice(), plus()), origin)(model, batch)) == pytest.approx(2 * value + 1)
+    assert float(composed((plus(), twice()), origin)(model, batch)) == pytest.approx(2 * (value + 1))
+
+
+def test_a_batch_says_which_examples_it_holds_in_which_epoch() -> None:
+    """Random numbers of an extra are a function of both."""
+    seen: list[Batch] = []
+
+    def look() -> Extra:
+        return Extra(lambda objective, origin: lambda model, batch: seen.append(batch) or objective(model, batch))
+
+    recipe, (images, labels) = Recipe(epochs=2, batch_size=8), toy(21)
+    fit(body(), INPUTS, images, labels, CLASSES, recipe, extras=(look(),))
+    for epoch in (0, 1):
+        batches = [batch for batch in seen if batch.epoch == epoch]
+        assert sorted(torch.cat([batch.rows for batch in batches]).tolist()) == list(range(21))
+        for batch in batches:
+            assert torch.equal(batch.x, INPUTS(images[batch.rows]))
+            assert torch.equal(batch.y, labels[batch.rows])

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metaft.errors import NonFiniteError
+from metaft.errors import CheckpointError, MetaftError, NonFiniteError
 from metaft.finetune import heads
 from metaft.finetune.examples import Prepared
 from metaft.finetune.extras import Batch, Extra, Origin, composed
@@ -92,8 +92,9 @@ def fit(
         model.load_state_dict(resume["model"])
         _put_moments(optimizer, resume["adam"], strategy.rates(groups, 0, steps))
         curve, best = resume["curve"], (resume["best_loss"], resume["best"])
+    settled = _settled(strategy, groups, recipe.epochs, steps)
     for epoch in range(len(curve), recipe.epochs):
-        if _stale(curve, recipe.patience):
+        if _stale(curve[settled:], recipe.patience):
             break
         total, moves = 0.0, _moves(len(train), recipe, seed, epoch)
         batches = _batches(len(train), recipe.batch_size, seed, epoch)
@@ -161,8 +162,13 @@ def _put_moments(
     place of names."""
     parameters = {g["name"]: p for g in optimizer.param_groups for p in g["params"]}
     trained = [name for name in parameters if rates.get(name)]
-    for name, slots in moments.items():
-        optimizer.state[parameters[trained[int(name)] if name.isdecimal() else name]] = dict(slots)
+    for key, slots in moments.items():
+        numbered = key.isdecimal()
+        name = key if not numbered else trained[int(key)] if int(key) < len(trained) else ""
+        p = parameters.get(name)
+        if p is None or any(slot != "step" and value.shape != p.shape for slot, value in slots.items()):
+            raise CheckpointError(f"resume: the state of Adam for {key!r} in the checkpoint is of no parameter here")
+        optimizer.state[p] = {slot: value if slot == "step" else value.to(p) for slot, value in slots.items()}
 
 
 def groups_of(model: nn.Module) -> Groups:
@@ -180,7 +186,10 @@ def _learning(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
 
 def set_rates(optimizer: torch.optim.Optimizer, rates: Mapping[str, float], lr: float) -> None:
-    """Give each parameter its factor of `lr`; those of factor 0 get no gradient, so that Adam leaves them alone."""
+    """Give each parameter its factor of `lr`; those of factor 0 get no gradient, so that Adam leaves them alone. Raises
+    MetaftError for a rate of what is no parameter."""
+    if unknown := rates.keys() - {group["name"] for group in optimizer.param_groups}:
+        raise MetaftError(f"strategy: it has rates for {sorted(unknown)[:4]}, which are no parameters that can train")
     for group in optimizer.param_groups:
         factor = rates.get(group["name"], 0.0)
         group["lr"] = lr * factor
@@ -221,6 +230,14 @@ def _start(
 def head_seed(seed: int) -> int:
     """A seed for the head, of which a random backbone of this seed knows nothing."""
     return int(raw_words(seed, "train", [0], 1, stream=Stream.HEADS)[0, 0])
+
+
+def _settled(strategy: Strategy, groups: Groups, epochs: int, steps: int) -> int:
+    """The epoch from which the same parameters train to the end: patience is for that phase, since in those before it
+    the next one would be waited for in vain."""
+    per_epoch = steps // max(1, epochs)
+    trained = [{n for n, r in strategy.rates(groups, i * per_epoch, steps).items() if r} for i in range(epochs)]
+    return max((i for i in range(1, epochs) if trained[i] != trained[i - 1]), default=0)
 
 
 def _stale(curve: list[dict[str, float]], patience: int) -> bool:

@@ -165,7 +165,5 @@ def _draw_learning(path: Path, result: Mapping[str, Any], curves: Mapping[str, A
 
 def _draw_mistakes(path: Path, classifier: Classifier, target: Target, test: torch.Tensor) -> None:
     top, labels = classifier.probabilities(Part(target.examples, test)).max(-1), target.labels[test]
-    wrong = (top.indices != labels).nonzero().flatten()  # their pictures alone are needed
-    plotting().mistakes(
-        path, target.examples[test[wrong]], labels[wrong], top.indices[wrong], top.values[wrong], target.class_names
-    )
+    images = Part(target.examples, test)  # of which a few are drawn
+    plotting().mistakes(path, images, labels, top.indices, top.values, target.class_names)

@@ -31,7 +31,7 @@ from metaft.inputs.listing import (
     subfolders,
 )
 from metaft.inputs.pictures import depth_note, read_all
-from metaft.inputs.reading import is_dark_on_bright, is_grey
+from metaft.inputs.reading import border, is_dark_on_bright, is_grey
 from metaft.spec import Takes, name_of, parse
 from metaft.support.names import is_text, natural
 from metaft.support.paths import local
@@ -181,8 +181,9 @@ def _folder(path: Path, given: ImageInputs | None, *, skip_bad: bool) -> Target:
     if p.polarity == "bright-on-black" and p.channels == 1:
         # Test images have no say, where it is known which they are.
         rows = parts.get("train", np.arange(len(files)))
-        invert = is_dark_on_bright(raw[rows])
-        odd = [n for i, n in enumerate(names) if is_dark_on_bright(raw[rows[labels[rows] == i]]) != invert]
+        edges = border(raw)  # the pictures themselves may be more than there is memory
+        invert = is_dark_on_bright(edges[rows])
+        odd = [n for i, n in enumerate(names) if is_dark_on_bright(edges[rows[labels[rows] == i]]) != invert]
     if invert:
         np.subtract(255, raw, out=raw)
     if odd:

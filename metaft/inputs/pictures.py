@@ -147,8 +147,8 @@ def room(shape: tuple[int, ...]) -> np.ndarray:
     is in memory where there is no room for that."""
     size = math.prod(shape)
     if size >= MAPPED_FROM:
-        with contextlib.suppress(OSError), tempfile.TemporaryFile(prefix="metaft-") as file:
-            # Without blocks of its own a full disk would end the process when a page is written.
+        with contextlib.suppress(OSError, AttributeError), tempfile.TemporaryFile(prefix="metaft-") as file:
+            # Without blocks of its own a full disk would end the process when a page is written. macOS lacks this.
             os.posix_fallocate(file.fileno(), 0, size)
             return np.frombuffer(mmap.mmap(file.fileno(), size), np.uint8).reshape(shape)
     return np.zeros(shape, np.uint8)

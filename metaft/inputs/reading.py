@@ -179,6 +179,6 @@ def border(images: np.ndarray) -> np.ndarray:
     return np.concatenate(edges, axis=-1)
 
 
-def is_dark_on_bright(images: np.ndarray) -> bool:
-    """Whether grey uint8 [..., H, W] must be inverted to be bright on black: by the median of all their borders."""
-    return float(np.median(border(images))) > 127.5
+def is_dark_on_bright(borders: np.ndarray) -> bool:
+    """Whether grey pictures of these borders, uint8 [..., n], must be inverted to be bright on black: by the median."""
+    return float(np.median(borders)) > 127.5

@@ -43,7 +43,7 @@ def with_stored_moments(
 
     The moments are those of x [n, ...] as one batch, or `moments`, in the order in which the forward pass over x meets
     the layers. More than `at_once` examples are passed through in parts; so they are where x is an iterable of parts,
-    which is gone through several times and may make each part as it is asked for.
+    and no iterator: it is gone through several times, and may make each part as it is asked for.
 
     A layer's moments depend on those of the layers before it, so of several parts each pass settles the layers whose
     predecessors are settled: as many passes as the longest chain has layers give the moments of one batch. At most
@@ -62,7 +62,7 @@ def with_stored_moments(
         for (path, _, _), (mean, var) in zip(met, pairs, strict=True):
             _settle(module, path, mean, var)
         return module
-    levels = _levels(module, first[:2])
+    levels = _levels(module, first[:2], [path for path, _, _ in met])
     passes = min(PASSES, 1 + max(levels.values(), default=-1))
     for done in range(passes):
         measured = [(len(part), _moments_of(module, part)) for part in parts]
@@ -75,50 +75,59 @@ def with_stored_moments(
 def _settle(module: nn.Module, path: str, mean: Tensor, var: Tensor) -> None:
     layer = module.get_submodule(path)
     assert isinstance(layer, EpisodeNorm)
-    module.set_submodule(path, StoredNorm(layer, mean, var))
+    _put(module, layer, StoredNorm(layer, mean, var))
 
 
-def _levels(module: nn.Module, x: Tensor) -> dict[str, int]:
+def _put(module: nn.Module, layer: nn.Module, new: nn.Module) -> None:
+    """Put a layer in another's place, wherever it stands: it may have several names."""
+    for path, part in list(module.named_modules(remove_duplicate=False)):
+        if part is layer:
+            parent, _, name = path.rpartition(".")
+            setattr(module.get_submodule(parent), name, new)
+
+
+def _levels(module: nn.Module, x: Tensor, paths: Sequence[str]) -> dict[str, int]:
     """How many EpisodeNorm layers lie before each on the longest way from the input, by path.
 
-    Each layer's output is multiplied by a 1 of its own; autograd knows which of those an input was made with.
+    Each layer's output is multiplied by a 1 of its own; autograd knows which of those an input was made with. Where it
+    cannot see (no_grad, detach, what it does not differentiate) a layer counts as behind all that were met before it;
+    `paths` has them in that order.
     """
     ones: dict[str, Tensor] = {}
     levels: dict[str, int] = {}
 
     def hook_of(path: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
         def hook(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            given = inputs[0]
-            before: Sequence[Tensor | None] = ()
+            given, before = inputs[0], list(ones)
             if given.requires_grad and ones:
-                before = torch.autograd.grad(given.sum(), [*ones.values()], retain_graph=True, allow_unused=True)
-            levels[path] = 1 + max((levels[p] for p, g in zip(ones, before, strict=False) if g is not None), default=-1)
+                made_with = torch.autograd.grad(given.sum(), [*ones.values()], retain_graph=True, allow_unused=True)
+                before = [name for name, gradient in zip(ones, made_with, strict=True) if gradient is not None]
+            levels[path] = 1 + max((levels[name] for name in before), default=-1)
             ones[path] = torch.ones((), dtype=output.dtype, device=output.device, requires_grad=True)
             return output * ones[path]
 
         return hook
 
     handles = [layer.register_forward_hook(hook_of(path)) for path, layer in _episode_norms(module)]
+    in_a_row = {path: i for i, path in enumerate(paths)}
     try:
         with torch.enable_grad():
-            module(x)
+            module(x.detach().requires_grad_() * 1 if x.is_floating_point() else x)
+    except RuntimeError:  # what is done in place, say
+        return in_a_row
     finally:
         for handle in handles:
             handle.remove()
-    return levels
+    return {**in_a_row, **levels}
 
 
 def kept_statistics(module: nn.Module) -> nn.Module:
     """Batch normalisation layers that have seen data, in place, as StoredNorm with their running statistics; returns
     the module. Those that have seen none are left."""
-    settled: dict[int, StoredNorm] = {}  # a layer may stand in several places and must stay one
-    for path, layer in list(module.named_modules(remove_duplicate=False)):
+    for path, layer in list(module.named_modules()):
         if path and has_statistics(layer):
             assert isinstance(layer, _BatchNorm) and layer.running_mean is not None and layer.running_var is not None
-            if id(layer) not in settled:
-                settled[id(layer)] = StoredNorm(layer, layer.running_mean, layer.running_var)
-            parent, _, name = path.rpartition(".")
-            setattr(module.get_submodule(parent), name, settled[id(layer)])
+            _put(module, layer, StoredNorm(layer, layer.running_mean, layer.running_var))
     return module
 
 
@@ -166,9 +175,9 @@ def _pooled(parts: list[tuple[int, Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
 def empty_stored(module: nn.Module) -> nn.Module:
     """The same structure with zero moments, in place, to be filled by `load_state_dict`."""
     like = next(module.parameters(), torch.empty(0))  # load_state_dict would round to the type that it finds
-    for path, layer in list(_episode_norms(module)):
+    for _, layer in list(_episode_norms(module)):
         zeros = torch.zeros(layer.features, device=like.device, dtype=like.dtype)
-        module.set_submodule(path, StoredNorm(layer, zeros, zeros))
+        _put(module, layer, StoredNorm(layer, zeros, zeros))
     return module
 
 

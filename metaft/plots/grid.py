@@ -16,6 +16,7 @@ from matplotlib.font_manager import findfont, get_font
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
+from metaft.inputs.base import Examples
 from metaft.plots.style import FONT, GREEN, VERMILLION, save
 from metaft.plots.text import fitted, wrapped
 from metaft.support.names import short_names
@@ -47,7 +48,7 @@ def episode(
 
 def mistakes(
     path: Path,
-    images: Tensor,
+    images: Examples,
     labels: Tensor,
     predicted: Tensor,
     probabilities: Tensor,
@@ -130,7 +131,7 @@ def episode_figure(
 
 
 def mistakes_figure(
-    images: Tensor,
+    images: Examples,
     labels: Tensor,
     predicted: Tensor,
     probabilities: Tensor,
@@ -139,7 +140,8 @@ def mistakes_figure(
     most: int = 24,
 ) -> Figure:
     wrong = (predicted != labels).nonzero().flatten()
-    shown = wrong[probabilities[wrong].argsort(descending=True, stable=True)][:most].tolist()
+    shown = wrong[probabilities[wrong].argsort(descending=True, stable=True)][:most]
+    drawn, shown = images[shown], shown.tolist()
     inches = 1.1
     room = inches * (1 - 2 * _MARGIN)
     short = [drawable(name, i) for i, name in enumerate(short_names(class_names))]
@@ -149,7 +151,7 @@ def mistakes_figure(
          f"{100 * float(probabilities[i]):.0f} %"]
         for i in shown
     ]  # fmt: skip
-    wide, high = images.shape[-1] / max(images.shape[-2:]), images.shape[-2] / max(images.shape[-2:])
+    wide, high = (drawn.shape[axis] / max(drawn.shape[-2:]) for axis in (-1, -2))
     rows = -(-len(shown) // columns)
     pitch = high + (0.13 * max(map(len, captions), default=0) + 0.15) / inches
     figure = Figure(figsize=(inches * columns, inches * rows * pitch + 0.45))
@@ -161,9 +163,9 @@ def mistakes_figure(
     title = f"{len(wrong)} of {len(labels)} test images wrong"
     title += f"; the {len(shown)} most confident" if len(shown) < len(wrong) else ""
     axes.text(0.1, -0.15, title, fontsize=10, fontweight="bold", family=FONT)
-    for place, (i, lines) in enumerate(zip(shown, captions, strict=True)):
+    for place, lines in enumerate(captions):
         row, column = divmod(place, columns)
-        pixels = images[i].permute(1, 2, 0).squeeze(-1).cpu().numpy() / 255
+        pixels = drawn[place].permute(1, 2, 0).squeeze(-1).cpu().numpy() / 255
         _draw_image(axes, pixels, column, row * pitch, wide, high)
         axes.text(
             column + _MARGIN, row * pitch + high - 0.02, "\n".join(lines), fontsize=_SMALL, va="top", family=FONT,

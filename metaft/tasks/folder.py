@@ -27,7 +27,7 @@ from metaft.inputs.listing import (
     subfolders,
 )
 from metaft.inputs.pictures import READER_VERSION, Pictures, depth_note, fingerprint, looks_grey, read_all, rows_of
-from metaft.inputs.reading import is_dark_on_bright
+from metaft.inputs.reading import border, is_dark_on_bright
 from metaft.support.paths import local
 from metaft.tasks.cache import cached
 from metaft.tasks.pool import ClassPool
@@ -117,7 +117,7 @@ def read_cached(
     def build() -> dict[str, np.ndarray]:
         pictures = read_all(files, channels, side)
         images = pictures.images
-        if (channels == 1 and len(images) > 0 and is_dark_on_bright(images)) if invert is None else invert:
+        if (channels == 1 and len(images) > 0 and is_dark_on_bright(border(images))) if invert is None else invert:
             np.subtract(255, images, out=images)
         if pictures.bad:
             raise _Unkept(pictures)

@@ -27,7 +27,7 @@ from metaft.errors import DataError, MetaftError, MetaftWarning, no_such
 from metaft.inputs.depth import CONTAINER, bits_for, is_deep, maximum, to_bytes
 from metaft.inputs.flaws import about, flaws_note, noted
 from metaft.inputs.pictures import depth_note
-from metaft.inputs.reading import fitted_deep, is_dark_on_bright, is_grey, pixels_of, plain
+from metaft.inputs.reading import border, fitted_deep, is_dark_on_bright, is_grey, pixels_of, plain
 from metaft.support.paths import local
 from metaft.tasks.folder import inputs_of, rank_split
 from metaft.tasks.pool import ClassPool
@@ -128,7 +128,7 @@ def pool(
         images[row] = to_bytes(values, bits)
     for note in (*depth_note(len(deep), bits), *flaws_note(flaws)):
         warnings.warn(f"{name}: {note}", MetaftWarning, stacklevel=2)
-    if inputs.channels == 1 and is_dark_on_bright(images):
+    if inputs.channels == 1 and is_dark_on_bright(border(images)):
         np.subtract(255, images, out=images)
 
     classes = sorted(set(owners), key=lambda owner: (owner[0], isinstance(owner[1], str), owner[1]))

@@ -25,7 +25,7 @@ from PIL import Image
 
 import metaft
 from metaft import adapt
-from metaft.finetune import report, study
+from metaft.finetune import report, results, study
 from metaft.finetune.classifier import Classifier
 from metaft.runs.folder import read_rows
 from metaft.runs.machine import where_measured
@@ -145,12 +145,11 @@ def test_what_is_drawn(which: str, done: Path, copy: Path, data: Path, monkeypat
     if which == "mistakes":
         files, labels = files_of(data / "test")
         probabilities, predicted = metaft.load(done)(pixels_of(files)).softmax(-1).max(-1)
-        wrong = (predicted != torch.from_numpy(labels)).nonzero().flatten()
-        assert 0 < len(wrong) < len(labels)
-        assert torch.equal(arguments[1], pixels_of(files)[wrong])
-        assert arguments[2].tolist() == labels[wrong.numpy()].tolist()
-        assert torch.equal(arguments[3], predicted[wrong])
-        torch.testing.assert_close(arguments[4], probabilities.detach()[wrong], rtol=0, atol=ONE_PASS)
+        images = arguments[1]
+        assert torch.equal(images[torch.arange(len(images))], pixels_of(files))
+        assert arguments[2].tolist() == labels.tolist()
+        assert torch.equal(arguments[3], predicted)
+        torch.testing.assert_close(arguments[4], probabilities.detach(), rtol=0, atol=ONE_PASS)
         assert arguments[5] == TARGET
 
 
@@ -190,6 +189,16 @@ def test_a_report_of_three_starts(done: Path) -> None:
         assert re.search(line, text), line
     assert sentence.count("after the same training from a") == 2
     assert "from a handed over one: 25.0 points lost (mean of 3 draws, ± 50.0)" in sentence
+
+
+def test_scratch_is_the_last_start() -> None:
+    fits = [[{"accuracy": a, "seed": 0, "macro_f1": a, "epochs": 1, "kept_epoch": 1} for a in (0.1, 0.2, 0.3)]]
+    entries = [results.entry(name, [fit]) for name, fit in zip(("a", "b", "random"), fits[0], strict=True)]
+    gains = [results.gain("a", name, [fits[0][0]], [fits[0][i]]) for i, name in ((1, "b"), (2, "random"))]
+    seen = results.views(entries, gains, fits)
+    assert (seen["accuracy"], seen["scratch"]["accuracy"]) == (0.1, 0.3)
+    assert seen["gain"]["accuracy"] == pytest.approx(-0.2)
+    assert seen["draws"][0]["scratch"]["accuracy"] == 0.3
 
 
 def test_the_report(done: Path, copy: Path, capsys: Text) -> None:

@@ -26,12 +26,14 @@ class Strategy:
 
     rates: Callable[[Groups, int, int], Mapping[str, float]]
     """(groups, step, steps of the whole fit) -> factor of the rate for each parameter by name. Where it is 0 or left
-    out, the parameter is frozen in that step: bit-equal afterwards. A body that is frozen altogether computes in
-    evaluation mode and with stored moments."""
+    out, the parameter is frozen in that step: bit-equal afterwards. A body of which no parameter moves in any step
+    computes in evaluation mode and with stored moments; one that is to move later has its batches' statistics from the
+    first step on. Patience counts from the epoch after which the same parameters train to the end."""
     prepare: Callable[[nn.Module, int], nn.Module] = unchanged
-    """(model of "body" and "head", seed) -> what is trained in its place."""
+    """(model of "body" and "head", seed) -> what is trained in its place: again of "body" and "head", by these names,
+    with other layers and parameters inside. It is what validation predicts with."""
     finish: Callable[[nn.Module], nn.Module] = same
-    """What was trained -> a model of "body" and "head" again."""
+    """What was trained -> the model that is kept, which predicts alike. Moments are stored after it."""
 
 
 def every(groups: Groups, factor: float = 1.0) -> dict[str, float]:
