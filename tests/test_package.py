@@ -177,3 +177,13 @@ def test_no_import_goes_round_in_a_circle():
     while ready := {name for name, needs in graph.items() if name not in done and needs <= done | {name}}:
         done |= ready
     assert graph.keys() == done, {name: needs - done for name, needs in graph.items() if name not in done}
+
+
+def test_every_folder_of_modules_is_a_package_that_git_keeps():
+    """A folder without `__init__.py` works in a checkout, and is in no wheel; one that git ignores loses new files."""
+    package = Path(metaft.__file__).parent
+    folders = {file.parent for file in package.rglob("*.py")}
+    assert len(folders) > 10
+    assert [folder for folder in folders if not (folder / "__init__.py").is_file()] == []
+    rules = (package.parent / ".gitignore").read_text(encoding="utf-8").splitlines()
+    assert {f"{folder.name}/" for folder in folders}.isdisjoint(rules)

@@ -15,7 +15,6 @@ import torch
 from torch import nn
 
 from metaft import algorithms, models, objective, plugin, tasks
-from metaft.support import places
 from metaft._version import __version__
 from metaft.algorithms.base import Algorithm
 from metaft.cli import of_run
@@ -24,7 +23,6 @@ from metaft.defaults import device_of, hyper, resolve
 from metaft.engines import PARALLEL, Engine, settled_name
 from metaft.engines.batching import why_not_mapped
 from metaft.errors import CheckpointError, DataError, MetaftError, no_such
-from metaft.runs.machine import environment
 from metaft.metrics import label
 from metaft.models import Model
 from metaft.models.handed import said
@@ -34,11 +32,13 @@ from metaft.objective import Objective
 from metaft.options import flat
 from metaft.outer import task_grad_of
 from metaft.runs.folder import RunFolder
+from metaft.runs.machine import environment
 from metaft.runs.snapshot import Snapshot, load_snapshot
+from metaft.runs.training import draw
+from metaft.support import places
 from metaft.tasks.pool import ClassPool
 from metaft.tasks.sinusoid import Sinusoid
 from metaft.testing import task_scores
-from metaft.runs.training import draw
 from metaft.types import SPLITS, Dataset, Episode, Loss, Params, Source, Split
 
 

@@ -14,22 +14,22 @@ from typing import Any
 
 import torch
 
-from metaft.runs.assemble import Parts
-from metaft.runs.checkpoint import digest
 from metaft.config import Settled
+from metaft.dist.ranks import Ranks
 from metaft.engines import PARALLEL, Engine, engine, settled_name, task_chunk
 from metaft.errors import MetaftError
-from metaft.runs.machine import machine
 from metaft.models import convolution
 from metaft.models.convolution import Form
 from metaft.models.precision import matrix_units
 from metaft.outer import task_grad_of
-from metaft.dist.ranks import Ranks
-from metaft.runs.snapshot import Snapshot
 from metaft.outer.static import recorded
-from metaft.tasks.pool import ClassPool
-from metaft.runs.training import draw
 from metaft.outer.tuning import tune
+from metaft.runs.assemble import Parts
+from metaft.runs.checkpoint import digest
+from metaft.runs.machine import machine
+from metaft.runs.snapshot import Snapshot
+from metaft.runs.training import draw
+from metaft.tasks.pool import ClassPool
 from metaft.types import Source
 
 

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from metaft.runs import report
 from metaft._version import __version__
-from metaft.runs.assemble import Parts, fill, read_snapshot
+from metaft.dist.ranks import Ranks
 from metaft.engines.base import Engine
+from metaft.runs import report
+from metaft.runs.assemble import Parts, fill, read_snapshot
+from metaft.runs.folder import RunFolder, read_rows
 from metaft.runs.following import to_do_next
 from metaft.runs.machine import where_measured
-from metaft.support.progress import Progress
-from metaft.dist.ranks import Ranks
-from metaft.runs.folder import RunFolder, read_rows
 from metaft.runs.snapshot import Snapshot
+from metaft.support.progress import Progress
 from metaft.testing import meta_test
 from metaft.types import Source
 

@@ -22,9 +22,9 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
+from metaft.errors import CheckpointError, MetaftError
 from metaft.runs import checkpoint
 from metaft.runs.checkpoint import write_atomically
-from metaft.errors import CheckpointError, MetaftError
 from metaft.runs.lock import held
 from metaft.support.paths import local
 

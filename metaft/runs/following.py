@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from metaft.errors import DataError
 from metaft.dist.torchrun import launcher
+from metaft.errors import DataError
 
 if TYPE_CHECKING:
     from metaft.runs.assemble import Parts

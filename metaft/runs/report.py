@@ -8,15 +8,15 @@ from typing import Any
 
 import torch
 
-from metaft.runs.assemble import Parts
 from metaft.errors import CheckpointError
 from metaft.metrics import figure_name, percent
 from metaft.objective import figure_of
-from metaft.support.places import shown
-from metaft.support.pictures import drawn, listed, plotting
-from metaft.support.progress import duration
+from metaft.runs.assemble import Parts
 from metaft.runs.folder import RunFolder, read_rows
 from metaft.runs.snapshot import Snapshot
+from metaft.support.pictures import drawn, listed, plotting
+from metaft.support.places import shown
+from metaft.support.progress import duration
 from metaft.types import NORMS, Episode, Source
 
 

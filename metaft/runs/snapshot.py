@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import Tensor
 
-from metaft.runs import checkpoint
 from metaft.algorithms.base import Algorithm
 from metaft.errors import CheckpointError
 from metaft.models import Model
+from metaft.runs import checkpoint
 from metaft.runs.folder import RunFolder
 from metaft.types import Params
 

@@ -6,19 +6,19 @@ import dataclasses
 import sys
 from collections.abc import Mapping, Sequence
 
-from metaft.support import places
-from metaft.runs.assemble import Parts, fill, header, open_run, with_member
-from metaft.runs.compute import convolution_forms
 from metaft.config import MetaTrainConfig, read_toml
+from metaft.dist.ranks import Ranks
 from metaft.engines import Engine
 from metaft.errors import MetaftError
-from metaft.runs.machine import say_what_changed
 from metaft.models.convolution import Form
 from metaft.options import flat, from_mapping
-from metaft.dist.ranks import Ranks
+from metaft.runs.assemble import Parts, fill, header, open_run, with_member
+from metaft.runs.compute import convolution_forms
 from metaft.runs.folder import RunFolder
+from metaft.runs.machine import say_what_changed
 from metaft.runs.snapshot import Snapshot, begin
 from metaft.runs.training import draw
+from metaft.support import places
 from metaft.types import Dataset, Source
 
 

@@ -9,26 +9,26 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from metaft.runs import checkpoint
-from metaft.outer import static
 from metaft.algorithms.base import Algorithm
 from metaft.config import Settled
+from metaft.dist.ranks import ALONE, Ranks
 from metaft.engines.base import Engine
 from metaft.errors import CheckpointError, MetaftWarning, NonFiniteError, RankLost, RanksDiffer
 from metaft.metrics import better, describe, figure_name
-from metaft.outer import meta_gradient
-from metaft.support.progress import Progress
-from metaft.dist.ranks import ALONE, Ranks
+from metaft.outer import meta_gradient, static
+from metaft.outer.static import Steps, Taken, logged, why_not_finite
+from metaft.outer.update import Outer
+from metaft.runs import checkpoint
 from metaft.runs.folder import RunFolder, append_row, cut_back
 from metaft.runs.snapshot import Snapshot, save_snapshot, tensors_of
-from metaft.outer.static import Steps, Taken, logged, why_not_finite
+from metaft.support.progress import Progress
 from metaft.testing import score_episodes, summarise
 from metaft.types import Params, Source
-from metaft.outer.update import Outer
 
 
 class Eager:
-    """Meta-steps one by one, as any engine, source and number of ranks can take them (see `metaft.outer.static.Steps`)."""
+    """Meta-steps one by one, as any engine, source and number of ranks can take them: a
+    `metaft.outer.static.Steps`."""
 
     def __init__(
         self, config: Settled, engine: Engine, algorithm: Algorithm, source: Source, start: Snapshot, ranks: Ranks
