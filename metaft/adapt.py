@@ -64,7 +64,7 @@ def run(config: AdaptConfig, *, module: nn.Module | None = None, init: Init = "s
     with beside those. Parameters with requires_grad=False stay as they are. Raises MetaftError for settings, data or a
     run that do not fit together, or a module that cannot be trained, before anything is written.
     """
-    from metaft.finetune.setup import RUNS, prepared
+    from metaft.finetune.setup import RUNS, header, prepared
     from metaft.finetune.study import Position
     from metaft.runs.folder import RunFolder, file_name
 
@@ -75,7 +75,7 @@ def run(config: AdaptConfig, *, module: nn.Module | None = None, init: Init = "s
     path = Path(settled.output.out) if settled.output.out is not None else fresh_folder(RUNS / name)
     folder = RunFolder.create(path, to_toml(dataclasses.replace(settled, out=None)))
     with folder.held("out"):
-        return _fit_all(folder, setup, Position())
+        return _fit_all(folder, setup, header(setup), Position())
 
 
 @steady()
@@ -116,9 +116,8 @@ def _resume(folder: RunFolder, config: AdaptConfig | None, module: nn.Module | N
     config = dataclasses.replace(config, data=data)
     check_unchanged(config, recorded, path, except_for=RESUMABLE)
     setup = prepared(config, module, init, classes)
-    settled = setup.config
+    settled, now = setup.config, header(setup)
     if before is not None:
-        now = header(setup)
         for field, what in (("data_sha256", "data: the images of"), ("init_sha256", "init: the checkpoint of")):
             if before[field] != now[field]:
                 raise MetaftError(f"{what} {before[field[:4]]} changed since {path} began")
@@ -131,12 +130,11 @@ def _resume(folder: RunFolder, config: AdaptConfig | None, module: nn.Module | N
     if config != recorded or settled.target.data != recorded.target.data:
         folder.result.unlink(missing_ok=True)  # of fewer draws; it would not be this run's
         write_atomically(folder.config, to_toml(settled).encode())
-    return _fit_all(folder, setup, position)
+    return _fit_all(folder, setup, now, position)
 
 
-def _fit_all(folder: RunFolder, setup: Setup, position: Position) -> dict[str, Any]:
+def _fit_all(folder: RunFolder, setup: Setup, header: Mapping[str, Any], position: Position) -> dict[str, Any]:
     from metaft.defaults import device_of
-    from metaft.finetune.setup import header
     from metaft.finetune.start import said_of
     from metaft.finetune.study import study
     from metaft.support.progress import Progress
@@ -158,7 +156,7 @@ def _fit_all(folder: RunFolder, setup: Setup, position: Position) -> dict[str, A
     with StopSignals() as signals:
         try:
             position = study(
-                folder, setup, position, header(setup), device=device, progress=progress,
+                folder, setup, position, header, device=device, progress=progress,
                 should_stop=lambda: signals.check(f"stopped; go on with: {resume_hint}"),
             )  # fmt: skip
         finally:

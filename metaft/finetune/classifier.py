@@ -68,7 +68,7 @@ class Classifier(nn.Module):
     def logits(self, examples: Examples, at_once: int | None = None) -> Tensor:
         """What `forward` gives, [n, classes] on the CPU, `at_once` at a time (None: up to 256, fewer of large ones)."""
         device = next(self.parameters()).device
-        at_once = at_once or min(256, at_most(self.inputs.shape))
+        at_once = at_once or at_most(self.inputs.shape, 256)
         return torch.cat([self(examples[rows].to(device)).cpu() for rows in torch.arange(len(examples)).split(at_once)])
 
     @in_usual_modes

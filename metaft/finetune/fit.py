@@ -158,8 +158,7 @@ def _moments(optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
 def _put_moments(
     optimizer: torch.optim.Optimizer, moments: Mapping[str, Mapping[str, Tensor]], rates: Mapping[str, float]
 ) -> None:
-    """The inverse of `_moments`. Older checkpoints have numbers of what trained in the
-    place of names."""
+    """The inverse of `_moments`. Older checkpoints have numbers of what trained in the place of names."""
     parameters = {g["name"]: p for g in optimizer.param_groups for p in g["params"]}
     trained = [name for name in parameters if rates.get(name)]
     for key, slots in moments.items():
@@ -253,7 +252,7 @@ def _stored(body: nn.Module, train: Prepared) -> nn.Module:
 @torch.no_grad()
 def in_parts(module: nn.Module, x: Prepared) -> Tensor:
     """What a module that treats each row by itself makes of x, part by part."""
-    return torch.cat([module(part) for part in dataclasses.replace(x, at_once=min(256, at_most(x.inputs.shape)))])
+    return torch.cat([module(part) for part in dataclasses.replace(x, at_once=at_most(x.inputs.shape, 256))])
 
 
 @torch.no_grad()

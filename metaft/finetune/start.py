@@ -171,8 +171,10 @@ def constants(start: Start) -> Params:
     if start.module is None:
         return {}
     model = models.functional(start.module)
-    kept = dict(build(start.architecture, None, module=start.module, norm="keep")[0].named_buffers())
-    moments = {} if start.norm == "adapt" else {k: v for k, v in kept.items() if k not in model.buffers}
+    moments: Params = {}
+    if start.norm == "keep":
+        kept = build(start.architecture, None, module=start.module, norm="keep")[0].named_buffers()
+        moments = {k: v for k, v in kept if k not in model.buffers}
     return {f"still/{name}": value for name, value in {**model.frozen, **model.buffers, **moments}.items()}
 
 

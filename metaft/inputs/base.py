@@ -75,6 +75,6 @@ class Examples(Protocol):
     def __getitem__(self, rows: Tensor, /) -> Tensor: ...
 
 
-def at_most(shape: tuple[int, ...]) -> int:
+def at_most(shape: tuple[int, ...], most: int = 1024) -> int:
     """How many examples of a shape are passed through a model at once where nothing is differentiated."""
-    return max(16, min(1024, VALUES_AT_ONCE // max(1, math.prod(shape))))
+    return max(16, min(most, VALUES_AT_ONCE // max(1, math.prod(shape))))
