@@ -16,8 +16,9 @@ from torch import Tensor
 
 from metaft import MetaftError, MetaTrainConfig, meta_train
 from metaft.metrics import mean_ci95
-from metaft.runs.assemble import assemble, fill, open_run
+from metaft.runs.assemble import assemble, fill
 from metaft.runs.compute import engine_for
+from metaft.runs.opened import open_run
 from metaft.support import places
 from metaft.testing import score_episodes
 from metaft.types import NORMS

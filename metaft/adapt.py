@@ -64,13 +64,14 @@ def run(config: AdaptConfig, *, module: nn.Module | None = None, init: Init = "s
     with beside those. Parameters with requires_grad=False stay as they are. Raises MetaftError for settings, data or a
     run that do not fit together, or a module that cannot be trained, before anything is written.
     """
-    from metaft.finetune.setup import RUNS, header, prepared
+    from metaft.finetune.setup import header, prepared
     from metaft.finetune.study import Position
     from metaft.runs.folder import RunFolder, file_name
+    from metaft.starts.run import RUNS
 
     setup = prepared(config, module, init)
     settled = setup.config
-    data, init_name = file_name(places.typed(config.target.data)), file_name(Path(setup.starts[0].name).name)
+    data, init_name = file_name(places.typed(config.target.data)), file_name(Path(setup.start.name).name)
     name = f"adapt-{data}-{init_name}-{settled.draws.seed}"
     path = Path(settled.output.out) if settled.output.out is not None else fresh_folder(RUNS / name)
     folder = RunFolder.create(path, to_toml(dataclasses.replace(settled, out=None)))
@@ -101,13 +102,14 @@ def _resume(folder: RunFolder, config: AdaptConfig | None, module: nn.Module | N
     from metaft.finetune.study import Position, read
     from metaft.runs.checkpoint import write_atomically
     from metaft.runs.machine import say_what_changed
+    from metaft.starts.names import in_full
 
     path = folder.path
-    recorded = places.in_full(of_run(AdaptConfig, folder.config, "resume"))
+    recorded = in_full(of_run(AdaptConfig, folder.config, "resume"))
     given = {} if config is None else {k: v for k, v in flat(config).items() if v is not None}
     if config is not None and config.recipe is not None:
         given = {k: v for k, v in given.items() if k not in options(Recipe)} | {"recipe": config.recipe}
-    config = places.in_full(dataclasses.replace(recorded, **{**given, "out": None}))
+    config = in_full(dataclasses.replace(recorded, **{**given, "out": None}))
     folder.make_folders()
     folder.mend()
     position, before = read(folder) if folder.last.exists() else (Position(), None)
@@ -115,7 +117,7 @@ def _resume(folder: RunFolder, config: AdaptConfig | None, module: nn.Module | N
     data = places.as_run_names(config.target.data, recorded.target.data, config.target.data_root, classes)
     config = dataclasses.replace(config, data=data)
     check_unchanged(config, recorded, path, except_for=RESUMABLE)
-    setup = prepared(config, module, init, classes)
+    setup = prepared(config, module, init, before)
     settled, now = setup.config, header(setup)
     if before is not None:
         for field, what in (("data_sha256", "data: the images of"), ("init_sha256", "init: the checkpoint of")):
@@ -135,19 +137,19 @@ def _resume(folder: RunFolder, config: AdaptConfig | None, module: nn.Module | N
 
 def _fit_all(folder: RunFolder, setup: Setup, header: Mapping[str, Any], position: Position) -> dict[str, Any]:
     from metaft.defaults import device_of
-    from metaft.finetune.start import said_of
     from metaft.finetune.study import study
+    from metaft.starts.base import said_of
     from metaft.support.progress import Progress
 
-    config, starts, target = setup
+    config, contenders, target = setup
     device = device_of(config.compute.device)
     epochs = 1 if config.recipe is None else config.recipe.epochs
     print(
         f"{places.shown(target.name)} · {len(target.class_names)} classes · {config.method} from "
-        f"{places.shown(starts[0].name)}{said_of(starts[0])} on {device} · run folder {folder.path}",
+        f"{places.shown(setup.start.name)}{said_of(setup.start)} on {device} · run folder {folder.path}",
         file=sys.stderr,
     )
-    bar = Progress("adapt", config.draws.seeds * len(starts) * epochs, "epoch", done=len(position.fits) * epochs)
+    bar = Progress("adapt", config.draws.seeds * len(contenders) * epochs, "epoch", done=len(position.fits) * epochs)
     resume_hint = f"python -m metaft.adapt --resume {shlex.quote(str(folder.path))}"
 
     def progress(number: int, row: Mapping[str, float]) -> None:
@@ -175,7 +177,7 @@ def finish(folder: RunFolder, setup: Setup, position: Position, device: str) -> 
     from metaft.runs.checkpoint import write_atomically
     from metaft.support.pictures import listed
 
-    result, module = result_of(folder, setup, position, device), setup.starts[0].module
+    result, module = result_of(folder, setup, position, device), setup.start.module
     folder.write_json(folder.result, result)
     text = report.text(result)
     whole = f"{text}\n\n{report.plainly(result)}\n"

@@ -69,8 +69,9 @@ def run(
     `dataset`, `module`, `loss` and `ranks` as in `metaft.meta_train.run`. Raises MetaftError where the run cannot be
     tested so: other ways than its head has outputs, inputs of another shape, too few classes or images.
     """
-    from metaft.runs.assemble import assemble, fill, open_run
+    from metaft.runs.assemble import assemble, fill
     from metaft.runs.compute import check_ranks, engine_for
+    from metaft.runs.opened import open_run
     from metaft.runs.report import print_test
     from metaft.support.progress import Progress
     from metaft.testing import meta_test

@@ -284,6 +284,23 @@ class EpisodeSettings(Group):
 # ---- fine-tuning --------------------------------------------------------------------------------------------------
 
 
+ImageSize = Annotated[
+    int | None,
+    Option(
+        "Pixels per side, for published weights and random starts (auto: the weights' own; 28 for grey, 84 for "
+        "colour).",
+        at_least=1,
+    ),
+]
+Norm = Annotated[
+    Literal["keep", "adapt"] | None,
+    Option(
+        "What normalises published weights' layers: their running statistics, kept, or moments of the images (auto: "
+        "keep)."
+    ),
+]
+
+
 @dataclasses.dataclass(frozen=True)
 class StartSettings(Group):
     """Start."""
@@ -291,10 +308,19 @@ class StartSettings(Group):
     init: Annotated[
         str | None,
         Option(
-            "Run folder of metaft.meta_train, or none for a random start alone (auto: the newest in runs/ that fits).",
-            metavar="RUN",
+            "What to begin with: the folder of a run of metaft.meta_train, efficientnet-lite0 (ImageNet, from the "
+            "extra vision), torchvision:NAME[:WEIGHTS], timm:NAME, file:PATH:arch=NAME, or none for a random start "
+            "alone (auto: efficientnet-lite0 for colour, where it is installed; else the newest run in runs/ that "
+            "fits).",
+            metavar="START",
         ),
     ] = None
+    compare: Annotated[
+        tuple[str, ...],
+        Option("Further starts, on the same images; may be given several times.", metavar="START"),
+    ] = ()
+    image_size: ImageSize = None
+    norm: Norm = None
 
 
 @dataclasses.dataclass(frozen=True)

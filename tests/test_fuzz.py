@@ -27,8 +27,8 @@ from metaft.inputs.listing import list_below
 from metaft.inputs.reading import open_image
 from metaft.options import flat, from_mapping, options
 from metaft.runs import report
-from metaft.runs.assemble import open_run
 from metaft.runs.folder import RunFolder, cut_back, read_rows
+from metaft.runs.opened import open_run
 from metaft.tasks import folder
 
 CONFIGS: list[Any] = [MetaTrainConfig, AdaptConfig, EvaluateConfig, PredictConfig]

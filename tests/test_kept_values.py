@@ -19,8 +19,8 @@ import metaft
 from metaft import adapt, algorithms, engines, evaluate, meta_train, models, outer
 from metaft.config import AdaptConfig
 from metaft.errors import CheckpointError, MetaftError, MetaftWarning
-from metaft.finetune.start import build
 from metaft.models import initialise
+from metaft.models.architecture import build
 from metaft.runs import checkpoint
 
 

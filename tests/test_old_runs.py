@@ -20,9 +20,9 @@ from helpers import SAME_RUN, in_float64, rounded_alike
 
 from metaft import adapt, evaluate, meta_train, predict
 from metaft.config import read_toml
-from metaft.finetune.start import from_run
-from metaft.runs.assemble import open_run
 from metaft.runs.folder import RunFolder
+from metaft.runs.opened import open_run
+from metaft.starts.run import from_run
 
 RECORDS: dict[str, Any] = json.loads(old.RECORDS.read_text(encoding="utf-8"))
 FLOAT32_RUN = 1e-5

@@ -512,7 +512,7 @@ def test_a_run_can_be_made_longer(tmp_path: Path):
 
 
 def _config_of(path: Path) -> MetaTrainConfig:
-    from metaft.runs.assemble import open_run
+    from metaft.runs.opened import open_run
 
     return open_run(path)[1]
 

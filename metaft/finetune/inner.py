@@ -10,13 +10,13 @@ from metaft.defaults import hyper
 from metaft.errors import MetaftError, NonFiniteError
 from metaft.finetune import heads
 from metaft.finetune.fit import Fitted
-from metaft.finetune.start import Start
 from metaft.inner import at_step
 from metaft.metrics import loss_value
 from metaft.models.architecture import build, filled, is_of
 from metaft.models.functional import is_plain, linear
 from metaft.models.head import body_of
 from metaft.models.stored import with_stored_moments
+from metaft.starts.base import Start
 from metaft.types import Fast, Params
 
 FEWER = "try fewer --inner-steps"
@@ -55,6 +55,7 @@ def _algorithm(
     """A fresh module for this number of classes, the name of its head, and the run's algorithm over it."""
     assert start.settings is not None
     module, head = build(start.architecture, seed, outputs=classes, module=start.module)
+    module = models.with_constants(module, {}, start.buffers)
     model = models.functional(module.to(device), head=head, architecture=start.architecture)
     return (
         module,

@@ -27,17 +27,18 @@ def result_of(folder: RunFolder, setup: Setup, position: Position, device: str) 
     "gains" has what the first start gained over each of the others, paired by draw. What else there is of figures are
     views of these (see `views`).
     """
-    config, starts, target = setup
-    start, rows = starts[0], rows_of(setup, 0)
+    config, contenders, target = setup
+    start, rows = setup.start, rows_of(setup, 0)
     timing = read_rows(folder.timing, ["fit", "seconds"])
     fits = [
         {k: v for k, v in fit.items() if k not in ("draw", "start")} | {"seconds": round(seconds(timing, number), 3)}
         for number, fit in enumerate(position.fits)
     ]
-    draws = [fits[i : i + len(starts)] for i in range(0, len(fits), len(starts))]
+    draws = [fits[i : i + len(contenders)] for i in range(0, len(fits), len(contenders))]
     columns = list(zip(*draws, strict=True))
-    entries = [entry(s.label, column) for s, column in zip(starts, columns, strict=True)]
-    gains = [gain(start.label, s.label, columns[0], column) for s, column in zip(starts[1:], columns[1:], strict=True)]
+    labels = [contender.label for contender in contenders]
+    entries = [entry(label, column) for label, column in zip(labels, columns, strict=True)]
+    gains = [gain(labels[0], label, columns[0], column) for label, column in zip(labels[1:], columns[1:], strict=True)]
     return {
         "command": "adapt",
         "version": __version__,
@@ -112,8 +113,8 @@ def _per_class(target: Target, part: np.ndarray) -> int | None:
 
 def notes(setup: Setup, rows: Rows) -> list[str]:
     """What a reader has to know of how the figures came about."""
-    config, (start, *_), target = setup
-    said = []
+    config, start, target = setup.config, setup.start, setup.target
+    said = list(start.notes)
     if target.changes:
         said.append(f"images were fitted to the run's: {', '.join(target.changes)}")
     said += target.notes

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import sys
-from collections.abc import Collection, Sequence
-from pathlib import Path
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, get_args
 
 import numpy as np
@@ -20,16 +20,20 @@ from metaft.defaults import check_steps, device_of
 from metaft.errors import DataError, MetaftError, no_such
 from metaft.finetune import target as targets
 from metaft.finetune.inner import check_inner
-from metaft.finetune.start import Start, compared, constants, from_nothing, from_run
 from metaft.finetune.target import Target
+from metaft.inputs import Inputs
+from metaft.models.architecture import is_published
 from metaft.options import flat, options
 from metaft.runs.checkpoint import digest
-from metaft.runs.folder import RunFolder
 from metaft.runs.machine import machine
-from metaft.settings import Recipe, TargetSettings
+from metaft.settings import Recipe, StartSettings, TargetSettings
+from metaft.starts import names
+from metaft.starts.base import RANDOM, Start, constants
+from metaft.starts.none import from_nothing
+from metaft.starts.open import open_start
+from metaft.starts.run import newest_run
 from metaft.support import paths, places
-
-RUNS = Path("runs")
+from metaft.tasks.folder import inputs_of
 
 GLYPH_SHOTS = 5
 
@@ -39,29 +43,58 @@ GLYPH_SHOTS = 5
 MEAN_HEAD_STEPS = 30
 
 
+class Contender(NamedTuple):
+    """One of those that a run compares, on the same images."""
+
+    label: str
+    """By this name figures and curves are told apart."""
+    start: Start
+    target: Target
+    """The images as this start takes them."""
+    recipe: Recipe | None
+    """None: the run's own inner loop."""
+
+
 class Setup(NamedTuple):
     """Of one run."""
 
     config: AdaptConfig
     """With nothing open, and absolute paths."""
-    starts: tuple[Start, ...]
-    """The one that was asked for, and those that it is compared with."""
+    contenders: tuple[Contender, ...]
+    """The start that was asked for, and what it is compared with."""
     target: Target
+    """As the first start takes it."""
+
+    @property
+    def start(self) -> Start:
+        """The one that was asked for."""
+        return self.contenders[0].start
 
 
-def prepared(config: AdaptConfig, module: nn.Module | None, values: Init, classes: Collection[str] = ()) -> Setup:
+def prepared(
+    config: AdaptConfig, module: nn.Module | None, values: Init, begun: Mapping[str, Any] | None = None
+) -> Setup:
     """The config with nothing open and with absolute paths, and what it names. Nothing is written.
 
-    `classes` are those of a run that goes on, by which its data are known where they moved. Raises MetaftError for
+    `begun` is the header of a run that goes on (see `header`): by its classes its data are known where they moved, and
+    it compares what it began to compare. Raises MetaftError for
     settings, data, a run and a module that do not fit together.
     """
     device_of(config.compute.device)
     _check_method(config)
     _check_values(config, module, values)
     init = config.start.init  # as it was typed, which is how an error is to name it
-    config = _with_data(places.in_full(config), classes)
-    start, target = _start_and_target(init, config.target, module, keep=values == "keep")
-    open_values: dict[str, Any] = {"init": start.name}
+    config = _with_data(names.in_full(config), (begun or {}).get("classes", ()))
+    images = Images(config.target)
+    init = _chosen(images) if init is None else init
+    start = opened(init, images, config.start, module, keep=values == "keep")
+    target = images.of(start)
+    if not names.is_run(init):
+        named = names.named_in_full(start.name)
+    else:
+        named = str(paths.absolute(init))
+    start = dataclasses.replace(start, name=named)
+    open_values: dict[str, Any] = {"init": named}
     if config.target.data.startswith("glyphs:"):
         open_values["shots_per_class"] = GLYPH_SHOTS
     if config.method == "finetune":
@@ -73,30 +106,96 @@ def prepared(config: AdaptConfig, module: nn.Module | None, values: Init, classe
     target.rows(
         shots_per_class=config.target.shots_per_class, seed=config.draws.seed
     )  # a class may have too few images
-    return Setup(config, compared(start), target)
+    others = [opened(name, images, config.start) for name in config.start.compare]
+    contenders = _contenders(
+        config, start, others, images, whole="compared_sha256" in (begun or {"compared_sha256": []})
+    )
+    known = [contender for contender in contenders if begun is None or contender.label in begun["starts"]]
+    return Setup(config, tuple(known), target)
 
 
-def _start_and_target(
-    init: str | None, data: TargetSettings, module: nn.Module | None, *, keep: bool
-) -> tuple[Start, Target]:
-    """What the settings name: the run, the newest one that fits, or none; and the images as it takes them."""
-    if init is None:
-        shape, any_size = targets.shape_of(data.data)
-        init = str(newest_run(shape, any_size=any_size))
-        print(f"init: {init}, the newest run that fits", file=sys.stderr)
-    if init == "":
-        raise MetaftError("init: name a run folder of metaft.meta_train or none, not ''")
-    if init == "none":
-        target = targets.load(data.data, skip_bad=data.skip_bad)
-        return from_nothing(target.inputs, module, keep=keep), target
-    start = from_run(Path(init), module)
-    if start.inputs is None:
-        raise MetaftError(
-            f"init: {init} takes inputs of shape {start.shape} ({start.about['dataset']}), but the images of "
-            f"{data.data} are {targets.shape_of(data.data)[0]}"
-        )
-    target = targets.load(data.data, start.inputs, skip_bad=data.skip_bad)
-    return dataclasses.replace(start, name=str(paths.absolute(init))), target
+class Images:
+    """The images of a target, read once for each kind of inputs that starts take."""
+
+    def __init__(self, settings: TargetSettings) -> None:
+        self.settings = settings
+        self._read: list[Target] = []
+
+    @functools.cached_property
+    def plain(self) -> Target:
+        """As they are taken without any start."""
+        self._read.append(targets.load(self.settings.data, skip_bad=self.settings.skip_bad))
+        return self._read[-1]
+
+    def sized(self, side: int) -> Target:
+        """As they are taken without any start, in another size."""
+        (channels, *_), _ = targets.shape_of(self.settings.data)
+        return self._with(inputs_of(channels, side))
+
+    def of(self, start: Start) -> Target:
+        """As this start takes them. Raises MetaftError where it cannot."""
+        if start.inputs is None:
+            raise MetaftError(
+                f"init: {start.name} takes inputs of shape {start.shape} ({start.about['dataset']}), but the images of "
+                f"{self.settings.data} are {targets.shape_of(self.settings.data)[0]}"
+            )
+        return self._with(start.inputs)
+
+    def _with(self, inputs: Inputs) -> Target:
+        for target in self._read:
+            if inputs in (target.inputs, target.asked):
+                return target
+        self._read.append(targets.load(self.settings.data, inputs, skip_bad=self.settings.skip_bad))
+        return self._read[-1]
+
+
+def opened(
+    init: str, images: Images, settings: StartSettings, module: nn.Module | None = None, *, keep: bool = False
+) -> Start:
+    """The start that a name means, for these images."""
+    size = settings.image_size
+    return open_start(
+        init, lambda: (images.plain if size is None else images.sized(size)).inputs,
+        image_size=None if names.is_run(init) and init != settings.init else size,
+        norm=settings.norm, module=module, keep=keep,
+    )  # fmt: skip
+
+
+def _chosen(images: Images) -> str:
+    """The start where none is named: published weights for colour where they are installed, else the newest run that
+    fits. A line on stderr says which."""
+    shape, any_size = targets.shape_of(images.settings.data)
+    packaged = [name for name in names.PACKAGED if names.is_installed(name)]
+    if shape[0] == 3 and any_size and packaged:
+        print(f"init: {packaged[0]}, since the pictures are in colour", file=sys.stderr)
+        return packaged[0]
+    init = str(newest_run(shape, any_size=any_size))
+    print(f"init: {init}, the newest run that fits", file=sys.stderr)
+    return init
+
+
+def _contenders(
+    config: AdaptConfig, start: Start, others: Sequence[Start], images: Images, *, whole: bool
+) -> Iterator[Contender]:
+    """The start, those that it is to be compared with, and chance, which has the whole of an architecture train
+    whatever else does: frozen random features are nothing to be better than. Older runs did not (`whole` False)."""
+    yield Contender(start.label, start, images.of(start), config.recipe)
+    for other, name in zip(others, config.start.compare, strict=True):
+        yield Contender(name, other, images.of(other), config.recipe)
+    if start.meta is not None:
+        chance = scratch(start, lambda: images.plain.inputs)
+        recipe = config.recipe
+        if recipe is not None and whole:
+            recipe = dataclasses.replace(recipe, freeze="none")
+        yield Contender(chance.label, chance, images.of(chance), recipe)
+
+
+def scratch(start: Start, inputs: Callable[[], Inputs]) -> Start:
+    """What a start is measured against: its own architecture, drawn, or, where that is a library's, which nobody trains
+    from nothing on a few images, the one that metaft chooses for such `inputs`."""
+    if is_published(start.architecture["name"]):
+        return from_nothing(inputs())
+    return dataclasses.replace(start, label=RANDOM, meta=None, norm="adapt")
 
 
 def _of_inner_method(config: AdaptConfig, start: Start, classes: int) -> tuple[AdaptConfig, int]:
@@ -119,35 +218,6 @@ def _check_values(config: AdaptConfig, module: nn.Module | None, values: Init) -
     if values == "keep" and (module is None or config.start.init != "none"):
         what = "no module was handed over" if module is None else f"the values are those of the run {config.start.init}"
         raise MetaftError(f"init: 'keep' is for a module without a run (init none), and {what}")
-
-
-def newest_run(shape: Sequence[int], *, any_size: bool) -> Path:
-    """The newest meta-training run in `runs/` on images of this shape [C, H, W], or of any size of them.
-
-    Raises MetaftError where there is none, naming the shapes that there are.
-    """
-    fitting: list[tuple[int, Path]] = []
-    others: list[str] = []
-    for path in sorted(RUNS.iterdir()) if RUNS.is_dir() else ():
-        folder = RunFolder(path)
-        try:
-            if not folder.best.is_file():
-                continue
-            takes = from_run(path).shape
-        except (MetaftError, OSError) as error:  # of another kind, damaged, locked, or with a module from Python
-            others.append(f"{path}: {str(error).removeprefix('init: ')}")
-            continue
-        if takes == list(shape) or (any_size and len(takes) == 3 and takes[0] >= shape[0]):
-            fitting.append((folder.best.stat().st_mtime_ns, path))
-        else:
-            others.append(f"{path} takes {takes}")
-    if not fitting:
-        why = f" ({'; '.join(others)})" if others else ""
-        raise MetaftError(
-            f"init: no run in {RUNS}/ takes images of shape {list(shape)}{why}; make one with "
-            "python -m metaft.meta_train, name one with --init RUN, or start from --init none"
-        )
-    return max(fitting)[1]
 
 
 def _with_data(config: AdaptConfig, classes: Collection[str]) -> AdaptConfig:
@@ -176,17 +246,24 @@ def _check_method(config: AdaptConfig) -> None:
 
 def header(setup: Setup) -> dict[str, Any]:
     """The plain data that every checkpoint of an adapt run carries."""
-    config, starts, target = setup
+    config, contenders, target = setup
+    start = contenders[0].start
     data = hashlib.sha256(repr((target.class_names, tuple(target.examples.shape))).encode())
     for part in (target.examples, target.labels):
         data.update(np.ascontiguousarray(part.numpy()).data)
     return {
         "version": __version__,
-        "init": starts[0].name,
-        "init_sha256": digest("", {**(starts[0].meta or {}), **constants(starts[0])}),
+        "init": start.name,
+        "init_sha256": digest_of(start),
+        "compared_sha256": [digest_of(contender.start) for contender in contenders[1:] if contender.start.meta],
         "data": target.name,
         "data_sha256": data.hexdigest(),
         "classes": list(target.class_names),
-        "starts": [start.label for start in starts],
+        "starts": [contender.label for contender in contenders],
         "environment": {**machine(device_of(config.compute.device)), "threads": str(torch.get_num_threads())},
     }
+
+
+def digest_of(start: Start) -> str:
+    """Of all values that a start has."""
+    return digest("", {**(start.meta or {}), **constants(start)})

@@ -19,12 +19,12 @@ from metaft.finetune.examples import Part
 from metaft.finetune.fit import SMALLER, Fitted, fit, flatten, unflatten
 from metaft.finetune.inner import FEWER, inner
 from metaft.finetune.scores import scores
-from metaft.finetune.setup import Setup
-from metaft.finetune.start import Start, body
+from metaft.finetune.setup import Contender, Setup
 from metaft.finetune.target import Target
 from metaft.runs import checkpoint
 from metaft.runs.checkpoint import write_atomically
 from metaft.runs.folder import RunFolder, append_row
+from metaft.starts.base import body
 
 SAVE_EVERY = 5.0  # seconds; a killed run loses at most these
 
@@ -71,23 +71,24 @@ def study(
     """
     write_rows(run, position)  # a kill may have come between the checkpoint and them
     journal = Journal(run, header, position)
-    count = len(setup.starts)
+    count = len(setup.contenders)
     try:
         for number in range(len(position.fits), setup.config.draws.seeds * count):
             draw, which = divmod(number, count)
-            start, tag = setup.starts[which], {"draw": draw, "start": setup.starts[which].label}
+            contender = setup.contenders[which]
+            start, target, tag = contender.start, contender.target, {"draw": draw, "start": contender.label}
 
             def on_epoch(state: Mapping[str, Any], number: int = number, tag: Mapping[str, Any] = tag) -> None:
                 journal.epoch(number, tag, state)
                 progress(number, state["curve"][-1])
 
             rows = rows_of(setup, draw)
-            fitted = _fit(setup, start, rows, draw, device, journal.position.current, should_stop, on_epoch)
-            classifier = Classifier(fitted.body, fitted.head, setup.target.inputs, setup.target.class_names)
-            advice = SMALLER if setup.config.method == "finetune" else FEWER
-            figures = test(classifier, setup.target, rows.test, advice)
+            fitted = _fit(setup, contender, rows, draw, device, journal.position.current, should_stop, on_epoch)
+            classifier = Classifier(fitted.body, fitted.head, target.inputs, target.class_names)
+            advice = FEWER if contender.recipe is None else SMALLER
+            figures = test(classifier, target, rows.test, advice)
             if number == 0:
-                save(run.classifier, classifier, start.architecture, {"init": start.name, "data": setup.target.name})
+                save(run.classifier, classifier, start.architecture, {"init": start.name, "data": target.name})
             if draw > 0:  # the first draw's tables are enough
                 figures = {k: v for k, v in figures.items() if k not in ("per_class", "confusion")}
             journal.fit(number, tag, setup.config.draws.seed + draw, fitted, figures)
@@ -149,7 +150,7 @@ def test(classifier: Classifier, target: Target, rows: np.ndarray, advice: str) 
 
 def _fit(
     setup: Setup,
-    start: Start,
+    contender: Contender,
     rows: Rows,
     draw: int,
     device: str,
@@ -157,19 +158,18 @@ def _fit(
     should_stop: Callable[[], None],
     on_epoch: Callable[[Mapping[str, Any]], None],
 ) -> Fitted:
-    config, _, target = setup
+    config, (_, start, target, recipe) = setup.config, contender
     seed = config.draws.seed + draw
     train, val = torch.from_numpy(rows.train), torch.from_numpy(rows.val)
     labels, classes = target.labels[train], len(target.class_names)
-    if config.method == "inner":
+    if recipe is None:
         return inner(
             start, target.examples[train], labels, classes,
             seed=seed, steps=config.inner.inner_steps, device=device,
         )  # fmt: skip
-    assert config.recipe is not None
     return fit(
         body(start, seed).to(device),
-        target.inputs, Part(target.examples, train), labels, classes, config.recipe,
+        target.inputs, Part(target.examples, train), labels, classes, recipe,
         val_examples=Part(target.examples, val), val_labels=target.labels[val],
         seed=seed, should_stop=should_stop, resume=resume, on_epoch=on_epoch,
     )  # fmt: skip

@@ -58,6 +58,8 @@ class Target:
     """What was changed on the way from the files, in plain words."""
     notes: tuple[str, ...] = ()
     """What else there is to know of the files, in plain words."""
+    asked: Inputs | None = None
+    """The inputs that it was to have, where files changed them (their polarity, their bits)."""
     skipped: Mapping[str, int] = dataclasses.field(default_factory=dict)
     """Class name -> how many of its pictures could not be read and were left out."""
 
@@ -122,7 +124,7 @@ def load(data: str, inputs: Inputs | None = None, *, skip_bad: bool = False) -> 
     if kind == "glyphs":
         return _script(rest, inputs)
     with _named():
-        return _folder(local(rest), inputs, skip_bad=skip_bad)
+        return dataclasses.replace(_folder(local(rest), inputs, skip_bad=skip_bad), asked=inputs)
 
 
 @contextlib.contextmanager
@@ -149,7 +151,7 @@ def _folder(path: Path, given: ImageInputs | None, *, skip_bad: bool) -> Target:
     p = given or inputs_for(files, sample=None)
     seen: dict[int, Look] = {}
     pictures = read_all(
-        files, p.channels, p.height,
+        files, p.channels, p.fitting,
         lambda i, image: seen.update({i: Look(image.size, image.mode, p.channels == 3 or is_grey(image))}),
     )  # fmt: skip
     if pictures.bad and not skip_bad:

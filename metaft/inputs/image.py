@@ -17,7 +17,7 @@ from metaft.errors import DataError, MetaftError
 from metaft.inputs.base import Reading
 from metaft.inputs.depth import CONTAINER, bits_for, is_deep, maximum
 from metaft.inputs.listing import FOLDER, is_no_picture, list_images
-from metaft.inputs.reading import Unreadable, is_grey, open_image, pixels_of
+from metaft.inputs.reading import Fitting, Interpolation, Unreadable, is_grey, open_image, pixels_of
 from metaft.support.modes import in_usual_modes
 
 Polarity = Literal["bright-on-black", "as-is"]
@@ -41,6 +41,13 @@ class ImageInputs:
     """Greys of more than 8 bits are divided by 2^bits - 1: the fewest bits that hold those of the whole data set."""
     invert: bool = False
     """Whether the files have the other polarity and are turned around after reading."""
+    resize: int | None = None
+    """Of colour pictures: the shorter side before the square is cut out of the middle (None: the largest square)."""
+    interpolation: Interpolation = "lanczos"
+
+    @property
+    def fitting(self) -> Fitting:
+        return Fitting(self.height, self.resize, self.interpolation)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -82,7 +89,7 @@ class ImageInputs:
     @in_usual_modes
     def fitted(self, image: Image.Image) -> Tensor:
         """A picture that `open_image` opened, deep or not, as uint8 [1, C, H, W] in this polarity."""
-        pixels = torch.from_numpy(pixels_of(image, self.channels, self.height, self.bits).copy())
+        pixels = torch.from_numpy(pixels_of(image, self.channels, self.fitting, self.bits).copy())
         return (255 - pixels if self.invert else pixels).unsqueeze(0)
 
     def notes(self, readings: Sequence[Reading]) -> Iterator[str]:

@@ -22,7 +22,7 @@ from metaft.errors import DataError
 from metaft.inputs import listing
 from metaft.inputs.depth import CONTAINER, bits_for, is_deep, maximum, to_bytes
 from metaft.inputs.flaws import noted
-from metaft.inputs.reading import Unreadable, fitted_deep, is_grey, pixels_of, try_open
+from metaft.inputs.reading import Fitting, Unreadable, fitted_deep, is_grey, pixels_of, try_open
 
 READER_VERSION = 3
 """Part of every cache key; raise it with every change to the pixels that `read` returns."""
@@ -104,12 +104,16 @@ class Pictures(NamedTuple):
 
 
 def read_all(
-    files: Sequence[Path], channels: int, side: int, look: Callable[[int, Image.Image], None] = lambda i, image: None
+    files: Sequence[Path],
+    channels: int,
+    fitting: Fitting | int,
+    look: Callable[[int, Image.Image], None] = lambda i, image: None,
 ) -> Pictures:
     """Every file that can be read, as uint8 [channels, side, side]; greys of more than 8 bits by one range for all.
 
     `look` is shown each good file's number and its picture as it was opened, in no order.
     """
+    side = fitting if isinstance(fitting, int) else fitting.side
     images = room((len(files), channels, side, side))
     bad: dict[int, Unreadable] = {}
     deep: dict[int, tuple[int, np.ndarray]] = {}
@@ -122,9 +126,9 @@ def read_all(
                 continue
             look(i, image)
             if is_deep(image):
-                deep[i] = maximum(image), fitted_deep(image, channels, side)
+                deep[i] = maximum(image), fitted_deep(image, channels, fitting)
             else:
-                images[i] = pixels_of(image, channels, side)
+                images[i] = pixels_of(image, channels, fitting)
 
     # Decoding and resizing release the interpreter lock, which pays for photographs.
     with noted() as flaws, ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as threads:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -17,6 +18,20 @@ from metaft.inputs.formats import formats_for, named_as_picture
 
 _GREY_TOLERANCE = 4
 """Grey levels by which the channels of a colour file may differ and still count as grey: what JPEG adds."""
+
+
+Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
+
+
+class Fitting(NamedTuple):
+    """How a picture becomes a square."""
+
+    side: int
+    """In pixels."""
+    resize: int | None = None
+    """The shorter side before a square is cut out of the middle, as those who train on ImageNet do; None: the largest
+    square becomes the whole."""
+    interpolation: Interpolation = "lanczos"
 
 
 class Unreadable(DataError):
@@ -126,21 +141,35 @@ def is_grey(image: Image.Image) -> bool:
     return image.mode != "RGB" or _channels_agree(np.asarray(image))
 
 
-def fit(image: Image.Image, side: int) -> Image.Image:
-    """A picture as a square of `side` pixels.
+def fit(image: Image.Image, fitting: Fitting | int, *, crop: bool | None = None) -> Image.Image:
+    """A picture as a square; a number is that of its side in pixels.
 
-    Grey ones are padded with the median of their border, so that no part of a letter is cut off; colour ones are
-    cropped at the centre, so that no bars are added to a photograph. Squares are only resized.
+    Grey ones are padded with the median of their border, so that no part of a letter is cut off; colour ones (and all
+    with `crop`) are cropped at the centre, so that no bars are added to a photograph. Squares are only resized.
     """
+    side, resize, interpolation = Fitting(fitting) if isinstance(fitting, int) else fitting
+    crop, filter = image.mode == "RGB" if crop is None else crop, Image.Resampling[interpolation.upper()]
+    if crop and resize is not None:
+        return _cut_out(image, side, resize, filter)
     width, height = image.size
-    if image.mode != "RGB" and width != height:
+    if not crop and width != height:
         longest = max(width, height)
         square = Image.new(image.mode, (longest, longest), int(np.median(border(np.asarray(image)))))
         square.paste(image, ((longest - width) // 2, (longest - height) // 2))
         image = square
     elif width != height:
         image = _cropped(image)
-    return image if image.width == side else image.resize((side, side), Image.Resampling.LANCZOS)
+    return image if image.width == side else image.resize((side, side), filter)
+
+
+def _cut_out(image: Image.Image, side: int, resize: int, filter: Image.Resampling) -> Image.Image:
+    """The square of `side` pixels in the middle of a picture whose shorter side is `resize`, by the roundings of
+    torchvision's Resize and CenterCrop."""
+    width, height = image.size
+    short = min(width, height)
+    image = image.resize((resize * width // short, resize * height // short), filter)
+    left, top = round((image.width - side) / 2), round((image.height - side) / 2)
+    return image.crop((left, top, left + side, top + side))
 
 
 def _cropped(image: Image.Image) -> Image.Image:
@@ -150,7 +179,7 @@ def _cropped(image: Image.Image) -> Image.Image:
     return image.crop((left, top, left + short, top + short))
 
 
-def read(path: Path, channels: int, side: int) -> np.ndarray:
+def read(path: Path, channels: int, side: Fitting | int) -> np.ndarray:
     """One picture file as uint8 [channels, side, side], polarity as in the file. Raises DataError naming the file.
 
     More than 8 bits are scaled by the range that this one file needs.
@@ -159,7 +188,7 @@ def read(path: Path, channels: int, side: int) -> np.ndarray:
     return pixels_of(image, channels, side, bits_for(maximum(image)) if is_deep(image) else CONTAINER)
 
 
-def pixels_of(image: Image.Image, channels: int, side: int, bits: int = CONTAINER) -> np.ndarray:
+def pixels_of(image: Image.Image, channels: int, side: Fitting | int, bits: int = CONTAINER) -> np.ndarray:
     """An opened picture as uint8 [channels, side, side], polarity as in the file; deep ones are of so many bits."""
     if is_deep(image):
         return np.repeat(to_bytes(fitted_deep(image, channels, side), bits)[None], channels, 0)
@@ -167,10 +196,10 @@ def pixels_of(image: Image.Image, channels: int, side: int, bits: int = CONTAINE
     return pixels[None] if channels == 1 else np.moveaxis(pixels, -1, 0)
 
 
-def fitted_deep(image: Image.Image, channels: int, side: int) -> np.ndarray:
+def fitted_deep(image: Image.Image, channels: int, side: Fitting | int) -> np.ndarray:
     """float32 [side, side]: a deep picture fitted as others are, in the numbers of its file."""
     grey = image.convert("F")
-    return np.asarray(fit(grey if channels == 1 else _cropped(grey), side))
+    return np.asarray(fit(grey, side, crop=channels != 1))
 
 
 def border(images: np.ndarray) -> np.ndarray:

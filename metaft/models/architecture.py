@@ -30,10 +30,18 @@ def build(
     for parameters that are to be filled in.
 
     `outputs` gives it another number of classes; `module` is the user's own, where the architecture has no name: it
-    keeps its frozen parameters and buffers, and with `norm="keep"` running statistics where it has them: such layers
-    are StoredNorm, and look at no batch. Raises MetaftError for a module that metaft does not take.
+    keeps its frozen parameters and buffers. With `norm="keep"` layers with running statistics are StoredNorm, and look
+    at no batch; those of a library's architecture are to be filled in. Raises MetaftError for a module that metaft does
+    not take.
     """
-    if module is None:
+    norm = architecture.get("norm", norm)
+    if module is None and is_published(architecture["name"]):
+        from metaft.models import published  # few classifiers are of a library's architecture
+
+        outputs = architecture["ways"] if outputs is None else outputs
+        module = published.build(architecture["name"], outputs, architecture["shape"])
+        built, head = prepared(kept_statistics(module, unseen=True) if norm == "keep" else module, published.HEAD)
+    elif module is None:
         outputs = architecture["ways"] if outputs is None else outputs
         built, head = models.skeleton({**architecture, "ways": outputs}), "head"
         if not models.is_ours(architecture["name"]):
@@ -49,16 +57,25 @@ def build(
     return built if seed is None else models.initialise(built, seed), head
 
 
+def is_published(name: str) -> bool:
+    """Whether a named architecture is a library's: `torchvision:resnet18`."""
+    return ":" in name
+
+
 def is_of(name: str, head: str) -> bool:
     """Whether a parameter of this name is the head's."""
     return name.startswith(f"{head}.")
 
 
-def filled(module: nn.Module, params: Params) -> nn.Module:
-    """A copy with these parameters, of which there may be more; buffers stay, and frozen ones that are not in them."""
+def filled(module: nn.Module, params: Params, buffers: Params | None = None) -> nn.Module:
+    """A copy with these parameters and buffers, of which there may be more; other buffers stay, and frozen parameters
+    that are not in them."""
     module = copied(module)
     with torch.no_grad():
         for name, p in module.named_parameters():
             if name in params or p.requires_grad:
                 p.copy_(params[name])
+        for name, b in module.named_buffers():
+            if name in (buffers or {}):
+                b.copy_((buffers or {})[name])
     return module

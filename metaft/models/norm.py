@@ -65,6 +65,17 @@ def measure_moments() -> Iterator[list[tuple[Tensor, Tensor]]]:
         _frame.reset(token)
 
 
+def spread(per_channel: Tensor, x: Tensor) -> Tensor:
+    """[C] so that it meets the channels of x [batch, C, ...]."""
+    return per_channel.view(1, -1, *[1] * (x.dim() - 2))
+
+
+def normalised(x: Tensor, mean: Tensor, var: Tensor, eps: float, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """(x - mean) / sqrt(var + eps) * weight + bias, composed of operations that torch.func differentiates twice."""
+    out = (x - spread(mean, x)) * spread((var + eps).rsqrt(), x)
+    return out if weight is None or bias is None else out * spread(weight, x) + spread(bias, x)
+
+
 class EpisodeNorm(nn.Module):
     """Normalises [batch, C, ...] per channel: (x - mean) / sqrt(var + eps) * weight + bias.
 
@@ -72,17 +83,23 @@ class EpisodeNorm(nn.Module):
     There are no running statistics, so a forward pass changes nothing.
     """
 
-    def __init__(self, features: int, eps: float = 1e-5, affine: bool = True) -> None:
+    def __init__(self, features: int, eps: float = 1e-5, affine: bool = True, then: nn.Module | None = None) -> None:
         super().__init__()
         self.features = features
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(features)) if affine else None
         self.bias = nn.Parameter(torch.zeros(features)) if affine else None
+        self.then = then
+        """The layer after the normalisation, where both are one: see `then_of`."""
 
     def forward(self, x: Tensor) -> Tensor:
+        out = self._normalised(x)
+        return out if self.then is None else self.then(out)
+
+    def _normalised(self, x: Tensor) -> Tensor:
         frame = _frame.get()
         if x.dtype in (torch.bfloat16, torch.float16):  # too short for a mean's square
-            return self.forward(x.float()).to(x.dtype)
+            return self._normalised(x.float()).to(x.dtype)
         if frame is None and not in_transform():
             # The fused kernel has a correct double backward; under vmap it does not (its second derivative through
             # the scale is wrong), hence the composed form below.
@@ -92,20 +109,27 @@ class EpisodeNorm(nn.Module):
         else:
             axes = [0, *range(2, x.dim())]
             mean = x.mean(axes)
-            var = (x - self._spread(mean, x)).square().mean(axes)
+            var = (x - spread(mean, x)).square().mean(axes)
             if frame is not None:
                 frame.measured.append((mean, var))
-        out = (x - self._spread(mean, x)) * self._spread((var + self.eps).rsqrt(), x)
-        if self.weight is not None and self.bias is not None:
-            out = out * self._spread(self.weight, x) + self._spread(self.bias, x)
-        return out
-
-    @staticmethod
-    def _spread(per_channel: Tensor, x: Tensor) -> Tensor:
-        return per_channel.view(1, -1, *[1] * (x.dim() - 2))
+        return normalised(x, mean, var, self.eps, self.weight, self.bias)
 
     def extra_repr(self) -> str:
         return f"{self.features}, eps={self.eps}, affine={self.weight is not None}"
+
+
+def then_of(layer: nn.modules.batchnorm._BatchNorm) -> nn.Module | None:
+    """What a batch normalisation layer does after normalising, where it is of a kind that does more: timm's have a
+    dropout and an activation inside. Raises MetaftError for one whose forward pass is of another kind."""
+    if type(layer).forward in _PLAIN_FORWARDS:
+        return None
+    parts = (getattr(layer, "drop", None), getattr(layer, "act", None))
+    if not all(isinstance(part, nn.Module) for part in parts):
+        raise MetaftError(f"module: {type(layer).__name__} is batch normalisation with a forward pass of its own")
+    return nn.Sequential(*(part for part in parts if part is not None and not isinstance(part, nn.Identity)))
+
+
+_PLAIN_FORWARDS = frozenset({nn.modules.batchnorm._BatchNorm.forward, nn.SyncBatchNorm.forward})
 
 
 def episode_norms(module: nn.Module) -> nn.Module:
@@ -117,7 +141,8 @@ def episode_norms(module: nn.Module) -> nn.Module:
     for path, layer in list(module.named_modules(remove_duplicate=False)):
         if isinstance(layer, nn.modules.batchnorm._BatchNorm):
             if id(layer) not in converted:
-                new = converted[id(layer)] = EpisodeNorm(layer.num_features, layer.eps, layer.affine)
+                new = EpisodeNorm(layer.num_features, layer.eps, layer.affine, then_of(layer))
+                converted[id(layer)] = new
                 if layer.affine:
                     new.weight, new.bias = layer.weight, layer.bias
             if not path:

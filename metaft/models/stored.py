@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from metaft.errors import MetaftError
 from metaft.models.handed import copied
-from metaft.models.norm import EpisodeNorm
+from metaft.models.norm import EpisodeNorm, in_transform, normalised, then_of
 from metaft.types import Moments
 
 PASSES = 4
@@ -27,13 +27,18 @@ class StoredNorm(nn.Module):
         super().__init__()
         self.eps = norm.eps
         self.weight, self.bias = norm.weight, norm.bias
+        self.then = norm.then if isinstance(norm, EpisodeNorm) else then_of(norm)
         self.register_buffer("mean", mean.detach().clone())
         self.register_buffer("var", var.detach().clone())
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.batch_norm(
-            x, self.weight, self.bias, self.mean, self.var, False, 0.0, self.eps, torch.backends.cudnn.enabled
-        )
+        if in_transform():  # the fused kernel's second derivatives are not to be trusted there
+            out = normalised(x, self.mean, self.var, self.eps, self.weight, self.bias)
+        else:
+            out = torch.batch_norm(
+                x, self.weight, self.bias, self.mean, self.var, False, 0.0, self.eps, torch.backends.cudnn.enabled
+            )
+        return out if self.then is None else self.then(out)
 
 
 def with_stored_moments(
@@ -121,11 +126,11 @@ def _levels(module: nn.Module, x: Tensor, paths: Sequence[str]) -> dict[str, int
     return {**in_a_row, **levels}
 
 
-def kept_statistics(module: nn.Module) -> nn.Module:
+def kept_statistics(module: nn.Module, *, unseen: bool = False) -> nn.Module:
     """Batch normalisation layers that have seen data, in place, as StoredNorm with their running statistics; returns
-    the module. Those that have seen none are left."""
+    the module. Those that have seen none are left, but not with `unseen`: their statistics are to be filled in."""
     for path, layer in list(module.named_modules()):
-        if path and has_statistics(layer):
+        if path and (has_statistics(layer) or (unseen and _keeps_statistics(layer))):
             assert isinstance(layer, _BatchNorm) and layer.running_mean is not None and layer.running_var is not None
             _put(module, layer, StoredNorm(layer, layer.running_mean, layer.running_var))
     return module
@@ -133,9 +138,14 @@ def kept_statistics(module: nn.Module) -> nn.Module:
 
 def has_statistics(layer: nn.Module) -> bool:
     """Whether it is a batch normalisation layer whose running statistics are not those that it was made with."""
-    if not isinstance(layer, _BatchNorm) or layer.running_mean is None or layer.running_var is None:
+    if not _keeps_statistics(layer):
         return False
+    assert isinstance(layer, _BatchNorm) and layer.running_mean is not None and layer.running_var is not None
     return bool((layer.running_mean != 0).any() or (layer.running_var != 1).any())
+
+
+def _keeps_statistics(layer: nn.Module) -> bool:
+    return isinstance(layer, _BatchNorm) and layer.running_mean is not None and layer.running_var is not None
 
 
 def _moments_of(module: nn.Module, images: Tensor) -> list[tuple[str, Tensor, Tensor]]:

@@ -8,7 +8,6 @@ import dataclasses
 import functools
 import sys
 from collections.abc import Collection, Mapping
-from pathlib import Path
 from typing import Any, get_args
 
 import torch
@@ -17,7 +16,6 @@ from torch import nn
 from metaft import algorithms, models, objective, plugin, tasks
 from metaft._version import __version__
 from metaft.algorithms.base import Algorithm
-from metaft.cli import of_run
 from metaft.config import Init, MetaTrainConfig, Settled
 from metaft.defaults import device_of, hyper, resolve
 from metaft.engines import PARALLEL, Engine, settled_name
@@ -31,9 +29,8 @@ from metaft.models.recomputed import recomputed
 from metaft.objective import Objective
 from metaft.options import flat
 from metaft.outer import task_grad_of
-from metaft.runs.folder import RunFolder
 from metaft.runs.machine import environment
-from metaft.runs.snapshot import Snapshot, load_snapshot
+from metaft.runs.snapshot import Snapshot
 from metaft.runs.training import draw
 from metaft.support import places
 from metaft.tasks.pool import ClassPool
@@ -249,22 +246,6 @@ def _computing_as(model: Model, config: Settled, example: torch.Tensor | None, s
         except RuntimeError as error:  # a module of the user's own, say with constants in float32
             raise MetaftError(f"precision: this model cannot compute in bf16 ({str(error).splitlines()[0]})") from None
     return recomputed(model) if config.compute.inner_checkpoint else model
-
-
-def open_run(path: Path, *, which: str = "best", field: str = "run") -> tuple[RunFolder, MetaTrainConfig, Snapshot]:
-    """A meta-training run's settings and one of its checkpoints.
-
-    Raises MetaftError, naming `field`, for another command's run, and CheckpointError with the checkpoint to use
-    instead of one that cannot be read.
-    """
-    run = RunFolder.open(path)
-    config = of_run(MetaTrainConfig, run.config, field)
-    return run, config, read_snapshot(run, run.best if which == "best" else run.last)
-
-
-def read_snapshot(run: RunFolder, wanted: Path) -> Snapshot:
-    """One of a run's checkpoints. Raises CheckpointError with the checkpoint to use instead."""
-    return run.load(wanted, load_snapshot, lambda snapshot: f"of step {snapshot.position.step}")
 
 
 def header(parts: Parts, engine: Engine, ranks: int = 1) -> dict[str, Any]:

@@ -9,10 +9,11 @@ from metaft._version import __version__
 from metaft.dist.ranks import Ranks
 from metaft.engines.base import Engine
 from metaft.runs import report
-from metaft.runs.assemble import Parts, fill, read_snapshot
+from metaft.runs.assemble import Parts, fill
 from metaft.runs.folder import RunFolder, read_rows
 from metaft.runs.following import to_do_next
 from metaft.runs.machine import where_measured
+from metaft.runs.opened import read_snapshot
 from metaft.runs.snapshot import Snapshot
 from metaft.support.progress import Progress
 from metaft.testing import meta_test

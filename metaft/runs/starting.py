@@ -12,10 +12,11 @@ from metaft.engines import Engine
 from metaft.errors import MetaftError
 from metaft.models.convolution import Form
 from metaft.options import flat, from_mapping
-from metaft.runs.assemble import Parts, fill, header, open_run, with_member
+from metaft.runs.assemble import Parts, fill, header, with_member
 from metaft.runs.compute import convolution_forms
 from metaft.runs.folder import RunFolder
 from metaft.runs.machine import say_what_changed
+from metaft.runs.opened import open_run
 from metaft.runs.snapshot import Snapshot, begin
 from metaft.runs.training import draw
 from metaft.support import places

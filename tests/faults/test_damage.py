@@ -21,8 +21,8 @@ from metaft.errors import CheckpointError
 from metaft.finetune import study
 from metaft.finetune.classifier import load
 from metaft.runs import checkpoint
-from metaft.runs.assemble import open_run
 from metaft.runs.folder import RunFolder
+from metaft.runs.opened import open_run
 from metaft.runs.snapshot import load_snapshot
 from metaft.tasks import cache
 

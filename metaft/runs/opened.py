@@ -1,0 +1,26 @@
+"""A meta-training run as it lies in its folder: its settings and one of its checkpoints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from metaft.cli import of_run
+from metaft.config import MetaTrainConfig
+from metaft.runs.folder import RunFolder
+from metaft.runs.snapshot import Snapshot, load_snapshot
+
+
+def open_run(path: Path, *, which: str = "best", field: str = "run") -> tuple[RunFolder, MetaTrainConfig, Snapshot]:
+    """A meta-training run's settings and one of its checkpoints.
+
+    Raises MetaftError, naming `field`, for another command's run, and CheckpointError with the checkpoint to use
+    instead of one that cannot be read.
+    """
+    run = RunFolder.open(path)
+    config = of_run(MetaTrainConfig, run.config, field)
+    return run, config, read_snapshot(run, run.best if which == "best" else run.last)
+
+
+def read_snapshot(run: RunFolder, wanted: Path) -> Snapshot:
+    """One of a run's checkpoints. Raises CheckpointError with the checkpoint to use instead."""
+    return run.load(wanted, load_snapshot, lambda snapshot: f"of step {snapshot.position.step}")

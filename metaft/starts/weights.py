@@ -1,0 +1,107 @@
+"""From a library's module with its weights to a start: which tensors fit, and how pictures become its inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from metaft.errors import MetaftError
+from metaft.inputs import ImageInputs
+from metaft.inputs.reading import Interpolation
+from metaft.models import published
+from metaft.models.architecture import NormOf, build, is_of
+from metaft.starts.base import Start
+
+COUNTER = "num_batches_tracked"
+"""A number in batch normalisation that no prediction depends on, and that many files lack."""
+
+
+def load_into(module: nn.Module, head: str, tensors: Mapping[str, Tensor], source: str) -> list[str]:
+    """Fill a library's module, in place; returns notes on what was loaded, and what was not.
+
+    Its head may be missing or have another shape, since it is replaced; auxiliary heads are left out. Raises
+    MetaftError where tensors of the backbone are missing or have another shape: that is another architecture.
+    """
+    wanted = module.state_dict()
+    of_body = [name for name in wanted if not is_of(name, head) and not name.endswith(COUNTER)]
+    missing = [name for name in of_body if name not in tensors]
+    reshaped = [name for name in of_body if name in tensors and tensors[name].shape != wanted[name].shape]
+    if missing or reshaped:
+        name = (missing or reshaped)[0]
+        why = (
+            f"has no {name!r}"
+            if missing
+            else f"{name!r} is {list(tensors[name].shape)}, not {list(wanted[name].shape)}"
+        )
+        raise MetaftError(
+            f"init: {source} is of another architecture than {type(module).__name__}: of its backbone's "
+            f"{len(of_body)} tensors {len(missing)} are missing and {len(reshaped)} have another shape ({why})"
+        )
+    others = [name for name in tensors if name not in wanted and not name.endswith(COUNTER)]
+    fitting = {k: v for k, v in tensors.items() if k in wanted and v.shape == wanted[k].shape}
+    module.load_state_dict(fitting, strict=False)
+    notes = [f"{source}: all {len(of_body)} tensors of the backbone loaded; its head is replaced"]
+    if others:
+        listed = ", ".join(others[:4]) + (f" and {len(others) - 4} more" if len(others) > 4 else "")
+        notes.append(f"{source} holds {len(others)} tensors that the architecture has not, left out: {listed}")
+    return notes
+
+
+def image_inputs(
+    shape: tuple[int, int, int],
+    resize: int,
+    interpolation: Interpolation,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    image_size: int | None,
+) -> ImageInputs:
+    """Inputs as published weights were trained with; another size keeps the part of a picture that is seen."""
+    side = shape[-1] if image_size is None else image_size
+    scaled = max(side, round(resize * side / shape[-1]))
+    return ImageInputs(shape[0], side, side, mean=mean, std=std, resize=scaled, interpolation=interpolation)
+
+
+def start_of(
+    module: nn.Module,
+    name: str,
+    inputs: ImageInputs,
+    *,
+    init: str,
+    about: Mapping[str, Any],
+    notes: tuple[str, ...] = (),
+    norm: NormOf = "keep",
+) -> Start:
+    """A start from a library's `module`, filled, whose architecture has this name. The module is taken apart for it.
+
+    Raises MetaftError as `published.build` does.
+    """
+    shape = list(inputs.shape)
+    architecture = {"name": name, "ways": 2, "shape": shape, "norm": norm}
+    headed = published.headed(module, name, 2, shape)
+    whole, head = build(architecture, None, module=headed, norm=norm)
+    params = {k: p.detach() for k, p in whole.named_parameters() if not is_of(k, head)}
+    buffers = {k: b.detach() for k, b in whole.named_buffers()}
+    return Start(
+        name=init, architecture=architecture, shape=shape, inputs=inputs, settings=None, meta=params, state={},
+        module=None, about=about, label=init, norm=norm, buffers=buffers, notes=notes,
+    )  # fmt: skip
+
+
+def shown_error(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+
+
+def named_tensors(tensors: Mapping[str, Any], source: str) -> dict[str, Tensor]:
+    """The tensors of a state dict, which may lie one level down or have a prefix of nn.DataParallel. Raises
+    MetaftError where there are none."""
+    for key in ("state_dict", "model_state", "model_state_dict", "model"):
+        if isinstance(tensors.get(key), Mapping):
+            tensors = tensors[key]
+            break
+    kept = {str(k).removeprefix("module."): v for k, v in tensors.items() if isinstance(v, torch.Tensor)}
+    if not kept:
+        raise MetaftError(f"init: {source} holds no tensors by name, as a state_dict does")
+    return kept
