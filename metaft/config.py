@@ -38,6 +38,7 @@ from metaft.settings import (
     TargetSettings,
     TaskSettings,
     TrainingOutput,
+    TrainingStart,
 )
 from metaft.support.paths import local
 
@@ -55,6 +56,7 @@ class MetaTrainConfig(Settings):
     stored = True
 
     data: DataSettings
+    start: TrainingStart
     task: TaskSettings
     learner: LearnerSettings
     inner: InnerSettings

@@ -183,9 +183,10 @@ def _resume(
     from metaft.runs.checkpoint import write_atomically
     from metaft.runs.compute import with_engine
     from metaft.runs.starting import reopened, resumed_settings
+    from metaft.starts.names import in_full
 
     before, snapshot = ranks.on_first(lambda: reopened(folder))
-    before = places.in_full(before)
+    before = in_full(before)
     classes = snapshot and snapshot.header.get("classes")
     config = resumed_settings(before, config, dataset, classes or {})
     check_unchanged(config, before, folder.path, except_for=RESUMABLE)

@@ -302,6 +302,22 @@ Norm = Annotated[
 
 
 @dataclasses.dataclass(frozen=True)
+class TrainingStart(Group):
+    """Start."""
+
+    init: Annotated[
+        str | None,
+        Option(
+            "What to begin with, in place of --model: efficientnet-lite0 (ImageNet, from the extra vision), "
+            "torchvision:NAME[:WEIGHTS], timm:NAME, file:PATH:arch=NAME, or another run's folder (auto: a random "
+            "start).",
+            metavar="START",
+        ),
+    ] = None
+    init_norm: Norm = None
+
+
+@dataclasses.dataclass(frozen=True)
 class StartSettings(Group):
     """Start."""
 
@@ -320,7 +336,7 @@ class StartSettings(Group):
         Option("Further starts, on the same images; may be given several times.", metavar="START"),
     ] = ()
     image_size: ImageSize = None
-    norm: Norm = None
+    init_norm: Norm = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -157,7 +157,7 @@ def opened(
     return open_start(
         init, lambda: (images.plain if size is None else images.sized(size)).inputs,
         image_size=None if names.is_run(init) and init != settings.init else size,
-        norm=settings.norm, module=module, keep=keep,
+        norm=settings.init_norm, module=module, keep=keep,
     )  # fmt: skip
 
 

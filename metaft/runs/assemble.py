@@ -29,9 +29,11 @@ from metaft.models.recomputed import recomputed
 from metaft.objective import Objective
 from metaft.options import flat
 from metaft.outer import task_grad_of
+from metaft.runs.beginning import begin_from
 from metaft.runs.machine import environment
 from metaft.runs.snapshot import Snapshot
 from metaft.runs.training import draw
+from metaft.starts.names import in_full
 from metaft.support import places
 from metaft.tasks.pool import ClassPool
 from metaft.tasks.sinusoid import Sinusoid
@@ -86,17 +88,22 @@ def assemble(
     if init not in get_args(Init):
         raise no_such("init", init, get_args(Init))
     device = device_of(config.compute.device)
-    config = places.in_full(with_member(config))
+    config = in_full(with_member(config))
     config, dataset, rotate = _with_data(config, dataset, classes or {})
     shape = list((architecture or {}).get("shape", dataset.shape))
     if shape != list(dataset.shape):
         raise MetaftError(
             f"dataset: the run's model takes inputs of shape {shape}, but {dataset.name} has {list(dataset.shape)}"
         )
+    begun = begin_from(config, dataset, snapshot, module)
+    if begun is not None:
+        config, dataset = dataclasses.replace(config, model=begun.name), begun.dataset
     settled = resolve(config, dataset, default_rotate=rotate, custom_model=module is not None)
     is_users = module is not None or not models.is_ours(settled.learner.model)
     example = None
-    if module is None:
+    if begun is not None:
+        model = begun.model(settled, snapshot, device)
+    elif module is None:
         model = _built(settled, dataset, device)
     else:
         if settled.learner.dropout:
@@ -119,6 +126,7 @@ def assemble(
     if is_users:
         settled = _mappable(settled, model, algorithm, dataset)
     note = "" if module is None else said(module, "its own values" if init == "keep" else "drawn from the seed")
+    note = f" from {places.shown(config.start.init)}" if config.start.init else note
     return Parts(settled, dataset, model, algorithm, device, note)
 
 

@@ -19,6 +19,7 @@ from metaft.runs.machine import say_what_changed
 from metaft.runs.opened import open_run
 from metaft.runs.snapshot import Snapshot, begin
 from metaft.runs.training import draw
+from metaft.starts.names import in_full
 from metaft.support import places
 from metaft.types import Dataset, Source
 
@@ -36,7 +37,7 @@ def resumed_settings(
     if set(given.get("hyper", ())) <= set(before.inner.hyper):  # a run adds what it found out itself
         given.pop("hyper", None)
     named = {} if dataset is None else {"dataset": dataset.name}
-    config = places.in_full(dataclasses.replace(before, **{**given, **named, "out": None}))
+    config = in_full(dataclasses.replace(before, **{**given, **named, "out": None}))
     if config.compute.engine == "tune" and config.compute.task_chunk == before.compute.task_chunk:
         config = dataclasses.replace(config, task_chunk=None)  # as it was chosen once, by it or another rule
     names = [name for part in classes.values() for name in part]

@@ -76,7 +76,7 @@ def open_start(
         if image_size is not None:
             raise MetaftError(f"image_size: the pictures of {init} have the size of its own (given {image_size})")
         if norm is not None:
-            raise MetaftError(f"norm: {init} normalises as it was trained (given {norm})")
+            raise MetaftError(f"init_norm: {init} normalises as it was trained (given {norm})")
         return from_run(Path(init), module)
     spec = parse("init", init, KINDS)
     if spec.name == "file" and "arch" not in dict(spec.options):
@@ -86,5 +86,5 @@ def open_start(
             f"init: {init} brings an architecture, and a module was handed over; take init 'none' or a run"
         )
     if spec.name == "none" and norm is not None:
-        raise MetaftError(f"norm: a random start has no running statistics (given {norm})")
+        raise MetaftError(f"init_norm: a random start has no running statistics (given {norm})")
     return STARTS[spec.name](Asked(init, spec, image_size, inputs, norm or "keep", module, keep))

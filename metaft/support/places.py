@@ -28,10 +28,8 @@ def in_full(config: Config) -> Config:
         name = values.get(field)
         if name is not None:
             changed[field] = named_in_full(name)
-    for field in ("data_root", "init"):
-        path = values.get(field)
-        if path and path != "none":
-            changed[field] = str(absolute(path))
+    if values.get("data_root"):
+        changed["data_root"] = str(absolute(values["data_root"]))
     return dataclasses.replace(config, **changed)
 
 
