@@ -143,17 +143,23 @@ def _fit_all(folder: RunFolder, setup: Setup, header: Mapping[str, Any], positio
 
     config, contenders, target = setup
     device = device_of(config.compute.device)
-    epochs = 1 if config.recipe is None else config.recipe.epochs
+    epochs = [1 if contender.recipe is None else contender.recipe.epochs for contender in contenders]
+
+    def done(fits: int) -> int:
+        """Epochs of so many fits."""
+        draws, which = divmod(fits, len(epochs))
+        return draws * sum(epochs) + sum(epochs[:which])
+
     print(
         f"{places.shown(target.name)} · {len(target.class_names)} classes · {config.method} from "
         f"{places.shown(setup.start.name)}{said_of(setup.start)} on {device} · run folder {folder.path}",
         file=sys.stderr,
     )
-    bar = Progress("adapt", config.draws.seeds * len(contenders) * epochs, "epoch", done=len(position.fits) * epochs)
+    bar = Progress("adapt", config.draws.seeds * sum(epochs), "epoch", done=done(len(position.fits)))
     resume_hint = f"python -m metaft.adapt --resume {shlex.quote(str(folder.path))}"
 
     def progress(number: int, row: Mapping[str, float]) -> None:
-        bar.update(number * epochs + int(row["epoch"]), loss=f"{row['loss']:.3f}")
+        bar.update(done(number) + int(row["epoch"]), loss=f"{row['loss']:.3f}")
 
     with StopSignals() as signals:
         try:

@@ -36,6 +36,10 @@ PHOTOS: dict[str, dict[str, object]] = {
 """What a member needs for `photos` besides; a member that is not here keeps the inner loop that it says itself."""
 
 
+_PUBLISHED: dict[str, object] = {"outer_lr": 1e-4}
+"""For a library's architecture with its published weights, which a rate for random ones would soon undo."""
+
+
 def photos(model: str, shape: tuple[int, ...]) -> bool:
     """Whether defaults are those of mini-ImageNet rather than of Omniglot: by the model or, where that is another or
     the user's own, by the size of the images."""
@@ -91,6 +95,7 @@ def resolve(config: MetaTrainConfig, dataset: Dataset, *, default_rotate: bool, 
         # Finn et al. 2017, section 5.1
         **({"inner_lr": 0.01} if regression and "inner_lr" in accepted else {}),
         **(_of_photos(shots) if large else {}),
+        **(_PUBLISHED if ":" in model else {}),
         **MEMBERS.get(config.learner.algorithm, {}),
         **theirs,
     }

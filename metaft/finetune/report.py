@@ -71,6 +71,8 @@ def _of_100(share: float) -> str:
 
 def _init(r: Mapping[str, Any]) -> str:
     about = r["init_about"]
+    if "weights" in about:
+        return shown(r["init"])
     if about:
         return f"{shown(r['init'])} ({about['algorithm']} on {shown(about['dataset'])})"
     alone = len(r["starts"]) == 1

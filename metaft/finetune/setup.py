@@ -187,6 +187,8 @@ def _contenders(
         recipe = config.recipe
         if recipe is not None and whole:
             recipe = dataclasses.replace(recipe, freeze="none")
+        elif chance.settings is None:  # and hence no inner loop
+            recipe = Recipe()
         yield Contender(chance.label, chance, images.of(chance), recipe)
 
 

@@ -31,24 +31,28 @@ def build(
 
     `outputs` gives it another number of classes; `module` is the user's own, where the architecture has no name: it
     keeps its frozen parameters and buffers. With `norm="keep"` layers with running statistics are StoredNorm, and look
-    at no batch; those of a library's architecture are to be filled in. Raises MetaftError for a module that metaft does
-    not take.
+    at no batch; those of a library's architecture are to be filled in, as is its backbone, of which nothing is drawn.
+    Raises MetaftError for a module that metaft does not take.
     """
     norm = architecture.get("norm", norm)
     if module is None and is_published(architecture["name"]):
         from metaft.models import published  # few classifiers are of a library's architecture
 
-        outputs = architecture["ways"] if outputs is None else outputs
-        module = published.build(architecture["name"], outputs, architecture["shape"])
+        classes: int = architecture["ways"] if outputs is None else outputs
+        module = published.build(architecture["name"], classes, architecture["shape"])
         built, head = prepared(kept_statistics(module, unseen=True) if norm == "keep" else module, published.HEAD)
-    elif module is None:
+        if seed is not None:
+            models.initialise(built.get_submodule(head), seed)
+        return built, head
+    if module is None:
         outputs = architecture["ways"] if outputs is None else outputs
         built, head = models.skeleton({**architecture, "ways": outputs}), "head"
         if not models.is_ours(architecture["name"]):
             built, head = prepared(built)
     else:
         module = taken(module).cpu()
-        built, head = prepared(kept_statistics(module) if norm == "keep" else module)
+        unseen = is_published(architecture["name"])
+        built, head = prepared(kept_statistics(module, unseen=unseen) if norm == "keep" else module)
         old = linear(built, head)
         if outputs is not None and outputs != old.out_features:
             with torch.device("meta"):  # the constructor would draw from the global generator

@@ -45,7 +45,10 @@ def bare(name: str, shape: Sequence[int]) -> nn.Module:
     alone, are left out. Raises MetaftError as `build` does."""
     library, _, model = name.partition(":")
     with own_generator(0):
-        return LIBRARIES[library](model, tuple(shape)).eval()
+        try:
+            return LIBRARIES[library](model, tuple(shape)).eval()
+        except (AssertionError, ValueError) as error:
+            raise MetaftError(f"image_size: {name} cannot be made for images {[*shape]} ({error})") from error
 
 
 def head_of(module: nn.Module) -> str:
@@ -69,7 +72,7 @@ def headed(module: nn.Module, name: str, outputs: int, shape: Sequence[int]) -> 
     body = without_head(module, head_for(name, module))
     try:
         with torch.no_grad():
-            features = body(torch.zeros(2, *shape))
+            features = body(torch.zeros(2, *shape, device=next(body.parameters()).device))
     except Exception as error:  # whatever a library says of a size that its model is not made for
         why = " ".join(str(error).split())[:160]
         raise MetaftError(f"image_size: {name} cannot take images {list(shape)} ({why})") from error

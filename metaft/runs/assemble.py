@@ -97,7 +97,7 @@ def assemble(
         )
     begun = begin_from(config, dataset, snapshot, module)
     if begun is not None:
-        config, dataset = dataclasses.replace(config, model=begun.name), begun.dataset
+        config, dataset = begun.settings(config), begun.dataset
     settled = resolve(config, dataset, default_rotate=rotate, custom_model=module is not None)
     is_users = module is not None or not models.is_ours(settled.learner.model)
     example = None

@@ -30,10 +30,10 @@ class Beginning:
     buffers: Params
     dataset: Dataset
 
-    @property
-    def name(self) -> str:
-        """What takes the place of `--model`."""
-        return self.architecture["name"]
+    def settings(self, config: MetaTrainConfig) -> MetaTrainConfig:
+        """With the architecture in the place of `--model` and `--width`."""
+        named = {"model": self.architecture["name"], "width": self.architecture.get("width", config.learner.width)}
+        return dataclasses.replace(config, **named)
 
     def model(self, config: Settled, snapshot: Snapshot | None, device: str) -> Model:
         """The backbone with these values and a head for the run's tasks, drawn from its seed."""
@@ -75,6 +75,9 @@ def begin_from(
     if not is_published(architecture["name"]) and start.shape != list(dataset.shape):
         raise MetaftError(f"init: {init} takes inputs {start.shape}, but {dataset.name} has {list(dataset.shape)}")
     values = _checked(start)
+    width = start.architecture.get("width")
+    if config.learner.width not in (None, width):
+        raise MetaftError(f"width: {init} has its own (given {config.learner.width})")
     return Beginning(architecture, values, start.buffers, _as_taken(dataset, start.inputs, init))
 
 

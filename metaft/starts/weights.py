@@ -31,11 +31,7 @@ def load_into(module: nn.Module, head: str, tensors: Mapping[str, Tensor], sourc
     reshaped = [name for name in of_body if name in tensors and tensors[name].shape != wanted[name].shape]
     if missing or reshaped:
         name = (missing or reshaped)[0]
-        why = (
-            f"has no {name!r}"
-            if missing
-            else f"{name!r} is {list(tensors[name].shape)}, not {list(wanted[name].shape)}"
-        )
+        why = f"no {name!r}" if missing else f"{name!r} is {list(tensors[name].shape)}, not {list(wanted[name].shape)}"
         raise MetaftError(
             f"init: {source} is of another architecture than {type(module).__name__}: of its backbone's "
             f"{len(of_body)} tensors {len(missing)} are missing and {len(reshaped)} have another shape ({why})"
