@@ -67,11 +67,12 @@ def run(config: AdaptConfig, *, module: nn.Module | None = None, init: Init = "s
     from metaft.finetune.setup import header, prepared
     from metaft.finetune.study import Position
     from metaft.runs.folder import RunFolder, file_name
+    from metaft.starts.names import label_of
     from metaft.starts.run import RUNS
 
     setup = prepared(config, module, init)
     settled = setup.config
-    data, init_name = file_name(places.typed(config.target.data)), file_name(Path(setup.start.name).name)
+    data, init_name = file_name(places.typed(config.target.data)), file_name(label_of(setup.start.name))
     name = f"adapt-{data}-{init_name}-{settled.draws.seed}"
     path = Path(settled.output.out) if settled.output.out is not None else fresh_folder(RUNS / name)
     folder = RunFolder.create(path, to_toml(dataclasses.replace(settled, out=None)))

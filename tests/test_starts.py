@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import OrderedDict
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from metaft.models import published
 from metaft.models.architecture import build
 from metaft.models.functional import functional
 from metaft.options import flat
+from metaft.runs.snapshot import load_snapshot, tensors_of
 from metaft.settings import Recipe
 from metaft.starts import names
 from metaft.starts.base import Start, body
@@ -275,7 +277,7 @@ def test_a_start_is_fine_tuned_beside_chance_and_a_file_gets_the_logits_that_eva
 ):
     result = json.loads((adapted_run / "result.json").read_text())
     assert result["init"] == f"file:{weights}:arch={ARCH}"
-    assert result["starts"][0]["name"] == result["init"]
+    assert result["starts"][0]["name"] == "shuffle.pth"
     assert result["starts"][-1]["name"] == "random"
     classifier = metaft.load(adapted_run)
     test = sorted((photos / "test").rglob("*.png"))
@@ -291,9 +293,9 @@ def test_a_further_start_is_compared_on_the_same_pictures(weights: Path, photos:
     argv = ["--init", init, "--compare", other, "--data", f"folder:{photos}", "--image-size", "32", "--epochs", "2"]
     assert adapt.main([*argv, "--lr", "0.001", "--device", "cpu", "--out", str(tmp_path / "o")]) == 0
     result = json.loads((tmp_path / "o/result.json").read_text())
-    by_name = {each["name"]: each for each in result["starts"]}
-    assert by_name[other]["accuracy"] == by_name[init]["accuracy"]  # the same weights by another name
-    assert {gain["over"]: gain["mean"] for gain in result["gains"]}[other] == 0.0
+    assert [each["name"] for each in result["starts"]] == ["shuffle.pth", "shuffle.pth (2)", "random"]
+    assert result["starts"][0]["accuracy"] == result["starts"][1]["accuracy"]  # the same weights by another name
+    assert {gain["over"]: gain["mean"] for gain in result["gains"]}["shuffle.pth (2)"] == 0.0
 
 
 def test_a_frozen_backbone_stays_to_the_bit_and_its_statistics_too(weights: Path):
@@ -339,6 +341,39 @@ def test_meta_training_goes_on_from_weights_and_adapt_from_that(weights: Path, p
         words = ["--init", str(run), "--data", f"folder:{photos}", "--method", method, "--device", "cpu"]
         assert adapt.main([*words, *more, "--out", str(out)]) == 0
         assert len(metaft.load(out).class_names) == 3
+
+
+def test_a_run_from_weights_that_was_stopped_ends_with_the_same_bytes(weights: Path, in_tmp: Path):
+    root = Path("classes").absolute()
+    for i in range(12):
+        (root / f"c{i}").mkdir(parents=True)
+        for j in range(2):
+            Image.fromarray(np.full((32, 32, 3), (20 * i, 90 * j, 60), np.uint8)).save(root / f"c{i}/{j}.png")
+    argv = ["--dataset", f"folder:{root}", "--image-size", "32", "--ways", "2", "--shots", "1", "--query-shots", "1"]
+    argv += ["--init", f"file:{weights}:arch={ARCH}", "--algorithm", "anil", "--meta-batch", "2", "--device", "cpu"]
+    argv += ["--eval-every", "2", "--eval-episodes", "2", "--test-episodes", "2", "--test-query-shots", "1"]
+    for name, steps in (("whole", "4"), ("stopped", "2")):
+        assert meta_train.main([*argv, "--outer-schedule", "constant", "--iterations", steps, "--out", name]) == 0
+    assert meta_train.main(["--resume", "stopped", "--iterations", "4"]) == 0
+    tensors = [load_snapshot(Path(name) / "checkpoints/last.safetensors") for name in ("whole", "stopped")]
+    whole, stopped = map(tensors_of, tensors)
+    assert whole.keys() == stopped.keys()
+    assert all(torch.equal(whole[name], stopped[name]) for name in whole)
+
+
+def test_a_file_that_changed_since_a_run_began_is_refused(weights: Path, photos: Path, in_tmp: Path, capsys):
+    shutil.copy(weights, "w.pth")
+    argv = ["--init", f"file:w.pth:arch={ARCH}", "--data", f"folder:{photos}", "--image-size", "32", "--epochs", "1"]
+    assert adapt.main([*argv, "--device", "cpu", "--out", "o"]) == 0
+    result = Path("o/result.json").read_text()
+    assert adapt.main(["--resume", "o"]) == 0
+    assert json.loads(Path("o/result.json").read_text())["starts"] == json.loads(result)["starts"]
+    tensors = torch.load("w.pth", weights_only=True)
+    tensors["conv5.0.weight"][0] += 1
+    torch.save(tensors, "w.pth")
+    capsys.readouterr()
+    assert adapt.main(["--resume", "o"]) == 2
+    one_line(capsys, "init: ", "w.pth", "changed since o began")
 
 
 @pytest.mark.parametrize(

@@ -180,8 +180,11 @@ def _contenders(
     """The start, those that it is to be compared with, and chance, which has the whole of an architecture train
     whatever else does: frozen random features are nothing to be better than. Older runs did not (`whole` False)."""
     yield Contender(start.label, start, images.of(start), config.recipe)
+    labels = {start.label, RANDOM}
     for other, name in zip(others, config.start.compare, strict=True):
-        yield Contender(name, other, images.of(other), config.recipe)
+        label = _another(names.label_of(name), labels)
+        labels.add(label)
+        yield Contender(label, other, images.of(other), config.recipe)
     if start.meta is not None:
         chance = scratch(start, lambda: images.plain.inputs)
         recipe = config.recipe
@@ -190,6 +193,12 @@ def _contenders(
         elif chance.settings is None:  # and hence no inner loop
             recipe = Recipe()
         yield Contender(chance.label, chance, images.of(chance), recipe)
+
+
+def _another(label: str, labels: Collection[str]) -> str:
+    """The label, with a number behind it where there is one like it already."""
+    numbered = (label, *(f"{label} ({n})" for n in range(2, len(labels) + 3)))
+    return next(each for each in numbered if each not in labels)
 
 
 def scratch(start: Start, inputs: Callable[[], Inputs]) -> Start:

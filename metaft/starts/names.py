@@ -53,9 +53,13 @@ def is_run(init: str) -> bool:
 
 def in_full(config: Config) -> Config:
     """Settings with absolute paths, that of a start too. Raises MetaftError for a start that cannot be read."""
-    config = places.in_full(config)
-    init: Any = flat(config).get("init")
-    return dataclasses.replace(config, init=named_in_full(init)) if init else config
+    config, values = places.in_full(config), flat(config)
+    named: dict[str, Any] = {}
+    if values.get("init"):
+        named["init"] = named_in_full(values["init"])
+    if values.get("compare"):
+        named["compare"] = tuple(map(named_in_full, values["compare"]))
+    return dataclasses.replace(config, **named)
 
 
 def named_in_full(init: str) -> str:
@@ -66,6 +70,14 @@ def named_in_full(init: str) -> str:
     if spec.name != "file" or spec.positional is None:
         return init
     return write(spec._replace(positional=str(absolute(spec.positional))), KINDS["file"])
+
+
+def label_of(init: str) -> str:
+    """A short name for figures and curves, the same wherever a run goes on: of a path its last part."""
+    if is_run(init):
+        return absolute(init).name
+    spec = parse("init", init, KINDS)
+    return absolute(spec.positional).name if spec.name == "file" and spec.positional else init
 
 
 def is_installed(name: str) -> bool:

@@ -14,6 +14,7 @@ from metaft.inputs.reading import Interpolation
 from metaft.models import published
 from metaft.models.architecture import NormOf, build, is_of
 from metaft.starts.base import Start
+from metaft.starts.names import label_of
 
 COUNTER = "num_batches_tracked"
 """A number in batch normalisation that no prediction depends on, and that many files lack."""
@@ -82,7 +83,7 @@ def start_of(
     buffers = {k: b.detach() for k, b in whole.named_buffers()}
     return Start(
         name=init, architecture=architecture, shape=shape, inputs=inputs, settings=None, meta=params, state={},
-        module=None, about=about, label=init, norm=norm, buffers=buffers, notes=notes,
+        module=None, about=about, label=label_of(init), norm=norm, buffers=buffers, notes=notes,
     )  # fmt: skip
 
 
