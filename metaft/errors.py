@@ -97,7 +97,6 @@ def no_such(
     more: str = "",
     near: str | None = None,
     written: Iterable[str] | None = None,
-    quoted: bool = False,
 ) -> MetaftError:
     """What to raise for a word that is none of the known ones:
 
@@ -106,11 +105,10 @@ def no_such(
 
     `lacks` and `says` are the words before the unknown and the known ones, `more` is what else
     there is. The suggestion is looked for by `near` in place of the word. The known ones are listed
-    as they are `written`, where that is another way, and `quoted` as Python would.
+    as they are `written`, where that is another way.
     """
     known = list(known)
-    shown = known if written is None else list(written)
-    listed = str(shown) if quoted else ", ".join(shown)
+    listed = ", ".join(known if written is None else written)
     near = suggest(str(word) if near is None else near, known)
     return MetaftError(f"{field}: {lacks} {word!r}, {says} {listed}{more}{near}")
 

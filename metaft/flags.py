@@ -16,6 +16,9 @@ from metaft.options import Field, Settings, options, wrong_choice
 FLAGS_WIDTH = 28
 """Columns of `--help` before the help lines; a longer flag has a line of its own."""
 
+_ITS_OWN = "This command"
+"""The panel of what no other command has."""
+
 _SWITCHED = {"True": True, "False": False, "None": None}
 _NUMBERS = {int: "a whole number", float: "a number"}
 
@@ -63,9 +66,10 @@ def _parser(cls: type[Settings], prog: str) -> _Parser:
     panels: dict[str, Any] = {}
     for name, field in known.items():
         if not field.option.positional:
-            if field.group is not None and field.title not in panels:
-                panels[field.title] = parser.add_argument_group(field.title)
-            _add(parser, parser if field.group is None else panels[field.title], name, field)
+            title = _ITS_OWN if field.group is None else field.title
+            if title not in panels:
+                panels[title] = parser.add_argument_group(title)
+            _add(parser, panels[title], name, field)
     return parser
 
 
@@ -153,14 +157,14 @@ def _read(field: Field, text: str) -> Any:
         return None
     if typing.get_origin(kind) is Literal:
         if text not in field.choices:
-            raise wrong_choice(flag(field.name), text, field.choices)
+            raise wrong_choice(field.name, text, field.choices)
         return text
     if kind not in _NUMBERS:
         return text
     try:
         return kind(text)
     except ValueError:
-        raise MetaftError(f"{flag(field.name)} must be {_NUMBERS[kind]}, got {text!r}") from None
+        raise MetaftError(f"{field.name} must be {_NUMBERS[kind]}, got {text!r}") from None
 
 
 def _check_switches(known: Mapping[str, Field], argv: Sequence[str]) -> None:

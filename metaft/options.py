@@ -167,6 +167,12 @@ class Settings:
             if isinstance(value, str) and self.stored and known[name].option.stored and not is_text(value):
                 raise MetaftError(f"{name}: {value!r} is not text; rename the file or folder")
 
+    def __getattr__(self, name: str) -> Any:
+        """Raises AttributeError for what settings have not; of an option it says which group has it."""
+        known = {} if name.startswith("_") else options(type(self))
+        where = next((f"; it is .{f.group}.{f.name}" for f in known.values() if f.name == name and f.group), None)
+        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}{where or suggest(name, known)}")
+
 
 def _assembled(name: str, value: Any, kind: type[Group], changes: Mapping[str, Any]) -> Group | None:
     """A group with what is given of its options. Raises MetaftError for another value than a group."""
@@ -254,7 +260,9 @@ def from_mapping(cls: type[Config], values: Mapping[str, Any], *, origin: str) -
     """Settings from flat plain data. Raises MetaftError that names `origin` and the unknown or wrong field."""
     known = options(cls)
     try:
-        for key in values:
+        for key, value in values.items():
+            if isinstance(value, Mapping):
+                raise MetaftError(f"{key!r} is a table; options stand by themselves, without tables: NAME = VALUE")
             if key not in known:
                 raise unknown(key, known)
         lists = {k: tuple(v) for k, v in values.items() if isinstance(v, list) and isinstance(known[k].default, tuple)}

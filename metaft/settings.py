@@ -482,7 +482,12 @@ class Output(Group):
 
     out: Annotated[
         str | None,
-        Option("Where to make it (auto: a new one in runs/, named after what ran).", metavar="FOLDER", stored=False),
+        Option(
+            "Where to make it (auto: runs/DATASET-ALGORITHM-NwKs-SEED, of adapt runs/adapt-DATA-START-SEED; a number "
+            "is added where that is taken).",
+            metavar="FOLDER",
+            stored=False,
+        ),
     ] = None
 
 

@@ -95,7 +95,7 @@ def parse(field: str, text: str, members: Mapping[str, Takes]) -> Spec:
     """
     name = name_of(text, members)
     if name not in members:
-        written = [repr(f"{member}:{of.place}") if of.required else member for member, of in members.items()]
+        written = [f"{member}:{of.place}" if of.required else member for member, of in members.items()]
         raise no_such(field, text, members, near=name, written=written)
     member, rest = members[name], text[len(name) + 1 :]
     positional = None
@@ -109,13 +109,19 @@ def parse(field: str, text: str, members: Mapping[str, Takes]) -> Spec:
         if not equals:
             raise MetaftError(f"{field}: cannot read {part!r} of {text!r}; write {member.shown(name)!r}")
         if key not in member.options:
-            raise _unreadable(field, part, name, text, member, suggest(key, member.options))
+            raise no_setting(field, name, key, text, member.options)
         if _unquoted(value) is None:
             raise _unreadable(field, part, name, text, member, "; a quote ends before a comma or the end")
         if key in options:
             raise _unreadable(field, part, name, text, member, f"; {key!r} is given twice")
         options[key] = _unquoted(value) or ""
     return Spec(name, positional, tuple(options.items()))
+
+
+def no_setting(field: str, name: str, key: str, given: str, known: Collection[str], more: str = "") -> MetaftError:
+    """What to say of a setting that a member has not."""
+    has = f"it has {', '.join(known)}" if known else "it has none"
+    return MetaftError(f"{field}: {name} has no {key!r} (given {given!r}); {has}{more}{suggest(key, known)}")
 
 
 def write(spec: Spec, member: Takes) -> str:
@@ -153,7 +159,7 @@ def bind(
         try:
             return convert(value, parameter)
         except ValueError as error:
-            raise _unreadable(field, part, spec.name, written, member, f"; it {error}") from None
+            raise MetaftError(f"{field}: {part!r} {error} (given {written!r})") from None
 
     given = {key: typed(value, member.options[key], f"{key}={value}") for key, value in spec.options}
     if spec.positional is None:

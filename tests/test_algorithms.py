@@ -455,7 +455,7 @@ def test_protonet_logits_are_minus_squared_distances_to_class_means() -> None:
         (
             "protonet",
             {"inner_steps": 5},
-            "inner_steps: protonet has no such setting (given 5); it has ['loss', 'norm']",
+            "inner_steps: protonet has no such setting (given 5); it has loss, norm",
         ),
     ],
 )

@@ -117,13 +117,15 @@ WORDS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("=", "''"),
     ],
     ("meta_train", "inner_optimizer"): [
-        *[("adm", "did you mean 'adam'"), ("", "''"), ("adam:beta=0", "'beta=0'"), ("adam:eps=small", "'eps=small'")],
+        *[("adm", "did you mean 'adam'"), ("", "''"), ("adam:beta=0", "no 'beta'"), ("adam:eps=small", "'eps=small'")],
         *[("momentum:momentum=2", "below 1, got 2.0"), ("sgd:x", "'x'")],
     ],
     ("meta_train", "inner_augment"): [("shfit", "did you mean 'shift'"), ("", "''")],
     ("evaluate", "dataset"): [("glyph", "did you mean 'glyphs'"), ("", "''"), ("sinusoid", "[1, 8, 8]")],
     ("evaluate", "split"): [("finn", "folder"), ("", "''")],
-    ("adapt", "init"): [("", "none")],
+    ("meta_train", "init"): [("", "none"), ("torchvision:resnet19", "'resnet18'")],
+    ("adapt", "compare"): [("torchvision:resnet19", "'resnet18'"), ("nothing-such", "known are RUN")],
+    ("adapt", "init"): [("", "none"), ("efficientnet", "did you mean"), ("torchvision:resnet19", "'resnet18'")],
     ("adapt", "data"): [("glyphs:", "glyphs:SCRIPT"), ("", "''"), ("glyph:Hebrew", "glyphs:SCRIPT")],
 }
 
@@ -150,6 +152,7 @@ PATHS: dict[tuple[str, str], tuple[str, dict[str, str]]] = {
     ("evaluate", "dataset"): ("folder:", {**NOT_THERE, **NO_FOLDER, **NO_IMAGES}),
     ("evaluate", "data_root"): ("", {**NOT_THERE, **NO_FOLDER}),
     ("evaluate", "out"): ("", {**NO_PLACE, "a folder": "{empty}"}),
+    ("meta_train", "init"): ("", {**NOT_THERE, **NO_FOLDER, "of adapt": "{adapted}"}),
     ("adapt", "init"): ("", {**NOT_THERE, **NO_FOLDER, "of adapt": "{adapted}"}),
     ("adapt", "data"): ("folder:", {**NOT_THERE, **NO_FOLDER, **NO_IMAGES}),
     ("adapt", "data_root"): ("", {**NOT_THERE, **NO_FOLDER}),

@@ -176,6 +176,8 @@ def test_a_checkpoint_carries_what_is_needed_to_use_it(image_runs: dict[str, Pat
         "std": [1.0],
         "bits": 16,
         "invert": False,
+        "resize": None,
+        "interpolation": "lanczos",
     }
     assert [len(header["classes"][split]) for split in ("train", "val", "test")] == [6, 4, 4]
     assert re.fullmatch("[0-9a-f]{64}", header["split_hash"])
@@ -249,12 +251,12 @@ BAD = [
     (["--loss", "mse"], ["--hyper loss=VALUE"]),
     (["--learned-rates", "false"], ["--learned-rates", "--hyper learned_rates=VALUE"]),
     (["--wayz=5"], ["--wayz=5", "did you mean '--ways'"]),
-    (["--ways", "five"], ["--ways", "'five'"]),
-    (["--ways", "2.5"], ["--ways", "'2.5'"]),
+    (["--ways", "five"], ["ways must be a whole", "'five'"]),
+    (["--ways", "2.5"], ["ways must be a whole", "'2.5'"]),
     (["--ways"], ["--ways"]),
     (["--ways", "0"], ["ways must be at least 1, got 0"]),
     (["--outer-lr", "nan"], ["outer_lr", "finite", "nan"]),
-    (["--outer-schedule", "cosin"], ["--outer-schedule", "'cosin'", "cosine"]),
+    (["--outer-schedule", "cosin"], ["outer_schedule must", "'cosin'", "cosine"]),
     (["--rotate=perhaps"], ["--rotate", "'perhaps'"]),
     (["stray"], ["stray"]),
     (["--dataset", "glyph"], ["dataset", "'glyph'", "did you mean 'glyphs'"]),
@@ -624,7 +626,7 @@ def test_evaluate_on_another_folder_reads_it_as_the_run_read_its_own(
         (["."], ["is not a run folder"]),
         ([".", "--episodes", "0"], ["episodes", "0"]),
         ([".", "--episode", "1"], ["--episode", "did you mean '--episodes'"]),
-        ([".", "--set", "tset"], ["--set", "'tset'"]),
+        ([".", "--set", "tset"], ["set must", "'tset'"]),
     ],
     ids=lambda value: " ".join(value),
 )

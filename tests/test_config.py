@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -350,3 +352,19 @@ def test_a_group_that_cannot_be_left_out_is_not(group: str) -> None:
 def test_a_group_with_more_options_than_a_command_has_is_refused() -> None:
     with pytest.raises(MetaftError, match=r"^compute must be .*, got a group with .*engine"):
         AdaptConfig(compute=Compute())
+
+
+def test_an_option_that_is_asked_for_flat_says_which_group_has_it() -> None:
+    config = MetaTrainConfig(ways=3)
+    with pytest.raises(AttributeError, match=r"^MetaTrainConfig has no attribute 'ways'; it is \.task\.ways$"):
+        _ = config.ways
+    with pytest.raises(AttributeError, match=r"no attribute 'wayz'; did you mean 'ways'\?$"):
+        _ = config.wayz
+    assert not hasattr(config, "ways")
+    assert copy.deepcopy(config) == pickle.loads(pickle.dumps(config)) == config
+
+
+def test_a_table_in_a_file_is_said_to_be_one(tmp_path: Path) -> None:
+    (tmp_path / "a.toml").write_text("[data]\nways = 3\n")
+    said = message(read_toml(tmp_path / "a.toml"))
+    assert said == "file.toml: 'data' is a table; options stand by themselves, without tables: NAME = VALUE"

@@ -80,10 +80,10 @@ def test_words_without_a_flag_may_stand_anywhere(command: str, argv: list[str], 
         ("meta_train", "--iter 3", "unknown option --iter"),  # no abbreviations
         ("meta_train", "--loss=x", "unknown option --loss=x; what only some algorithms have is given as --hyper loss="),
         ("meta_train", "--ways", "--ways: expected one argument"),
-        ("meta_train", "--ways 2.5", "--ways must be a whole number, got '2.5'"),
-        ("meta_train", "--seed None", "--seed must be a whole number, got 'None'"),
-        ("meta_train", "--inner_lr fast", "--inner-lr must be a number, got 'fast'"),
-        ("meta_train", "--engine thread", "--engine must be one of auto, .*, got 'thread'; did you mean 'threads'?"),
+        ("meta_train", "--ways 2.5", "ways must be a whole number, got '2.5'"),
+        ("meta_train", "--seed None", "seed must be a whole number, got 'None'"),
+        ("meta_train", "--inner_lr fast", "inner_lr must be a number, got 'fast'"),
+        ("meta_train", "--engine thread", "engine must be one of auto, .*, got 'thread'; did you mean 'threads'?"),
         ("meta_train", "--rotate=yes", "--rotate takes no value, got 'yes'"),
         ("meta_train", "--no-rotate=True", "--no-rotate takes no value, got 'True'"),
         ("meta_train", "--skip-bad=True", "--skip-bad takes no value, got 'True'"),
@@ -127,7 +127,7 @@ def test_help_is_a_panel_for_each_group(command: str, columns: int, monkeypatch:
         if field.option.positional:
             assert f"\n{field.option.metavar}:\n" in text
             continue
-        panel = panels["options" if field.group is None else field.title]
+        panel = panels["This command" if field.group is None else field.title]
         [shown] = re.findall(rf"^  {flag(name)}(?![\w-]).*\n(?:      .*\n?)*", panel + "\n", re.MULTILINE)
         words = " ".join(shown.split())
         assert " ".join(field.option.help.split()) in words.replace("- ", "-") or field.option.help in words

@@ -127,7 +127,10 @@ def test_timms_families_get_a_head_or_a_reason():
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("torchvision:resnet19", "init: torchvision has no classification model 'resnet19'; did you mean 'resnet18'?"),
+        (
+            "torchvision:resnet19",
+            "init: there is no classification model torchvision:resnet19; did you mean 'resnet18'?",
+        ),
         ("torchvision:vit_b_16", "image_size: torchvision:vit_b_16 cannot be made for images [3, 40, 40]"),
     ],
 )

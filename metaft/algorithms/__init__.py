@@ -22,9 +22,9 @@ from metaft.algorithms.protonet import protonet
 from metaft.algorithms.query import query_loss
 from metaft.algorithms.reptile import reptile
 from metaft.algorithms.unicorn_maml import unicorn_maml
-from metaft.errors import MetaftError, no_such, suggest
+from metaft.errors import MetaftError, no_such
 from metaft.models import Model
-from metaft.spec import bind, convert, name_of, parameters, parse, parts, takes
+from metaft.spec import bind, convert, name_of, no_setting, parameters, parse, parts, takes
 
 __all__ = [
     "ALGORITHMS",
@@ -126,11 +126,8 @@ def parse_hyper(name: str, assignments: Iterable[str]) -> dict[str, object]:
         if not equals:
             raise MetaftError(f"hyper: {assignment!r} is not NAME=VALUE")
         if key not in known:
-            has = f"it has {', '.join(sorted(known))}" if known else "it has none"
             option = f"; --{key.replace('_', '-')} is an option by itself" if key in COMMON else ""
-            raise MetaftError(
-                f"hyper: {name} has no {key!r} (given {assignment!r}); {has}{option}{suggest(key, known)}"
-            )
+            raise no_setting("hyper", name, key, assignment, known, option)
         if key in values:
             raise MetaftError(f"hyper: {key!r} is given twice ({assignment!r})")
         try:
@@ -174,7 +171,7 @@ def build(name: str, model: Model, hyper: Mapping[str, object]) -> Algorithm:
         if field not in known:
             of_test = "; --test-inner-steps is how many its head takes" if name.startswith("baseline") else ""
             raise MetaftError(
-                f"{field}: {name} has no such setting (given {value!r}); it has {sorted(known)}"
+                f"{field}: {name} has no such setting (given {value!r}); it has {', '.join(sorted(known))}"
                 + (of_test if field == "inner_steps" else "")
             )
     algorithm = ALGORITHMS[name](model, **hyper)

@@ -106,7 +106,7 @@ def prepared(
     target.rows(
         shots_per_class=config.target.shots_per_class, seed=config.draws.seed
     )  # a class may have too few images
-    others = [opened(name, images, config.start) for name in config.start.compare]
+    others = [_other(name, images, config.start) for name in config.start.compare]
     contenders = _contenders(
         config, start, others, images, whole="compared_sha256" in (begun or {"compared_sha256": []})
     )
@@ -159,6 +159,14 @@ def opened(
         image_size=None if names.is_run(init) and init != settings.init else size,
         norm=settings.init_norm, module=module, keep=keep,
     )  # fmt: skip
+
+
+def _other(name: str, images: Images, settings: StartSettings) -> Start:
+    """A start of `--compare`."""
+    try:
+        return opened(name, images, settings)
+    except MetaftError as error:
+        raise type(error)(f"compare: {str(error).removeprefix('init: ')}") from None
 
 
 def _chosen(images: Images) -> str:
@@ -227,7 +235,10 @@ def _check_values(config: AdaptConfig, module: nn.Module | None, values: Init) -
     if values not in get_args(Init):
         raise no_such("init", values, get_args(Init))
     if values == "keep" and (module is None or config.start.init != "none"):
-        what = "no module was handed over" if module is None else f"the values are those of the run {config.start.init}"
+        begins = config.start.init or "the one that fits the images"
+        what = (
+            "no module was handed over" if module is None else f"the start is {begins}; take AdaptConfig(init='none')"
+        )
         raise MetaftError(f"init: 'keep' is for a module without a run (init none), and {what}")
 
 

@@ -280,7 +280,7 @@ def _script(script: str, given: ImageInputs | None) -> Target:
         )
     scripts = {pool.class_names[c].split("/")[0] for c in pool.splits["test"]}
     if script not in scripts:
-        raise no_such("data", script, sorted(scripts), lacks="no held-out script", says="there are", quoted=True)
+        raise no_such("data", script, sorted(scripts), lacks="no held-out script", says="there are")
     classes = [int(c) for c in pool.splits["test"] if pool.class_names[c].startswith(f"{script}/")]
     rows = np.concatenate([np.arange(pool.starts[c], pool.starts[c] + pool.counts[c]) for c in classes])
     labels = np.repeat(np.arange(len(classes)), pool.counts[classes])

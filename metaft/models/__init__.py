@@ -90,7 +90,7 @@ def skeleton(architecture: Mapping[str, Any]) -> nn.Module:
     """
     a, name = architecture, architecture["name"]
     if name not in MODELS:
-        raise no_such("model", name, sorted(MODELS), quoted=True)
+        raise no_such("model", name, sorted(MODELS))
     build = functools.partial(MODELS[name], a["ways"], tuple(a["shape"]), a["width"], a.get("dropout", 0.0))
     if not is_ours(name):
         with own_generator(0):

@@ -111,7 +111,7 @@ def _of_torchvision(name: str, shape: tuple[int, ...]) -> nn.Module:
     from metaft.support.vision import models
 
     if name not in (known := models.list_models(module=models)):
-        raise MetaftError(f"init: torchvision has no classification model {name!r}{suggest(name, known)}")
+        raise MetaftError(f"init: there is no classification model torchvision:{name}{suggest(name, known)}")
     more: dict[str, Any] = {}
     if name in _AUXILIARY:  # their published weights come with this transformation of the inputs
         more = {"aux_logits": False, "init_weights": False, "transform_input": True}
@@ -126,7 +126,7 @@ _AUXILIARY = ("googlenet", "inception_v3")
 def _of_timm(name: str, shape: tuple[int, ...]) -> nn.Module:
     library = timm()
     if not library.is_model(name):
-        raise MetaftError(f"init: timm has no model {name!r}{suggest(name, library.list_models())}")
+        raise MetaftError(f"init: there is no model timm:{name}{suggest(name, library.list_models())}")
     return library.create_model(name, pretrained=False)
 
 

@@ -125,7 +125,7 @@ def load(
     entry, path = DATASETS[name], positional or ""
     if split is not None and split not in entry.splits:
         if entry.splits:
-            raise no_such("split", split, entry.splits, lacks=f"{name} has no", says="only", quoted=True)
+            raise no_such("split", split, entry.splits, lacks=f"{name} has no", says="only")
         raise MetaftError(f"split: {name} has no {split!r}, nor any other to choose")
     if download and not entry.downloads:
         raise MetaftError(f"download: {name} is not something to download")

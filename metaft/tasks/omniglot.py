@@ -82,7 +82,7 @@ def omniglot(root: str | os.PathLike[str], split: str = "finn", *, skip_bad: boo
     out, with a MetaftWarning); MetaftError: a split that is not one of these.
     """
     if split not in OMNIGLOT_SPLITS:
-        raise no_such("split", split, OMNIGLOT_SPLITS, lacks="omniglot has no", says="only", quoted=True)
+        raise no_such("split", split, OMNIGLOT_SPLITS, lacks="omniglot has no", says="only")
     table = characters()
     root = local(root)
     base = find(root)
