@@ -83,7 +83,7 @@ def prepared(
     device_of(config.compute.device)
     _check_method(config)
     _check_values(config, module, values)
-    init = config.start.init  # as it was typed, which is how an error is to name it
+    init, compare = config.start.init, config.start.compare  # as typed, which is how an error is to name them
     config = _with_data(names.in_full(config), (begun or {}).get("classes", ()))
     images = Images(config.target)
     init = _chosen(images) if init is None else init
@@ -106,7 +106,7 @@ def prepared(
     target.rows(
         shots_per_class=config.target.shots_per_class, seed=config.draws.seed
     )  # a class may have too few images
-    others = [_other(name, images, config.start) for name in config.start.compare]
+    others = [_other(name, images, config.start) for name in compare]
     contenders = _contenders(
         config, start, others, images, whole="compared_sha256" in (begun or {"compared_sha256": []})
     )
