@@ -104,12 +104,14 @@ def test_paths_are_made_absolute_and_names_are_left(tmp_path: Path, monkeypatch:
         ("file:w.pth", "write 'file:PATH:arch=ARCH', not 'file:w.pth'"),
         ("file:w.pth:arch=resnet18", "init: w.pth is not there"),
         ("torchvision:resnet19", "did you mean 'resnet18'?"),
+        ("run", "image_size: the pictures of run have the size of its own (given 32)"),
         ("torchvision:resnet18:BEST", "torchvision's resnet18 has no weights 'BEST', known are IMAGENET1K_V1"),
     ],
 )
 def test_what_names_no_start_is_said_in_one_line(init: str, said: str, in_tmp: Path, photos: Path, capsys):
-    assert adapt.main(["--init", init, "--data", f"folder:{photos}", "--out", "o"]) == 2
-    one_line(capsys, "init: ", said)
+    Path("run").mkdir()
+    assert adapt.main(["--init", init, "--image-size", "32", "--data", f"folder:{photos}", "--out", "o"]) == 2
+    one_line(capsys, said)
     assert not Path("o").exists()
 
 

@@ -156,13 +156,14 @@ def opened(
     size = settings.image_size
     return open_start(
         init, lambda: (images.plain if size is None else images.sized(size)).inputs,
-        image_size=None if names.is_run(init) and init != settings.init else size,
-        norm=settings.init_norm, module=module, keep=keep,
+        image_size=size, norm=settings.init_norm, module=module, keep=keep,
     )  # fmt: skip
 
 
 def _other(name: str, images: Images, settings: StartSettings) -> Start:
-    """A start of `--compare`."""
+    """A start of `--compare`. A run takes pictures as it was trained, whatever size the first start is given."""
+    if names.is_run(name):
+        settings = dataclasses.replace(settings, image_size=None, init_norm=None)
     try:
         return opened(name, images, settings)
     except MetaftError as error:
