@@ -341,7 +341,7 @@ class StartSettings(Group):
 
 @dataclasses.dataclass(frozen=True)
 class Recipe(Group):
-    """Fine-tuning (--method finetune), by Adam with a fresh head."""
+    """Fine-tuning (--method finetune), with a fresh head."""
 
     epochs: Annotated[
         int,
@@ -356,16 +356,40 @@ class Recipe(Group):
     ] = 10
     # Of 0.001 and 0.003 the one that is better for a random start, which is what the gain is measured against. It was
     # chosen on notMNIST's test images.
-    lr: Annotated[float, Option("Learning rate of Adam.", above=0, at_most=LARGEST)] = 3e-3
+    lr: Annotated[float, Option("Learning rate.", above=0, at_most=LARGEST)] = 3e-3
+    optimizer: Annotated[
+        str,
+        Option("adam, adamw:weight_decay=0.01 or sgd:momentum=0.9, with settings.", metavar="NAME[:KEY=VALUE,...]"),
+    ] = "adam"
+    schedule: Annotated[
+        str,
+        Option("How the rate changes: constant, linear or cosine, each with :warmup=SHARE.", metavar="NAME[:warmup=X]"),
+    ] = "constant"
+    clip_norm: Annotated[
+        float | None, Option("Scale a gradient down to this norm where it is longer (auto: not).", above=0)
+    ] = None
     batch_size: Annotated[
         int,
         Option("Images per step.", at_least=2),  # a batch of one has no statistics of its own
     ] = 32
     head: Annotated[Literal["linear", "cosine", "prototype"], Option("The classifier on the features.")] = "linear"
-    freeze: Annotated[Literal["none", "backbone"], Option("What is not trained.")] = "none"
+    strategy: Annotated[
+        str | None,
+        Option(
+            "What trains: full, head (on features that are computed once), last:blocks=2, lp-ft:share=0.3 (the head "
+            "first, then all) (auto: as --freeze says).",
+            metavar="NAME[:KEY=VALUE]",
+        ),
+    ] = None
+    freeze: Annotated[Literal["none", "backbone"], Option("What is not trained: of --strategy full and head.")] = "none"
     augment: Annotated[Literal["none", "basic"], Option("Small random turns and shifts of the training images.")] = (
         "none"
     )
+
+    @property
+    def trains(self) -> str:
+        """The strategy, in words of `--strategy`."""
+        return {"none": "full", "backbone": "head"}[self.freeze] if self.strategy is None else self.strategy
 
 
 @dataclasses.dataclass(frozen=True)

@@ -124,6 +124,9 @@ WORDS: dict[tuple[str, str], list[tuple[str, str]]] = {
     ("evaluate", "dataset"): [("glyph", "did you mean 'glyphs'"), ("", "''"), ("sinusoid", "[1, 8, 8]")],
     ("evaluate", "split"): [("finn", "folder"), ("", "''")],
     ("meta_train", "init"): [("", "none"), ("torchvision:resnet19", "'resnet18'")],
+    ("adapt", "strategy"): [("heda", "did you mean 'head'"), ("last:blocks=0", "at least 1"), ("", "''")],
+    ("adapt", "optimizer"): [("adm", "did you mean 'adam'"), ("sgd:momentum=2", "below 1, got 2.0"), ("", "''")],
+    ("adapt", "schedule"): [("cosin", "did you mean 'cosine'"), ("cosine:warmup=1", "below 1, got 1.0"), ("", "''")],
     ("adapt", "compare"): [("torchvision:resnet19", "'resnet18'"), ("nothing-such", "known are RUN")],
     ("adapt", "init"): [("", "none"), ("efficientnet", "did you mean"), ("torchvision:resnet19", "'resnet18'")],
     ("adapt", "data"): [("glyphs:", "glyphs:SCRIPT"), ("", "''"), ("glyph:Hebrew", "glyphs:SCRIPT")],
@@ -307,6 +310,10 @@ OTHER |= {
     "data": "glyphs:Hebrew",
     "channels": 3,
     "data_root": "x",
+    "optimizer": "sgd",
+    "schedule": "cosine",
+    "strategy": "last",
+    "compare": "none",
 }
 
 

@@ -22,8 +22,9 @@ from metaft import meta_train
 from metaft.inputs import pictures
 from metaft.inputs.pictures import fingerprint
 from metaft.models import convolution
-from metaft.tasks import cache, folder
-from metaft.tasks.cache import cached, keep
+from metaft.support import cache
+from metaft.support.cache import cached, keep
+from metaft.tasks import folder
 
 Text = pytest.CaptureFixture[str]
 

@@ -92,7 +92,7 @@ def test_a_tilde_is_the_home_folder_for_every_path_of_every_command(home: Path) 
 
 def test_a_plugin_the_cache_and_the_data_folder_likewise(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from metaft import plugin
-    from metaft.tasks.cache import cache_folder
+    from metaft.support.cache import cache_folder
 
     (home / "mine.py").write_text("")
     assert plugin.load("~/mine.py", "maml") == str(home / "mine.py")

@@ -421,7 +421,7 @@ BAD = [
     (["{run}", "{deep}"], ["images: folder {deep} holds no pictures"]),
     (["{run}", "{picture}", "--top", "4"], ["top must be at most the 3 classes", "got 4"]),
     (["{run}", "{picture}", "--top", "0"], ["top must be at least 1, got 0"]),
-    (["{run}", "{picture}", "--top", "two"], ["--top", "'two'"]),
+    (["{run}", "{picture}", "--top", "two"], ["top must", "'two'"]),
     (["{run}", "{picture}", "--tops", "2"], ["--tops", "did you mean '--top'"]),
     (["{run}", "{picture}", "--device", "gpu"], ["device must be", "'gpu'"]),
     (["{run}", "{picture}", "--device", "cuda:77"], ["device", "'cuda:77'"]),

@@ -19,8 +19,8 @@ from PIL import Image
 
 from metaft.errors import DataError, MetaftError, MetaftWarning
 from metaft.inputs.reading import open_image, read
+from metaft.support.cache import cached
 from metaft.tasks import ClassPool, Sinusoid, default_rotate, folder, glyphs, load, omniglot
-from metaft.tasks.cache import cached
 from metaft.tasks.folder import rank_split
 from metaft.tasks.letters import SAME_SHAPE, SCRIPTS, clean, faces_of, table
 from metaft.tasks.omniglot import HELD_OUT_ALPHABETS, OMNIGLOT_SPLITS, Character, characters, find
@@ -113,7 +113,7 @@ def test_a_cache_that_cannot_be_written_only_costs_time(tmp_path: Path, monkeypa
 
 def test_processes_may_write_one_cache_file_at_once(empty_cache: Path) -> None:
     code = (
-        "import numpy as np; from metaft.tasks.cache import cached\n"
+        "import numpy as np; from metaft.support.cache import cached\n"
         "for k in range(20):\n"
         "    a = cached('x', str(k), lambda: {'a': np.full(50_000, k)})['a']\n"
         "    assert (a == k).all() and len(a) == 50_000"

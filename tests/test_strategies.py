@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -13,14 +15,21 @@ from helpers import ONE_PASS
 from test_finetune import CLASSES, INPUTS, bits, body, same, toy
 from torch import Tensor, nn
 
+from metaft import schedules
 from metaft.errors import CheckpointError, MetaftError
+from metaft.finetune import optim
+from metaft.finetune.examples import Prepared
 from metaft.finetune.extras import Batch, Extra, Objective, Origin, composed, cross_entropy
-from metaft.finetune.fit import Fitted, _put_moments, fit, groups_of
-from metaft.finetune.strategies import STRATEGIES, Groups, Strategy, every
+from metaft.finetune.features import features_of
+from metaft.finetune.fit import Fitted, fit, groups_of
+from metaft.finetune.optim import put_moments
+from metaft.finetune.strategies import STRATEGIES, Groups, Strategy, every, named
 from metaft.models import EpisodeNorm
+from metaft.models.blocks import blocks_of
 from metaft.settings import Recipe
 
 STEPS = 12  # of `tune`
+ALL = 9
 
 
 def second_half(groups: Groups, step: int, steps: int) -> Mapping[str, float]:
@@ -33,14 +42,16 @@ def second_half(groups: Groups, step: int, steps: int) -> Mapping[str, float]:
 class Expected(NamedTuple):
     """Of one strategy."""
 
-    trains: tuple[bool, bool]
-    """Whether the body moves in the first and in the second half of the steps."""
+    trains: tuple[int, int]
+    """How many blocks of the body, from its end, move in the first and in the second half of the steps."""
 
 
 CONTRACT = {
-    "full": Expected((True, True)),
-    "head": Expected((False, False)),
-    "second-half": Expected((False, True)),
+    "full": Expected((ALL, ALL)),
+    "head": Expected((0, 0)),
+    "last": Expected((2, 2)),
+    "lp-ft": Expected((ALL, ALL)),  # its first 4 of 12 steps are tested below
+    "second-half": Expected((0, ALL)),
 }
 
 
@@ -75,9 +86,11 @@ def test_what_is_frozen_is_equal_to_the_bit_and_the_rest_moves(name: str) -> Non
     begun = {f"body.{k}": v for k, v in body().state_dict().items()}
     parameters = begun.keys()
     halves = [begun, states[1]["model"], states[3]["model"]]
-    for before, after, moves in zip(halves, halves[1:], CONTRACT[name].trains, strict=False):
+    blocks = [[f"body.{k}" for k in block] for block in blocks_of(body())]
+    assert sum(map(len, blocks)) == len(parameters)
+    for before, after, moving in zip(halves, halves[1:], CONTRACT[name].trains, strict=False):
         moved = {k for k in parameters if not torch.equal(before[k], after[k])}
-        assert moved == (set(parameters) if moves else set())
+        assert moved == {k for block in blocks[max(0, len(blocks) - moving) :] for k in block}
     heads = [{k: v for k, v in state["model"].items() if k.startswith("head.")} for state in states]
     assert not any(same(heads[i], heads[i + 1]) for i in range(3))
 
@@ -139,9 +152,8 @@ def test_a_rate_is_the_factor_of_the_recipes() -> None:
     fitted = fit(start, INPUTS, images, labels, CLASSES, recipe, strategy=Strategy(tenth))
     names = [n for n, _ in start.named_parameters()]
     moves = {n: float((fitted.body.state_dict()[n] - start.state_dict()[n]).abs().max()) for n in names}
-    first = names[0].rpartition(".")[0]
     for name, moved in moves.items():
-        assert moved == pytest.approx(0.001 if name.startswith(f"{first}.") else 0.01, rel=0.01), name
+        assert moved == pytest.approx(0.001 if name in blocks_of(start)[0] else 0.01, rel=0.01), name
 
 
 def test_rates_follow_the_step_within_an_epoch() -> None:
@@ -231,7 +243,7 @@ def test_state_of_adam_goes_where_its_parameter_is() -> None:
     p = nn.Parameter(torch.zeros(2, device="meta"))
     optimizer = torch.optim.Adam([{"params": [p], "name": "head.weight"}])
     slots = {"step": torch.tensor(3.0), "exp_avg": torch.zeros(2), "exp_avg_sq": torch.zeros(2)}
-    _put_moments(optimizer, {"head.weight": slots}, {"head.weight": 1.0})
+    put_moments(optimizer, {"head.weight": slots}, {"head.weight": 1.0})
     devices = {slot: value.device.type for slot, value in optimizer.state[p].items()}
     assert devices == {"step": "cpu", "exp_avg": "meta", "exp_avg_sq": "meta"}
 
@@ -243,8 +255,197 @@ def test_numbers_of_older_checkpoints_are_of_what_trained() -> None:
     old = {**states[1], "adam": {str(names.index(name)): slots for name, slots in states[1]["adam"].items()}}
     assert same(bits(tune("head", resume=old)), bits(tune("head")))
     wrong = {**old, "adam": {"9": old["adam"]["0"]}}
-    with pytest.raises(CheckpointError, match=r"^resume: the state of Adam for '9'"):
+    with pytest.raises(CheckpointError, match=r"^resume: the optimiser's state for '9'"):
         tune("head", resume=wrong)
+
+
+def test_the_head_alone_trains_in_the_first_share_of_the_steps() -> None:
+    strategy = named("lp-ft:share=0.25")
+    groups = groups_of(nn.ModuleDict({"body": body(), "head": nn.Linear(3, 2)}))
+    for step in range(STEPS):
+        rates = strategy.rates(groups, step, STEPS)
+        assert rates == every(groups[-1:] if step < 3 else groups)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("lastt", "strategy: no 'lastt', known are full, head, last, lp-ft, second-half; did you mean 'last'?"),
+        ("last:blocks=0", "strategy: blocks must be at least 1, got 0; head trains no block"),
+        ("lp-ft:share=1", "strategy: share must be above 0 and below 1, got 1.0"),
+        ("head:blocks=1", "strategy: head has no 'blocks' (given 'head:blocks=1'); it has none"),
+    ],
+)
+def test_what_no_strategy_is_called_is_said(text: str, said: str) -> None:
+    with pytest.raises(MetaftError) as caught:
+        named(text)
+    assert str(caught.value) == said
+
+
+# Optimisers, schedules, and features that are computed once
+
+OPTIMIZERS = {
+    "adam:eps=1e-6": lambda ps: torch.optim.Adam(ps, lr=0.01, eps=1e-6),
+    "adamw:weight_decay=0.3": lambda ps: torch.optim.AdamW(ps, lr=0.01, weight_decay=0.3),
+    "sgd:momentum=0.8,weight_decay=0.2": lambda ps: torch.optim.SGD(ps, lr=0.01, momentum=0.8, weight_decay=0.2),
+    "sgd:nesterov=true": lambda ps: torch.optim.SGD(ps, lr=0.01, momentum=0.9, nesterov=True),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_an_optimiser_is_torchs_and_decays_no_bias_scale_or_shift(name: str) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 2)).double()
+    theirs = copy.deepcopy(model)
+    mine = optim.named(name)(list(model.named_parameters()), 0.01)
+    matrices, others = ([p for p in theirs.parameters() if (p.dim() > 1) == wide] for wide in (True, False))
+    reference = [OPTIMIZERS[name](matrices), OPTIMIZERS[name](others)]
+    for group in reference[1].param_groups:
+        group["weight_decay"] = 0.0
+    x = torch.randn(5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for _ in range(4):
+        for net, optimizers in ((model, [mine]), (theirs, reference)):
+            for optimizer in optimizers:
+                optimizer.zero_grad()
+            net(x).square().sum().backward()
+            for optimizer in optimizers:
+                optimizer.step()
+    for (key, p), q in zip(model.named_parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-14, msg=key)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("adm", "optimizer: no 'adm', known are adam, adamw, sgd; did you mean 'adam'?"),
+        ("sgd:momentum=1", "optimizer: momentum must be at least 0 and below 1, got 1.0"),
+        ("adamw:weight_decay=-1", "optimizer: weight_decay must be at least 0, got -1.0"),
+        ("sgd:nesterov=true,momentum=0", "optimizer: nesterov needs a momentum above 0, got 0.0"),
+        ("adam:lr=1", "optimizer: adam has no 'lr' (given 'adam:lr=1'); it has beta1, beta2, eps"),
+    ],
+)
+def test_what_no_optimiser_is_called_is_said(text: str, said: str) -> None:
+    with pytest.raises(MetaftError) as caught:
+        optim.named(text)
+    assert str(caught.value) == said
+
+
+def test_schedules_are_their_formulas() -> None:
+    cosine, linear = schedules.make("cosine"), schedules.make("linear:warmup=0.2")
+    assert [cosine(step, 4) for step in range(4)] == pytest.approx([1.0, 0.8535533906, 0.5, 0.1464466094])
+    assert [linear(step, 10) for step in range(10)] == pytest.approx([0.5, 1, 1, *(1 - k / 8 for k in range(1, 8))])
+    assert schedules.make("constant")(7, 9) == 1.0
+    with pytest.raises(MetaftError, match=r"^warmup must be at least 0 and below 1, got 1.5$"):
+        schedules.make("cosine:warmup=1.5")
+    with pytest.raises(MetaftError, match=r"^schedule: no 'cosin', known are constant, linear, cosine; did you mean"):
+        schedules.make("cosin")
+
+
+@pytest.mark.parametrize("strategy", ["second-half", "lp-ft"])
+def test_the_rate_of_each_parameter_is_the_formula_in_every_step_also_after_unfreezing(
+    strategy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[dict[str, float]] = []
+    plain = optim.set_rates
+
+    def look(optimizer: torch.optim.Optimizer, rates: Mapping[str, float], lr: float) -> None:
+        plain(optimizer, rates, lr)
+        moving = [g for g in optimizer.param_groups if g["params"][0].requires_grad]
+        seen.append({g["name"]: g["lr"] for g in moving})
+
+    monkeypatch.setattr(optim, "set_rates", look)
+    recipe, (images, labels) = Recipe(epochs=4, batch_size=8, lr=0.02, schedule="cosine:warmup=0.25"), toy(21)
+    fit(body(), INPUTS, images, labels, CLASSES, recipe, strategy=STRATEGIES[strategy]())
+    groups = groups_of(nn.ModuleDict({"body": body(), "head": nn.Linear(3, 2)}))
+    assert len(seen) == STEPS
+    for step, rates in enumerate(seen):
+        factor = (step + 1) / 3 if step < 3 else 0.5 * (1 + math.cos(math.pi * (step - 3) / 9))
+        wanted = {k: 0.02 * factor * f for k, f in STRATEGIES[strategy]().rates(groups, step, STEPS).items()}
+        assert rates == pytest.approx(wanted), step
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "adamw:weight_decay=0.5", "sgd:momentum=0.9,weight_decay=0.5"])
+@pytest.mark.parametrize("strategy", ["second-half", "last:blocks=1", "head"])
+def test_frozen_values_stay_to_the_bit_and_a_resume_goes_on_alike(strategy: str, optimizer: str) -> None:
+    """Neither decay nor momentum may reach them, with a schedule, clipping and early stopping at work."""
+    made = STRATEGIES["second-half"]() if strategy == "second-half" else named(strategy)
+    recipe = Recipe(
+        epochs=4, batch_size=8, lr=0.01, optimizer=optimizer, schedule="cosine:warmup=0.1", clip_norm=0.5, patience=2
+    )  # fmt: skip
+    (images, labels), val = toy(21), toy(9, seed=3)
+    states: list[dict[str, Any]] = []
+    more = {"strategy": made, "val_examples": val[0], "val_labels": val[1]}
+    whole = fit(body(), INPUTS, images, labels, CLASSES, recipe, on_epoch=states.append, **more)
+    frozen = {"second-half": 0, "last:blocks=1": 1, "head": 0}[strategy]
+    still = {f"body.{name}" for block in blocks_of(body())[: -frozen or None] for name in block}
+    begun = {f"body.{k}": v for k, v in body().state_dict().items()}
+    for number, state in enumerate(states):
+        if strategy != "second-half" or number < 2:
+            assert all(torch.equal(state["model"][name], begun[name]) for name in still)
+        again = fit(body(), INPUTS, images, labels, CLASSES, recipe, resume=copy.deepcopy(state), **more)
+        assert same(bits(again), bits(whole)) and again.curve == whole.curve
+    assert whole.curve
+
+
+def test_a_gradient_is_clipped_by_its_norm() -> None:
+    recipe, (images, labels) = (
+        Recipe(epochs=1, batch_size=32, lr=1.0, optimizer="sgd:momentum=0", clip_norm=1e-3),
+        toy(21),
+    )
+    start = body(dtype=torch.float64)
+    fitted = fit(start, INPUTS, images, labels, CLASSES, recipe)
+    moved = [fitted.body.state_dict()[n] - p for n, p in start.state_dict().items()]
+    assert 0 < math.sqrt(sum(float(m.square().sum()) for m in moved)) <= 1.0001e-3
+
+
+def test_features_of_a_backbone_that_stays_are_computed_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("METAFT_CACHE", str(tmp_path))
+    recipe, (images, labels), val = Recipe(epochs=3, batch_size=8, lr=0.01), toy(90), toy(70, seed=3)
+    passes: list[int] = []
+
+    def counted(start: nn.Module) -> nn.Module:
+        start.register_forward_hook(lambda _, inputs, __: passes.append(len(inputs[0])))
+        return start
+
+    def head(start: nn.Module, **more: Any) -> Fitted:
+        return fit(
+            counted(start), INPUTS, images, labels, CLASSES, recipe, strategy=named("head"),
+            val_examples=val[0], val_labels=val[1], **more,
+        )  # fmt: skip
+
+    first = head(body())
+    once = sum(passes)
+    passes.clear()
+    second = head(body())
+    assert sum(passes) < once, "from the disk"
+    assert same(bits(first), bits(second)) and first.curve == second.curve
+    each = Extra(lambda objective, origin: lambda model, batch: objective(model, batch))  # which keeps nothing
+    slow = head(body(), extras=(each,))
+    for row, other in zip(first.curve, slow.curve, strict=True):
+        assert row == pytest.approx(other, rel=1e-4)
+    for damaged in tmp_path.iterdir():
+        damaged.write_bytes(damaged.read_bytes()[:-40])
+    assert same(bits(head(body())), bits(first))
+
+
+def test_features_of_other_code_with_the_same_values_are_not_taken(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("METAFT_CACHE", str(tmp_path))
+
+    class Body(nn.Module):
+        factor = 1.0
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.factor * self.weight * x.flatten(1)
+
+    x = Prepared(toy(70)[0], INPUTS, torch.empty(0))
+    first = features_of(Body(), x)
+    monkeypatch.setattr(Body, "factor", 2.0)
+    assert torch.equal(features_of(Body(), x), 2 * first)
 
 
 # Extras

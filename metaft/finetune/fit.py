@@ -1,4 +1,4 @@
-"""Fine-tuning by Adam and cross-entropy, one visible loop. Every random choice is a function of (seed, epoch)."""
+"""Fine-tuning, one visible loop. Every random choice is a function of (seed, epoch)."""
 
 from __future__ import annotations
 
@@ -14,13 +14,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metaft.errors import CheckpointError, MetaftError, NonFiniteError
-from metaft.finetune import heads
+from metaft import schedules
+from metaft.errors import NonFiniteError
+from metaft.finetune import heads, optim, strategies
 from metaft.finetune.examples import Prepared
 from metaft.finetune.extras import Batch, Extra, Origin, composed
-from metaft.finetune.strategies import STRATEGIES, Groups, Strategy
+from metaft.finetune.features import Features, in_parts
+from metaft.finetune.strategies import Groups, Strategy
 from metaft.inputs import Inputs
-from metaft.inputs.base import Examples, at_most
+from metaft.inputs.base import Examples
+from metaft.models.blocks import blocks_of
 from metaft.models.handed import copied
 from metaft.models.stored import with_stored_moments
 from metaft.runs.checkpoint import under
@@ -28,9 +31,6 @@ from metaft.sampler import Stream, raw_words, uniform
 from metaft.settings import Recipe
 
 SMALLER = "try a smaller --lr"
-
-OF_FREEZE = {"none": "full", "backbone": "head"}
-"""The strategy that each value of `Recipe.freeze` is."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -70,27 +70,33 @@ def fit(
     """Fine-tune a copy of `body` (features [n, D] out, EpisodeNorm inside) and a fresh head on raw examples [n, ...],
     which go to the body's device batch by batch.
 
-    `strategy` says what trains and at which rate in each step (None: as `recipe.freeze` says), `extras` change the
-    loss. Training batches are normalised with their own statistics; the result with those of all training examples,
-    stored at the end. With validation examples the epoch of the lowest validation loss is kept (inductively, as the
-    result will predict) and training stops after `patience` epochs without a better one. `on_epoch` gets a copy of all
-    that `resume` needs for the same bits. Raises NonFiniteError where the training or validation loss is not finite;
-    that of the last step, which no loss has seen, shows in the result alone.
+    `strategy` says what trains and at which rate in each step (None: as the recipe says), `extras` change the loss. The
+    rate of a parameter in a step is `recipe.lr` times the schedule's factor times the strategy's. Training batches are
+    normalised with their own statistics; the result with those of all training examples, stored at the end. Epochs in
+    which the body stays as it is are on features that were computed once, where those do not depend on the batch. With
+    validation examples the epoch of the lowest validation loss is kept (inductively, as the result will predict) and
+    training stops after `patience` epochs without a better one. `on_epoch` gets a copy of all that `resume` needs for
+    the same bits. Raises NonFiniteError where the training or validation loss is not finite; that of the last step,
+    which no loss has seen, shows in the result alone.
     """
-    strategy = STRATEGIES[OF_FREEZE[recipe.freeze]]() if strategy is None else strategy
+    strategy = strategies.named(recipe.trains) if strategy is None else strategy
+    schedule = schedules.make(recipe.schedule)
     like = _like(body)
     train, labels = Prepared(examples, inputs, like), labels.to(like.device)
+    val = None if val_examples is None or val_labels is None else Prepared(val_examples, inputs, like)
+    val = val if val is not None and len(val) else None
     steps = recipe.epochs * len(_batches(len(train), recipe.batch_size, seed, 0))
     model, groups = _start(body, train, labels, classes, recipe, seed, strategy, steps)
     # A parameter is a group of the optimiser by itself: its rate may change with every step.
-    optimizer = torch.optim.Adam([{"params": [p], "name": name} for name, p in _learning(model)], lr=recipe.lr)
+    optimizer = optim.named(recipe.optimizer)(_learning(model), recipe.lr)
     objective = composed(extras, Origin({n: p.detach().clone() for n, p in model.named_parameters()}, seed))
+    features = None if extras or recipe.augment != "none" else Features(model.get_submodule("body"), train, val)
     curve: list[dict[str, float]] = []
     best = (math.inf, {})
     if resume is not None:
-        resume = copy.deepcopy(dict(resume))  # Adam would go on to write into the tensors that it is given
+        resume = copy.deepcopy(dict(resume))  # an optimiser would go on to write into the tensors that it is given
         model.load_state_dict(resume["model"])
-        _put_moments(optimizer, resume["adam"], strategy.rates(groups, 0, steps))
+        optim.put_moments(optimizer, resume["adam"], strategy.rates(groups, 0, steps))
         curve, best = resume["curve"], (resume["best_loss"], resume["best"])
     settled = _settled(strategy, groups, recipe.epochs, steps)
     for epoch in range(len(curve), recipe.epochs):
@@ -98,28 +104,37 @@ def fit(
             break
         total, moves = 0.0, _moves(len(train), recipe, seed, epoch)
         batches = _batches(len(train), recipe.batch_size, seed, epoch)
+        stays = features is not None and _stays(strategy, groups, steps, epoch * len(batches), len(batches))
+        computed = features.train if features is not None and stays else None
         for number, batch in enumerate(batches):
-            rows = torch.from_numpy(batch)
-            raw = examples[rows] if moves is None else _augmented(examples[rows].to(like.device), moves[rows])
-            set_rates(optimizer, strategy.rates(groups, epoch * len(batches) + number, steps), recipe.lr)
-            loss = objective(model, Batch(train.prepare(raw), labels[rows.to(labels.device)], rows, epoch))
+            step, rows = epoch * len(batches) + number, torch.from_numpy(batch)
+            optim.set_rates(optimizer, strategy.rates(groups, step, steps), recipe.lr * schedule(step, steps))
+            y = labels[rows.to(labels.device)]
+            if computed is not None:
+                loss = F.cross_entropy(model.get_submodule("head")(computed[rows.to(computed.device)]), y)
+            else:
+                raw = examples[rows] if moves is None else _augmented(examples[rows].to(like.device), moves[rows])
+                loss = objective(model, Batch(train.prepare(raw), y, rows, epoch))
             optimizer.zero_grad()
             if loss.requires_grad:
                 loss.backward()
+            if recipe.clip_norm is not None:
+                nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_norm)
             optimizer.step()
             total += float(loss.detach()) * len(rows)
             should_stop()
         if not math.isfinite(total):
             raise NonFiniteError(f"epoch {epoch + 1}: the training loss is {total}; {SMALLER}")
         row = {"epoch": float(epoch + 1), "loss": total / len(train)}
-        if val_examples is not None and val_labels is not None and len(val_examples):
-            row |= _validate(model, train, Prepared(val_examples, inputs, like), val_labels.to(like.device))
+        if val is not None and val_labels is not None:
+            known = features.val if features is not None and stays else None
+            row |= _validate(model, train, val, val_labels.to(like.device), known)
             if not math.isfinite(row["val_loss"]):
                 raise NonFiniteError(f"epoch {epoch + 1}: the validation loss is {row['val_loss']}; {SMALLER}")
             if row["val_loss"] < best[0]:
                 best = (row["val_loss"], copy.deepcopy(model.state_dict()))
         curve.append(row)
-        state = {"model": model.state_dict(), "adam": _moments(optimizer), "curve": curve}
+        state = {"model": model.state_dict(), "adam": optim.moments_of(optimizer), "curve": curve}
         on_epoch(copy.deepcopy({**state, "best_loss": best[0], "best": best[1]}))
     if best[1]:
         model.load_state_dict(best[1])
@@ -149,51 +164,15 @@ def unflatten(tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> dict[s
     }
 
 
-def _moments(optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
-    """Adam's state by the parameters' names; of those that never moved there is none."""
-    parameters = {group["name"]: p for group in optimizer.param_groups for p in group["params"]}
-    return {name: dict(optimizer.state[p]) for name, p in parameters.items() if p in optimizer.state}
-
-
-def _put_moments(
-    optimizer: torch.optim.Optimizer, moments: Mapping[str, Mapping[str, Tensor]], rates: Mapping[str, float]
-) -> None:
-    """The inverse of `_moments`. Older checkpoints have numbers of what trained in the place of names."""
-    parameters = {g["name"]: p for g in optimizer.param_groups for p in g["params"]}
-    trained = [name for name in parameters if rates.get(name)]
-    for key, slots in moments.items():
-        numbered = key.isdecimal()
-        name = key if not numbered else trained[int(key)] if int(key) < len(trained) else ""
-        p = parameters.get(name)
-        if p is None or any(slot != "step" and value.shape != p.shape for slot, value in slots.items()):
-            raise CheckpointError(f"resume: the state of Adam for {key!r} in the checkpoint is of no parameter here")
-        optimizer.state[p] = {slot: value if slot == "step" else value.to(p) for slot, value in slots.items()}
-
-
 def groups_of(model: nn.Module) -> Groups:
-    """Names of the parameters that can learn, layer by layer from the input to the head, which is one group."""
-    layers: dict[str, list[str]] = {}
-    for name, _ in _learning(model):
-        layers.setdefault("head" if name.startswith("head.") else name.rpartition(".")[0], []).append(name)
-    head = layers.pop("head", [])
-    return (*map(tuple, layers.values()), tuple(head))
+    """Names of the parameters that can learn, block by block from the input to the head, which is one group."""
+    body = tuple(tuple(f"body.{name}" for name in block) for block in blocks_of(model.get_submodule("body")))
+    return (*body, tuple(name for name, _ in _learning(model) if name.startswith("head.")))
 
 
 def _learning(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """Parameters that the user did not freeze, by name, as long as no strategy has set any rate."""
     return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-
-
-def set_rates(optimizer: torch.optim.Optimizer, rates: Mapping[str, float], lr: float) -> None:
-    """Give each parameter its factor of `lr`; those of factor 0 get no gradient, so that Adam leaves them alone. Raises
-    MetaftError for a rate of what is no parameter."""
-    if unknown := rates.keys() - {group["name"] for group in optimizer.param_groups}:
-        raise MetaftError(f"strategy: it has rates for {sorted(unknown)[:4]}, which are no parameters that can train")
-    for group in optimizer.param_groups:
-        factor = rates.get(group["name"], 0.0)
-        group["lr"] = lr * factor
-        for p in group["params"]:
-            p.requires_grad_(factor > 0)
 
 
 def _like(body: nn.Module) -> Tensor:
@@ -219,8 +198,7 @@ def _start(
     head = heads.build(recipe.head, features, labels, classes, head_seed(seed))
     model = strategy.prepare(nn.ModuleDict({"body": body, "head": head}), seed)
     groups = groups_of(model)
-    of_body = {name for group in groups[:-1] for name in group}
-    if not any(of_body & {n for n, r in strategy.rates(groups, s, steps).items() if r} for s in range(max(1, steps))):
+    if _stays(strategy, groups, steps, 0, max(1, steps)):
         # Nothing below the head may ever change, statistics included.
         model.set_submodule("body", with_stored_moments(model.get_submodule("body"), train).eval())
     return model, groups
@@ -239,6 +217,15 @@ def _settled(strategy: Strategy, groups: Groups, epochs: int, steps: int) -> int
     return max((i for i in range(1, epochs) if trained[i] != trained[i - 1]), default=0)
 
 
+def _stays(strategy: Strategy, groups: Groups, steps: int, first: int, count: int) -> bool:
+    """Whether no parameter below the head moves in `count` steps from the `first` on."""
+    of_body = {name for group in groups[:-1] for name in group}
+    return not any(
+        of_body & {name for name, rate in strategy.rates(groups, step, steps).items() if rate}
+        for step in range(first, first + count)
+    )
+
+
 def _stale(curve: list[dict[str, float]], patience: int) -> bool:
     """Whether the lowest validation loss is `patience` epochs old."""
     losses = [row["val_loss"] for row in curve if "val_loss" in row]
@@ -250,14 +237,12 @@ def _stored(body: nn.Module, train: Prepared) -> nn.Module:
 
 
 @torch.no_grad()
-def in_parts(module: nn.Module, x: Prepared) -> Tensor:
-    """What a module that treats each row by itself makes of x, part by part."""
-    return torch.cat([module(part) for part in dataclasses.replace(x, at_once=at_most(x.inputs.shape, 256))])
-
-
-@torch.no_grad()
-def _validate(model: nn.Module, train: Prepared, val: Prepared, y: Tensor) -> dict[str, float]:
-    logits = model.get_submodule("head")(in_parts(_stored(model.get_submodule("body"), train), val))
+def _validate(
+    model: nn.Module, train: Prepared, val: Prepared, y: Tensor, features: Tensor | None = None
+) -> dict[str, float]:
+    if features is None:
+        features = in_parts(_stored(model.get_submodule("body"), train), val)
+    logits = model.get_submodule("head")(features)
     return {
         "val_loss": float(F.cross_entropy(logits, y)),
         "val_accuracy": float((logits.argmax(-1) == y).float().mean()),

@@ -18,6 +18,7 @@ from metaft.finetune.target import Target
 from metaft.options import flat
 from metaft.runs.folder import RunFolder, read_rows
 from metaft.runs.machine import where_measured
+from metaft.settings import Recipe
 
 
 def result_of(folder: RunFolder, setup: Setup, position: Position, device: str) -> dict[str, Any]:
@@ -47,7 +48,7 @@ def result_of(folder: RunFolder, setup: Setup, position: Position, device: str) 
         "data": target.name,
         "classes": list(target.class_names),
         "method": config.method,
-        **({"inner_steps": config.inner.inner_steps} if config.recipe is None else flat(config.recipe)),
+        **({"inner_steps": config.inner.inner_steps} if config.recipe is None else recipe_of(config.recipe)),
         "seed": config.draws.seed,
         "last_seed": config.draws.seed + config.draws.seeds - 1,
         "device": device,
@@ -63,6 +64,11 @@ def result_of(folder: RunFolder, setup: Setup, position: Position, device: str) 
         **views(entries, gains, draws),
         "seconds": round(seconds(timing), 3),
     }
+
+
+def recipe_of(recipe: Recipe) -> dict[str, Any]:
+    """The settings of a fit, with what trains in words of `--strategy`."""
+    return {**flat(recipe), "strategy": recipe.trains}
 
 
 def entry(name: str, fits: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -13,11 +13,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from metaft import plugin
+from metaft import plugin, schedules
 from metaft._version import __version__
 from metaft.config import AdaptConfig, Init, of_other_method
 from metaft.defaults import check_steps, device_of
 from metaft.errors import DataError, MetaftError, no_such
+from metaft.finetune import optim, strategies
 from metaft.finetune import target as targets
 from metaft.finetune.inner import check_inner
 from metaft.finetune.target import Target
@@ -98,7 +99,9 @@ def prepared(
     if config.target.data.startswith("glyphs:"):
         open_values["shots_per_class"] = GLYPH_SHOTS
     if config.method == "finetune":
-        config = dataclasses.replace(config, recipe=config.recipe or Recipe())
+        recipe = config.recipe or Recipe()
+        _check(recipe)
+        config = dataclasses.replace(config, recipe=recipe)
     else:
         config, open_values["inner_steps"] = _of_inner_method(config, start, len(target.class_names))
     left = flat(config)
@@ -197,8 +200,8 @@ def _contenders(
     if start.meta is not None:
         chance = scratch(start, lambda: images.plain.inputs)
         recipe = config.recipe
-        if recipe is not None and whole:
-            recipe = dataclasses.replace(recipe, freeze="none")
+        if recipe is not None and whole and recipe.trains != "full":
+            recipe = dataclasses.replace(recipe, freeze="none", strategy="full")
         elif chance.settings is None:  # and hence no inner loop
             recipe = Recipe()
         yield Contender(chance.label, chance, images.of(chance), recipe)
@@ -216,6 +219,22 @@ def scratch(start: Start, inputs: Callable[[], Inputs]) -> Start:
     if is_published(start.architecture["name"]):
         return from_nothing(inputs())
     return dataclasses.replace(start, label=RANDOM, meta=None, norm="adapt")
+
+
+def _check(recipe: Recipe) -> None:
+    """Raises MetaftError for a strategy, optimiser or schedule that there is not, and two strategies."""
+    if recipe.freeze == "backbone" and recipe.trains != "head":
+        raise MetaftError(f"freeze: backbone is --strategy head, and --strategy {recipe.trains} is given")
+    for field, text, make in (
+        ("strategy", recipe.trains, strategies.named),
+        ("optimizer", recipe.optimizer, optim.named),
+        ("schedule", recipe.schedule, schedules.make),
+    ):
+        try:
+            make(text)
+        except MetaftError as error:
+            said = str(error).removeprefix(f"{field}: ")
+            raise MetaftError(f"{field}: {said}" + ("" if repr(text) in said else f" (given {text!r})")) from None
 
 
 def _of_inner_method(config: AdaptConfig, start: Start, classes: int) -> tuple[AdaptConfig, int]:

@@ -233,7 +233,7 @@ def _time(measure: Callable[[Shape, Form], float], shape: Shape, form: Form) -> 
 
 def _read() -> dict[str, Form]:
     """The cache file; what is not whole counts as not there."""
-    from metaft.tasks.cache import cache_folder  # that package imports this one's
+    from metaft.support.cache import cache_folder  # that package imports this one's
 
     try:
         folder = cache_folder()
@@ -244,7 +244,7 @@ def _read() -> dict[str, Form]:
 
 
 def _write() -> None:
-    from metaft.tasks.cache import keep
+    from metaft.support.cache import keep
 
     merged = json.dumps({**_read(), **_known}, indent=0, sort_keys=True)  # another process may have written since
     keep(_FILE, lambda stream: stream.write(merged.encode()))

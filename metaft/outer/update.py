@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from metaft import schedules
 from metaft.config import Settled
 from metaft.errors import CheckpointError
 from metaft.types import Params
@@ -15,9 +15,7 @@ from metaft.types import Params
 
 def outer_lr(config: Settled, step: int) -> float:
     """Outer learning rate of meta-step `step` (0-based) under `--outer-schedule`."""
-    done = step / config.outer.iterations
-    factor = {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1.0 + math.cos(math.pi * done))}
-    return config.outer.outer_lr * factor[config.outer.outer_schedule]
+    return config.outer.outer_lr * schedules.make(config.outer.outer_schedule)(step, config.outer.iterations)
 
 
 def clipped(parts: Sequence[Tensor], config: Settled) -> list[Tensor]:

@@ -28,8 +28,8 @@ from metaft.inputs.listing import (
 )
 from metaft.inputs.pictures import READER_VERSION, Pictures, depth_note, fingerprint, looks_grey, read_all, rows_of
 from metaft.inputs.reading import border, is_dark_on_bright
+from metaft.support.cache import cached
 from metaft.support.paths import local
-from metaft.tasks.cache import cached
 from metaft.tasks.pool import ClassPool
 from metaft.types import SPLITS
 

@@ -18,7 +18,7 @@ from PIL import Image, features
 from metaft.errors import DataError
 from metaft.inputs import ImageInputs
 from metaft.sampler import Stream, raw_words, uniform
-from metaft.tasks.cache import cached
+from metaft.support.cache import cached
 from metaft.tasks.letters import SCRIPTS, face_paths, faces_of, ink, load_face, table
 from metaft.tasks.pool import ClassPool
 from metaft.types import SPLITS

@@ -36,15 +36,15 @@ from metaft.finetune.setup import Setup
 from metaft.inputs import ImageInputs
 from metaft.runs import checkpoint
 from metaft.runs.folder import read_rows
+from metaft.settings import Recipe
 
 
 def test_the_settings_reach_the_fit(runs: dict[str, Path], data: Path, tmp_path: Path, fits: list[Seen]) -> None:
     given = {"lr": 0.01, "epochs": 2, "batch_size": 9, "head": "cosine", "freeze": "backbone", "augment": "basic"}
     assert adapt.main(words(runs["maml"], data, tmp_path / "o", seed=4, patience=7, **given)) == 0
-    wholes = [given, {**given, "freeze": "none"}]  # frozen random features would be nothing to be better than
-    assert [(dataclasses.asdict(seen.recipe), seen.seed) for seen in fits] == [
-        ({**w, "patience": 7}, 4) for w in wholes
-    ]
+    recipe = {**dataclasses.asdict(Recipe()), **given, "patience": 7}
+    whole = {**recipe, "freeze": "none", "strategy": "full"}  # frozen random features are nothing to be better than
+    assert [(dataclasses.asdict(seen.recipe), seen.seed) for seen in fits] == [(recipe, 4), (whole, 4)]
     assert {k: result_of(tmp_path / "o")[k] for k in given} == given
 
 
@@ -62,6 +62,8 @@ def test_what_is_left_open_is_written_down(runs: dict[str, Path], data: Path, tm
         "epochs": 40,
         "patience": 10,
         "lr": 0.003,
+        "optimizer": "adam",
+        "schedule": "constant",
         "batch_size": 32,
         "head": "linear",
         "freeze": "none",

@@ -24,7 +24,7 @@ from metaft.runs import checkpoint
 from metaft.runs.folder import RunFolder
 from metaft.runs.opened import open_run
 from metaft.runs.snapshot import load_snapshot
-from metaft.tasks import cache
+from metaft.support import cache
 
 FLIPS = 200 if FULL else 20
 EVERY = 4096 if FULL else 65536

@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping
 from torch import nn
 
 Groups = tuple[tuple[str, ...], ...]
-"""Names of the parameters that can be trained, from the input to the head, which is the last group. Names are those in
-a module of "body" and "head"."""
+"""Names of the parameters that can be trained, block by block (see `metaft.models.blocks`) from the input to the head,
+which is the last group. Names are those in a module of "body" and "head"."""
 
 
 def same(model: nn.Module) -> nn.Module:
