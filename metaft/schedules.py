@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from functools import partial
@@ -60,6 +61,7 @@ SCHEDULES: dict[str, Callable[..., Schedule]] = {
 """`warmup` is the share of all steps in which the rate rises."""
 
 
+@functools.cache
 def make(text: str) -> Schedule:
     """`NAME[:warmup=SHARE]`. Raises MetaftError that begins with `schedule`."""
     return bind("schedule", text, SCHEDULES)()

@@ -372,8 +372,8 @@ def test_frozen_values_stay_to_the_bit_and_a_resume_goes_on_alike(strategy: str,
         epochs=4, batch_size=8, lr=0.01, optimizer=optimizer, schedule="cosine:warmup=0.1", clip_norm=0.5, patience=2
     )  # fmt: skip
     (images, labels), val = toy(21), toy(9, seed=3)
-    states: list[dict[str, Any]] = []
-    more = {"strategy": made, "val_examples": val[0], "val_labels": val[1]}
+    states: list[Mapping[str, Any]] = []
+    more: dict[str, Any] = {"strategy": made, "val_examples": val[0], "val_labels": val[1]}
     whole = fit(body(), INPUTS, images, labels, CLASSES, recipe, on_epoch=states.append, **more)
     frozen = {"second-half": 0, "last:blocks=1": 1, "head": 0}[strategy]
     still = {f"body.{name}" for block in blocks_of(body())[: -frozen or None] for name in block}

@@ -225,16 +225,18 @@ def _check(recipe: Recipe) -> None:
     """Raises MetaftError for a strategy, optimiser or schedule that there is not, and two strategies."""
     if recipe.freeze == "backbone" and recipe.trains != "head":
         raise MetaftError(f"freeze: backbone is --strategy head, and --strategy {recipe.trains} is given")
-    for field, text, make in (
-        ("strategy", recipe.trains, strategies.named),
-        ("optimizer", recipe.optimizer, optim.named),
-        ("schedule", recipe.schedule, schedules.make),
-    ):
-        try:
-            make(text)
-        except MetaftError as error:
-            said = str(error).removeprefix(f"{field}: ")
-            raise MetaftError(f"{field}: {said}" + ("" if repr(text) in said else f" (given {text!r})")) from None
+    _make("strategy", recipe.trains, strategies.named)
+    _make("optimizer", recipe.optimizer, optim.named)
+    _make("schedule", recipe.schedule, schedules.make)
+
+
+def _make(field: str, text: str, make: Callable[[str], object]) -> None:
+    """Raises MetaftError that names the field and holds the text."""
+    try:
+        make(text)
+    except MetaftError as error:
+        said = str(error).removeprefix(f"{field}: ")
+        raise MetaftError(f"{field}: {said}" + ("" if repr(text) in said else f" (given {text!r})")) from None
 
 
 def _of_inner_method(config: AdaptConfig, start: Start, classes: int) -> tuple[AdaptConfig, int]:
