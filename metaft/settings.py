@@ -333,8 +333,12 @@ class StartSettings(Group):
     ] = None
     compare: Annotated[
         tuple[str, ...],
-        Option("Further starts, on the same images; may be given several times.", metavar="START"),
+        Option("Further starts, on the same images; several may be given.", metavar="START"),
     ] = ()
+    probe: Annotated[
+        bool | None,
+        Option("Logistic regression on the start's own features beside it (auto: on, but for a random start)."),
+    ] = None
     image_size: ImageSize = None
     init_norm: Norm = None
 

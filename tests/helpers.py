@@ -179,7 +179,8 @@ def meta_trained(out: Path, squares: Path, **changes: Any) -> Path:
 def words(init: Path, data: Path, out: Path, **changes: Any) -> list[str]:
     """A command line of metaft.adapt. Settings that are None are left away."""
     settings = {**ADAPT, "init": init, "data": f"folder:{data}", **changes, "out": out}
-    return options({k: v for k, v in settings.items() if v is not None})
+    # Without the probe, which has tests of its own.
+    return ["--no-probe", *options({k: v for k, v in settings.items() if v is not None})]
 
 
 def inner_words(init: Path, data: Path, out: Path, **changes: Any) -> list[str]:

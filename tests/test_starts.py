@@ -295,8 +295,8 @@ def test_a_further_start_is_compared_on_the_same_pictures(weights: Path, photos:
     argv = ["--init", init, "--compare", other, "--data", f"folder:{photos}", "--image-size", "32", "--epochs", "2"]
     assert adapt.main([*argv, "--lr", "0.001", "--device", "cpu", "--out", str(tmp_path / "o")]) == 0
     result = json.loads((tmp_path / "o/result.json").read_text())
-    assert [each["name"] for each in result["starts"]] == ["shuffle.pth", "shuffle.pth (2)", "random"]
-    assert result["starts"][0]["accuracy"] == result["starts"][1]["accuracy"]  # the same weights by another name
+    assert [each["name"] for each in result["starts"]] == ["shuffle.pth", "probe", "shuffle.pth (2)", "random"]
+    assert result["starts"][0]["accuracy"] == result["starts"][2]["accuracy"]  # the same weights by another name
     assert {gain["over"]: gain["mean"] for gain in result["gains"]}["shuffle.pth (2)"] == 0.0
 
 

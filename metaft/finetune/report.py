@@ -28,41 +28,72 @@ def text(result: Mapping[str, Any]) -> str:
     if r["method"] == "inner":
         how = f"adapted by {r['inner_steps']} steps of the run's own inner loop"
     else:
-        how = f"fine-tuned by Adam at {r['lr']:g}, {r['head']} head, {r['epochs_run']} of at most {r['epochs']} epochs"
+        how = (
+            f"fine-tuned ({r['strategy']}) by {r['optimizer']} at {r['lr']:g}, {r['head']} head, {r['epochs_run']} of "
+        )
+        how += f"at most {r['epochs']} epochs"
     lines = [f"{what}{val}, {r['test_images']} to test", f"{how}, from {_init(r)}, in {duration(r['seconds'])}"]
     lines += [f"note: {note}" for note in r["notes"]]
+    lines += [f"note: {_row(start)}: {warning}" for start in r["starts"] for warning in start.get("warnings", ())]
     lines += ["", *_figures(r), ""]
     lines += _table(r["per_class"], _mistaken(short_names(r["classes"]), r["confusion"]))
     return "\n".join(lines)
 
 
 def plainly(result: Mapping[str, Any]) -> str:
-    """What was gained, in a sentence or two."""
-    shots = result["train_images_per_class"]
-    images = f"{shots} image{'s' if shots != 1 else ''} per class" if shots else f"{result['train_images']} images"
-    images += " to train on"
-    if result["val_images"]:
-        val = result["val_images_per_class"]
-        images += f" and {val} to validate" if shots and val else f" and {result['val_images']} in all to validate"
+    """What was gained, in a sentence for each start that the first one is compared with, and what follows from it."""
     first, *others = result["starts"]
     several = first["mean"]["draws"] > 1
     right = [_of_100(start["mean"]["accuracy"] if several else start["accuracy"]) for start in result["starts"]]
-    if not others:
-        return f"With {images}, {_of_100(first['accuracy'])} of 100 new images get the right label."
-    label = f"the {_called(first)} initialisation"
-    sentence = f"With {images}, {right[0]} of 100 new images get the right label after starting from {label}"
+    said = [f"With {_shots(result)}, {right[0]} of 100 new images get the right label from {_from(first, result)}."]
     for start, share, gain in zip(others, right[1:], result["gains"], strict=True):
         points = gain["mean"] if several else first["accuracy"] - start["accuracy"]
         over = f" (mean of {gain['draws']} draws, ± {100 * gain['ci95']:.1f})" if several else ""
-        sentence += (
-            f", and {share} of 100 after the same training from a {_called(start)} one: {abs(100 * points):.1f} points "
-            f"{'gained' if points >= 0 else 'lost'}{over}"
-        )
-    return f"{sentence}."
+        word = "gained" if points >= 0 else "lost"
+        said.append(f"{_instead(start, result)} {share}: {abs(100 * points):.1f} points {word}{over}, {_sure(gain)}.")
+    return " ".join(said)
+
+
+def _shots(r: Mapping[str, Any]) -> str:
+    shots = r["train_images_per_class"]
+    images = f"{shots} image{'s' if shots != 1 else ''} per class" if shots else f"{r['train_images']} images"
+    images += " to train on"
+    if r["val_images"]:
+        val = r["val_images_per_class"]
+        images += f" and {val} to validate" if shots and val else f" and {r['val_images']} in all to validate"
+    return images
+
+
+def _from(first: Mapping[str, Any], r: Mapping[str, Any]) -> str:
+    how = "the run's inner loop" if r["method"] == "inner" else f"strategy {r['strategy']}"
+    return f"the {_called(first)} start by {how}"
+
+
+def _instead(start: Mapping[str, Any], r: Mapping[str, Any]) -> str:
+    """The beginning of the sentence on another start."""
+    if start["name"] == "probe":
+        return "The probe, a logistic regression on the same start's features, gets"
+    if start["name"] == "random":
+        return f"A random start{'' if r['method'] == 'inner' else ', all of it trained,'} gets"
+    return f"The {_called(start)} start gets"
+
+
+def _sure(gain: Mapping[str, Any]) -> str:
+    """What a paired interval says of a difference."""
+    if gain["ci95"] is None:
+        return "one draw, which tells nothing of the next"
+    if abs(gain["mean"]) <= gain["ci95"]:
+        return "no difference that these draws can tell from chance"
+    return "more than chance" if gain["mean"] > 0 else "less, and not by chance"
 
 
 def _called(start: Mapping[str, Any]) -> str:
     return "handed over" if start["name"] == "own values" else start["name"]
+
+
+def _row(start: Mapping[str, Any]) -> str:
+    """What a start's row of figures is called."""
+    return start["name"] if start["name"] == "probe" else f"{_called(start)} start"
 
 
 def _of_100(share: float) -> str:
@@ -80,15 +111,15 @@ def _init(r: Mapping[str, Any]) -> str:
 
 
 def _figures(r: Mapping[str, Any]) -> list[str]:
-    """Accuracy and macro figures of the starts, and what the first gained over each of the others."""
-    names = ("accuracy", "macro_precision", "macro_recall", "macro_f1")
-    heads = ("accuracy", "macro precision", "macro recall", "macro F1")
+    """The figures of the starts, and what the first gained over each of the others."""
+    names = ("accuracy", "balanced_accuracy", "macro_precision", "macro_recall", "macro_f1", "calibration_error")
+    heads = ("accuracy", "balanced", "macro precision", "macro recall", "macro F1", "calibration err.")
     first, *others = r["starts"]
     wide = max(22, *(2 + len(_over("paired gain", start, others)) for start in others)) if others else 22
     lines = [" " * (2 + wide) + "".join(f"{name:>17}" for name in heads) + "   test, %"]
     for start in r["starts"]:
         figures = "".join(f"{100 * start[name]:>17.2f}" for name in names)
-        lines += [f"  {_called(start) + ' start':<{wide}}{figures}"]
+        lines += [f"  {_row(start):<{wide}}{figures}"]
     for start in others:
         gain = "".join(f"{100 * (first[name] - start[name]):>+17.2f}" for name in names)
         lines += [f"  {_over('gain', start, others):<{wide}}{gain}   points"]
@@ -98,7 +129,7 @@ def _figures(r: Mapping[str, Any]) -> list[str]:
         lines += ["", f"accuracy, {of}; the figures above and below are of the first"]
         for start in r["starts"]:
             mean = start["mean"]
-            lines += [f"  {_called(start) + ' start':<{wide}}{_ci(mean['accuracy'], mean['ci95'])} %"]
+            lines += [f"  {_row(start):<{wide}}{_ci(mean['accuracy'], mean['ci95'])} %"]
         for start, gain in zip(others, r["gains"], strict=True):
             over = _over("paired gain", start, others)
             lines += [f"  {over:<{wide}}{_ci(gain['mean'], gain['ci95'])} points"]
@@ -149,15 +180,22 @@ def draw_pictures(
     """
     rows = [row for row in read_rows(run.metrics) if row["draw"] == 0]
     kept = {start["name"]: start["kept_epoch"] for start in result["starts"]}
-    curves = {name: [row for row in rows if row["start"] == name] for name in kept}
-    confusion, learning, mistakes = (run.plots / f"{stem}.png" for stem in ("confusion", "learning", "mistakes"))
+    curves = {name: [row for row in rows if row["start"] == name] for name in kept if name != "probe"}
+    stems = ("confusion", "learning", "mistakes", "calibration")
+    confusion, learning, mistakes, calibration = (run.plots / f"{stem}.png" for stem in stems)
     return drawn(
         {
             confusion: lambda: plotting().confusion(confusion, result["confusion"], target.class_names),
             learning: lambda: _draw_learning(learning, result, curves, kept),
             mistakes: lambda: _draw_mistakes(mistakes, classifier, target, test),
+            calibration: lambda: plotting().calibration(calibration, _calibrations(result)),
         }
     )
+
+
+def _calibrations(result: Mapping[str, Any]) -> dict[str, Any]:
+    """Of each start its bins and error."""
+    return {_row(s): (s["calibration"], s["calibration_error"]) for s in result["starts"] if "calibration" in s}
 
 
 def _draw_learning(path: Path, result: Mapping[str, Any], curves: Mapping[str, Any], kept: Mapping[str, int]) -> None:

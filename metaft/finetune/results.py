@@ -13,8 +13,9 @@ from metaft._version import __version__
 from metaft.finetune.draws import VALIDATION_FROM, Rows
 from metaft.finetune.scores import mean_t95
 from metaft.finetune.setup import Setup
-from metaft.finetune.study import Position, draws_differ, rows_of, seconds
+from metaft.finetune.study import TABLES, Position, draws_differ, rows_of, seconds
 from metaft.finetune.target import Target
+from metaft.finetune.warned import warnings_of
 from metaft.options import flat
 from metaft.runs.folder import RunFolder, read_rows
 from metaft.runs.machine import where_measured
@@ -38,7 +39,16 @@ def result_of(folder: RunFolder, setup: Setup, position: Position, device: str) 
     draws = [fits[i : i + len(contenders)] for i in range(0, len(fits), len(contenders))]
     columns = list(zip(*draws, strict=True))
     labels = [contender.label for contender in contenders]
-    entries = [entry(label, column) for label, column in zip(labels, columns, strict=True)]
+    rows_of_first = [row for row in position.rows if row["draw"] == 0]
+    entries = [
+        entry(label, column)
+        | {
+            "warnings": warnings_of(
+                column[0], [row for row in rows_of_first if row["start"] == label], len(target.class_names)
+            )
+        }
+        for label, column in zip(labels, columns, strict=True)
+    ]
     gains = [gain(labels[0], label, columns[0], column) for label, column in zip(labels[1:], columns[1:], strict=True)]
     return {
         "command": "adapt",
@@ -95,7 +105,7 @@ def views(
     mean = {"draws": len(draws), "accuracy": first["mean"]["accuracy"], "accuracy_ci95": first["mean"]["ci95"]}
     scratch = None
     if last is not None:
-        scratch = {k: v for k, v in last.items() if k not in ("name", "mean", "per_class", "confusion")}
+        scratch = {k: v for k, v in last.items() if k not in ("name", "mean", *TABLES)}
         mean |= {"scratch_accuracy": last["mean"]["accuracy"], "scratch_accuracy_ci95": last["mean"]["ci95"]}
     return {
         **{k: v for k, v in first.items() if k not in ("name", "mean", "epochs", "seconds")},

@@ -8,28 +8,58 @@ from typing import Any
 
 import numpy as np
 
+BINS = 15
+"""Of confidences, for the calibration error."""
 
-def scores(labels: np.ndarray, predicted: np.ndarray, class_names: Sequence[str]) -> dict[str, Any]:
-    """Accuracy, macro precision, recall and F1, the same per class, and the confusion matrix (rows: true class).
 
-    A class that is never predicted has precision 0; the macro figures are means over all classes.
+def scores(labels: np.ndarray, probabilities: np.ndarray, class_names: Sequence[str]) -> dict[str, Any]:
+    """Of probabilities [n, classes]: accuracy, balanced accuracy, macro precision, recall and F1, the same per class,
+    the confusion matrix (rows: true class), and the calibration error with its bins.
+
+    A class that is never predicted has precision 0. Macro figures are means over the classes that have test images, and
+    balanced accuracy is their mean recall.
     """
     from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
-    every = np.arange(len(class_names))
+    predicted, every = probabilities.argmax(-1), np.arange(len(class_names))
     columns = precision_recall_fscore_support(labels, predicted, labels=every, zero_division=0.0)  # type: ignore[arg-type]
     precision, recall, f1, count = (np.asarray(column) for column in columns)
+    there = count > 0
+    error, bins = calibration(labels, probabilities)
     return {
         "accuracy": float((labels == predicted).mean()),
-        "macro_f1": float(np.mean(f1)),
-        "macro_precision": float(np.mean(precision)),
-        "macro_recall": float(np.mean(recall)),
+        "balanced_accuracy": float(np.mean(recall[there])),
+        "macro_f1": float(np.mean(f1[there])),
+        "macro_precision": float(np.mean(precision[there])),
+        "macro_recall": float(np.mean(recall[there])),
+        "calibration_error": error,
+        "calibration": bins,
         "per_class": [
             {"class": name, "test_images": int(n), "precision": float(p), "recall": float(r), "f1": float(f)}
             for name, n, p, r, f in zip(class_names, count, precision, recall, f1, strict=True)
         ],
         "confusion": confusion_matrix(labels, predicted, labels=every).tolist(),
     }
+
+
+def calibration(labels: np.ndarray, probabilities: np.ndarray) -> tuple[float, list[dict[str, float]]]:
+    """The expected calibration error, sum over bins of n_b / n |accuracy_b - confidence_b|, and the bins.
+
+    `BINS` bins of equal width hold the predictions by their largest probability (Guo et al. 2017,
+    https://arxiv.org/abs/1706.04599, eq. 3); those without any are left out.
+    """
+    confidence, right = probabilities.max(-1), probabilities.argmax(-1) == labels
+    numbers = np.minimum((confidence * BINS).astype(int), BINS - 1)
+    bins = [
+        {
+            "confidence": float(confidence[numbers == b].mean()),
+            "accuracy": float(right[numbers == b].mean()),
+            "images": int((numbers == b).sum()),
+        }
+        for b in np.unique(numbers)
+    ]
+    error = math.fsum(b["images"] * abs(b["accuracy"] - b["confidence"]) for b in bins) / len(labels)
+    return error, bins
 
 
 def mean_t95(values: Sequence[float]) -> tuple[float, float | None]:

@@ -44,6 +44,10 @@ GLYPH_SHOTS = 5
 MEAN_HEAD_STEPS = 30
 
 
+PROBE = "probe"
+"""The label of logistic regression on the start's features."""
+
+
 class Contender(NamedTuple):
     """One of those that a run compares, on the same images."""
 
@@ -53,7 +57,9 @@ class Contender(NamedTuple):
     target: Target
     """The images as this start takes them."""
     recipe: Recipe | None
-    """None: the run's own inner loop."""
+    """None: the run's own inner loop, or the probe."""
+    probe: bool = False
+    """Whether it is logistic regression on the start's features."""
 
 
 class Setup(NamedTuple):
@@ -95,6 +101,7 @@ def prepared(
     else:
         named = str(paths.absolute(init))
     start = dataclasses.replace(start, name=named)
+    _check_probe(config, start)
     open_values: dict[str, Any] = {"init": named}
     if config.target.data.startswith("glyphs:"):
         open_values["shots_per_class"] = GLYPH_SHOTS
@@ -192,7 +199,9 @@ def _contenders(
     """The start, those that it is to be compared with, and chance, which has the whole of an architecture train
     whatever else does: frozen random features are nothing to be better than. Older runs did not (`whole` False)."""
     yield Contender(start.label, start, images.of(start), config.recipe)
-    labels = {start.label, RANDOM}
+    if start.meta is not None and config.start.probe is not False:
+        yield Contender(PROBE, start, images.of(start), None, probe=True)
+    labels = {start.label, PROBE, RANDOM}
     for other, name in zip(others, config.start.compare, strict=True):
         label = _another(names.label_of(name), labels)
         labels.add(label)
@@ -250,6 +259,12 @@ def _of_inner_method(config: AdaptConfig, start: Start, classes: int) -> tuple[A
     check_inner(start, classes)
     mean_head = start.head_rows not in (None, classes)
     return config, MEAN_HEAD_STEPS if mean_head else start.settings.test.test_inner_steps
+
+
+def _check_probe(config: AdaptConfig, start: Start) -> None:
+    """Raises MetaftError for a probe of features that nothing has learned."""
+    if config.start.probe and start.meta is None:
+        raise MetaftError("probe: a random start has no features worth one (given True)")
 
 
 def _check_values(config: AdaptConfig, module: nn.Module | None, values: Init) -> None:

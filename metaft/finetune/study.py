@@ -15,9 +15,11 @@ import torch
 from metaft.errors import CheckpointError, NonFiniteError
 from metaft.finetune.classifier import Classifier, save
 from metaft.finetune.draws import Rows
-from metaft.finetune.examples import Part
+from metaft.finetune.examples import Part, Prepared
+from metaft.finetune.features import features_of
 from metaft.finetune.fit import SMALLER, Fitted, fit, flatten, unflatten
 from metaft.finetune.inner import FEWER, inner
+from metaft.finetune.probe import probe
 from metaft.finetune.scores import scores
 from metaft.finetune.setup import Contender, Setup
 from metaft.finetune.target import Target
@@ -25,6 +27,9 @@ from metaft.runs import checkpoint
 from metaft.runs.checkpoint import write_atomically
 from metaft.runs.folder import RunFolder, append_row
 from metaft.starts.base import body
+
+TABLES = ("per_class", "confusion", "calibration")
+"""Figures that are kept of the first draw alone."""
 
 SAVE_EVERY = 5.0  # seconds; a killed run loses at most these
 
@@ -86,11 +91,12 @@ def study(
             fitted = _fit(setup, contender, rows, draw, device, journal.position.current, should_stop, on_epoch)
             classifier = Classifier(fitted.body, fitted.head, target.inputs, target.class_names)
             advice = FEWER if contender.recipe is None else SMALLER
-            figures = test(classifier, target, rows.test, advice)
+            stays = contender.probe or (contender.recipe is not None and contender.recipe.trains == "head")
+            figures = test(classifier, target, rows.test, advice, stays=stays)
             if number == 0:
                 save(run.classifier, classifier, start.architecture, {"init": start.name, "data": target.name})
             if draw > 0:  # the first draw's tables are enough
-                figures = {k: v for k, v in figures.items() if k not in ("per_class", "confusion")}
+                figures = {k: v for k, v in figures.items() if k not in TABLES}
             journal.fit(number, tag, setup.config.draws.seed + draw, fitted, figures)
             should_stop()
     except CheckpointError:  # the disk refuses; trying once more would hide why
@@ -137,15 +143,23 @@ class Journal:
         self._clock = now
 
 
-def test(classifier: Classifier, target: Target, rows: np.ndarray, advice: str) -> dict[str, Any]:
-    """Scores on some of the target's images. Raises NonFiniteError, with the advice, where they would mean nothing."""
+@torch.no_grad()
+def test(classifier: Classifier, target: Target, rows: np.ndarray, advice: str, *, stays: bool) -> dict[str, Any]:
+    """Scores on some of the target's images. Raises NonFiniteError, with the advice, where they would mean nothing.
+
+    `stays` says that the backbone is a start's own, whose features other fits have use for too.
+    """
     some = torch.from_numpy(rows)
-    logits = classifier.logits(Part(target.examples, some))
+    part = Part(target.examples, some)
+    if stays:
+        prepared = Prepared(part, target.inputs, next(classifier.parameters()))
+        logits = classifier.head(features_of(classifier.body, prepared)).cpu()
+    else:
+        logits = classifier.logits(part)
     for name, value in {**classifier.state_dict(), "the logits of the test images": logits}.items():
         if not value.isfinite().all():
             raise NonFiniteError(f"after the last step: not finite: {name}; {advice}")
-    predicted = logits.softmax(-1).argmax(-1)  # as `probabilities` ranks them
-    return scores(target.labels[some].numpy(), predicted.numpy(), target.class_names)
+    return scores(target.labels[some].numpy(), logits.softmax(-1).float().numpy(), target.class_names)
 
 
 def _fit(
@@ -158,10 +172,12 @@ def _fit(
     should_stop: Callable[[], None],
     on_epoch: Callable[[Mapping[str, Any]], None],
 ) -> Fitted:
-    config, (_, start, target, recipe) = setup.config, contender
+    config, start, target, recipe = setup.config, contender.start, contender.target, contender.recipe
     seed = config.draws.seed + draw
     train, val = torch.from_numpy(rows.train), torch.from_numpy(rows.val)
     labels, classes = target.labels[train], len(target.class_names)
+    if contender.probe:
+        return probe(body(start, seed).to(device), target.inputs, Part(target.examples, train), labels, classes)
     if recipe is None:
         return inner(
             start, target.examples[train], labels, classes,

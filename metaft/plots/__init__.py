@@ -12,5 +12,6 @@ with quiet():
     from metaft.plots.confusion import confusion
     from metaft.plots.grid import episode, mistakes
     from metaft.plots.lines import curves, learning, regression_episode, steps
+    from metaft.plots.reliability import calibration
 
-__all__ = ["confusion", "curves", "episode", "learning", "mistakes", "regression_episode", "steps"]
+__all__ = ["calibration", "confusion", "curves", "episode", "learning", "mistakes", "regression_episode", "steps"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from torch import Tensor
 
 from metaft.objective import figure_of
-from metaft.plots.style import BLACK, BLUE, GREY, PURPLE, SKY, VERMILLION, YELLOW, decorate, percent, save
+from metaft.plots.style import BLACK, BLUE, GREY, LOOKS, PURPLE, SKY, VERMILLION, YELLOW, decorate, percent, save
 from metaft.types import NORMS
 
 Row = Mapping[str, Any]
@@ -92,7 +93,7 @@ def learning_figure(starts: Mapping[str, Sequence[Row]], x_label: str, kept: Map
     validated = any("val_accuracy" in row for rows in starts.values() for row in rows)
     figure = Figure(figsize=(9 if validated else 5.4, 3.6), layout="constrained")
     panels = list(np.atleast_1d(figure.subplots(1, 2 if validated else 1)))
-    for (name, rows), (colour, style, marker) in zip(starts.items(), (_USUAL_LOOK, _OTHER_LOOK), strict=False):
+    for (name, rows), (colour, style, marker) in zip(starts.items(), itertools.cycle(LOOKS), strict=False):
         epochs = [row["epoch"] for row in rows]
         look = {"color": colour, "ls": style, "lw": 1.6, "marker": marker, "ms": 3.5, "label": f"{name} start"}
         look["markevery"] = max(1, len(rows) // 10)

@@ -12,6 +12,12 @@ from matplotlib.ticker import FuncFormatter
 # Okabe and Ito's palette, which colour-blind readers can tell apart. Nothing rests on colour alone all the same.
 BLACK, SKY, GREEN, YELLOW = "#000000", "#56B4E9", "#009E73", "#F0E442"
 BLUE, VERMILLION, PURPLE = "#0072B2", "#D55E00", "#CC79A7"
+
+LOOKS = (
+    (BLUE, "-", "o"), (VERMILLION, "--", "s"), (GREEN, "-.", "^"), (PURPLE, ":", "D"), (BLACK, "-", "v"),
+    (SKY, "--", "P"),
+)  # fmt: skip
+"""(colour, line, marker) of those that a figure compares, in their order."""
 GREY = "#767676"
 
 FONT = "DejaVu Sans"

@@ -29,7 +29,7 @@ def test_the_gain_is_paired_with_students_interval(
     """Draws of 90, 60 and 75 % beside 50, 40 and 20 %, by hand and by scipy; 4.3027 is Student's t of two degrees."""
     ours, theirs, real = [0.9, 0.6, 0.75], [0.5, 0.4, 0.2], study.test
     figures = iter([0.9, 0.5, 0.6, 0.4, 0.75, 0.2])
-    monkeypatch.setattr(study, "test", lambda *a: {**real(*a), "accuracy": next(figures)})
+    monkeypatch.setattr(study, "test", lambda *a, **k: {**real(*a, **k), "accuracy": next(figures)})
     assert adapt.main(words(runs["maml"], data, tmp_path / "o", epochs=1, seeds=3, seed=5)) == 0
     result, text = result_of(tmp_path / "o"), capsys.readouterr().out
     draws = [

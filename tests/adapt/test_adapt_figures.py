@@ -60,7 +60,7 @@ def test_the_figures_of_the_random_start(
 ) -> None:
     made: list[Classifier] = []
     real = study.test
-    monkeypatch.setattr(study, "test", lambda classifier, *a: made.append(classifier) or real(classifier, *a))
+    monkeypatch.setattr(study, "test", lambda classifier, *a, **k: made.append(classifier) or real(classifier, *a, **k))
     argv = (inner_words if method == "inner" else words)(runs["maml"], data, tmp_path / "o")
     assert adapt.main(argv) == 0
     result = result_of(tmp_path / "o")

@@ -1,0 +1,55 @@
+"""What there is to warn of in a fit: predictions that mean little, and too much or too little learned."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+NAMED = 4  # classes
+
+UNDER = 0.8
+"""Share of the loss of chance, log(classes), above which a training loss says that hardly anything was learned."""
+
+OVER = 3.0
+"""How many times the training loss a validation loss may be, where it is above half of that of chance."""
+
+
+def warnings_of(fit: Mapping[str, Any], curve: Sequence[Mapping[str, float]], classes: int) -> list[str]:
+    """In plain words, of the figures of one fit (with "confusion" and "per_class") and the rows of its epochs."""
+    return [*_of_predictions(fit), *_of_losses(fit, curve, classes)]
+
+
+def _of_predictions(fit: Mapping[str, Any]) -> Iterator[str]:
+    names = [row["class"] for row in fit["per_class"]]
+    absent = [row["class"] for row in fit["per_class"] if row["test_images"] == 0]
+    counts = [sum(column) for column in zip(*fit["confusion"], strict=True)]
+    never = [name for name, count in zip(names, counts, strict=True) if count == 0]
+    if absent:
+        yield f"no test image is of {_listed(absent)}: macro figures are of the other {len(names) - len(absent)}"
+    if len(never) == len(names) - 1:
+        yield f"every test image is predicted to be {names[counts.index(max(counts))]!r}"
+    elif never:
+        yield f"no test image is predicted to be {_listed(never)}"
+
+
+def _of_losses(fit: Mapping[str, Any], curve: Sequence[Mapping[str, float]], classes: int) -> Iterator[str]:
+    row = next((row for row in curve if row["epoch"] == fit["kept_epoch"]), None)
+    if row is None or row["epoch"] == 0:
+        return
+    chance = math.log(classes)
+    if row["loss"] > UNDER * chance:
+        yield (
+            f"under-fitted: the training loss is {row['loss']:.2f}, and that of chance {chance:.2f}; more epochs, a "
+            "higher rate or a strategy that trains more may help"
+        )
+    elif row.get("val_loss", 0.0) > max(OVER * row["loss"], 0.5 * chance):
+        yield (
+            f"over-fitted: the validation loss is {row['val_loss']:.2f}, the training loss {row['loss']:.2f}; more "
+            "images or a strategy that trains less may help"
+        )
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return ", ".join(map(repr, names[:NAMED])) + more
