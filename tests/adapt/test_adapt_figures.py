@@ -174,7 +174,7 @@ def test_starts_and_gains_are_lists_of_which_the_other_figures_are_views(done: P
 
 
 def test_a_report_of_three_starts(done: Path) -> None:
-    """There is no command with three yet; nothing is hard-wired to two."""
+    """Nothing is hard-wired to two."""
     result = result_of(done)
     first, second = result["starts"]
     third = {**second, "name": "own values", "accuracy": 0.125}
@@ -187,8 +187,12 @@ def test_a_report_of_three_starts(done: Path) -> None:
         r"paired gain over handed over +-25.00 ± 50.00",
     ):
         assert re.search(line, text), line
-    assert sentence.count("after the same training from a") == 2
-    assert "from a handed over one: 25.0 points lost (mean of 3 draws, ± 50.0)" in sentence
+    assert "A random start, all of it trained, gets" in sentence
+    lost = "25.0 points lost (mean of 3 draws, ± 50.0), no difference that these draws can tell from chance."
+    assert sentence.endswith(lost)
+    assert "The handed over start gets" in sentence
+    sure = {**three, "gains": [result["gains"][0], {**gains[1], "ci95": 0.2}]}
+    assert report.plainly(sure).endswith("± 20.0), less, and not by chance.")
 
 
 def test_scratch_is_the_last_start() -> None:
@@ -216,8 +220,8 @@ def test_the_report(done: Path, copy: Path, capsys: Text) -> None:
     sentence = text.rstrip("\n").splitlines()[-1]
     for part in (
         "With 8 images per class to train on",
-        f"{100 * mean['accuracy']:.0f} of 100 new images get the right label after starting from the meta-learned",
-        f"{100 * mean['scratch_accuracy']:.0f} of 100 after the same training from a random one",
+        f"{100 * mean['accuracy']:.0f} of 100 new images get the right label from the meta-learned start by strategy",
+        f"A random start, all of it trained, gets {100 * mean['scratch_accuracy']:.0f}: ",
         f"{abs(100 * gain['accuracy']):.1f} points {'gained' if gain['accuracy'] >= 0 else 'lost'}",
         "mean of 3 draws",
     ):
