@@ -169,7 +169,7 @@ def test_a_recipe_is_none_until_something_of_it_is_given() -> None:
     assert AdaptConfig(epochs=3, lr=None).recipe == Recipe(epochs=3)
     assert dataclasses.replace(AdaptConfig(epochs=3), lr=0.1).recipe == Recipe(epochs=3, lr=0.1)
     assert not flat(AdaptConfig()).keys() & options(Recipe).keys()
-    assert Recipe().lr == 0.003
+    assert (Recipe().lr, Recipe().rate) == (None, 0.003)
 
 
 @pytest.mark.parametrize(("name", "value"), [("lr", 0.003), ("epochs", 5), ("head", "linear")])

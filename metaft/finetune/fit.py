@@ -71,7 +71,7 @@ def fit(
     which go to the body's device batch by batch.
 
     `strategy` says what trains and at which rate in each step (None: as the recipe says), `extras` change the loss. The
-    rate of a parameter in a step is `recipe.lr` times the schedule's factor times the strategy's. Training batches are
+    rate of a parameter in a step is the recipe's times the schedule's factor times the strategy's. Training batches are
     normalised with their own statistics; the result with those of all training examples, stored at the end. Epochs in
     which the body stays as it is are on features that were computed once, where those do not depend on the batch. With
     validation examples the epoch of the lowest validation loss is kept (inductively, as the result will predict) and
@@ -88,7 +88,7 @@ def fit(
     steps = recipe.epochs * len(_batches(len(train), recipe.batch_size, seed, 0))
     model, groups = _start(body, train, labels, classes, recipe, seed, strategy, steps)
     # A parameter is a group of the optimiser by itself: its rate may change with every step.
-    optimizer = optim.named(recipe.optimizer)(_learning(model), recipe.lr)
+    optimizer = optim.named(recipe.optimizer)(_learning(model), recipe.rate)
     objective = composed(extras, Origin({n: p.detach().clone() for n, p in model.named_parameters()}, seed))
     features = None if extras or recipe.augment != "none" else Features(model.get_submodule("body"), train, val)
     curve: list[dict[str, float]] = []
@@ -108,7 +108,7 @@ def fit(
         computed = features.train if features is not None and stays else None
         for number, batch in enumerate(batches):
             step, rows = epoch * len(batches) + number, torch.from_numpy(batch)
-            optim.set_rates(optimizer, strategy.rates(groups, step, steps), recipe.lr * schedule(step, steps))
+            optim.set_rates(optimizer, strategy.rates(groups, step, steps), recipe.rate * schedule(step, steps))
             y = labels[rows.to(labels.device)]
             if computed is not None:
                 loss = F.cross_entropy(model.get_submodule("head")(computed[rows.to(computed.device)]), y)

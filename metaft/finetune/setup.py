@@ -27,7 +27,7 @@ from metaft.models.architecture import is_published
 from metaft.options import flat, options
 from metaft.runs.checkpoint import digest
 from metaft.runs.machine import machine
-from metaft.settings import Recipe, StartSettings, TargetSettings
+from metaft.settings import RATE, RATE_OF_PUBLISHED, Recipe, StartSettings, TargetSettings
 from metaft.starts import names
 from metaft.starts.base import RANDOM, Start, constants
 from metaft.starts.none import from_nothing
@@ -108,7 +108,9 @@ def prepared(
     if config.method == "finetune":
         recipe = config.recipe or Recipe()
         _check(recipe)
-        config = dataclasses.replace(config, recipe=recipe)
+        published_moves = is_published(start.architecture["name"]) and recipe.trains != "head"
+        rate = RATE_OF_PUBLISHED if published_moves and recipe.lr is None else recipe.rate
+        config = dataclasses.replace(config, recipe=dataclasses.replace(recipe, lr=rate))
     else:
         config, open_values["inner_steps"] = _of_inner_method(config, start, len(target.class_names))
     left = flat(config)
@@ -209,10 +211,11 @@ def _contenders(
     if start.meta is not None:
         chance = scratch(start, lambda: images.plain.inputs)
         recipe = config.recipe
-        if recipe is not None and whole and recipe.trains != "full":
+        if is_published(start.architecture["name"]):  # whose rates and epochs are not those of a random start
+            given = recipe or Recipe()
+            recipe = Recipe(batch_size=given.batch_size, head=given.head, augment=given.augment, lr=RATE)
+        elif recipe is not None and whole and recipe.trains != "full":
             recipe = dataclasses.replace(recipe, freeze="none", strategy="full")
-        elif chance.settings is None:  # and hence no inner loop
-            recipe = Recipe()
         yield Contender(chance.label, chance, images.of(chance), recipe)
 
 
