@@ -140,9 +140,7 @@ def test_anil_of_nothing_but_a_head_is_maml(first_order: bool, norm: Norm) -> No
 
 
 def test_boil_of_nothing_but_a_head_is_refused() -> None:
-    with pytest.raises(
-        MetaftError, match=r"boil adapts all but the head, and 1\.bias, 1\.weight leave it nothing"
-    ):
+    with pytest.raises(MetaftError, match=r"boil adapts all but the head, and 1\.bias, 1\.weight leave it nothing"):
         algorithms.boil(head_only())
 
 
