@@ -212,7 +212,7 @@ def test_counts_start_at_one(field: str) -> None:
 def test_only_the_splits_that_were_asked_for_are_checked_and_given() -> None:
     pool = coded_pool(counts=[7] * 10 + [1] * 20)
     source = pool.source(ways=5, shots=1, query_shots=1, splits=("train",))
-    with pytest.raises(DataError, match="'val'"):
+    with pytest.raises(DataError, match="'val' is not one of train, which"):
         source.draw(0, "val", [0])
 
 

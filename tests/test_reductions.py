@@ -140,9 +140,7 @@ def test_anil_of_nothing_but_a_head_is_maml(first_order: bool, norm: Norm) -> No
 
 
 def test_boil_of_nothing_but_a_head_is_refused() -> None:
-    with pytest.raises(
-        MetaftError, match=r"boil adapts all but the head, and \['1.bias', '1.weight'\] leave it nothing"
-    ):
+    with pytest.raises(MetaftError, match=r"boil adapts all but the head, and 1\.bias, 1\.weight leave it nothing"):
         algorithms.boil(head_only())
 
 
@@ -557,7 +555,7 @@ def test_members_without_rows_of_their_own_learn_and_test_at_any_ways(name: str,
 
 def test_proto_maml_needs_a_bias() -> None:
     module = nn.Sequential(nn.Flatten(), nn.Linear(9, 4), nn.Linear(4, 3, bias=False))
-    with pytest.raises(MetaftError, match=r"needs a head with weight and bias, and this one has \['weight'\]"):
+    with pytest.raises(MetaftError, match=r"needs a head with weight and bias, and this one has weight$"):
         algorithms.proto_maml(models.functional(module))
 
 

@@ -234,6 +234,7 @@ def test_an_algorithm_brings_its_settings_and_the_run_keeps_them_as_ever(monkeyp
         ("--algorithm maml++:multi_step=0,multi_step=1", ["algorithm: ", "'multi_step' is given twice"]),
         ("--algorithm maml:inner_lr=1", ["algorithm: ", "--inner-lr is an option by itself"]),
         ("--algorithm maml:first", ["algorithm: ", "'maml:first'", "write 'maml:first_order=False'"]),
+        ("--algorithm maml:", ["algorithm: write 'maml:first_order=False', not 'maml:'"]),
         ("--algorithm mam:first_order=true", ["algorithm: ", "'mam'", "did you mean 'maml'"]),
         (
             "--algorithm maml++:multi_step=0 --hyper multi_step=0",

@@ -141,7 +141,7 @@ def read(spec: str, hyper: Iterable[str] = ()) -> tuple[str, tuple[str, ...]]:
     """The member of `--algorithm NAME[:key=value,...]`, and its settings as `--hyper` has them, `hyper`'s own last.
 
     Raises MetaftError for an unknown member or setting, a value of another type, a setting that is an option of its
-    own, and one that is in both.
+    own, one that is in both, and a colon with nothing behind it.
     """
     hyper = tuple(hyper)
     name = name_of(spec, ALGORITHMS)
@@ -152,8 +152,11 @@ def read(spec: str, hyper: Iterable[str] = ()) -> tuple[str, tuple[str, ...]]:
         if key in COMMON:
             raise MetaftError(f"algorithm: --{key.replace('_', '-')} is an option by itself (given in {spec!r})")
     member = {name: ALGORITHMS[name]}
+    table = {name: takes(member[name], reserved=COMMON)}
+    if spec == f"{name}:":  # of the other members runs keep the text as it was given, and these were taken
+        raise MetaftError(f"algorithm: write {table[name].shown(name)!r}, not {spec!r}")
     bind("algorithm", spec, member, reserved=COMMON)
-    options = parse("algorithm", spec, {name: takes(member[name], reserved=COMMON)}).options
+    options = parse("algorithm", spec, table).options
     for key, _ in options:
         twice = [assignment for assignment in hyper if assignment.partition("=")[0] == key]
         if twice:

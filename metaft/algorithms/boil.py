@@ -37,7 +37,8 @@ def boil(
     """
     adapted = [k for k in model.params if k not in model.head and (adapt_norm or k not in model.norm)]
     if not adapted:
-        raise MetaftError(f"boil adapts all but the head, and {sorted(model.params)} leave it nothing to adapt")
+        names = ", ".join(sorted(model.params))
+        raise MetaftError(f"boil adapts all but the head, and {names} leave it nothing to adapt")
     return by_gradient(
         "boil",
         model,

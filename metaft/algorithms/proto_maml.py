@@ -52,7 +52,7 @@ def proto_maml(
     model.check_head("proto-maml")
     head = {name.rpartition(".")[2]: name for name in model.head}
     if head.keys() != {"weight", "bias"}:
-        raise MetaftError(f"proto-maml needs a head with weight and bias, and this one has {sorted(head)}")
+        raise MetaftError(f"proto-maml needs a head with weight and bias, and this one has {', '.join(sorted(head))}")
     return by_gradient(
         "proto-maml",
         model,

@@ -284,7 +284,8 @@ class ClassEpisodes:
 
     def _classes(self, split: Split) -> np.ndarray:
         if split not in self.splits:
-            raise DataError(f"{self.name}: split {split!r} is not one of {list(self.splits)}, which were asked for")
+            known = ", ".join(self.splits)
+            raise DataError(f"{self.name}: split {split!r} is not one of {known}, which were asked for")
         return self.pool.splits[split]
 
     def _drawn(self, rows: np.ndarray, *rest: np.ndarray) -> Drawn:

@@ -127,7 +127,8 @@ class SinusoidTasks:
 
     def _words(self, seed: int, split: Split, indices: Sequence[int], words: int, stream: Stream) -> np.ndarray:
         if split not in self.splits:
-            raise DataError(f"{self.name}: split {split!r} is not one of {list(self.splits)}, which were asked for")
+            known = ", ".join(self.splits)
+            raise DataError(f"{self.name}: split {split!r} is not one of {known}, which were asked for")
         return raw_words(seed, split, indices, words, stream=stream)
 
     def _tensor(self, values: np.ndarray) -> torch.Tensor:
