@@ -9,6 +9,7 @@ result.json alone. Further words go to every run: `-- --image-size 96 --epochs 1
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -46,7 +47,9 @@ def row(name: str, data: str, shots: str, strategy: str, args: argparse.Namespac
     if not (out / "result.json").exists():
         argv = ["--init", args.init, "--data", data, "--strategy", strategy, "--seeds", str(args.seeds), *rest]
         argv += [] if shots == "all" else ["--shots-per-class", shots]
-        if status := adapt.main([*argv, "--auto-resume", "--out", str(out)]):
+        with contextlib.redirect_stdout(sys.stderr):
+            status = adapt.main([*argv, "--auto-resume", "--out", str(out)])
+        if status:
             raise SystemExit(status)
     result: dict[str, Any] = json.loads((out / "result.json").read_text(encoding="utf-8"))
     starts = {start["name"]: start for start in result["starts"]}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -109,7 +110,10 @@ def _resume(folder: RunFolder, config: AdaptConfig | None, module: nn.Module | N
     recorded = in_full(of_run(AdaptConfig, folder.config, "resume"))
     given = {} if config is None else {k: v for k, v in flat(config).items() if v is not None}
     if config is not None and config.recipe is not None:
-        given = {k: v for k, v in given.items() if k not in options(Recipe)} | {"recipe": config.recipe}
+        own = {} if recorded.recipe is None else flat(recorded.recipe)
+        left = {k: own.get(k) for k, v in flat(config.recipe).items() if v is None}
+        recipe = dataclasses.replace(config.recipe, **left)
+        given = {k: v for k, v in given.items() if k not in options(Recipe)} | {"recipe": recipe}
     config = in_full(dataclasses.replace(recorded, **{**given, "out": None}))
     folder.make_folders()
     folder.mend()
@@ -126,7 +130,7 @@ def _resume(folder: RunFolder, config: AdaptConfig | None, module: nn.Module | N
                 raise MetaftError(f"{what} {before[field[:4]]} changed since {path} began")
         say_what_changed(before["environment"], now["environment"])
         begun = len(position.fits) + (position.current is not None)
-        draws = -(-begun // len(before["starts"]))
+        draws = min(recorded.draws.seeds, -(-begun // (len(before["starts"]) * before.get("folds", 1))))
         if settled.draws.seeds < draws:
             raise MetaftError(f"seeds must be at least the {draws} already begun, got {settled.draws.seeds}")
         print(f"resuming {path} after {len(position.fits)} fits and {len(position.rows)} epochs", file=sys.stderr)
@@ -142,25 +146,20 @@ def _fit_all(folder: RunFolder, setup: Setup, header: Mapping[str, Any], positio
     from metaft.starts.base import said_of
     from metaft.support.progress import Progress
 
-    config, contenders, target = setup
+    config, target = setup.config, setup.target
     device = device_of(config.compute.device)
-    epochs = [1 if contender.recipe is None else contender.recipe.epochs for contender in contenders]
-
-    def done(fits: int) -> int:
-        """Epochs of so many fits."""
-        draws, which = divmod(fits, len(epochs))
-        return draws * sum(epochs) + sum(epochs[:which])
-
+    epochs = [1 if fit.contender.recipe is None else fit.contender.recipe.epochs for fit in setup.fits]
+    done = [0, *itertools.accumulate(epochs)]
     print(
         f"{places.shown(target.name)} · {len(target.class_names)} classes · {config.method} from "
         f"{places.shown(setup.start.name)}{said_of(setup.start)} on {device} · run folder {folder.path}",
         file=sys.stderr,
     )
-    bar = Progress("adapt", config.draws.seeds * sum(epochs), "epoch", done=done(len(position.fits)))
+    bar = Progress("adapt", done[-1], "epoch", done=done[len(position.fits)])
     resume_hint = f"python -m metaft.adapt --resume {shlex.quote(str(folder.path))}"
 
     def progress(number: int, row: Mapping[str, float]) -> None:
-        bar.update(done(number) + int(row["epoch"]), loss=f"{row['loss']:.3f}")
+        bar.update(done[number] + int(row["epoch"]), loss=f"{row['loss']:.3f}")
 
     with StopSignals() as signals:
         try:
@@ -190,7 +189,8 @@ def finish(folder: RunFolder, setup: Setup, position: Position, device: str) -> 
     whole = f"{text}\n\n{report.plainly(result)}\n"
     write_atomically(folder.path / "report.txt", whole.encode(errors="backslashreplace"))
     classifier = load(folder.classifier, module=module)
-    test = torch.from_numpy(rows_of(setup, 0).test)
+    # Where there are folds the classifier has seen all images, and its mistakes are none of a test.
+    test = torch.from_numpy(rows_of(setup, 0).test) if setup.folds == 1 else None
     pictures = report.draw_pictures(folder, result, classifier, setup.target, test)
     print(text)
     print(f"\n{listed(pictures)}")

@@ -93,7 +93,8 @@ class TargetSettings(Group):
     shots_per_class: Annotated[
         int | None,
         Option(
-            "Images per class to train and validate on (auto: 5 of glyphs; all of train/; without parts four in five).",
+            "Images per class to train and validate on (auto: 5 of glyphs; all of train/; without parts all, in three "
+            "folds).",
             at_least=1,
         ),
     ] = None
@@ -388,7 +389,7 @@ class Recipe(Group):
         str | None,
         Option(
             "What trains: full, head (on features that are computed once), last:blocks=2, lp-ft:share=0.3 (the head "
-            "first, then all) (auto: as --freeze says).",
+            "first, then all) (auto: head of published weights, else as --freeze says).",
             metavar="NAME[:KEY=VALUE]",
         ),
     ] = None

@@ -270,7 +270,12 @@ def test_inputs_are_those_of_the_weights_and_another_size_sees_the_same_part_of_
 def adapted_run(weights: Path, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("adapted") / "o"
     argv = ["--init", f"file:{weights}:arch={ARCH}", "--data", f"folder:{photos}", "--image-size", "32"]
-    assert adapt.main([*argv, "--epochs", "3", "--lr", "0.001", "--device", "cpu", "--out", str(out)]) == 0
+    assert (
+        adapt.main(
+            [*argv, "--strategy", "full", "--epochs", "3", "--lr", "0.001", "--device", "cpu", "--out", str(out)]
+        )
+        == 0
+    )
     return out
 
 
@@ -451,3 +456,25 @@ def test_second_order_through_kept_statistics_is_that_of_a_plain_loop_also_under
 def test_the_models_of_the_library_are_known_by_a_colon():
     assert not any(":" in name for name in models.MODELS)
     assert published.LIBRARIES.keys() == {"torchvision", "timm"}
+
+
+def test_the_head_of_published_weights_trains_unless_more_is_asked_for(weights: Path, photos: Path, in_tmp: Path):
+    argv = [
+        "--init",
+        f"file:{weights}:arch={ARCH}",
+        "--data",
+        f"folder:{photos}",
+        "--image-size",
+        "32",
+        "--epochs",
+        "1",
+    ]
+    for name, words, strategy, lr in (
+        ("a", [], "head", 0.003),
+        ("b", ["--strategy", "full"], "full", 0.0001),
+        ("c", ["--strategy", "last", "--lr", "0.01"], "last", 0.01),
+    ):
+        assert adapt.main([*argv, *words, "--out", name]) == 0
+        result = json.loads(Path(name, "result.json").read_text())
+        assert (result["strategy"], result["lr"]) == (strategy, lr)
+        assert adapt.main([*argv, *words, "--auto-resume", "--out", name]) == 0, "what is left open is the run's"

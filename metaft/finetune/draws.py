@@ -52,6 +52,21 @@ def draw(
     return taken, np.setdiff1d(rows, taken)
 
 
+def fold(labels: np.ndarray, rows: np.ndarray, count: int, number: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """(train, test) of fold `number` of `count`: each of `rows` is in the test of one fold, and folds are stratified,
+    so that no class has more than one image more in one of them than in another. A function of `seed` alone."""
+    test: list[np.ndarray] = []
+    before = 0  # so that what is over of one class does not go where that of the last one went
+    for label in np.unique(labels[rows]):
+        members = rows[labels[rows] == label]
+        words = raw_words(seed, "test", [int(label)], len(members), stream=Stream.TARGET_DRAWS)
+        shuffled = members[choose(words, np.array([len(members)]))[0]]
+        test.append(shuffled[(np.arange(len(members)) + before) % count == number])
+        before += len(members)
+    tested = np.sort(np.concatenate(test))
+    return np.setdiff1d(rows, tested), tested
+
+
 def validation_part(labels: np.ndarray, train: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """(train, val): one in five of every class for validation, or none where a class has fewer than ten images."""
     counts = np.bincount(labels[train])

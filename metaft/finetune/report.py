@@ -171,23 +171,24 @@ def _mistaken(classes: Sequence[str], confusion: Sequence[Sequence[int]]) -> lis
 
 
 def draw_pictures(
-    run: RunFolder, result: Mapping[str, Any], classifier: Classifier, target: Target, test: torch.Tensor
+    run: RunFolder, result: Mapping[str, Any], classifier: Classifier, target: Target, test: torch.Tensor | None
 ) -> list[Path]:
-    """Confusion matrix, learning curves of the first draw, and the most confident mistakes; returns the files that
-    could be drawn.
+    """Confusion matrix, learning curves of the first draw, calibration, and the most confident mistakes on the `test`
+    images, if there are any; returns the files that could be drawn.
 
     Raises CheckpointError where metrics.jsonl is damaged.
     """
-    rows = [row for row in read_rows(run.metrics) if row["draw"] == 0]
+    rows = [row for row in read_rows(run.metrics) if row["draw"] == 0 and row.get("fold", 0) == 0]
     kept = {start["name"]: start["kept_epoch"] for start in result["starts"]}
     curves = {name: [row for row in rows if row["start"] == name] for name in kept if name != "probe"}
     stems = ("confusion", "learning", "mistakes", "calibration")
     confusion, learning, mistakes, calibration = (run.plots / f"{stem}.png" for stem in stems)
+    some = {} if test is None else {mistakes: lambda: _draw_mistakes(mistakes, classifier, target, test)}
     return drawn(
         {
             confusion: lambda: plotting().confusion(confusion, result["confusion"], target.class_names),
             learning: lambda: _draw_learning(learning, result, curves, kept),
-            mistakes: lambda: _draw_mistakes(mistakes, classifier, target, test),
+            **some,
             calibration: lambda: plotting().calibration(calibration, _calibrations(result)),
         }
     )

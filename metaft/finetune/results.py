@@ -11,7 +11,7 @@ import torch
 
 from metaft._version import __version__
 from metaft.finetune.draws import VALIDATION_FROM, Rows
-from metaft.finetune.scores import mean_t95
+from metaft.finetune.scores import mean_t95, pooled
 from metaft.finetune.setup import Setup
 from metaft.finetune.study import TABLES, Position, draws_differ, rows_of, seconds
 from metaft.finetune.target import Target
@@ -29,14 +29,14 @@ def result_of(folder: RunFolder, setup: Setup, position: Position, device: str) 
     "gains" has what the first start gained over each of the others, paired by draw. What else there is of figures are
     views of these (see `views`).
     """
-    config, contenders, target = setup
+    config, contenders, target = setup.config, setup.contenders, setup.target
     start, rows = setup.start, rows_of(setup, 0)
     timing = read_rows(folder.timing, ["fit", "seconds"])
     fits = [
         {k: v for k, v in fit.items() if k not in ("draw", "start")} | {"seconds": round(seconds(timing, number), 3)}
         for number, fit in enumerate(position.fits)
     ]
-    draws = [fits[i : i + len(contenders)] for i in range(0, len(fits), len(contenders))]
+    draws = by_draw(fits, len(contenders), setup.folds, target.class_names)
     columns = list(zip(*draws, strict=True))
     labels = [contender.label for contender in contenders]
     rows_of_first = [row for row in position.rows if row["draw"] == 0]
@@ -67,13 +67,32 @@ def result_of(folder: RunFolder, setup: Setup, position: Position, device: str) 
         "val_images": len(rows.val),
         "train_images_per_class": _per_class(target, rows.train),
         "val_images_per_class": _per_class(target, rows.val),
-        "test_images": len(rows.test),
+        "test_images": len(rows.test) if setup.folds == 1 else len(target.labels),
+        "folds": setup.folds,
         "notes": notes(setup, rows),
         "starts": entries,
         "gains": gains,
         **views(entries, gains, draws),
         "seconds": round(seconds(timing), 3),
     }
+
+
+def by_draw(
+    fits: Sequence[Mapping[str, Any]], contenders: int, folds: int, class_names: Sequence[str]
+) -> list[list[dict[str, Any]]]:
+    """A row for each draw with the figures of each contender, those of folds together. What comes after the last whole
+    draw has none."""
+    per_draw = contenders * folds
+    draws = [fits[i : i + per_draw] for i in range(0, len(fits) - per_draw + 1, per_draw)]
+    if folds == 1:
+        return [[dict(fit) for fit in draw] for draw in draws]
+    return [[_of_folds(draw[which::contenders], class_names) for which in range(contenders)] for draw in draws]
+
+
+def _of_folds(fits: Sequence[Mapping[str, Any]], class_names: Sequence[str]) -> dict[str, Any]:
+    """The figures of the folds of one contender together; epochs are the first one's."""
+    first = {k: v for k, v in fits[0].items() if k not in ("fold", "seconds")}
+    return {**first, **pooled(fits, class_names), "seconds": round(sum(fit["seconds"] for fit in fits), 3)}
 
 
 def recipe_of(recipe: Recipe) -> dict[str, Any]:
@@ -134,6 +153,11 @@ def notes(setup: Setup, rows: Rows) -> list[str]:
     if target.changes:
         said.append(f"images were fitted to the run's: {', '.join(target.changes)}")
     said += target.notes
+    if setup.folds > 1:
+        said.append(
+            f"there is no test part: figures are of {setup.folds}-fold stratified cross-validation, in which each "
+            "image is tested once, by a classifier that has not seen it; the one that is kept is trained on all"
+        )
     marks = [hashlib.blake2b(np.ascontiguousarray(x.numpy()).data, digest_size=16).digest() for x in target.examples]
     known = {marks[i] for i in (*rows.train, *rows.val)}
     twins = sum(marks[i] in known for i in rows.test)

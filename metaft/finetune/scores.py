@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,21 +19,52 @@ def scores(labels: np.ndarray, probabilities: np.ndarray, class_names: Sequence[
     A class that is never predicted has precision 0. Macro figures are means over the classes that have test images, and
     balanced accuracy is their mean recall.
     """
+    error, bins = calibration(labels, probabilities)
+    return {**_of_predictions(labels, probabilities.argmax(-1), class_names), **_calibrated(error, bins)}
+
+
+def pooled(parts: Sequence[Mapping[str, Any]], class_names: Sequence[str]) -> dict[str, Any]:
+    """The scores of several parts of the images together, from those of each part: of the folds of a cross-validation,
+    each image then counts once."""
+    counts = np.sum([part["confusion"] for part in parts], axis=0)
+    true, predicted = (np.repeat(side.ravel(), counts.ravel()) for side in np.indices(counts.shape))
+    bins: dict[int, list[Mapping[str, float]]] = {}
+    for part in parts:
+        for b in part["calibration"]:  # the mean of a bin's confidences is in the bin
+            bins.setdefault(min(int(b["confidence"] * BINS), BINS - 1), []).append(b)
+    merged = [_merged(bins[number]) for number in sorted(bins)]
+    return {**_of_predictions(true, predicted, class_names), **_calibrated(_error_of(merged), merged)}
+
+
+def _calibrated(error: float, bins: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+    return {"calibration_error": error, "calibration": list(bins)}
+
+
+def _merged(bins: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    images = [b["images"] for b in bins]
+    means = {key: math.fsum(b[key] * b["images"] for b in bins) / sum(images) for key in ("confidence", "accuracy")}
+    return {**means, "images": int(sum(images))}
+
+
+def _error_of(bins: Sequence[Mapping[str, float]]) -> float:
+    total = sum(b["images"] for b in bins)
+    return math.fsum(b["images"] * abs(b["accuracy"] - b["confidence"]) for b in bins) / total
+
+
+def _of_predictions(labels: np.ndarray, predicted: np.ndarray, class_names: Sequence[str]) -> dict[str, Any]:
+    """All but the calibration."""
     from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
-    predicted, every = probabilities.argmax(-1), np.arange(len(class_names))
+    every = np.arange(len(class_names))
     columns = precision_recall_fscore_support(labels, predicted, labels=every, zero_division=0.0)  # type: ignore[arg-type]
     precision, recall, f1, count = (np.asarray(column) for column in columns)
     there = count > 0
-    error, bins = calibration(labels, probabilities)
     return {
         "accuracy": float((labels == predicted).mean()),
         "balanced_accuracy": float(np.mean(recall[there])),
         "macro_f1": float(np.mean(f1[there])),
         "macro_precision": float(np.mean(precision[there])),
         "macro_recall": float(np.mean(recall[there])),
-        "calibration_error": error,
-        "calibration": bins,
         "per_class": [
             {"class": name, "test_images": int(n), "precision": float(p), "recall": float(r), "f1": float(f)}
             for name, n, p, r, f in zip(class_names, count, precision, recall, f1, strict=True)
@@ -58,8 +89,7 @@ def calibration(labels: np.ndarray, probabilities: np.ndarray) -> tuple[float, l
         }
         for b in np.unique(numbers)
     ]
-    error = math.fsum(b["images"] * abs(b["accuracy"] - b["confidence"]) for b in bins) / len(labels)
-    return error, bins
+    return _error_of(bins), bins
 
 
 def mean_t95(values: Sequence[float]) -> tuple[float, float | None]:

@@ -62,6 +62,15 @@ class Contender(NamedTuple):
     """Whether it is logistic regression on the start's features."""
 
 
+class Planned(NamedTuple):
+    """One fit of a run."""
+
+    draw: int
+    fold: int | None
+    """None: there are none, or it is on all images."""
+    contender: Contender
+
+
 class Setup(NamedTuple):
     """Of one run."""
 
@@ -76,6 +85,27 @@ class Setup(NamedTuple):
     def start(self) -> Start:
         """The one that was asked for."""
         return self.contenders[0].start
+
+    @property
+    def folds(self) -> int:
+        """Of cross-validation; 1 where there is a test part, drawn or given."""
+        return 1 if self.one_part else self.target.folds
+
+    one_part: bool = True
+    """Whether each draw has a test part of its own."""
+
+    @property
+    def fits(self) -> list[Planned]:
+        """All fits of the run in their order: those of one draw follow one another, fold by fold; where there are folds
+        the last one is on all images, and its classifier is kept."""
+        folds: list[int | None] = [None] if self.folds == 1 else [*range(self.folds)]
+        planned = [
+            Planned(draw, fold, contender)
+            for draw in range(self.config.draws.seeds)
+            for fold in folds
+            for contender in self.contenders
+        ]
+        return planned if self.folds == 1 else [*planned, Planned(0, None, self.contenders[0])]
 
 
 def prepared(
@@ -106,24 +136,26 @@ def prepared(
     if config.target.data.startswith("glyphs:"):
         open_values["shots_per_class"] = GLYPH_SHOTS
     if config.method == "finetune":
-        recipe = config.recipe or Recipe()
-        _check(recipe)
-        published_moves = is_published(start.architecture["name"]) and recipe.trains != "head"
-        rate = RATE_OF_PUBLISHED if published_moves and recipe.lr is None else recipe.rate
-        config = dataclasses.replace(config, recipe=dataclasses.replace(recipe, lr=rate))
+        config = dataclasses.replace(config, recipe=_settled(config.recipe or Recipe(), start))
     else:
         config, open_values["inner_steps"] = _of_inner_method(config, start, len(target.class_names))
     left = flat(config)
     config = dataclasses.replace(config, **{k: v for k, v in open_values.items() if left[k] is None})
-    target.rows(
-        shots_per_class=config.target.shots_per_class, seed=config.draws.seed
-    )  # a class may have too few images
+    one_part = "all" not in target.parts or config.target.shots_per_class is not None or old_folds(begun)
+    setup = Setup(config, (), target, one_part)
+    if setup.folds == 1:  # a class may have too few images
+        target.rows(shots_per_class=config.target.shots_per_class, seed=config.draws.seed)
     others = [_other(name, images, config.start) for name in compare]
     contenders = _contenders(
         config, start, others, images, whole="compared_sha256" in (begun or {"compared_sha256": []})
     )
     known = [contender for contender in contenders if begun is None or contender.label in begun["starts"]]
-    return Setup(config, tuple(known), target)
+    return setup._replace(contenders=tuple(known))
+
+
+def old_folds(begun: Mapping[str, Any] | None) -> bool:
+    """Whether a run that goes on began when four in five images of data without parts were drawn to train on."""
+    return begun is not None and "folds" not in begun
 
 
 class Images:
@@ -233,6 +265,17 @@ def scratch(start: Start, inputs: Callable[[], Inputs]) -> Start:
     return dataclasses.replace(start, label=RANDOM, meta=None, norm="adapt")
 
 
+def _settled(recipe: Recipe, start: Start) -> Recipe:
+    """With strategy and rate where they are left open: of published weights the head alone, which is soon done and
+    loses nothing of them. Raises MetaftError as `_check` does."""
+    is_librarys = is_published(start.architecture["name"])
+    if is_librarys and recipe.strategy is None and recipe.freeze == "none":
+        recipe = dataclasses.replace(recipe, strategy="head")
+    _check(recipe)
+    moves = is_librarys and recipe.trains != "head"
+    return dataclasses.replace(recipe, lr=RATE_OF_PUBLISHED if moves and recipe.lr is None else recipe.rate)
+
+
 def _check(recipe: Recipe) -> None:
     """Raises MetaftError for a strategy, optimiser or schedule that there is not, and two strategies."""
     if recipe.freeze == "backbone" and recipe.trains != "head":
@@ -308,7 +351,7 @@ def _check_method(config: AdaptConfig) -> None:
 
 def header(setup: Setup) -> dict[str, Any]:
     """The plain data that every checkpoint of an adapt run carries."""
-    config, contenders, target = setup
+    config, contenders, target, *_ = setup
     start = contenders[0].start
     data = hashlib.sha256(repr((target.class_names, tuple(target.examples.shape))).encode())
     for part in (target.examples, target.labels):
@@ -322,6 +365,7 @@ def header(setup: Setup) -> dict[str, Any]:
         "data_sha256": data.hexdigest(),
         "classes": list(target.class_names),
         "starts": [contender.label for contender in contenders],
+        "folds": setup.folds,
         "environment": {**machine(device_of(config.compute.device)), "threads": str(torch.get_num_threads())},
     }
 

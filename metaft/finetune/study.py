@@ -21,7 +21,7 @@ from metaft.finetune.fit import SMALLER, Fitted, fit, flatten, unflatten
 from metaft.finetune.inner import FEWER, inner
 from metaft.finetune.probe import probe
 from metaft.finetune.scores import scores
-from metaft.finetune.setup import Contender, Setup
+from metaft.finetune.setup import Contender, Planned, Setup
 from metaft.finetune.target import Target
 from metaft.runs import checkpoint
 from metaft.runs.checkpoint import write_atomically
@@ -46,10 +46,13 @@ class Position:
     """`fit`'s state after the last epoch of the fit in progress."""
 
 
-def rows_of(setup: Setup, draw: int) -> Rows:
-    """The images of one draw; the inner loop has no use for a validation part, so it trains on that too."""
-    config, _, target = setup
+def rows_of(setup: Setup, draw: int, fold: int | None = 0) -> Rows:
+    """The images of one draw, and of one of its folds where it has any (None: all, without a test); the inner loop has
+    no use for a validation part, so it trains on that too."""
+    config, target = setup.config, setup.target
     validate = config.method == "finetune"
+    if setup.folds > 1:
+        return target.rows_of_fold(fold, seed=config.draws.seed + draw, validate=validate)
     return target.rows(shots_per_class=config.target.shots_per_class, seed=config.draws.seed + draw, validate=validate)
 
 
@@ -76,26 +79,28 @@ def study(
     """
     write_rows(run, position)  # a kill may have come between the checkpoint and them
     journal = Journal(run, header, position)
-    count = len(setup.contenders)
+    planned = setup.fits
+    kept = 0 if setup.folds == 1 else len(planned) - 1
     try:
-        for number in range(len(position.fits), setup.config.draws.seeds * count):
-            draw, which = divmod(number, count)
-            contender = setup.contenders[which]
-            start, target, tag = contender.start, contender.target, {"draw": draw, "start": contender.label}
+        for number in range(len(position.fits), len(planned)):
+            draw, fold, contender = planned[number]
+            start, target, tag = contender.start, contender.target, tag_of(setup, planned[number])
 
             def on_epoch(state: Mapping[str, Any], number: int = number, tag: Mapping[str, Any] = tag) -> None:
                 journal.epoch(number, tag, state)
                 progress(number, state["curve"][-1])
 
-            rows = rows_of(setup, draw)
+            rows = rows_of(setup, draw, fold)
             fitted = _fit(setup, contender, rows, draw, device, journal.position.current, should_stop, on_epoch)
             classifier = Classifier(fitted.body, fitted.head, target.inputs, target.class_names)
             advice = FEWER if contender.recipe is None else SMALLER
             stays = contender.probe or (contender.recipe is not None and contender.recipe.trains == "head")
-            figures = test(classifier, target, rows.test, advice, stays=stays)
-            if number == 0:
+            figures = {}
+            if len(rows.test):
+                figures = test(classifier, target, rows.test, advice, stays=stays)
+            if number == kept:
                 save(run.classifier, classifier, start.architecture, {"init": start.name, "data": target.name})
-            if draw > 0:  # the first draw's tables are enough
+            if draw > 0 and setup.folds == 1:  # the first draw's tables are enough; those of folds are added up
                 figures = {k: v for k, v in figures.items() if k not in TABLES}
             journal.fit(number, tag, setup.config.draws.seed + draw, fitted, figures)
             should_stop()
@@ -105,6 +110,12 @@ def study(
         journal.interrupted()
         raise
     return journal.position
+
+
+def tag_of(setup: Setup, fit: Planned) -> dict[str, Any]:
+    """What tells a fit's figures and epochs from those of others."""
+    folds = {} if setup.folds == 1 else {"fold": "all" if fit.fold is None else fit.fold}
+    return {"draw": fit.draw, "start": fit.contender.label, **folds}
 
 
 class Journal:
@@ -133,7 +144,7 @@ class Journal:
             self._keep(len(self.position.fits))
 
     def _rows(self, tag: Mapping[str, Any], curve: Sequence[Mapping[str, float]]) -> tuple[Mapping[str, Any], ...]:
-        before = [row for row in self.position.rows if {k: row[k] for k in tag} != tag]
+        before = [row for row in self.position.rows if {k: row.get(k) for k in tag} != tag]
         return (*before, *({**tag, **row} for row in curve))
 
     def _keep(self, number: int) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from metaft.errors import DataError, MetaftError, no_such, suggest
-from metaft.finetune.draws import Rows, draw, validation_part
+from metaft.finetune.draws import Rows, draw, fold, validation_part
 from metaft.inputs import ImageInputs, Inputs
 from metaft.inputs.flaws import flaws_note
 from metaft.inputs.listing import (
@@ -37,6 +37,9 @@ from metaft.support.names import is_text, natural
 from metaft.support.paths import local
 from metaft.tasks.folder import inputs_for
 from metaft.tasks.glyphs import glyphs
+
+FOLDS = 3
+"""Of cross-validation, where a target has no test part."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -62,6 +65,23 @@ class Target:
     """The inputs that it was to have, where files changed them (their polarity, their bits)."""
     skipped: Mapping[str, int] = dataclasses.field(default_factory=dict)
     """Class name -> how many of its pictures could not be read and were left out."""
+
+    @property
+    def folds(self) -> int:
+        """Of cross-validation where there is no test part: three, or as many as the smallest class has images. Raises
+        DataError for a class with a single one."""
+        counts = np.bincount(self.labels.numpy(), minlength=len(self.class_names))
+        if counts.min() < 2:
+            name = self.class_names[int(counts.argmin())]
+            raise DataError(f"data: class {name!r} has {counts.min()} image, and without a test part needs 2 or more")
+        return min(FOLDS, int(counts.min()))
+
+    def rows_of_fold(self, number: int | None, *, seed: int, validate: bool = True) -> Rows:
+        """The images of one fold of data without parts, see `folds`; None trains on all of them and tests on none."""
+        labels, every = self.labels.numpy(), self.parts["all"]
+        train, test = (every, every[:0]) if number is None else fold(labels, every, self.folds, number, seed)
+        train, val = validation_part(labels, train, seed) if validate else (train, every[:0])
+        return Rows(train, val, test)
 
     def rows(self, *, shots_per_class: int | None, seed: int, validate: bool = True) -> Rows:
         """The images to train, validate and test on; what is drawn is drawn by `seed` alone.
