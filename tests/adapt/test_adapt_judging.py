@@ -120,8 +120,10 @@ def test_warnings_name_what_is_wrong_and_are_silent_where_nothing_is() -> None:
 def test_the_calibration_picture_has_a_point_for_each_bin() -> None:
     bins = [{"confidence": 0.5, "accuracy": 0.4, "images": 3}, {"confidence": 0.9, "accuracy": 1.0, "images": 5}]
     [axes] = calibration_figure({"a": (bins, 0.1), "b": (bins[:1], 0.2)}).axes
-    assert [len(dots.get_offsets()) for dots in axes.collections] == [2, 1]
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["a: error 10.0 %", "b: error 20.0 %"]
+    assert [np.asarray(dots.get_offsets()).shape for dots in axes.collections] == [(2, 2), (1, 2)]
+    legend = axes.get_legend()
+    assert legend is not None
+    assert [text.get_text() for text in legend.get_texts()] == ["a: error 10.0 %", "b: error 20.0 %"]
 
 
 def test_the_head_of_a_probe_is_linear() -> None:
