@@ -130,7 +130,8 @@ def _resume(folder: RunFolder, config: AdaptConfig | None, module: nn.Module | N
                 raise MetaftError(f"{what} {before[field[:4]]} changed since {path} began")
         say_what_changed(before["environment"], now["environment"])
         begun = len(position.fits) + (position.current is not None)
-        draws = min(recorded.draws.seeds, -(-begun // (len(before["starts"]) * before.get("folds", 1))))
+        folds = before.get("folds", 1)
+        draws = -(-(begun - (folds > 1)) // (len(before["starts"]) * folds))
         if settled.draws.seeds < draws:
             raise MetaftError(f"seeds must be at least the {draws} already begun, got {settled.draws.seeds}")
         print(f"resuming {path} after {len(position.fits)} fits and {len(position.rows)} epochs", file=sys.stderr)

@@ -84,7 +84,8 @@ class TargetSettings(Group):
     data: Annotated[
         str,
         Option(
-            "folder:PATH (class folders, with or without train/ val/ test/), or glyphs:SCRIPT (a held-out script).",
+            "folder:PATH (class folders, with or without train/ val/ test/), csv:FILE (columns path, label and perhaps "
+            "part), or glyphs:SCRIPT (a held-out script).",
             metavar="NAME",
         ),
     ] = "glyphs:Hebrew"

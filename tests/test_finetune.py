@@ -20,8 +20,9 @@ from helpers import ONE_PASS, on_threads, rounded_alike
 from PIL import Image
 from torch import Tensor, nn
 
+from metaft import targets
 from metaft.errors import DataError, MetaftError, NonFiniteError
-from metaft.finetune import heads, target
+from metaft.finetune import heads
 from metaft.finetune.classifier import Classifier
 from metaft.finetune.examples import Part, Prepared
 from metaft.finetune.fit import Fitted, _augmented, fit, head_seed
@@ -32,6 +33,7 @@ from metaft.models.functional import body_of
 from metaft.models.norm import measure_moments
 from metaft.models.stored import PASSES, StoredNorm, empty_stored, with_stored_moments
 from metaft.settings import Recipe
+from metaft.targets.draws import validation_part
 from metaft.tasks.glyphs import glyphs
 
 INPUTS = ImageInputs(*scenarios.SHAPE, mean=(0.4,), std=(0.3,))
@@ -337,7 +339,7 @@ def write(path: Path, part: str, count: int, *, classes: str = "abc", side: int 
     return path
 
 
-def per_class(data: target.Target, rows: np.ndarray) -> list[int]:
+def per_class(data: targets.Target, rows: np.ndarray) -> list[int]:
     return np.bincount(data.labels.numpy()[rows], minlength=len(data.class_names)).tolist()
 
 
@@ -356,7 +358,7 @@ LAYOUTS = [  # pictures of each class in each part, shots per class, then how ma
 
 def load_target(data: str, inputs: ImageInputs, *, shots_per_class: int | None, seed: int) -> Any:
     """The target, with the rows of one draw beside its fields."""
-    found = target.load(data, inputs)
+    found = targets.load(data, inputs)
     rows = found.rows(shots_per_class=shots_per_class, seed=seed)
     return types.SimpleNamespace(**vars(found), **rows._asdict())
 
@@ -400,11 +402,11 @@ def test_every_layout_of_a_folder(
 def test_the_validation_part_is_one_in_five_of_every_class(counts: tuple[int, int], expected: tuple[int, int]) -> None:
     labels = np.repeat([0, 1, 0], [*counts, 5])
     rows = np.arange(sum(counts))  # the last five images are not for training
-    train, val = target.validation_part(labels, rows, seed=3)
+    train, val = validation_part(labels, rows, seed=3)
     assert np.bincount(labels[val], minlength=2).tolist() == list(expected)
     assert sorted([*train, *val]) == rows.tolist()
-    assert np.array_equal(val, target.validation_part(labels, rows, seed=3)[1])
-    assert len(val) == 0 or not np.array_equal(val, target.validation_part(labels, rows, seed=4)[1])
+    assert np.array_equal(val, validation_part(labels, rows, seed=3)[1])
+    assert len(val) == 0 or not np.array_equal(val, validation_part(labels, rows, seed=4)[1])
 
 
 def test_polarity_and_size_are_fitted_and_reported(tmp_path: Path) -> None:
@@ -455,7 +457,7 @@ def test_folders_that_do_not_do(case: str, shots: int | None, message: str, tmp_
 
 @pytest.mark.parametrize("data", ["folder:", "glyphs", "", "omniglot:Greek", "/some/path"])
 def test_data_is_a_folder_or_a_script(data: str) -> None:
-    with pytest.raises(MetaftError, match="write folder:PATH or glyphs:SCRIPT, not"):
+    with pytest.raises(MetaftError, match=r"^data: .*folder:PATH, csv:FILE|^data: write"):
         load_target(data, GREY8, shots_per_class=None, seed=0)
     with pytest.raises(DataError, match="folder nowhere/at/all does not exist"):
         load_target("folder:nowhere/at/all", GREY8, shots_per_class=None, seed=0)

@@ -18,10 +18,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from metaft import adapt, meta_train
+from metaft import adapt, meta_train, targets
 from metaft.config import AdaptConfig, EvaluateConfig, MetaTrainConfig, PredictConfig, read_toml
 from metaft.errors import DataError, MetaftError
-from metaft.finetune import study, target
+from metaft.finetune import study
 from metaft.finetune.classifier import load
 from metaft.inputs.listing import list_below
 from metaft.inputs.reading import open_image
@@ -288,7 +288,7 @@ def test_any_tree_of_files_as_a_folder_of_images(entries: Any, more: Any, tmp_pa
     for part in ("a", "b"):  # so that some of them are good
         plant(base / part, [("file", "1.png", PICTURES["PNG"])])
     plant(base / "c", more)
-    readers = (folder, lambda path: target.load(f"folder:{path}"), lambda path: target.shape_of(f"folder:{path}"))
+    readers = (folder, lambda path: targets.load(f"folder:{path}"), lambda path: targets.shape_of(f"folder:{path}"))
     for read in (*readers, list_below):
         with contextlib.suppress(MetaftError):  # in one line when a command says it, whatever is in the names
             read(base)

@@ -14,9 +14,8 @@ from helpers import SINUSOID, one_line, options
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from metaft import inner_augment, inner_optim, meta_train, tasks
+from metaft import inner_augment, inner_optim, meta_train, targets, tasks
 from metaft.errors import MetaftError, no_such
-from metaft.finetune import target
 from metaft.spec import Spec, Takes, bind, convert, name_of, parameters, parse, takes, write
 from metaft.support import places
 
@@ -142,7 +141,7 @@ def test_any_text_is_read_or_refused_in_one_line(name: str, text: str) -> None:
 @given(TEXT.filter(bool).filter(lambda text: text[0] not in "'\""))
 def test_a_path_without_a_quote_before_it_is_read_as_it_is(text: str) -> None:
     assert places.folder_of(f"folder:{text}") == text
-    assert parse("data", f"folder:{text}", target.KINDS).positional == text
+    assert parse("data", f"folder:{text}", targets.KINDS).positional == text
 
 
 def test_types_come_from_annotations_and_where_there_is_none_from_defaults() -> None:
@@ -203,9 +202,9 @@ def test_data_are_named_as_they_were_and_in_quotes(tmp_path: Path) -> None:
         assert places.folder_of(name) is None
     with pytest.raises(MetaftError, match=r"""^dataset: write 'folder:PATH', not 'folder:""'"""):
         tasks.load('folder:""')
-    with pytest.raises(MetaftError, match=r"^data: write folder:PATH or glyphs:SCRIPT, not 'glyph:Thai'; did you mean"):
-        target.load("glyph:Thai")
-    assert target.load('glyphs:"Hebrew"').name == "glyphs:Hebrew"
+    with pytest.raises(MetaftError, match=r"^data: no 'glyph:Thai', known are folder:PATH, .*; did you mean"):
+        targets.load("glyph:Thai")
+    assert targets.load('glyphs:"Hebrew"').name == "glyphs:Hebrew"
 
 
 @pytest.mark.usefixtures("in_tmp")

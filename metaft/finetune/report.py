@@ -10,12 +10,12 @@ import torch
 
 from metaft.finetune.classifier import Classifier
 from metaft.finetune.examples import Part
-from metaft.finetune.target import Target
 from metaft.runs.folder import RunFolder, read_rows
 from metaft.support.names import short_names
 from metaft.support.pictures import drawn, plotting
 from metaft.support.places import shown
 from metaft.support.progress import duration
+from metaft.targets import Target
 
 _TABLE = 30  # classes that are listed; of more, only the worst
 

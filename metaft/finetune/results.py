@@ -10,16 +10,16 @@ import numpy as np
 import torch
 
 from metaft._version import __version__
-from metaft.finetune.draws import VALIDATION_FROM, Rows
 from metaft.finetune.scores import mean_t95, pooled
 from metaft.finetune.setup import Setup
 from metaft.finetune.study import TABLES, Position, draws_differ, rows_of, seconds
-from metaft.finetune.target import Target
 from metaft.finetune.warned import warnings_of
 from metaft.options import flat
 from metaft.runs.folder import RunFolder, read_rows
 from metaft.runs.machine import where_measured
 from metaft.settings import Recipe
+from metaft.targets import Target
+from metaft.targets.draws import VALIDATION_FROM, Rows
 
 
 def result_of(folder: RunFolder, setup: Setup, position: Position, device: str) -> dict[str, Any]:
@@ -80,10 +80,10 @@ def result_of(folder: RunFolder, setup: Setup, position: Position, device: str) 
 def by_draw(
     fits: Sequence[Mapping[str, Any]], contenders: int, folds: int, class_names: Sequence[str]
 ) -> list[list[dict[str, Any]]]:
-    """A row for each draw with the figures of each contender, those of folds together. What comes after the last whole
-    draw has none."""
-    per_draw = contenders * folds
-    draws = [fits[i : i + per_draw] for i in range(0, len(fits) - per_draw + 1, per_draw)]
+    """A row for each draw with the figures of each contender, those of folds together. Where there are folds the first
+    fit is on all images, and has none."""
+    per_draw, fits = contenders * folds, fits if folds == 1 else fits[1:]
+    draws = [fits[i : i + per_draw] for i in range(0, len(fits), per_draw)]
     if folds == 1:
         return [[dict(fit) for fit in draw] for draw in draws]
     return [[_of_folds(draw[which::contenders], class_names) for which in range(contenders)] for draw in draws]

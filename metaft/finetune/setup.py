@@ -13,15 +13,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from metaft import plugin, schedules
+from metaft import plugin, schedules, targets
 from metaft._version import __version__
 from metaft.config import AdaptConfig, Init, of_other_method
 from metaft.defaults import check_steps, device_of
 from metaft.errors import DataError, MetaftError, no_such
 from metaft.finetune import optim, strategies
-from metaft.finetune import target as targets
 from metaft.finetune.inner import check_inner
-from metaft.finetune.target import Target
 from metaft.inputs import Inputs
 from metaft.models.architecture import is_published
 from metaft.options import flat, options
@@ -34,6 +32,7 @@ from metaft.starts.none import from_nothing
 from metaft.starts.open import open_start
 from metaft.starts.run import newest_run
 from metaft.support import paths, places
+from metaft.targets import Target
 from metaft.tasks.folder import inputs_of
 
 GLYPH_SHOTS = 5
@@ -97,7 +96,7 @@ class Setup(NamedTuple):
     @property
     def fits(self) -> list[Planned]:
         """All fits of the run in their order: those of one draw follow one another, fold by fold; where there are folds
-        the last one is on all images, and its classifier is kept."""
+        the first of all is on all images. The first one's classifier is kept."""
         folds: list[int | None] = [None] if self.folds == 1 else [*range(self.folds)]
         planned = [
             Planned(draw, fold, contender)
@@ -105,7 +104,7 @@ class Setup(NamedTuple):
             for fold in folds
             for contender in self.contenders
         ]
-        return planned if self.folds == 1 else [*planned, Planned(0, None, self.contenders[0])]
+        return planned if self.folds == 1 else [Planned(0, None, self.contenders[0]), *planned]
 
 
 def prepared(

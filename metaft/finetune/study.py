@@ -14,7 +14,6 @@ import torch
 
 from metaft.errors import CheckpointError, NonFiniteError
 from metaft.finetune.classifier import Classifier, save
-from metaft.finetune.draws import Rows
 from metaft.finetune.examples import Part, Prepared
 from metaft.finetune.features import features_of
 from metaft.finetune.fit import SMALLER, Fitted, fit, flatten, unflatten
@@ -22,11 +21,12 @@ from metaft.finetune.inner import FEWER, inner
 from metaft.finetune.probe import probe
 from metaft.finetune.scores import scores
 from metaft.finetune.setup import Contender, Planned, Setup
-from metaft.finetune.target import Target
 from metaft.runs import checkpoint
 from metaft.runs.checkpoint import write_atomically
 from metaft.runs.folder import RunFolder, append_row
 from metaft.starts.base import body
+from metaft.targets import Target
+from metaft.targets.draws import Rows
 
 TABLES = ("per_class", "confusion", "calibration")
 """Figures that are kept of the first draw alone."""
@@ -80,7 +80,6 @@ def study(
     write_rows(run, position)  # a kill may have come between the checkpoint and them
     journal = Journal(run, header, position)
     planned = setup.fits
-    kept = 0 if setup.folds == 1 else len(planned) - 1
     try:
         for number in range(len(position.fits), len(planned)):
             draw, fold, contender = planned[number]
@@ -98,7 +97,7 @@ def study(
             figures = {}
             if len(rows.test):
                 figures = test(classifier, target, rows.test, advice, stays=stays)
-            if number == kept:
+            if number == 0:
                 save(run.classifier, classifier, start.architecture, {"init": start.name, "data": target.name})
             if draw > 0 and setup.folds == 1:  # the first draw's tables are enough; those of folds are added up
                 figures = {k: v for k, v in figures.items() if k not in TABLES}

@@ -17,7 +17,8 @@ from metaft.support.output import say
 from metaft.support.paths import absolute, local
 
 SPLITS = ("train", "val", "test")
-_FOLDER = {"folder": Takes("PATH")}
+_PATHS = {"folder": Takes("PATH"), "csv": Takes("FILE")}
+"""Kinds of data that a path names."""
 
 
 def in_full(config: Config) -> Config:
@@ -35,25 +36,32 @@ def in_full(config: Config) -> Config:
 
 def named_in_full(name: str) -> str:
     """`"folder:PATH"` with an absolute path; other data sets have names alone."""
-    path = folder_of(name)
-    return name if path is None else write(Spec("folder", str(absolute(path))), _FOLDER["folder"])
+    kind, path = _path_of(name)
+    return name if path is None else write(Spec(kind, str(absolute(path))), _PATHS[kind])
 
 
 def folder_of(name: str) -> str | None:
     """PATH of `"folder:PATH"`, without quotes."""
-    if not name.startswith("folder:"):
-        return None
+    kind, path = _path_of(name)
+    return path if kind == "folder" else None
+
+
+def _path_of(name: str) -> tuple[str, str | None]:
+    """(kind, path) of data that a path names, without quotes; no path of other data."""
+    kind = name.partition(":")[0]
+    if kind not in _PATHS or kind == name:
+        return kind, None
     try:
-        return parse("dataset", name, _FOLDER).positional
+        return kind, parse("dataset", name, _PATHS).positional
     except MetaftError:  # which whoever reads the data says, with the option's own name
-        return None
+        return kind, None
 
 
 def shown(name: str) -> str:
     """A path, or a data set's name, as short as it can be written in this folder: `"folder:x"`."""
-    path = folder_of(name)
+    kind, path = _path_of(name)
     if path is not None:
-        return f"folder:{shown(path)}"
+        return f"{kind}:{shown(path)}"
     if not os.path.isabs(name):
         return name
     with contextlib.suppress(OSError, ValueError):
@@ -63,8 +71,8 @@ def shown(name: str) -> str:
 
 def typed(name: str) -> str:
     """A data set's name for a run folder's own: as it was written, but for `~`."""
-    path = folder_of(name)
-    return name if path is None else f"folder:{local(path)}"
+    kind, path = _path_of(name)
+    return name if path is None else f"{kind}:{local(path)}"
 
 
 def found(path: str | os.PathLike[str], data_root: str | None, classes: Collection[str] = ()) -> Path:

@@ -39,12 +39,12 @@ BAD = [
     (["--method", "tune"], ["method must", "'tune'", "finetune"]),
     (["--device", "gpu"], ["device must be", "'gpu'"]),
     (["--device", "cuda:77"], ["device", "'cuda:77'"]),
-    (["--data", "glyph:Hebrew"], ["data: ", "folder:PATH or glyphs:SCRIPT", "'glyph:Hebrew'"]),
+    (["--data", "glyph:Hebrew"], ["data: no 'glyph:Hebrew', known are folder:PATH, csv:FILE, glyphs:SCRIPT"]),
     (["--data", "glyphs:Hebrwe"], ["data: ", "'Hebrwe'", "did you mean 'Hebrew'"]),
     (["--data", "glyphs:Latin"], ["data: ", "no held-out script 'Latin'"]),
     (["--data", "folder:/none/x"], ["data: folder /none/x does not exist"]),
     (["--data", "folder:/none/x", "--init", "none"], ["data: folder /none/x does not exist"]),
-    (["--data", ""], ["data: ", "folder:PATH or glyphs:SCRIPT", "''"]),
+    (["--data", ""], ["data: no '', known are folder:PATH, csv:FILE, glyphs:SCRIPT"]),
     (["--init", "/none/x"], ["init: ", "/none/x does not exist"]),
     (["--init", ""], ["init: ", "none", "''"]),
     (["--init", "none", "--method", "inner"], ["method: ", "--init RUN", "none"]),
@@ -136,7 +136,7 @@ UNFIT = [
     ("--config {mistaken.toml}", ["{mistaken.toml}: epochs must be int, got 'three'"]),
     ("--config {choice.toml}", ["{choice.toml}: head must be one of linear", "'lineer'; did you mean 'linear'?"]),
     ("--config {malformed.toml}", ["{malformed.toml} is not valid TOML"]),
-    ("--config {table.toml}", ["{table.toml}: 'fit' is a table; options stand by themselves"]),
+    ("--config {table.toml}", ["{table.toml}: fit must be one value, got a table"]),
     ("--config {other.toml}", ["epochs: --method inner has no such setting (given 3)"]),
 ]
 

@@ -29,9 +29,9 @@ from helpers import (
 from PIL import Image
 
 import metaft
-from metaft import adapt
+from metaft import adapt, targets
 from metaft.config import AdaptConfig, read_toml
-from metaft.finetune import study, target
+from metaft.finetune import study
 from metaft.finetune.setup import Setup
 from metaft.inputs import ImageInputs
 from metaft.runs import checkpoint
@@ -135,7 +135,7 @@ def test_it_stops_early_and_keeps_the_best_epoch(runs: dict[str, Path], data: Pa
 def target_rows(data: Path, runs: dict[str, Path], out: Path) -> Any:
     """The parts of the first draw of a run, as numbers into `files_of(data)`."""
     config = AdaptConfig(**read_toml(out / "config.toml"))
-    found = target.load(config.target.data, ImageInputs(1, 8, 8, polarity="bright-on-black"))
+    found = targets.load(config.target.data, ImageInputs(1, 8, 8, polarity="bright-on-black"))
     places = {str(file): i for i, file in enumerate(files_of(data)[0])}
     rows = study.rows_of(Setup(config, (), found), 0)
     return types.SimpleNamespace(
@@ -184,18 +184,18 @@ def test_a_few_images_in_colour_are_not_overlooked(runs: dict[str, Path], tmp_pa
     assert adapt.main(words(runs["maml"], data, tmp_path / "o")) == 2
     part = f"data: 2 of the 390 images of {data} are in colour, [3, 8, 8], such as {odd[0]}, but the run takes grey"
     one_line(capsys, part, "[1, 8, 8]")
-    assert target.shape_of(f"folder:{data}") == ([3, 84, 84], True)
-    made = target.load(f"folder:{data}")
+    assert targets.shape_of(f"folder:{data}") == ([3, 84, 84], True)
+    made = targets.load(f"folder:{data}")
     assert made.examples.shape == (390, 3, 84, 84)
     assert made.changes == ("resized from 8x8 to 84x84", "388 of 390 from grey to colour")
     Image.open(odd[0]).resize((9, 9)).save(odd[0])
-    assert target.load(f"folder:{data}").changes[0] == "resized from several sizes to 84x84"
+    assert targets.load(f"folder:{data}").changes[0] == "resized from several sizes to 84x84"
 
 
 def test_training_images_alone_decide_the_polarity(runs: dict[str, Path], tmp_path: Path, capsys: Text) -> None:
     data = write_target(tmp_path / "d", {"train": 2})
     write_target(tmp_path / "d", {"test": 9}, dark=True)
-    made = target.load(f"folder:{data}", ImageInputs(1, 8, 8, polarity="bright-on-black"))
+    made = targets.load(f"folder:{data}", ImageInputs(1, 8, 8, polarity="bright-on-black"))
     assert (made.inputs.plain()["invert"], made.changes, made.notes) == (False, (), ())
     assert torch.equal(made.examples, pixels_of(list(map(Path, made.files))))
 

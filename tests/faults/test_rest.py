@@ -64,7 +64,7 @@ def vanish(path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
         return real(*given, **others)
 
     # `metaft.tasks.folder` is a function, too, so that the module is to be had by its name alone.
-    for module in (reading, pictures, *map(importlib.import_module, ("metaft.tasks.folder", "metaft.finetune.target"))):
+    for module in (reading, pictures, *map(importlib.import_module, ("metaft.tasks.folder", "metaft.targets.files"))):
         if hasattr(module, name):
             monkeypatch.setattr(module, name, gone)
 

@@ -1,0 +1,77 @@
+"""The task to fine-tune to: labelled images, and which of them are for training, validation and test."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import numpy as np
+from torch import Tensor
+
+from metaft.errors import DataError, MetaftError
+from metaft.inputs import Inputs
+from metaft.targets.draws import Rows, draw, fold, validation_part
+
+FOLDS = 3
+"""Of cross-validation, where a target has no test part."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Target:
+    """Labelled images as a model takes them, and their parts."""
+
+    name: str
+    class_names: tuple[str, ...]
+    examples: Tensor
+    """[M, ...] raw, as `inputs` takes them: of pictures uint8 [M, C, H, W]."""
+    labels: Tensor
+    """int64 [M]"""
+    parts: Mapping[str, np.ndarray]
+    """Rows of "train", "test" and perhaps "val", or of "all" where the data has no parts."""
+    files: tuple[str, ...]
+    """[M] what to call each image."""
+    inputs: Inputs
+    changes: tuple[str, ...]
+    """What was changed on the way from the files, in plain words."""
+    notes: tuple[str, ...] = ()
+    """What else there is to know of the files, in plain words."""
+    asked: Inputs | None = None
+    """The inputs that it was to have, where files changed them (their polarity, their bits)."""
+    skipped: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    """Class name -> how many of its pictures could not be read and were left out."""
+
+    @property
+    def folds(self) -> int:
+        """Of cross-validation where there is no test part: three, or as many as the smallest class has images. Raises
+        DataError for a class with a single one."""
+        counts = np.bincount(self.labels.numpy(), minlength=len(self.class_names))
+        if counts.min() < 2:
+            name = self.class_names[int(counts.argmin())]
+            raise DataError(f"data: class {name!r} has {counts.min()} image, and without a test part needs 2 or more")
+        return min(FOLDS, int(counts.min()))
+
+    def rows_of_fold(self, number: int | None, *, seed: int, validate: bool = True) -> Rows:
+        """The images of one fold of data without parts, see `folds`; None trains on all of them and tests on none."""
+        labels, every = self.labels.numpy(), self.parts["all"]
+        train, test = (every, every[:0]) if number is None else fold(labels, every, self.folds, number, seed)
+        train, val = validation_part(labels, train, seed) if validate else (train, every[:0])
+        return Rows(train, val, test)
+
+    def rows(self, *, shots_per_class: int | None, seed: int, validate: bool = True) -> Rows:
+        """The images to train, validate and test on; what is drawn is drawn by `seed` alone.
+
+        `shots_per_class` images of each class are for training and validation together: drawn from train/, by default
+        all of it, or from data without parts, by default four in five, whose rest is the test. Without a val/ folder
+        one in five of every class is for validation if no class has fewer than ten. `validate=False` trains on those
+        too.
+        Raises DataError where a class has too few images.
+        """
+        if shots_per_class is not None and shots_per_class < 1:
+            raise MetaftError(f"shots_per_class must be at least 1, got {shots_per_class}")
+        labels, whole = self.labels.numpy(), "all" in self.parts
+        pool = self.parts["all" if whole else "train"]
+        train, rest = draw(labels, pool, shots_per_class, seed, self.class_names, keep_some=whole, skipped=self.skipped)
+        val = self.parts.get("val", np.empty(0, np.int64))
+        if validate and "val" not in self.parts:
+            train, val = validation_part(labels, train, seed)
+        return Rows(train, val if validate else val[:0], rest if whole else self.parts["test"])

@@ -1,0 +1,80 @@
+"""`csv:FILE`: a table of pictures and their labels, columns path and label, and perhaps part."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from metaft.errors import DataError
+from metaft.support.names import is_text, natural
+from metaft.targets.files import Listed
+
+PARTS = ("train", "val", "test")
+
+
+def listed(file: Path) -> Listed:
+    """The pictures of a table; paths are relative to it. With a part column every row has train, val or test there.
+
+    Raises DataError that names the file, the line and what is wrong there: a column that is missing, a value that is
+    empty or no part, a picture that is not there or stands there twice, and a class that a part lacks.
+    """
+    rows = list(_rows(file))
+    names = tuple(sorted({label for _, _, label, _ in rows}, key=natural))
+    if len(names) < 2:
+        raise DataError(f"data: {file} holds {len(names)} classes, fewer than 2")
+    known: dict[Path, int] = {}
+    for line, path, _, _ in rows:
+        if path in known:
+            raise DataError(f"data: {file}, line {line}: {path} stands in line {known[path]} already")
+        known[path] = line
+    parts = [part for part in (*PARTS, "all") if any(row[3] == part for row in rows)]
+    if "all" not in parts and not {"train", "test"} <= set(parts):
+        raise DataError(f"data: {file} has no row of part {max({'train', 'test'} - set(parts))!r}")
+    for part in parts:
+        lacking = sorted(set(names) - {label for _, _, label, of in rows if of == part}, key=natural)
+        if lacking:
+            raise DataError(f"data: {file}: class {lacking[0]!r} has no row of part {part!r}")
+    numbers = {name: i for i, name in enumerate(names)}
+    files = [(part, numbers[label], path) for of in parts for _, path, label, part in rows if part == of]
+    return Listed(f"csv:{file}", file, names, files)
+
+
+def _rows(file: Path) -> Iterator[tuple[int, Path, str, str]]:
+    """(line, picture, label, part) of each row; "all" where there is no part column."""
+    try:
+        with open(file, encoding="utf-8-sig", newline="") as stream:
+            table = csv.DictReader(stream)
+            columns = table.fieldnames or ()
+            for column in ("path", "label"):
+                if column not in columns:
+                    has = ", ".join(columns) or "nothing"
+                    raise DataError(f"data: {file} has no column {column!r} in its first line, which holds {has}")
+            for row in table:
+                yield _row(file, table.line_num, row, "part" in columns)
+    except OSError as error:
+        raise DataError(f"data: {file} cannot be read ({error.strerror})") from None
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"data: {file} is no table in UTF-8 ({error})") from None
+
+
+def _row(file: Path, line: int, row: Mapping[str | None, str | None], has_part: bool) -> tuple[int, Path, str, str]:
+    where = f"data: {file}, line {line}"
+    values = {}
+    for column in ("path", "label", *(["part"] if has_part else [])):
+        value = (row.get(column) or "").strip()
+        if not value:
+            raise DataError(f"{where}: {column} is empty")
+        if not is_text(value):
+            raise DataError(f"{where}: {column} {value!r} is not text")
+        values[column] = value
+    if None in row:
+        raise DataError(f"{where}: more values than columns; put quotes around a value with a comma")
+    part = values.get("part", "all")
+    if has_part and part not in PARTS:
+        raise DataError(f"{where}: part {part!r} is none of {', '.join(PARTS)}")
+    path = file.parent / os.path.expanduser(values["path"])
+    if not os.path.isfile(path):
+        raise DataError(f"{where}: {path} {'is no file' if os.path.lexists(path) else 'is not there'}")
+    return line, path, values["label"], part

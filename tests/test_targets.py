@@ -1,0 +1,122 @@
+"""What `--data` names beside folders: tables of pictures."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import one_line
+from PIL import Image
+
+from metaft import adapt, targets
+from metaft.errors import DataError
+from metaft.inputs import ImageInputs
+
+GREY = ImageInputs(1, 8, 8, polarity="bright-on-black")
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> Path:
+    """Six pictures of two classes in folders that say nothing, with parts."""
+    (tmp_path / "pictures").mkdir()
+    lines = ["path,label,part"]
+    for i in range(12):
+        pixels = np.random.default_rng(i).integers(0, 90, (8, 8), np.uint8) + np.uint8(80 * (i % 2))
+        Image.fromarray(pixels).save(tmp_path / f"pictures/{i}.png")
+        lines.append(f"pictures/{i}.png,{['a10', 'a9'][i % 2]},{'train' if i < 8 else 'test'}")
+    file = tmp_path / "table.csv"
+    file.write_text("\n".join(lines), encoding="utf-8")
+    return file
+
+
+def test_a_table_is_what_folders_of_the_same_pictures_are(table: Path, tmp_path: Path) -> None:
+    for line in table.read_text().splitlines()[1:]:
+        path, label, part = line.split(",")
+        to = tmp_path / "folders" / part / label / Path(path).name
+        to.parent.mkdir(parents=True, exist_ok=True)
+        to.write_bytes((tmp_path / path).read_bytes())
+    mine, theirs = targets.load(f"csv:{table}", GREY), targets.load(f"folder:{tmp_path}/folders", GREY)
+    assert mine.class_names == theirs.class_names == ("a9", "a10")  # in natural order
+    for part in ("train", "test"):
+        pictures = [
+            {(int(t.labels[i]), t.examples[i].numpy().tobytes()) for i in t.parts[part].tolist()}
+            for t in (mine, theirs)
+        ]
+        assert pictures[0] == pictures[1]
+    assert mine.name == f"csv:{table}"
+    assert targets.shape_of(f"csv:{table}") == targets.shape_of(f"folder:{tmp_path}/folders")
+
+
+@pytest.mark.parametrize("form", ["bom", "spaces", "columns", "no part", "quoted"])
+def test_tables_are_read_as_people_write_them(form: str, table: Path) -> None:
+    rows = [line.split(",") for line in table.read_text().splitlines()]
+    if form == "bom":
+        table.write_text("\ufeff" + table.read_text(), encoding="utf-8")
+    elif form == "spaces":
+        table.write_text("\r\n".join([",".join(rows[0]), *(" , ".join(row) for row in rows[1:])]))
+    elif form == "columns":
+        table.write_text("\n".join(",".join([row[2], "x", row[1], row[0]]) for row in rows))
+    elif form == "no part":
+        table.write_text("\n".join(",".join(row[:2]) for row in rows))
+    else:
+        table.write_text("\n".join([",".join(rows[0]), *(f'"{p}","{n}, so",{of}' for p, n, of in rows[1:])]))
+    target = targets.load(f"csv:{table}", GREY)
+    assert len(target.labels) == 12
+    assert target.parts.keys() == ({"all"} if form == "no part" else {"train", "test"})
+    assert torch.bincount(target.labels).tolist() == [6, 6]
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("path,name,part", "{file} has no column 'label' in its first line, which holds path, name, part"),
+        ("", "{file} has no column 'path' in its first line, which holds nothing"),
+        ("pictures/1.png,,train", "{file}, line 14: label is empty"),
+        ("pictures/99.png,a9,train", "{file}, line 14: {folder}/pictures/99.png is not there"),
+        ("pictures,a9,train", "{file}, line 14: {folder}/pictures is no file"),
+        ("pictures/1.png,a9,tset", "{file}, line 14: part 'tset' is none of train, val, test"),
+        ("pictures/1.png,a9,train", "{file}, line 14: {folder}/pictures/1.png stands in line 3 already"),
+        ("pictures/1.png,a9,train,x", "{file}, line 14: more values than columns"),
+    ],
+)
+def test_what_is_wrong_in_a_table_is_named_with_its_line(line: str, said: str, table: Path) -> None:
+    text = table.read_text().splitlines()
+    whole = [line] if said.startswith("{file} has") else [*text, line]
+    table.write_text("\n".join(whole))
+    with pytest.raises(DataError) as caught:
+        targets.load(f"csv:{table}", GREY)
+    assert str(caught.value).startswith("data: " + said.format(file=table, folder=table.parent))
+
+
+def test_parts_and_classes_have_to_be_whole(table: Path) -> None:
+    text = table.read_text()
+    table.write_text(text.replace("test", "val"))
+    with pytest.raises(DataError, match=r"has no row of part 'test'"):
+        targets.load(f"csv:{table}", GREY)
+    table.write_text("\n".join(line for line in text.splitlines() if "a9,test" not in line))
+    with pytest.raises(DataError, match=r"class 'a9' has no row of part 'test'"):
+        targets.load(f"csv:{table}", GREY)
+    table.write_text("path,label\npictures/1.png,a\npictures/2.png,a\n")
+    with pytest.raises(DataError, match=r"holds 1 classes, fewer than 2"):
+        targets.load(f"csv:{table}", GREY)
+    table.write_bytes(b"path,label\n\xff\xfe,a\n")
+    with pytest.raises(DataError, match=r"is no table in UTF-8"):
+        targets.load(f"csv:{table}", GREY)
+
+
+def test_the_command_takes_a_table_wherever_it_is_resumed(
+    table: Path, in_tmp: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(table.parent)
+    argv = ["--init", "none", "--data", "csv:table.csv", "--epochs", "1", "--device", "cpu", "--out", "o"]
+    assert adapt.main(argv) == 0
+    result = json.loads(Path("o/result.json").read_text())
+    assert (result["data"], result["train_images"], result["test_images"]) == (f"csv:{table}", 8, 4)
+    monkeypatch.chdir("/")
+    assert adapt.main(["--resume", str(table.parent / "o"), "--seeds", "2"]) == 0
+    capsys.readouterr()
+    assert adapt.main(["--init", "none", "--data", "csv:/none/t.csv", "--out", str(table.parent / "p")]) == 2
+    one_line(capsys, "data: /none/t.csv cannot be read (No such file or directory)")
