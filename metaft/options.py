@@ -262,7 +262,8 @@ def from_mapping(cls: type[Config], values: Mapping[str, Any], *, origin: str) -
     try:
         for key, value in values.items():
             if isinstance(value, Mapping):
-                raise MetaftError(f"{key} must be one value, got a table; options stand by themselves: NAME = VALUE")
+                name = key if key in known else repr(key)
+                raise MetaftError(f"{name} must be one value, got a table; options stand by themselves: NAME = VALUE")
             if key not in known:
                 raise unknown(key, known)
         lists = {k: tuple(v) for k, v in values.items() if isinstance(v, list) and isinstance(known[k].default, tuple)}

@@ -367,4 +367,4 @@ def test_an_option_that_is_asked_for_flat_says_which_group_has_it() -> None:
 def test_a_table_in_a_file_is_said_to_be_one(tmp_path: Path) -> None:
     (tmp_path / "a.toml").write_text("[data]\nways = 3\n")
     said = message(read_toml(tmp_path / "a.toml"))
-    assert said == "file.toml: data must be one value, got a table; options stand by themselves: NAME = VALUE"
+    assert said == "file.toml: 'data' must be one value, got a table; options stand by themselves: NAME = VALUE"

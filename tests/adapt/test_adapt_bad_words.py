@@ -136,7 +136,7 @@ UNFIT = [
     ("--config {mistaken.toml}", ["{mistaken.toml}: epochs must be int, got 'three'"]),
     ("--config {choice.toml}", ["{choice.toml}: head must be one of linear", "'lineer'; did you mean 'linear'?"]),
     ("--config {malformed.toml}", ["{malformed.toml} is not valid TOML"]),
-    ("--config {table.toml}", ["{table.toml}: fit must be one value, got a table"]),
+    ("--config {table.toml}", ["{table.toml}: 'fit' must be one value, got a table"]),
     ("--config {other.toml}", ["epochs: --method inner has no such setting (given 3)"]),
 ]
 
