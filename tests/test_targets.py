@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from PIL import Image
 from metaft import adapt, targets
 from metaft.errors import DataError
 from metaft.inputs import ImageInputs
+from metaft.targets.draws import draw
+from metaft.targets.duplicates import groups_of
 
 GREY = ImageInputs(1, 8, 8, polarity="bright-on-black")
 
@@ -120,3 +123,64 @@ def test_the_command_takes_a_table_wherever_it_is_resumed(
     capsys.readouterr()
     assert adapt.main(["--init", "none", "--data", "csv:/none/t.csv", "--out", str(table.parent / "p")]) == 2
     one_line(capsys, "data: /none/t.csv cannot be read (No such file or directory)")
+
+
+# ---- duplicates ----------------------------------------------------------------------------------------------------
+
+
+def photo(seed: int, side: int = 64) -> Image.Image:
+    """Colours that change slowly, as those of photographs do."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (5, 5, 3), np.uint8)
+    return Image.fromarray(coarse).resize((side, side), Image.Resampling.BICUBIC)
+
+
+def stack(images: list[Image.Image]) -> torch.Tensor:
+    pixels = [np.asarray(image.resize((32, 32), Image.Resampling.LANCZOS)) for image in images]
+    return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)
+
+
+def test_copies_in_another_size_format_or_brightness_are_found_and_others_are_not() -> None:
+    originals = [photo(i) for i in range(30)]
+    jpeg = io.BytesIO()
+    originals[3].save(jpeg, "JPEG", quality=60)
+    copies = [
+        originals[0],
+        originals[1].resize((23, 23)),
+        originals[2].point(lambda v: min(255, v + 2)),
+        Image.open(jpeg),
+    ]
+    groups = groups_of(stack([*originals, *copies]))
+    assert groups.tolist() == [*range(30), 0, 1, 2, 3]
+
+
+def test_blank_pictures_are_one_group_and_take_no_square_of_time() -> None:
+    blank = torch.zeros(3000, 1, 8, 8, dtype=torch.uint8)
+    blank[:, 0, 0, 0] = torch.arange(3000).remainder(3).to(torch.uint8)
+    assert set(groups_of(blank).tolist()) == {0}
+
+
+def test_duplicates_stay_in_one_part_where_parts_are_drawn(tmp_path: Path) -> None:
+    for label in ("a", "b"):
+        (tmp_path / label).mkdir()
+        for i in range(12):
+            photo(i + 100 * (label == "b")).save(tmp_path / label / f"{i}.png")
+        for i in range(6):
+            photo(i + 100 * (label == "b")).resize((50, 50)).save(tmp_path / label / f"copy{i}.png")
+    target = targets.load(f"folder:{tmp_path}", ImageInputs(3, 32, 32))
+    assert (target.groups != np.arange(36)).sum() == 12
+    for seed in range(5):
+        drawn = target.rows(shots_per_class=10, seed=seed)
+        folds = [target.rows_of_fold(k, seed=seed) for k in range(3)]
+        for rows in (drawn, *folds):
+            train, val, test = (set(target.groups[part].tolist()) for part in rows)
+            assert not train & val and not train & test and not val & test
+            assert min(map(len, (rows.train, rows.test))) > 0
+        assert sorted(np.concatenate([rows.test for rows in folds]).tolist()) == list(range(36))
+
+
+def test_without_duplicates_draws_are_as_ever(table: Path) -> None:
+    table.write_text("\n".join(",".join(line.split(",")[:2]) for line in table.read_text().splitlines()))
+    target = targets.load(f"csv:{table}", GREY)
+    rows = target.rows(shots_per_class=3, seed=0)
+    drawn, left = draw(target.labels.numpy(), target.parts["all"], 3, 0, ("a9", "a10"), keep_some=True, skipped={})
+    assert rows.train.tolist() == drawn.tolist() and rows.test.tolist() == left.tolist()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -158,12 +157,7 @@ def notes(setup: Setup, rows: Rows) -> list[str]:
             f"there is no test part: figures are of {setup.folds}-fold stratified cross-validation, in which each "
             "image is tested once, by a classifier that has not seen it; the one that is kept is trained on all"
         )
-    marks = [hashlib.blake2b(np.ascontiguousarray(x.numpy()).data, digest_size=16).digest() for x in target.examples]
-    known = {marks[i] for i in (*rows.train, *rows.val)}
-    twins = sum(marks[i] in known for i in rows.test)
-    if twins:
-        also = "training or validation" if len(rows.val) else "training"
-        said.append(f"{twins} of the {len(rows.test)} test images are also {also} images, to the pixel")
+    said += _duplicates(target, rows)
     if config.recipe is not None and len(rows.val) == 0:
         said.append(
             f"a class has fewer than {VALIDATION_FROM} images to train on, so none are set aside for validation: "
@@ -179,4 +173,20 @@ def notes(setup: Setup, rows: Rows) -> list[str]:
         said.append(
             f"the run learned {start.head_rows}-way tasks: each of the {classes} classes starts from its mean head row"
         )
+    return said
+
+
+def _duplicates(target: Target, rows: Rows) -> list[str]:
+    """What there is to know of pictures that are there twice."""
+    said, groups = [], target.groups
+    copies = int((groups != np.arange(len(groups))).sum())
+    if copies and "all" in target.parts:
+        said.append(f"{copies} images are others again, to the pixel or nearly; duplicates are kept in one part")
+    twins = rows.test[np.isin(groups[rows.test], groups[[*rows.train, *rows.val]])]
+    if len(twins):
+        also = "training or validation" if len(rows.val) else "training"
+        known = {target.examples[int(i)].numpy().tobytes() for i in (*rows.train, *rows.val)}
+        exact = sum(target.examples[int(i)].numpy().tobytes() in known for i in twins)
+        how = "to the pixel" if exact == len(twins) else f"{exact} of them to the pixel, the others nearly"
+        said.append(f"{len(twins)} of the {len(rows.test)} test images are also {also} images, {how}")
     return said

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch import Tensor
 from metaft.errors import DataError, MetaftError
 from metaft.inputs import Inputs
 from metaft.targets.draws import Rows, draw, fold, validation_part
+from metaft.targets.duplicates import groups_of
 
 FOLDS = 3
 """Of cross-validation, where a target has no test part."""
@@ -40,11 +42,16 @@ class Target:
     skipped: Mapping[str, int] = dataclasses.field(default_factory=dict)
     """Class name -> how many of its pictures could not be read and were left out."""
 
+    @functools.cached_property
+    def groups(self) -> np.ndarray:
+        """int64 [M]: the number of the first image that each is a duplicate of, see `metaft.targets.duplicates`."""
+        return groups_of(self.examples)
+
     @property
     def folds(self) -> int:
-        """Of cross-validation where there is no test part: three, or as many as the smallest class has images. Raises
-        DataError for a class with a single one."""
-        counts = np.bincount(self.labels.numpy(), minlength=len(self.class_names))
+        """Of cross-validation where there is no test part: three, or as many as the smallest class has images that are
+        no duplicates. Raises DataError for a class with a single one."""
+        counts = np.bincount(self.labels.numpy()[np.unique(self.groups)], minlength=len(self.class_names))
         if counts.min() < 2:
             name = self.class_names[int(counts.argmin())]
             raise DataError(f"data: class {name!r} has {counts.min()} image, and without a test part needs 2 or more")
@@ -53,9 +60,19 @@ class Target:
     def rows_of_fold(self, number: int | None, *, seed: int, validate: bool = True) -> Rows:
         """The images of one fold of data without parts, see `folds`; None trains on all of them and tests on none."""
         labels, every = self.labels.numpy(), self.parts["all"]
-        train, test = (every, every[:0]) if number is None else fold(labels, every, self.folds, number, seed)
-        train, val = validation_part(labels, train, seed) if validate else (train, every[:0])
+        train, test = every, every[:0]
+        if number is not None:  # duplicates go with the first of them
+            tested = fold(labels, np.unique(self.groups), self.folds, number, seed)[1]
+            test = every[np.isin(self.groups[every], tested)]
+            train = np.setdiff1d(every, test)
+        train, val = self._validated(train, seed) if validate else (train, every[:0])
         return Rows(train, val, test)
+
+    def _validated(self, train: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        """(train, val): see `validation_part`; what has a duplicate that trains is trained on too."""
+        train, val = validation_part(self.labels.numpy(), train, seed)
+        twins = np.isin(self.groups[val], self.groups[train])
+        return np.sort(np.concatenate([train, val[twins]])), val[~twins]
 
     def rows(self, *, shots_per_class: int | None, seed: int, validate: bool = True) -> Rows:
         """The images to train, validate and test on; what is drawn is drawn by `seed` alone.
@@ -72,6 +89,8 @@ class Target:
         pool = self.parts["all" if whole else "train"]
         train, rest = draw(labels, pool, shots_per_class, seed, self.class_names, keep_some=whole, skipped=self.skipped)
         val = self.parts.get("val", np.empty(0, np.int64))
+        if whole:  # a picture whose duplicate trains tests nothing
+            rest = rest[~np.isin(self.groups[rest], self.groups[train])]
         if validate and "val" not in self.parts:
-            train, val = validation_part(labels, train, seed)
+            train, val = self._validated(train, seed)
         return Rows(train, val if validate else val[:0], rest if whole else self.parts["test"])
