@@ -133,7 +133,8 @@ def _figures(r: Mapping[str, Any]) -> list[str]:
         figures = "".join(f"{100 * start[name]:>17.2f}" for name in names)
         lines += [f"  {_row(start):<{wide}}{figures}"]
     for start in others:
-        gain = "".join(f"{100 * (first[name] - start[name]):>+17.2f}" for name in names)
+        # An error is no gain.
+        gain = "".join(f"{100 * (first[name] - start[name]):>+17.2f}" for name in names[:-1]) + " " * 17
         lines += [f"  {_over('gain', start, others):<{wide}}{gain}   points"]
     draws = first["mean"]["draws"]
     if draws > 1:
