@@ -404,7 +404,7 @@ def test_skip_bad_goes_on_without_them_and_a_run_keeps_it(init: Path, tmp_path: 
     )
     assert notes_of(tmp_path / "o")[0].startswith("skipped 2 of 27 pictures that cannot be read: ")
     result = json.loads((tmp_path / "o/result.json").read_text())
-    assert result["train_images"] + result["val_images"] + result["test_images"] == 25
+    assert result["test_images"] == 25, "each is tested in one of the folds"
     assert "skip_bad = true" in (tmp_path / "o/config.toml").read_text()
     assert adapt.main(["--resume", str(tmp_path / "o")]) == 0
     whole = shutil.copytree(data, tmp_path / "whole")
