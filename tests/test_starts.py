@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections import OrderedDict
@@ -10,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import one_line
+from helpers import one_line, pool
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -27,6 +28,7 @@ from metaft.models import published
 from metaft.models.architecture import build
 from metaft.models.functional import functional
 from metaft.options import flat
+from metaft.runs.beginning import as_taken
 from metaft.runs.snapshot import load_snapshot, tensors_of
 from metaft.settings import Recipe
 from metaft.starts import names
@@ -34,6 +36,7 @@ from metaft.starts.base import Start, body
 from metaft.starts.open import open_start
 from metaft.support.vision import models as theirs
 from metaft.support.vision import transforms
+from metaft.tasks.pool import ClassPool
 
 NAME = "torchvision:shufflenet_v2_x0_5"
 ARCH = "shufflenet_v2_x0_5"
@@ -478,3 +481,12 @@ def test_the_head_of_published_weights_trains_unless_more_is_asked_for(weights: 
         result = json.loads(Path(name, "result.json").read_text())
         assert (result["strategy"], result["lr"]) == (strategy, lr)
         assert adapt.main([*argv, *words, "--auto-resume", "--out", name]) == 0, "what is left open is the run's"
+
+
+def test_data_come_to_a_start_by_the_mean_and_deviation_that_it_was_trained_with():
+    data, inputs = pool(channels=3), ImageInputs(3, 224, 224, mean=(0.5,) * 3, std=(0.25,) * 3, resize=256)
+    taken = as_taken(data, inputs, "efficientnet-lite0")
+    assert isinstance(taken, ClassPool)
+    assert taken.inputs == dataclasses.replace(data.inputs, mean=(0.5,) * 3, std=(0.25,) * 3)
+    with pytest.raises(MetaftError, match=r"^init: x takes pictures of 3 channels, and squares-8 has 1$"):
+        as_taken(pool(), inputs, "x")

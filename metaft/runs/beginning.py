@@ -61,7 +61,7 @@ def begin_from(
     init = config.start.init
     named = {} if snapshot is None else dict(snapshot.header["architecture"])
     if snapshot is not None and is_published(named["name"]):
-        return Beginning(named, {}, {}, _as_taken(dataset, of_header(snapshot.header), named["name"]))
+        return Beginning(named, {}, {}, as_taken(dataset, of_header(snapshot.header), named["name"]))
     if init in (None, "none") or snapshot is not None:
         if config.start.init_norm is not None and snapshot is None:
             raise MetaftError(f"init_norm: is for a start (given {config.start.init_norm}, and no --init)")
@@ -78,7 +78,7 @@ def begin_from(
     width = start.architecture.get("width")
     if config.learner.width not in (None, width):
         raise MetaftError(f"width: {init} has its own (given {config.learner.width})")
-    return Beginning(architecture, values, start.buffers, _as_taken(dataset, start.inputs, init))
+    return Beginning(architecture, values, start.buffers, as_taken(dataset, start.inputs, init))
 
 
 def _checked(start: Start) -> Params:
@@ -93,7 +93,7 @@ def _inputs_of(dataset: Dataset, init: str) -> ImageInputs:
     return dataset.inputs
 
 
-def _as_taken(dataset: Dataset, inputs: object, init: str) -> Dataset:
+def as_taken(dataset: Dataset, inputs: object, init: str) -> Dataset:
     """The data with pixels as the start's backbone takes them: by the mean and deviation that it was trained with."""
     own = _inputs_of(dataset, init)
     if not isinstance(inputs, ImageInputs) or own.channels != inputs.channels:
