@@ -85,7 +85,7 @@ class TargetSettings(Group):
         str,
         Option(
             "folder:PATH (class folders, with or without train/ val/ test/), csv:FILE (columns path, label and perhaps "
-            "part), or glyphs:SCRIPT (a held-out script).",
+            "part), torchvision:NAME (CIFAR10, MNIST, ..., in --data-root), or glyphs:SCRIPT (a held-out script).",
             metavar="NAME",
         ),
     ] = "glyphs:Hebrew"
