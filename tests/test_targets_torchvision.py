@@ -146,6 +146,19 @@ def test_signs_without_class_names_are_numbered(tmp_path: Path) -> None:
     assert target.examples[:, 0, 0, 0].tolist() == (60 * target.labels).tolist()
 
 
+def test_a_val_part_is_the_test_where_there_is_no_other(tmp_path: Path) -> None:
+    for part, n in (("train", 2), ("val", 1)):
+        for number in ("n01440764", "n02102040"):
+            folder = tmp_path / "imagenette2" / part / number
+            folder.mkdir(parents=True)
+            for i in range(n):
+                Image.new("RGB", (20, 20), (200, 10 * i, 90)).save(folder / f"{i}.JPEG")
+    target = targets.load("torchvision:Imagenette", COLOUR, data_root=str(tmp_path))
+    assert {part: len(rows) for part, rows in target.parts.items()} == {"train": 4, "test": 2}
+    assert target.class_names == ("tench, Tinca tinca", "English springer, English springer spaniel")
+    assert target.notes[0] == "torchvision:Imagenette has no test part; its val part is the test"
+
+
 def test_labels_are_those_that_come_with_the_pictures(mnist: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given = datasets.MNIST.__getitem__
     monkeypatch.setattr(
@@ -188,7 +201,7 @@ def test_names_and_roots_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
         targets.load("torchvision:MNIST")
     with pytest.raises(MetaftError, match=r"data: .* 'Cifar10', it has .*; did you mean 'CIFAR10'\?"):
         targets.load("torchvision:Cifar10", data_root="/none")
-    for name in ("FakeData", "ImageFolder", "CocoDetection", "PhotoTour", "utils"):
+    for name in ("FakeData", "ImageFolder", "CocoDetection", "PhotoTour", "Cityscapes", "utils"):
         with pytest.raises(MetaftError, match=f"no data set of labelled parts '{name}'"):
             targets.load(f"torchvision:{name}", data_root="/none")
     with pytest.raises(MetaftError, match="write 'torchvision:NAME'"):

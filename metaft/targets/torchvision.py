@@ -70,7 +70,8 @@ def _is_taken(of: object) -> bool:
         return False
     takes = inspect.signature(of).parameters
     needs = [p.name for p in takes.values() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
-    return needs == ["root"] and "target_transform" in takes and bool(_part_option(of))
+    kinds = {p.default for name, p in takes.items() if name.startswith("target_type")}
+    return needs == ["root"] and "target_transform" in takes and kinds <= {"category"} and bool(_part_option(of))
 
 
 def _part_option(of: Any) -> str:
