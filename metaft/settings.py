@@ -398,6 +398,10 @@ class Recipe(Group):
     augment: Annotated[Literal["none", "basic"], Option("Small random turns and shifts of the training images.")] = (
         "none"
     )
+    balance: Annotated[
+        Literal["none", "weights"],
+        Option("weights: in the training loss each class counts as much as any other, however many images it has."),
+    ] = "none"
 
     @property
     def rate(self) -> float:

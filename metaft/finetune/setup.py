@@ -253,7 +253,9 @@ def _contenders(
         recipe = config.recipe
         if is_published(start.architecture["name"]):  # whose rates and epochs are not those of a random start
             given = recipe or Recipe()
-            recipe = Recipe(batch_size=given.batch_size, head=given.head, augment=given.augment, lr=RATE)
+            recipe = Recipe(
+                batch_size=given.batch_size, head=given.head, augment=given.augment, balance=given.balance, lr=RATE
+            )
         elif recipe is not None and whole and recipe.trains != "full":
             recipe = dataclasses.replace(recipe, freeze="none", strategy="full")
         yield Contender(chance.label, chance, images.of(chance), recipe)
