@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -36,7 +38,7 @@ def test_weights_are_the_inverse_frequency_with_mean_1_over_the_examples() -> No
 
 @pytest.mark.parametrize("balance", ["none", "weights"])
 @pytest.mark.parametrize("freeze", ["none", "backbone"])  # the latter on features that are computed once
-def test_the_loss_and_the_step_are_those_of_torch(freeze: str, balance: str) -> None:
+def test_the_loss_and_the_step_are_those_of_torch(freeze: str, balance: Literal["none", "weights"]) -> None:
     images = pictures()
     settings = {"epochs": 1, "batch_size": 32, "lr": 0.5, "optimizer": "sgd:momentum=0", "freeze": freeze}
     start = fit(body(), INPUTS, images, LABELS, 3, Recipe(**{**settings, "lr": 1e-30}))
