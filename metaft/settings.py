@@ -390,7 +390,8 @@ class Recipe(Group):
         str | None,
         Option(
             "What trains: full, head (on features that are computed once), last:blocks=2, lp-ft:share=0.3 (the head "
-            "first, then all) (auto: head of published weights, else as --freeze says).",
+            "first, then all), or chosen by cross-validation of the training images (auto: head of published "
+            "weights, else as --freeze says).",
             metavar="NAME[:KEY=VALUE]",
         ),
     ] = None

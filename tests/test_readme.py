@@ -47,6 +47,9 @@ def test_the_example_runs_and_is_short(capsys: pytest.CaptureFixture[str]) -> No
 def test_every_option_named_on_a_page_exists(page: str) -> None:
     every = (MetaTrainConfig, EvaluateConfig, AdaptConfig, PredictConfig)
     known = {name.replace("_", "-") for c in every for name in options(c)}
+    known |= {
+        f"no-{name.replace('_', '-')}" for c in every for name, field in options(c).items() if bool in field.types
+    }
     text = (README.parent / page).read_text(encoding="utf-8")
     others = r"#SBATCH.*|torchrun (.*\\\n)*.*?(?= -m metaft)"  # a scheduler's, and torchrun's up to the module
     named = set(re.findall(r"--([a-z][a-z-]*)", re.sub(others, "", text)))

@@ -33,11 +33,23 @@ def text(result: Mapping[str, Any]) -> str:
         )
         how += f"at most {r['epochs']} epochs"
     lines = [f"{what}{val}, {r['test_images']} to test", f"{how}, from {_init(r)}, in {duration(r['seconds'])}"]
+    lines += _choice(r["starts"][0].get("chosen"))
     lines += [f"note: {note}" for note in r["notes"]]
     lines += [f"note: {_row(start)}: {warning}" for start in r["starts"] for warning in start.get("warnings", ())]
     lines += ["", *_figures(r), ""]
     lines += _table(r["per_class"], _mistaken(short_names(r["classes"]), r["confusion"]))
     return "\n".join(lines)
+
+
+def _choice(chosen: Mapping[str, Any] | None) -> list[str]:
+    """How `--strategy chosen` came to the first fit, where it did."""
+    if chosen is None:
+        return []
+    what = f"chosen: {chosen['strategy']} at {chosen['lr']:g}, {chosen['epochs']} epochs"
+    if not chosen["table"]:
+        return [f"{what}, since a class has too few images to choose by"]
+    rows = (f"{row['strategy']} at {row['lr']:g} {100 * row['accuracy']:.1f}" for row in chosen["table"])
+    return [f"{what}, by 5-fold cross-validation of the training images (accuracy, %: {', '.join(rows)})"]
 
 
 def plainly(result: Mapping[str, Any]) -> str:
@@ -121,7 +133,8 @@ def _figures(r: Mapping[str, Any]) -> list[str]:
         figures = "".join(f"{100 * start[name]:>17.2f}" for name in names)
         lines += [f"  {_row(start):<{wide}}{figures}"]
     for start in others:
-        gain = "".join(f"{100 * (first[name] - start[name]):>+17.2f}" for name in names)
+        # An error is no gain.
+        gain = "".join(f"{100 * (first[name] - start[name]):>+17.2f}" for name in names[:-1]) + " " * 17
         lines += [f"  {_over('gain', start, others):<{wide}}{gain}   points"]
     draws = first["mean"]["draws"]
     if draws > 1:

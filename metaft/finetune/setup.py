@@ -19,6 +19,7 @@ from metaft.config import AdaptConfig, Init, of_other_method
 from metaft.defaults import check_steps, device_of
 from metaft.errors import DataError, MetaftError, no_such
 from metaft.finetune import optim, strategies
+from metaft.finetune.choose import CHOSEN
 from metaft.finetune.inner import check_inner
 from metaft.inputs import Inputs
 from metaft.models.architecture import is_published
@@ -290,7 +291,8 @@ def _check(recipe: Recipe) -> None:
     """Raises MetaftError for a strategy, optimiser or schedule that there is not, and two strategies."""
     if recipe.freeze == "backbone" and recipe.trains != "head":
         raise MetaftError(f"freeze: backbone is --strategy head, and --strategy {recipe.trains} is given")
-    _make("strategy", recipe.trains, strategies.named)
+    if recipe.trains != CHOSEN:
+        _make("strategy", recipe.trains, strategies.named)
     _make("optimizer", recipe.optimizer, optim.named)
     _make("schedule", recipe.schedule, schedules.make)
 

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from metaft.errors import CheckpointError, NonFiniteError
+from metaft.finetune.choose import CHOSEN, candidates_of, choose
 from metaft.finetune.classifier import Classifier, save
 from metaft.finetune.examples import Part, Prepared
 from metaft.finetune.features import features_of
@@ -21,6 +22,7 @@ from metaft.finetune.inner import FEWER, inner
 from metaft.finetune.probe import probe
 from metaft.finetune.scores import scores
 from metaft.finetune.setup import Contender, Planned, Setup
+from metaft.models.architecture import is_published
 from metaft.runs import checkpoint
 from metaft.runs.checkpoint import write_atomically
 from metaft.runs.folder import RunFolder, append_row
@@ -44,13 +46,15 @@ class Position:
     """metrics.jsonl: every epoch so far, of the fit in progress too."""
     current: Mapping[str, Any] | None = None
     """`fit`'s state after the last epoch of the fit in progress."""
+    chosen: Mapping[str, Any] | None = None
+    """What `--strategy chosen` chose for that fit; see `metaft.finetune.choose`."""
 
 
 def rows_of(setup: Setup, draw: int, fold: int | None = 0) -> Rows:
-    """The images of one draw, and of one of its folds where it has any (None: all, without a test); the inner loop has
-    no use for a validation part, so it trains on that too."""
+    """The images of one draw, and of one of its folds where it has any (None: all, without a test)."""
     config, target = setup.config, setup.target
-    validate = config.method == "finetune"
+    # The inner loop and a choice by cross-validation have no use for a validation part, and train on it too.
+    validate = config.recipe is not None and config.recipe.trains != CHOSEN
     if setup.folds > 1:
         return target.rows_of_fold(fold, seed=config.draws.seed + draw, validate=validate)
     return target.rows(shots_per_class=config.target.shots_per_class, seed=config.draws.seed + draw, validate=validate)
@@ -90,6 +94,7 @@ def study(
                 progress(number, state["curve"][-1])
 
             rows = rows_of(setup, draw, fold)
+            contender = _decided(setup, contender, rows, draw, device, journal, should_stop)
             fitted = _fit(setup, contender, rows, draw, device, journal.position.current, should_stop, on_epoch)
             classifier = Classifier(fitted.body, fitted.head, target.inputs, target.class_names)
             advice = FEWER if contender.recipe is None else SMALLER
@@ -126,15 +131,22 @@ class Journal:
 
     def epoch(self, number: int, tag: Mapping[str, Any], state: Mapping[str, Any]) -> None:
         """`state` is that of the fit in progress, as `fit` gives it."""
-        self.position = Position(self.position.fits, self._rows(tag, state["curve"]), state)
+        rows = self._rows(tag, state["curve"])
+        self.position = dataclasses.replace(self.position, rows=rows, current=state)
         if time.monotonic() - self._clock > SAVE_EVERY:
             self._keep(number)
 
     def fit(self, number: int, tag: Mapping[str, Any], seed: int, fitted: Fitted, figures: Mapping[str, Any]) -> None:
         """A fit is done."""
         epochs = len([row for row in fitted.curve if row["epoch"] > 0])
-        done = {**tag, "seed": seed, "epochs": epochs, "kept_epoch": fitted.kept, **figures}
+        chosen = {} if self.position.chosen is None else {"chosen": self.position.chosen}
+        done = {**tag, "seed": seed, "epochs": epochs, "kept_epoch": fitted.kept, **figures, **chosen}
         self.position = Position((*self.position.fits, _as_read(done)), self._rows(tag, fitted.curve))
+        self._keep(number)
+
+    def choice(self, number: int, made: Mapping[str, Any]) -> None:
+        """What was chosen for the fit that is next; a resume does not choose again."""
+        self.position = dataclasses.replace(self.position, chosen=_as_read(made))
         self._keep(number)
 
     def interrupted(self) -> None:
@@ -172,6 +184,34 @@ def test(classifier: Classifier, target: Target, rows: np.ndarray, advice: str, 
     return scores(target.labels[some].numpy(), logits.softmax(-1).float().numpy(), target.class_names)
 
 
+def _decided(
+    setup: Setup,
+    contender: Contender,
+    rows: Rows,
+    draw: int,
+    device: str,
+    journal: Journal,
+    should_stop: Callable[[], None],
+) -> Contender:
+    """The contender with what is chosen in the place of `--strategy chosen`; any other as it is."""
+    recipe = contender.recipe
+    if recipe is None or recipe.trains != CHOSEN:
+        return contender
+    made = journal.position.chosen
+    if made is None:
+        start, target, train = contender.start, contender.target, torch.from_numpy(rows.train)
+        seed, name = setup.config.draws.seed + draw, start.architecture["name"]
+        choice = choose(
+            body(start, seed).to(device), target.inputs, Part(target.examples, train), target.labels[train],
+            len(target.class_names), candidates_of(recipe, published=is_published(name)),
+            seed=seed, should_stop=should_stop,
+        )  # fmt: skip
+        made = {"table": choice.table, **{k: getattr(choice.recipe, k) for k in ("strategy", "lr", "epochs")}}
+        journal.choice(len(journal.position.fits), made)
+    picked = dataclasses.replace(recipe, **{k: made[k] for k in ("strategy", "lr", "epochs")})
+    return contender._replace(recipe=picked)
+
+
 def _fit(
     setup: Setup,
     contender: Contender,
@@ -204,7 +244,8 @@ def _fit(
 def write(run: RunFolder, position: Position, header: Mapping[str, Any]) -> None:
     """The checkpoint, and metrics.jsonl from the same position. Raises CheckpointError."""
     tensors, plain = ({}, None) if position.current is None else flatten(position.current)
-    run.save_last(tensors, {**header, "fits": position.fits, "rows": position.rows, "current": plain})
+    state = {"fits": position.fits, "rows": position.rows, "current": plain, "chosen": position.chosen}
+    run.save_last(tensors, {**header, **state})
     write_rows(run, position)
 
 
@@ -222,7 +263,7 @@ def read(run: RunFolder) -> tuple[Position, Mapping[str, Any]]:
     """The last checkpoint: a position, and the header. Raises CheckpointError, and says which other one is good."""
     tensors, header = run.load(run.last, _load, lambda loaded: f"after {len(loaded[1]['rows'])} epochs")
     current = None if header["current"] is None else unflatten(tensors, header["current"])
-    return Position(tuple(header["fits"]), tuple(header["rows"]), current), header
+    return Position(tuple(header["fits"]), tuple(header["rows"]), current, header.get("chosen")), header
 
 
 def _load(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

@@ -1,0 +1,97 @@
+"""Choosing how to fine-tune, by cross-validation inside the images that are there to train on, and no others."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from metaft.errors import NonFiniteError
+from metaft.finetune.examples import Part
+from metaft.finetune.fit import fit
+from metaft.inputs import Inputs
+from metaft.settings import RATE, RATE_OF_PUBLISHED, Recipe
+from metaft.targets.draws import fold
+
+CHOSEN = "chosen"
+"""What `--strategy` says of it."""
+
+FOLDS = 5
+"""And images per class from which there is a choice; with fewer the head alone trains."""
+
+MOVING_EPOCHS = 12
+"""Of candidates that move published weights: each epoch is a pass forth and back through all of them."""
+
+
+class Choice(NamedTuple):
+    """What came of it."""
+
+    recipe: Recipe
+    """For all images, without validation: the epochs are those that were best in cross-validation."""
+    table: tuple[dict[str, Any], ...]
+    """For each candidate "strategy", "lr", "epochs", and its "accuracy" and "loss" on images it had not seen."""
+
+
+def candidates_of(recipe: Recipe, *, published: bool) -> list[Recipe]:
+    """Recipes to choose from, the cheapest first."""
+    head = [dataclasses.replace(recipe, strategy="head", freeze="none", lr=lr) for lr in (RATE, 10 * RATE / 3)]
+    if not published:
+        return [*head, dataclasses.replace(recipe, strategy="full", freeze="none", lr=RATE)]
+    moving = dataclasses.replace(recipe, strategy="lp-ft", freeze="none", epochs=min(MOVING_EPOCHS, recipe.epochs))
+    return [*head, *(dataclasses.replace(moving, lr=lr) for lr in (RATE_OF_PUBLISHED, 3 * RATE_OF_PUBLISHED))]
+
+
+def choose(
+    body: nn.Module,
+    inputs: Inputs,
+    examples: Part,
+    labels: Tensor,
+    classes: int,
+    candidates: Sequence[Recipe],
+    *,
+    seed: int,
+    should_stop: Callable[[], None] = lambda: None,
+) -> Choice:
+    """The candidate that is most often right in a stratified 5-fold cross-validation of these examples, with the number
+    of epochs at which its validation loss is lowest; the first of those that are alike.
+
+    A candidate whose loss is not finite is none. With fewer than `FOLDS` images of a class it is the first candidate as
+    it is. A pure function of its arguments.
+    """
+    first = candidates[0]
+    if int(np.bincount(labels.numpy(), minlength=classes).min()) < FOLDS:
+        return Choice(first, ())
+    parts = [fold(labels.numpy(), np.arange(len(labels)), FOLDS, number, seed) for number in range(FOLDS)]
+    table: list[dict[str, Any]] = []
+    for candidate in candidates:
+        curves = []
+        for train, test in parts:
+            rows, val = torch.from_numpy(train), torch.from_numpy(test)
+            try:
+                fitted = fit(
+                    body, inputs, Part(examples.whole, examples.rows[rows]), labels[rows], classes,
+                    dataclasses.replace(candidate, patience=candidate.epochs), seed=seed, should_stop=should_stop,
+                    val_examples=Part(examples.whole, examples.rows[val]), val_labels=labels[val],
+                )  # fmt: skip
+            except NonFiniteError:
+                break
+            curves.append([(row["val_loss"] * len(val), row["val_accuracy"] * len(val)) for row in fitted.curve])
+        table.append(_figures(candidate, curves, len(labels)))
+    best = max(range(len(table)), key=lambda i: (table[i]["accuracy"], -i))
+    chosen = dataclasses.replace(candidates[best], epochs=table[best]["epochs"])
+    return Choice(chosen, tuple(table))
+
+
+def _figures(candidate: Recipe, curves: list[list[tuple[float, float]]], images: int) -> dict[str, Any]:
+    """A row of the table, at the epoch of the lowest loss over all folds."""
+    row: dict[str, Any] = {"strategy": candidate.trains, "lr": candidate.rate}
+    if len(curves) < FOLDS:
+        return {**row, "epochs": candidate.epochs, "accuracy": 0.0, "loss": math.inf}
+    total = np.sum(curves, axis=0) / images  # [epochs, 2]
+    epoch = int(total[:, 0].argmin())
+    return {**row, "epochs": epoch + 1, "accuracy": float(total[epoch, 1]), "loss": float(total[epoch, 0])}

@@ -1,0 +1,144 @@
+"""`--strategy chosen`: by cross-validation inside the training images, and by nothing else."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from adapting import result_of
+from helpers import words
+from torch import Tensor, nn
+
+from metaft import adapt
+from metaft.finetune import choose as choosing
+from metaft.finetune import study
+from metaft.finetune.choose import candidates_of, choose
+from metaft.finetune.examples import Part
+from metaft.finetune.fit import fit
+from metaft.inputs import ImageInputs
+from metaft.settings import Recipe
+from metaft.targets.draws import fold
+
+INPUTS = ImageInputs(1, 4, 4)
+RECIPE = Recipe(epochs=6, batch_size=8)
+
+
+class Guarded:
+    """A tensor of which some rows may not be read."""
+
+    def __init__(self, whole: Tensor, allowed: set[int]) -> None:
+        self.whole, self.allowed = whole, allowed
+
+    def __getitem__(self, rows: Tensor) -> Tensor:
+        assert set(rows.tolist()) <= self.allowed, "a test row was read"
+        return self.whole[rows]
+
+
+def data() -> tuple[Tensor, Tensor]:
+    labels = torch.arange(30) % 3
+    images = torch.from_numpy(np.random.default_rng(0).integers(0, 60, (40, 1, 4, 4)).astype(np.uint8))
+    images[:30] += (labels * 60).to(torch.uint8).view(-1, 1, 1, 1)
+    return images, labels
+
+
+def body() -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.Tanh())
+
+
+def test_only_the_training_images_are_read_and_the_choice_is_a_function_of_its_arguments() -> None:
+    images, labels = data()
+    part = Part(Guarded(images, set(range(30))), torch.arange(30))  # type: ignore[arg-type]
+    candidates = candidates_of(RECIPE, published=False)
+    one, other = (choose(body(), INPUTS, part, labels, 3, candidates, seed=4) for _ in range(2))
+    assert one == other
+    assert [row["strategy"] for row in one.table] == ["head", "head", "full"]
+    assert one.recipe.epochs <= 6
+    best = max(one.table, key=lambda row: row["accuracy"])
+    assert (one.recipe.trains, one.recipe.rate, one.recipe.epochs) == (best["strategy"], best["lr"], best["epochs"])
+
+
+def test_a_row_of_the_table_is_the_mean_over_the_folds_at_the_best_epoch() -> None:
+    images, labels = data()
+    candidate = dataclasses.replace(RECIPE, strategy="full", lr=0.01)
+    [row] = choose(body(), INPUTS, Part(images, torch.arange(30)), labels, 3, [candidate], seed=1).table
+    curves = []
+    for number in range(5):
+        train, test = map(torch.from_numpy, fold(labels.numpy(), np.arange(30), 5, number, 1))
+        fitted = fit(
+            body(), INPUTS, images[train], labels[train], 3, dataclasses.replace(candidate, patience=6), seed=1,
+            val_examples=images[test], val_labels=labels[test],
+        )  # fmt: skip
+        curves.append([(r["val_loss"], r["val_accuracy"]) for r in fitted.curve])
+    mean = np.mean(curves, axis=0)  # all folds have six images
+    assert row["epochs"] == int(mean[:, 0].argmin()) + 1
+    assert (row["loss"], row["accuracy"]) == pytest.approx(tuple(mean[row["epochs"] - 1]))
+
+
+def test_a_better_candidate_wins_and_one_that_diverges_is_none() -> None:
+    images, labels = data()
+    nothing = dataclasses.replace(RECIPE, strategy="head", lr=1e-12)
+    good = dataclasses.replace(RECIPE, strategy="full", lr=0.03)
+    wild = dataclasses.replace(RECIPE, strategy="full", lr=1e30)
+    made = choose(body(), INPUTS, Part(images, torch.arange(30)), labels, 3, [nothing, wild, good], seed=0)
+    assert made.recipe.trains == "full" and made.recipe.rate == 0.03
+    assert made.table[1]["accuracy"] < made.table[2]["accuracy"]
+
+
+def test_with_fewer_than_five_images_of_a_class_the_head_alone_trains() -> None:
+    images, labels = data()
+    made = choose(
+        body(), INPUTS, Part(images, torch.arange(12)), labels[:12], 3, candidates_of(RECIPE, published=True), seed=0
+    )
+    assert made.table == () and made.recipe.trains == "head" and made.recipe.epochs == 6
+
+
+def chosen(runs: dict[str, Path], data: Path, out: Path, **more: Any) -> list[str]:
+    return words(runs["maml"], data, out, strategy="chosen", epochs=3, seeds=2, **more)
+
+
+def test_the_command_says_what_was_chosen(runs: dict[str, Path], data: Path, tmp_path: Path) -> None:
+    assert adapt.main(chosen(runs, data, tmp_path / "o")) == 0
+    result = result_of(tmp_path / "o")
+    made = result["starts"][0]["chosen"]
+    assert result["strategy"] == "chosen" and len(made["table"]) == 3
+    assert result["epochs_run"] == made["epochs"]
+    assert result["val_images"] == 0, "all that is drawn trains"
+    text = (tmp_path / "o/report.txt").read_text()
+    assert f"chosen: {made['strategy']} at {made['lr']:g}, {made['epochs']} epochs, by 5-fold cross-validation" in text
+
+
+@pytest.mark.parametrize("after", [1, 4])
+def test_a_resume_does_not_choose_again_and_ends_with_the_same_bytes(
+    after: int, runs: dict[str, Path], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert adapt.main(chosen(runs, data, tmp_path / "whole")) == 0
+    epochs, real, calls = [0], study.Journal.epoch, [0]
+
+    def count(self: study.Journal, *args: Any) -> None:
+        real(self, *args)
+        epochs[0] += 1
+        if epochs[0] == after:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(study.Journal, "epoch", count)
+        assert adapt.main(chosen(runs, data, tmp_path / "stopped")) == 143
+
+    def counted(*args: Any, **more: Any) -> choosing.Choice:
+        calls[0] += 1
+        return choose(*args, **more)
+
+    monkeypatch.setattr(study, "choose", counted)
+    assert adapt.main(["--resume", str(tmp_path / "stopped")]) == 0
+    assert calls[0] == (1 if after == 1 else calls[0])
+    for name in ("metrics.jsonl", "classifier.safetensors"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "stopped" / name).read_bytes(), name
+    assert result_of(tmp_path / "whole")["draws"] == result_of(tmp_path / "stopped")["draws"]
