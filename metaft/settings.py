@@ -85,7 +85,7 @@ class TargetSettings(Group):
         str,
         Option(
             "folder:PATH (class folders, with or without train/ val/ test/), csv:FILE (columns path, label and perhaps "
-            "part), or glyphs:SCRIPT (a held-out script).",
+            "part), torchvision:NAME (CIFAR10, MNIST, ..., in --data-root), or glyphs:SCRIPT (a held-out script).",
             metavar="NAME",
         ),
     ] = "glyphs:Hebrew"
@@ -399,6 +399,10 @@ class Recipe(Group):
     augment: Annotated[Literal["none", "basic"], Option("Small random turns and shifts of the training images.")] = (
         "none"
     )
+    balance: Annotated[
+        Literal["none", "weights"],
+        Option("weights: in the training loss each class counts as much as any other, however many images it has."),
+    ] = "none"
 
     @property
     def rate(self) -> float:

@@ -89,7 +89,8 @@ def fit(
     model, groups = _start(body, train, labels, classes, recipe, seed, strategy, steps)
     # A parameter is a group of the optimiser by itself: its rate may change with every step.
     optimizer = optim.named(recipe.optimizer)(_learning(model), recipe.rate)
-    objective = composed(extras, Origin({n: p.detach().clone() for n, p in model.named_parameters()}, seed))
+    weights = None if recipe.balance == "none" else class_weights(labels, classes).to(like)
+    objective = composed(extras, Origin({n: p.detach().clone() for n, p in model.named_parameters()}, seed), weights)
     features = None if extras or recipe.augment != "none" else Features(model.get_submodule("body"), train, val)
     curve: list[dict[str, float]] = []
     best = (math.inf, {})
@@ -111,7 +112,7 @@ def fit(
             optim.set_rates(optimizer, strategy.rates(groups, step, steps), recipe.rate * schedule(step, steps))
             y = labels[rows.to(labels.device)]
             if computed is not None:
-                loss = F.cross_entropy(model.get_submodule("head")(computed[rows.to(computed.device)]), y)
+                loss = F.cross_entropy(model.get_submodule("head")(computed[rows.to(computed.device)]), y, weights)
             else:
                 raw = examples[rows] if moves is None else _augmented(examples[rows].to(like.device), moves[rows])
                 loss = objective(model, Batch(train.prepare(raw), y, rows, epoch))
@@ -173,6 +174,12 @@ def groups_of(model: nn.Module) -> Groups:
 def _learning(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """Parameters that the user did not freeze, by name, as long as no strategy has set any rate."""
     return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+
+
+def class_weights(labels: Tensor, classes: int) -> Tensor:
+    """float64 [classes]: the inverse of how often each label is there, with a mean of 1 over all examples."""
+    counts = torch.bincount(labels, minlength=classes)
+    return len(labels) / (counts.clamp(min=1).double() * (counts > 0).sum())
 
 
 def _like(body: nn.Module) -> Tensor:

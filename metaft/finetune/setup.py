@@ -166,14 +166,23 @@ class Images:
         self._read: list[Target] = []
 
     @functools.cached_property
+    def shape(self) -> tuple[list[int], bool]:
+        """([C, H, W] of the images without any start, whether another size will do)."""
+        return targets.shape_of(self.settings.data, self.settings.data_root)
+
+    def _loaded(self, inputs: Inputs | None) -> Target:
+        settings = self.settings
+        return targets.load(settings.data, inputs, skip_bad=settings.skip_bad, data_root=settings.data_root)
+
+    @functools.cached_property
     def plain(self) -> Target:
         """As they are taken without any start."""
-        self._read.append(targets.load(self.settings.data, skip_bad=self.settings.skip_bad))
+        self._read.append(self._loaded(None))
         return self._read[-1]
 
     def sized(self, side: int) -> Target:
         """As they are taken without any start, in another size."""
-        (channels, *_), _ = targets.shape_of(self.settings.data)
+        (channels, *_), _ = self.shape
         return self._with(inputs_of(channels, side))
 
     def of(self, start: Start) -> Target:
@@ -181,7 +190,7 @@ class Images:
         if start.inputs is None:
             raise MetaftError(
                 f"init: {start.name} takes inputs of shape {start.shape} ({start.about['dataset']}), but the images of "
-                f"{self.settings.data} are {targets.shape_of(self.settings.data)[0]}"
+                f"{self.settings.data} are {self.shape[0]}"
             )
         return self._with(start.inputs)
 
@@ -189,7 +198,7 @@ class Images:
         for target in self._read:
             if inputs in (target.inputs, target.asked):
                 return target
-        self._read.append(targets.load(self.settings.data, inputs, skip_bad=self.settings.skip_bad))
+        self._read.append(self._loaded(inputs))
         return self._read[-1]
 
 
@@ -217,7 +226,7 @@ def _other(name: str, images: Images, settings: StartSettings) -> Start:
 def _chosen(images: Images) -> str:
     """The start where none is named: published weights for colour where they are installed, else the newest run that
     fits. A line on stderr says which."""
-    shape, any_size = targets.shape_of(images.settings.data)
+    shape, any_size = images.shape
     packaged = [name for name in names.PACKAGED if names.is_installed(name)]
     if shape[0] == 3 and any_size and packaged:
         print(f"init: {packaged[0]}, since the pictures are in colour", file=sys.stderr)
@@ -245,7 +254,9 @@ def _contenders(
         recipe = config.recipe
         if is_published(start.architecture["name"]):  # whose rates and epochs are not those of a random start
             given = recipe or Recipe()
-            recipe = Recipe(batch_size=given.batch_size, head=given.head, augment=given.augment, lr=RATE)
+            recipe = Recipe(
+                batch_size=given.batch_size, head=given.head, augment=given.augment, balance=given.balance, lr=RATE
+            )
         elif recipe is not None and whole and recipe.trains != "full":
             recipe = dataclasses.replace(recipe, freeze="none", strategy="full")
         yield Contender(chance.label, chance, images.of(chance), recipe)

@@ -32,6 +32,9 @@ MAPPED_FROM = 2**28
 
 _CHUNK = 64  # files a thread reads at a time
 
+Opened = Callable[[Path], Image.Image | Unreadable]
+"""How a file is opened, from many threads at once: `try_open`, or what gives the pictures of another store by name."""
+
 
 def fingerprint(root: Path, files: Iterable[Path]) -> str:
     """Digest of the files' names, sizes, times, inodes and decoders: it changes when a picture is added, removed or
@@ -57,7 +60,7 @@ def fingerprint(root: Path, files: Iterable[Path]) -> str:
     return digest.hexdigest()
 
 
-def looks_grey(files: Sequence[Path], sample: int | None = 64) -> bool:
+def looks_grey(files: Sequence[Path], sample: int | None = 64, opened: Opened = try_open) -> bool:
     """Whether all of `sample` files, evenly spread, or of all files are grey by mode or by equal channels.
 
     Those that cannot be read have no say; where none of the sample can, the first of the others that can has it.
@@ -66,20 +69,20 @@ def looks_grey(files: Sequence[Path], sample: int | None = 64) -> bool:
     step = 1 if sample is None else max(1, len(files) // sample)
     bad: dict[Path, str] = {}
     with noted():  # whoever reads them all will say it
-        spread = _greys(files[::step], bad)
+        spread = _greys(files[::step], bad, opened)
         first = next(spread, None)
         if first is None:
-            first = next(_greys([file for i, file in enumerate(files) if i % step], bad), None)
+            first = next(_greys([file for i, file in enumerate(files) if i % step], bad, opened), None)
         grey = first is not False and all(spread)
     if first is None and files:
         raise DataError(listing.refusal({file: bad[file] for file in files}, len(files)))
     return grey
 
 
-def _greys(files: Iterable[Path], bad: dict[Path, str]) -> Iterator[bool]:
+def _greys(files: Iterable[Path], bad: dict[Path, str], opened: Opened) -> Iterator[bool]:
     """Whether each file that can be read is grey; the others are put into `bad`, each with the reason."""
     for path in files:
-        image = try_open(path)
+        image = opened(path)
         if isinstance(image, Unreadable):
             bad[path] = image.why
         else:
@@ -108,6 +111,7 @@ def read_all(
     channels: int,
     fitting: Fitting | int,
     look: Callable[[int, Image.Image], None] = lambda i, image: None,
+    opened: Opened = try_open,
 ) -> Pictures:
     """Every file that can be read, as uint8 [channels, side, side]; greys of more than 8 bits by one range for all.
 
@@ -120,7 +124,7 @@ def read_all(
 
     def fill(start: int) -> None:
         for i in range(start, min(start + _CHUNK, len(files))):
-            image = try_open(files[i])
+            image = opened(files[i])
             if isinstance(image, Unreadable):
                 bad[i] = image
                 continue

@@ -58,7 +58,7 @@ def open_image(path: Path, *, deep: bool = False) -> Image.Image:
                 remark(HIGH_BYTES)
             whole_range = scales_itself(file)
             file.load()
-            image = plain(_upright(file))
+            image = plain(upright(file))
     except MemoryError:
         raise
     except UnidentifiedImageError:
@@ -77,7 +77,7 @@ def open_image(path: Path, *, deep: bool = False) -> Image.Image:
     return image if deep else shallow(image)
 
 
-def _upright(file: Image.Image) -> Image.Image:
+def upright(file: Image.Image) -> Image.Image:
     """Turned as its EXIF data says; of data that cannot be read nobody knows what they say."""
     try:
         return ImageOps.exif_transpose(file)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from typing import NamedTuple
 
 from metaft.errors import DataError, MetaftError
 from metaft.inputs import ImageInputs, Inputs
@@ -16,52 +16,63 @@ from metaft.targets.draws import Rows
 from metaft.targets.files import Listed, target_of
 from metaft.targets.folder import listed as _folder
 from metaft.targets.glyphs import script_of
+from metaft.targets.torchvision import listed as _of_torchvision
 from metaft.tasks.folder import inputs_for
 
-__all__ = ["FILES", "KINDS", "Rows", "Target", "load", "shape_of"]
+__all__ = ["KINDS", "Rows", "Target", "load", "shape_of"]
 
-FILES: dict[str, Callable[[Path], Listed]] = {
-    "folder": _folder,
-    "csv": _table,
+
+class Kind(NamedTuple):
+    """What `--data` can name."""
+
+    place: str
+    """What stands behind the colon."""
+    listed: Callable[[str, str | None], Listed] | None = None
+    """How it is listed, of that and `--data-root`, where it is pictures that a start's inputs are read from."""
+
+
+KINDS: dict[str, Kind] = {
+    "folder": Kind("PATH", lambda path, root: _folder(local(path))),
+    "csv": Kind("FILE", lambda file, root: _table(local(file))),
+    "torchvision": Kind("NAME", _of_torchvision),
+    "glyphs": Kind("SCRIPT"),
 }
-"""Kinds that are picture files, by how they are listed."""
-
-KINDS = {"folder": Takes("PATH"), "csv": Takes("FILE"), "glyphs": Takes("SCRIPT")}
-"""What `--data` names."""
 
 
-def shape_of(data: str) -> tuple[list[int], bool]:
+def shape_of(data: str, data_root: str | None = None) -> tuple[list[int], bool]:
     """([C, H, W] of the target's images, whether another size will do). Raises as `load` does."""
     kind, rest = _named_by(data)
-    if kind in FILES:
+    if kind.listed is not None:
         with _named():
-            p = inputs_for([file for _, _, file in FILES[kind](local(rest)).files], sample=None)
+            pictures = kind.listed(rest, data_root)
+            p = inputs_for([file for _, _, file in pictures.files], sample=None, opened=pictures.opened)
         return [p.channels, p.height, p.width], True
-    return list(load(data).examples.shape[1:]), False
+    return list(load(data, data_root=data_root).examples.shape[1:]), False
 
 
-def load(data: str, inputs: Inputs | None = None, *, skip_bad: bool = False) -> Target:
-    """The target that `--data` names: "folder:PATH", "csv:FILE" or "glyphs:SCRIPT".
+def load(data: str, inputs: Inputs | None = None, *, skip_bad: bool = False, data_root: str | None = None) -> Target:
+    """The target that `--data` names: "folder:PATH", "csv:FILE", "torchvision:NAME" or "glyphs:SCRIPT".
 
     PATH holds train/ and test/ (and val/, if there is one) folders of the same class folders, or class folders alone;
-    FILE names a picture and its label in each line. Images get a start's `inputs`; without any, those of a folder which
+    FILE names a picture and its label in each line; NAME is a data set that torchvision stored in `data_root` (default:
+    the environment's METAFT_DATA). Images get a start's `inputs`; without any, those of a folder which
     is meta-trained on. How many bits greys of more than 8 have is for all of the target's files to say. Raises
     DataError or MetaftError for what cannot be read (`skip_bad` leaves such pictures out), or not by these inputs.
     """
     if inputs is not None and not isinstance(inputs, ImageInputs):
         raise MetaftError(f"data: {data} holds images, but the run takes {inputs.kind}")
     kind, rest = _named_by(data)
-    if kind == "glyphs":
+    if kind.listed is None:
         return script_of(rest, inputs)
     with _named():
-        return target_of(FILES[kind](local(rest)), inputs, skip_bad=skip_bad)
+        return target_of(kind.listed(rest, data_root), inputs, skip_bad=skip_bad)
 
 
-def _named_by(data: str) -> tuple[str, str]:
+def _named_by(data: str) -> tuple[Kind, str]:
     """(the kind, what stands behind its colon). Raises MetaftError."""
-    kind, rest, _ = parse("data", data, KINDS)
+    kind, rest, _ = parse("data", data, {name: Takes(kind.place) for name, kind in KINDS.items()})
     assert rest is not None
-    return kind, rest
+    return KINDS[kind], rest
 
 
 @contextlib.contextmanager

@@ -15,8 +15,8 @@ from metaft.errors import DataError
 from metaft.inputs import ImageInputs
 from metaft.inputs.flaws import flaws_note
 from metaft.inputs.listing import Left, check_lost, left_note, refusal, skipped_note, some
-from metaft.inputs.pictures import depth_note, read_all
-from metaft.inputs.reading import border, is_dark_on_bright, is_grey
+from metaft.inputs.pictures import Opened, depth_note, read_all
+from metaft.inputs.reading import border, is_dark_on_bright, is_grey, try_open
 from metaft.targets.base import Target
 from metaft.tasks.folder import inputs_for
 
@@ -28,13 +28,15 @@ class Listed(NamedTuple):
     """As `--data` has it."""
     path: Path
     class_names: tuple[str, ...]
-    """In natural order."""
+    """In natural order, where their numbers are not given."""
     files: Sequence[tuple[str, int, Path]]
     """(part, label, file) of each image."""
     left: Sequence[Left] = ()
     """What is not taken."""
     notes: Sequence[str] = ()
     """What else there is to know of the listing."""
+    opened: Opened = try_open
+    """How a file is opened."""
 
 
 class Look(NamedTuple):
@@ -48,14 +50,15 @@ class Look(NamedTuple):
 def target_of(listed_files: Listed, given: ImageInputs | None, *, skip_bad: bool) -> Target:
     """The pictures of these files as a target, fitted to the `given` inputs, or to those that they would have without
     any start. Raises DataError for pictures that cannot be read, or not by these inputs."""
-    name, path, names, listed, left, more = listed_files
+    name, path, names, listed, left, more, opened = listed_files
     files = [file for _, _, file in listed]
     check_lost(left, len(files), skip_bad=skip_bad)
-    p = given or inputs_for(files, sample=None)
+    p = given or inputs_for(files, sample=None, opened=opened)
     seen: dict[int, Look] = {}
     pictures = read_all(
         files, p.channels, p.fitting,
         lambda i, image: seen.update({i: Look(image.size, image.mode, p.channels == 3 or is_grey(image))}),
+        opened,
     )  # fmt: skip
     if pictures.bad and not skip_bad:
         raise DataError(f"data: {refusal(pictures.bad, len(files), left)}")

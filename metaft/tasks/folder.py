@@ -26,8 +26,17 @@ from metaft.inputs.listing import (
     skipped_note,
     subfolders,
 )
-from metaft.inputs.pictures import READER_VERSION, Pictures, depth_note, fingerprint, looks_grey, read_all, rows_of
-from metaft.inputs.reading import border, is_dark_on_bright
+from metaft.inputs.pictures import (
+    READER_VERSION,
+    Opened,
+    Pictures,
+    depth_note,
+    fingerprint,
+    looks_grey,
+    read_all,
+    rows_of,
+)
+from metaft.inputs.reading import border, is_dark_on_bright, try_open
 from metaft.support.cache import cached
 from metaft.support.paths import local
 from metaft.tasks.pool import ClassPool
@@ -150,13 +159,18 @@ def rows_left(
 
 
 def inputs_for(
-    files: Sequence[Path], image_size: int | None = None, channels: int | None = None, *, sample: int | None = 64
+    files: Sequence[Path],
+    image_size: int | None = None,
+    channels: int | None = None,
+    *,
+    sample: int | None = 64,
+    opened: Opened = try_open,
 ) -> ImageInputs:
     """One channel where images are grey (28x28, bright on black), else three (84x84, ImageNet's mean and deviation).
 
     So many of the files are looked at, or all of them.
     """
-    return inputs_of(channels or (1 if looks_grey(files, sample) else 3), image_size)
+    return inputs_of(channels or (1 if looks_grey(files, sample, opened) else 3), image_size)
 
 
 def inputs_of(channels: int, side: int | None) -> ImageInputs:

@@ -40,7 +40,15 @@ from metaft.settings import Recipe
 
 
 def test_the_settings_reach_the_fit(runs: dict[str, Path], data: Path, tmp_path: Path, fits: list[Seen]) -> None:
-    given = {"lr": 0.01, "epochs": 2, "batch_size": 9, "head": "cosine", "freeze": "backbone", "augment": "basic"}
+    given = {
+        "lr": 0.01,
+        "epochs": 2,
+        "batch_size": 9,
+        "head": "cosine",
+        "freeze": "backbone",
+        "augment": "basic",
+        "balance": "weights",
+    }
     assert adapt.main(words(runs["maml"], data, tmp_path / "o", seed=4, patience=7, **given)) == 0
     recipe = {**dataclasses.asdict(Recipe()), **given, "patience": 7}
     whole = {**recipe, "freeze": "none", "strategy": "full"}  # frozen random features are nothing to be better than
@@ -68,6 +76,7 @@ def test_what_is_left_open_is_written_down(runs: dict[str, Path], data: Path, tm
         "head": "linear",
         "freeze": "none",
         "augment": "none",
+        "balance": "none",
         "skip_bad": False,
     }
 

@@ -201,6 +201,7 @@ def test_what_has_changed_since_is_refused(
         (["--head", "cosine"], ["head", "'linear'", "'cosine'"]),
         (["--freeze", "backbone"], ["freeze", "'none'", "'backbone'"]),
         (["--augment", "basic"], ["augment", "'none'", "'basic'"]),
+        (["--balance", "weights"], ["balance", "'none'", "'weights'"]),
         (["--method", "inner"], ["method", "'finetune'", "'inner'"]),
         (["--inner-steps", "2"], ["inner_steps", "None", "2"]),
         (["--patience", "2"], ["patience", "10", "2"]),
