@@ -64,11 +64,10 @@ def main() -> int:
     except MetaftError as error:
         print(f"compare_algorithms: {error}", file=sys.stderr)
         return error.status
-
     first, regression = given.algorithms[0], given.dataset == "sinusoid"
     figure, factor, digits = ("mse (less is better)", 1, 3) if regression else ("accuracy in %", 100, 1)
     print(f"\n{given.dataset}, {figure}, {given.episodes} episodes; in brackets the mean difference to {first}")
-    print(f"{'':<16}" + "".join(f"{mode:<36}" for mode in NORMS))
+    print(" " * 16 + "".join(f"{mode:<36}" for mode in NORMS))
     for name, own in found.items():
         rows = zip(*mean_ci95(factor * own), *mean_ci95(factor * (own - found[first])), strict=True)
         cells = [f"{m:.{digits}f} ± {c:.{digits}f}  ({g:+.{digits}f} ± {a:.{digits}f})" for m, c, g, a in rows]

@@ -29,7 +29,7 @@ def at_cosine(step: int, steps: int) -> float:
 
 def after_warmup(schedule: Schedule, warmup: float, step: int, steps: int) -> float:
     """A rise in even parts over a share of all steps, and the schedule over the rest."""
-    rising = round(warmup * steps)
+    rising = max(1, round(warmup * steps))
     if step < rising:
         return (step + 1) / rising
     return schedule(step - rising, steps - rising)

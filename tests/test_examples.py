@@ -242,4 +242,4 @@ def test_adapt_notmnist(in_tmp: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert run_example("adapt_notmnist", *words, "--init", "none") == 2
     assert capsys.readouterr().err.startswith("adapt_notmnist: init: ")
     assert run_example("adapt_notmnist", *words, "--init", "nowhere") == 2
-    assert "run folder nowhere does not exist" in capsys.readouterr().err
+    assert "no run folder or start 'nowhere'" in capsys.readouterr().err

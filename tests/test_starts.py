@@ -490,3 +490,38 @@ def test_data_come_to_a_start_by_the_mean_and_deviation_that_it_was_trained_with
     assert taken.inputs == dataclasses.replace(data.inputs, mean=(0.5,) * 3, std=(0.25,) * 3)
     with pytest.raises(MetaftError, match=r"^init: x takes pictures of 3 channels, and squares-8 has 1$"):
         as_taken(pool(), inputs, "x")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--method", "inner"], "method: inner is the loop of a run, and file:"),
+        (["--optimizer", "adam:eps=-1"], "optimizer: eps must be above 0, got -1.0 (given 'adam:eps=-1')"),
+    ],
+)
+def test_what_published_weights_cannot_do_is_one_line(
+    words: list[str], said: str, weights: Path, photos: Path, in_tmp: Path, capsys
+):
+    argv = ["--init", f"file:{weights}:arch={ARCH}", "--image-size", "32", "--data", f"folder:{photos}", "--out", "o"]
+    assert adapt.main([*argv, *words]) == 2
+    one_line(capsys, said)
+
+
+def test_size_and_normalisation_are_for_the_weights_that_are_compared(
+    weights: Path, photos: Path, in_tmp: Path, capsys
+):
+    shutil.copy(weights, "w.pth")
+    argv = ["--init", "none", "--compare", f"file:w.pth:arch={ARCH}", "none", "--image-size", "32"]
+    argv += ["--init-norm", "adapt", "--data", f"folder:{photos}", "--epochs", "1", "--strategy", "head"]
+    assert adapt.main([*argv, "--out", "o"]) == 0
+    result = json.loads(Path("o/result.json").read_text())
+    sizes = [(start["name"], start["shape"][-1]) for start in result["starts"]]
+    assert sizes == [("random", 32), ("w.pth", 32), ("none", 32)]
+    assert result["scratch"] is None and result["gain"] is None  # the random start is the first
+    assert any(note.startswith("w.pth: ") for note in result["notes"])
+    assert "from a random initialisation" in Path("o/report.txt").read_text()
+    changed = {k: v + 1 if v.is_floating_point() else v for k, v in torch.load("w.pth", weights_only=True).items()}
+    torch.save(changed, "w.pth")
+    capsys.readouterr()
+    assert adapt.main(["--resume", "o", "--seeds", "2"]) == 2
+    one_line(capsys, "compare: a start that o compares changed since it began")

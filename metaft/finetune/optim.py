@@ -28,6 +28,7 @@ def adam(
 ) -> torch.optim.Optimizer:
     """Kingma & Ba 2015, https://arxiv.org/abs/1412.6980, algorithm 1."""
     _check(beta1=beta1, beta2=beta2)
+    _check_eps(eps)
     return torch.optim.Adam(groups_of(parameters, 0.0), lr=lr, betas=(beta1, beta2), eps=eps)
 
 
@@ -42,6 +43,7 @@ def adamw(
 ) -> torch.optim.Optimizer:
     """Loshchilov & Hutter 2019, https://arxiv.org/abs/1711.05101, algorithm 2."""
     _check(beta1=beta1, beta2=beta2)
+    _check_eps(eps)
     return torch.optim.AdamW(groups_of(parameters, _decay(weight_decay)), lr=lr, betas=(beta1, beta2), eps=eps)
 
 
@@ -75,6 +77,11 @@ def _check(**shares: float) -> None:
     for name, value in shares.items():
         if not 0 <= value < 1:
             raise MetaftError(f"optimizer: {name} must be at least 0 and below 1, got {value}")
+
+
+def _check_eps(value: float) -> None:
+    if value <= 0:
+        raise MetaftError(f"optimizer: eps must be above 0, got {value}")
 
 
 def _decay(value: float) -> float:

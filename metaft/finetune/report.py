@@ -94,9 +94,11 @@ def _sure(gain: Mapping[str, Any]) -> str:
     """What a paired interval says of a difference."""
     if gain["ci95"] is None:
         return "one draw, which tells nothing of the next"
-    if abs(gain["mean"]) <= gain["ci95"]:
+    if abs(gain["mean"]) <= gain["ci95"] or gain["ci95"] == 0:
         return "no difference that these draws can tell from chance"
-    return "more than chance" if gain["mean"] > 0 else "less, and not by chance"
+    if gain["mean"] > 0:
+        return "more than chance"
+    return "less, and not by chance" + (": the probe is the better one here" if gain["over"] == "probe" else "")
 
 
 def _called(start: Mapping[str, Any]) -> str:
@@ -118,8 +120,11 @@ def _init(r: Mapping[str, Any]) -> str:
         return shown(r["init"])
     if about:
         return f"{shown(r['init'])} ({about['algorithm']} on {shown(about['dataset'])})"
-    alone = len(r["starts"]) == 1
-    return "a random initialisation" if alone else "the values that the module was handed over with"
+    return (
+        "a random initialisation"
+        if r["starts"][0]["name"] == "random"
+        else "the values that the module was handed over with"
+    )
 
 
 def _figures(r: Mapping[str, Any]) -> list[str]:

@@ -17,6 +17,7 @@ from metaft.options import flat
 from metaft.runs.folder import RunFolder, read_rows
 from metaft.runs.machine import where_measured
 from metaft.settings import Recipe
+from metaft.starts.base import RANDOM
 from metaft.targets import Target
 from metaft.targets.draws import VALIDATION_FROM, Rows
 
@@ -38,16 +39,13 @@ def result_of(folder: RunFolder, setup: Setup, position: Position, device: str) 
     draws = by_draw(fits, len(contenders), setup.folds, target.class_names)
     columns = list(zip(*draws, strict=True))
     labels = [contender.label for contender in contenders]
-    rows_of_first = [row for row in position.rows if row["draw"] == 0]
-    entries = [
-        entry(label, column)
-        | {
-            "warnings": warnings_of(
-                column[0], [row for row in rows_of_first if row["start"] == label], len(target.class_names)
-            )
-        }
-        for label, column in zip(labels, columns, strict=True)
-    ]
+    entries = []
+    for contender, column in zip(contenders, columns, strict=True):
+        label = contender.label
+        curve = [r for r in position.rows if (r["draw"], r["start"], r.get("fold", 0)) == (0, label, 0)]
+        more: dict[str, Any] = {"shape": list(contender.target.inputs.shape)}
+        more["warnings"] = warnings_of(column[0], curve, len(target.class_names))
+        entries.append(entry(label, column) | more)
     gains = [gain(labels[0], label, columns[0], column) for label, column in zip(labels[1:], columns[1:], strict=True)]
     return {
         "command": "adapt",
@@ -119,19 +117,20 @@ def views(
     draws: Sequence[Sequence[Mapping[str, Any]]],
 ) -> dict[str, Any]:
     """The same by the names that it had while there were two starts at most: the first, and "scratch", the last."""
-    first, last = entries[0], entries[-1] if len(entries) > 1 else None
+    first, last = entries[0], entries[-1] if len(entries) > 1 and entries[-1]["name"] == RANDOM else None
     mean = {"draws": len(draws), "accuracy": first["mean"]["accuracy"], "accuracy_ci95": first["mean"]["ci95"]}
     scratch = None
     if last is not None:
         scratch = {k: v for k, v in last.items() if k not in ("name", "mean", *TABLES)}
         mean |= {"scratch_accuracy": last["mean"]["accuracy"], "scratch_accuracy_ci95": last["mean"]["ci95"]}
+    over_last = gains[-1] if last is not None else None
     return {
         **{k: v for k, v in first.items() if k not in ("name", "mean", "epochs", "seconds")},
         "epochs_run": first["epochs"],
         "scratch": scratch,
-        "gain": {"accuracy": gains[-1]["mean"], "ci95": gains[-1]["ci95"], "draws": len(draws)} if gains else None,
+        "gain": over_last and {"accuracy": over_last["mean"], "ci95": over_last["ci95"], "draws": len(draws)},
         "mean": mean,
-        "draws": [{**_short(d[0]), **({"scratch": _short(d[-1])} if len(d) > 1 else {})} for d in draws],
+        "draws": [{**_short(d[0]), **({"scratch": _short(d[-1])} if last is not None else {})} for d in draws],
     }
 
 
@@ -149,6 +148,7 @@ def notes(setup: Setup, rows: Rows) -> list[str]:
     """What a reader has to know of how the figures came about."""
     config, start, target = setup.config, setup.start, setup.target
     said = list(start.notes)
+    said += [f"{c.label}: {note}" for c in setup.contenders[1:] if c.start is not start for note in c.start.notes]
     if target.changes:
         said.append(f"images were fitted to the run's: {', '.join(target.changes)}")
     said += target.notes

@@ -29,7 +29,7 @@ from metaft.runs.machine import machine
 from metaft.settings import RATE, RATE_OF_PUBLISHED, Recipe, StartSettings, TargetSettings
 from metaft.starts import names
 from metaft.starts.base import RANDOM, Start, constants
-from metaft.starts.none import from_nothing
+from metaft.starts.none import OWN, from_nothing
 from metaft.starts.open import open_start
 from metaft.starts.run import newest_run
 from metaft.support import paths, places
@@ -123,14 +123,17 @@ def prepared(
     init, compare = config.start.init, config.start.compare  # as typed, which is how an error is to name them
     config = _with_data(names.in_full(config), (begun or {}).get("classes", ()))
     images = Images(config.target)
-    init = _chosen(images) if init is None else init
-    start = opened(init, images, config.start, module, keep=values == "keep")
+    if init is None:
+        init = _newest(images) if config.method == "inner" else _chosen(images)
+    settings = config.start
+    if not names.takes_size(init) and any(map(names.takes_size, compare)):  # for which they are meant then
+        settings = dataclasses.replace(settings, image_size=None if names.is_run(init) else settings.image_size)
+        settings = dataclasses.replace(settings, init_norm=None)
+    named = str(paths.absolute(init)) if names.is_run(init) else names.named_in_full(init)
+    start = opened(init, images, settings, module, keep=values == "keep")
     target = images.of(start)
-    if not names.is_run(init):
-        named = names.named_in_full(start.name)
-    else:
-        named = str(paths.absolute(init))
-    start = dataclasses.replace(start, name=named)
+    start = start if start.name == OWN else dataclasses.replace(start, name=named)
+    named = start.name
     _check_probe(config, start)
     open_values: dict[str, Any] = {"init": named}
     if config.target.data.startswith("glyphs:"):
@@ -214,9 +217,12 @@ def opened(
 
 
 def _other(name: str, images: Images, settings: StartSettings) -> Start:
-    """A start of `--compare`. A run takes pictures as it was trained, whatever size the first start is given."""
+    """A start of `--compare`. A run takes pictures as it was trained, and chance has no statistics, whatever size and
+    normalisation the first start is given."""
     if names.is_run(name):
-        settings = dataclasses.replace(settings, image_size=None, init_norm=None)
+        settings = dataclasses.replace(settings, image_size=None)
+    if not names.takes_size(name):
+        settings = dataclasses.replace(settings, init_norm=None)
     try:
         return opened(name, images, settings)
     except MetaftError as error:
@@ -231,6 +237,12 @@ def _chosen(images: Images) -> str:
     if shape[0] == 3 and any_size and packaged:
         print(f"init: {packaged[0]}, since the pictures are in colour", file=sys.stderr)
         return packaged[0]
+    return _newest(images)
+
+
+def _newest(images: Images) -> str:
+    """The newest run that fits, whose folder a line on stderr names."""
+    shape, any_size = images.shape
     init = str(newest_run(shape, any_size=any_size))
     print(f"init: {init}, the newest run that fits", file=sys.stderr)
     return init
@@ -248,9 +260,15 @@ def _contenders(
     for other, name in zip(others, config.start.compare, strict=True):
         label = _another(names.label_of(name), labels)
         labels.add(label)
-        yield Contender(label, other, images.of(other), config.recipe)
+        recipe = config.recipe
+        if other.settings is None and recipe is None:  # nor an inner loop
+            recipe = _settled(Recipe(), other)
+        if other.meta is None and recipe is not None and recipe.trains != "full":
+            recipe = dataclasses.replace(recipe, freeze="none", strategy="full")
+        yield Contender(label, other, images.of(other), recipe)
     if start.meta is not None:
-        chance = scratch(start, lambda: images.plain.inputs)
+        size = config.start.image_size
+        chance = scratch(start, lambda: (images.plain if size is None else images.sized(size)).inputs)
         recipe = config.recipe
         if is_published(start.architecture["name"]):  # whose rates and epochs are not those of a random start
             given = recipe or Recipe()
@@ -309,7 +327,8 @@ def _make(field: str, text: str, make: Callable[[str], object]) -> None:
 def _of_inner_method(config: AdaptConfig, start: Start, classes: int) -> tuple[AdaptConfig, int]:
     """The settings with the plugin that the run's member comes from, and how many steps it takes where none are given.
     Raises MetaftError where its inner loop cannot tell so many classes apart."""
-    assert start.settings is not None
+    if start.settings is None:
+        raise MetaftError(f"method: inner is the loop of a run, and {start.name} is none; name one with --init RUN")
     learner = start.settings.learner
     given = learner.plugin if config.inner.plugin is None else config.inner.plugin
     config = dataclasses.replace(config, plugin=plugin.load(given, learner.algorithm))

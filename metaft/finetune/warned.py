@@ -11,6 +11,9 @@ NAMED = 4  # classes
 UNDER = 0.8
 """Share of the loss of chance, log(classes), above which a training loss says that hardly anything was learned."""
 
+DIVERGED = 1.5
+"""The same, above which it learned worse than nothing."""
+
 OVER = 3.0
 """How many times the training loss a validation loss may be, where it is above half of that of chance."""
 
@@ -38,7 +41,9 @@ def _of_losses(fit: Mapping[str, Any], curve: Sequence[Mapping[str, float]], cla
     if row is None or row["epoch"] == 0:
         return
     chance = math.log(classes)
-    if row["loss"] > UNDER * chance:
+    if row["loss"] > DIVERGED * chance:
+        yield f"diverged: the training loss is {row['loss']:.2f}, that of chance {chance:.2f}; a smaller --lr may help"
+    elif row["loss"] > UNDER * chance:
         yield (
             f"under-fitted: the training loss is {row['loss']:.2f}, and that of chance {chance:.2f}; more epochs, a "
             "higher rate or a strategy that trains more may help"

@@ -15,7 +15,7 @@ from metaft.starts.base import Start
 from metaft.starts.names import PACKAGED
 from metaft.starts.published import of_architecture
 from metaft.starts.weights import load_into, named_tensors, shown_error, start_of
-from metaft.support.paths import local
+from metaft.support.paths import absolute, local
 
 
 def from_file(path: str, arch: str, image_size: int | None, norm: NormOf = "keep", *, init: str) -> Start:
@@ -30,8 +30,9 @@ def from_file(path: str, arch: str, image_size: int | None, norm: NormOf = "keep
     # Size matters to few architectures; theirs is then that of the library's own weights.
     module = published.bare(name, (3, image_size or 224, image_size or 224))
     inputs = of_architecture(name, module, image_size)
-    notes = load_into(module, published.head_for(name, module), tensors, path)
-    return start_of(module, name, inputs, init=init, about={"weights": path}, notes=tuple(notes), norm=norm)
+    source = str(absolute(path))  # the same wherever a run goes on
+    notes = load_into(module, published.head_for(name, module), tensors, source)
+    return start_of(module, name, inputs, init=init, about={"weights": source}, notes=tuple(notes), norm=norm)
 
 
 def architecture_of(arch: str) -> str:
@@ -71,7 +72,9 @@ def read(path: str) -> dict[str, Any]:
         held = torch.load(file, map_location="cpu", weights_only=True)
     except MemoryError:
         raise
-    except pickle.UnpicklingError:
+    except pickle.UnpicklingError as error:
+        if "global" not in str(error).lower():
+            raise MetaftError(f"init: {path} cannot be read as weights ({shown_error(error)})") from error
         raise MetaftError(
             f"init: {path} holds more than tensors, which would run code of its own; save module.state_dict() instead"
         ) from None

@@ -51,6 +51,11 @@ def is_run(init: str) -> bool:
     return name_of(init, KINDS) not in KINDS
 
 
+def takes_size(init: str) -> bool:
+    """Whether a start is published weights or a file of some, of which size and normalisation can be chosen."""
+    return not is_run(init) and name_of(init, KINDS) != "none"
+
+
 def in_full(config: Config) -> Config:
     """Settings with absolute paths, that of a start too. Raises MetaftError for a start that cannot be read."""
     config, values = places.in_full(config), flat(config)

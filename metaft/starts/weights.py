@@ -92,13 +92,19 @@ def shown_error(error: Exception) -> str:
 
 
 def named_tensors(tensors: Mapping[str, Any], source: str) -> dict[str, Tensor]:
-    """The tensors of a state dict, which may lie one level down or have a prefix of nn.DataParallel. Raises
-    MetaftError where there are none."""
+    """The tensors of a state dict, which may lie one level down or have a prefix of torch.compile or nn.DataParallel.
+
+    Raises MetaftError where there are none.
+    """
     for key in ("state_dict", "model_state", "model_state_dict", "model"):
         if isinstance(tensors.get(key), Mapping):
             tensors = tensors[key]
             break
-    kept = {str(k).removeprefix("module."): v for k, v in tensors.items() if isinstance(v, torch.Tensor)}
+    kept = {
+        str(k).removeprefix("_orig_mod.").removeprefix("module."): v
+        for k, v in tensors.items()
+        if isinstance(v, torch.Tensor)
+    }
     if not kept:
         raise MetaftError(f"init: {source} holds no tensors by name, as a state_dict does")
     return kept

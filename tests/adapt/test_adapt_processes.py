@@ -59,7 +59,9 @@ def test_without_any_argument(in_tmp: Path, runs: dict[str, Path], capsys: Text)
     )
     assert result["epochs_run"] == 40
     assert result["accuracy"] > 1.5 / classes
-    assert {p.name for p in (out / "plots").iterdir()} == {"confusion.png", "learning.png", "mistakes.png"}
+    assert {p.name for p in (out / "plots").iterdir()} == {
+        f"{name}.png" for name in ("calibration", "confusion", "learning", "mistakes")
+    }
     for part in ("With 5 images per class to train on, ", "meta-learned start", "random start", "macro F1"):
         assert part in done.stdout
     assert "Traceback" not in done.stderr

@@ -46,7 +46,7 @@ def adapted(tmp_path_factory: pytest.TempPathFactory, trained: Path, target: Pat
         finished(words(trained, target, out, epochs=1))
         assert checkpoint.load(RunFolder(out).last)[0] == {}
         patch.setattr(study, "SAVE_EVERY", -1.0)
-        patch.setattr(study, "test", lambda *_: 1 / 0)  # after the fit, and before it is done
+        patch.setattr(study, "test", lambda *_, **__: 1 / 0)  # after the fit, and before it is done
         with pytest.raises(ZeroDivisionError):
             adapt.main(["--resume", str(out), "--seeds", "2"])
     return out

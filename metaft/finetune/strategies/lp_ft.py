@@ -11,7 +11,8 @@ from metaft.finetune.strategies.base import Groups, Strategy, every
 
 
 def rates(share: float, groups: Groups, step: int, steps: int) -> Mapping[str, float]:
-    return every(groups[-1:] if step < round(share * steps) else groups)
+    alone = min(max(1, round(share * steps)), max(1, steps - 1))  # both phases, however few the steps are
+    return every(groups[-1:] if step < alone else groups)
 
 
 def lp_ft(*, share: float = 0.3) -> Strategy:
