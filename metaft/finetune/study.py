@@ -15,13 +15,14 @@ import torch
 from metaft.errors import CheckpointError, NonFiniteError
 from metaft.finetune.choose import CHOSEN, candidates_of, choose
 from metaft.finetune.classifier import Classifier, save
+from metaft.finetune.contenders import Contender
 from metaft.finetune.examples import Part, Prepared
 from metaft.finetune.features import features_of
 from metaft.finetune.fit import SMALLER, Fitted, fit, flatten, unflatten
 from metaft.finetune.inner import FEWER, inner
 from metaft.finetune.probe import probe
 from metaft.finetune.scores import scores
-from metaft.finetune.setup import Contender, Planned, Setup
+from metaft.finetune.setup import Planned, Setup
 from metaft.models.architecture import is_published
 from metaft.runs import checkpoint
 from metaft.runs.checkpoint import write_atomically

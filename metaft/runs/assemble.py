@@ -66,6 +66,7 @@ def with_member(config: MetaTrainConfig, **inherited: Any) -> MetaTrainConfig:
     return dataclasses.replace(config, plugin=module, algorithm=name, hyper=settings)
 
 
+# Above 60 lines: the order in which the parts depend on one another.
 def assemble(
     config: MetaTrainConfig,
     *,

@@ -47,6 +47,7 @@ class Look(NamedTuple):
     grey: bool
 
 
+# Above 60 lines: what is noted on the way belongs to the pictures that it is noted of.
 def target_of(listed_files: Listed, given: ImageInputs | None, *, skip_bad: bool) -> Target:
     """The pictures of these files as a target, fitted to the `given` inputs, or to those that they would have without
     any start. Raises DataError for pictures that cannot be read, or not by these inputs."""

@@ -22,9 +22,9 @@ import metaft
 from metaft import adapt, models
 from metaft.config import AdaptConfig, read_toml
 from metaft.errors import MetaftError
-from metaft.finetune import setup
 from metaft.inputs import ImageInputs
 from metaft.runs.folder import read_rows
+from metaft.starts.run import newest_run
 
 
 def test_the_newest_run_that_fits_is_taken(in_tmp: Path, runs: dict[str, Path], data: Path, capsys: Text) -> None:
@@ -42,17 +42,17 @@ def test_the_newest_run_that_fits_is_taken(in_tmp: Path, runs: dict[str, Path], 
     newest = str(in_tmp / "runs/protonet")  # in full, so that it can be opened from elsewhere
     assert result_of(in_tmp / "o")["init"] == read_toml(in_tmp / "o/config.toml")["init"] == newest
     put(runs["colour"], in_tmp / "runs/colour", 0)  # grey images can be made colour ones, not the other way round
-    assert setup.newest_run([1, 8, 8], any_size=True) == Path("runs/colour")
-    assert setup.newest_run([1, 8, 8], any_size=False) == Path("runs/protonet")
-    assert setup.newest_run([3, 50, 50], any_size=True) == Path("runs/colour")
+    assert newest_run([1, 8, 8], any_size=True) == Path("runs/colour")
+    assert newest_run([1, 8, 8], any_size=False) == Path("runs/protonet")
+    assert newest_run([3, 50, 50], any_size=True) == Path("runs/colour")
     with pytest.raises(MetaftError, match=r"no run in runs/ takes images of shape \[3, 50, 50\]"):
-        setup.newest_run([3, 50, 50], any_size=False)
+        newest_run([3, 50, 50], any_size=False)
 
 
 def test_adapt_runs_are_no_initialisations(in_tmp: Path, runs: dict[str, Path], data: Path, done: Path) -> None:
     put(runs["maml"], in_tmp / "runs/old", 10)
     shutil.copytree(done, in_tmp / "runs/adapted")
-    assert setup.newest_run([1, 8, 8], any_size=True) == Path("runs/old")
+    assert newest_run([1, 8, 8], any_size=True) == Path("runs/old")
 
 
 @pytest.mark.parametrize("init", ["auto", "named"])

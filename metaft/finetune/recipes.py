@@ -1,0 +1,44 @@
+"""What a recipe's words stand for, settled and checked before anything is written."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+from metaft import schedules
+from metaft.errors import MetaftError
+from metaft.finetune import optim, strategies
+from metaft.finetune.choose import CHOSEN
+from metaft.models.architecture import is_published
+from metaft.settings import RATE_OF_PUBLISHED, Recipe
+from metaft.starts.base import Start
+
+
+def settled(recipe: Recipe, start: Start) -> Recipe:
+    """With strategy and rate where they are left open: of published weights the head alone, which is soon done and
+    loses nothing of them. Raises MetaftError as `_check` does."""
+    is_librarys = is_published(start.architecture["name"])
+    if is_librarys and recipe.strategy is None and recipe.freeze == "none":
+        recipe = dataclasses.replace(recipe, strategy="head")
+    _check(recipe)
+    moves = is_librarys and recipe.trains != "head"
+    return dataclasses.replace(recipe, lr=RATE_OF_PUBLISHED if moves and recipe.lr is None else recipe.rate)
+
+
+def _check(recipe: Recipe) -> None:
+    """Raises MetaftError for a strategy, optimiser or schedule that there is not, and two strategies."""
+    if recipe.freeze == "backbone" and recipe.trains != "head":
+        raise MetaftError(f"freeze: backbone is --strategy head, and --strategy {recipe.trains} is given")
+    if recipe.trains != CHOSEN:
+        _make("strategy", recipe.trains, strategies.named)
+    _make("optimizer", recipe.optimizer, optim.named)
+    _make("schedule", recipe.schedule, schedules.make)
+
+
+def _make(field: str, text: str, make: Callable[[str], object]) -> None:
+    """Raises MetaftError that names the field and holds the text."""
+    try:
+        make(text)
+    except MetaftError as error:
+        said = str(error).removeprefix(f"{field}: ")
+        raise MetaftError(f"{field}: {said}" + ("" if repr(text) in said else f" (given {text!r})")) from None
