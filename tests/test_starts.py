@@ -193,6 +193,7 @@ def test_tensors_that_the_architecture_has_not_are_counted_and_listed(weights: P
         ("missing", "1 are missing and 0 have another shape (no 'conv5.0.weight')"),
         ("reshaped", "0 are missing and 1 have another shape ('conv5.0.weight' is [2], not [1024, 192, 1, 1])"),
         ("another", "init: {path} is of another architecture than SqueezeNet: of its backbone's "),
+        ("odd", "init: {path} holds values that are not finite, in 'conv5.0.weight'"),
         ("code", "init: {path} holds more than tensors, which would run code of its own; save module.state_dict()"),
         ("list", "init: {path} holds a list, not tensors by name"),
         ("empty", "init: {path} holds no tensors by name"),
@@ -203,6 +204,8 @@ def test_a_file_of_another_backbone_is_refused_and_said(harm: str, said: str, we
     path, tensors = tmp_path / "w.pth", torch.load(weights, weights_only=True)
     if harm == "missing":
         del tensors["conv5.0.weight"]
+    elif harm == "odd":
+        tensors["conv5.0.weight"][0, 0] = torch.nan
     elif harm == "reshaped":
         tensors["conv5.0.weight"] = torch.zeros(2)
     others = {"code": theirs.get_model(ARCH, weights=None), "list": [torch.zeros(1)], "empty": {"epoch": 3}}

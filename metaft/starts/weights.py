@@ -34,9 +34,13 @@ def load_into(module: nn.Module, head: str, tensors: Mapping[str, Tensor], sourc
         name = (missing or reshaped)[0]
         why = f"no {name!r}" if missing else f"{name!r} is {list(tensors[name].shape)}, not {list(wanted[name].shape)}"
         raise MetaftError(
-            f"init: {source} is of another architecture than {type(module).__name__}: of its backbone's "
+            f"init: {source} is of another architecture{'' if missing else ' or image size'} than "
+            f"{type(module).__name__}: of its backbone's "
             f"{len(of_body)} tensors {len(missing)} are missing and {len(reshaped)} have another shape ({why})"
         )
+    odd = [name for name in of_body if not tensors[name].isfinite().all()]
+    if odd:
+        raise MetaftError(f"init: {source} holds values that are not finite, in {odd[0]!r}")
     others = [name for name in tensors if name not in wanted and not name.endswith(COUNTER)]
     fitting = {k: v for k, v in tensors.items() if k in wanted and v.shape == wanted[k].shape}
     module.load_state_dict(fitting, strict=False)
