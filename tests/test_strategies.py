@@ -26,6 +26,7 @@ from metaft.finetune.optim import put_moments
 from metaft.finetune.strategies import STRATEGIES, Groups, Strategy, every, named
 from metaft.models import EpisodeNorm
 from metaft.models.blocks import blocks_of
+from metaft.models.stored import kept_statistics
 from metaft.settings import Recipe
 
 STEPS = 12  # of `tune`
@@ -425,6 +426,26 @@ def test_features_of_a_backbone_that_stays_are_computed_once(monkeypatch: pytest
     for damaged in tmp_path.iterdir():
         damaged.write_bytes(damaged.read_bytes()[:-40])
     assert same(bits(head(body())), bits(first))
+
+
+def test_features_are_none_of_the_starts_once_the_backbone_has_moved() -> None:
+    """The head alone, then all, then the head alone again: with and without what is computed once."""
+
+    def between(groups: Groups, step: int, steps: int) -> Mapping[str, float]:
+        return every(groups if steps / 3 <= step < 2 * steps / 3 else groups[-1:])
+
+    recipe, (images, labels) = Recipe(epochs=6, batch_size=8, lr=0.01), toy(21)
+    start = kept_statistics(nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten()), unseen=True)
+    each = Extra(lambda objective, origin: lambda model, batch: objective(model, batch))  # which computes all anew
+    states: list[Mapping[str, Any]] = []
+    made = Strategy(between)
+    quick = fit(start, INPUTS, images, labels, CLASSES, recipe, strategy=made, on_epoch=states.append)
+    slow = fit(start, INPUTS, images, labels, CLASSES, recipe, strategy=made, extras=(each,))
+    for row, other in zip(quick.curve, slow.curve, strict=True):
+        assert row == pytest.approx(other, rel=1e-4)
+    for state in states:
+        again = fit(start, INPUTS, images, labels, CLASSES, recipe, strategy=made, resume=state)
+        assert same(bits(again), bits(quick))
 
 
 def test_features_of_other_code_with_the_same_values_are_not_taken(

@@ -26,6 +26,11 @@ def in_parts(module: nn.Module, x: Prepared) -> Tensor:
     return torch.cat([module(part) for part in dataclasses.replace(x, at_once=at_most(x.inputs.shape, 256))])
 
 
+def takes_alone(body: nn.Module) -> bool:
+    """Whether no layer looks at more than one example, as those do that normalise with a batch's own statistics."""
+    return not any(isinstance(part, EpisodeNorm) for part in body.modules())
+
+
 def features_of(body: nn.Module, x: Prepared) -> Tensor:
     """[n, D] of all examples, from the cache where the same backbone has computed them of the same examples."""
     if len(x) < CACHED_FROM:
@@ -60,10 +65,11 @@ class Features:
     Whoever moves the backbone is to ask no more.
     """
 
-    def __init__(self, body: nn.Module, train: Prepared, val: Prepared | None) -> None:
+    def __init__(self, body: nn.Module, train: Prepared, val: Prepared | None, begun: Tensor | None = None) -> None:
+        """`begun` are those of the training examples where they are known."""
         self._body, self._parts = body, {"train": train, "val": val}
-        self._kept: dict[str, Tensor] = {}
-        self._alone = not any(isinstance(part, EpisodeNorm) for part in body.modules())
+        self._kept: dict[str, Tensor] = {} if begun is None else {"train": begun}
+        self._alone = takes_alone(body)
 
     @property
     def train(self) -> Tensor | None:

@@ -19,8 +19,9 @@ from metaft.errors import NonFiniteError
 from metaft.finetune import heads, optim, strategies
 from metaft.finetune.examples import Prepared
 from metaft.finetune.extras import Batch, Extra, Origin, composed
-from metaft.finetune.features import Features, in_parts
+from metaft.finetune.features import Features, features_of, in_parts, takes_alone
 from metaft.finetune.strategies import Groups, Strategy
+from metaft.finetune.strategies.base import unchanged
 from metaft.inputs import Inputs
 from metaft.inputs.base import Examples
 from metaft.models.blocks import blocks_of
@@ -72,12 +73,12 @@ def fit(
 
     `strategy` says what trains and at which rate in each step (None: as the recipe says), `extras` change the loss. The
     rate of a parameter in a step is the recipe's times the schedule's factor times the strategy's. Training batches are
-    normalised with their own statistics; the result with those of all training examples, stored at the end. Epochs in
-    which the body stays as it is are on features that were computed once, where those do not depend on the batch. With
-    validation examples the epoch of the lowest validation loss is kept (inductively, as the result will predict) and
-    training stops after `patience` epochs without a better one. `on_epoch` gets a copy of all that `resume` needs for
-    the same bits. Raises NonFiniteError where the training or validation loss is not finite; that of the last step,
-    which no loss has seen, shows in the result alone.
+    normalised with their own statistics; the result with those of all training examples, stored at the end. Epochs up
+    to the first in which the body moves are on features that were computed once, where those do not depend on the
+    batch. With validation examples the epoch of the lowest validation loss is kept (inductively, as the result will
+    predict) and training stops after `patience` epochs without a better one. `on_epoch` gets a copy of all that
+    `resume` needs for the same bits. Raises NonFiniteError where the training or validation loss is not finite; that of
+    the last step, which no loss has seen, shows in the result alone.
     """
     strategy = strategies.named(recipe.trains) if strategy is None else strategy
     schedule = schedules.make(recipe.schedule)
@@ -86,12 +87,12 @@ def fit(
     val = None if val_examples is None or val_labels is None else Prepared(val_examples, inputs, like)
     val = val if val is not None and len(val) else None
     steps = recipe.epochs * len(_batches(len(train), recipe.batch_size, seed, 0))
-    model, groups = _start(body, train, labels, classes, recipe, seed, strategy, steps)
+    model, groups, begun = _start(body, train, labels, classes, recipe, seed, strategy, steps)
     # A parameter is a group of the optimiser by itself: its rate may change with every step.
     optimizer = optim.named(recipe.optimizer)(_learning(model), recipe.rate)
     weights = None if recipe.balance == "none" else class_weights(labels, classes).to(like)
     objective = composed(extras, Origin({n: p.detach().clone() for n, p in model.named_parameters()}, seed), weights)
-    features = None if extras or recipe.augment != "none" else Features(model.get_submodule("body"), train, val)
+    features = Features(model.get_submodule("body"), train, val, begun)
     curve: list[dict[str, float]] = []
     best = (math.inf, {})
     if resume is not None:
@@ -100,13 +101,15 @@ def fit(
         optim.put_moments(optimizer, resume["adam"], strategy.rates(groups, 0, steps))
         curve, best = resume["curve"], (resume["best_loss"], resume["best"])
     settled = _settled(strategy, groups, recipe.epochs, steps)
+    stayed = not extras and recipe.augment == "none"  # and features are those of the start, as long as this is true
+    stayed = stayed and _stays(strategy, groups, steps, 0, len(curve) * (steps // recipe.epochs))
     for epoch in range(len(curve), recipe.epochs):
         if _stale(curve[settled:], recipe.patience):
             break
         total, moves = 0.0, _moves(len(train), recipe, seed, epoch)
         batches = _batches(len(train), recipe.batch_size, seed, epoch)
-        stays = features is not None and _stays(strategy, groups, steps, epoch * len(batches), len(batches))
-        computed = features.train if features is not None and stays else None
+        stayed = stayed and _stays(strategy, groups, steps, epoch * len(batches), len(batches))
+        computed = features.train if stayed else None
         for number, batch in enumerate(batches):
             step, rows = epoch * len(batches) + number, torch.from_numpy(batch)
             optim.set_rates(optimizer, strategy.rates(groups, step, steps), recipe.rate * schedule(step, steps))
@@ -128,7 +131,7 @@ def fit(
             raise NonFiniteError(f"epoch {epoch + 1}: the training loss is {total}; {SMALLER}")
         row = {"epoch": float(epoch + 1), "loss": total / len(train)}
         if val is not None and val_labels is not None:
-            known = features.val if features is not None and stays else None
+            known = features.val if stayed else None
             row |= _validate(model, train, val, val_labels.to(like.device), known)
             if not math.isfinite(row["val_loss"]):
                 raise NonFiniteError(f"epoch {epoch + 1}: the validation loss is {row['val_loss']}; {SMALLER}")
@@ -197,18 +200,19 @@ def _start(
     seed: int,
     strategy: Strategy,
     steps: int,
-) -> tuple[nn.Module, Groups]:
-    """A copy of the body and a head that starts from its features, as the strategy wants them, and the groups of their
-    parameters."""
+) -> tuple[nn.Module, Groups, Tensor | None]:
+    """A copy of the body and a head that starts from its features, as the strategy wants them, the groups of their
+    parameters, and the features, where the strategy put nothing else in the body's place."""
     body = copied(body)
-    features = in_parts(_stored(body, train), train)
+    # Of a body that needs no moments of these examples, others have use for the features too: they are cached.
+    features = (features_of if takes_alone(body) else in_parts)(_stored(body, train), train)
     head = heads.build(recipe.head, features, labels, classes, head_seed(seed))
     model = strategy.prepare(nn.ModuleDict({"body": body, "head": head}), seed)
     groups = groups_of(model)
     if _stays(strategy, groups, steps, 0, max(1, steps)):
         # Nothing below the head may ever change, statistics included.
         model.set_submodule("body", with_stored_moments(model.get_submodule("body"), train).eval())
-    return model, groups
+    return model, groups, features if strategy.prepare is unchanged else None
 
 
 def head_seed(seed: int) -> int:
