@@ -55,6 +55,8 @@ class Setup(NamedTuple):
     """The start that was asked for, and what it is compared with."""
     target: Target
     """As the first start takes it."""
+    one_part: bool = True
+    """Whether each draw has a test part of its own."""
 
     @property
     def start(self) -> Start:
@@ -65,9 +67,6 @@ class Setup(NamedTuple):
     def folds(self) -> int:
         """Of cross-validation; 1 where there is a test part, drawn or given."""
         return 1 if self.one_part else self.target.folds
-
-    one_part: bool = True
-    """Whether each draw has a test part of its own."""
 
     @property
     def fits(self) -> list[Planned]:
@@ -89,8 +88,8 @@ def prepared(
     """The config with nothing open and with absolute paths, and what it names. Nothing is written.
 
     `begun` is the header of a run that goes on (see `header`): by its classes its data are known where they moved, and
-    it compares what it began to compare. Raises MetaftError for
-    settings, data, a run and a module that do not fit together.
+    it compares what it began to compare. Raises MetaftError for settings, data, a run and a module that do not fit
+    together.
     """
     device_of(config.compute.device)
     _check_method(config)

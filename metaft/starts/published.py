@@ -22,7 +22,7 @@ from metaft.models.architecture import NormOf
 from metaft.models.drawn import own_generator
 from metaft.starts.base import Start
 from metaft.starts.names import PACKAGED
-from metaft.starts.weights import image_inputs, load_into, shown_error, start_of
+from metaft.starts.weights import COUNTER, image_inputs, load_into, shown_error, start_of
 
 
 def from_torchvision(name: str, image_size: int | None, norm: NormOf = "keep") -> Start:
@@ -101,8 +101,8 @@ def from_package(name: str, image_size: int | None, norm: NormOf = "keep") -> St
     module = published.bare(packaged.architecture, (3, 224, 224))
     inputs = of_timm(module, image_size)
     tensors = torch.load(path, map_location="cpu", weights_only=True)
-    mine = [key for key in module.state_dict() if not key.endswith("num_batches_tracked")]
-    theirs = [key for key in tensors if not key.endswith("num_batches_tracked")]
+    mine = [key for key in module.state_dict() if not key.endswith(COUNTER)]
+    theirs = [key for key in tensors if not key.endswith(COUNTER)]
     if len(mine) != len(theirs):
         raise MetaftError(f"init: {path} holds {len(theirs)} tensors, {name} has {len(mine)}: another version of it?")
     paired = {key: tensors[other] for key, other in zip(mine, theirs, strict=True)}
