@@ -23,6 +23,7 @@ from metaft.finetune.extras import Batch, Extra, Objective, Origin, composed, cr
 from metaft.finetune.features import features_of
 from metaft.finetune.fit import Fitted, fit, groups_of
 from metaft.finetune.optim import put_moments
+from metaft.finetune.probe import probe
 from metaft.finetune.strategies import STRATEGIES, Groups, Strategy, every, named
 from metaft.models import EpisodeNorm
 from metaft.models.blocks import blocks_of
@@ -446,6 +447,22 @@ def test_features_are_none_of_the_starts_once_the_backbone_has_moved() -> None:
     for state in states:
         again = fit(start, INPUTS, images, labels, CLASSES, recipe, strategy=made, resume=state)
         assert same(bits(again), bits(quick))
+
+
+def test_a_backbone_with_its_own_statistics_is_passed_through_once(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """By the head's fit, and not again by the probe; one example more tells whether its code is still the same."""
+    monkeypatch.setenv("METAFT_CACHE", str(tmp_path))
+    passed: list[int] = []
+    start = kept_statistics(nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten()), unseen=True)
+    start.register_forward_hook(lambda _, inputs, __: passed.append(len(inputs[0])))
+    images, labels = toy(90)
+    fit(start, INPUTS, images, labels, CLASSES, Recipe(epochs=3, batch_size=8), strategy=named("head"))
+    assert sum(passed) == 91
+    passed.clear()
+    probe(start, INPUTS, images, labels, CLASSES)
+    assert sum(passed) == 1
 
 
 def test_features_of_other_code_with_the_same_values_are_not_taken(
