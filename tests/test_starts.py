@@ -154,7 +154,7 @@ def test_a_file_gives_the_backbone_that_torchvision_gives(weights: Path):
     reference.fc = nn.Identity()
     x = torch.rand(4, 3, 32, 32)
     with torch.no_grad():
-        assert torch.equal(body(begun, 0)(x), reference.eval()(x))
+        assert torch.equal(body(begun, 0)(x), reference.eval().to(memory_format=torch.channels_last)(x))
     tensors = [name for name in reference.state_dict() if not name.endswith("num_batches_tracked")]
     assert begun.notes == (f"{weights}: all {len(tensors)} tensors of the backbone loaded; its head is replaced",)
     assert not any(name.startswith("head") for name in begun.meta or {})
@@ -241,7 +241,7 @@ def test_the_packaged_weights_are_those_that_timm_computes_with():
     reference.reset_classifier(0)
     x = torch.rand(2, 3, 64, 64)
     with torch.no_grad():
-        assert torch.equal(body(begun, 0)(x), reference.eval()(x))
+        assert torch.equal(body(begun, 0)(x), reference.eval().to(memory_format=torch.channels_last)(x))
 
 
 # ---- inputs --------------------------------------------------------------------------------------------------------

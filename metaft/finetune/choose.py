@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from metaft.errors import NonFiniteError
-from metaft.finetune.examples import Part
+from metaft.finetune.examples import Part, Prepared, like_of
+from metaft.finetune.features import features_of, takes_alone
 from metaft.finetune.fit import fit
 from metaft.inputs import Inputs
+from metaft.models.handed import copied
 from metaft.settings import RATE, RATE_OF_PUBLISHED, Recipe
 from metaft.targets.draws import fold
 
@@ -67,6 +69,10 @@ def choose(
     if int(np.bincount(labels.numpy(), minlength=classes).min()) < FOLDS:
         return Choice(first, ())
     parts = [fold(labels.numpy(), np.arange(len(labels)), FOLDS, number, seed) for number in range(FOLDS)]
+    features = None
+    if takes_alone(body):  # and is the same start for every fold of every candidate
+        prepared = Prepared(examples, inputs, like_of(body))
+        features = features_of(copied(body).eval(), prepared)
     table: list[dict[str, Any]] = []
     for candidate in candidates:
         curves = []
@@ -77,6 +83,7 @@ def choose(
                     body, inputs, Part(examples.whole, examples.rows[rows]), labels[rows], classes,
                     dataclasses.replace(candidate, patience=candidate.epochs), seed=seed, should_stop=should_stop,
                     val_examples=Part(examples.whole, examples.rows[val]), val_labels=labels[val],
+                    known=None if features is None else (features[rows], features[val]),
                 )  # fmt: skip
             except NonFiniteError:
                 break

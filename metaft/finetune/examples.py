@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from metaft.inputs import Inputs
 from metaft.inputs.base import Examples, at_most
@@ -50,3 +51,9 @@ class Prepared:
 
     def prepare(self, raw: Tensor) -> Tensor:
         return self.inputs(raw.to(self.like.device)).to(self.like.dtype)
+
+
+def like_of(body: nn.Module) -> Tensor:
+    """A tensor of the device and type that a body computes with; where it holds none, as pictures come."""
+    tensors = itertools.chain(body.parameters(), body.buffers())
+    return next((t for t in tensors if t.is_floating_point()), torch.empty(0))

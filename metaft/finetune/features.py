@@ -65,10 +65,17 @@ class Features:
     Whoever moves the backbone is to ask no more.
     """
 
-    def __init__(self, body: nn.Module, train: Prepared, val: Prepared | None, begun: Tensor | None = None) -> None:
-        """`begun` are those of the training examples where they are known."""
+    def __init__(
+        self,
+        body: nn.Module,
+        train: Prepared,
+        val: Prepared | None,
+        of_train: Tensor | None = None,
+        of_val: Tensor | None = None,
+    ) -> None:
+        """`of_train` and `of_val` are the features that are known."""
         self._body, self._parts = body, {"train": train, "val": val}
-        self._kept: dict[str, Tensor] = {} if begun is None else {"train": begun}
+        self._kept = {name: x for name, x in (("train", of_train), ("val", of_val)) if x is not None}
         self._alone = takes_alone(body)
 
     @property

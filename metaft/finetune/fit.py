@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -13,11 +11,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from metaft import schedules
 from metaft.errors import NonFiniteError
 from metaft.finetune import heads, optim, strategies
-from metaft.finetune.examples import Prepared
+from metaft.finetune.examples import Prepared, like_of
 from metaft.finetune.extras import Batch, Extra, Origin, composed
 from metaft.finetune.features import Features, features_of, in_parts, takes_alone
 from metaft.finetune.strategies import Groups, Strategy
@@ -64,12 +63,14 @@ def fit(
     val_labels: Tensor | None = None,
     strategy: Strategy | None = None,
     extras: Sequence[Extra] = (),
+    known: tuple[Tensor, Tensor] | None = None,
     should_stop: Callable[[], None] = lambda: None,
     resume: Mapping[str, Any] | None = None,
-    on_epoch: Callable[[Mapping[str, Any]], None] = lambda state: None,
+    on_epoch: Callable[[Mapping[str, Any]], None] | None = None,
 ) -> Fitted:
     """Fine-tune a copy of `body` (features [n, D] out, EpisodeNorm inside) and a fresh head on raw examples [n, ...],
-    which go to the body's device batch by batch.
+    which go to the body's device batch by batch. `known` are the features of training and validation examples, where
+    the caller has them.
 
     `strategy` says what trains and at which rate in each step (None: as the recipe says), `extras` change the loss. The
     rate of a parameter in a step is the recipe's times the schedule's factor times the strategy's. Training batches are
@@ -82,21 +83,23 @@ def fit(
     """
     strategy = strategies.named(recipe.trains) if strategy is None else strategy
     schedule = schedules.make(recipe.schedule)
-    like = _like(body)
+    like = like_of(body)
     train, labels = Prepared(examples, inputs, like), labels.to(like.device)
     val = None if val_examples is None or val_labels is None else Prepared(val_examples, inputs, like)
     val = val if val is not None and len(val) else None
     steps = recipe.epochs * len(_batches(len(train), recipe.batch_size, seed, 0))
-    model, groups, begun = _start(body, train, labels, classes, recipe, seed, strategy, steps)
+    model, groups, begun = _start(
+        body, train, labels, classes, recipe, seed, strategy, steps, None if known is None else known[0]
+    )
     # A parameter is a group of the optimiser by itself: its rate may change with every step.
     optimizer = optim.named(recipe.optimizer)(_learning(model), recipe.rate)
     weights = None if recipe.balance == "none" else class_weights(labels, classes).to(like)
     objective = composed(extras, Origin({n: p.detach().clone() for n, p in model.named_parameters()}, seed), weights)
-    features = Features(model.get_submodule("body"), train, val, begun)
+    features = Features(model.get_submodule("body"), train, val, begun, None if known is None else known[1])
     curve: list[dict[str, float]] = []
     best = (math.inf, {})
     if resume is not None:
-        resume = copy.deepcopy(dict(resume))  # an optimiser would go on to write into the tensors that it is given
+        resume = dict(_copied(resume))  # an optimiser would go on to write into the tensors that it is given
         model.load_state_dict(resume["model"])
         optim.put_moments(optimizer, resume["adam"], strategy.rates(groups, 0, steps))
         curve, best = resume["curve"], (resume["best_loss"], resume["best"])
@@ -131,19 +134,24 @@ def fit(
             raise NonFiniteError(f"epoch {epoch + 1}: the training loss is {total}; {SMALLER}")
         row = {"epoch": float(epoch + 1), "loss": total / len(train)}
         if val is not None and val_labels is not None:
-            known = features.val if stayed else None
-            row |= _validate(model, train, val, val_labels.to(like.device), known)
+            row |= _validate(model, train, val, val_labels.to(like.device), features.val if stayed else None)
             if not math.isfinite(row["val_loss"]):
                 raise NonFiniteError(f"epoch {epoch + 1}: the validation loss is {row['val_loss']}; {SMALLER}")
             if row["val_loss"] < best[0]:
-                best = (row["val_loss"], copy.deepcopy(model.state_dict()))
+                best = (row["val_loss"], _copied(model.state_dict()))
         curve.append(row)
-        state = {"model": model.state_dict(), "adam": optim.moments_of(optimizer), "curve": curve}
-        on_epoch(copy.deepcopy({**state, "best_loss": best[0], "best": best[1]}))
+        if on_epoch is not None:
+            state = {"model": model.state_dict(), "adam": optim.moments_of(optimizer), "curve": curve}
+            on_epoch({**_copied(state), "best_loss": best[0], "best": best[1]})
     if best[1]:
         model.load_state_dict(best[1])
     model = strategy.finish(model)
     return Fitted(_stored(model.get_submodule("body"), train), model.get_submodule("head"), curve)
+
+
+def _copied(state: Any) -> Any:
+    """A tree of tensors and plain data, for as long as training goes on with the original."""
+    return pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), state)
 
 
 def flatten(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -185,12 +193,6 @@ def class_weights(labels: Tensor, classes: int) -> Tensor:
     return len(labels) / (counts.clamp(min=1).double() * (counts > 0).sum())
 
 
-def _like(body: nn.Module) -> Tensor:
-    """A tensor of the device and type that a body computes with; where it holds none, as pictures come."""
-    tensors = itertools.chain(body.parameters(), body.buffers())
-    return next((t for t in tensors if t.is_floating_point()), torch.empty(0))
-
-
 def _start(
     body: nn.Module,
     train: Prepared,
@@ -200,12 +202,15 @@ def _start(
     seed: int,
     strategy: Strategy,
     steps: int,
+    known: Tensor | None,
 ) -> tuple[nn.Module, Groups, Tensor | None]:
     """A copy of the body and a head that starts from its features, as the strategy wants them, the groups of their
     parameters, and the features, where the strategy put nothing else in the body's place."""
     body = copied(body)
     # Of a body that needs no moments of these examples, others have use for the features too: they are cached.
-    features = (features_of if takes_alone(body) else in_parts)(_stored(body, train), train)
+    features = known
+    if features is None:
+        features = (features_of if takes_alone(body) else in_parts)(_stored(body, train), train)
     head = heads.build(recipe.head, features, labels, classes, head_seed(seed))
     model = strategy.prepare(nn.ModuleDict({"body": body, "head": head}), seed)
     groups = groups_of(model)
@@ -252,12 +257,23 @@ def _validate(
     model: nn.Module, train: Prepared, val: Prepared, y: Tensor, features: Tensor | None = None
 ) -> dict[str, float]:
     if features is None:
-        features = in_parts(_stored(model.get_submodule("body"), train), val)
+        features = _evaluated(model.get_submodule("body"), train, val)
     logits = model.get_submodule("head")(features)
     return {
         "val_loss": float(F.cross_entropy(logits, y)),
         "val_accuracy": float((logits.argmax(-1) == y).float().mean()),
     }
+
+
+def _evaluated(body: nn.Module, train: Prepared, val: Prepared) -> Tensor:
+    """Features of val as the result would have them. The body is copied only where it needs the moments of train."""
+    if not takes_alone(body):
+        return in_parts(_stored(body, train), val)
+    in_training = [part for part in body.modules() if part.training]
+    features = in_parts(body.eval(), val)
+    for part in in_training:
+        part.training = True
+    return features
 
 
 def _batches(n: int, size: int, seed: int, epoch: int) -> list[np.ndarray]:

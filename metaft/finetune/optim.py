@@ -124,4 +124,7 @@ def put_moments(
         p = parameters.get(name)
         if p is None or any(slot != "step" and value.shape != p.shape for slot, value in slots.items()):
             raise CheckpointError(f"resume: the optimiser's state for {key!r} in the checkpoint is of no parameter")
-        optimizer.state[p] = {slot: value if slot == "step" else value.to(p) for slot, value in slots.items()}
+        # In the parameter's own layout, for the same bits in each step.
+        optimizer.state[p] = {
+            slot: value if slot == "step" else torch.empty_like(p).copy_(value) for slot, value in slots.items()
+        }

@@ -39,8 +39,12 @@ def build(
         from metaft.models import published  # few classifiers are of a library's architecture
 
         classes: int = architecture["ways"] if outputs is None else outputs
-        module = published.build(architecture["name"], classes, architecture["shape"])
-        built, head = prepared(kept_statistics(module, unseen=True) if norm == "keep" else module, published.HEAD)
+        whole = published.build(architecture["name"], classes, architecture["shape"])
+        if norm == "keep":
+            # No layer measures a batch then, so the less exact sums that PyTorch's batch normalisation has for images
+            # laid out pixel by pixel are not asked for; a CPU's convolutions of them are 1.4 to 1.8 times as fast.
+            kept_statistics(whole, unseen=True).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        built, head = prepared(whole, published.HEAD)
         if seed is not None:
             models.initialise(built.get_submodule(head), seed)
         return built, head
