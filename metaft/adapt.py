@@ -153,8 +153,9 @@ def _fit_all(folder: RunFolder, setup: Setup, header: Mapping[str, Any], positio
     device = device_of(config.compute.device)
     epochs = [1 if fit.contender.recipe is None else fit.contender.recipe.epochs for fit in setup.fits]
     done = [0, *itertools.accumulate(epochs)]
+    kind = f"{len(target.class_names)} classes" if target.class_names else "numbers"
     print(
-        f"{places.shown(target.name)} · {len(target.class_names)} classes · {config.method} from "
+        f"{places.shown(target.name)} · {kind} · {config.method} from "
         f"{places.shown(setup.start.name)}{said_of(setup.start)} on {device} · run folder {folder.path}",
         file=sys.stderr,
     )
@@ -183,10 +184,12 @@ def finish(folder: RunFolder, setup: Setup, position: Position, device: str) -> 
     from metaft.finetune.classifier import load
     from metaft.finetune.results import result_of
     from metaft.finetune.study import rows_of
+    from metaft.finetune.suspects import suspects_of
     from metaft.runs.checkpoint import write_atomically
     from metaft.support.pictures import listed
 
     result, module = result_of(folder, setup, position, device), setup.start.module
+    result["suspects"] = suspects_of(setup, device)
     folder.write_json(folder.result, result)
     text = report.text(result)
     whole = f"{text}\n\n{report.plainly(result)}\n"

@@ -52,6 +52,8 @@ class Label(NamedTuple):
     names: tuple[str, ...] = ()
     """The most probable classes, the best first; empty where the file cannot be read."""
     probabilities: tuple[float, ...] = ()
+    number: float | None = None
+    """What is predicted where it is no class."""
     flaw: str = ""
     """What it was read in spite of."""
 
@@ -89,9 +91,10 @@ def _command(argv: Sequence[str]) -> None:
             raise CheckpointError(f"run: {error}") from None
     for warning in said:
         print(f"metaft: note: {warning.message}", file=sys.stderr)
-    classes = len(classifier.class_names)
+    classes = max(1, len(classifier.class_names))
     if given.top > classes:
-        raise MetaftError(f"top must be at most the {classes} classes of {given.run}, got {given.top}")
+        what = f"the {classes} classes" if classifier.class_names else "the one number"
+        raise MetaftError(f"top must be at most {what} of {given.run}, got {given.top}")
     labels, bad = [], 0
     for label in label_files(classifier, files, given.top):
         labels.append(label)
@@ -101,11 +104,12 @@ def _command(argv: Sequence[str]) -> None:
                 print(f"metaft: unreadable: {label.error}", file=sys.stderr)
         else:
             pairs = zip(label.names, label.probabilities, strict=True)
-            print(f"{label.file}\t" + "\t".join(f"{name}\t{p:.4f}" for name, p in pairs), flush=True)
+            cells = [f"{name}\t{p:.4f}" for name, p in pairs] if label.number is None else [f"{label.number:.6g}"]
+            print(f"{label.file}\t" + "\t".join(cells), flush=True)
         if given.csv is None and output.left(sys.stdout):  # nobody would see the others
             return
     if given.csv is not None:
-        write_csv(local(given.csv), labels, given.top)
+        write_csv(local(given.csv), labels, given.top, numbers=not classifier.class_names)
     for note in _notes(classifier, labels, ignored):
         print(f"metaft: note: {note}", file=sys.stderr)
     if bad == len(labels):
@@ -179,7 +183,8 @@ def _missing(path: Path) -> bool:
 
 
 def label_files(classifier: Classifier, files: Sequence[Path], top: int = 1) -> Iterator[Label]:
-    """The `top` most probable classes of each file, in order; unreadable files come out with an error."""
+    """The `top` most probable classes of each file, or its number, in order; unreadable files come out with an
+    error."""
     import torch
 
     from metaft.inputs.flaws import noted
@@ -189,26 +194,36 @@ def label_files(classifier: Classifier, files: Sequence[Path], top: int = 1) -> 
             readings = [classifier.inputs.read(file) for file in files[first : first + AT_ONCE]]
         raw = [reading.raw for reading in readings if reading.raw is not None]
         best = iter(())
-        if raw:
+        if raw and not classifier.class_names:
+            best = iter(classifier.numbers(torch.cat(raw)).tolist())
+        elif raw:
             probabilities, classes = classifier.probabilities(torch.cat(raw)).topk(top)
             best = zip(classes.tolist(), probabilities.tolist(), strict=True)
         for reading in readings:
             if reading.raw is None:
                 yield Label(reading)
                 continue
+            reading, flaw = reading._replace(raw=None), flaws.get(reading.file, "")
+            if not classifier.class_names:
+                yield Label(reading, number=next(best), flaw=flaw)
+                continue
             numbers, values = next(best)
-            names = tuple(classifier.class_names[n] for n in numbers)
-            yield Label(reading._replace(raw=None), names, tuple(values), flaws.get(reading.file, ""))
+            yield Label(reading, tuple(classifier.class_names[n] for n in numbers), tuple(values), flaw=flaw)
 
 
-def write_csv(path: Path, labels: Sequence[Label], top: int) -> None:
-    """file, label_1, probability_1, ..., error: a line per file. Raises CheckpointError where it cannot be written."""
+def write_csv(path: Path, labels: Sequence[Label], top: int, *, numbers: bool = False) -> None:
+    """file, label_1, probability_1, ..., error: a line per file; of `numbers` file, number, error. Raises
+    CheckpointError where it cannot be written."""
     from metaft.runs.checkpoint import write_atomically
 
     text = io.StringIO()
     out = csv.writer(text, lineterminator="\n")
-    out.writerow(["file", *(f"{what}_{i}" for i in range(1, top + 1) for what in ("label", "probability")), "error"])
+    columns = [f"{what}_{i}" for i in range(1, top + 1) for what in ("label", "probability")]
+    out.writerow(["file", *(["number"] if numbers else columns), "error"])
     for label in labels:
+        if numbers:
+            out.writerow([label.file, "" if label.number is None else label.number, label.error])
+            continue
         cells = [cell for pair in zip(label.names, label.probabilities, strict=True) for cell in pair]
         out.writerow([label.file, *(cells or [""] * 2 * top), label.error])
     write_atomically(path, text.getvalue().encode("utf-8", "surrogateescape"))

@@ -399,6 +399,10 @@ class Recipe(Group):
     augment: Annotated[Literal["none", "basic"], Option("Small random turns and shifts of the training images.")] = (
         "none"
     )
+    loss: Annotated[
+        Literal["cross_entropy", "mse"],
+        Option("mse: labels are numbers, which are predicted by their mean squared error (--data csv:FILE)."),
+    ] = "cross_entropy"
     balance: Annotated[
         Literal["none", "weights"],
         Option("weights: in the training loss each class counts as much as any other, however many images it has."),

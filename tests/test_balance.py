@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from metaft.finetune.fit import class_weights, fit
+from metaft.finetune.fit import fit
+from metaft.finetune.outcomes import class_weights
 from metaft.inputs import ImageInputs
 from metaft.settings import Recipe
 

@@ -291,7 +291,7 @@ def test_adapt_keeps_the_same_flat_text_as_ever() -> None:
     end = 'seed = 0\nseeds = 1\ndevice = "cpu"\n'
     recipe = (
         'epochs = 1\npatience = 10\nlr = 0.01\noptimizer = "adam"\nschedule = "constant"\nbatch_size = 32\n'
-        'head = "linear"\nfreeze = "none"\naugment = "none"\nbalance = "none"\n'
+        'head = "linear"\nfreeze = "none"\naugment = "none"\nloss = "cross_entropy"\nbalance = "none"\n'
     )
     config = AdaptConfig(init="none", shots_per_class=5, device="cpu")
     tuned = dataclasses.replace(config, epochs=1, lr=0.01)

@@ -19,7 +19,7 @@ from metaft import schedules
 from metaft.errors import CheckpointError, MetaftError
 from metaft.finetune import optim
 from metaft.finetune.examples import Prepared
-from metaft.finetune.extras import Batch, Extra, Objective, Origin, composed, cross_entropy
+from metaft.finetune.extras import Batch, Extra, Objective, Origin, composed, plain_loss
 from metaft.finetune.features import features_of
 from metaft.finetune.fit import Fitted, fit, groups_of
 from metaft.finetune.optim import put_moments
@@ -527,7 +527,7 @@ def test_the_first_extra_is_the_innermost() -> None:
     model = nn.ModuleDict({"body": nn.Flatten(), "head": nn.Linear(4, 3)})
     batch, origin = Batch(torch.zeros(2, 1, 2, 2), torch.tensor([0, 1]), torch.arange(2), 0), Origin({}, 0)
     with torch.no_grad():
-        value = float(cross_entropy(model, batch))
+        value = float(plain_loss(model, batch))
         assert float(composed((twice(), plus()), origin)(model, batch)) == pytest.approx(2 * value + 1)
         assert float(composed((plus(), twice()), origin)(model, batch)) == pytest.approx(2 * (value + 1))
 

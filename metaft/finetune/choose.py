@@ -36,7 +36,8 @@ class Choice(NamedTuple):
     recipe: Recipe
     """For all images, without validation: the epochs are those that were best in cross-validation."""
     table: tuple[dict[str, Any], ...]
-    """For each candidate "strategy", "lr", "epochs", and its "accuracy" and "loss" on images it had not seen."""
+    """For each candidate "strategy", "lr", "epochs", and its "accuracy" (of classes) and "loss" on images that it had
+    not seen."""
 
 
 def candidates_of(recipe: Recipe, *, published: bool) -> list[Recipe]:
@@ -60,15 +61,18 @@ def choose(
     should_stop: Callable[[], None] = lambda: None,
 ) -> Choice:
     """The candidate that is most often right in a stratified 5-fold cross-validation of these examples, with the number
-    of epochs at which its validation loss is lowest; the first of those that are alike.
+    of epochs at which its validation loss is lowest; the first of those that are alike. Where `labels` are numbers
+    (`classes` 0) that of the lowest loss.
 
     A candidate whose loss is not finite is none. With fewer than `FOLDS` images of a class it is the first candidate as
     it is. A pure function of its arguments.
     """
     first = candidates[0]
-    if int(np.bincount(labels.numpy(), minlength=classes).min()) < FOLDS:
+    strata = labels.numpy() if classes else np.zeros(len(labels), np.int64)
+    if int(np.bincount(strata, minlength=classes).min()) < FOLDS:
         return Choice(first, ())
-    parts = [fold(labels.numpy(), np.arange(len(labels)), FOLDS, number, seed) for number in range(FOLDS)]
+    parts = [fold(strata, np.arange(len(labels)), FOLDS, number, seed) for number in range(FOLDS)]
+    figure = ("val_accuracy",) if classes else ()
     features = None
     if takes_alone(body):  # and is the same start for every fold of every candidate
         prepared = Prepared(examples, inputs, like_of(body))
@@ -87,18 +91,19 @@ def choose(
                 )  # fmt: skip
             except NonFiniteError:
                 break
-            curves.append([(row["val_loss"] * len(val), row["val_accuracy"] * len(val)) for row in fitted.curve])
-        table.append(_figures(candidate, curves, len(labels)))
-    best = max(range(len(table)), key=lambda i: (table[i]["accuracy"], -i))
+            curves.append([[len(val) * row[of] for of in ("val_loss", *figure)] for row in fitted.curve])
+        table.append(_figures(candidate, curves, len(labels), accuracy=classes > 0))
+    best = max(range(len(table)), key=lambda i: (table[i].get("accuracy", -table[i]["loss"]), -i))
     chosen = dataclasses.replace(candidates[best], epochs=table[best]["epochs"])
     return Choice(chosen, tuple(table))
 
 
-def _figures(candidate: Recipe, curves: list[list[tuple[float, float]]], images: int) -> dict[str, Any]:
+def _figures(candidate: Recipe, curves: list[list[list[float]]], images: int, *, accuracy: bool) -> dict[str, Any]:
     """A row of the table, at the epoch of the lowest loss over all folds."""
     row: dict[str, Any] = {"strategy": candidate.trains, "lr": candidate.rate}
     if len(curves) < FOLDS:
-        return {**row, "epochs": candidate.epochs, "accuracy": 0.0, "loss": math.inf}
-    total = np.sum(curves, axis=0) / images  # [epochs, 2]
+        return {**row, "epochs": candidate.epochs, **({"accuracy": 0.0} if accuracy else {}), "loss": math.inf}
+    total = np.sum(curves, axis=0) / images  # [epochs, loss and perhaps accuracy]
     epoch = int(total[:, 0].argmin())
-    return {**row, "epochs": epoch + 1, "accuracy": float(total[epoch, 1]), "loss": float(total[epoch, 0])}
+    right = {"accuracy": float(total[epoch, 1])} if accuracy else {}
+    return {**row, "epochs": epoch + 1, **right, "loss": float(total[epoch, 0])}

@@ -31,7 +31,8 @@ class Classifier(nn.Module):
 
     `forward` takes raw inputs (of pictures uint8 [n, C, H, W] in the polarity that `inputs` names), and gives logits
     [n, classes]; it raises MetaftError for anything else. No layer looks at more than one input, so a prediction does
-    not depend on its neighbours in the batch.
+    not depend on its neighbours in the batch. Of a target of numbers it has no class names, and its one output is the
+    number.
     """
 
     def __init__(self, body: nn.Module, head: nn.Module, inputs: Inputs, class_names: tuple[str, ...]) -> None:
@@ -71,9 +72,19 @@ class Classifier(nn.Module):
         at_once = at_once or at_most(self.inputs.shape, 256)
         return torch.cat([self(examples[rows].to(device)).cpu() for rows in torch.arange(len(examples)).split(at_once)])
 
+    def numbers(self, examples: Examples, at_once: int | None = None) -> Tensor:
+        """float64 [n] on the CPU: what a target of numbers is trained to predict. Raises MetaftError where it predicts
+        classes."""
+        if self.class_names:
+            raise MetaftError("this classifier predicts classes, and no numbers; see `probabilities` and `names`")
+        return self.logits(examples, at_once).squeeze(-1).double()
+
     @in_usual_modes
     def probabilities(self, examples: Examples, at_once: int | None = None) -> Tensor:
-        """float32 [n, classes] on the CPU, as many at a time as for `logits`."""
+        """float32 [n, classes] on the CPU, as many at a time as for `logits`. Raises MetaftError where it predicts
+        numbers."""
+        if not self.class_names:
+            raise MetaftError("this classifier predicts numbers, and no classes; see `numbers`")
         return self.logits(examples, at_once).softmax(-1).float()
 
     def names(self, examples: Examples) -> list[str]:

@@ -46,18 +46,21 @@ class Contender(NamedTuple):
 class Images:
     """The images of a target, read once for each kind of inputs that starts take."""
 
-    def __init__(self, settings: TargetSettings) -> None:
-        self.settings = settings
+    def __init__(self, settings: TargetSettings, *, numbers: bool = False) -> None:
+        """Labels are classes, or `numbers`."""
+        self.settings, self.numbers = settings, numbers
         self._read: list[Target] = []
 
     @functools.cached_property
     def shape(self) -> tuple[list[int], bool]:
         """([C, H, W] of the images without any start, whether another size will do)."""
-        return targets.shape_of(self.settings.data, self.settings.data_root)
+        return targets.shape_of(self.settings.data, self.settings.data_root, numbers=self.numbers)
 
     def _loaded(self, inputs: Inputs | None) -> Target:
         settings = self.settings
-        return targets.load(settings.data, inputs, skip_bad=settings.skip_bad, data_root=settings.data_root)
+        return targets.load(
+            settings.data, inputs, skip_bad=settings.skip_bad, data_root=settings.data_root, numbers=self.numbers
+        )
 
     @functools.cached_property
     def plain(self) -> Target:
@@ -155,8 +158,9 @@ def contenders_of(
         if is_published(start.architecture["name"]):  # whose rates and epochs are not those of a random start
             given = recipe or Recipe()
             recipe = Recipe(
-                batch_size=given.batch_size, head=given.head, augment=given.augment, balance=given.balance, lr=RATE
-            )
+                batch_size=given.batch_size, head=given.head, augment=given.augment, balance=given.balance,
+                loss=given.loss, lr=RATE,
+            )  # fmt: skip
         elif recipe is not None and whole and recipe.trains != "full":
             recipe = dataclasses.replace(recipe, freeze="none", strategy="full")
         yield Contender(chance.label, chance, images.of(chance), recipe)

@@ -19,6 +19,7 @@ from metaft.finetune import heads, optim, strategies
 from metaft.finetune.examples import Prepared, like_of
 from metaft.finetune.extras import Batch, Extra, Origin, composed
 from metaft.finetune.features import Features, features_of, in_parts, takes_alone
+from metaft.finetune.outcomes import outcome_of
 from metaft.finetune.strategies import Groups, Strategy
 from metaft.finetune.strategies.base import unchanged
 from metaft.inputs import Inputs
@@ -40,7 +41,8 @@ class Fitted:
     body: nn.Module
     head: nn.Module
     curve: list[dict[str, float]]
-    """Per epoch: "epoch", "loss" and, with validation examples, "val_loss" and "val_accuracy"."""
+    """Per epoch: "epoch", "loss" and, with validation examples, "val_loss" and "val_accuracy" or, of numbers,
+    "val_rmse"."""
 
     @property
     def kept(self) -> int:
@@ -69,8 +71,9 @@ def fit(
     on_epoch: Callable[[Mapping[str, Any]], None] | None = None,
 ) -> Fitted:
     """Fine-tune a copy of `body` (features [n, D] out, EpisodeNorm inside) and a fresh head on raw examples [n, ...],
-    which go to the body's device batch by batch. `known` are the features of training and validation examples, where
-    the caller has them.
+    which go to the body's device batch by batch. `labels` [n] are int64 of so many `classes`, or numbers where that is
+    0: the head then has one output, and the loss is the squared error. `known` are the features of training and
+    validation examples, where the caller has them.
 
     `strategy` says what trains and at which rate in each step (None: as the recipe says), `extras` change the loss. The
     rate of a parameter in a step is the recipe's times the schedule's factor times the strategy's. Training batches are
@@ -85,6 +88,8 @@ def fit(
     schedule = schedules.make(recipe.schedule)
     like = like_of(body)
     train, labels = Prepared(examples, inputs, like), labels.to(like.device)
+    outcome = outcome_of(recipe, labels, classes, like)
+    targets = outcome.prepared(labels)
     val = None if val_examples is None or val_labels is None else Prepared(val_examples, inputs, like)
     val = val if val is not None and len(val) else None
     steps = recipe.epochs * len(_batches(len(train), recipe.batch_size, seed, 0))
@@ -93,8 +98,8 @@ def fit(
     )
     # A parameter is a group of the optimiser by itself: its rate may change with every step.
     optimizer = optim.named(recipe.optimizer)(_learning(model), recipe.rate)
-    weights = None if recipe.balance == "none" else class_weights(labels, classes).to(like)
-    objective = composed(extras, Origin({n: p.detach().clone() for n, p in model.named_parameters()}, seed), weights)
+    origin = Origin({n: p.detach().clone() for n, p in model.named_parameters()}, seed)
+    objective = composed(extras, origin, outcome.loss)
     features = Features(model.get_submodule("body"), train, val, begun, None if known is None else known[1])
     curve: list[dict[str, float]] = []
     best = (math.inf, {})
@@ -116,9 +121,9 @@ def fit(
         for number, batch in enumerate(batches):
             step, rows = epoch * len(batches) + number, torch.from_numpy(batch)
             optim.set_rates(optimizer, strategy.rates(groups, step, steps), recipe.rate * schedule(step, steps))
-            y = labels[rows.to(labels.device)]
+            y = targets[rows.to(targets.device)]
             if computed is not None:
-                loss = F.cross_entropy(model.get_submodule("head")(computed[rows.to(computed.device)]), y, weights)
+                loss = outcome.loss(model.get_submodule("head")(computed[rows.to(computed.device)]), y)
             else:
                 raw = examples[rows] if moves is None else _augmented(examples[rows].to(like.device), moves[rows])
                 loss = objective(model, Batch(train.prepare(raw), y, rows, epoch))
@@ -134,7 +139,8 @@ def fit(
             raise NonFiniteError(f"epoch {epoch + 1}: the training loss is {total}; {SMALLER}")
         row = {"epoch": float(epoch + 1), "loss": total / len(train)}
         if val is not None and val_labels is not None:
-            row |= _validate(model, train, val, val_labels.to(like.device), features.val if stayed else None)
+            outputs = _outputs(model, train, val, features.val if stayed else None)
+            row |= outcome.validated(outputs, outcome.prepared(val_labels))
             if not math.isfinite(row["val_loss"]):
                 raise NonFiniteError(f"epoch {epoch + 1}: the validation loss is {row['val_loss']}; {SMALLER}")
             if row["val_loss"] < best[0]:
@@ -146,7 +152,7 @@ def fit(
     if best[1]:
         model.load_state_dict(best[1])
     model = strategy.finish(model)
-    return Fitted(_stored(model.get_submodule("body"), train), model.get_submodule("head"), curve)
+    return Fitted(_stored(model.get_submodule("body"), train), outcome.finished(model.get_submodule("head")), curve)
 
 
 def _copied(state: Any) -> Any:
@@ -187,12 +193,6 @@ def _learning(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
 
 
-def class_weights(labels: Tensor, classes: int) -> Tensor:
-    """float64 [classes]: the inverse of how often each label is there, with a mean of 1 over all examples."""
-    counts = torch.bincount(labels, minlength=classes)
-    return len(labels) / (counts.clamp(min=1).double() * (counts > 0).sum())
-
-
 def _start(
     body: nn.Module,
     train: Prepared,
@@ -211,7 +211,10 @@ def _start(
     features = known
     if features is None:
         features = (features_of if takes_alone(body) else in_parts)(_stored(body, train), train)
-    head = heads.build(recipe.head, features, labels, classes, head_seed(seed))
+    head = heads.build(recipe.head, features, labels, max(1, classes), head_seed(seed))
+    if classes == 0:  # begins at the mean of the labels, and not at what many features happen to sum up to
+        nn.init.zeros_(head.get_parameter("weight"))
+        nn.init.zeros_(head.get_parameter("bias"))
     model = strategy.prepare(nn.ModuleDict({"body": body, "head": head}), seed)
     groups = groups_of(model)
     if _stays(strategy, groups, steps, 0, max(1, steps)):
@@ -253,16 +256,11 @@ def _stored(body: nn.Module, train: Prepared) -> nn.Module:
 
 
 @torch.no_grad()
-def _validate(
-    model: nn.Module, train: Prepared, val: Prepared, y: Tensor, features: Tensor | None = None
-) -> dict[str, float]:
+def _outputs(model: nn.Module, train: Prepared, val: Prepared, features: Tensor | None) -> Tensor:
+    """Of validation examples, as the result would predict them."""
     if features is None:
         features = _evaluated(model.get_submodule("body"), train, val)
-    logits = model.get_submodule("head")(features)
-    return {
-        "val_loss": float(F.cross_entropy(logits, y)),
-        "val_accuracy": float((logits.argmax(-1) == y).float().mean()),
-    }
+    return model.get_submodule("head")(features)
 
 
 def _evaluated(body: nn.Module, train: Prepared, val: Prepared) -> Tensor:

@@ -1,4 +1,5 @@
-"""The probe: logistic regression on frozen features, which fine-tuning has to be better than to be worth it."""
+"""The probe: logistic regression on frozen features (of numbers ridge regression), which fine-tuning has to be better
+than to be worth it."""
 
 from __future__ import annotations
 
@@ -6,19 +7,23 @@ import warnings
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metaft.errors import NonFiniteError
 from metaft.finetune.examples import Prepared
 from metaft.finetune.features import features_of
 from metaft.finetune.fit import Fitted
+from metaft.finetune.outcomes import outcome_of
 from metaft.inputs import Inputs
 from metaft.inputs.base import Examples
 from metaft.models.stored import with_stored_moments
+from metaft.settings import Recipe
 
 STRENGTH = 1.0
 """Inverse of the penalty, scikit-learn's `C`, which is its default."""
+
+PENALTIES = tuple(10.0**power for power in range(-3, 5))
+"""Of ridge regression, scikit-learn's `alphas`."""
 
 ITERATIONS = 2000
 """Of lbfgs; what has not converged by then predicts no better for it."""
@@ -26,7 +31,8 @@ ITERATIONS = 2000
 
 def probe(body: nn.Module, inputs: Inputs, examples: Examples, labels: Tensor, classes: int) -> Fitted:
     """Logistic regression (scikit-learn's, L2 penalty, lbfgs) on the features of raw examples [n, ...], as a linear
-    head over the body, whose normalisation has the moments of these examples stored where it has none of its own.
+    head over the body, whose normalisation has the moments of these examples stored where it has none of its own. Where
+    `labels` are numbers (`classes` 0) it is ridge regression, the best of `PENALTIES` by its leave-one-out error.
 
     Every class needs an example. Raises NonFiniteError where features are not finite.
     """
@@ -36,19 +42,32 @@ def probe(body: nn.Module, inputs: Inputs, examples: Examples, labels: Tensor, c
     features = features_of(body, x)
     if not features.isfinite().all():
         raise NonFiniteError("probe: the features of the training images are not finite")
-    weight, bias = _regression(features.cpu().double().numpy(), labels.cpu().numpy(), classes)
+    fit = regression if classes else _ridge
+    weight, bias = fit(features.cpu().double().numpy(), labels.cpu().numpy(), classes)
     with torch.device("meta"):  # the constructor would draw from the global generator
-        head = nn.Linear(features.shape[1], classes)
+        head = nn.Linear(*reversed(weight.shape))
     head = head.to_empty(device="cpu").to(features)
     with torch.no_grad():
         head.weight.copy_(torch.from_numpy(weight))
         assert head.bias is not None
         head.bias.copy_(torch.from_numpy(bias))
-        loss = float(F.cross_entropy(head(features), labels.to(features.device)))
+        outcome = outcome_of(Recipe(), labels, classes, features)
+        outputs = head(features)
+        if classes == 0:  # in the same units as the losses of fits
+            outputs = outcome.prepared(outputs)
+        loss = float(outcome.loss(outputs, outcome.prepared(labels)))
     return Fitted(body, head, [{"epoch": 0.0, "loss": loss}])
 
 
-def _regression(features: np.ndarray, labels: np.ndarray, classes: int) -> tuple[np.ndarray, np.ndarray]:
+def _ridge(features: np.ndarray, labels: np.ndarray, classes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Weight [1, D] and bias [1]."""
+    from sklearn.linear_model import RidgeCV
+
+    fit = RidgeCV(alphas=PENALTIES).fit(features, labels)
+    return np.asarray(fit.coef_).reshape(1, -1), np.asarray(fit.intercept_).reshape(1)
+
+
+def regression(features: np.ndarray, labels: np.ndarray, classes: int) -> tuple[np.ndarray, np.ndarray]:
     """Weight [classes, D] and bias [classes] whose softmax are the probabilities of the fit."""
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression

@@ -26,9 +26,13 @@ def settled(recipe: Recipe, start: Start) -> Recipe:
 
 
 def _check(recipe: Recipe) -> None:
-    """Raises MetaftError for a strategy, optimiser or schedule that there is not, and two strategies."""
+    """Raises MetaftError for a strategy, optimiser or schedule that there is not, two strategies, and what goes with
+    classes alone where labels are numbers."""
     if recipe.freeze == "backbone" and recipe.trains != "head":
         raise MetaftError(f"freeze: backbone is --strategy head, and --strategy {recipe.trains} is given")
+    for field, needed in (("head", "linear"), ("balance", "none")):
+        if recipe.loss == "mse" and (value := getattr(recipe, field)) != needed:
+            raise MetaftError(f"{field}: {value} is for classes, and --loss mse for numbers")
     if recipe.trains != CHOSEN:
         _make("strategy", recipe.trains, strategies.named)
     _make("optimizer", recipe.optimizer, optim.named)

@@ -10,6 +10,7 @@ import torch
 
 from metaft.finetune.classifier import Classifier
 from metaft.finetune.examples import Part
+from metaft.finetune.numbers import FIGURES
 from metaft.runs.folder import RunFolder, read_rows
 from metaft.support.names import short_names
 from metaft.support.pictures import drawn, plotting
@@ -18,12 +19,14 @@ from metaft.support.progress import duration
 from metaft.targets import Target
 
 _TABLE = 30  # classes that are listed; of more, only the worst
+_SUSPECTS = 10  # images whose labels look wrong
 
 
 def text(result: Mapping[str, Any]) -> str:
     """The report in plain words, several lines."""
     r = result
-    what = f"{shown(r['data'])} · {len(r['classes'])} classes · {r['train_images']} images to train"
+    kind = f"{len(r['classes'])} classes" if r["classes"] else "numbers"
+    what = f"{shown(r['data'])} · {kind} · {r['train_images']} images to train"
     val = f", {r['val_images']} to validate" if r["val_images"] else ""
     if r["method"] == "inner":
         how = f"adapted by {r['inner_steps']} steps of the run's own inner loop"
@@ -36,7 +39,10 @@ def text(result: Mapping[str, Any]) -> str:
     lines += _choice(r["starts"][0].get("chosen"))
     lines += [f"note: {note}" for note in r["notes"]]
     lines += [f"note: {_row(start)}: {warning}" for start in r["starts"] for warning in start.get("warnings", ())]
+    if not r["classes"]:
+        return "\n".join([*lines, "", *_number_figures(r)])
     lines += ["", *_figures(r), ""]
+    lines += _suspects(r.get("suspects"))
     lines += _table(r["per_class"], _mistaken(short_names(r["classes"]), r["confusion"]))
     return "\n".join(lines)
 
@@ -48,14 +54,39 @@ def _choice(chosen: Mapping[str, Any] | None) -> list[str]:
     what = f"chosen: {chosen['strategy']} at {chosen['lr']:g}, {chosen['epochs']} epochs"
     if not chosen["table"]:
         return [f"{what}, since a class has too few images to choose by"]
-    rows = (f"{row['strategy']} at {row['lr']:g} {100 * row['accuracy']:.1f}" for row in chosen["table"])
-    return [f"{what}, by 5-fold cross-validation of the training images (accuracy, %: {', '.join(rows)})"]
+    of, show = ("accuracy, %", _percent_right) if "accuracy" in chosen["table"][0] else ("loss", _loss)
+    rows = (f"{row['strategy']} at {row['lr']:g} {show(row)}" for row in chosen["table"])
+    return [f"{what}, by 5-fold cross-validation of the training images ({of}: {', '.join(rows)})"]
+
+
+def _percent_right(row: Mapping[str, Any]) -> str:
+    return f"{100 * row['accuracy']:.1f}"
+
+
+def _loss(row: Mapping[str, Any]) -> str:
+    return f"{row['loss']:.3f}"
+
+
+def _suspects(suspects: Sequence[Mapping[str, Any]] | None) -> list[str]:
+    """The training images whose labels look wrong, the surest of many."""
+    if not suspects:
+        return []
+    lines = [f"training labels that look wrong to a probe that has not seen them ({len(suspects)}):"]
+    lines += [
+        f"  {s['file']}: {s['label']}, looks like {s['looks_like']} ({100 * s['probability']:.0f} %)"
+        for s in suspects[:_SUSPECTS]
+    ]
+    if len(suspects) > _SUSPECTS:
+        lines.append(f"  and {len(suspects) - _SUSPECTS} more, see suspects in result.json")
+    return [*lines, ""]
 
 
 def plainly(result: Mapping[str, Any]) -> str:
     """What was gained, in a sentence for each start that the first one is compared with, and what follows from it."""
     first, *others = result["starts"]
     several = first["mean"]["draws"] > 1
+    if not result["classes"]:
+        return _plain_numbers(result)
     right = [_of_100(start["mean"]["accuracy"] if several else start["accuracy"]) for start in result["starts"]]
     said = [f"With {_shots(result)}, {right[0]} of 100 new images get the right label from {_from(first, result)}."]
     for start, share, gain in zip(others, right[1:], result["gains"], strict=True):
@@ -64,6 +95,40 @@ def plainly(result: Mapping[str, Any]) -> str:
         word = "gained" if points >= 0 else "lost"
         said.append(f"{_instead(start, result)} {share}: {abs(100 * points):.1f} points {word}{over}, {_sure(gain)}.")
     return " ".join(said)
+
+
+def _plain_numbers(r: Mapping[str, Any]) -> str:
+    """The same where labels are numbers."""
+    first, *others = r["starts"]
+    several = first["mean"]["draws"] > 1
+    off = f"off by {first['mae']:.4g} on average (RMSE {first['rmse']:.4g})"
+    said = [f"With {_shots(r)}, predictions for new images are {off} from {_from(first, r)}."]
+    for start, gain in zip(others, r["gains"], strict=True):
+        less = gain["mean"] if several else start["rmse"] - first["rmse"]
+        over = f" (mean of {gain['draws']} draws, ± {gain['ci95']:.3g})" if several else ""
+        word = "gained" if less >= 0 else "lost"
+        rmse = start["mean"]["rmse"] if several else start["rmse"]
+        said.append(f"{_instead(start, r)} an RMSE of {rmse:.4g}: {abs(less):.3g} {word}{over}, {_sure(gain)}.")
+    return " ".join(said)
+
+
+def _number_figures(r: Mapping[str, Any]) -> list[str]:
+    """The figures of the starts where labels are numbers, and by how much the first one's errors are less."""
+    first, *others = r["starts"]
+    wide = max(22, *(2 + len(_over("paired gain", start, others)) for start in others)) if others else 22
+    lines = [" " * (2 + wide) + "".join(f"{name:>12}" for name in ("MAE", "RMSE", "R²")) + "   test"]
+    for start in r["starts"]:
+        shown = "".join("           -" if start[name] is None else f"{start[name]:>12.4g}" for name in FIGURES)
+        lines += [f"  {_row(start):<{wide}}{shown}"]
+    draws = first["mean"]["draws"]
+    if draws > 1:
+        of = f"mean ± 95 % interval (Student's t) of {draws} draws, seeds {r['seed']} to {r['last_seed']}"
+        lines += ["", f"RMSE, {of}; the figures above are of the first"]
+        for start in r["starts"]:
+            lines += [f"  {_row(start):<{wide}}{start['mean']['rmse']:.4g} ± {start['mean']['ci95']:.3g}"]
+        for start, gain in zip(others, r["gains"], strict=True):
+            lines += [f"  {_over('paired gain', start, others):<{wide}}{gain['mean']:.4g} ± {gain['ci95']:.3g}"]
+    return lines
 
 
 def _shots(r: Mapping[str, Any]) -> str:
@@ -84,7 +149,7 @@ def _from(first: Mapping[str, Any], r: Mapping[str, Any]) -> str:
 def _instead(start: Mapping[str, Any], r: Mapping[str, Any]) -> str:
     """The beginning of the sentence on another start."""
     if start["name"] == "probe":
-        return "The probe, a logistic regression on the same start's features, gets"
+        return f"The probe, a {'logistic' if r['classes'] else 'ridge'} regression on the same start's features, gets"
     if start["name"] == "random":
         return f"A random start{'' if r['method'] == 'inner' else ', all of it trained,'} gets"
     return f"The {_called(start)} start gets"
@@ -192,7 +257,8 @@ def draw_pictures(
     run: RunFolder, result: Mapping[str, Any], classifier: Classifier, target: Target, test: torch.Tensor | None
 ) -> list[Path]:
     """Confusion matrix, learning curves of the first draw, calibration, and the most confident mistakes on the `test`
-    images, if there are any; returns the files that could be drawn.
+    images, if there are any; of numbers the predictions against the labels, and learning curves. Returns the files that
+    could be drawn.
 
     Raises CheckpointError where metrics.jsonl is damaged.
     """
@@ -201,6 +267,15 @@ def draw_pictures(
     curves = {name: [row for row in rows if row["start"] == name] for name in kept if name != "probe"}
     stems = ("confusion", "learning", "mistakes", "calibration")
     confusion, learning, mistakes, calibration = (run.plots / f"{stem}.png" for stem in stems)
+    if not target.class_names:
+        scatter = run.plots / "scatter.png"
+        pairs = {_row(start): (start["predictions"], start["rmse"]) for start in result["starts"]}
+        return drawn(
+            {
+                scatter: lambda: plotting().scatter(scatter, pairs),
+                learning: lambda: _draw_learning(learning, result, curves, kept),
+            }
+        )
     some = {} if test is None else {mistakes: lambda: _draw_mistakes(mistakes, classifier, target, test)}
     return drawn(
         {

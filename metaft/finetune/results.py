@@ -9,10 +9,11 @@ import numpy as np
 import torch
 
 from metaft._version import __version__
+from metaft.finetune.numbers import FIGURES, pooled_numbers
 from metaft.finetune.scores import mean_t95, pooled
 from metaft.finetune.setup import Setup
 from metaft.finetune.study import TABLES, Position, draws_differ, rows_of, seconds
-from metaft.finetune.warned import warnings_of
+from metaft.finetune.warned import warnings_of, warnings_of_numbers
 from metaft.options import flat
 from metaft.runs.folder import RunFolder, read_rows
 from metaft.runs.machine import where_measured
@@ -44,7 +45,9 @@ def result_of(folder: RunFolder, setup: Setup, position: Position, device: str) 
         label = contender.label
         curve = [r for r in position.rows if (r["draw"], r["start"], r.get("fold", 0)) == (0, label, 0)]
         more: dict[str, Any] = {"shape": list(contender.target.inputs.shape)}
-        more["warnings"] = warnings_of(column[0], curve, len(target.class_names))
+        more["warnings"] = (warnings_of if target.class_names else warnings_of_numbers)(
+            column[0], curve, len(target.class_names)
+        )
         entries.append(entry(label, column) | more)
     gains = [gain(labels[0], label, columns[0], column) for label, column in zip(labels[1:], columns[1:], strict=True)]
     return {
@@ -69,7 +72,7 @@ def result_of(folder: RunFolder, setup: Setup, position: Position, device: str) 
         "notes": notes(setup, rows),
         "starts": entries,
         "gains": gains,
-        **views(entries, gains, draws),
+        **(views(entries, gains, draws) if target.class_names else number_views(entries)),
         "seconds": round(seconds(timing), 3),
     }
 
@@ -89,7 +92,8 @@ def by_draw(
 def _of_folds(fits: Sequence[Mapping[str, Any]], class_names: Sequence[str]) -> dict[str, Any]:
     """The figures of the folds of one contender together; epochs are the first one's."""
     first = {k: v for k, v in fits[0].items() if k not in ("fold", "seconds")}
-    return {**first, **pooled(fits, class_names), "seconds": round(sum(fit["seconds"] for fit in fits), 3)}
+    figures = pooled(fits, class_names) if class_names else pooled_numbers(fits)
+    return {**first, **figures, "seconds": round(sum(fit["seconds"] for fit in fits), 3)}
 
 
 def recipe_of(recipe: Recipe) -> dict[str, Any]:
@@ -98,17 +102,31 @@ def recipe_of(recipe: Recipe) -> dict[str, Any]:
 
 
 def entry(name: str, fits: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """A start's: the figures of its first fit, and the mean accuracy of all with a 95 % interval."""
-    mean, ci95 = mean_t95([fit["accuracy"] for fit in fits])
+    """A start's: the figures of its first fit, and the mean accuracy of all (of numbers their RMSE) with a 95 %
+    interval."""
+    figure = figure_of(fits[0])
+    mean, ci95 = mean_t95([fit[figure] for fit in fits])
     first = {k: v for k, v in fits[0].items() if k != "seed"}
-    return {"name": name, **first, "mean": {"accuracy": mean, "ci95": ci95, "draws": len(fits)}}
+    return {"name": name, **first, "mean": {figure: mean, "ci95": ci95, "draws": len(fits)}}
+
+
+def figure_of(fit: Mapping[str, Any]) -> str:
+    """The figure by which starts are compared."""
+    return "accuracy" if "accuracy" in fit else "rmse"
 
 
 def gain(of: str, over: str, mine: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What one start gained over another in accuracy, paired by draw."""
-    pairs = zip(mine, theirs, strict=True)
-    mean, ci95 = mean_t95([one["accuracy"] - other["accuracy"] for one, other in pairs])
+    """What one start gained over another in accuracy, of numbers by how much its RMSE is less, paired by draw."""
+    figure = figure_of(mine[0])
+    sign = 1 if figure == "accuracy" else -1
+    mean, ci95 = mean_t95([sign * (a[figure] - b[figure]) for a, b in zip(mine, theirs, strict=True)])
     return {"of": of, "over": over, "mean": mean, "ci95": ci95, "draws": len(mine)}
+
+
+def number_views(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The first start's figures where labels are numbers."""
+    first = entries[0]
+    return {**{k: first[k] for k in (*FIGURES, "kept_epoch")}, "epochs_run": first["epochs"]}
 
 
 def views(
@@ -140,6 +158,8 @@ def _short(fit: Mapping[str, Any]) -> dict[str, Any]:
 
 def _per_class(target: Target, part: np.ndarray) -> int | None:
     """Images of each class in a part, where all have as many."""
+    if not target.class_names:
+        return None
     counts = np.bincount(target.labels.numpy()[part], minlength=len(target.class_names))
     return int(counts[0]) if len(set(counts.tolist())) == 1 else None
 
@@ -160,7 +180,8 @@ def notes(setup: Setup, rows: Rows) -> list[str]:
     said += _duplicates(target, rows)
     if config.recipe is not None and len(rows.val) == 0:
         said.append(
-            f"a class has fewer than {VALIDATION_FROM} images to train on, so none are set aside for validation: "
+            f"{'a class has' if target.class_names else 'there are'} fewer than {VALIDATION_FROM} images to train on, "
+            "so none are set aside for validation: "
             f"all images train, for the fixed {config.recipe.epochs} epochs"
         )
     if config.draws.seeds > 1 and not draws_differ(setup):

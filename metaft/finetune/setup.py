@@ -96,7 +96,7 @@ def prepared(
     _check_values(config, module, values)
     init, compare = config.start.init, config.start.compare  # as typed, which is how an error is to name them
     config = _with_data(names.in_full(config), (begun or {}).get("classes", ()))
-    images = Images(config.target)
+    images = Images(config.target, numbers=config.recipe is not None and config.recipe.loss == "mse")
     if init is None:
         init = newest(images) if config.method == "inner" else chosen(images)
     settings = config.start

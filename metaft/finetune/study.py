@@ -20,6 +20,7 @@ from metaft.finetune.examples import Part, Prepared
 from metaft.finetune.features import features_of
 from metaft.finetune.fit import SMALLER, Fitted, fit, flatten, unflatten
 from metaft.finetune.inner import FEWER, inner
+from metaft.finetune.numbers import number_scores
 from metaft.finetune.probe import probe
 from metaft.finetune.scores import scores
 from metaft.finetune.setup import Planned, Setup
@@ -31,7 +32,7 @@ from metaft.starts.base import body
 from metaft.targets import Target
 from metaft.targets.draws import Rows
 
-TABLES = ("per_class", "confusion", "calibration")
+TABLES = ("per_class", "confusion", "calibration", "predictions")
 """Figures that are kept of the first draw alone."""
 
 SAVE_EVERY = 5.0  # seconds; a killed run loses at most these
@@ -182,7 +183,10 @@ def test(classifier: Classifier, target: Target, rows: np.ndarray, advice: str, 
     for name, value in {**classifier.state_dict(), "the logits of the test images": logits}.items():
         if not value.isfinite().all():
             raise NonFiniteError(f"after the last step: not finite: {name}; {advice}")
-    return scores(target.labels[some].numpy(), logits.softmax(-1).float().numpy(), target.class_names)
+    labels = target.labels[some].numpy()
+    if not target.class_names:
+        return number_scores(labels, logits.squeeze(-1).double().numpy())
+    return scores(labels, logits.softmax(-1).float().numpy(), target.class_names)
 
 
 def _decided(

@@ -20,7 +20,18 @@ OVER = 3.0
 
 def warnings_of(fit: Mapping[str, Any], curve: Sequence[Mapping[str, float]], classes: int) -> list[str]:
     """In plain words, of the figures of one fit (with "confusion" and "per_class") and the rows of its epochs."""
-    return [*_of_predictions(fit), *_of_losses(fit, curve, classes)]
+    return [*_of_predictions(fit), *_of_losses(fit, curve, math.log(classes))]
+
+
+def warnings_of_numbers(fit: Mapping[str, Any], curve: Sequence[Mapping[str, float]], classes: int = 0) -> list[str]:
+    """The same where labels are numbers. Losses are in units of the training labels' variance, which is what their mean
+    gets."""
+    said = list(_of_losses(fit, curve, 1.0))
+    if len({predicted for _, predicted in fit["predictions"]}) == 1:
+        said.insert(0, f"every test image is predicted to be {fit['predictions'][0][1]:.6g}")
+    elif fit["r2"] is not None and fit["r2"] <= 0:
+        said.insert(0, f"R² is {fit['r2']:.2f}: the mean of the test images' labels would be as good for all of them")
+    return said
 
 
 def _of_predictions(fit: Mapping[str, Any]) -> Iterator[str]:
@@ -36,11 +47,10 @@ def _of_predictions(fit: Mapping[str, Any]) -> Iterator[str]:
         yield f"no test image is predicted to be {_listed(never)}"
 
 
-def _of_losses(fit: Mapping[str, Any], curve: Sequence[Mapping[str, float]], classes: int) -> Iterator[str]:
+def _of_losses(fit: Mapping[str, Any], curve: Sequence[Mapping[str, float]], chance: float) -> Iterator[str]:
     row = next((row for row in curve if row["epoch"] == fit["kept_epoch"]), None)
     if row is None or row["epoch"] == 0:
         return
-    chance = math.log(classes)
     if row["loss"] > DIVERGED * chance:
         yield f"diverged: the training loss is {row['loss']:.2f}, that of chance {chance:.2f}; a smaller --lr may help"
     elif row["loss"] > UNDER * chance:

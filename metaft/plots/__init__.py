@@ -13,5 +13,8 @@ with quiet():
     from metaft.plots.grid import episode, mistakes
     from metaft.plots.lines import curves, learning, regression_episode, steps
     from metaft.plots.reliability import calibration
+    from metaft.plots.scatter import scatter
 
-__all__ = ["calibration", "confusion", "curves", "episode", "learning", "mistakes", "regression_episode", "steps"]
+__all__ = [
+    "calibration", "confusion", "curves", "episode", "learning", "mistakes", "regression_episode", "scatter", "steps",
+]  # fmt: skip

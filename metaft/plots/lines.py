@@ -48,10 +48,11 @@ def steps(path: Path, test: Row) -> None:
 def learning(
     path: Path, starts: Mapping[str, Sequence[Row]], *, x_label: str = "epoch", kept: Mapping[str, int] | None = None
 ) -> None:
-    """Loss, and where there is validation its accuracy, against the epoch of fine-tuning, a line for each start.
+    """Loss, and where there is validation its accuracy or, of numbers, RMSE, against the epoch of fine-tuning, a line
+    for each start.
 
-    Rows hold "epoch", "loss" and perhaps "val_loss" and "val_accuracy". `kept` is the epoch whose parameters each
-    start's classifier has, and is marked where it was chosen on validation.
+    Rows hold "epoch", "loss" and perhaps "val_loss" and "val_accuracy" or "val_rmse". `kept` is the epoch whose
+    parameters each start's classifier has, and is marked where it was chosen on validation.
     """
     save(learning_figure(starts, x_label, kept or {}), path)
 
@@ -89,8 +90,13 @@ def curves_figure(train: Sequence[Row], val: Sequence[Row], metric: str, best_st
     return figure
 
 
+_VALIDATED = {"val_accuracy": "validation accuracy", "val_rmse": "validation RMSE"}
+
+
 def learning_figure(starts: Mapping[str, Sequence[Row]], x_label: str, kept: Mapping[str, int]) -> Figure:
-    validated = any("val_accuracy" in row for rows in starts.values() for row in rows)
+    there = {key for rows in starts.values() for row in rows for key in row}
+    figure_of, title = next(((k, v) for k, v in _VALIDATED.items() if k in there), ("", ""))
+    validated = figure_of != ""
     figure = Figure(figsize=(9 if validated else 5.4, 3.6), layout="constrained")
     panels = list(np.atleast_1d(figure.subplots(1, 2 if validated else 1)))
     for (name, rows), (colour, style, marker) in zip(starts.items(), itertools.cycle(LOOKS), strict=False):
@@ -98,24 +104,24 @@ def learning_figure(starts: Mapping[str, Sequence[Row]], x_label: str, kept: Map
         look = {"color": colour, "ls": style, "lw": 1.6, "marker": marker, "ms": 3.5, "label": f"{name} start"}
         look["markevery"] = max(1, len(rows) // 10)
         panels[0].plot(epochs, [_number(row["loss"]) for row in rows], **look)
-        if not any("val_accuracy" in row for row in rows):
+        if not any(figure_of in row for row in rows):
             continue
         panels[0].plot(
             epochs, [_number(row.get("val_loss")) for row in rows], color=colour, ls=":", lw=1.2,
             marker="_" if len(rows) == 1 else "", label=f"{name} start, validation",
         )  # fmt: skip
-        panels[1].plot(epochs, [_number(row.get("val_accuracy")) for row in rows], **look)
-        chosen = [row for row in rows if row["epoch"] == kept.get(name) and "val_accuracy" in row]
+        panels[1].plot(epochs, [_number(row.get(figure_of)) for row in rows], **look)
+        chosen = [row for row in rows if row["epoch"] == kept.get(name) and figure_of in row]
         for row in chosen:
             panels[1].plot(
-                [row["epoch"]], [_number(row["val_accuracy"])], ls="none", marker="*", ms=13, color=colour,
+                [row["epoch"]], [_number(row[figure_of])], ls="none", marker="*", ms=13, color=colour,
                 mec="black", label=f"kept, {name}",
             )  # fmt: skip
     losses = [_number(row.get(key)) for rows in starts.values() for row in rows for key in ("loss", "val_loss")]
     _log_scale(panels[0], [loss for loss in losses if math.isfinite(loss)])
-    if validated:
+    if figure_of == "val_accuracy":
         percent(panels[1])
-    for axes, label in zip(panels, ("loss" if validated else "training loss", "validation accuracy"), strict=False):
+    for axes, label in zip(panels, ("loss" if validated else "training loss", title), strict=False):
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         decorate(axes, x_label, label)
     return figure

@@ -29,43 +29,64 @@ class Kind(NamedTuple):
     """What stands behind the colon."""
     listed: Callable[[str, str | None], Listed] | None = None
     """How it is listed, of that and `--data-root`, where it is pictures that a start's inputs are read from."""
+    numbers: Callable[[str], Listed] | None = None
+    """The same where labels are numbers, where they can be."""
 
 
 KINDS: dict[str, Kind] = {
     "folder": Kind("PATH", lambda path, root: _folder(local(path))),
-    "csv": Kind("FILE", lambda file, root: _table(local(file))),
+    "csv": Kind("FILE", lambda file, root: _table(local(file)), lambda file: _table(local(file), numbers=True)),
     "torchvision": Kind("NAME", _of_torchvision),
     "glyphs": Kind("SCRIPT"),
 }
 
 
-def shape_of(data: str, data_root: str | None = None) -> tuple[list[int], bool]:
+def shape_of(data: str, data_root: str | None = None, *, numbers: bool = False) -> tuple[list[int], bool]:
     """([C, H, W] of the target's images, whether another size will do). Raises as `load` does."""
     kind, rest = _named_by(data)
     if kind.listed is not None:
         with _named():
-            pictures = kind.listed(rest, data_root)
+            pictures = _listed(kind, rest, data, data_root, numbers=numbers)
             p = inputs_for([file for _, _, file in pictures.files], sample=None, opened=pictures.opened)
         return [p.channels, p.height, p.width], True
     return list(load(data, data_root=data_root).examples.shape[1:]), False
 
 
-def load(data: str, inputs: Inputs | None = None, *, skip_bad: bool = False, data_root: str | None = None) -> Target:
+def load(
+    data: str,
+    inputs: Inputs | None = None,
+    *,
+    skip_bad: bool = False,
+    data_root: str | None = None,
+    numbers: bool = False,
+) -> Target:
     """The target that `--data` names: "folder:PATH", "csv:FILE", "torchvision:NAME" or "glyphs:SCRIPT".
 
     PATH holds train/ and test/ (and val/, if there is one) folders of the same class folders, or class folders alone;
     FILE names a picture and its label in each line; NAME is a data set that torchvision stored in `data_root` (default:
     the environment's METAFT_DATA). Images get a start's `inputs`; without any, those of a folder which
-    is meta-trained on. How many bits greys of more than 8 have is for all of the target's files to say. Raises
-    DataError or MetaftError for what cannot be read (`skip_bad` leaves such pictures out), or not by these inputs.
+    is meta-trained on. Labels are classes, or `numbers`, as a table may have them. How many bits greys of more than 8
+    have is for all of the target's files to say. Raises DataError or MetaftError for what cannot be read (`skip_bad`
+    leaves such pictures out), or not by these inputs.
     """
     if inputs is not None and not isinstance(inputs, ImageInputs):
         raise MetaftError(f"data: {data} holds images, but the run takes {inputs.kind}")
     kind, rest = _named_by(data)
-    if kind.listed is None:
+    if kind.listed is None and not numbers:
         return script_of(rest, inputs)
     with _named():
-        return target_of(kind.listed(rest, data_root), inputs, skip_bad=skip_bad)
+        return target_of(_listed(kind, rest, data, data_root, numbers=numbers), inputs, skip_bad=skip_bad)
+
+
+def _listed(kind: Kind, rest: str, data: str, data_root: str | None, *, numbers: bool) -> Listed:
+    """The files of a target that is pictures. Raises MetaftError for numbers where there are classes."""
+    if numbers and kind.numbers is None:
+        able = " or ".join(f"{name}:{of.place}" for name, of in KINDS.items() if of.numbers is not None)
+        raise MetaftError(f"loss: mse is for labels that are numbers, as {able} may have; {data} has classes")
+    if numbers and kind.numbers is not None:
+        return kind.numbers(rest)
+    assert kind.listed is not None
+    return kind.listed(rest, data_root)
 
 
 def _named_by(data: str) -> tuple[Kind, str]:

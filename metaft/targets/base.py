@@ -24,10 +24,11 @@ class Target:
 
     name: str
     class_names: tuple[str, ...]
+    """Of the classes; none where labels are numbers."""
     examples: Tensor
     """[M, ...] raw, as `inputs` takes them: of pictures uint8 [M, C, H, W]."""
     labels: Tensor
-    """int64 [M]"""
+    """int64 [M] of classes, or numbers, float64 [M]"""
     parts: Mapping[str, np.ndarray]
     """Rows of "train", "test" and perhaps "val", or of "all" where the data has no parts."""
     files: tuple[str, ...]
@@ -48,18 +49,26 @@ class Target:
         return groups_of(self.examples)
 
     @property
+    def strata(self) -> tuple[np.ndarray, tuple[str, ...]]:
+        """(int64 [M], names): what each part is to have its share of: the classes, or of numbers all images alike."""
+        if self.class_names:
+            return self.labels.numpy(), self.class_names
+        return np.zeros(len(self.labels), np.int64), ("numbers",)
+
+    @property
     def folds(self) -> int:
         """Of cross-validation where there is no test part: three, or as many as the smallest class has images that are
         no duplicates. Raises DataError for a class with a single one."""
-        counts = np.bincount(self.labels.numpy()[np.unique(self.groups)], minlength=len(self.class_names))
+        labels, names = self.strata
+        counts = np.bincount(labels[np.unique(self.groups)], minlength=len(names))
         if counts.min() < 2:
-            name = self.class_names[int(counts.argmin())]
-            raise DataError(f"data: class {name!r} has {counts.min()} image, and without a test part needs 2 or more")
+            what = f"class {names[int(counts.argmin())]!r}" if self.class_names else self.name
+            raise DataError(f"data: {what} has {counts.min()} image, and without a test part needs 2 or more")
         return min(FOLDS, int(counts.min()))
 
     def rows_of_fold(self, number: int | None, *, seed: int, validate: bool = True) -> Rows:
         """The images of one fold of data without parts, see `folds`; None trains on all of them and tests on none."""
-        labels, every = self.labels.numpy(), self.parts["all"]
+        (labels, _), every = self.strata, self.parts["all"]
         train, test = every, every[:0]
         if number is not None:  # duplicates go with the first of them
             tested = fold(labels, np.unique(self.groups), self.folds, number, seed)[1]
@@ -70,7 +79,7 @@ class Target:
 
     def _validated(self, train: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
         """(train, val): see `validation_part`; what has a duplicate that trains is trained on too."""
-        train, val = validation_part(self.labels.numpy(), train, seed)
+        train, val = validation_part(self.strata[0], train, seed)
         twins = np.isin(self.groups[val], self.groups[train])
         return np.sort(np.concatenate([train, val[twins]])), val[~twins]
 
@@ -85,9 +94,11 @@ class Target:
         """
         if shots_per_class is not None and shots_per_class < 1:
             raise MetaftError(f"shots_per_class must be at least 1, got {shots_per_class}")
-        labels, whole = self.labels.numpy(), "all" in self.parts
+        if shots_per_class is not None and not self.class_names:
+            raise MetaftError(f"shots_per_class: the labels of {self.name} are numbers, of no class")
+        (labels, names), whole = self.strata, "all" in self.parts
         pool = self.parts["all" if whole else "train"]
-        train, rest = draw(labels, pool, shots_per_class, seed, self.class_names, keep_some=whole, skipped=self.skipped)
+        train, rest = draw(labels, pool, shots_per_class, seed, names, keep_some=whole, skipped=self.skipped)
         val = self.parts.get("val", np.empty(0, np.int64))
         if whole:  # a picture whose duplicate trains tests nothing
             rest = rest[~np.isin(self.groups[rest], self.groups[train])]

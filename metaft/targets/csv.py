@@ -1,10 +1,11 @@
-"""`csv:FILE`: a table of pictures and their labels, columns path and label, and perhaps part."""
+"""`csv:FILE`: a table of pictures and their labels or numbers, columns path and label, and perhaps part."""
 
 from __future__ import annotations
 
 import csv
+import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from metaft.errors import DataError
@@ -13,17 +14,19 @@ from metaft.targets.files import Listed
 
 PARTS = ("train", "val", "test")
 
+MANY = 20
+"""Classes: where there are more, and all are numbers, they may be meant as such."""
 
-def listed(file: Path) -> Listed:
+
+def listed(file: Path, *, numbers: bool = False) -> Listed:
     """The pictures of a table; paths are relative to it. With a part column every row has train, val or test there.
+    Labels are names of classes, or `numbers`.
 
     Raises DataError that names the file, the line and what is wrong there: a column that is missing, a value that is
-    empty or no part, a picture that is not there or stands there twice, and a class that a part lacks.
+    empty or no part, a picture that is not there or stands there twice, a class that a part lacks, and a label that is
+    no number where it is to be one.
     """
     rows = list(_rows(file))
-    names = tuple(sorted({label for _, _, label, _ in rows}, key=natural))
-    if len(names) < 2:
-        raise DataError(f"data: {file} holds {len(names)} classes, fewer than 2")
     known: dict[Path, int] = {}
     for line, path, _, _ in rows:
         if path in known:
@@ -32,13 +35,43 @@ def listed(file: Path) -> Listed:
     parts = [part for part in (*PARTS, "all") if any(row[3] == part for row in rows)]
     if "all" not in parts and not {"train", "test"} <= set(parts):
         raise DataError(f"data: {file} has no row of part {max({'train', 'test'} - set(parts))!r}")
+    names, values = (), {label: _number(file, line, label) for line, _, label, _ in rows} if numbers else {}
+    if numbers and len(set(values.values())) < 2:
+        raise DataError(f"data: {file} holds {len(set(values.values()))} different numbers, fewer than 2")
+    notes = []
+    if not numbers:
+        names = _classes(file, rows, parts)
+        values = {name: i for i, name in enumerate(names)}
+        if len(names) > MANY and all(map(_is_number, names)):
+            notes.append(f"its {len(names)} labels are numbers, taken for names of classes; see --loss mse")
+    files = [(part, values[label], path) for of in parts for _, path, label, part in rows if part == of]
+    return Listed(f"csv:{file}", file, names, files, notes=notes)
+
+
+def _classes(file: Path, rows: Sequence[tuple[int, Path, str, str]], parts: Sequence[str]) -> tuple[str, ...]:
+    """The labels in natural order. Raises DataError where they are too few, and for one that a part lacks."""
+    names = tuple(sorted({label for _, _, label, _ in rows}, key=natural))
+    if len(names) < 2:
+        raise DataError(f"data: {file} holds {len(names)} classes, fewer than 2")
     for part in parts:
         lacking = sorted(set(names) - {label for _, _, label, of in rows if of == part}, key=natural)
         if lacking:
             raise DataError(f"data: {file}: class {lacking[0]!r} has no row of part {part!r}")
-    numbers = {name: i for i, name in enumerate(names)}
-    files = [(part, numbers[label], path) for of in parts for _, path, label, part in rows if part == of]
-    return Listed(f"csv:{file}", file, names, files)
+    return names
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
+
+
+def _number(file: Path, line: int, text: str) -> float:
+    """Raises DataError for what is none."""
+    if not _is_number(text):
+        raise DataError(f"data: {file}, line {line}: label {text!r} is no number, as --loss mse wants it")
+    return float(text)
 
 
 def _rows(file: Path) -> Iterator[tuple[int, Path, str, str]]:

@@ -28,9 +28,9 @@ class Listed(NamedTuple):
     """As `--data` has it."""
     path: Path
     class_names: tuple[str, ...]
-    """In natural order, where their numbers are not given."""
-    files: Sequence[tuple[str, int, Path]]
-    """(part, label, file) of each image."""
+    """In natural order, where their numbers are not given; none where labels are numbers."""
+    files: Sequence[tuple[str, float, Path]]
+    """(part, label, file) of each image; the label is a class's number where there are classes."""
     left: Sequence[Left] = ()
     """What is not taken."""
     notes: Sequence[str] = ()
@@ -70,12 +70,15 @@ def target_of(listed_files: Listed, given: ImageInputs | None, *, skip_bad: bool
         *flaws_note(pictures.flaws),
     ]  # fmt: skip
     parts_of_all = dict.fromkeys(part for part, _, _ in listed)
-    skipped = collections.Counter(names[label] for _, label, file in listed if file in pictures.bad)
+    strata = names or ("numbers",)
+    skipped = collections.Counter(
+        names[int(label)] if names else strata[0] for _, label, file in listed if file in pictures.bad
+    )
     listed = [listed[i] for i in pictures.good]
     files, looks = [file for _, _, file in listed], [seen[i] for i in pictures.good.tolist()]
-    labels = np.array([label for _, label, _ in listed], np.int64)
+    labels = np.array([label for _, label, _ in listed], np.int64 if names else np.float64)
     parts = {part: np.flatnonzero([f[0] == part for f in listed]) for part in parts_of_all}
-    _check_nothing_is_gone(path, names, labels, parts, skipped)
+    _check_nothing_is_gone(path, strata, labels if names else np.zeros(len(labels), np.int64), parts, skipped)
     colour = [i for i, look in enumerate(looks) if not look.grey]
     if colour:
         width, height = looks[colour[0]].size
@@ -121,9 +124,8 @@ def _check_nothing_is_gone(
         if counts.min() == 0:
             name = names[int(counts.argmin())]
             where = path if part == "all" else path / part
-            raise DataError(
-                f"data: class {name!r} has no picture left in {where}: {skipped[name]} cannot be read and were skipped"
-            )
+            what = "there is" if names == ("numbers",) else f"class {name!r} has"
+            raise DataError(f"data: {what} no picture left in {where}: {skipped[name]} cannot be read and were skipped")
 
 
 def _changes(looks: Sequence[Look], p: ImageInputs, invert: bool) -> tuple[str, ...]:

@@ -76,6 +76,7 @@ def test_what_is_left_open_is_written_down(runs: dict[str, Path], data: Path, tm
         "head": "linear",
         "freeze": "none",
         "augment": "none",
+        "loss": "cross_entropy",
         "balance": "none",
         "skip_bad": False,
     }

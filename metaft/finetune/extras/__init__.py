@@ -10,19 +10,21 @@ from torch import Tensor, nn
 
 from metaft.finetune.extras.base import Batch, Extra, Objective, Origin
 
-__all__ = ["EXTRAS", "Batch", "Extra", "Objective", "Origin", "composed", "cross_entropy"]
+__all__ = ["EXTRAS", "Batch", "Extra", "Objective", "Origin", "composed", "plain_loss"]
 
 EXTRAS: dict[str, Callable[..., Extra]] = {}
 
 
-def cross_entropy(model: nn.Module, batch: Batch, weights: Tensor | None = None) -> Tensor:
-    """The mean cross-entropy of a batch, weighted by class where there are `weights` [classes]."""
-    return F.cross_entropy(model.get_submodule("head")(model.get_submodule("body")(batch.x)), batch.y, weights)
+def plain_loss(model: nn.Module, batch: Batch, loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy) -> Tensor:
+    """The loss of a batch's outputs and labels."""
+    return loss(model.get_submodule("head")(model.get_submodule("body")(batch.x)), batch.y)
 
 
-def composed(extras: Sequence[Extra], origin: Origin, weights: Tensor | None = None) -> Objective:
-    """Cross-entropy as these extras change it, the first one first."""
-    objective: Objective = partial(cross_entropy, weights=weights)
+def composed(
+    extras: Sequence[Extra], origin: Origin, loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy
+) -> Objective:
+    """The loss as these extras change it, the first one first."""
+    objective: Objective = partial(plain_loss, loss=loss)
     for extra in extras:
         objective = extra.wrap(objective, origin)
     return objective

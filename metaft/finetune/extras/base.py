@@ -17,7 +17,7 @@ class Batch(NamedTuple):
     x: Tensor
     """[n, ...] as the model computes with them."""
     y: Tensor
-    """int64 [n] labels."""
+    """[n] labels as the loss takes them: int64 of classes, or numbers."""
     rows: Tensor
     """int64 [n]: which examples of the training part they are. With `epoch` a key for random numbers that a resume and
     another order of batches leave as they are."""

@@ -1,0 +1,76 @@
+"""What a head predicts, one of several classes or a number, and what a fit does differently for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from metaft.settings import Recipe
+
+
+class Outcome(NamedTuple):
+    """Of the labels of some training examples."""
+
+    outputs: int
+    """Of the head."""
+    prepared: Callable[[Tensor], Tensor]
+    """Labels as the loss takes them."""
+    loss: Callable[[Tensor, Tensor], Tensor]
+    """(outputs [n, outputs], prepared labels [n]) -> scalar, which is trained on."""
+    validated: Callable[[Tensor, Tensor], dict[str, float]]
+    """The same of validation examples -> "val_loss" and what else there is to say."""
+    finished: Callable[[nn.Module], nn.Module]
+    """The head as it predicts, in place."""
+
+
+def outcome_of(recipe: Recipe, labels: Tensor, classes: int, like: Tensor) -> Outcome:
+    """Of `labels` [n]: int64 of so many classes, or numbers, where there are none; a model computes as `like`."""
+    if classes == 0:
+        return _numbers(labels, like)
+    weights = None if recipe.balance == "none" else class_weights(labels, classes).to(like)
+    return Outcome(
+        classes, lambda y: y.to(like.device), partial(F.cross_entropy, weight=weights), _of_classes, lambda head: head
+    )
+
+
+def _of_classes(outputs: Tensor, y: Tensor) -> dict[str, float]:
+    return {
+        "val_loss": float(F.cross_entropy(outputs, y)),
+        "val_accuracy": float((outputs.argmax(-1) == y).float().mean()),
+    }
+
+
+def _numbers(labels: Tensor, like: Tensor) -> Outcome:
+    """The squared error in units of the training labels' variance, so that rates mean the same whatever is measured:
+    1 is what their mean gets."""
+    mean, deviation = float(labels.mean()), float(labels.std(correction=0)) or 1.0
+
+    def prepared(y: Tensor) -> Tensor:
+        return ((y - mean) / deviation).to(like)
+
+    def loss(outputs: Tensor, y: Tensor) -> Tensor:
+        return F.mse_loss(outputs.squeeze(-1), y)
+
+    def validated(outputs: Tensor, y: Tensor) -> dict[str, float]:
+        squared = float(loss(outputs, y))
+        return {"val_loss": squared, "val_rmse": squared**0.5 * deviation}
+
+    @torch.no_grad()
+    def finished(head: nn.Module) -> nn.Module:
+        assert isinstance(head, nn.Linear) and head.bias is not None
+        head.weight.mul_(deviation)
+        head.bias.mul_(deviation).add_(mean)
+        return head
+
+    return Outcome(1, prepared, loss, validated, finished)
+
+
+def class_weights(labels: Tensor, classes: int) -> Tensor:
+    """float64 [classes]: the inverse of how often each label is there, with a mean of 1 over all examples."""
+    counts = torch.bincount(labels, minlength=classes)
+    return len(labels) / (counts.clamp(min=1).double() * (counts > 0).sum())
