@@ -15,6 +15,9 @@ from metaft.options import Group, Option
 LARGEST = 1e30
 """Of the rates and bounds that are above zero."""
 
+MOST_PIXELS = 4096
+"""Per side of what a model computes with: of more a single picture takes gigabytes."""
+
 SkipBad = Annotated[bool, Option("Leave out picture files that cannot be read, and say which, instead of stopping.")]
 DataRoot = Annotated[
     str | None,
@@ -58,6 +61,7 @@ class DataSettings(DataSource):
             "folder, l2l: pixels per side (auto: 28 for grey images, 84 for colour; l2l: their own where all are "
             "squares).",
             at_least=1,
+            at_most=MOST_PIXELS,
         ),
     ] = None
     channels: Annotated[
@@ -292,6 +296,7 @@ ImageSize = Annotated[
         "Pixels per side, for published weights and random starts (auto: the weights' own; 28 for grey, 84 for "
         "colour).",
         at_least=1,
+        at_most=MOST_PIXELS,
     ),
 ]
 Norm = Annotated[

@@ -79,7 +79,10 @@ def of_type(command: str, option: str, kind: Any) -> Iterator[Row]:
         yield row("range", "-1")
         if option not in ZERO:
             yield row("range", "0")
-        yield row("range", str(2**63), "below 2**63")
+        if option == "image_size":
+            yield row("range", "4097", "at most 4096")
+        else:
+            yield row("range", str(2**63), "below 2**63")
     elif kind is float:
         yield row("type", "fast")
         yield from (row("range", value, "finite") for value in ("nan", "inf", "-inf"))

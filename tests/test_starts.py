@@ -108,6 +108,7 @@ def test_paths_are_made_absolute_and_names_are_left(tmp_path: Path, monkeypatch:
         ("file:w.pth:arch=resnet18", "init: w.pth is not there"),
         ("torchvision:resnet19", "did you mean 'resnet18'?"),
         ("run", "image_size: the pictures of run have the size of its own (given 32)"),
+        ("./gone", "gone"),  # and not that it has a size of its own
         ("torchvision:resnet18:BEST", "torchvision's resnet18 has no weights 'BEST', known are IMAGENET1K_V1"),
     ],
 )
@@ -192,7 +193,7 @@ def test_tensors_that_the_architecture_has_not_are_counted_and_listed(weights: P
     [
         ("missing", "1 are missing and 0 have another shape (no 'conv5.0.weight')"),
         ("reshaped", "0 are missing and 1 have another shape ('conv5.0.weight' is [2], not [1024, 192, 1, 1])"),
-        ("another", "init: {path} is of another architecture than SqueezeNet: of its backbone's "),
+        ("another", "init: {path} is of another architecture than torchvision:squeezenet1_1: of its backbone's "),
         ("odd", "init: {path} holds values that are not finite, in 'conv5.0.weight'"),
         ("code", "init: {path} holds more than tensors, which would run code of its own; save module.state_dict()"),
         ("list", "init: {path} holds a list, not tensors by name"),
@@ -242,6 +243,9 @@ def test_the_packaged_weights_are_those_that_timm_computes_with():
     x = torch.rand(2, 3, 64, 64)
     with torch.no_grad():
         assert torch.equal(body(begun, 0)(x), reference.eval().to(memory_format=torch.channels_last)(x))
+    named = open_start(f"file:{folder / packaged.file}:arch=efficientnet-lite0", _none)
+    assert named.architecture == begun.architecture and named.inputs == begun.inputs
+    assert all(torch.equal((named.meta or {})[k], v) for k, v in (begun.meta or {}).items())
 
 
 # ---- inputs --------------------------------------------------------------------------------------------------------

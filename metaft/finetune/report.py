@@ -28,14 +28,7 @@ def text(result: Mapping[str, Any]) -> str:
     kind = f"{len(r['classes'])} classes" if r["classes"] else "numbers"
     what = f"{shown(r['data'])} · {kind} · {r['train_images']} images to train"
     val = f", {r['val_images']} to validate" if r["val_images"] else ""
-    if r["method"] == "inner":
-        how = f"adapted by {r['inner_steps']} steps of the run's own inner loop"
-    else:
-        how = (
-            f"fine-tuned ({r['strategy']}) by {r['optimizer']} at {r['lr']:g}, {r['head']} head, {r['epochs_run']} of "
-        )
-        how += f"at most {r['epochs']} epochs"
-    lines = [f"{what}{val}, {r['test_images']} to test", f"{how}, from {_init(r)}, in {duration(r['seconds'])}"]
+    lines = [f"{what}{val}, {r['test_images']} to test", f"{_how(r)}, from {_init(r)}, in {duration(r['seconds'])}"]
     lines += _choice(r["starts"][0].get("chosen"))
     lines += [f"note: {note}" for note in r["notes"]]
     lines += [f"note: {_row(start)}: {warning}" for start in r["starts"] for warning in start.get("warnings", ())]
@@ -45,6 +38,24 @@ def text(result: Mapping[str, Any]) -> str:
     lines += _suspects(r.get("suspects"))
     lines += _table(r["per_class"], _mistaken(short_names(r["classes"]), r["confusion"]))
     return "\n".join(lines)
+
+
+def _how(r: Mapping[str, Any]) -> str:
+    """How the first start was fine-tuned, and on images of what size."""
+    shape = r["starts"][0].get("shape", ())
+    size = f" on images of {shape[2]}x{shape[1]}" if len(shape) == 3 else ""
+    if r["method"] == "inner":
+        return f"adapted by {r['inner_steps']} steps of the run's own inner loop{size}"
+    how = f"fine-tuned ({r['strategy']}){size} by {r['optimizer']} at {r['lr']:g}, {r['head']} head"
+    if r.get("schedule", "constant") != "constant":
+        how += f", {r['schedule']} rate"
+    if r.get("clip_norm") is not None:
+        how += f", gradients clipped to {r['clip_norm']:g}"
+    if r.get("augment", "none") != "none":
+        how += f", {r['augment']} augmentation"
+    if r.get("balance", "none") != "none":
+        how += ", classes weighted alike"
+    return f"{how}, batches of {r['batch_size']}, {r['epochs_run']} of at most {r['epochs']} epochs"
 
 
 def _choice(chosen: Mapping[str, Any] | None) -> list[str]:

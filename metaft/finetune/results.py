@@ -170,7 +170,7 @@ def notes(setup: Setup, rows: Rows) -> list[str]:
     said = list(start.notes)
     said += [f"{c.label}: {note}" for c in setup.contenders[1:] if c.start is not start for note in c.start.notes]
     if target.changes:
-        said.append(f"images were fitted to the run's: {', '.join(target.changes)}")
+        said.append(f"images were fitted to what the start takes: {', '.join(target.changes)}")
     said += target.notes
     if setup.folds > 1:
         said.append(

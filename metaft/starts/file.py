@@ -14,7 +14,7 @@ from metaft.models.architecture import NormOf
 from metaft.starts.base import Start
 from metaft.starts.names import PACKAGED
 from metaft.starts.published import of_architecture
-from metaft.starts.weights import load_into, named_tensors, shown_error, start_of
+from metaft.starts.weights import in_order, load_into, named_tensors, shown_error, start_of
 from metaft.support.paths import absolute, local
 
 
@@ -31,7 +31,9 @@ def from_file(path: str, arch: str, image_size: int | None, norm: NormOf = "keep
     module = published.bare(name, (3, image_size or 224, image_size or 224))
     inputs = of_architecture(name, module, image_size)
     source = str(absolute(path))  # the same wherever a run goes on
-    notes = load_into(module, published.head_for(name, module), tensors, source)
+    if arch in PACKAGED and not tensors.keys() & module.state_dict().keys():  # as its package names them
+        tensors = in_order(module, tensors, source)
+    notes = load_into(module, published.head_for(name, module), tensors, source, name)
     return start_of(module, name, inputs, init=init, about={"weights": source}, notes=tuple(notes), norm=norm)
 
 

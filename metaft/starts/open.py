@@ -73,9 +73,10 @@ def open_start(
     if is_run(init):
         if os.sep not in init and not os.path.lexists(local(init)):  # a path that is gone says so by itself
             raise no_such("init", init, KINDS, lacks="no run folder or start", written=WRITTEN)
-        if image_size is not None:
+        there = os.path.isdir(local(init))  # or that is what is wrong with it
+        if there and image_size is not None:
             raise MetaftError(f"image_size: the pictures of {init} have the size of its own (given {image_size})")
-        if norm is not None:
+        if there and norm is not None:
             raise MetaftError(f"init_norm: {init} normalises as it was trained (given {norm})")
         return from_run(Path(init), module)
     spec = parse("init", init, KINDS)

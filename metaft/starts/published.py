@@ -22,7 +22,7 @@ from metaft.models.architecture import NormOf
 from metaft.models.drawn import own_generator
 from metaft.starts.base import Start
 from metaft.starts.names import PACKAGED
-from metaft.starts.weights import COUNTER, image_inputs, load_into, shown_error, start_of
+from metaft.starts.weights import image_inputs, in_order, load_into, shown_error, start_of
 
 
 def from_torchvision(name: str, image_size: int | None, norm: NormOf = "keep") -> Start:
@@ -48,7 +48,7 @@ def from_torchvision(name: str, image_size: int | None, norm: NormOf = "keep") -
     except Exception as error:  # whatever a download raises
         raise _not_fetched(f"torchvision:{name}", model, weights.url, error) from error
     source = f"torchvision:{model}:{weights.name}"
-    notes = load_into(module, published.head_of(module), tensors, source)
+    notes = load_into(module, published.head_of(module), tensors, source, architecture)
     return start_of(
         module, architecture, inputs, init=f"torchvision:{name}", about=_about(source), notes=tuple(notes), norm=norm
     )
@@ -73,7 +73,7 @@ def from_timm(name: str, image_size: int | None, norm: NormOf = "keep") -> Start
             filled: nn.Module = library.create_model(name, pretrained=True).eval()
     except Exception as error:  # whatever a download raises
         raise _not_fetched(init, f"timm/{name}", "timm's own place of it", error) from error
-    notes = load_into(module, head, filled.state_dict(), init)
+    notes = load_into(module, head, filled.state_dict(), init, init)
     return start_of(module, init, inputs, init=init, about=_about(init), notes=tuple(notes), norm=norm)
 
 
@@ -101,12 +101,8 @@ def from_package(name: str, image_size: int | None, norm: NormOf = "keep") -> St
     module = published.bare(packaged.architecture, (3, 224, 224))
     inputs = of_timm(module, image_size)
     tensors = torch.load(path, map_location="cpu", weights_only=True)
-    mine = [key for key in module.state_dict() if not key.endswith(COUNTER)]
-    theirs = [key for key in tensors if not key.endswith(COUNTER)]
-    if len(mine) != len(theirs):
-        raise MetaftError(f"init: {path} holds {len(theirs)} tensors, {name} has {len(mine)}: another version of it?")
-    paired = {key: tensors[other] for key, other in zip(mine, theirs, strict=True)}
-    notes = load_into(module, published.head_for(packaged.architecture, module), paired, name)
+    head = published.head_for(packaged.architecture, module)
+    notes = load_into(module, head, in_order(module, tensors, str(path)), name, packaged.architecture)
     return start_of(
         module, packaged.architecture, inputs, init=name, about=_about(packaged.package), notes=tuple(notes), norm=norm
     )

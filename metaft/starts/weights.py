@@ -20,8 +20,22 @@ COUNTER = "num_batches_tracked"
 """A number in batch normalisation that no prediction depends on, and that many files lack."""
 
 
-def load_into(module: nn.Module, head: str, tensors: Mapping[str, Tensor], source: str) -> list[str]:
-    """Fill a library's module, in place; returns notes on what was loaded, and what was not.
+def in_order(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
+    """A module's names with the tensors of a file that has them by other names in the same order.
+
+    Raises MetaftError where they are not as many, which is another version of the file.
+    """
+    mine = [key for key in module.state_dict() if not key.endswith(COUNTER)]
+    theirs = [key for key in tensors if not key.endswith(COUNTER)]
+    if len(mine) != len(theirs):
+        raise MetaftError(
+            f"init: {source} holds {len(theirs)} tensors, and its architecture has {len(mine)}: another version of it?"
+        )
+    return {key: tensors[other] for key, other in zip(mine, theirs, strict=True)}
+
+
+def load_into(module: nn.Module, head: str, tensors: Mapping[str, Tensor], source: str, name: str) -> list[str]:
+    """Fill a library's module of this architecture, in place; returns notes on what was loaded, and what was not.
 
     Its head may be missing or have another shape, since it is replaced; auxiliary heads are left out. Raises
     MetaftError where tensors of the backbone are missing or have another shape: that is another architecture.
@@ -31,11 +45,11 @@ def load_into(module: nn.Module, head: str, tensors: Mapping[str, Tensor], sourc
     missing = [name for name in of_body if name not in tensors]
     reshaped = [name for name in of_body if name in tensors and tensors[name].shape != wanted[name].shape]
     if missing or reshaped:
-        name = (missing or reshaped)[0]
-        why = f"no {name!r}" if missing else f"{name!r} is {list(tensors[name].shape)}, not {list(wanted[name].shape)}"
+        key = (missing or reshaped)[0]
+        why = f"no {key!r}" if missing else f"{key!r} is {list(tensors[key].shape)}, not {list(wanted[key].shape)}"
         raise MetaftError(
-            f"init: {source} is of another architecture{'' if missing else ' or image size'} than "
-            f"{type(module).__name__}: of its backbone's "
+            f"init: {source} is of another architecture{'' if missing else ' or image size'} than {name}: of its "
+            "backbone's "
             f"{len(of_body)} tensors {len(missing)} are missing and {len(reshaped)} have another shape ({why})"
         )
     odd = [name for name in of_body if not tensors[name].isfinite().all()]

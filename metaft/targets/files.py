@@ -40,7 +40,7 @@ class Listed(NamedTuple):
 
 
 class Look(NamedTuple):
-    """What a picture file was before it was fitted to the run."""
+    """What a picture file was before it was fitted to a start."""
 
     size: tuple[int, int]
     mode: str

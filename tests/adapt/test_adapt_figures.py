@@ -232,6 +232,21 @@ def test_the_report(done: Path, copy: Path, capsys: Text) -> None:
     assert said.splitlines()[-1] == sentence
 
 
+def test_the_report_says_how_it_was_fine_tuned(runs: dict[str, Path], data: Path, tmp_path: Path) -> None:
+    assert adapt.main(words(runs["maml"], data, tmp_path / "plain")) == 0
+    plain = (tmp_path / "plain/report.txt").read_text(encoding="utf-8").splitlines()[1]
+    assert plain.startswith(
+        "fine-tuned (full) on images of 8x8 by adam at 0.02, linear head, batches of 7, 3 of at most 3 epochs, from"
+    )
+    more = {"schedule": "cosine:warmup=0.5", "clip_norm": 2.5, "augment": "basic", "balance": "weights"}
+    assert adapt.main(words(runs["maml"], data, tmp_path / "more", **more)) == 0
+    said = (tmp_path / "more/report.txt").read_text(encoding="utf-8").splitlines()[1]
+    assert (
+        ", cosine:warmup=0.5 rate, gradients clipped to 2.5, basic augmentation, classes weighted alike, batches"
+        in said
+    )
+
+
 def test_the_confused_class_is_named_in_its_true_classs_row(done: Path) -> None:
     text, result = (done / "report.txt").read_text(encoding="utf-8"), result_of(done)
     for true, row in enumerate(result["confusion"]):

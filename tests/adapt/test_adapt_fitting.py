@@ -166,8 +166,8 @@ def test_the_runs_own_preprocessing_and_what_was_changed(
     turned = "dark on bright to bright on black"
     assert notes == {
         "bright": [],
-        "dark": [f"images were fitted to the run's: {turned}"],
-        "large": [f"images were fitted to the run's: resized from 12x12 to 8x8, {turned}"],
+        "dark": [f"images were fitted to what the start takes: {turned}"],
+        "large": [f"images were fitted to what the start takes: resized from 12x12 to 8x8, {turned}"],
     }
     assert torch.equal(fits[0].images, fits[2].images)
     assert torch.equal(fits[0].images, pixels_of(files_of(bright / "train")[0]))
@@ -266,6 +266,6 @@ def test_a_locked_folder_is_one_line(
 
 def test_grey_images_for_a_run_on_colour(runs: dict[str, Path], data: Path, tmp_path: Path, fits: list[Seen]) -> None:
     assert adapt.main(words(runs["colour"], data, tmp_path / "o", epochs=1)) == 0
-    assert result_of(tmp_path / "o")["notes"] == ["images were fitted to the run's: grey to colour"]
+    assert result_of(tmp_path / "o")["notes"] == ["images were fitted to what the start takes: grey to colour"]
     assert fits[0].images.shape == (24, 3, 8, 8)
     assert metaft.load(tmp_path / "o").inputs.plain()["std"] == (0.229, 0.224, 0.225)

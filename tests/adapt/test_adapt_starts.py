@@ -118,4 +118,4 @@ def test_from_none_there_is_a_random_start_alone(
     assert "random start" in said
     assert "meta-learned" not in said
     assert metaft.load(out).inputs == ImageInputs(1, 28, 28, polarity="bright-on-black")
-    assert result["notes"] == ["images were fitted to the run's: resized from 8x8 to 28x28"]
+    assert result["notes"] == ["images were fitted to what the start takes: resized from 8x8 to 28x28"]
