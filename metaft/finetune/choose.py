@@ -18,7 +18,7 @@ from metaft.finetune.fit import fit
 from metaft.inputs import Inputs
 from metaft.models.handed import copied
 from metaft.settings import RATE, RATE_OF_PUBLISHED, Recipe
-from metaft.targets.draws import fold
+from metaft.targets.draws import firsts, grouped_fold
 
 CHOSEN = "chosen"
 """What `--strategy` says of it."""
@@ -56,19 +56,21 @@ def choose(
     classes: int,
     candidates: Sequence[Recipe],
     *,
+    groups: np.ndarray,
     seed: int,
     should_stop: Callable[[], None] = lambda: None,
 ) -> Choice:
     """The candidate that is most often right in a stratified 5-fold cross-validation of these examples, with the number
     of epochs at which its validation loss is lowest; the first of those that are alike.
 
-    A candidate whose loss is not finite is none. With fewer than `FOLDS` images of a class it is the first candidate as
-    it is. A pure function of its arguments.
+    Examples of one of `groups`, int64 [n], are duplicates and stay in one fold. A candidate whose loss is not finite is
+    none. With fewer than `FOLDS` images of a class, duplicates aside, it is the first candidate as it is. A pure
+    function of its arguments.
     """
     first = candidates[0]
-    if int(np.bincount(labels.numpy(), minlength=classes).min()) < FOLDS:
+    if int(np.bincount(labels.numpy()[firsts(groups)], minlength=classes).min()) < FOLDS:
         return Choice(first, ())
-    parts = [fold(labels.numpy(), np.arange(len(labels)), FOLDS, number, seed) for number in range(FOLDS)]
+    parts = [grouped_fold(labels.numpy(), groups, FOLDS, number, seed) for number in range(FOLDS)]
     features = None
     if takes_alone(body):  # and is the same start for every fold of every candidate
         prepared = Prepared(examples, inputs, like_of(body))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from metaft.errors import DataError, MetaftError
 from metaft.inputs import Inputs
-from metaft.targets.draws import Rows, draw, fold, validation_part
+from metaft.targets.draws import Rows, draw, firsts, grouped_fold, validation_part
 from metaft.targets.duplicates import groups_of
 
 FOLDS = 3
@@ -51,7 +51,7 @@ class Target:
     def folds(self) -> int:
         """Of cross-validation where there is no test part: three, or as many as the smallest class has images that are
         no duplicates. Raises DataError for a class with a single one."""
-        counts = np.bincount(self.labels.numpy()[np.unique(self.groups)], minlength=len(self.class_names))
+        counts = np.bincount(self.labels.numpy()[firsts(self.groups)], minlength=len(self.class_names))
         if counts.min() < 2:
             name = self.class_names[int(counts.argmin())]
             raise DataError(f"data: class {name!r} has {counts.min()} image, and without a test part needs 2 or more")
@@ -59,13 +59,10 @@ class Target:
 
     def rows_of_fold(self, number: int | None, *, seed: int, validate: bool = True) -> Rows:
         """The images of one fold of data without parts, see `folds`; None trains on all of them and tests on none."""
-        labels, every = self.labels.numpy(), self.parts["all"]
-        train, test = every, every[:0]
-        if number is not None:  # duplicates go with the first of them
-            tested = fold(labels, np.unique(self.groups), self.folds, number, seed)[1]
-            test = every[np.isin(self.groups[every], tested)]
-            train = np.setdiff1d(every, test)
-        train, val = self._validated(train, seed) if validate else (train, every[:0])
+        train, test = self.parts["all"], np.empty(0, np.int64)
+        if number is not None:
+            train, test = grouped_fold(self.labels.numpy(), self.groups, self.folds, number, seed)
+        train, val = self._validated(train, seed) if validate else (train, test[:0])
         return Rows(train, val, test)
 
     def _validated(self, train: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
