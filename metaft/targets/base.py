@@ -78,7 +78,7 @@ class Target:
         all of it, or from data without parts, by default four in five, whose rest is the test. Without a val/ folder
         one in five of every class is for validation if no class has fewer than ten. `validate=False` trains on those
         too.
-        Raises DataError where a class has too few images.
+        Raises DataError where a class has too few images, or all that are left to test have a duplicate that trains.
         """
         if shots_per_class is not None and shots_per_class < 1:
             raise MetaftError(f"shots_per_class must be at least 1, got {shots_per_class}")
@@ -87,7 +87,12 @@ class Target:
         train, rest = draw(labels, pool, shots_per_class, seed, self.class_names, keep_some=whole, skipped=self.skipped)
         val = self.parts.get("val", np.empty(0, np.int64))
         if whole:  # a picture whose duplicate trains tests nothing
-            rest = rest[~np.isin(self.groups[rest], self.groups[train])]
+            left, rest = len(rest), rest[~np.isin(self.groups[rest], self.groups[train])]
+            if len(rest) == 0:
+                raise DataError(
+                    f"data: with seed {seed} each of the {left} images that are left to test is also one of the "
+                    f"{len(train)} to train on, to the pixel or nearly; take fewer (--shots-per-class)"
+                )
         if validate and "val" not in self.parts:
             train, val = self._validated(train, seed)
         return Rows(train, val if validate else val[:0], rest if whole else self.parts["test"])
