@@ -12,6 +12,7 @@ import scenarios
 import torch
 
 from metaft import algorithms, engines, models
+from metaft.config import EvaluateConfig, MetaTrainConfig
 from metaft.metrics import better, figure, mean_ci95, nearest_neighbour
 from metaft.testing import meta_test, score_episodes, summarise, task_scores
 
@@ -22,6 +23,11 @@ def test_interval_is_the_papers_formula() -> None:
     assert float(mean) == pytest.approx(0.5)
     assert float(half) == pytest.approx(1.96 * np.std([0.2, 0.4, 0.9, 0.5], ddof=1) / math.sqrt(4))
     assert math.isnan(float(mean_ci95(values[:1])[1]))
+
+
+def test_by_default_an_interval_is_over_600_tasks_or_more() -> None:
+    assert MetaTrainConfig().test.test_episodes >= 600
+    assert EvaluateConfig().episode.episodes is None, "as many as the run's own meta-test"
 
 
 def test_interval_covers_the_truth_about_95_times_in_100() -> None:
