@@ -124,6 +124,21 @@ def test_greys_of_more_than_8_bits_have_one_range_and_flaws_one_note(tmp_path: P
     np.testing.assert_allclose(made.images[:6, 0].numpy(), values / 1023 * 255, atol=0.51)
 
 
+def test_pictures_are_turned_as_their_exif_data_say(tmp_path: Path) -> None:
+    """As those of a folder are."""
+    made, exif = pixels(), Image.Exif()
+    exif[0x0112] = 6  # stored so that it is shown turned clockwise
+
+    class Files(Listed):
+        def __getitem__(self, index: int) -> tuple[Any, Any]:
+            image, label = super().__getitem__(index)
+            image.transpose(Image.Transpose.ROTATE_90).save(tmp_path / f"{index}.png", exif=exif)
+            return Image.open(tmp_path / f"{index}.png"), label
+
+    plain, turned = pool(listed(made, FORMS["pil"])), pool(Files(listed(made, FORMS["pil"]).items))
+    assert torch.equal(turned.images, plain.images)
+
+
 def test_images_of_several_sizes_are_fitted_and_a_size_can_be_asked_for() -> None:
     made, wide = pixels(side=40), pixels(side=50)
     mixed = Listed([*listed(made, FORMS["pil"]).items, *listed(wide, FORMS["pil"]).items])

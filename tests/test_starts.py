@@ -7,6 +7,7 @@ import json
 import shutil
 from collections import OrderedDict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,6 +21,8 @@ import metaft
 from metaft import adapt, meta_train, models
 from metaft.config import AdaptConfig
 from metaft.errors import MetaftError
+from metaft.finetune import study
+from metaft.finetune.classifier import Classifier
 from metaft.finetune.fit import fit
 from metaft.inputs import ImageInputs
 from metaft.inputs.reading import Fitting
@@ -36,6 +39,7 @@ from metaft.starts.base import Start, body
 from metaft.starts.open import open_start
 from metaft.support.vision import models as theirs
 from metaft.support.vision import transforms
+from metaft.targets import Target
 from metaft.tasks.pool import ClassPool
 
 NAME = "torchvision:shufflenet_v2_x0_5"
@@ -48,6 +52,9 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
         module = theirs.get_model(ARCH, weights=None)
+        for layer in module.modules():
+            if isinstance(layer, nn.BatchNorm2d):
+                layer.momentum = 1.0  # or the statistics are nearly those of no data, and all logits alike
         module.train()(torch.rand(16, 3, 32, 32))
     path = tmp_path_factory.mktemp("weights") / "shuffle.pth"
     torch.save(module.state_dict(), path)
@@ -303,6 +310,29 @@ def test_a_start_is_fine_tuned_beside_chance_and_a_file_gets_the_logits_that_eva
     alone = torch.cat([classifier.logits(classifier.read(file)) for file in test])
     together = classifier.logits(torch.cat([classifier.read(file) for file in test]))
     assert torch.allclose(alone, together, atol=1e-5)
+
+
+def test_a_file_of_the_training_part_gets_the_logits_that_evaluation_had(
+    weights: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Of a table of colour pictures in another size than the weights', through the classifier's own file."""
+    files = sorted(photos.rglob("*.png"))
+    rows = (f"{file},{file.parent.name},{file.parent.parent.name}" for file in files)
+    (tmp_path / "t.csv").write_text("\n".join(["path,label,part", *rows]))
+    evaluated: list[tuple[tuple[str, ...], torch.Tensor]] = []
+    real = study.test
+
+    def look(classifier: Classifier, target: Target, *rest: Any, **more: Any) -> dict[str, Any]:
+        evaluated.append((target.files, classifier.logits(target.examples)))
+        return real(classifier, target, *rest, **more)
+
+    monkeypatch.setattr(study, "test", look)
+    argv = ["--init", f"file:{weights}:arch={ARCH}", "--data", f"csv:{tmp_path}/t.csv", "--image-size", "32"]
+    assert adapt.main([*argv, "--epochs", "1", "--device", "cpu", "--no-probe", "--out", str(tmp_path / "o")]) == 0
+    names, logits = evaluated[0]
+    assert sorted(map(Path, names)) == files and logits.std(0).min() > 0.01
+    classifier = metaft.load(tmp_path / "o")
+    assert torch.equal(classifier.logits(torch.cat([classifier.read(name) for name in names])), logits)
 
 
 def test_a_further_start_is_compared_on_the_same_pictures(weights: Path, photos: Path, tmp_path: Path):

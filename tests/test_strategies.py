@@ -388,6 +388,23 @@ def test_frozen_values_stay_to_the_bit_and_a_resume_goes_on_alike(strategy: str,
     assert whole.curve
 
 
+@pytest.mark.parametrize("optimizer", ["adam", "adamw:weight_decay=0.5", "sgd:momentum=0.9,weight_decay=0.5"])
+def test_what_is_frozen_again_stays_to_the_bit(optimizer: str) -> None:
+    """An optimiser has moments of it by then, which would move it on, and a gradient, if one were left."""
+
+    def first_half(groups: Groups, step: int, steps: int) -> Mapping[str, float]:
+        return every(groups if step < steps / 2 else groups[-1:])
+
+    recipe = Recipe(epochs=4, batch_size=8, lr=0.01, optimizer=optimizer)
+    (images, labels), states = toy(21), list[Mapping[str, Any]]()
+    fit(body(), INPUTS, images, labels, CLASSES, recipe, strategy=Strategy(first_half), on_epoch=states.append)
+    first, second, _, last = (state["model"] for state in states)
+    for name in (f"body.{k}" for k, _ in body().named_parameters()):
+        assert not torch.equal(first[name], second[name]), name
+        assert torch.equal(second[name], last[name]), name
+    assert not torch.equal(second["head.weight"], last["head.weight"])
+
+
 def test_a_gradient_is_clipped_by_its_norm() -> None:
     recipe, (images, labels) = (
         Recipe(epochs=1, batch_size=32, lr=1.0, optimizer="sgd:momentum=0", clip_norm=1e-3),

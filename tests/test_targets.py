@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +20,8 @@ from metaft.targets.draws import draw
 from metaft.targets.duplicates import groups_of
 
 GREY = ImageInputs(1, 8, 8, polarity="bright-on-black")
+WHOLE: dict[str, Any] = {"keep_some": True, "skipped": {}}
+"""How parts are drawn from data without any."""
 
 
 @pytest.fixture
@@ -159,14 +162,18 @@ def test_blank_pictures_are_one_group_and_take_no_square_of_time() -> None:
     assert set(groups_of(blank).tolist()) == {0}
 
 
-def test_duplicates_stay_in_one_part_where_parts_are_drawn(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["folder", "csv"])
+def test_duplicates_stay_in_one_part_where_parts_are_drawn(kind: str, tmp_path: Path) -> None:
     for label in ("a", "b"):
         (tmp_path / label).mkdir()
         for i in range(12):
             photo(i + 100 * (label == "b")).save(tmp_path / label / f"{i}.png")
         for i in range(6):
             photo(i + 100 * (label == "b")).resize((50, 50)).save(tmp_path / label / f"copy{i}.png")
-    target = targets.load(f"folder:{tmp_path}", ImageInputs(3, 32, 32))
+    files = [file.relative_to(tmp_path) for file in sorted(tmp_path.rglob("*.png"))]
+    (tmp_path / "t.csv").write_text("\n".join(["path,label", *(f"{file},{file.parent}" for file in files)]))
+    named = f"csv:{tmp_path}/t.csv" if kind == "csv" else f"folder:{tmp_path}"
+    target = targets.load(named, ImageInputs(3, 32, 32))
     assert (target.groups != np.arange(36)).sum() == 12
     for seed in range(5):
         drawn = target.rows(shots_per_class=10, seed=seed)
@@ -178,9 +185,32 @@ def test_duplicates_stay_in_one_part_where_parts_are_drawn(tmp_path: Path) -> No
         assert sorted(np.concatenate([rows.test for rows in folds]).tolist()) == list(range(36))
 
 
+def test_a_test_of_nothing_but_duplicates_is_refused_whichever_draw_it_is_of(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for label in ("a", "b"):
+        (tmp_path / "d" / label).mkdir(parents=True)
+        for i in range(4):
+            photo((i if i < 3 else 2) + 100 * (label == "b")).save(tmp_path / "d" / label / f"{i}.png")
+    target = targets.load(f"folder:{tmp_path}/d", ImageInputs(3, 32, 32))
+    fails = []
+    for seed in range(20):
+        left = draw(target.labels.numpy(), np.arange(8), 3, seed, ("a", "b"), **WHOLE)[1]
+        fails.append(set(left.tolist()) <= {2, 3, 6, 7})
+    first = next(i for i in range(20) if fails[i + 1] and not fails[i])
+    assert len(target.rows(shots_per_class=3, seed=first).test) > 0
+    argv = ["--init", "none", "--data", f"folder:{tmp_path}/d", "--shots-per-class", "3", "--seed", str(first)]
+    assert adapt.main([*argv, "--seeds", "2", "--out", str(tmp_path / "o")]) == 2
+    one_line(
+        capsys,
+        f"data: with seed {first + 1} each of the 2 images that are left to test is also one of the 6 to train on",
+    )
+    assert not (tmp_path / "o").exists()
+
+
 def test_without_duplicates_draws_are_as_ever(table: Path) -> None:
     table.write_text("\n".join(",".join(line.split(",")[:2]) for line in table.read_text().splitlines()))
     target = targets.load(f"csv:{table}", GREY)
     rows = target.rows(shots_per_class=3, seed=0)
-    drawn, left = draw(target.labels.numpy(), target.parts["all"], 3, 0, ("a9", "a10"), keep_some=True, skipped={})
+    drawn, left = draw(target.labels.numpy(), target.parts["all"], 3, 0, ("a9", "a10"), **WHOLE)
     assert rows.train.tolist() == drawn.tolist() and rows.test.tolist() == left.tolist()

@@ -121,6 +121,18 @@ def test_a_val_part_is_taken_where_there_is_one(textures: Path) -> None:
     assert target.examples[:, 2, 0, 0].tolist() == [0, 1, 2, 0, 1, 2, 42, 41, 40, 42, 41, 40, 82, 81, 80, 82, 81, 80]
 
 
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+def test_pictures_are_turned_as_their_exif_data_say(kind: str, textures: Path) -> None:
+    pixels = np.zeros((8, 8, 3), np.uint8)
+    pixels[:4, :4] = 200
+    file, exif = textures / "dtd/dtd/images/banded/train0.png", Image.Exif()
+    exif[0x0112] = 6  # stored so that it is shown turned clockwise
+    Image.fromarray(np.rot90(pixels)).save(file, kind, exif=exif)
+    target = targets.load("torchvision:DTD", ImageInputs(3, 8, 8), data_root=str(textures))
+    shown = target.examples[target.files.index("DTD/train/0")]
+    assert (shown.permute(1, 2, 0).numpy() > 100).tolist() == (pixels > 100).tolist()
+
+
 def test_a_broken_picture_is_named_or_left_out(textures: Path) -> None:
     (textures / "dtd/dtd/images/woven/train1.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     with pytest.raises(DataError, match="data: image DTD/train/4 cannot be read"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 from pathlib import Path
@@ -10,10 +11,13 @@ import numpy as np
 import pytest
 import scenarios
 import torch
+from torch import Tensor
 
 from metaft import algorithms, engines, models
+from metaft.config import EvaluateConfig, MetaTrainConfig
 from metaft.metrics import better, figure, mean_ci95, nearest_neighbour
 from metaft.testing import meta_test, score_episodes, summarise, task_scores
+from metaft.types import Fast, Norm
 
 
 def test_interval_is_the_papers_formula() -> None:
@@ -22,6 +26,11 @@ def test_interval_is_the_papers_formula() -> None:
     assert float(mean) == pytest.approx(0.5)
     assert float(half) == pytest.approx(1.96 * np.std([0.2, 0.4, 0.9, 0.5], ddof=1) / math.sqrt(4))
     assert math.isnan(float(mean_ci95(values[:1])[1]))
+
+
+def test_by_default_an_interval_is_over_600_tasks_or_more() -> None:
+    assert MetaTrainConfig().test.test_episodes >= 600
+    assert EvaluateConfig().episode.episodes is None, "as many as the run's own meta-test"
 
 
 def test_interval_covers_the_truth_about_95_times_in_100() -> None:
@@ -125,6 +134,16 @@ def test_evaluation_keeps_no_graph() -> None:
     with torch.no_grad():
         fast = algorithm.adapt(meta, state, task.support_x, task.support_y, task.key, ways=3, steps=2, trajectory=True)
     assert not any(t.requires_grad for t in fast.params.values())
-    with engines.engine("threads", threads=1) as engine:
-        scores = score_episodes(engine, algorithm, meta, state, source, split="test", seed=0, episodes=2, steps=2)
+    seen: list[bool] = []
+
+    def look(fast: Fast, x: Tensor, norm: Norm) -> Tensor:
+        logits = algorithm.predict(fast, x, norm)
+        seen.append(logits.requires_grad or any(t.requires_grad for t in fast.params.values()))
+        return logits
+
+    looked = dataclasses.replace(algorithm, predict=look)
+    meta = {name: p.requires_grad_() for name, p in meta.items()}  # as whoever trains may hand them over
+    with engines.engine("threads", threads=1, chunk=1) as engine:
+        scores = score_episodes(engine, looked, meta, state, source, split="test", seed=0, episodes=2, steps=2)
     assert not scores.requires_grad
+    assert seen == [False] * (2 * 2 * 3), "episodes, modes, steps"

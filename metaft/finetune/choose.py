@@ -18,7 +18,7 @@ from metaft.finetune.fit import fit
 from metaft.inputs import Inputs
 from metaft.models.handed import copied
 from metaft.settings import RATE, RATE_OF_PUBLISHED, Recipe
-from metaft.targets.draws import fold
+from metaft.targets.draws import firsts, grouped_fold
 
 CHOSEN = "chosen"
 """What `--strategy` says of it."""
@@ -57,6 +57,7 @@ def choose(
     classes: int,
     candidates: Sequence[Recipe],
     *,
+    groups: np.ndarray,
     seed: int,
     should_stop: Callable[[], None] = lambda: None,
 ) -> Choice:
@@ -64,14 +65,15 @@ def choose(
     of epochs at which its validation loss is lowest; the first of those that are alike. Where `labels` are numbers
     (`classes` 0) that of the lowest loss.
 
-    A candidate whose loss is not finite is none. With fewer than `FOLDS` images of a class it is the first candidate as
-    it is. A pure function of its arguments.
+    Examples of one of `groups`, int64 [n], are duplicates and stay in one fold. A candidate whose loss is not finite is
+    none. With fewer than `FOLDS` images of a class, duplicates aside, it is the first candidate as it is. A pure
+    function of its arguments.
     """
     first = candidates[0]
     strata = labels.numpy() if classes else np.zeros(len(labels), np.int64)
-    if int(np.bincount(strata, minlength=classes).min()) < FOLDS:
+    if int(np.bincount(strata[firsts(groups)], minlength=classes).min()) < FOLDS:
         return Choice(first, ())
-    parts = [fold(strata, np.arange(len(labels)), FOLDS, number, seed) for number in range(FOLDS)]
+    parts = [grouped_fold(strata, groups, FOLDS, number, seed) for number in range(FOLDS)]
     figure = ("val_accuracy",) if classes else ()
     features = None
     if takes_alone(body):  # and is the same start for every fold of every candidate

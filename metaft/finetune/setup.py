@@ -120,8 +120,8 @@ def prepared(
     config = dataclasses.replace(config, **{k: v for k, v in open_values.items() if left[k] is None})
     one_part = "all" not in target.parts or config.target.shots_per_class is not None or old_folds(begun)
     setup = Setup(config, (), target, one_part)
-    if setup.folds == 1:  # a class may have too few images
-        target.rows(shots_per_class=config.target.shots_per_class, seed=config.draws.seed)
+    for draw in range(config.draws.seeds if setup.folds == 1 else 0):  # a class may have too few images
+        target.rows(shots_per_class=config.target.shots_per_class, seed=config.draws.seed + draw)
     others = [other(name, images, config.start) for name in compare]
     contenders = contenders_of(
         config, start, others, images, whole="compared_sha256" in (begun or {"compared_sha256": []})

@@ -209,7 +209,7 @@ def _decided(
         choice = choose(
             body(start, seed).to(device), target.inputs, Part(target.examples, train), target.labels[train],
             len(target.class_names), candidates_of(recipe, published=is_published(name)),
-            seed=seed, should_stop=should_stop,
+            groups=target.groups[rows.train], seed=seed, should_stop=should_stop,
         )  # fmt: skip
         made = {"table": choice.table, **{k: getattr(choice.recipe, k) for k in ("strategy", "lr", "epochs")}}
         journal.choice(len(journal.position.fits), made)

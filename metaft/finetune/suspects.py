@@ -14,7 +14,7 @@ from metaft.finetune.setup import Setup
 from metaft.finetune.study import rows_of
 from metaft.models.stored import with_stored_moments
 from metaft.starts.base import body
-from metaft.targets.draws import fold
+from metaft.targets.draws import firsts, grouped_fold
 
 FOLDS, FEWEST = 5, 3
 """Of the cross-validation, and images of a class from which there is one."""
@@ -50,13 +50,16 @@ def suspects(labels: np.ndarray, probabilities: np.ndarray) -> list[Suspect]:
     return sorted(listed, key=lambda s: (s.own - s.probability, s.row))
 
 
-def cross_validated(features: np.ndarray, labels: np.ndarray, classes: int, seed: int) -> np.ndarray:
-    """Probabilities [n, classes] of the probe on features [n, D], each image's by one that has not seen it: stratified
-    folds, `FOLDS` or as many as the smallest class has images."""
-    folds = min(FOLDS, int(np.bincount(labels, minlength=classes).min()))
+def cross_validated(
+    features: np.ndarray, labels: np.ndarray, classes: int, *, groups: np.ndarray, seed: int
+) -> np.ndarray:
+    """Probabilities [n, classes] of the probe on features [n, D], each image's by one that has seen neither it nor a
+    duplicate of it, which is of the same of `groups` [n]: stratified folds, `FOLDS` or as many as the smallest class
+    has images."""
+    folds = min(FOLDS, int(np.bincount(labels[firsts(groups)], minlength=classes).min()))
     probabilities = np.zeros((len(labels), classes))
     for number in range(folds):
-        train, test = fold(labels, np.arange(len(labels)), folds, number, seed)
+        train, test = grouped_fold(labels, groups, folds, number, seed)
         weight, bias = regression(features[train], labels[train], classes)
         logits = features[test] @ weight.T + bias
         odds = np.exp(logits - logits.max(-1, keepdims=True))
@@ -73,10 +76,10 @@ def suspects_of(setup: Setup, device: str) -> list[dict[str, Any]] | None:
     """
     target, rows = setup.target, rows_of(setup, 0, None if setup.folds > 1 else 0)
     some = np.concatenate([rows.train, rows.val])
-    labels, classes = target.labels.numpy()[some], len(target.class_names)
+    labels, groups, classes = target.labels.numpy()[some], target.groups[some], len(target.class_names)
     if not any(contender.probe for contender in setup.contenders) or not classes:
         return None
-    if int(np.bincount(labels, minlength=classes).min()) < FEWEST:
+    if int(np.bincount(labels[firsts(groups)], minlength=classes).min()) < FEWEST:
         return None
     backbone = body(setup.start, setup.config.draws.seed).to(device)
     parts = [
@@ -86,7 +89,7 @@ def suspects_of(setup: Setup, device: str) -> list[dict[str, Any]] | None:
     ]
     backbone = with_stored_moments(backbone, parts[0]).eval()
     features = torch.cat([features_of(backbone, part) for part in parts]).cpu().double().numpy()
-    probabilities = cross_validated(features, labels, classes, setup.config.draws.seed)
+    probabilities = cross_validated(features, labels, classes, groups=groups, seed=setup.config.draws.seed)
     if (probabilities.argmax(-1) == labels).mean() < 0.5:
         return None
     return [

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from metaft.errors import DataError, MetaftError
 from metaft.inputs import Inputs
-from metaft.targets.draws import Rows, draw, fold, validation_part
+from metaft.targets.draws import Rows, draw, firsts, grouped_fold, validation_part
 from metaft.targets.duplicates import groups_of
 
 FOLDS = 3
@@ -60,7 +60,7 @@ class Target:
         """Of cross-validation where there is no test part: three, or as many as the smallest class has images that are
         no duplicates. Raises DataError for a class with a single one."""
         labels, names = self.strata
-        counts = np.bincount(labels[np.unique(self.groups)], minlength=len(names))
+        counts = np.bincount(labels[firsts(self.groups)], minlength=len(names))
         if counts.min() < 2:
             what = f"class {names[int(counts.argmin())]!r}" if self.class_names else self.name
             raise DataError(f"data: {what} has {counts.min()} image, and without a test part needs 2 or more")
@@ -68,13 +68,10 @@ class Target:
 
     def rows_of_fold(self, number: int | None, *, seed: int, validate: bool = True) -> Rows:
         """The images of one fold of data without parts, see `folds`; None trains on all of them and tests on none."""
-        (labels, _), every = self.strata, self.parts["all"]
-        train, test = every, every[:0]
-        if number is not None:  # duplicates go with the first of them
-            tested = fold(labels, np.unique(self.groups), self.folds, number, seed)[1]
-            test = every[np.isin(self.groups[every], tested)]
-            train = np.setdiff1d(every, test)
-        train, val = self._validated(train, seed) if validate else (train, every[:0])
+        train, test = self.parts["all"], np.empty(0, np.int64)
+        if number is not None:
+            train, test = grouped_fold(self.strata[0], self.groups, self.folds, number, seed)
+        train, val = self._validated(train, seed) if validate else (train, test[:0])
         return Rows(train, val, test)
 
     def _validated(self, train: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -90,7 +87,7 @@ class Target:
         all of it, or from data without parts, by default four in five, whose rest is the test. Without a val/ folder
         one in five of every class is for validation if no class has fewer than ten. `validate=False` trains on those
         too.
-        Raises DataError where a class has too few images.
+        Raises DataError where a class has too few images, or all that are left to test have a duplicate that trains.
         """
         if shots_per_class is not None and shots_per_class < 1:
             raise MetaftError(f"shots_per_class must be at least 1, got {shots_per_class}")
@@ -101,7 +98,12 @@ class Target:
         train, rest = draw(labels, pool, shots_per_class, seed, names, keep_some=whole, skipped=self.skipped)
         val = self.parts.get("val", np.empty(0, np.int64))
         if whole:  # a picture whose duplicate trains tests nothing
-            rest = rest[~np.isin(self.groups[rest], self.groups[train])]
+            left, rest = len(rest), rest[~np.isin(self.groups[rest], self.groups[train])]
+            if len(rest) == 0:
+                raise DataError(
+                    f"data: with seed {seed} each of the {left} images that are left to test is also one of the "
+                    f"{len(train)} to train on, to the pixel or nearly; take fewer (--shots-per-class)"
+                )
         if validate and "val" not in self.parts:
             train, val = self._validated(train, seed)
         return Rows(train, val if validate else val[:0], rest if whole else self.parts["test"])

@@ -67,6 +67,20 @@ def fold(labels: np.ndarray, rows: np.ndarray, count: int, number: int, seed: in
     return np.setdiff1d(rows, tested), tested
 
 
+def grouped_fold(
+    labels: np.ndarray, groups: np.ndarray, count: int, number: int, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """(train, test) of all rows by `fold`, where those of one group, which are duplicates, go with its first one."""
+    groups_tested = groups[fold(labels, firsts(groups), count, number, seed)[1]]
+    tested = np.isin(groups, groups_tested)
+    return np.flatnonzero(~tested), np.flatnonzero(tested)
+
+
+def firsts(groups: np.ndarray) -> np.ndarray:
+    """The first row of each group, int64, in their order."""
+    return np.sort(np.unique(groups, return_index=True)[1])
+
+
 def validation_part(labels: np.ndarray, train: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """(train, val): one in five of every class for validation, or none where a class has fewer than ten images."""
     counts = np.bincount(labels[train])

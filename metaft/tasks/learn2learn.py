@@ -27,7 +27,7 @@ from metaft.errors import DataError, MetaftError, MetaftWarning, no_such
 from metaft.inputs.depth import CONTAINER, bits_for, is_deep, maximum, to_bytes
 from metaft.inputs.flaws import about, flaws_note, noted
 from metaft.inputs.pictures import depth_note
-from metaft.inputs.reading import border, fitted_deep, is_dark_on_bright, is_grey, pixels_of, plain
+from metaft.inputs.reading import border, fitted_deep, is_dark_on_bright, is_grey, pixels_of, plain, upright
 from metaft.support.paths import local
 from metaft.tasks.folder import inputs_of, rank_split
 from metaft.tasks.pool import ClassPool
@@ -217,7 +217,7 @@ def _picture(name: str, image: Any, unit: bool) -> Image.Image:
     """
     if isinstance(image, Image.Image):
         try:
-            return plain(image)
+            return plain(upright(image))
         except (ValueError, OSError, SyntaxError) as error:  # it may be read from its file only now
             raise DataError(f"{name}: {' '.join(str(error).split())}") from None
     pixels = _numbers(image)

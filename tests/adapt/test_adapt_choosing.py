@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from adapting import result_of
-from helpers import words
+from adapting import each, result_of
+from helpers import words, write_target
 from torch import Tensor, nn
 
 from metaft import adapt
@@ -20,13 +21,15 @@ from metaft.finetune import choose as choosing
 from metaft.finetune import study
 from metaft.finetune.choose import candidates_of, choose
 from metaft.finetune.examples import Part
-from metaft.finetune.fit import fit
+from metaft.finetune.fit import Fitted, fit
 from metaft.inputs import ImageInputs
 from metaft.settings import Recipe
 from metaft.targets.draws import fold
 
 INPUTS = ImageInputs(1, 4, 4)
 RECIPE = Recipe(epochs=6, batch_size=8)
+ALONE = np.arange(30)
+"""Groups of images without duplicates."""
 
 
 class Guarded:
@@ -57,7 +60,7 @@ def test_only_the_training_images_are_read_and_the_choice_is_a_function_of_its_a
     images, labels = data()
     part = Part(Guarded(images, set(range(30))), torch.arange(30))  # type: ignore[arg-type]
     candidates = candidates_of(RECIPE, published=False)
-    one, other = (choose(body(), INPUTS, part, labels, 3, candidates, seed=4) for _ in range(2))
+    one, other = (choose(body(), INPUTS, part, labels, 3, candidates, groups=ALONE, seed=4) for _ in range(2))
     assert one == other
     assert [row["strategy"] for row in one.table] == ["head", "head", "full"]
     assert one.recipe.epochs <= 6
@@ -68,7 +71,8 @@ def test_only_the_training_images_are_read_and_the_choice_is_a_function_of_its_a
 def test_a_row_of_the_table_is_the_mean_over_the_folds_at_the_best_epoch() -> None:
     images, labels = data()
     candidate = dataclasses.replace(RECIPE, strategy="full", lr=0.01)
-    [row] = choose(body(), INPUTS, Part(images, torch.arange(30)), labels, 3, [candidate], seed=1).table
+    part = Part(images, torch.arange(30))
+    [row] = choose(body(), INPUTS, part, labels, 3, [candidate], groups=ALONE, seed=1).table
     curves = []
     for number in range(5):
         train, test = map(torch.from_numpy, fold(labels.numpy(), np.arange(30), 5, number, 1))
@@ -87,7 +91,8 @@ def test_a_better_candidate_wins_and_one_that_diverges_is_none() -> None:
     nothing = dataclasses.replace(RECIPE, strategy="head", lr=1e-12)
     good = dataclasses.replace(RECIPE, strategy="full", lr=0.03)
     wild = dataclasses.replace(RECIPE, strategy="full", lr=1e30)
-    made = choose(body(), INPUTS, Part(images, torch.arange(30)), labels, 3, [nothing, wild, good], seed=0)
+    part = Part(images, torch.arange(30))
+    made = choose(body(), INPUTS, part, labels, 3, [nothing, wild, good], groups=ALONE, seed=0)
     assert made.recipe.trains == "full" and made.recipe.rate == 0.03
     assert made.table[1]["accuracy"] < made.table[2]["accuracy"]
 
@@ -95,8 +100,9 @@ def test_a_better_candidate_wins_and_one_that_diverges_is_none() -> None:
 def test_with_fewer_than_five_images_of_a_class_the_head_alone_trains() -> None:
     images, labels = data()
     made = choose(
-        body(), INPUTS, Part(images, torch.arange(12)), labels[:12], 3, candidates_of(RECIPE, published=True), seed=0
-    )
+        body(), INPUTS, Part(images, torch.arange(12)), labels[:12], 3, candidates_of(RECIPE, published=True),
+        groups=ALONE[:12], seed=0,
+    )  # fmt: skip
     assert made.table == () and made.recipe.trains == "head" and made.recipe.epochs == 6
 
 
@@ -113,6 +119,23 @@ def test_the_command_says_what_was_chosen(runs: dict[str, Path], data: Path, tmp
     assert result["val_images"] == 0, "all that is drawn trains"
     text = (tmp_path / "o/report.txt").read_text()
     assert f"chosen: {made['strategy']} at {made['lr']:g}, {made['epochs']} epochs, by 5-fold cross-validation" in text
+
+
+def test_duplicates_stay_in_one_fold(runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is best at learning images by heart would win where an image is judged that has been learned from."""
+    data, parts = write_target(tmp_path / "d", {"train": 8, "test": 2}), []
+    for file in sorted((data / "train").rglob("0[0-5].png")):  # a class has 8 images and 14 files
+        shutil.copy(file, file.with_name(f"copy of {file.name}"))
+
+    def look(*args: Any, val_examples: Any, **more: Any) -> Fitted:
+        parts.append([each(x[torch.arange(len(x))]) for x in (args[2], val_examples)])
+        return fit(*args, val_examples=val_examples, **more)
+
+    monkeypatch.setattr(choosing, "fit", look)
+    assert adapt.main(words(runs["maml"], data, tmp_path / "o", strategy="chosen", epochs=1)) == 0
+    assert len(parts) == 3 * 5, "three candidates, five folds; a random start is trained whole, without a choice"
+    for train, val in parts:
+        assert val and not train & val and len(train | val) == 24
 
 
 @pytest.mark.parametrize("after", [1, 4])

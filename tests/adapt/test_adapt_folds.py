@@ -47,6 +47,15 @@ def test_each_image_is_in_the_test_of_one_fold_and_classes_are_spread_evenly(
     assert again == [test.tolist() for _, test in parts]
 
 
+def test_other_seeds_have_other_folds() -> None:
+    """And none has the order of the files, in which pictures of one kind may follow one another."""
+    labels = np.repeat([0, 1], 20)
+    drawn = [fold(labels, np.arange(40), 4, 0, seed)[1].tolist() for seed in range(3)]
+    assert drawn[0] != drawn[1] != drawn[2] != drawn[0]
+    in_order = [i for i in range(40) if i % 4 == 0]
+    assert in_order not in drawn
+
+
 def test_scores_of_parts_together_are_those_of_all_images() -> None:
     rng = np.random.default_rng(0)
     labels, probabilities = rng.integers(0, 3, 50), rng.dirichlet([1, 1, 1], 50)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from adapting import Text, result_of
-from helpers import inner_words, one_line, words
+from helpers import inner_words, one_line, words, write_target
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import balanced_accuracy_score
 from torch import nn
@@ -97,8 +98,9 @@ def test_balanced_accuracy_is_scikit_learns_and_a_class_without_images_has_no_sa
     found = scores(labels, probabilities, names)
     assert found["balanced_accuracy"] == pytest.approx(balanced_accuracy_score(labels, probabilities.argmax(-1)))
     lacking = scores(np.where(labels == 2, 0, labels), probabilities, names)
-    of_two = [row["f1"] for row in lacking["per_class"][:2]]
-    assert lacking["macro_f1"] == pytest.approx(np.mean(of_two))
+    for figure in ("f1", "precision", "recall"):
+        of_two = [row[figure] for row in lacking["per_class"][:2]]
+        assert lacking[f"macro_{figure}"] == pytest.approx(np.mean(of_two)), figure
     [said, *_] = warnings_of({**lacking, "kept_epoch": 1}, [], 3)
     assert said == "no test image is of 'c': macro figures are of the other 2"
 
@@ -115,6 +117,23 @@ def test_warnings_name_what_is_wrong_and_are_silent_where_nothing_is() -> None:
     assert said([0, 1, 1, 0], loss=0.1) == ["no test image is predicted to be 'c'"]
     assert said([0, 1, 2, 0], loss=0.9 * chance)[0].startswith("under-fitted: the training loss is 0.99, and that of")
     assert said([0, 1, 2, 0], loss=0.1, val_loss=0.8)[0].startswith("over-fitted: the validation loss is 0.80")
+
+
+def test_a_constant_prediction_is_said_in_result_and_report(
+    runs: dict[str, Path], tmp_path: Path, capsys: Text
+) -> None:
+    data = write_target(tmp_path / "d", {"train": 4, "test": 3})
+    first, *others = sorted((data / "test").rglob("*.png"))
+    for file in others:  # of each class the same picture
+        shutil.copy(first, file)
+    assert adapt.main(words(runs["maml"], data, tmp_path / "o", epochs=1)) == 0
+    said = capsys.readouterr().out
+    starts = result_of(tmp_path / "o")["starts"]
+    assert len(starts) == 2
+    for start in starts:
+        [warning] = [text for text in start["warnings"] if text.startswith("every test image is predicted to be ")]
+        line = f"note: {start['name']} start: {warning}"
+        assert line in said and line in (tmp_path / "o/report.txt").read_text()
 
 
 def test_the_calibration_picture_has_a_point_for_each_bin() -> None:

@@ -139,7 +139,9 @@ def test_a_choice_is_by_the_loss() -> None:
     images, labels = data()
     nothing = Recipe(epochs=4, batch_size=8, strategy="head", lr=1e-9, loss="mse")
     good = dataclasses.replace(nothing, lr=0.05)
-    made = choose(body(), INPUTS, Part(images, torch.arange(24)), labels, 0, [nothing, good], seed=0)
+    made = choose(
+        body(), INPUTS, Part(images, torch.arange(24)), labels, 0, [nothing, good], groups=np.arange(24), seed=0
+    )
     assert made.recipe.lr == 0.05
     assert made.table[1]["loss"] < made.table[0]["loss"] and "accuracy" not in made.table[0]
 

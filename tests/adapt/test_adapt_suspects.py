@@ -16,7 +16,7 @@ from torch import nn
 from metaft import adapt
 from metaft.config import AdaptConfig
 from metaft.finetune.suspects import cross_validated, suspects
-from metaft.targets.draws import fold
+from metaft.targets.draws import grouped_fold
 
 
 def test_a_suspect_is_confidently_another_class_than_its_own() -> None:
@@ -42,13 +42,16 @@ def test_a_class_below_its_own_mean_is_no_rival_though_it_is_the_most_probable()
 def test_probabilities_are_of_a_probe_that_has_not_seen_the_image(classes: int) -> None:
     labels = np.arange(24) % classes
     features = np.random.default_rng(0).normal(size=(24, 4)) + labels[:, None]
-    mine = cross_validated(features, labels, classes, seed=3)
+    groups = np.arange(24)
+    groups[[5, 11]] = 5  # of one class where there are two or three
+    mine = cross_validated(features, labels, classes, groups=groups, seed=3)
     for number in range(5):
-        train, test = fold(labels, np.arange(24), 5, number, 3)
+        train, test = grouped_fold(labels, groups, 5, number, 3)
+        assert (5 in test) == (11 in test)
         reference = LogisticRegression(C=1.0, max_iter=2000).fit(features[train], labels[train])
         assert np.allclose(mine[test], reference.predict_proba(features[test]), atol=1e-6)
     features[0] += 100  # of which no other image's probe but those that train on it may know
-    assert not np.allclose(mine, cross_validated(features, labels, classes, seed=3))
+    assert not np.allclose(mine, cross_validated(features, labels, classes, groups=groups, seed=3))
 
 
 def linear() -> nn.Module:
