@@ -151,7 +151,7 @@ def _fit_all(folder: RunFolder, setup: Setup, header: Mapping[str, Any], positio
 
     config, target = setup.config, setup.target
     device = device_of(config.compute.device)
-    epochs = [1 if fit.contender.recipe is None else fit.contender.recipe.epochs for fit in setup.fits]
+    epochs = [1 if fit.contender.recipe is None else fit.contender.recipe.passes for fit in setup.fits]
     done = [0, *itertools.accumulate(epochs)]
     kind = f"{len(target.class_names)} classes" if target.class_names else "numbers"
     print(
@@ -183,7 +183,7 @@ def finish(folder: RunFolder, setup: Setup, position: Position, device: str) -> 
     from metaft.finetune import report
     from metaft.finetune.classifier import load
     from metaft.finetune.results import result_of
-    from metaft.finetune.study import rows_of
+    from metaft.finetune.setup import rows_of
     from metaft.finetune.suspects import suspects_of
     from metaft.runs.checkpoint import write_atomically
     from metaft.support.pictures import listed

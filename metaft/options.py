@@ -91,7 +91,8 @@ class Field:
             raise MetaftError(f"{name} must be above {option.above}, got {value}")
         if option.at_most is not None and value > option.at_most:
             most = f"{option.at_most:g}".replace("+", "")
-            raise MetaftError(f"{name} must be at most {most}, which float32 can still work with, got {value}")
+            why = ", which float32 can still work with" if isinstance(option.at_most, float) else ""
+            raise MetaftError(f"{name} must be at most {most}{why}, got {value}")
         if option.below is not None and value >= option.below:
             raise MetaftError(f"{name} must be below {option.below}, got {value}")
         if isinstance(value, int) and value >= 2**63:

@@ -350,6 +350,9 @@ class StartSettings(Group):
     init_norm: Norm = None
 
 
+EPOCHS = 40
+"""Of a fit, where nothing else is asked for."""
+
 RATE, RATE_OF_PUBLISHED = 3e-3, 1e-4
 """Of fine-tuning. The first is the one of 0.001 and 0.003 that is better for a random start, which is what the gain is
 measured against; it was chosen on notMNIST's test images. At the second Adam moves published weights by little, as is
@@ -361,9 +364,13 @@ class Recipe(Group):
     """Fine-tuning (--method finetune), with a fresh head."""
 
     epochs: Annotated[
-        int,
-        Option("Passes over the training images; fewer if the validation loss stops falling.", at_least=1),
-    ] = 40
+        int | None,
+        Option(
+            "Passes over the training images; fewer if the validation loss stops falling (auto: 40; of --strategy head "
+            "as many as make 600 steps, if that is more).",
+            at_least=1,
+        ),
+    ] = None
     patience: Annotated[
         int,
         Option(
@@ -417,6 +424,11 @@ class Recipe(Group):
     def rate(self) -> float:
         """The learning rate where none is given, of a start that is no library's."""
         return RATE if self.lr is None else self.lr
+
+    @property
+    def passes(self) -> int:
+        """The number of epochs where none is given."""
+        return EPOCHS if self.epochs is None else self.epochs
 
     @property
     def trains(self) -> str:

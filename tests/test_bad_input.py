@@ -80,7 +80,7 @@ def of_type(command: str, option: str, kind: Any) -> Iterator[Row]:
         if option not in ZERO:
             yield row("range", "0")
         if option == "image_size":
-            yield row("range", "4097", "at most 4096")
+            yield row("range", "4097", "at most 4096, got")
         else:
             yield row("range", str(2**63), "below 2**63")
     elif kind is float:

@@ -13,7 +13,7 @@ from torch import nn
 from metaft import targets
 from metaft.config import AdaptConfig
 from metaft.errors import MetaftError
-from metaft.finetune.recipes import settled
+from metaft.finetune.recipes import lasting, of_whole, settled
 from metaft.inputs import Inputs
 from metaft.models.architecture import is_published
 from metaft.settings import RATE, Recipe, StartSettings, TargetSettings
@@ -134,10 +134,11 @@ def newest(images: Images) -> str:
 
 
 def contenders_of(
-    config: AdaptConfig, start: Start, others: Sequence[Start], images: Images, *, whole: bool
+    config: AdaptConfig, start: Start, others: Sequence[Start], images: Images, *, trained: int, whole: bool
 ) -> Iterator[Contender]:
     """The start, those that it is to be compared with, and chance, which has the whole of an architecture train
-    whatever else does: frozen random features are nothing to be better than. Older runs did not (`whole` False)."""
+    whatever else does: frozen random features are nothing to be better than. Older runs did not (`whole` False).
+    `trained` is on how many images."""
     yield Contender(start.label, start, images.of(start), config.recipe)
     if start.meta is not None and config.start.probe is not False:
         yield Contender(PROBE, start, images.of(start), None, probe=True)
@@ -147,9 +148,9 @@ def contenders_of(
         labels.add(label)
         recipe = config.recipe
         if other.settings is None and recipe is None:  # nor an inner loop
-            recipe = settled(Recipe(), other)
+            recipe = lasting(settled(Recipe(), other), trained)
         if other.meta is None and recipe is not None and recipe.trains != "full":
-            recipe = dataclasses.replace(recipe, freeze="none", strategy="full")
+            recipe = of_whole(recipe, trained)
         yield Contender(label, other, images.of(other), recipe)
     if start.meta is not None:
         size = config.start.image_size
@@ -162,7 +163,7 @@ def contenders_of(
                 loss=given.loss, lr=RATE,
             )  # fmt: skip
         elif recipe is not None and whole and recipe.trains != "full":
-            recipe = dataclasses.replace(recipe, freeze="none", strategy="full")
+            recipe = of_whole(recipe, trained)
         yield Contender(chance.label, chance, images.of(chance), recipe)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -92,12 +92,12 @@ def fit(
     targets = outcome.prepared(labels)
     val = None if val_examples is None or val_labels is None else Prepared(val_examples, inputs, like)
     val = val if val is not None and len(val) else None
-    steps = recipe.epochs * len(_batches(len(train), recipe.batch_size, seed, 0))
-    model, groups, begun = _start(
+    steps = recipe.passes * len(_batches(len(train), recipe.batch_size, seed, 0))
+    model, groups, begun, still = _start(
         body, train, labels, classes, recipe, seed, strategy, steps, None if known is None else known[0]
     )
     # A parameter is a group of the optimiser by itself: its rate may change with every step.
-    optimizer = optim.named(recipe.optimizer)(_learning(model), recipe.rate)
+    optimizer = optim.named(recipe.optimizer)([(n, p) for n, p in _learning(model) if n not in still], recipe.rate)
     origin = Origin({n: p.detach().clone() for n, p in model.named_parameters()}, seed)
     objective = composed(extras, origin, outcome.loss)
     features = Features(model.get_submodule("body"), train, val, begun, None if known is None else known[1])
@@ -108,10 +108,10 @@ def fit(
         model.load_state_dict(resume["model"])
         optim.put_moments(optimizer, resume["adam"], strategy.rates(groups, 0, steps))
         curve, best = resume["curve"], (resume["best_loss"], resume["best"])
-    settled = _settled(strategy, groups, recipe.epochs, steps)
+    settled = _settled(strategy, groups, recipe.passes, steps)
     stayed = not extras and recipe.augment == "none"  # and features are those of the start, as long as this is true
-    stayed = stayed and _stays(strategy, groups, steps, 0, len(curve) * (steps // recipe.epochs))
-    for epoch in range(len(curve), recipe.epochs):
+    stayed = stayed and _stays(strategy, groups, steps, 0, len(curve) * (steps // recipe.passes))
+    for epoch in range(len(curve), recipe.passes):
         if _stale(curve[settled:], recipe.patience):
             break
         total, moves = 0.0, _moves(len(train), recipe, seed, epoch)
@@ -120,7 +120,8 @@ def fit(
         computed = features.train if stayed else None
         for number, batch in enumerate(batches):
             step, rows = epoch * len(batches) + number, torch.from_numpy(batch)
-            optim.set_rates(optimizer, strategy.rates(groups, step, steps), recipe.rate * schedule(step, steps))
+            rates = {n: r for n, r in strategy.rates(groups, step, steps).items() if n not in still}
+            optim.set_rates(optimizer, rates, recipe.rate * schedule(step, steps))
             y = targets[rows.to(targets.device)]
             if computed is not None:
                 loss = outcome.loss(model.get_submodule("head")(computed[rows.to(computed.device)]), y)
@@ -144,11 +145,11 @@ def fit(
             if not math.isfinite(row["val_loss"]):
                 raise NonFiniteError(f"epoch {epoch + 1}: the validation loss is {row['val_loss']}; {SMALLER}")
             if row["val_loss"] < best[0]:
-                best = (row["val_loss"], _copied(model.state_dict()))
+                best = (row["val_loss"], _values(model, still))
         curve.append(row)
         if on_epoch is not None:
-            state = {"model": model.state_dict(), "adam": optim.moments_of(optimizer), "curve": curve}
-            on_epoch({**_copied(state), "best_loss": best[0], "best": best[1]})
+            state = {"adam": optim.moments_of(optimizer), "curve": curve}
+            on_epoch({**_copied(state), "model": _values(model, still), "best_loss": best[0], "best": best[1]})
     if best[1]:
         model.load_state_dict(best[1])
     model = strategy.finish(model)
@@ -158,6 +159,11 @@ def fit(
 def _copied(state: Any) -> Any:
     """A tree of tensors and plain data, for as long as training goes on with the original."""
     return pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), state)
+
+
+def _values(model: nn.Module, still: Collection[str]) -> dict[str, Tensor]:
+    """A copy of a model's values; of parameters that are `still`, which nothing moves, they themselves."""
+    return {k: v if k in still else v.detach().clone() for k, v in model.state_dict().items()}
 
 
 def flatten(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -203,9 +209,10 @@ def _start(
     strategy: Strategy,
     steps: int,
     known: Tensor | None,
-) -> tuple[nn.Module, Groups, Tensor | None]:
+) -> tuple[nn.Module, Groups, Tensor | None, frozenset[str]]:
     """A copy of the body and a head that starts from its features, as the strategy wants them, the groups of their
-    parameters, and the features, where the strategy put nothing else in the body's place."""
+    parameters, the features, where the strategy put nothing else in the body's place, and the names of the body's
+    parameters, if none of them ever moves."""
     body = copied(body)
     # Of a body that needs no moments of these examples, others have use for the features too: they are cached.
     features = known
@@ -216,11 +223,14 @@ def _start(
         nn.init.zeros_(head.get_parameter("weight"))
         nn.init.zeros_(head.get_parameter("bias"))
     model = strategy.prepare(nn.ModuleDict({"body": body, "head": head}), seed)
-    groups = groups_of(model)
+    groups, still = groups_of(model), set()
     if _stays(strategy, groups, steps, 0, max(1, steps)):
         # Nothing below the head may ever change, statistics included.
+        still = {name for group in groups[:-1] for name in group}
         model.set_submodule("body", with_stored_moments(model.get_submodule("body"), train).eval())
-    return model, groups, features if strategy.prepare is unchanged else None
+        for name in still:
+            model.get_parameter(name).requires_grad_(False)
+    return model, groups, features if strategy.prepare is unchanged else None, frozenset(still)
 
 
 def head_seed(seed: int) -> int:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from metaft import schedules
 from metaft.errors import MetaftError
 from metaft.finetune import optim, strategies
-from metaft.finetune.choose import CHOSEN
+from metaft.finetune.choose import CHOSEN, epochs_of
 from metaft.models.architecture import is_published
 from metaft.settings import RATE_OF_PUBLISHED, Recipe
 from metaft.starts.base import Start
@@ -23,6 +23,19 @@ def settled(recipe: Recipe, start: Start) -> Recipe:
     _check(recipe)
     moves = is_librarys and recipe.trains != "head"
     return dataclasses.replace(recipe, lr=RATE_OF_PUBLISHED if moves and recipe.lr is None else recipe.rate)
+
+
+def lasting(recipe: Recipe, images: int) -> Recipe:
+    """With the number of epochs for so many images; a choice has its own."""
+    return recipe if recipe.trains == CHOSEN else dataclasses.replace(recipe, epochs=epochs_of(recipe, images))
+
+
+def of_whole(recipe: Recipe, images: int) -> Recipe:
+    """A recipe for training everything, from one of another strategy, whose epochs are its own where they were left
+    open."""
+    left_open = recipe == lasting(dataclasses.replace(recipe, epochs=None), images)
+    whole = dataclasses.replace(recipe, freeze="none", strategy="full")
+    return lasting(dataclasses.replace(whole, epochs=None) if left_open else whole, images)
 
 
 def _check(recipe: Recipe) -> None:

@@ -11,8 +11,8 @@ import torch
 from metaft._version import __version__
 from metaft.finetune.numbers import FIGURES, pooled_numbers
 from metaft.finetune.scores import mean_t95, pooled
-from metaft.finetune.setup import Setup
-from metaft.finetune.study import TABLES, Position, draws_differ, rows_of, seconds
+from metaft.finetune.setup import Setup, rows_of
+from metaft.finetune.study import TABLES, Position, draws_differ, seconds
 from metaft.finetune.warned import warnings_of, warnings_of_numbers
 from metaft.options import flat
 from metaft.runs.folder import RunFolder, read_rows
@@ -182,7 +182,7 @@ def notes(setup: Setup, rows: Rows) -> list[str]:
         said.append(
             f"{'a class has' if target.class_names else 'there are'} fewer than {VALIDATION_FROM} images to train on, "
             "so none are set aside for validation: "
-            f"all images train, for the fixed {config.recipe.epochs} epochs"
+            f"all images train, for the fixed {config.recipe.passes} epochs"
         )
     if config.draws.seeds > 1 and not draws_differ(setup):
         said.append(

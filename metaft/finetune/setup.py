@@ -16,9 +16,10 @@ from metaft._version import __version__
 from metaft.config import AdaptConfig, Init, of_other_method
 from metaft.defaults import check_steps, device_of
 from metaft.errors import DataError, MetaftError, no_such
+from metaft.finetune.choose import CHOSEN
 from metaft.finetune.contenders import Contender, Images, chosen, contenders_of, newest, opened, other
 from metaft.finetune.inner import check_inner
-from metaft.finetune.recipes import settled
+from metaft.finetune.recipes import lasting, settled
 from metaft.options import flat, options
 from metaft.runs.checkpoint import digest
 from metaft.runs.machine import machine
@@ -28,6 +29,7 @@ from metaft.starts.base import Start, constants
 from metaft.starts.none import OWN
 from metaft.support import paths, places
 from metaft.targets import Target
+from metaft.targets.draws import Rows
 
 GLYPH_SHOTS = 5
 
@@ -122,12 +124,26 @@ def prepared(
     setup = Setup(config, (), target, one_part)
     for draw in range(config.draws.seeds if setup.folds == 1 else 0):  # a class may have too few images
         target.rows(shots_per_class=config.target.shots_per_class, seed=config.draws.seed + draw)
+    trained = len(rows_of(setup, 0).train)
+    if config.recipe is not None:
+        config = dataclasses.replace(config, recipe=lasting(config.recipe, trained))
+        setup = setup._replace(config=config)
     others = [other(name, images, config.start) for name in compare]
     contenders = contenders_of(
-        config, start, others, images, whole="compared_sha256" in (begun or {"compared_sha256": []})
+        config, start, others, images, trained=trained, whole="compared_sha256" in (begun or {"compared_sha256": []})
     )
     known = [contender for contender in contenders if begun is None or contender.label in begun["starts"]]
     return setup._replace(contenders=tuple(known))
+
+
+def rows_of(setup: Setup, draw: int, fold: int | None = 0) -> Rows:
+    """The images of one draw, and of one of its folds where it has any (None: all, without a test)."""
+    config, target = setup.config, setup.target
+    # The inner loop and a choice by cross-validation have no use for a validation part, and train on it too.
+    validate = config.recipe is not None and config.recipe.trains != CHOSEN
+    if setup.folds > 1:
+        return target.rows_of_fold(fold, seed=config.draws.seed + draw, validate=validate)
+    return target.rows(shots_per_class=config.target.shots_per_class, seed=config.draws.seed + draw, validate=validate)
 
 
 def old_folds(begun: Mapping[str, Any] | None) -> bool:

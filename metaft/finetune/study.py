@@ -23,7 +23,7 @@ from metaft.finetune.inner import FEWER, inner
 from metaft.finetune.numbers import number_scores
 from metaft.finetune.probe import probe
 from metaft.finetune.scores import scores
-from metaft.finetune.setup import Planned, Setup
+from metaft.finetune.setup import Planned, Setup, rows_of
 from metaft.models.architecture import is_published
 from metaft.runs import checkpoint
 from metaft.runs.checkpoint import write_atomically
@@ -50,16 +50,6 @@ class Position:
     """`fit`'s state after the last epoch of the fit in progress."""
     chosen: Mapping[str, Any] | None = None
     """What `--strategy chosen` chose for that fit; see `metaft.finetune.choose`."""
-
-
-def rows_of(setup: Setup, draw: int, fold: int | None = 0) -> Rows:
-    """The images of one draw, and of one of its folds where it has any (None: all, without a test)."""
-    config, target = setup.config, setup.target
-    # The inner loop and a choice by cross-validation have no use for a validation part, and train on it too.
-    validate = config.recipe is not None and config.recipe.trains != CHOSEN
-    if setup.folds > 1:
-        return target.rows_of_fold(fold, seed=config.draws.seed + draw, validate=validate)
-    return target.rows(shots_per_class=config.target.shots_per_class, seed=config.draws.seed + draw, validate=validate)
 
 
 def draws_differ(setup: Setup) -> bool:
@@ -129,11 +119,11 @@ class Journal:
 
     def __init__(self, run: RunFolder, header: Mapping[str, Any], position: Position) -> None:
         self.run, self.header, self.position = run, header, position
-        self._clock = time.monotonic()
+        self._clock, self._before = time.monotonic(), (-1, ())
 
     def epoch(self, number: int, tag: Mapping[str, Any], state: Mapping[str, Any]) -> None:
         """`state` is that of the fit in progress, as `fit` gives it."""
-        rows = self._rows(tag, state["curve"])
+        rows = self._rows(number, tag, state["curve"])
         self.position = dataclasses.replace(self.position, rows=rows, current=state)
         if time.monotonic() - self._clock > SAVE_EVERY:
             self._keep(number)
@@ -143,7 +133,7 @@ class Journal:
         epochs = len([row for row in fitted.curve if row["epoch"] > 0])
         chosen = {} if self.position.chosen is None else {"chosen": self.position.chosen}
         done = {**tag, "seed": seed, "epochs": epochs, "kept_epoch": fitted.kept, **figures, **chosen}
-        self.position = Position((*self.position.fits, _as_read(done)), self._rows(tag, fitted.curve))
+        self.position = Position((*self.position.fits, _as_read(done)), self._rows(number, tag, fitted.curve))
         self._keep(number)
 
     def choice(self, number: int, made: Mapping[str, Any]) -> None:
@@ -156,9 +146,13 @@ class Journal:
         if self.position.current is not None:
             self._keep(len(self.position.fits))
 
-    def _rows(self, tag: Mapping[str, Any], curve: Sequence[Mapping[str, float]]) -> tuple[Mapping[str, Any], ...]:
-        before = [row for row in self.position.rows if {k: row.get(k) for k in tag} != tag]
-        return (*before, *({**tag, **row} for row in curve))
+    def _rows(
+        self, number: int, tag: Mapping[str, Any], curve: Sequence[Mapping[str, float]]
+    ) -> tuple[Mapping[str, Any], ...]:
+        if self._before[0] != number:
+            rows = self.position.rows
+            self._before = number, tuple(row for row in rows if {k: row.get(k) for k in tag} != tag)
+        return (*self._before[1], *({**tag, **row} for row in curve))
 
     def _keep(self, number: int) -> None:
         now = time.monotonic()
@@ -208,7 +202,7 @@ def _decided(
         seed, name = setup.config.draws.seed + draw, start.architecture["name"]
         choice = choose(
             body(start, seed).to(device), target.inputs, Part(target.examples, train), target.labels[train],
-            len(target.class_names), candidates_of(recipe, published=is_published(name)),
+            len(target.class_names), candidates_of(recipe, published=is_published(name), images=len(train)),
             groups=target.groups[rows.train], seed=seed, should_stop=should_stop,
         )  # fmt: skip
         made = {"table": choice.table, **{k: getattr(choice.recipe, k) for k in ("strategy", "lr", "epochs")}}

@@ -10,8 +10,7 @@ import torch
 from metaft.finetune.examples import Part, Prepared, like_of
 from metaft.finetune.features import features_of
 from metaft.finetune.probe import regression
-from metaft.finetune.setup import Setup
-from metaft.finetune.study import rows_of
+from metaft.finetune.setup import Setup, rows_of
 from metaft.models.stored import with_stored_moments
 from metaft.starts.base import body
 from metaft.targets.draws import firsts, grouped_fold

@@ -136,7 +136,7 @@ UNFIT = [
     ("--out {file}", ["out: {file} already exists"]),
     ("--out {file}/x", ["out: ", "{file}/x", "Not a directory"]),
     ("--config {unknown.toml}", ["{unknown.toml}: unknown field 'epoch'; did you mean 'epochs'?"]),
-    ("--config {mistaken.toml}", ["{mistaken.toml}: epochs must be int, got 'three'"]),
+    ("--config {mistaken.toml}", ["{mistaken.toml}: epochs must be int or nothing, got 'three'"]),
     ("--config {choice.toml}", ["{choice.toml}: head must be one of linear", "'lineer'; did you mean 'linear'?"]),
     ("--config {malformed.toml}", ["{malformed.toml} is not valid TOML"]),
     ("--config {table.toml}", ["{table.toml}: 'fit' must be one value, got a table"]),

@@ -59,11 +59,11 @@ def body() -> nn.Module:
 def test_only_the_training_images_are_read_and_the_choice_is_a_function_of_its_arguments() -> None:
     images, labels = data()
     part = Part(Guarded(images, set(range(30))), torch.arange(30))  # type: ignore[arg-type]
-    candidates = candidates_of(RECIPE, published=False)
+    candidates = candidates_of(RECIPE, published=False, images=30)
     one, other = (choose(body(), INPUTS, part, labels, 3, candidates, groups=ALONE, seed=4) for _ in range(2))
     assert one == other
     assert [row["strategy"] for row in one.table] == ["head", "head", "full"]
-    assert one.recipe.epochs <= 6
+    assert one.recipe.passes <= 6
     best = max(one.table, key=lambda row: row["accuracy"])
     assert (one.recipe.trains, one.recipe.rate, one.recipe.epochs) == (best["strategy"], best["lr"], best["epochs"])
 
@@ -100,8 +100,8 @@ def test_a_better_candidate_wins_and_one_that_diverges_is_none() -> None:
 def test_with_fewer_than_five_images_of_a_class_the_head_alone_trains() -> None:
     images, labels = data()
     made = choose(
-        body(), INPUTS, Part(images, torch.arange(12)), labels[:12], 3, candidates_of(RECIPE, published=True),
-        groups=ALONE[:12], seed=0,
+        body(), INPUTS, Part(images, torch.arange(12)), labels[:12], 3,
+        candidates_of(RECIPE, published=True, images=12), groups=ALONE[:12], seed=0,
     )  # fmt: skip
     assert made.table == () and made.recipe.trains == "head" and made.recipe.epochs == 6
 

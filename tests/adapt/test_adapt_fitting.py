@@ -31,8 +31,8 @@ from PIL import Image
 import metaft
 from metaft import adapt, targets
 from metaft.config import AdaptConfig, read_toml
-from metaft.finetune import study
-from metaft.finetune.setup import Setup
+from metaft.finetune.recipes import lasting, of_whole
+from metaft.finetune.setup import Setup, rows_of
 from metaft.inputs import ImageInputs
 from metaft.runs import checkpoint
 from metaft.runs.folder import read_rows
@@ -147,7 +147,7 @@ def target_rows(data: Path, runs: dict[str, Path], out: Path) -> Any:
     config = AdaptConfig(**read_toml(out / "config.toml"))
     found = targets.load(config.target.data, ImageInputs(1, 8, 8, polarity="bright-on-black"))
     places = {str(file): i for i, file in enumerate(files_of(data)[0])}
-    rows = study.rows_of(Setup(config, (), found), 0)
+    rows = rows_of(Setup(config, (), found), 0)
     return types.SimpleNamespace(
         **{part: np.array([places[found.files[i]] for i in getattr(rows, part)], np.int64) for part in rows._fields}
     )
@@ -269,3 +269,26 @@ def test_grey_images_for_a_run_on_colour(runs: dict[str, Path], data: Path, tmp_
     assert result_of(tmp_path / "o")["notes"] == ["images were fitted to what the start takes: grey to colour"]
     assert fits[0].images.shape == (24, 3, 8, 8)
     assert metaft.load(tmp_path / "o").inputs.plain()["std"] == (0.229, 0.224, 0.225)
+
+
+@pytest.mark.parametrize(("images", "batch", "epochs"), [(6, 32, 600), (50, 32, 300), (200, 32, 86), (1000, 32, 40)])
+def test_a_head_alone_takes_six_hundred_steps_unless_epochs_are_given(images: int, batch: int, epochs: int) -> None:
+    alone = Recipe(strategy="head", batch_size=batch)
+    assert lasting(alone, images).epochs == epochs
+    assert lasting(dataclasses.replace(alone, epochs=7), images).epochs == 7
+    assert lasting(dataclasses.replace(alone, augment="basic"), images).epochs == 40, "which is not on kept features"
+    assert lasting(Recipe(), images).epochs == 40 and lasting(Recipe(strategy="chosen"), images).epochs is None
+    whole = of_whole(lasting(alone, images), images)
+    assert (whole.trains, whole.epochs) == ("full", 40), "what was left open is left open for all of it too"
+    assert of_whole(dataclasses.replace(alone, epochs=7), images).epochs == 7
+
+
+def test_what_is_compared_with_a_head_has_the_epochs_of_its_own(
+    runs: dict[str, Path], data: Path, tmp_path: Path, fits: list[Seen]
+) -> None:
+    """And a resume, whose settings hold the numbers, has them too."""
+    argv = words(runs["maml"], data, tmp_path / "o", strategy="head", epochs=None, batch_size=None)
+    assert adapt.main(argv) == 0
+    assert [(seen.recipe.trains, seen.recipe.epochs) for seen in fits] == [("head", 600), ("full", 40)]
+    assert adapt.main(["--resume", str(tmp_path / "o"), "--seeds", "2"]) == 0
+    assert [(seen.recipe.trains, seen.recipe.epochs) for seen in fits[2:]] == [("head", 600), ("full", 40)]
