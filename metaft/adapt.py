@@ -145,6 +145,7 @@ def _resume(folder: RunFolder, config: AdaptConfig | None, module: nn.Module | N
 
 def _fit_all(folder: RunFolder, setup: Setup, header: Mapping[str, Any], position: Position) -> dict[str, Any]:
     from metaft.defaults import device_of
+    from metaft.finetune.report import candidate
     from metaft.finetune.study import study
     from metaft.starts.base import said_of
     from metaft.support.progress import Progress
@@ -169,6 +170,7 @@ def _fit_all(folder: RunFolder, setup: Setup, header: Mapping[str, Any], positio
         try:
             position = study(
                 folder, setup, position, header, device=device, progress=progress,
+                on_candidate=lambda row: bar.say(f"to choose from: {candidate(row)}"),
                 should_stop=lambda: signals.check(f"stopped; go on with: {resume_hint}"),
             )  # fmt: skip
         finally:

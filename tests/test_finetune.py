@@ -745,3 +745,24 @@ def test_a_part_of_a_tensor_is_never_copied_whole() -> None:
     assert asked == [16, 16, 8]
     assert torch.equal(torch.cat(parts), INPUTS(images[:40]))
     assert at_most((3, 224, 224)) < 32 < at_most((3, 84, 84)) < at_most((1, 28, 28)) == 1024
+
+
+class Watching(nn.Module):
+    """Notes whether it was in training when a loss was to be differentiated."""
+
+    seen: list[bool] = []  # noqa: RUF012 - of all copies
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            self.seen.append(self.training)
+        return x
+
+
+def test_validating_leaves_the_backbone_in_the_mode_that_it_trains_in() -> None:
+    Watching.seen.clear()
+    images, labels = toy(12)
+    layers = nn.Sequential(Watching(), nn.Flatten(), nn.Linear(images[0].numel(), 3))
+    inputs = ImageInputs(*images.shape[1:])
+    recipe = Recipe(epochs=3, batch_size=12)
+    fit(layers, inputs, images, labels, CLASSES, recipe, val_examples=images, val_labels=labels)
+    assert Watching.seen == [True] * 3

@@ -115,7 +115,7 @@ def test_paths_are_made_absolute_and_names_are_left(tmp_path: Path, monkeypatch:
         ("file:w.pth:arch=resnet18", "init: w.pth is not there"),
         ("torchvision:resnet19", "did you mean 'resnet18'?"),
         ("run", "image_size: the pictures of run have the size of its own (given 32)"),
-        ("./gone", "gone"),  # and not that it has a size of its own
+        ("./gone", "init: run folder gone does not exist"),  # and not that it has a size of its own
         ("torchvision:resnet18:BEST", "torchvision's resnet18 has no weights 'BEST', known are IMAGENET1K_V1"),
     ],
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -49,7 +49,7 @@ class Choice(NamedTuple):
     """For all images, without validation: the epochs are those that were best in cross-validation."""
     table: tuple[dict[str, Any], ...]
     """For each candidate "strategy", "lr", "epochs", and its "accuracy" (of classes) and "loss" on images that it had
-    not seen."""
+    not seen (None where it was not finite)."""
 
 
 def candidates_of(recipe: Recipe, *, published: bool, images: int) -> list[Recipe]:
@@ -73,10 +73,11 @@ def choose(
     groups: np.ndarray,
     seed: int,
     should_stop: Callable[[], None] = lambda: None,
+    on_candidate: Callable[[Mapping[str, Any]], None] = lambda row: None,
 ) -> Choice:
     """The candidate that is most often right in a stratified 5-fold cross-validation of these examples, with the number
     of epochs at which its validation loss is lowest; the first of those that are alike. Where `labels` are numbers
-    (`classes` 0) that of the lowest loss.
+    (`classes` 0) that of the lowest loss. `on_candidate` is told of each row of the table.
 
     Examples of one of `groups`, int64 [n], are duplicates and stay in one fold. A candidate whose loss is not finite is
     none. With fewer than `FOLDS` images of a class, duplicates aside, it is the first candidate as it is. A pure
@@ -108,16 +109,22 @@ def choose(
                 break
             curves.append([[len(val) * row[of] for of in ("val_loss", *figure)] for row in fitted.curve])
         table.append(_figures(candidate, curves, len(labels), accuracy=classes > 0))
-    best = max(range(len(table)), key=lambda i: (table[i].get("accuracy", -table[i]["loss"]), -i))
+        on_candidate(table[-1])
+    best = max(range(len(table)), key=lambda i: (_worth(table[i]), -i))
     chosen = dataclasses.replace(candidates[best], epochs=table[best]["epochs"])
     return Choice(chosen, tuple(table))
 
 
+def _worth(row: Mapping[str, Any]) -> float:
+    """Of a row of the table, the more the better."""
+    return row["accuracy"] if "accuracy" in row else -math.inf if row["loss"] is None else -row["loss"]
+
+
 def _figures(candidate: Recipe, curves: list[list[list[float]]], images: int, *, accuracy: bool) -> dict[str, Any]:
-    """A row of the table, at the epoch of the lowest loss over all folds."""
+    """A row of the table, at the epoch of the lowest loss over all folds; there is none where one was not finite."""
     row: dict[str, Any] = {"strategy": candidate.trains, "lr": candidate.rate}
     if len(curves) < FOLDS:
-        return {**row, "epochs": candidate.passes, **({"accuracy": 0.0} if accuracy else {}), "loss": math.inf}
+        return {**row, "epochs": candidate.passes, **({"accuracy": 0.0} if accuracy else {}), "loss": None}
     total = np.sum(curves, axis=0) / images  # [epochs, loss and perhaps accuracy]
     epoch = int(total[:, 0].argmin())
     right = {"accuracy": float(total[epoch, 1])} if accuracy else {}

@@ -65,17 +65,16 @@ def _choice(chosen: Mapping[str, Any] | None) -> list[str]:
     what = f"chosen: {chosen['strategy']} at {chosen['lr']:g}, {chosen['epochs']} epochs"
     if not chosen["table"]:
         return [f"{what}, since a class has too few images to choose by"]
-    of, show = ("accuracy, %", _percent_right) if "accuracy" in chosen["table"][0] else ("loss", _loss)
-    rows = (f"{row['strategy']} at {row['lr']:g} {show(row)}" for row in chosen["table"])
-    return [f"{what}, by 5-fold cross-validation of the training images ({of}: {', '.join(rows)})"]
+    rows = map(candidate, chosen["table"])
+    return [f"{what}, by 5-fold cross-validation of the training images ({', '.join(rows)})"]
 
 
-def _percent_right(row: Mapping[str, Any]) -> str:
-    return f"{100 * row['accuracy']:.1f}"
-
-
-def _loss(row: Mapping[str, Any]) -> str:
-    return f"{row['loss']:.3f}"
+def candidate(row: Mapping[str, Any]) -> str:
+    """A row of what there was to choose from."""
+    figure = "diverged"
+    if row["loss"] is not None:
+        figure = f"{100 * row['accuracy']:.1f} %" if "accuracy" in row else f"loss {row['loss']:.3f}"
+    return f"{row['strategy']} at {row['lr']:g} {figure}"
 
 
 def _suspects(suspects: Sequence[Mapping[str, Any]] | None) -> list[str]:

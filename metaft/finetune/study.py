@@ -67,11 +67,13 @@ def study(
     device: str,
     should_stop: Callable[[], None] = lambda: None,
     progress: Callable[[int, Mapping[str, float]], None] = lambda number, row: None,
+    on_candidate: Callable[[Mapping[str, Any]], None] = lambda row: None,
 ) -> Position:
     """Go on from `position` to the end: for each draw a fit from every start.
 
     The figures of a fit are in the checkpoint as soon as it is done, and the classifier of the first one in the run
-    folder. `should_stop` raises to stop, and `progress(number of the fit, row)` is told of each epoch.
+    folder. `should_stop` raises to stop, `progress(number of the fit, row)` is told of each epoch, and `on_candidate`
+    of each that there is to choose from (see `choose`).
     """
     write_rows(run, position)  # a kill may have come between the checkpoint and them
     journal = Journal(run, header, position)
@@ -86,7 +88,7 @@ def study(
                 progress(number, state["curve"][-1])
 
             rows = rows_of(setup, draw, fold)
-            contender = _decided(setup, contender, rows, draw, device, journal, should_stop)
+            contender = _decided(setup, contender, rows, draw, device, journal, should_stop, on_candidate)
             fitted = _fit(setup, contender, rows, draw, device, journal.position.current, should_stop, on_epoch)
             classifier = Classifier(fitted.body, fitted.head, target.inputs, target.class_names)
             advice = FEWER if contender.recipe is None else SMALLER
@@ -191,6 +193,7 @@ def _decided(
     device: str,
     journal: Journal,
     should_stop: Callable[[], None],
+    on_candidate: Callable[[Mapping[str, Any]], None],
 ) -> Contender:
     """The contender with what is chosen in the place of `--strategy chosen`; any other as it is."""
     recipe = contender.recipe
@@ -203,7 +206,7 @@ def _decided(
         choice = choose(
             body(start, seed).to(device), target.inputs, Part(target.examples, train), target.labels[train],
             len(target.class_names), candidates_of(recipe, published=is_published(name), images=len(train)),
-            groups=target.groups[rows.train], seed=seed, should_stop=should_stop,
+            groups=target.groups[rows.train], seed=seed, should_stop=should_stop, on_candidate=on_candidate,
         )  # fmt: skip
         made = {"table": choice.table, **{k: getattr(choice.recipe, k) for k in ("strategy", "lr", "epochs")}}
         journal.choice(len(journal.position.fits), made)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from metaft import adapt
 from metaft.finetune import choose as choosing
-from metaft.finetune import study
+from metaft.finetune import report, study
 from metaft.finetune.choose import candidates_of, choose
 from metaft.finetune.examples import Part
 from metaft.finetune.fit import Fitted, fit
@@ -90,11 +90,12 @@ def test_a_better_candidate_wins_and_one_that_diverges_is_none() -> None:
     images, labels = data()
     nothing = dataclasses.replace(RECIPE, strategy="head", lr=1e-12)
     good = dataclasses.replace(RECIPE, strategy="full", lr=0.03)
-    wild = dataclasses.replace(RECIPE, strategy="full", lr=1e30)
+    wild = dataclasses.replace(RECIPE, strategy="full", lr=1e30, optimizer="sgd:momentum=0.9")
     part = Part(images, torch.arange(30))
     made = choose(body(), INPUTS, part, labels, 3, [nothing, wild, good], groups=ALONE, seed=0)
     assert made.recipe.trains == "full" and made.recipe.rate == 0.03
-    assert made.table[1]["accuracy"] < made.table[2]["accuracy"]
+    assert made.table[1]["accuracy"] < made.table[2]["accuracy"] and made.table[1]["loss"] is None
+    assert report.candidate(made.table[1]) == "full at 1e+30 diverged"
 
 
 def test_with_fewer_than_five_images_of_a_class_the_head_alone_trains() -> None:
@@ -110,10 +111,14 @@ def chosen(runs: dict[str, Path], data: Path, out: Path, **more: Any) -> list[st
     return words(runs["maml"], data, out, strategy="chosen", epochs=3, seeds=2, **more)
 
 
-def test_the_command_says_what_was_chosen(runs: dict[str, Path], data: Path, tmp_path: Path) -> None:
+def test_the_command_says_what_was_chosen(
+    runs: dict[str, Path], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert adapt.main(chosen(runs, data, tmp_path / "o")) == 0
     result = result_of(tmp_path / "o")
     made = result["starts"][0]["chosen"]
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("to choose from: ")]
+    assert said[:3] == [f"to choose from: {report.candidate(row)}" for row in made["table"]] and len(said) == 6
     assert result["strategy"] == "chosen" and len(made["table"]) == 3
     assert result["epochs_run"] == made["epochs"]
     assert result["val_images"] == 0, "all that is drawn trains"

@@ -30,6 +30,16 @@ def test_a_suspect_is_confidently_another_class_than_its_own() -> None:
     assert [s.row for s in suspects(labels, probabilities)] == [2], "0.59 is the larger one, and not confident"
 
 
+def test_an_image_that_is_more_probably_something_else_than_this_class_is_no_suspect() -> None:
+    labels = np.array([0, 0, 1, 1, 2])
+    probabilities = np.array(
+        [[0.2, 0.45, 0.35], [0.9, 0.1, 0.0], [0.4, 0.4, 0.2], [0.4, 0.4, 0.2], [0.1, 0.1, 0.8]],
+    )  # image 0 is confidently of class 1, whose own images get 0.4, but not of it rather than of any other
+    assert suspects(labels, probabilities) == []
+    probabilities[0] = [0.2, 0.5, 0.3]
+    assert [(s.row, s.looks) for s in suspects(labels, probabilities)] == [(0, 1)]
+
+
 def test_a_class_below_its_own_mean_is_no_rival_though_it_is_the_most_probable() -> None:
     labels = np.array([0, 1, 1, 2, 2])
     probabilities = np.array(
