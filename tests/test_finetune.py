@@ -762,7 +762,7 @@ def test_validating_leaves_the_backbone_in_the_mode_that_it_trains_in() -> None:
     Watching.seen.clear()
     images, labels = toy(12)
     layers = nn.Sequential(Watching(), nn.Flatten(), nn.Linear(images[0].numel(), 3))
-    inputs = ImageInputs(*images.shape[1:])
+    inputs = ImageInputs(images.shape[1], images.shape[2], images.shape[3])
     recipe = Recipe(epochs=3, batch_size=12)
     fit(layers, inputs, images, labels, CLASSES, recipe, val_examples=images, val_labels=labels)
     assert Watching.seen == [True] * 3

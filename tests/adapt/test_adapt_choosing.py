@@ -17,6 +17,7 @@ from helpers import words, write_target
 from torch import Tensor, nn
 
 from metaft import adapt
+from metaft.errors import NonFiniteError
 from metaft.finetune import choose as choosing
 from metaft.finetune import report, study
 from metaft.finetune.choose import candidates_of, choose
@@ -90,12 +91,25 @@ def test_a_better_candidate_wins_and_one_that_diverges_is_none() -> None:
     images, labels = data()
     nothing = dataclasses.replace(RECIPE, strategy="head", lr=1e-12)
     good = dataclasses.replace(RECIPE, strategy="full", lr=0.03)
-    wild = dataclasses.replace(RECIPE, strategy="full", lr=1e30, optimizer="sgd:momentum=0.9")
+    wild = dataclasses.replace(RECIPE, strategy="full", lr=1e30)
     part = Part(images, torch.arange(30))
     made = choose(body(), INPUTS, part, labels, 3, [nothing, wild, good], groups=ALONE, seed=0)
     assert made.recipe.trains == "full" and made.recipe.rate == 0.03
-    assert made.table[1]["accuracy"] < made.table[2]["accuracy"] and made.table[1]["loss"] is None
-    assert report.candidate(made.table[1]) == "full at 1e+30 diverged"
+    assert made.table[1]["accuracy"] < made.table[2]["accuracy"]
+
+
+def test_a_candidate_whose_loss_is_not_finite_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*args: Any, **more: Any) -> Fitted:
+        if args[5].strategy == "full":
+            raise NonFiniteError("epoch 1: the training loss is nan")
+        return fit(*args, **more)
+
+    monkeypatch.setattr(choosing, "fit", failing)
+    images, labels = data()
+    head, full = (dataclasses.replace(RECIPE, strategy=strategy) for strategy in ("head", "full"))
+    made = choose(body(), INPUTS, Part(images, torch.arange(30)), labels, 3, [full, head], groups=ALONE[:30], seed=0)
+    assert made.recipe.trains == "head" and made.table[0]["loss"] is None
+    assert report.candidate(made.table[0]) == "full at 0.003 diverged"
 
 
 def test_with_fewer_than_five_images_of_a_class_the_head_alone_trains() -> None:
