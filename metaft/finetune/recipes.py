@@ -10,7 +10,7 @@ from metaft.errors import MetaftError
 from metaft.finetune import optim, strategies
 from metaft.finetune.choose import CHOSEN, epochs_of
 from metaft.models.architecture import is_published
-from metaft.settings import RATE_OF_PUBLISHED, Recipe
+from metaft.settings import RATE, RATE_OF_HEAD, RATE_OF_PUBLISHED, Recipe
 from metaft.starts.base import Start
 
 
@@ -22,7 +22,8 @@ def settled(recipe: Recipe, start: Start) -> Recipe:
         recipe = dataclasses.replace(recipe, strategy="head")
     _check(recipe)
     moves = is_librarys and recipe.trains != "head"
-    return dataclasses.replace(recipe, lr=RATE_OF_PUBLISHED if moves and recipe.lr is None else recipe.rate)
+    left_open = RATE_OF_PUBLISHED if moves else RATE if is_librarys or recipe.trains != "head" else RATE_OF_HEAD
+    return dataclasses.replace(recipe, lr=left_open if recipe.lr is None else recipe.lr)
 
 
 def lasting(recipe: Recipe, images: int) -> Recipe:
@@ -31,11 +32,11 @@ def lasting(recipe: Recipe, images: int) -> Recipe:
 
 
 def of_whole(recipe: Recipe, images: int) -> Recipe:
-    """A recipe for training everything, from one of another strategy, whose epochs are its own where they were left
-    open."""
-    left_open = recipe == lasting(dataclasses.replace(recipe, epochs=None), images)
-    whole = dataclasses.replace(recipe, freeze="none", strategy="full")
-    return lasting(dataclasses.replace(whole, epochs=None) if left_open else whole, images)
+    """A recipe for training everything, from one of another strategy, with epochs and a rate of its own where they are
+    those that a head alone gets when they are left open."""
+    epochs = None if recipe == lasting(dataclasses.replace(recipe, epochs=None), images) else recipe.epochs
+    lr = RATE if recipe.trains == "head" and epochs is None and recipe.lr == RATE_OF_HEAD else recipe.lr
+    return lasting(dataclasses.replace(recipe, freeze="none", strategy="full", epochs=epochs, lr=lr), images)
 
 
 def _check(recipe: Recipe) -> None:

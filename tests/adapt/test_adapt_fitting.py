@@ -287,8 +287,9 @@ def test_what_is_compared_with_a_head_has_the_epochs_of_its_own(
     runs: dict[str, Path], data: Path, tmp_path: Path, fits: list[Seen]
 ) -> None:
     """And a resume, whose settings hold the numbers, has them too."""
-    argv = words(runs["maml"], data, tmp_path / "o", strategy="head", epochs=None, batch_size=None)
+    argv = words(runs["maml"], data, tmp_path / "o", strategy="head", epochs=None, batch_size=None, lr=None)
     assert adapt.main(argv) == 0
-    assert [(seen.recipe.trains, seen.recipe.epochs) for seen in fits] == [("head", 600), ("full", 40)]
+    expected = [("head", 600, 0.01), ("full", 40, 0.003)]
+    assert [(seen.recipe.trains, seen.recipe.epochs, seen.recipe.lr) for seen in fits] == expected
     assert adapt.main(["--resume", str(tmp_path / "o"), "--seeds", "2"]) == 0
-    assert [(seen.recipe.trains, seen.recipe.epochs) for seen in fits[2:]] == [("head", 600), ("full", 40)]
+    assert [(seen.recipe.trains, seen.recipe.epochs, seen.recipe.lr) for seen in fits[2:]] == expected
