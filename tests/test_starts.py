@@ -23,6 +23,7 @@ from metaft.config import AdaptConfig
 from metaft.errors import MetaftError
 from metaft.finetune import study
 from metaft.finetune.classifier import Classifier
+from metaft.finetune.contenders import Images
 from metaft.finetune.fit import fit
 from metaft.inputs import ImageInputs
 from metaft.inputs.reading import Fitting
@@ -33,7 +34,7 @@ from metaft.models.functional import functional
 from metaft.options import flat
 from metaft.runs.beginning import as_taken
 from metaft.runs.snapshot import load_snapshot, tensors_of
-from metaft.settings import Recipe
+from metaft.settings import Recipe, TargetSettings
 from metaft.starts import names
 from metaft.starts.base import Start, body
 from metaft.starts.open import open_start
@@ -562,3 +563,9 @@ def test_size_and_normalisation_are_for_the_weights_that_are_compared(
     capsys.readouterr()
     assert adapt.main(["--resume", "o", "--seeds", "2"]) == 2
     one_line(capsys, "compare: a start that o compares changed since it began")
+
+
+@pytest.mark.parametrize(("asked", "side"), [(None, 84), (224, 84), (84, 84), (32, 32)])
+def test_chance_sees_no_larger_pictures_than_a_random_start_would(asked: int | None, side: int, photos: Path):
+    images = Images(TargetSettings(data=f"folder:{photos}"))
+    assert images.small(asked).inputs.shape == (3, side, side)

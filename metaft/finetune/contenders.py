@@ -73,6 +73,12 @@ class Images:
         (channels, *_), _ = self.shape
         return self._with(inputs_of(channels, side))
 
+    def small(self, side: int | None) -> Target:
+        """As they are taken without any start, in another size where that is the smaller one: what published weights
+        are given to see is more than a small network trained from nothing has use for."""
+        inputs = self.plain.inputs
+        return self.plain if side is None or side >= min(inputs.shape[-2:]) else self.sized(side)
+
     def of(self, start: Start) -> Target:
         """As this start takes them. Raises MetaftError where it cannot."""
         if start.inputs is None:
@@ -153,8 +159,7 @@ def contenders_of(
             recipe = of_whole(recipe, trained)
         yield Contender(label, other, images.of(other), recipe)
     if start.meta is not None:
-        size = config.start.image_size
-        chance = scratch(start, lambda: (images.plain if size is None else images.sized(size)).inputs)
+        chance = scratch(start, lambda: images.small(config.start.image_size).inputs)
         recipe = config.recipe
         if is_published(start.architecture["name"]):  # whose rates and epochs are not those of a random start
             given = recipe or Recipe()
