@@ -145,7 +145,7 @@ def _resume(folder: RunFolder, config: AdaptConfig | None, module: nn.Module | N
 
 def _fit_all(folder: RunFolder, setup: Setup, header: Mapping[str, Any], position: Position) -> dict[str, Any]:
     from metaft.defaults import device_of
-    from metaft.finetune.report import candidate
+    from metaft.finetune.report import candidate, kind
     from metaft.finetune.study import study
     from metaft.starts.base import said_of
     from metaft.support.progress import Progress
@@ -154,9 +154,8 @@ def _fit_all(folder: RunFolder, setup: Setup, header: Mapping[str, Any], positio
     device = device_of(config.compute.device)
     epochs = [1 if fit.contender.recipe is None else fit.contender.recipe.passes for fit in setup.fits]
     done = [0, *itertools.accumulate(epochs)]
-    kind = f"{len(target.class_names)} classes" if target.class_names else "numbers"
     print(
-        f"{places.shown(target.name)} · {kind} · {config.method} from "
+        f"{places.shown(target.name)} · {kind(target.class_names)} · {config.method} from "
         f"{places.shown(setup.start.name)}{said_of(setup.start)} on {device} · run folder {folder.path}",
         file=sys.stderr,
     )
@@ -187,6 +186,7 @@ def finish(folder: RunFolder, setup: Setup, position: Position, device: str) -> 
     from metaft.finetune.results import result_of
     from metaft.finetune.setup import rows_of
     from metaft.finetune.suspects import suspects_of
+    from metaft.finetune.words import plainly
     from metaft.runs.checkpoint import write_atomically
     from metaft.support.pictures import listed
 
@@ -194,7 +194,7 @@ def finish(folder: RunFolder, setup: Setup, position: Position, device: str) -> 
     result["suspects"] = suspects_of(setup, device)
     folder.write_json(folder.result, result)
     text = report.text(result)
-    whole = f"{text}\n\n{report.plainly(result)}\n"
+    whole = f"{text}\n\n{plainly(result)}\n"
     write_atomically(folder.path / "report.txt", whole.encode(errors="backslashreplace"))
     classifier = load(folder.classifier, module=module)
     # Where there are folds the classifier has seen all images, and its mistakes are none of a test.
@@ -205,7 +205,7 @@ def finish(folder: RunFolder, setup: Setup, position: Position, device: str) -> 
     print(f"result:   {folder.result}, {folder.path / 'report.txt'}")
     if module is None:
         print(f"next:     python -m metaft.predict {shlex.quote(str(folder.path))} IMAGE_OR_FOLDER...")
-    print(report.plainly(result))
+    print(plainly(result))
     return result
 
 

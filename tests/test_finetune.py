@@ -23,9 +23,10 @@ from torch import Tensor, nn
 from metaft import targets
 from metaft.errors import DataError, MetaftError, NonFiniteError
 from metaft.finetune import heads
+from metaft.finetune.augment import augmented
 from metaft.finetune.classifier import Classifier
 from metaft.finetune.examples import Part, Prepared
-from metaft.finetune.fit import Fitted, _augmented, fit, head_seed
+from metaft.finetune.fit import Fitted, fit, head_seed
 from metaft.inputs import ImageInputs
 from metaft.inputs.base import at_most
 from metaft.models import Conv4, EpisodeNorm, initialise
@@ -686,7 +687,7 @@ def test_augmentation_turns_and_moves_within_its_bounds() -> None:
     images = torch.zeros(4, 3, 50, 50, dtype=torch.uint8)
     images[:, :, 23:27, 35:39] = 250  # its centre lies 12 to the right of the middle
     moves = torch.tensor([[0.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, -1.0], [1.0, 0.0, 0.0]])
-    found = _augmented(images, moves)
+    found = augmented(images, moves)
     assert found.dtype == torch.uint8
     assert torch.equal(found[0], images[0])
     weights, place = found[:, 0].double(), torch.arange(50.0, dtype=torch.float64) - 24.5
@@ -696,7 +697,7 @@ def test_augmentation_turns_and_moves_within_its_bounds() -> None:
     expected = torch.tensor([[12.0, 0.0], [8.0, 0.0], [12.0, 4.0], turned], dtype=torch.float64)
     torch.testing.assert_close(centres, expected, rtol=0, atol=0.05)
     flat = torch.full((4, 1, 9, 9), 255, dtype=torch.uint8)
-    assert torch.equal(_augmented(flat, moves), flat)
+    assert torch.equal(augmented(flat, moves), flat)
 
 
 def test_on_two_threads_it_is_tuned_as_on_one() -> None:

@@ -13,33 +13,18 @@ from torch import Tensor, nn
 
 from metaft.errors import NonFiniteError
 from metaft.finetune.examples import Part, Prepared, like_of
-from metaft.finetune.features import features_of, takes_alone
+from metaft.finetune.features import evaluating, features_of, takes_alone
 from metaft.finetune.fit import fit
+from metaft.finetune.recipes import epochs_of
 from metaft.inputs import Inputs
-from metaft.models.handed import copied
-from metaft.settings import RATE, RATE_OF_PUBLISHED, Recipe
-from metaft.targets.draws import firsts, grouped_fold
-
-CHOSEN = "chosen"
-"""What `--strategy` says of it."""
+from metaft.settings import RATE, RATE_OF_HEAD, RATE_OF_PUBLISHED, Recipe
+from metaft.targets.draws import firsts, grouped_fold, strata
 
 FOLDS = 5
 """And images per class from which there is a choice; with fewer the head alone trains."""
 
 MOVING_EPOCHS = 12
 """Of candidates that move published weights: each epoch is a pass forth and back through all of them."""
-
-
-STEPS_OF_HEAD = 600
-"""At least, of a head on features that are computed once: they cost little. From the Conv-4 features of a run, with 5
-images of each of notMNIST's classes, 40 epochs, which are 80 steps, left it 18 points below the probe."""
-
-
-def epochs_of(recipe: Recipe, images: int) -> int:
-    """Those that are given, or what is chosen for so many images: see `--epochs`."""
-    if recipe.epochs is not None or recipe.trains != "head" or recipe.augment != "none":
-        return recipe.passes
-    return max(recipe.passes, math.ceil(STEPS_OF_HEAD / math.ceil(images / recipe.batch_size)))
 
 
 class Choice(NamedTuple):
@@ -55,7 +40,7 @@ class Choice(NamedTuple):
 def candidates_of(recipe: Recipe, *, published: bool, images: int) -> list[Recipe]:
     """Recipes to choose from for so many images, the cheapest first."""
     alone = dataclasses.replace(recipe, strategy="head", freeze="none")
-    head = [dataclasses.replace(alone, lr=lr, epochs=epochs_of(alone, images)) for lr in (RATE, 10 * RATE / 3)]
+    head = [dataclasses.replace(alone, lr=lr, epochs=epochs_of(alone, images)) for lr in (RATE, RATE_OF_HEAD)]
     if not published:
         return [*head, dataclasses.replace(recipe, strategy="full", freeze="none", lr=RATE)]
     moving = dataclasses.replace(recipe, strategy="lp-ft", freeze="none", epochs=min(MOVING_EPOCHS, recipe.passes))
@@ -84,15 +69,15 @@ def choose(
     function of its arguments.
     """
     first = candidates[0]
-    strata = labels.numpy() if classes else np.zeros(len(labels), np.int64)
-    if int(np.bincount(strata[firsts(groups)], minlength=classes).min()) < FOLDS:
+    kinds = strata(labels.numpy())
+    if int(np.bincount(kinds[firsts(groups)], minlength=classes).min()) < FOLDS:
         return Choice(first, ())
-    parts = [grouped_fold(strata, groups, FOLDS, number, seed) for number in range(FOLDS)]
-    figure = ("val_accuracy",) if classes else ()
+    parts = [grouped_fold(kinds, groups, FOLDS, number, seed) for number in range(FOLDS)]
+    figures = ("val_loss", "val_accuracy") if classes else ("val_loss",)
     features = None
     if takes_alone(body):  # and is the same start for every fold of every candidate
-        prepared = Prepared(examples, inputs, like_of(body))
-        features = features_of(copied(body).eval(), prepared)
+        with evaluating(body):
+            features = features_of(body, Prepared(examples, inputs, like_of(body)))
     table: list[dict[str, Any]] = []
     for candidate in candidates:
         curves = []
@@ -107,8 +92,8 @@ def choose(
                 )  # fmt: skip
             except NonFiniteError:
                 break
-            curves.append([[len(val) * row[of] for of in ("val_loss", *figure)] for row in fitted.curve])
-        table.append(_figures(candidate, curves, len(labels), accuracy=classes > 0))
+            curves.append([[len(val) * row[of] for of in figures] for row in fitted.curve])
+        table.append(_figures(candidate, curves, len(labels)))
         on_candidate(table[-1])
     best = max(range(len(table)), key=lambda i: (_worth(table[i]), -i))
     chosen = dataclasses.replace(candidates[best], epochs=table[best]["epochs"])
@@ -117,15 +102,14 @@ def choose(
 
 def _worth(row: Mapping[str, Any]) -> float:
     """Of a row of the table, the more the better."""
-    return row["accuracy"] if "accuracy" in row else -math.inf if row["loss"] is None else -row["loss"]
+    return -math.inf if row["loss"] is None else row.get("accuracy", -row["loss"])
 
 
-def _figures(candidate: Recipe, curves: list[list[list[float]]], images: int, *, accuracy: bool) -> dict[str, Any]:
+def _figures(candidate: Recipe, curves: list[list[list[float]]], images: int) -> dict[str, Any]:
     """A row of the table, at the epoch of the lowest loss over all folds; there is none where one was not finite."""
     row: dict[str, Any] = {"strategy": candidate.trains, "lr": candidate.rate}
     if len(curves) < FOLDS:
-        return {**row, "epochs": candidate.passes, **({"accuracy": 0.0} if accuracy else {}), "loss": None}
+        return {**row, "epochs": candidate.passes, "loss": None}
     total = np.sum(curves, axis=0) / images  # [epochs, loss and perhaps accuracy]
     epoch = int(total[:, 0].argmin())
-    right = {"accuracy": float(total[epoch, 1])} if accuracy else {}
-    return {**row, "epochs": epoch + 1, **right, "loss": float(total[epoch, 0])}
+    return {**row, "epochs": epoch + 1, **dict(zip(("loss", "accuracy"), total[epoch].tolist(), strict=False))}

@@ -76,8 +76,8 @@ class Images:
     def small(self, side: int | None) -> Target:
         """As they are taken without any start, in another size where that is the smaller one: what published weights
         are given to see is more than a small network trained from nothing has use for."""
-        inputs = self.plain.inputs
-        return self.plain if side is None or side >= min(inputs.shape[-2:]) else self.sized(side)
+        (_, *sides), _ = self.shape
+        return self.plain if side is None or side >= min(sides) else self.sized(side)
 
     def of(self, start: Start) -> Target:
         """As this start takes them. Raises MetaftError where it cannot."""

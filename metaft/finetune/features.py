@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -24,6 +26,18 @@ the folder."""
 def in_parts(module: nn.Module, x: Prepared) -> Tensor:
     """What a module that treats each row by itself makes of x, part by part."""
     return torch.cat([module(part) for part in dataclasses.replace(x, at_once=at_most(x.inputs.shape, 256))])
+
+
+@contextlib.contextmanager
+def evaluating(body: nn.Module) -> Iterator[None]:
+    """Inside, it is in evaluation mode; afterwards each part is as it was."""
+    in_training = [part for part in body.modules() if part.training]
+    body.eval()
+    try:
+        yield
+    finally:
+        for part in in_training:
+            part.training = True
 
 
 def takes_alone(body: nn.Module) -> bool:

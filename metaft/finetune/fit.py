@@ -9,17 +9,17 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from metaft import schedules
 from metaft.errors import NonFiniteError
 from metaft.finetune import heads, optim, strategies
+from metaft.finetune.augment import augmented, moves_of
 from metaft.finetune.examples import Prepared, like_of
 from metaft.finetune.extras import Batch, Extra, Origin, composed
-from metaft.finetune.features import Features, features_of, in_parts, takes_alone
-from metaft.finetune.outcomes import outcome_of
+from metaft.finetune.features import Features, evaluating, features_of, in_parts, takes_alone
+from metaft.finetune.outcomes import Outcome, outcome_of
 from metaft.finetune.strategies import Groups, Strategy
 from metaft.finetune.strategies.base import unchanged
 from metaft.inputs import Inputs
@@ -28,7 +28,7 @@ from metaft.models.blocks import blocks_of
 from metaft.models.handed import copied
 from metaft.models.stored import with_stored_moments
 from metaft.runs.checkpoint import under
-from metaft.sampler import Stream, raw_words, uniform
+from metaft.sampler import Stream, raw_words
 from metaft.settings import Recipe
 
 SMALLER = "try a smaller --lr"
@@ -94,7 +94,7 @@ def fit(
     val = val if val is not None and len(val) else None
     steps = recipe.passes * len(_batches(len(train), recipe.batch_size, seed, 0))
     model, groups, begun, still = _start(
-        body, train, labels, classes, recipe, seed, strategy, steps, None if known is None else known[0]
+        body, train, labels, outcome, recipe, seed, strategy, steps, None if known is None else known[0]
     )
     # A parameter is a group of the optimiser by itself: its rate may change with every step.
     optimizer = optim.named(recipe.optimizer)([(n, p) for n, p in _learning(model) if n not in still], recipe.rate)
@@ -114,9 +114,9 @@ def fit(
     for epoch in range(len(curve), recipe.passes):
         if _stale(curve[settled:], recipe.patience):
             break
-        total, moves = 0.0, _moves(len(train), recipe, seed, epoch)
+        total, moves = 0.0, moves_of(len(train), recipe, seed, epoch)
         batches = _batches(len(train), recipe.batch_size, seed, epoch)
-        stayed = stayed and _stays(strategy, groups, steps, epoch * len(batches), len(batches))
+        stayed = stayed and (bool(still) or _stays(strategy, groups, steps, epoch * len(batches), len(batches)))
         computed = features.train if stayed else None
         for number, batch in enumerate(batches):
             step, rows = epoch * len(batches) + number, torch.from_numpy(batch)
@@ -126,7 +126,7 @@ def fit(
             if computed is not None:
                 loss = outcome.loss(model.get_submodule("head")(computed[rows.to(computed.device)]), y)
             else:
-                raw = examples[rows] if moves is None else _augmented(examples[rows].to(like.device), moves[rows])
+                raw = examples[rows] if moves is None else augmented(examples[rows].to(like.device), moves[rows])
                 loss = objective(model, Batch(train.prepare(raw), y, rows, epoch))
             optimizer.zero_grad()
             if loss.requires_grad:
@@ -203,7 +203,7 @@ def _start(
     body: nn.Module,
     train: Prepared,
     labels: Tensor,
-    classes: int,
+    outcome: Outcome,
     recipe: Recipe,
     seed: int,
     strategy: Strategy,
@@ -218,10 +218,7 @@ def _start(
     features = known
     if features is None:
         features = (features_of if takes_alone(body) else in_parts)(_stored(body, train), train)
-    head = heads.build(recipe.head, features, labels, max(1, classes), head_seed(seed))
-    if classes == 0:  # begins at the mean of the labels, and not at what many features happen to sum up to
-        nn.init.zeros_(head.get_parameter("weight"))
-        nn.init.zeros_(head.get_parameter("bias"))
+    head = outcome.begun(heads.build(recipe.head, features, labels, outcome.outputs, head_seed(seed)))
     model = strategy.prepare(nn.ModuleDict({"body": body, "head": head}), seed)
     groups, still = groups_of(model), set()
     if _stays(strategy, groups, steps, 0, max(1, steps)):
@@ -277,11 +274,8 @@ def _evaluated(body: nn.Module, train: Prepared, val: Prepared) -> Tensor:
     """Features of val as the result would have them. The body is copied only where it needs the moments of train."""
     if not takes_alone(body):
         return in_parts(_stored(body, train), val)
-    in_training = [part for part in body.modules() if part.training]
-    features = in_parts(body.eval(), val)
-    for part in in_training:
-        part.training = True
-    return features
+    with evaluating(body):
+        return in_parts(body, val)
 
 
 def _batches(n: int, size: int, seed: int, epoch: int) -> list[np.ndarray]:
@@ -291,22 +285,3 @@ def _batches(n: int, size: int, seed: int, epoch: int) -> list[np.ndarray]:
     if cuts and n - cuts[-1] == 1:
         cuts.pop()
     return np.split(order, cuts)
-
-
-def _moves(n: int, recipe: Recipe, seed: int, epoch: int) -> Tensor | None:
-    """[n, 3] uniform in -1..1 for n pictures' angles and shifts in an epoch, or None where they stay as they are."""
-    if recipe.augment == "none":
-        return None
-    words = raw_words(seed, "val", [epoch], 3 * n, stream=Stream.FINE_TUNING)[0].reshape(n, 3)
-    return torch.from_numpy(2 * uniform(words) - 1).float()
-
-
-def _augmented(images: Tensor, moves: Tensor) -> Tensor:
-    """uint8 [n, C, H, W] turned by up to 10 degrees and moved by up to 8 %, as `moves` [n, 3] in -1..1 say."""
-    moves = moves.to(images.device)
-    angle, shift = moves[:, 0] * math.radians(10), moves[:, 1:] * 0.16  # in units of half the picture
-    cos, sin = angle.cos(), angle.sin()
-    theta = torch.stack([torch.stack([cos, -sin, shift[:, 0]], -1), torch.stack([sin, cos, shift[:, 1]], -1)], 1)
-    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
-    moved = F.grid_sample(images.float(), grid, padding_mode="border", align_corners=False)
-    return moved.round().clamp(0, 255).to(torch.uint8)

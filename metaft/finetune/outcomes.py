@@ -18,6 +18,8 @@ class Outcome(NamedTuple):
 
     outputs: int
     """Of the head."""
+    begun: Callable[[nn.Module], nn.Module]
+    """A fresh head as training begins with it, in place."""
     prepared: Callable[[Tensor], Tensor]
     """Labels as the loss takes them."""
     loss: Callable[[Tensor, Tensor], Tensor]
@@ -33,9 +35,12 @@ def outcome_of(recipe: Recipe, labels: Tensor, classes: int, like: Tensor) -> Ou
     if classes == 0:
         return _numbers(labels, like)
     weights = None if recipe.balance == "none" else class_weights(labels, classes).to(like)
-    return Outcome(
-        classes, lambda y: y.to(like.device), partial(F.cross_entropy, weight=weights), _of_classes, lambda head: head
-    )
+    loss = partial(F.cross_entropy, weight=weights)
+    return Outcome(classes, _same, lambda y: y.to(like.device), loss, _of_classes, _same)
+
+
+def _same(head: nn.Module) -> nn.Module:
+    return head
 
 
 def _of_classes(outputs: Tensor, y: Tensor) -> dict[str, float]:
@@ -49,6 +54,12 @@ def _numbers(labels: Tensor, like: Tensor) -> Outcome:
     """The squared error in units of the training labels' variance, so that rates mean the same whatever is measured:
     1 is what their mean gets."""
     mean, deviation = float(labels.mean()), float(labels.std(correction=0)) or 1.0
+
+    def begun(head: nn.Module) -> nn.Module:
+        """At the mean of the labels, and not at what many features happen to sum up to."""
+        for p in head.parameters():
+            nn.init.zeros_(p)
+        return head
 
     def prepared(y: Tensor) -> Tensor:
         return ((y - mean) / deviation).to(like)
@@ -67,7 +78,7 @@ def _numbers(labels: Tensor, like: Tensor) -> Outcome:
         head.bias.mul_(deviation).add_(mean)
         return head
 
-    return Outcome(1, prepared, loss, validated, finished)
+    return Outcome(1, begun, prepared, loss, validated, finished)
 
 
 def class_weights(labels: Tensor, classes: int) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from metaft.errors import NonFiniteError
-from metaft.finetune.examples import Prepared
+from metaft.finetune.examples import Prepared, like_of
 from metaft.finetune.features import features_of
 from metaft.finetune.fit import Fitted
 from metaft.finetune.outcomes import outcome_of
@@ -36,8 +36,7 @@ def probe(body: nn.Module, inputs: Inputs, examples: Examples, labels: Tensor, c
 
     Every class needs an example. Raises NonFiniteError where features are not finite.
     """
-    like = next(body.parameters())
-    x = Prepared(examples, inputs, like)
+    x = Prepared(examples, inputs, like_of(body))
     body = with_stored_moments(body, x).eval()
     features = features_of(body, x)
     if not features.isfinite().all():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from metaft.finetune.classifier import Classifier
 from metaft.finetune.examples import Part
 from metaft.finetune.numbers import FIGURES
+from metaft.finetune.words import called
 from metaft.runs.folder import RunFolder, read_rows
 from metaft.support.names import short_names
 from metaft.support.pictures import drawn, plotting
@@ -25,8 +26,7 @@ _SUSPECTS = 10  # images whose labels look wrong
 def text(result: Mapping[str, Any]) -> str:
     """The report in plain words, several lines."""
     r = result
-    kind = f"{len(r['classes'])} classes" if r["classes"] else "numbers"
-    what = f"{shown(r['data'])} · {kind} · {r['train_images']} images to train"
+    what = f"{shown(r['data'])} · {kind(r['classes'])} · {r['train_images']} images to train"
     val = f", {r['val_images']} to validate" if r["val_images"] else ""
     lines = [f"{what}{val}, {r['test_images']} to test", f"{_how(r)}, from {_init(r)}, in {duration(r['seconds'])}"]
     lines += _choice(r["starts"][0].get("chosen"))
@@ -35,9 +35,14 @@ def text(result: Mapping[str, Any]) -> str:
     if not r["classes"]:
         return "\n".join([*lines, "", *_number_figures(r)])
     lines += ["", *_figures(r), ""]
-    lines += _suspects(r.get("suspects"))
+    lines += _suspects(r["suspects"])
     lines += _table(r["per_class"], _mistaken(short_names(r["classes"]), r["confusion"]))
     return "\n".join(lines)
+
+
+def kind(classes: Sequence[str]) -> str:
+    """What labels are, in a line's words."""
+    return f"{len(classes)} classes" if classes else "numbers"
 
 
 def _how(r: Mapping[str, Any]) -> str:
@@ -47,13 +52,13 @@ def _how(r: Mapping[str, Any]) -> str:
     if r["method"] == "inner":
         return f"adapted by {r['inner_steps']} steps of the run's own inner loop{size}"
     how = f"fine-tuned ({r['strategy']}){size} by {r['optimizer']} at {r['lr']:g}, {r['head']} head"
-    if r.get("schedule", "constant") != "constant":
+    if r["schedule"] != "constant":
         how += f", {r['schedule']} rate"
-    if r.get("clip_norm") is not None:
+    if r["clip_norm"] is not None:
         how += f", gradients clipped to {r['clip_norm']:g}"
-    if r.get("augment", "none") != "none":
+    if r["augment"] != "none":
         how += f", {r['augment']} augmentation"
-    if r.get("balance", "none") != "none":
+    if r["balance"] != "none":
         how += ", classes weighted alike"
     return f"{how}, batches of {r['batch_size']}, {r['epochs_run']} of at most {r['epochs']} epochs"
 
@@ -91,102 +96,19 @@ def _suspects(suspects: Sequence[Mapping[str, Any]] | None) -> list[str]:
     return [*lines, ""]
 
 
-def plainly(result: Mapping[str, Any]) -> str:
-    """What was gained, in a sentence for each start that the first one is compared with, and what follows from it."""
-    first, *others = result["starts"]
-    several = first["mean"]["draws"] > 1
-    if not result["classes"]:
-        return _plain_numbers(result)
-    right = [_of_100(start["mean"]["accuracy"] if several else start["accuracy"]) for start in result["starts"]]
-    said = [f"With {_shots(result)}, {right[0]} of 100 new images get the right label from {_from(first, result)}."]
-    for start, share, gain in zip(others, right[1:], result["gains"], strict=True):
-        points = gain["mean"] if several else first["accuracy"] - start["accuracy"]
-        over = f" (mean of {gain['draws']} draws, ± {100 * gain['ci95']:.1f})" if several else ""
-        word = "gained" if points >= 0 else "lost"
-        said.append(f"{_instead(start, result)} {share}: {abs(100 * points):.1f} points {word}{over}, {_sure(gain)}.")
-    return " ".join(said)
-
-
-def _plain_numbers(r: Mapping[str, Any]) -> str:
-    """The same where labels are numbers."""
-    first, *others = r["starts"]
-    several = first["mean"]["draws"] > 1
-    off = f"off by {first['mae']:.4g} on average (RMSE {first['rmse']:.4g})"
-    said = [f"With {_shots(r)}, predictions for new images are {off} from {_from(first, r)}."]
-    for start, gain in zip(others, r["gains"], strict=True):
-        less = gain["mean"] if several else start["rmse"] - first["rmse"]
-        over = f" (mean of {gain['draws']} draws, ± {gain['ci95']:.3g})" if several else ""
-        word = "gained" if less >= 0 else "lost"
-        rmse = start["mean"]["rmse"] if several else start["rmse"]
-        said.append(f"{_instead(start, r)} an RMSE of {rmse:.4g}: {abs(less):.3g} {word}{over}, {_sure(gain)}.")
-    return " ".join(said)
-
-
 def _number_figures(r: Mapping[str, Any]) -> list[str]:
     """The figures of the starts where labels are numbers, and by how much the first one's errors are less."""
-    first, *others = r["starts"]
-    wide = max(22, *(2 + len(_over("paired gain", start, others)) for start in others)) if others else 22
+    wide = _wide(r)
     lines = [" " * (2 + wide) + "".join(f"{name:>12}" for name in ("MAE", "RMSE", "R²")) + "   test"]
     for start in r["starts"]:
-        shown = "".join("           -" if start[name] is None else f"{start[name]:>12.4g}" for name in FIGURES)
+        shown = "".join(f"{'-':>12}" if start[name] is None else f"{start[name]:>12.4g}" for name in FIGURES)
         lines += [f"  {_row(start):<{wide}}{shown}"]
-    draws = first["mean"]["draws"]
-    if draws > 1:
-        of = f"mean ± 95 % interval (Student's t) of {draws} draws, seeds {r['seed']} to {r['last_seed']}"
-        lines += ["", f"RMSE, {of}; the figures above are of the first"]
-        for start in r["starts"]:
-            lines += [f"  {_row(start):<{wide}}{start['mean']['rmse']:.4g} ± {start['mean']['ci95']:.3g}"]
-        for start, gain in zip(others, r["gains"], strict=True):
-            lines += [f"  {_over('paired gain', start, others):<{wide}}{gain['mean']:.4g} ± {gain['ci95']:.3g}"]
-    return lines
-
-
-def _shots(r: Mapping[str, Any]) -> str:
-    shots = r["train_images_per_class"]
-    images = f"{shots} image{'s' if shots != 1 else ''} per class" if shots else f"{r['train_images']} images"
-    images += " to train on"
-    if r["val_images"]:
-        val = r["val_images_per_class"]
-        images += f" and {val} to validate" if shots and val else f" and {r['val_images']} in all to validate"
-    return images
-
-
-def _from(first: Mapping[str, Any], r: Mapping[str, Any]) -> str:
-    how = "the run's inner loop" if r["method"] == "inner" else f"strategy {r['strategy']}"
-    return f"the {_called(first)} start by {how}"
-
-
-def _instead(start: Mapping[str, Any], r: Mapping[str, Any]) -> str:
-    """The beginning of the sentence on another start."""
-    if start["name"] == "probe":
-        return f"The probe, a {'logistic' if r['classes'] else 'ridge'} regression on the same start's features, gets"
-    if start["name"] == "random":
-        return f"A random start{'' if r['method'] == 'inner' else ', all of it trained,'} gets"
-    return f"The {_called(start)} start gets"
-
-
-def _sure(gain: Mapping[str, Any]) -> str:
-    """What a paired interval says of a difference."""
-    if gain["ci95"] is None:
-        return "one draw, which tells nothing of the next"
-    if abs(gain["mean"]) <= gain["ci95"] or gain["ci95"] == 0:
-        return "no difference that these draws can tell from chance"
-    if gain["mean"] > 0:
-        return "more than chance"
-    return "less, and not by chance" + (": the probe is the better one here" if gain["over"] == "probe" else "")
-
-
-def _called(start: Mapping[str, Any]) -> str:
-    return "handed over" if start["name"] == "own values" else start["name"]
+    return lines + _means(r, "rmse", "RMSE", "the figures above are", lambda mean, ci95: f"{mean:.4g} ± {ci95:.3g}")
 
 
 def _row(start: Mapping[str, Any]) -> str:
     """What a start's row of figures is called."""
-    return start["name"] if start["name"] == "probe" else f"{_called(start)} start"
-
-
-def _of_100(share: float) -> str:
-    return f"{100 * share:.0f}"
+    return start["name"] if start["name"] == "probe" else f"{called(start)} start"
 
 
 def _init(r: Mapping[str, Any]) -> str:
@@ -207,7 +129,7 @@ def _figures(r: Mapping[str, Any]) -> list[str]:
     names = ("accuracy", "balanced_accuracy", "macro_precision", "macro_recall", "macro_f1", "calibration_error")
     heads = ("accuracy", "balanced", "macro precision", "macro recall", "macro F1", "calibration err.")
     first, *others = r["starts"]
-    wide = max(22, *(2 + len(_over("paired gain", start, others)) for start in others)) if others else 22
+    wide = _wide(r)
     lines = [" " * (2 + wide) + "".join(f"{name:>17}" for name in heads) + "   test, %"]
     for start in r["starts"]:
         figures = "".join(f"{100 * start[name]:>17.2f}" for name in names)
@@ -216,21 +138,42 @@ def _figures(r: Mapping[str, Any]) -> list[str]:
         # An error is no gain.
         gain = "".join(f"{100 * (first[name] - start[name]):>+17.2f}" for name in names[:-1]) + " " * 17
         lines += [f"  {_over('gain', start, others):<{wide}}{gain}   points"]
-    draws = first["mean"]["draws"]
-    if draws > 1:
-        of = f"mean ± 95 % interval (Student's t) of {draws} draws, seeds {r['seed']} to {r['last_seed']}"
-        lines += ["", f"accuracy, {of}; the figures above and below are of the first"]
-        for start in r["starts"]:
-            mean = start["mean"]
-            lines += [f"  {_row(start):<{wide}}{_ci(mean['accuracy'], mean['ci95'])} %"]
-        for start, gain in zip(others, r["gains"], strict=True):
-            over = _over("paired gain", start, others)
-            lines += [f"  {over:<{wide}}{_ci(gain['mean'], gain['ci95'])} points"]
+    return lines + _means(r, "accuracy", "accuracy", "the figures above and below are", _ci, " %", " points")
+
+
+def _wide(r: Mapping[str, Any]) -> int:
+    """Letters of the first column of the figures."""
+    others = r["starts"][1:]
+    rows = [*map(_row, r["starts"]), *(_over("paired gain", start, others) for start in others)]
+    return max(22, *(2 + len(row) for row in rows))
+
+
+def _means(
+    r: Mapping[str, Any],
+    figure: str,
+    name: str,
+    others_are: str,
+    shown: Callable[[float, float], str],
+    unit: str = "",
+    unit_of_gain: str = "",
+) -> list[str]:
+    """Of several draws the mean of a figure of each start, and what the first gained over each of the others."""
+    first, *others = r["starts"]
+    draws, wide = first["mean"]["draws"], _wide(r)
+    if draws == 1:
+        return []
+    of = f"mean ± 95 % interval (Student's t) of {draws} draws, seeds {r['seed']} to {r['last_seed']}"
+    lines = ["", f"{name}, {of}; {others_are} of the first"]
+    for start in r["starts"]:
+        mean = start["mean"]
+        lines += [f"  {_row(start):<{wide}}{shown(mean[figure], mean['ci95'])}{unit}"]
+    for start, gain in zip(others, r["gains"], strict=True):
+        lines += [f"  {_over('paired gain', start, others):<{wide}}{shown(gain['mean'], gain['ci95'])}{unit_of_gain}"]
     return lines
 
 
 def _over(gain: str, start: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> str:
-    return gain if len(others) == 1 else f"{gain} over {_called(start)}"
+    return gain if len(others) == 1 else f"{gain} over {called(start)}"
 
 
 def _ci(value: float, ci95: float) -> str:

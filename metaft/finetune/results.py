@@ -13,7 +13,7 @@ from metaft.finetune.numbers import FIGURES, pooled_numbers
 from metaft.finetune.scores import mean_t95, pooled
 from metaft.finetune.setup import Setup, rows_of
 from metaft.finetune.study import TABLES, Position, draws_differ, seconds
-from metaft.finetune.warned import warnings_of, warnings_of_numbers
+from metaft.finetune.warned import warnings_of
 from metaft.options import flat
 from metaft.runs.folder import RunFolder, read_rows
 from metaft.runs.machine import where_measured
@@ -45,9 +45,7 @@ def result_of(folder: RunFolder, setup: Setup, position: Position, device: str) 
         label = contender.label
         curve = [r for r in position.rows if (r["draw"], r["start"], r.get("fold", 0)) == (0, label, 0)]
         more: dict[str, Any] = {"shape": list(contender.target.inputs.shape)}
-        more["warnings"] = (warnings_of if target.class_names else warnings_of_numbers)(
-            column[0], curve, len(target.class_names)
-        )
+        more["warnings"] = warnings_of(column[0], curve, len(target.class_names))
         entries.append(entry(label, column) | more)
     gains = [gain(labels[0], label, columns[0], column) for label, column in zip(labels[1:], columns[1:], strict=True)]
     return {

@@ -16,10 +16,9 @@ from metaft._version import __version__
 from metaft.config import AdaptConfig, Init, of_other_method
 from metaft.defaults import check_steps, device_of
 from metaft.errors import DataError, MetaftError, no_such
-from metaft.finetune.choose import CHOSEN
 from metaft.finetune.contenders import Contender, Images, chosen, contenders_of, newest, opened, other
 from metaft.finetune.inner import check_inner
-from metaft.finetune.recipes import lasting, settled
+from metaft.finetune.recipes import CHOSEN, lasting, settled
 from metaft.options import flat, options
 from metaft.runs.checkpoint import digest
 from metaft.runs.machine import machine

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from metaft.errors import CheckpointError, NonFiniteError
-from metaft.finetune.choose import CHOSEN, candidates_of, choose
+from metaft.finetune.choose import candidates_of, choose
 from metaft.finetune.classifier import Classifier, save
 from metaft.finetune.contenders import Contender
 from metaft.finetune.examples import Part, Prepared
@@ -22,6 +22,7 @@ from metaft.finetune.fit import SMALLER, Fitted, fit, flatten, unflatten
 from metaft.finetune.inner import FEWER, inner
 from metaft.finetune.numbers import number_scores
 from metaft.finetune.probe import probe
+from metaft.finetune.recipes import CHOSEN
 from metaft.finetune.scores import scores
 from metaft.finetune.setup import Planned, Setup, rows_of
 from metaft.models.architecture import is_published

@@ -55,14 +55,14 @@ def cross_validated(
     """Probabilities [n, classes] of the probe on features [n, D], each image's by one that has seen neither it nor a
     duplicate of it, which is of the same of `groups` [n]: stratified folds, `FOLDS` or as many as the smallest class
     has images."""
+    from scipy.special import softmax
+
     folds = min(FOLDS, int(np.bincount(labels[firsts(groups)], minlength=classes).min()))
     probabilities = np.zeros((len(labels), classes))
     for number in range(folds):
         train, test = grouped_fold(labels, groups, folds, number, seed)
         weight, bias = regression(features[train], labels[train], classes)
-        logits = features[test] @ weight.T + bias
-        odds = np.exp(logits - logits.max(-1, keepdims=True))
-        probabilities[test] = odds / odds.sum(-1, keepdims=True)
+        probabilities[test] = softmax(features[test] @ weight.T + bias, axis=-1)
     return probabilities
 
 

@@ -19,11 +19,14 @@ OVER = 3.0
 
 
 def warnings_of(fit: Mapping[str, Any], curve: Sequence[Mapping[str, float]], classes: int) -> list[str]:
-    """In plain words, of the figures of one fit (with "confusion" and "per_class") and the rows of its epochs."""
+    """In plain words, of the figures of one fit (with "confusion" and "per_class") and the rows of its epochs. Where
+    there are no classes, labels are numbers."""
+    if classes == 0:
+        return warnings_of_numbers(fit, curve)
     return [*_of_predictions(fit), *_of_losses(fit, curve, math.log(classes))]
 
 
-def warnings_of_numbers(fit: Mapping[str, Any], curve: Sequence[Mapping[str, float]], classes: int = 0) -> list[str]:
+def warnings_of_numbers(fit: Mapping[str, Any], curve: Sequence[Mapping[str, float]]) -> list[str]:
     """The same where labels are numbers. Losses are in units of the training labels' variance, which is what their mean
     gets."""
     said = list(_of_losses(fit, curve, 1.0))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from metaft.errors import DataError, MetaftError
 from metaft.inputs import Inputs
-from metaft.targets.draws import Rows, draw, firsts, grouped_fold, validation_part
+from metaft.targets.draws import NUMBERS, Rows, draw, firsts, grouped_fold, strata, validation_part
 from metaft.targets.duplicates import groups_of
 
 FOLDS = 3
@@ -50,10 +50,8 @@ class Target:
 
     @property
     def strata(self) -> tuple[np.ndarray, tuple[str, ...]]:
-        """(int64 [M], names): what each part is to have its share of: the classes, or of numbers all images alike."""
-        if self.class_names:
-            return self.labels.numpy(), self.class_names
-        return np.zeros(len(self.labels), np.int64), ("numbers",)
+        """int64 [M] and the names of its values, see `metaft.targets.draws.strata`."""
+        return strata(self.labels.numpy()), self.class_names or NUMBERS
 
     @property
     def folds(self) -> int:

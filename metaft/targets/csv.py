@@ -35,16 +35,11 @@ def listed(file: Path, *, numbers: bool = False) -> Listed:
     parts = [part for part in (*PARTS, "all") if any(row[3] == part for row in rows)]
     if "all" not in parts and not {"train", "test"} <= set(parts):
         raise DataError(f"data: {file} has no row of part {max({'train', 'test'} - set(parts))!r}")
-    names, values = (), {label: _number(file, line, label) for line, _, label, _ in rows} if numbers else {}
-    if numbers and len(set(values.values())) < 2:
-        raise DataError(f"data: {file} holds {len(set(values.values()))} different numbers, fewer than 2")
-    notes = []
-    if not numbers:
-        names = _classes(file, rows, parts)
-        values = {name: i for i, name in enumerate(names)}
-        if len(names) > MANY and all(map(_is_number, names)):
-            notes.append(f"its {len(names)} labels are numbers, taken for names of classes; see --loss mse")
+    names = () if numbers else _classes(file, rows, parts)
+    values = _numbers(file, rows) if numbers else {name: i for i, name in enumerate(names)}
     files = [(part, values[label], path) for of in parts for _, path, label, part in rows if part == of]
+    meant = len(names) > MANY and all(map(_is_number, names))
+    notes = [f"its {len(names)} labels are numbers, taken for names of classes; see --loss mse"] if meant else []
     return Listed(f"csv:{file}", file, names, files, notes=notes)
 
 
@@ -67,11 +62,15 @@ def _is_number(text: str) -> bool:
         return False
 
 
-def _number(file: Path, line: int, text: str) -> float:
-    """Raises DataError for what is none."""
-    if not _is_number(text):
-        raise DataError(f"data: {file}, line {line}: label {text!r} is no number, as --loss mse wants it")
-    return float(text)
+def _numbers(file: Path, rows: Sequence[tuple[int, Path, str, str]]) -> dict[str, float]:
+    """The number that each label is. Raises DataError for what is none, and where all are alike."""
+    for line, _, label, _ in rows:
+        if not _is_number(label):
+            raise DataError(f"data: {file}, line {line}: label {label!r} is no number, as --loss mse wants it")
+    values = {label: float(label) for _, _, label, _ in rows}
+    if len(different := set(values.values())) < 2:
+        raise DataError(f"data: {file} holds {len(different)} different numbers, fewer than 2")
+    return values
 
 
 def _rows(file: Path) -> Iterator[tuple[int, Path, str, str]]:

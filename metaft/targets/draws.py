@@ -14,6 +14,10 @@ from metaft.tasks.pool import skipped_words
 VALIDATION_FROM, VALIDATION_SHARE = 10, 5  # from 10 images per class, one in 5 is for validation
 
 
+NUMBERS = ("numbers",)
+"""The name of the one stratum of images whose labels are numbers."""
+
+
 class Rows(NamedTuple):
     """Which images of a target are for what; int64 rows, disjoint."""
 
@@ -21,6 +25,11 @@ class Rows(NamedTuple):
     val: np.ndarray
     """Empty where there is no validation part."""
     test: np.ndarray
+
+
+def strata(labels: np.ndarray) -> np.ndarray:
+    """int64 [n]: what each part is to have its share of: the classes, or of numbers all images alike."""
+    return labels if np.issubdtype(labels.dtype, np.integer) else np.zeros(len(labels), np.int64)
 
 
 def draw(

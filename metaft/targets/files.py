@@ -18,6 +18,7 @@ from metaft.inputs.listing import Left, check_lost, left_note, refusal, skipped_
 from metaft.inputs.pictures import Opened, depth_note, read_all
 from metaft.inputs.reading import border, is_dark_on_bright, is_grey, try_open
 from metaft.targets.base import Target
+from metaft.targets.draws import NUMBERS, strata
 from metaft.tasks.folder import inputs_for
 
 
@@ -69,16 +70,15 @@ def target_of(listed_files: Listed, given: ImageInputs | None, *, skip_bad: bool
         *more,
         *flaws_note(pictures.flaws),
     ]  # fmt: skip
+    type_of_label = np.int64 if names else np.float64
     parts_of_all = dict.fromkeys(part for part, _, _ in listed)
-    strata = names or ("numbers",)
-    skipped = collections.Counter(
-        names[int(label)] if names else strata[0] for _, label, file in listed if file in pictures.bad
-    )
+    lost = strata(np.array([label for _, label, file in listed if file in pictures.bad], type_of_label))
+    skipped = collections.Counter((names or NUMBERS)[stratum] for stratum in lost)
     listed = [listed[i] for i in pictures.good]
     files, looks = [file for _, _, file in listed], [seen[i] for i in pictures.good.tolist()]
-    labels = np.array([label for _, label, _ in listed], np.int64 if names else np.float64)
+    labels = np.array([label for _, label, _ in listed], type_of_label)
     parts = {part: np.flatnonzero([f[0] == part for f in listed]) for part in parts_of_all}
-    _check_nothing_is_gone(path, strata, labels if names else np.zeros(len(labels), np.int64), parts, skipped)
+    _check_nothing_is_gone(path, names or NUMBERS, strata(labels), parts, skipped)
     colour = [i for i, look in enumerate(looks) if not look.grey]
     if colour:
         width, height = looks[colour[0]].size
@@ -124,7 +124,7 @@ def _check_nothing_is_gone(
         if counts.min() == 0:
             name = names[int(counts.argmin())]
             where = path if part == "all" else path / part
-            what = "there is" if names == ("numbers",) else f"class {name!r} has"
+            what = "there is" if names == NUMBERS else f"class {name!r} has"
             raise DataError(f"data: {what} no picture left in {where}: {skipped[name]} cannot be read and were skipped")
 
 

@@ -27,6 +27,7 @@ import metaft
 from metaft import adapt
 from metaft.finetune import report, results, study
 from metaft.finetune.classifier import Classifier
+from metaft.finetune.words import plainly
 from metaft.runs.folder import read_rows
 from metaft.runs.machine import where_measured
 
@@ -180,7 +181,7 @@ def test_a_report_of_three_starts(done: Path) -> None:
     third = {**second, "name": "own values", "accuracy": 0.125}
     gains = [*result["gains"], {"of": "meta-learned", "over": "own values", "mean": -0.25, "ci95": 0.5, "draws": 3}]
     three = {**result, "starts": [first, second, third], "gains": gains}
-    text, sentence = report.text(three), report.plainly(three)
+    text, sentence = report.text(three), plainly(three)
     for line in (
         r"handed over start +12\.50",
         r"gain over random +[+-]",
@@ -192,7 +193,7 @@ def test_a_report_of_three_starts(done: Path) -> None:
     assert sentence.endswith(lost)
     assert "The handed over start gets" in sentence
     sure = {**three, "gains": [result["gains"][0], {**gains[1], "ci95": 0.2}]}
-    assert report.plainly(sure).endswith("± 20.0), less, and not by chance.")
+    assert plainly(sure).endswith("± 20.0), less, and not by chance.")
 
 
 def test_scratch_is_the_last_start() -> None:
