@@ -21,7 +21,7 @@ def number_scores(labels: np.ndarray, predicted: np.ndarray) -> dict[str, Any]:
     return {
         "mae": float(np.abs(error).mean()),
         "rmse": float(np.sqrt(np.square(error).mean())),
-        "r2": None if spread == 0 else 1 - float(np.square(error).sum()) / spread,
+        "r2": None if labels.min() == labels.max() else 1 - float(np.square(error).sum()) / spread,
         "predictions": [[float(y), float(p)] for y, p in zip(labels, predicted, strict=True)],
     }
 

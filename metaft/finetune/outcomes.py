@@ -53,7 +53,8 @@ def _of_classes(outputs: Tensor, y: Tensor) -> dict[str, float]:
 def _numbers(labels: Tensor, like: Tensor) -> Outcome:
     """The squared error in units of the training labels' variance, so that rates mean the same whatever is measured:
     1 is what their mean gets."""
-    mean, deviation = float(labels.mean()), float(labels.std(correction=0)) or 1.0
+    alike = bool((labels == labels[0]).all())  # of which rounding may leave a deviation
+    mean, deviation = float(labels.mean()), 1.0 if alike else float(labels.std(correction=0))
 
     def begun(head: nn.Module) -> nn.Module:
         """At the mean of the labels, and not at what many features happen to sum up to."""

@@ -51,7 +51,9 @@ def _how(r: Mapping[str, Any]) -> str:
     size = f" on images of {shape[2]}x{shape[1]}" if len(shape) == 3 else ""
     if r["method"] == "inner":
         return f"adapted by {r['inner_steps']} steps of the run's own inner loop{size}"
-    how = f"fine-tuned ({r['strategy']}){size} by {r['optimizer']} at {r['lr']:g}, {r['head']} head"
+    chosen = r["starts"][0].get("chosen")
+    lr = (chosen or r)["lr"]
+    how = f"fine-tuned ({r['strategy']}){size} by {r['optimizer']} at {lr:g}, {r['head']} head"
     if r["schedule"] != "constant":
         how += f", {r['schedule']} rate"
     if r["clip_norm"] is not None:
@@ -60,7 +62,8 @@ def _how(r: Mapping[str, Any]) -> str:
         how += f", {r['augment']} augmentation"
     if r["balance"] != "none":
         how += ", classes weighted alike"
-    return f"{how}, batches of {r['batch_size']}, {r['epochs_run']} of at most {r['epochs']} epochs"
+    most = "" if chosen else f"of at most {r['epochs']} "
+    return f"{how}, batches of {r['batch_size']}, {r['epochs_run']} {most}epochs"
 
 
 def _choice(chosen: Mapping[str, Any] | None) -> list[str]:

@@ -10,6 +10,7 @@ import torch
 
 from metaft._version import __version__
 from metaft.finetune.numbers import FIGURES, pooled_numbers
+from metaft.finetune.recipes import CHOSEN
 from metaft.finetune.scores import mean_t95, pooled
 from metaft.finetune.setup import Setup, rows_of
 from metaft.finetune.study import TABLES, Position, draws_differ, seconds
@@ -172,11 +173,12 @@ def notes(setup: Setup, rows: Rows) -> list[str]:
     said += target.notes
     if setup.folds > 1:
         said.append(
-            f"there is no test part: figures are of {setup.folds}-fold stratified cross-validation, in which each "
-            "image is tested once, by a classifier that has not seen it; the one that is kept is trained on all"
+            f"there is no test part: figures are of {setup.folds}-fold {'stratified ' if target.class_names else ''}"
+            "cross-validation, in which each image is tested once, by a classifier that has not seen it; the one that "
+            "is kept is trained on all"
         )
     said += _duplicates(target, rows)
-    if config.recipe is not None and len(rows.val) == 0:
+    if config.recipe is not None and config.recipe.trains != CHOSEN and len(rows.val) == 0:
         said.append(
             f"{'a class has' if target.class_names else 'there are'} fewer than {VALIDATION_FROM} images to train on, "
             "so none are set aside for validation: "

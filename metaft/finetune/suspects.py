@@ -66,12 +66,20 @@ def cross_validated(
     return probabilities
 
 
+def tells_apart(labels: np.ndarray, probabilities: np.ndarray) -> bool:
+    """Whether predictions are right about most images, and about more than the largest class's share of them by two
+    standard errors, which is what chance may come to."""
+    right = float((probabilities.argmax(-1) == labels).mean())
+    share = float(np.bincount(labels).max()) / len(labels)
+    return right >= 0.5 and right > share + 2 * float(np.sqrt(share * (1 - share) / len(labels)))
+
+
 def suspects_of(setup: Setup, device: str) -> list[dict[str, Any]] | None:
     """Of the images that the first draw trains and validates on (without a test part: of all), as `result.json` has
     them: "file", "label", "looks_like", "probability" and "own_probability", the surest first.
 
     None where nobody can tell: without the probe, where labels are numbers, where a class has fewer than `FEWEST`
-    images, and where the probe is wrong about most of the images.
+    images, and where the probe does not tell the classes apart.
     """
     target, rows = setup.target, rows_of(setup, 0, None if setup.folds > 1 else 0)
     some = np.concatenate([rows.train, rows.val])
@@ -89,7 +97,7 @@ def suspects_of(setup: Setup, device: str) -> list[dict[str, Any]] | None:
     backbone = with_stored_moments(backbone, parts[0]).eval()
     features = torch.cat([features_of(backbone, part) for part in parts]).cpu().double().numpy()
     probabilities = cross_validated(features, labels, classes, groups=groups, seed=setup.config.draws.seed)
-    if (probabilities.argmax(-1) == labels).mean() < 0.5:
+    if not tells_apart(labels, probabilities):
         return None
     return [
         {

@@ -33,7 +33,9 @@ def warnings_of_numbers(fit: Mapping[str, Any], curve: Sequence[Mapping[str, flo
     if len({predicted for _, predicted in fit["predictions"]}) == 1:
         said.insert(0, f"every test image is predicted to be {fit['predictions'][0][1]:.6g}")
     elif fit["r2"] is not None and fit["r2"] <= 0:
-        said.insert(0, f"R² is {fit['r2']:.2f}: the mean of the test images' labels would be as good for all of them")
+        said.insert(
+            0, f"R² is {fit['r2']:.2f}: the mean of the test images' labels would do as well for all of them, or better"
+        )
     return said
 
 

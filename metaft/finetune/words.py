@@ -26,8 +26,10 @@ def _plain_numbers(r: Mapping[str, Any]) -> str:
     """The same where labels are numbers."""
     first, *others = r["starts"]
     several = first["mean"]["draws"] > 1
-    off = f"off by {first['mae']:.4g} on average (RMSE {first['rmse']:.4g})"
-    said = [f"With {_shots(r)}, predictions for new images are {off} from {_from(first, r)}."]
+    off = f"are off by {first['mae']:.4g} on average (RMSE {first['rmse']:.4g})"
+    if several:
+        off = f"have an RMSE of {first['mean']['rmse']:.4g}"
+    said = [f"With {_shots(r)}, predictions for new images {off} from {_from(first, r)}."]
     for start, gain in zip(others, r["gains"], strict=True):
         less = gain["mean"] if several else start["rmse"] - first["rmse"]
         over = f" (mean of {gain['draws']} draws, ± {gain['ci95']:.3g})" if several else ""

@@ -90,7 +90,9 @@ class Target:
         if shots_per_class is not None and shots_per_class < 1:
             raise MetaftError(f"shots_per_class must be at least 1, got {shots_per_class}")
         if shots_per_class is not None and not self.class_names:
-            raise MetaftError(f"shots_per_class: the labels of {self.name} are numbers, of no class")
+            raise MetaftError(
+                f"shots_per_class: the labels of {self.name} are numbers, of no class (given {shots_per_class})"
+            )
         (labels, names), whole = self.strata, "all" in self.parts
         pool = self.parts["all" if whole else "train"]
         train, rest = draw(labels, pool, shots_per_class, seed, names, keep_some=whole, skipped=self.skipped)

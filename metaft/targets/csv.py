@@ -8,6 +8,8 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from metaft.errors import DataError
 from metaft.support.names import is_text, natural
 from metaft.targets.files import Listed
@@ -16,6 +18,12 @@ PARTS = ("train", "val", "test")
 
 MANY = 20
 """Classes: where there are more, and all are numbers, they may be meant as such."""
+
+LARGEST, STEP = float(np.finfo(np.float32).max), float(np.finfo(np.float32).eps)
+"""Of float32, in which heads predict: its largest number, and the step from one number to the next, relative."""
+
+RESOLVED = 1e-3
+"""Of the deviation of numbers: what the largest of them may be rounded by at most."""
 
 
 def listed(file: Path, *, numbers: bool = False) -> Listed:
@@ -57,19 +65,29 @@ def _classes(file: Path, rows: Sequence[tuple[int, Path, str, str]], parts: Sequ
 
 def _is_number(text: str) -> bool:
     try:
-        return math.isfinite(float(text))
+        return math.isfinite(float(text)) and "_" not in text
     except ValueError:
         return False
 
 
 def _numbers(file: Path, rows: Sequence[tuple[int, Path, str, str]]) -> dict[str, float]:
-    """The number that each label is. Raises DataError for what is none, and where all are alike."""
+    """The number that each label is. Raises DataError for what is none, or beyond float32, in which heads predict, and
+    where those to train on are alike, or hardly differ for their size."""
     for line, _, label, _ in rows:
         if not _is_number(label):
             raise DataError(f"data: {file}, line {line}: label {label!r} is no number, as --loss mse wants it")
+        if abs(float(label)) > LARGEST:
+            raise DataError(f"data: {file}, line {line}: label {label!r} is more than float32 holds, {LARGEST:g}")
     values = {label: float(label) for _, _, label, _ in rows}
-    if len(different := set(values.values())) < 2:
-        raise DataError(f"data: {file} holds {len(different)} different numbers, fewer than 2")
+    trained = np.array([values[label] for _, _, label, part in rows if part in ("train", "all")])
+    if len(different := set(trained.tolist())) < 2:
+        raise DataError(f"data: {file} holds {len(different)} different numbers to train on, fewer than 2")
+    largest, deviation = float(np.abs(trained).max()), float(trained.std())
+    if STEP * largest > RESOLVED * deviation:
+        raise DataError(
+            f"data: {file}: its labels differ by too little for their size in float32, {largest:g} with a deviation of "
+            f"{deviation:.3g}; take an offset away"
+        )
     return values
 
 

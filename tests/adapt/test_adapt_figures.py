@@ -233,6 +233,16 @@ def test_the_report(done: Path, copy: Path, capsys: Text) -> None:
     assert said.splitlines()[-1] == sentence
 
 
+def test_a_long_name_has_room(done: Path) -> None:
+    result = result_of(done)
+    named = [{**start, "name": f"a-start-with-a-long-name-{i}"} for i, start in enumerate(result["starts"])]
+    lines = report.text({**result, "starts": named}).splitlines()
+    for start in named:
+        mean = start["mean"]
+        rows = [line for line in lines if line.startswith(f"  {start['name']} start ")]
+        assert len(rows) == 2 and rows[1].split("start", 2)[2].split()[0] == f"{100 * mean['accuracy']:.2f}"
+
+
 def test_the_report_says_how_it_was_fine_tuned(runs: dict[str, Path], data: Path, tmp_path: Path) -> None:
     assert adapt.main(words(runs["maml"], data, tmp_path / "plain")) == 0
     plain = (tmp_path / "plain/report.txt").read_text(encoding="utf-8").splitlines()[1]

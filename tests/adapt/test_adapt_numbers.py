@@ -77,6 +77,7 @@ def test_figures_are_their_definitions_and_folds_are_as_one_part() -> None:
         {k: v for k, v in figures.items() if k != "predictions"}
     )
     assert number_scores(np.ones(3), np.zeros(3))["r2"] is None, "labels that are all alike have no spread"
+    assert number_scores(np.full(6, 0.1), np.full(6, 0.2))["r2"] is None, "though their mean is another number"
 
 
 def test_a_head_on_fixed_features_comes_to_the_least_squares_in_units_of_the_labels() -> None:
@@ -106,6 +107,15 @@ def test_the_units_of_the_labels_change_nothing_but_the_units() -> None:
         assert theirs["val_rmse"] == pytest.approx(1000 * mine["val_rmse"], rel=1e-3)
     spread = float(labels[:16].std(correction=0))
     assert fits[0].curve[0]["val_rmse"] == pytest.approx(fits[0].curve[0]["val_loss"] ** 0.5 * spread)
+
+
+def test_labels_that_are_all_alike_are_no_reason_to_fail() -> None:
+    images, _ = data()
+    recipe = Recipe(epochs=1, batch_size=24, loss="mse")
+    labels = torch.full((24,), 0.1, dtype=torch.float64)  # whose deviation is 1e-17 by rounding
+    labels[-1] = 1000.0
+    fitted = fit(body(), INPUTS, images[:6], labels[:6], 0, recipe, val_examples=images[6:], val_labels=labels[6:])
+    assert fitted.curve[0]["val_rmse"] == pytest.approx(999.9 / 18**0.5, rel=1e-2)
 
 
 def test_the_first_step_begins_at_the_mean_of_the_labels() -> None:
@@ -183,7 +193,11 @@ def test_the_command_learns_numbers_and_predict_gives_them(
     gain = result["gains"][0]
     assert gain["mean"] == pytest.approx(probe_of["mean"]["rmse"] - result["starts"][0]["mean"]["rmse"])
     assert "numbers" in shown and "MAE" in shown and "R²" in shown
-    assert "ridge regression on the same start's features, gets an RMSE of" in shown
+    means = [start["mean"]["rmse"] for start in result["starts"]]
+    assert f"predictions for new images have an RMSE of {means[0]:.4g} from" in shown
+    assert f"ridge regression on the same start's features, gets an RMSE of {means[1]:.4g}:" in shown
+    assert f"all of it trained, gets an RMSE of {means[2]:.4g}: {abs(means[2] - means[0]):.3g} " in shown
+    assert "of 3-fold cross-validation" in shown
     assert {path.name for path in (out / "plots").iterdir()} == {"scatter.png", "learning.png"}
     pictures = [str(tmp_path / f"{i}.png") for i in (0, 29)]
     assert predict.main([str(out), *pictures, "--csv", str(file)]) == 0
@@ -217,8 +231,12 @@ def test_parts_of_a_table_need_not_hold_the_same_numbers(table: Path) -> None:
         ({"label": "warm"}, "line 4: label 'warm' is no number, as --loss mse wants it"),
         ({"label": "nan"}, "line 4: label 'nan' is no number"),
         ({"label": "1e999"}, "line 4: label '1e999' is no number"),
-        ({"label": "same"}, "1 different numbers, fewer than 2"),
-        ({"shots_per_class": 2}, "shots_per_class: the labels of csv:"),
+        ({"label": "1e39"}, "line 4: label '1e39' is more than float32 holds, 3.40282e+38"),
+        ({"label": "1_0"}, "line 4: label '1_0' is no number"),
+        ({"label": "same"}, "1 different numbers to train on, fewer than 2"),
+        ({"label": "alike"}, "1 different numbers to train on, fewer than 2"),
+        ({"label": "offset"}, "differ by too little for their size in float32, 1e+09 with a deviation of 8.66; take"),
+        ({"shots_per_class": 2}, "are numbers, of no class (given 2)"),
         ({"head": "cosine"}, "head: cosine is for classes, and --loss mse for numbers"),
         ({"balance": "weights"}, "balance: weights is for classes"),
         ({"loss": "mae"}, "loss"),
@@ -234,6 +252,11 @@ def test_what_goes_with_classes_alone_is_refused(
         lines[3] = f"2.png,{label}"
         if label == "same":
             lines[1:] = [f"{i}.png,7" for i in range(30)]
+        elif label == "alike":
+            parts = ["train" if i < 20 else "test" for i in range(30)]
+            lines = ["path,label,part", *(f"{i}.png,{max(7, i - 12)},{part}" for i, part in enumerate(parts))]
+        elif label == "offset":
+            lines[1:] = [f"{i}.png,{10**9 + i}" for i in range(30)]
         table.write_text("\n".join(lines))
     target = change.pop("data", f"csv:{table}").replace("PATH", str(data))
     assert adapt.main(command(runs["maml"], target, tmp_path / "o", **change)) == 2

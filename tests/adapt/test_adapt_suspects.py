@@ -15,7 +15,7 @@ from torch import nn
 
 from metaft import adapt
 from metaft.config import AdaptConfig
-from metaft.finetune.suspects import cross_validated, suspects
+from metaft.finetune.suspects import cross_validated, suspects, tells_apart
 from metaft.targets.draws import grouped_fold
 
 
@@ -46,6 +46,19 @@ def test_a_class_below_its_own_mean_is_no_rival_though_it_is_the_most_probable()
         [[0.3, 0.4, 0.3], [0.1, 0.9, 0.0], [0.1, 0.8, 0.1], [0.0, 0.8, 0.2], [0.2, 0.2, 0.6]],
     )  # means 0.3, 0.85 and 0.4: what image 3 is most like is not confident, nor is its own class
     assert suspects(labels, probabilities) == []
+
+
+def test_who_is_right_no_more_often_than_chance_tells_nothing_apart() -> None:
+    labels = np.arange(10) % 2
+
+    def guesses(right: int) -> np.ndarray:
+        predicted = np.where(np.arange(10) < right, labels, 1 - labels)
+        return np.eye(2)[predicted]
+
+    assert not tells_apart(labels, guesses(8)), "0.5 and two standard errors are 0.82"
+    assert tells_apart(labels, guesses(9))
+    assert not tells_apart(np.array([0] * 9 + [1]), np.eye(2)[np.zeros(10, int)]), "the largest class alone"
+    assert not tells_apart(np.arange(90) % 9, np.eye(9)[np.where(np.arange(90) < 35, np.arange(90) % 9, 0)])
 
 
 @pytest.mark.parametrize("classes", [2, 3])
