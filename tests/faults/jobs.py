@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
@@ -101,7 +102,8 @@ class Job:
     def send(self, number: int) -> None:
         for rank in self.ranks:
             if rank.process.exitcode is None:
-                os.kill(rank.process.pid or 0, number)
+                with contextlib.suppress(ProcessLookupError):  # it has ended since it was asked
+                    os.kill(rank.process.pid or 0, number)
 
     def statuses(self, attempt: int = -1) -> list[Any]:
         return [rank.process.exitcode for rank in self.attempts[attempt]]
