@@ -393,11 +393,20 @@ class Recipe(Group):
         Option("adam, adamw:weight_decay=0.01 or sgd:momentum=0.9, with settings.", metavar="NAME[:KEY=VALUE,...]"),
     ] = "adam"
     schedule: Annotated[
-        str,
-        Option("How the rate changes: constant, linear or cosine, each with :warmup=SHARE.", metavar="NAME[:warmup=X]"),
-    ] = "constant"
+        str | None,
+        Option(
+            "How the rate changes: constant, linear or cosine, each with :warmup=SHARE (auto: constant; cosine where "
+            "chosen moves published weights).",
+            metavar="NAME[:warmup=X]",
+        ),
+    ] = None
     clip_norm: Annotated[
-        float | None, Option("Scale a gradient down to this norm where it is longer (auto: not).", above=0)
+        float | None,
+        Option(
+            "Scale a gradient down to this norm where it is longer (auto: not; to 1 where chosen moves published "
+            "weights).",
+            above=0,
+        ),
     ] = None
     batch_size: Annotated[
         int,
@@ -407,8 +416,8 @@ class Recipe(Group):
     strategy: Annotated[
         str | None,
         Option(
-            "What trains: full, head (on features that are computed once), last:blocks=2, lp-ft:share=0.3 (the head "
-            "first, then all), or chosen by cross-validation of the training images (auto: head of published "
+            "What trains: full, head (on features that are computed once), last:blocks=2, lp-ft:share=0.3,rise=0 (the "
+            "head first, then all), or chosen by cross-validation of the training images (auto: head of published "
             "weights, else as --freeze says).",
             metavar="NAME[:KEY=VALUE]",
         ),
@@ -430,6 +439,11 @@ class Recipe(Group):
     def rate(self) -> float:
         """The learning rate where none is given, of a start that is no library's."""
         return RATE if self.lr is None else self.lr
+
+    @property
+    def anneals(self) -> str:
+        """The schedule where none is given."""
+        return "constant" if self.schedule is None else self.schedule
 
     @property
     def passes(self) -> int:

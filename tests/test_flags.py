@@ -294,7 +294,7 @@ def test_adapt_keeps_the_same_flat_text_as_ever() -> None:
         'head = "linear"\nfreeze = "none"\naugment = "none"\nloss = "cross_entropy"\nbalance = "none"\n'
     )
     config = AdaptConfig(init="none", shots_per_class=5, device="cpu")
-    tuned = dataclasses.replace(config, epochs=1, lr=0.01)
+    tuned = dataclasses.replace(config, epochs=1, lr=0.01, schedule="constant")
     assert to_toml(tuned) == f'{shared}method = "finetune"\n{recipe}{end}'
     inner = dataclasses.replace(config, method="inner", inner_steps=2, plugin="p.py")
     assert to_toml(inner) == f'{shared}method = "inner"\ninner_steps = 2\nplugin = "p.py"\n{end}'

@@ -269,12 +269,23 @@ def test_the_head_alone_trains_in_the_first_share_of_the_steps() -> None:
         assert rates == every(groups[-1:] if step < 3 else groups)
 
 
+def test_the_backbones_rate_rises_once_the_head_has_trained() -> None:
+    strategy = named("lp-ft:share=0.25,rise=0.5")
+    *blocks, head = groups_of(nn.ModuleDict({"body": body(), "head": nn.Linear(3, 2)}))
+    for step in range(STEPS):
+        rates = strategy.rates((*blocks, head), step, STEPS)
+        assert {name: rates[name] for name in head} == every((head,))
+        below = {name: rate for name, rate in rates.items() if name not in head}
+        assert below == ({} if step < 3 else every(blocks, min(1.0, (step - 2) / 6))), step
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
         ("lastt", "strategy: no 'lastt', known are full, head, last, lp-ft, second-half; did you mean 'last'?"),
         ("last:blocks=0", "strategy: blocks must be at least 1, got 0; head trains no block"),
         ("lp-ft:share=1", "strategy: share must be above 0 and below 1, got 1.0"),
+        ("lp-ft:rise=1", "strategy: rise must be at least 0 and below 1, got 1.0"),
         ("head:blocks=1", "strategy: head has no 'blocks' (given 'head:blocks=1'); it has none"),
     ],
 )

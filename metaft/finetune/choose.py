@@ -17,14 +17,21 @@ from metaft.finetune.features import evaluating, features_of, takes_alone
 from metaft.finetune.fit import fit
 from metaft.finetune.recipes import epochs_of
 from metaft.inputs import Inputs
-from metaft.settings import RATE, RATE_OF_HEAD, RATE_OF_PUBLISHED, Recipe
+from metaft.settings import RATE, RATE_OF_HEAD, Recipe
 from metaft.targets.draws import firsts, grouped_fold, strata
 
 FOLDS = 5
 """And images per class from which there is a choice; with fewer the head alone trains."""
 
-MOVING_EPOCHS = 12
-"""Of candidates that move published weights: each epoch is a pass forth and back through all of them."""
+SETTLED = ("strategy", "lr", "epochs", "schedule", "clip_norm")
+"""Fields of a recipe that a choice decides."""
+
+MOVING = Recipe(strategy="lp-ft:rise=0.2", epochs=12, schedule="cosine", clip_norm=1.0)
+"""How candidates move published weights, as far as nothing else was asked for; each epoch is a pass forth and back
+through all of them. Tried on 20 images of each of CIFAR-10's classes, see benchmarks/README.md: without a rise or with
+longer gradients the first steps of the backbone undo the start, at a rate that stays up to the end the last ones do."""
+
+RATES_OF_MOVING = (3e-4, 1e-3)
 
 
 class Choice(NamedTuple):
@@ -43,8 +50,15 @@ def candidates_of(recipe: Recipe, *, published: bool, images: int) -> list[Recip
     head = [dataclasses.replace(alone, lr=lr, epochs=epochs_of(alone, images)) for lr in (RATE, RATE_OF_HEAD)]
     if not published:
         return [*head, dataclasses.replace(recipe, strategy="full", freeze="none", lr=RATE)]
-    moving = dataclasses.replace(recipe, strategy="lp-ft", freeze="none", epochs=min(MOVING_EPOCHS, recipe.passes))
-    return [*head, *(dataclasses.replace(moving, lr=lr) for lr in (RATE_OF_PUBLISHED, 3 * RATE_OF_PUBLISHED))]
+    moving = dataclasses.replace(
+        recipe,
+        strategy=MOVING.strategy,
+        freeze="none",
+        epochs=min(MOVING.passes, recipe.passes),
+        schedule=recipe.schedule or MOVING.schedule,
+        clip_norm=recipe.clip_norm or MOVING.clip_norm,
+    )
+    return [*head, *(dataclasses.replace(moving, lr=lr) for lr in RATES_OF_MOVING)]
 
 
 def choose(
@@ -60,9 +74,10 @@ def choose(
     should_stop: Callable[[], None] = lambda: None,
     on_candidate: Callable[[Mapping[str, Any]], None] = lambda row: None,
 ) -> Choice:
-    """The candidate that is most often right in a stratified 5-fold cross-validation of these examples, with the number
-    of epochs at which its validation loss is lowest; the first of those that are alike. Where `labels` are numbers
-    (`classes` 0) that of the lowest loss. `on_candidate` is told of each row of the table.
+    """The candidate that is most often right in a stratified 5-fold cross-validation of these examples; the first of
+    those that are alike. At a constant rate it is judged after, and gets, the number of epochs at which its validation
+    loss is lowest, at any other after all. Where `labels` are numbers (`classes` 0) it is that of the lowest loss.
+    `on_candidate` is told of each row of the table.
 
     Examples of one of `groups`, int64 [n], are duplicates and stay in one fold. A candidate whose loss is not finite is
     none. With fewer than `FOLDS` images of a class, duplicates aside, it is the first candidate as it is. A pure
@@ -106,10 +121,10 @@ def _worth(row: Mapping[str, Any]) -> float:
 
 
 def _figures(candidate: Recipe, curves: list[list[list[float]]], images: int) -> dict[str, Any]:
-    """A row of the table, at the epoch of the lowest loss over all folds; there is none where one was not finite."""
+    """A row of the table, of all folds; there are no figures where one's loss was not finite."""
     row: dict[str, Any] = {"strategy": candidate.trains, "lr": candidate.rate}
     if len(curves) < FOLDS:
         return {**row, "epochs": candidate.passes, "loss": None}
     total = np.sum(curves, axis=0) / images  # [epochs, loss and perhaps accuracy]
-    epoch = int(total[:, 0].argmin())
+    epoch = int(total[:, 0].argmin()) if candidate.anneals == "constant" else len(total) - 1
     return {**row, "epochs": epoch + 1, **dict(zip(("loss", "accuracy"), total[epoch].tolist(), strict=False))}

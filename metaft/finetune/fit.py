@@ -85,7 +85,7 @@ def fit(
     the last step, which no loss has seen, shows in the result alone.
     """
     strategy = strategies.named(recipe.trains) if strategy is None else strategy
-    schedule = schedules.make(recipe.schedule)
+    schedule = schedules.make(recipe.anneals)
     like = like_of(body)
     train, labels = Prepared(examples, inputs, like), labels.to(like.device)
     outcome = outcome_of(recipe, labels, classes, like)

@@ -28,6 +28,8 @@ def settled(recipe: Recipe, start: Start) -> Recipe:
     if is_librarys and recipe.strategy is None and recipe.freeze == "none":
         recipe = dataclasses.replace(recipe, strategy="head")
     _check(recipe)
+    if recipe.trains != CHOSEN:
+        recipe = dataclasses.replace(recipe, schedule=recipe.anneals)
     if recipe.lr is not None:
         return recipe
     if recipe.trains == "head":
@@ -66,7 +68,7 @@ def _check(recipe: Recipe) -> None:
     if recipe.trains != CHOSEN:
         _make("strategy", recipe.trains, strategies.named)
     _make("optimizer", recipe.optimizer, optim.named)
-    _make("schedule", recipe.schedule, schedules.make)
+    _make("schedule", recipe.anneals, schedules.make)
 
 
 def _make(field: str, text: str, make: Callable[[str], object]) -> None:

@@ -52,12 +52,12 @@ def _how(r: Mapping[str, Any]) -> str:
     if r["method"] == "inner":
         return f"adapted by {r['inner_steps']} steps of the run's own inner loop{size}"
     chosen = r["starts"][0].get("chosen")
-    lr = (chosen or r)["lr"]
-    how = f"fine-tuned ({r['strategy']}){size} by {r['optimizer']} at {lr:g}, {r['head']} head"
-    if r["schedule"] != "constant":
-        how += f", {r['schedule']} rate"
-    if r["clip_norm"] is not None:
-        how += f", gradients clipped to {r['clip_norm']:g}"
+    settled = {**r, **(chosen or {})}
+    how = f"fine-tuned ({r['strategy']}){size} by {r['optimizer']} at {settled['lr']:g}, {r['head']} head"
+    if settled["schedule"] not in (None, "constant"):
+        how += f", {settled['schedule']} rate"
+    if settled["clip_norm"] is not None:
+        how += f", gradients clipped to {settled['clip_norm']:g}"
     if r["augment"] != "none":
         how += f", {r['augment']} augmentation"
     if r["balance"] != "none":

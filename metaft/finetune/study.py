@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from metaft.errors import CheckpointError, NonFiniteError
-from metaft.finetune.choose import candidates_of, choose
+from metaft.finetune.choose import SETTLED, candidates_of, choose
 from metaft.finetune.classifier import Classifier, save
 from metaft.finetune.contenders import Contender
 from metaft.finetune.examples import Part, Prepared
@@ -209,9 +209,9 @@ def _decided(
             len(target.class_names), candidates_of(recipe, published=is_published(name), images=len(train)),
             groups=target.groups[rows.train], seed=seed, should_stop=should_stop, on_candidate=on_candidate,
         )  # fmt: skip
-        made = {"table": choice.table, **{k: getattr(choice.recipe, k) for k in ("strategy", "lr", "epochs")}}
+        made = {"table": choice.table, **{k: getattr(choice.recipe, k) for k in SETTLED}}
         journal.choice(len(journal.position.fits), made)
-    picked = dataclasses.replace(recipe, **{k: made[k] for k in ("strategy", "lr", "epochs")})
+    picked = dataclasses.replace(recipe, **{k: made[k] for k in SETTLED if k in made})
     return contender._replace(recipe=picked)
 
 

@@ -112,6 +112,56 @@ def test_a_candidate_whose_loss_is_not_finite_is_none(monkeypatch: pytest.Monkey
     assert report.candidate(made.table[0]) == "full at 0.003 diverged"
 
 
+def test_published_weights_move_as_was_asked_for_or_by_a_recipe_of_their_own() -> None:
+    def moving(**given: Any) -> list[tuple[Any, ...]]:
+        recipe = Recipe(batch_size=8, **given)
+        _, _, *rest = candidates_of(recipe, published=True, images=30)
+        return [(r.trains, r.rate, r.passes, r.anneals, r.clip_norm, r.batch_size) for r in rest]
+
+    assert moving() == [("lp-ft:rise=0.2", lr, 12, "cosine", 1.0, 8) for lr in (3e-4, 1e-3)]
+    asked = moving(epochs=5, schedule="linear", clip_norm=2.0)
+    assert asked == [("lp-ft:rise=0.2", lr, 5, "linear", 2.0, 8) for lr in (3e-4, 1e-3)]
+    heads = candidates_of(Recipe(), published=True, images=30)[:2]
+    assert [(r.trains, r.anneals, r.clip_norm) for r in heads] == [("head", "constant", None)] * 2
+
+
+@pytest.mark.parametrize(("schedule", "epochs"), [("constant", 2), ("linear", 3), ("constant:warmup=0.1", 3)])
+def test_a_rate_that_changes_runs_its_course_and_is_judged_at_its_end(
+    schedule: str, epochs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    curve = [{"epoch": i + 1.0, "loss": 1.0, "val_loss": v, "val_accuracy": v} for i, v in enumerate([0.5, 0.2, 0.4])]
+    monkeypatch.setattr(choosing, "fit", lambda *args, **more: Fitted(body(), nn.Linear(8, 3), curve))
+    images, labels = data()
+    candidate = dataclasses.replace(RECIPE, strategy="full", schedule=schedule)
+    made = choose(body(), INPUTS, Part(images, torch.arange(30)), labels, 3, [candidate], groups=ALONE, seed=1)
+    assert made.table[0]["loss"] == pytest.approx(curve[epochs - 1]["val_loss"])
+    assert made.recipe == dataclasses.replace(candidate, epochs=epochs)
+
+
+def test_the_report_says_the_schedule_that_was_chosen(
+    runs: dict[str, Path], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def only_moving(recipe: Recipe, **of: Any) -> list[Recipe]:
+        return candidates_of(recipe, **{**of, "published": True})[-1:]
+
+    seen = []
+
+    def look(*args: Any, **more: Any) -> Fitted:
+        seen.append(args[5])
+        return fit(*args, **more)
+
+    monkeypatch.setattr(study, "candidates_of", only_moving)
+    monkeypatch.setattr(study, "fit", look)
+    assert adapt.main(words(runs["maml"], data, tmp_path / "o", strategy="chosen", epochs=3)) == 0
+    made = result_of(tmp_path / "o")["starts"][0]["chosen"]
+    assert (made["schedule"], made["clip_norm"], made["epochs"]) == ("cosine", 1.0, 3)
+    first, random = seen
+    assert (first.trains, first.rate, first.schedule, first.clip_norm) == ("lp-ft:rise=0.2", 1e-3, "cosine", 1.0)
+    assert (random.trains, random.anneals, random.clip_norm) == ("full", "constant", None)
+    said = (tmp_path / "o/report.txt").read_text().splitlines()[1]
+    assert ", linear head, cosine rate, gradients clipped to 1, batches" in said
+
+
 def test_with_fewer_than_five_images_of_a_class_the_head_alone_trains() -> None:
     images, labels = data()
     made = choose(

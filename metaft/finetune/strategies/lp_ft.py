@@ -10,13 +10,19 @@ from metaft.errors import MetaftError
 from metaft.finetune.strategies.base import Groups, Strategy, every
 
 
-def rates(share: float, groups: Groups, step: int, steps: int) -> Mapping[str, float]:
+def rates(share: float, rise: float, groups: Groups, step: int, steps: int) -> Mapping[str, float]:
     alone = min(max(1, round(share * steps)), max(1, steps - 1))  # both phases, however few the steps are
-    return every(groups[-1:] if step < alone else groups)
+    if step < alone:
+        return every(groups[-1:])
+    return {**every(groups[:-1], min(1.0, (step - alone + 1) / max(1.0, rise * steps))), **every(groups[-1:])}
 
 
-def lp_ft(*, share: float = 0.3) -> Strategy:
-    """The head alone trains in this share of the steps, everything in the rest."""
+def lp_ft(*, share: float = 0.3, rise: float = 0.0) -> Strategy:
+    """The head alone trains in `share` of the steps, everything in the rest. In the first of these, `rise` of all
+    steps, the rate of the backbone rises in even parts: Adam knows nothing of its gradients yet, and its first steps
+    are as long as the rate whatever they are."""
     if not 0 < share < 1:
         raise MetaftError(f"strategy: share must be above 0 and below 1, got {share}")
-    return Strategy(partial(rates, share))
+    if not 0 <= rise < 1:
+        raise MetaftError(f"strategy: rise must be at least 0 and below 1, got {rise}")
+    return Strategy(partial(rates, share, rise))
