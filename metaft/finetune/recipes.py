@@ -62,13 +62,18 @@ def _check(recipe: Recipe) -> None:
     classes alone where labels are numbers."""
     if recipe.freeze == "backbone" and recipe.trains != "head":
         raise MetaftError(f"freeze: backbone is --strategy head, and --strategy {recipe.trains} is given")
-    for field, needed in (("head", "linear"), ("balance", "none")):
-        if recipe.loss == "mse" and (value := getattr(recipe, field)) != needed:
-            raise MetaftError(f"{field}: {value} is for classes, and --loss mse for numbers")
+    check_numbers(recipe)
     if recipe.trains != CHOSEN:
         _make("strategy", recipe.trains, strategies.named)
     _make("optimizer", recipe.optimizer, optim.named)
     _make("schedule", recipe.anneals, schedules.make)
+
+
+def check_numbers(recipe: Recipe) -> None:
+    """Raises MetaftError for what goes with classes alone where labels are numbers."""
+    for field, needed in (("head", "linear"), ("balance", "none")):
+        if recipe.loss == "mse" and (value := getattr(recipe, field)) != needed:
+            raise MetaftError(f"{field}: {value} is for classes, and --loss mse for numbers")
 
 
 def _make(field: str, text: str, make: Callable[[str], object]) -> None:

@@ -11,14 +11,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from metaft import plugin
+from metaft import plugin, targets
 from metaft._version import __version__
 from metaft.config import AdaptConfig, Init, of_other_method
 from metaft.defaults import check_steps, device_of
 from metaft.errors import DataError, MetaftError, no_such
 from metaft.finetune.contenders import Contender, Images, chosen, contenders_of, newest, opened, other
 from metaft.finetune.inner import check_inner
-from metaft.finetune.recipes import CHOSEN, lasting, settled
+from metaft.finetune.recipes import CHOSEN, check_numbers, lasting, settled
 from metaft.options import flat, options
 from metaft.runs.checkpoint import digest
 from metaft.runs.machine import machine
@@ -97,7 +97,11 @@ def prepared(
     _check_values(config, module, values)
     init, compare = config.start.init, config.start.compare  # as typed, which is how an error is to name them
     config = _with_data(names.in_full(config), (begun or {}).get("classes", ()))
-    images = Images(config.target, numbers=config.recipe is not None and config.recipe.loss == "mse")
+    numbers = config.recipe is not None and config.recipe.loss == "mse"
+    if config.recipe is not None and numbers:  # before a start is looked for, which would be said first
+        check_numbers(config.recipe)
+        targets.check_numbers(config.target.data)
+    images = Images(config.target, numbers=numbers)
     if init is None:
         init = newest(images) if config.method == "inner" else chosen(images)
     settings = config.start

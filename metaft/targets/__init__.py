@@ -19,7 +19,7 @@ from metaft.targets.glyphs import script_of
 from metaft.targets.torchvision import listed as _of_torchvision
 from metaft.tasks.folder import inputs_for
 
-__all__ = ["KINDS", "Rows", "Target", "load", "shape_of"]
+__all__ = ["KINDS", "Rows", "Target", "check_numbers", "load", "shape_of"]
 
 
 class Kind(NamedTuple):
@@ -78,12 +78,19 @@ def load(
         return target_of(_listed(kind, rest, data, data_root, numbers=numbers), inputs, skip_bad=skip_bad)
 
 
-def _listed(kind: Kind, rest: str, data: str, data_root: str | None, *, numbers: bool) -> Listed:
-    """The files of a target that is pictures. Raises MetaftError for numbers where there are classes."""
-    if numbers and kind.numbers is None:
+def check_numbers(data: str) -> None:
+    """Raises MetaftError where labels can be no numbers."""
+    kind, _ = _named_by(data)
+    if kind.numbers is None:
         able = " or ".join(f"{name}:{of.place}" for name, of in KINDS.items() if of.numbers is not None)
         raise MetaftError(f"loss: mse is for labels that are numbers, as {able} may have; {data} has classes")
-    if numbers and kind.numbers is not None:
+
+
+def _listed(kind: Kind, rest: str, data: str, data_root: str | None, *, numbers: bool) -> Listed:
+    """The files of a target that is pictures. Raises MetaftError for numbers where there are classes."""
+    if numbers:
+        check_numbers(data)
+        assert kind.numbers is not None
         return kind.numbers(rest)
     assert kind.listed is not None
     return kind.listed(rest, data_root)

@@ -225,6 +225,15 @@ def test_parts_of_a_table_need_not_hold_the_same_numbers(table: Path) -> None:
     assert len(rows.train) == 16 and len(rows.val) == 4
 
 
+@pytest.mark.parametrize(("more", "error"), [([], "loss: mse is for labels"), (["--head", "cosine"], "head: cosine")])
+def test_that_it_is_for_numbers_is_said_before_a_start_is_looked_for(
+    more: list[str], error: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Text
+) -> None:
+    monkeypatch.chdir(tmp_path)  # where there is no run
+    assert adapt.main(["--data", "glyphs:Hebrew", "--loss", "mse", *more]) == 2
+    assert error in one_line(capsys)
+
+
 @pytest.mark.parametrize(
     ("change", "error"),
     [
