@@ -39,6 +39,7 @@ RESUMABLE = (
     "task_chunk",
     "inner_checkpoint",
     "checkpoint_every",
+    "eval_modes",
     "test_episodes",
     "data_root",
     "plugin",

@@ -261,6 +261,13 @@ class MetaTestSettings(Group):
     eval_episodes: Annotated[int, Option("Validation episodes; the best checkpoint is chosen on them.", at_least=1)] = (
         200
     )
+    eval_modes: Annotated[
+        Literal["training", "both"],
+        Option(
+            "What validation measures: the last inner step in the training's normalisation, by which the checkpoint is "
+            "chosen, or every step in both."
+        ),
+    ] = "training"
     eval_seed: Annotated[int, Option("Seed of validation and test episodes; independent of --seed.", at_least=0)] = 1234
     test_ways: Annotated[int | None, Option("Classes per task (auto: --ways).", at_least=1)] = None
     test_shots: Annotated[int | None, Option("Support images per class (auto: --shots).", at_least=1)] = None

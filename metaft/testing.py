@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -19,18 +19,34 @@ from metaft.support.modes import in_usual_modes_but_type, ordinary
 from metaft.types import NORMS, Episode, Fast, Norm, Params, Source, Split
 
 
-def task_scores(algorithm: Algorithm, meta: Params, state: Params, task: Episode, *, ways: int, steps: int) -> Tensor:
-    """[2, steps + 1]: accuracy (or MSE) on one task's queries, transductive and inductive, after each inner step.
+def task_scores(
+    algorithm: Algorithm,
+    meta: Params,
+    state: Params,
+    task: Episode,
+    *,
+    ways: int,
+    steps: int,
+    norms: Sequence[Norm] = NORMS,
+    each_step: bool = True,
+) -> Tensor:
+    """[modes, steps + 1]: accuracy (or MSE) on one task's queries in each of these normalisation modes, after each
+    inner step, or [modes, 1] after the last one alone.
 
     Members without inner steps give one column.
     """
-    trajectory = algorithm.adapt(
-        meta, state, task.support_x, task.support_y, task.key, ways=ways, steps=steps, trajectory=True
-    )
-    rows = [
-        torch.stack([figure(algorithm.loss, p, task.query_y) for p in predictions(algorithm, trajectory, task, norm)])
-        for norm in NORMS
-    ]
+    stacked = each_step or algorithm.predict_steps is not None
+    fast = algorithm.adapt(
+        meta, state, task.support_x, task.support_y, task.key,
+        ways=ways, steps=steps, trajectory=stacked, moments="inductive" in norms,
+    )  # fmt: skip
+    rows = []
+    for norm in norms:
+        if stacked:
+            found = list(predictions(algorithm, fast, task, norm))[0 if each_step else -1 :]
+        else:
+            found = [algorithm.predict(fast, task.query_x, norm)]
+        rows.append(torch.stack([figure(algorithm.loss, prediction, task.query_y) for prediction in found]))
     return torch.stack(rows).detach()
 
 
@@ -43,9 +59,12 @@ def predictions(algorithm: Algorithm, trajectory: Fast, task: Episode, norm: Nor
 
 
 @functools.lru_cache(maxsize=16)
-def _scores_of(algorithm: Algorithm, ways: int, steps: int) -> Callable[[tuple[Params, Params], Episode], Tensor]:
+def _scores_of(
+    algorithm: Algorithm, ways: int, steps: int, norms: tuple[Norm, ...], each_step: bool
+) -> Callable[[tuple[Params, Params], Episode], Tensor]:
     """`task_scores` as engines want it: one object for all calls."""
-    return lambda shared, task: task_scores(algorithm, *shared, task, ways=ways, steps=steps)
+    how: Any = {"ways": ways, "steps": steps, "norms": norms, "each_step": each_step}
+    return lambda shared, task: task_scores(algorithm, *shared, task, **how)
 
 
 @in_usual_modes_but_type
@@ -60,20 +79,24 @@ def score_episodes(
     seed: int,
     episodes: int,
     steps: int,
+    norms: Sequence[Norm] = NORMS,
+    each_step: bool = True,
     at_once: int = 32,
     ranks: Ranks = ALONE,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Tensor:
-    """float64 [episodes, 2, steps + 1]: `task_scores` of episodes 0 .. episodes-1 of a split, shared out among ranks.
+    """float64 [episodes, modes, steps + 1], or [episodes, modes, 1] without `each_step`: `task_scores` of episodes 0 ..
+    episodes-1 of a split, shared out among ranks.
 
     Only scores are kept from one chunk of `at_once` episodes to the next, so memory does not grow with their number.
     `progress` is called after each chunk; it may raise to stop.
     """
     check_ways("ways", source.ways, algorithm.loss)
+    scores_of = _scores_of(algorithm, source.ways, steps, tuple(norms), each_step)
 
     def score(indices: range) -> Tensor:
         tasks = ordinary(source.episodes(seed, split, indices))
-        scores = engine.map(_scores_of(algorithm, source.ways, steps), (meta, state), tasks)
+        scores = engine.map(scores_of, (meta, state), tasks)
         return torch.stack(list(scores)).double().cpu()
 
     return _in_chunks(score, episodes, at_once, ranks, progress)
@@ -96,8 +119,8 @@ def _in_chunks(
     return torch.cat(rows)
 
 
-def summarise(scores: Tensor, figure_name: str) -> dict[str, dict[str, Any]]:
-    """Per mode: the figure after the last step, its 95 % half-width, n, and both for every step."""
+def summarise(scores: Tensor, figure_name: str, norms: Sequence[Norm] = NORMS) -> dict[str, dict[str, Any]]:
+    """Per mode: the figure after the last step, its 95 % half-width, n, and both for every step that there is."""
     mean, ci95 = mean_ci95(scores)
     return {
         norm: {
@@ -107,7 +130,7 @@ def summarise(scores: Tensor, figure_name: str) -> dict[str, dict[str, Any]]:
             f"{figure_name}_per_step": mean[i].tolist(),
             "ci95_per_step": ci95[i].tolist(),
         }
-        for i, norm in enumerate(NORMS)
+        for i, norm in enumerate(norms)
     }
 
 

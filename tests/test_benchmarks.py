@@ -23,7 +23,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks import ranked, scaling, throughput, throughput_report
+from benchmarks import evaluation, ranked, scaling, throughput, throughput_report
 from benchmarks.peers import child, metaft_end_to_end, meters, plain_loop, process
 from benchmarks.peers.process import SystemFailure
 from benchmarks.peers.workloads import (
@@ -382,7 +382,7 @@ def test_a_parameter_without_gradient_is_an_error() -> None:
     module = plain_module(workload, params)
     assert isinstance(module.head, nn.Linear)
     with pytest.raises(RuntimeError, match=r"no gradient for head\.bias"):
-        child.whole({name: p for name, p in params.items() if name != "head.bias"}, workload)
+        child.whole({name: p for name, p in params.items() if name != "head.bias"}, workload, Options())
 
 
 def test_scaling_writes_every_axis_with_its_floor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -449,3 +449,21 @@ def test_counted_work_is_that_of_the_convolutions() -> None:
 def test_bad_options_of_scaling(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert scaling.main(argv) == 2
     assert message in capsys.readouterr().err
+
+
+def test_evaluation_times_what_agrees(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "evaluation.json"
+    argv = ["--workload", "tiny", "--seconds", "0.02", "--rounds", "1", "--threads", "1", "--site", str(tmp_path)]
+    assert evaluation.main([*argv, "--out", str(out)]) == 0
+    [row] = json.loads(out.read_text())["rows"]
+    assert row["systems"].keys() == evaluation.SYSTEMS.keys()
+    said = capsys.readouterr().out
+    for name in ("metaft one", "metaft both", "metaft each", "plain"):
+        assert row["systems"][name]["n"] >= 1 and f"| tiny | {name} |" in said
+    found = {"plain": np.array([0.5, 1.0]), "metaft each": np.array([[[0.1, 0.5]], [[0.1, 0.8]]])}
+    with pytest.raises(throughput.Disagreement, match="metaft each differ in float64 from the plain loop's in 1 of 2"):
+        evaluation.check(WORKLOADS["tiny"], found)
+    assert evaluation.main([*argv, "--rounds", "0"]) == 2
+    assert "rounds must be above 0, got 0" in capsys.readouterr().err

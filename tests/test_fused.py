@@ -14,6 +14,7 @@ from torch import Tensor
 from metaft import models
 from metaft.models import fused
 from metaft.models.functional import plain_operations
+from metaft.models.precision import in_bf16
 from metaft.types import Params
 
 FORMS = [
@@ -257,3 +258,68 @@ def test_which_way_the_models_loss_goes(monkeypatch: pytest.MonkeyPatch) -> None
         with plain_operations():
             model.loss(model.params, data.support_x, data.support_y, "cross_entropy")
         assert calls == expected
+
+
+@pytest.mark.parametrize("cached", [1, 300, 1 << 20])
+@pytest.mark.parametrize("form", FORMS)
+def test_features_without_derivatives_are_the_layers_own(
+    form: Any, cached: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In parts of one image, of several with a rest, and all at once; by own and by given moments."""
+    monkeypatch.setattr(fused, "_CACHED", cached)
+    case, n = Case(form), LAYERS
+    weights, scales, shifts = case.params[:n], case.params[n : 2 * n], case.params[2 * n : 3 * n]
+    given = tuple((torch.full((WIDTH,), 0.3 + i).double(), torch.full((WIDTH,), 2.0 + i).double()) for i in range(n))
+    for moments in (None, given):
+        x, expected = case.x, []
+        for i, (w, gamma, beta) in enumerate(zip(weights, scales, shifts, strict=True)):
+            z = F.conv2d(x, w, None, case.fixed["stride"], 1)
+            mean, var = (z.mean((0, 2, 3)), z.var((0, 2, 3), unbiased=False)) if moments is None else moments[i]
+            expected += [mean, var]
+            u = F.batch_norm(z, mean, var, gamma, beta, False, 0.0, case.fixed["eps"]).relu()
+            x = F.max_pool2d(u, 2) if case.fixed["pool"] else u
+        found, used = fused.conv4_features(case.x, weights, scales, shifts, given=moments, **case.fixed)
+        assert_close([found], [x.mean((2, 3)) if case.fixed["average"] else x.flatten(1)])
+        assert_close([of for pair in used for of in pair], expected)
+
+
+def test_moments_in_parts_have_a_float32s_digits() -> None:
+    """75 images of 84x84 in the parts that such images come in, far from 0."""
+    g = torch.Generator().manual_seed(0)
+    x, w = torch.randn(75, 1, 84, 84, generator=g) + 5, torch.rand(8, 1, 3, 3, generator=g)
+    _, mean, var = fused._peaks_and_moments(x, w, torch.ones(8), 1, True, None)
+    z = F.conv2d(x.double(), w.double(), None, 1, 1)
+    assert float((mean - z.mean((0, 2, 3))).abs().max() / z.mean().abs()) < 3e-7
+    assert float((var / z.var((0, 2, 3), unbiased=False) - 1).abs().max()) < 2e-6
+
+
+@pytest.mark.parametrize("name", ["conv4", "conv4-pool"])
+def test_predictions_without_derivatives_take_the_quick_way_and_are_the_same(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, calls = scenarios.model(name), []
+    data = scenarios.one(scenarios.episodes(tasks=1), 0)
+    real = models.Conv4.inferred
+
+    def seen(self: Any, *args: Any) -> Any:
+        calls.append("quick")
+        return real(self, *args)
+
+    def all_of() -> list[Tensor]:
+        moments = model.measure(model.params, data.support_x)
+        x = data.query_x
+        found = [of(model.params, x, given) for of in (model.apply, model.features) for given in (None, moments)]
+        return [*found, *(of for pair in moments for of in pair)]
+
+    monkeypatch.setattr(models.Conv4, "inferred", seen)
+    with torch.no_grad():
+        quick = all_of()
+        assert calls == ["quick"] * 5
+        with plain_operations():
+            assert_close(quick, all_of())
+    assert_close(quick, [of.detach() for of in all_of()])
+    with torch.no_grad():
+        torch.func.vmap(lambda x: model.apply(model.params, x, None))(data.query_x.unsqueeze(0))
+        short = in_bf16(scenarios.model(name, dtype=torch.float32))
+        short.apply(short.params, data.query_x.float(), None)
+    assert len(calls) == 5, "not with derivatives, under vmap, in bf16 or for a compiler"

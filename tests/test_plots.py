@@ -147,6 +147,11 @@ class TestCurves:
         val = [{"step": 1, "transductive": same, "inductive": same}]
         assert labels(curves_figure([], val, "mse").axes[1])[0] == "both modes (they agree)"
 
+    def test_a_mode_that_some_validations_lack_is_no_line(self) -> None:
+        both = {norm: {"mse": 1.0 + i, "ci95": 0.1} for i, norm in enumerate(("transductive", "inductive"))}
+        val = [{"step": 1, **both}, {"step": 2, "transductive": both["transductive"]}]
+        assert labels(curves_figure([], val, "mse").axes[1])[0] == "transductive"
+
     def test_accuracy_is_in_percent_and_ends_at_100(self) -> None:
         axes = curves_figure(train_rows(5), val_rows([0.999]), "accuracy").axes[1]
         assert axes.yaxis.get_major_formatter()(0.5) == "50%"

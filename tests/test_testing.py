@@ -6,6 +6,7 @@ import dataclasses
 import math
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from metaft import algorithms, engines, models
 from metaft.config import EvaluateConfig, MetaTrainConfig
 from metaft.metrics import better, figure, mean_ci95, nearest_neighbour
 from metaft.testing import meta_test, score_episodes, summarise, task_scores
-from metaft.types import Fast, Norm
+from metaft.types import NORMS, Fast, Norm
 
 
 def test_interval_is_the_papers_formula() -> None:
@@ -147,3 +148,39 @@ def test_evaluation_keeps_no_graph() -> None:
         scores = score_episodes(engine, looked, meta, state, source, split="test", seed=0, episodes=2, steps=2)
     assert not scores.requires_grad
     assert seen == [False] * (2 * 2 * 3), "episodes, modes, steps"
+
+
+@pytest.mark.usefixtures("float64_runs")
+@pytest.mark.parametrize("name", ["maml", "anil", "maml++", "protonet", "baseline"])
+def test_one_mode_after_the_last_step_is_that_of_the_whole(name: str) -> None:
+    source = scenarios.noise_pool().source(ways=3, shots=1, query_shots=4)
+    algorithm = algorithms.build(name, scenarios.model(ways=3), {})
+    meta, state = algorithm.init(0)
+    how: Any = {"split": "val", "seed": 3, "episodes": 6, "steps": algorithm.inner_steps}
+    with engines.engine("threads") as engine:
+        whole = score_episodes(engine, algorithm, meta, state, source, **how)
+        for norms in (NORMS, NORMS[:1], NORMS[1:]):
+            last = score_episodes(engine, algorithm, meta, state, source, norms=norms, each_step=False, **how)
+            rows = [NORMS.index(norm) for norm in norms]
+            assert torch.equal(last, whole[:, rows, -1:])
+            assert summarise(last, "accuracy", norms).keys() == set(norms)
+
+
+def test_a_test_takes_no_step_that_could_be_differentiated() -> None:
+    source = scenarios.noise_pool().source(ways=3, shots=1, query_shots=2)
+    model = scenarios.model("conv4", ways=3, dtype=torch.float32)
+    curved: list[bool] = []
+
+    def look(*args: Any, curvature: bool = False) -> tuple[Tensor, Tensor]:
+        curved.append(curvature)
+        return model.loss(*args, curvature=curvature)
+
+    algorithm = algorithms.maml(dataclasses.replace(model, loss=look), inner_lr=0.1, inner_steps=2)
+    meta, state = algorithm.init(0)
+    task = scenarios.one(source.episodes(0, "test", [0]))
+    how: Any = {"ways": 3, "steps": 2}
+    algorithm.adapt(meta, state, task.support_x, task.support_y, task.key, **how)
+    assert curved == [True, True], "in training"
+    with torch.no_grad():
+        algorithm.adapt(meta, state, task.support_x, task.support_y, task.key, **how)
+    assert curved[2:] == [False, False]

@@ -8,7 +8,7 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from metaft.runs.assemble import assemble
 from metaft.runs.folder import RunFolder, read_rows
 from metaft.runs.snapshot import Position, Snapshot, load_snapshot, save_snapshot
 from metaft.tasks.pool import ClassEpisodes
+from metaft.types import NORMS, Norm
 
 
 @pytest.fixture(autouse=True)
@@ -153,14 +154,21 @@ def test_a_row_is_the_mean_over_its_window(tmp_path: Path):
 
 
 def test_validations_come_on_time_and_at_the_protocol(tmp_path: Path):
-    run(sinusoid(tmp_path / "r"))
-    found = rows(tmp_path / "r", "val")
-    assert [r["step"] for r in found] == [3, 6, 7]
-    for row in found:
+    found = {}
+    for modes in ("training", "both"):
+        run(sinusoid(tmp_path / modes, eval_modes=modes, batch_norm="inductive"))
+        found[modes] = rows(tmp_path / modes, "val")
+        assert [r["step"] for r in found[modes]] == [3, 6, 7]
+    for deciding, both in zip(*found.values(), strict=True):
+        assert "transductive" not in deciding
         for mode in ("transductive", "inductive"):
-            assert row[mode]["episodes"] == 40
-            assert len(row[mode]["mse_per_step"]) == 3
-            assert row[mode]["mse"] == row[mode]["mse_per_step"][-1]
+            assert both[mode]["episodes"] == 40
+            assert len(both[mode]["mse_per_step"]) == 3
+            assert both[mode]["mse"] == both[mode]["mse_per_step"][-1]
+        assert deciding["inductive"].keys() == both["inductive"].keys()
+        for figure, value in deciding["inductive"].items():
+            whole = both["inductive"][figure]
+            assert value == pytest.approx(whole[-1:] if isinstance(whole, list) else whole)
 
 
 @pytest.mark.parametrize("rotate", [False, True])
@@ -196,12 +204,13 @@ def test_batch_norm_reaches_the_algorithm(tmp_path: Path):
 
 
 def fake_scores(monkeypatch: pytest.MonkeyPatch, values: list[tuple[float, float]]) -> None:
-    """The validations find these (transductive, inductive) figures after the last inner step, and 9 before it."""
+    """The validations find these (transductive, inductive) figures after the last inner step."""
     left = list(values)
 
-    def score(*_: Any, steps: int, episodes: int, progress: Callable[[int], None], **__: Any) -> torch.Tensor:
-        last = torch.tensor(left.pop(0), dtype=torch.float64)
-        return torch.stack([torch.full((2,), 9.0).double(), last], dim=1).expand(episodes, 2, 2)
+    def score(*_: Any, episodes: int, norms: Sequence[Norm], each_step: bool, **__: Any) -> torch.Tensor:
+        assert not each_step
+        found = dict(zip(NORMS, left.pop(0), strict=True))
+        return torch.tensor([[found[norm]] for norm in norms], dtype=torch.float64).expand(episodes, -1, 1)
 
     monkeypatch.setattr(training, "score_episodes", score)
 

@@ -3,7 +3,7 @@
     python -m benchmarks.peers.child SYSTEM
 
 Requests, each an object with a key "do":
-- gradient (workload, options, device, out): the meta-gradient in float64, into a file
+- gradient (workload, options, device, out): the meta-gradient in float64 (or a meta-test's accuracies), into a file
 - prepare (workload, options, device, out, seconds): the system for a workload in float32, warmed up; the gradient of
   its first step goes into a file
 - time (seconds): milliseconds of each step
@@ -54,13 +54,15 @@ def meta_gradient(system: str, workload: Workload, options: Options, device: str
     """One system's meta-gradient in float64."""
     made = build(system, workload, options, device, torch.float64)
     try:
-        return whole(made.step(), workload)
+        return whole(made.step(), workload, options)
     finally:
         made.close()
 
 
-def whole(grads: Params, workload: Workload) -> Params:
-    """The gradient of every parameter. Raises RuntimeError where a system left one out."""
+def whole(grads: Params, workload: Workload, options: Options) -> Params:
+    """The gradient of every parameter, or what a meta-test found. Raises RuntimeError where a system left one out."""
+    if options.evaluate:
+        return {"accuracy": grads["accuracy"].detach().cpu().contiguous()}
     expected = draw_params(workload)
     missing = [name for name in expected if name not in grads]
     if missing:
@@ -116,7 +118,7 @@ class Worker:
             return {}
         self.touch_libraries(options)
         self.system = build(self.name, workload, options, self.device, torch.float32)
-        return self.warm_up(workload, request)
+        return self.warm_up(workload, options, request)
 
     def touch_libraries(self, options: Options) -> None:
         """One step of a tiny workload: libraries set up much at their first use, which is no task's memory."""
@@ -127,13 +129,13 @@ class Worker:
         finally:
             tiny.close()
 
-    def warm_up(self, workload: Workload, request: Mapping[str, Any]) -> dict[str, Any]:
+    def warm_up(self, workload: Workload, options: Options, request: Mapping[str, Any]) -> dict[str, Any]:
         """The first steps, and what memory was before them."""
         assert self.system is not None
         self.process_peak = resident_mib()
         forget_peak()
         self.before = self.memory_now()
-        save_file(whole(self.system.step(), workload), request["out"])
+        save_file(whole(self.system.step(), workload, options), request["out"])
         for _ in timed(self.system, request["seconds"], self.device, least=2):
             pass
         return {"version": _version(SYSTEMS[self.name][1])}

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import importlib
 
+import torch
 import torch.nn.functional as F
 
-from benchmarks.peers.workloads import Options, Params, System, Tasks, Workload, module_grads, plain_module
+from benchmarks.peers.workloads import Options, Params, System, Tasks, Workload, accuracies, module_grads, plain_module
 
 
 def make(workload: Workload, params: Params, tasks: Tasks, options: Options) -> System:
@@ -28,4 +29,14 @@ def make(workload: Workload, params: Params, tasks: Tasks, options: Options) -> 
                 p.grad.mul_(1.0 / workload.meta_batch)
         return module_grads(model)
 
-    return System(step)
+    def evaluate() -> Params:
+        found = []
+        for i in range(workload.meta_batch):
+            task, learner = tasks.one(i), maml.clone()
+            for _ in range(workload.inner_steps):
+                learner.adapt(F.cross_entropy(learner(task.support_x), task.support_y))
+            with torch.no_grad():
+                found.append(learner(task.query_x))
+        return accuracies(found, tasks)
+
+    return System(evaluate if options.evaluate else step)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+from typing import Any
 
 import torch
 
 import metaft
 import metaft.engines
+import metaft.types
 from benchmarks.peers.workloads import Options, Params, System, Tasks, Workload
 from metaft.dist.ranks import ALONE, Ranks
+from metaft.testing import task_scores
 
 
 def model_for(workload: Workload, some: torch.Tensor) -> metaft.Model:
@@ -64,4 +67,14 @@ def make(workload: Workload, params: Params, tasks: Tasks, options: Options, ran
     def step() -> Params:
         return metaft.meta_gradient(engine, algorithm, meta, {}, episode, ranks=ranks).grads
 
-    return System(step, in_flight(engine, tasks), stack.close)
+    norms = metaft.types.NORMS if options.evaluate != "one" else metaft.types.NORMS[:1]
+
+    def scores(shared: Params, task: metaft.Episode) -> torch.Tensor:
+        how: Any = {"ways": workload.ways, "steps": workload.inner_steps, "norms": norms}
+        return task_scores(algorithm, shared, {}, task, **how, each_step=options.evaluate == "each")
+
+    def evaluate() -> Params:
+        found = torch.stack(list(engine.map(scores, meta, episode))).double()
+        return {"accuracy": found[:, 0, 0] if options.evaluate == "one" else found}
+
+    return System(evaluate if options.evaluate else step, in_flight(engine, tasks), stack.close)

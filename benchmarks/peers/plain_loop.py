@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.peers.workloads import Options, Params, System, Tasks, Workload
+from benchmarks.peers.workloads import Options, Params, System, Tasks, Workload, accuracies
 
 
 def forward(workload: Workload, params: Params, x: Tensor) -> Tensor:
@@ -27,12 +27,16 @@ def forward(workload: Workload, params: Params, x: Tensor) -> Tensor:
 def make(workload: Workload, params: Params, tasks: Tasks, options: Options) -> System:
     meta = {name: p.clone().requires_grad_() for name, p in params.items()}
 
-    def task_grads(task: Tasks) -> tuple[Tensor, ...]:
+    def adapted(task: Tasks) -> Params:
         fast = meta
         for _ in range(workload.inner_steps):
             loss = F.cross_entropy(forward(workload, fast, task.support_x), task.support_y)
             grads = torch.autograd.grad(loss, list(fast.values()), create_graph=not options.first_order)
             fast = {name: p - workload.inner_lr * g for (name, p), g in zip(fast.items(), grads, strict=True)}
+        return fast
+
+    def task_grads(task: Tasks) -> tuple[Tensor, ...]:
+        fast = adapted(task)
         loss = F.cross_entropy(forward(workload, fast, task.query_x), task.query_y)
         return torch.autograd.grad(loss, list(meta.values()))
 
@@ -43,4 +47,12 @@ def make(workload: Workload, params: Params, tasks: Tasks, options: Options) -> 
                 sum_ += grad
         return {name: sum_ / workload.meta_batch for name, sum_ in zip(params, total, strict=True)}
 
-    return System(step)
+    def evaluate() -> Params:
+        found = []
+        for i in range(workload.meta_batch):
+            fast = adapted(tasks.one(i))
+            with torch.no_grad():
+                found.append(forward(workload, fast, tasks.one(i).query_x))
+        return accuracies(found, tasks)
+
+    return System(evaluate if options.evaluate else step)

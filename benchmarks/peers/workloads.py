@@ -6,7 +6,7 @@ Nothing here needs metaft, so that a peer's process holds its own library and to
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -175,6 +175,15 @@ class Options:
     """Of `benchmarks/family.py`; metaft's alone."""
     own_steps: bool = False
     """Whether that takes its own number of inner steps, or the workload's."""
+    evaluate: Literal["", "one", "both", "each"] = ""
+    """Instead of a meta-gradient a meta-test: {"accuracy": [B]} after the last step in transductive mode, and of metaft
+    [B, modes, 1] in both, or [B, modes, steps + 1] after each step."""
+
+
+def accuracies(logits: Sequence[Tensor], tasks: Tasks) -> Params:
+    """Of each task's queries."""
+    right = [(found.argmax(-1) == y).double().mean() for found, y in zip(logits, tasks.query_y, strict=True)]
+    return {"accuracy": torch.stack(right)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,7 +191,7 @@ class System:
     """A library made ready for a workload."""
 
     step: Callable[[], Params]
-    """One meta-step up to the mean meta-gradient, by parameter name."""
+    """One meta-step up to the mean meta-gradient, by parameter name, or what `Options.evaluate` says."""
     in_flight: int = 1
     """Tasks whose graphs are held at the same time."""
     close: Callable[[], None] = lambda: None

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from metaft import inner, inner_optim
@@ -18,6 +19,7 @@ from metaft.inner_augment import Augment
 from metaft.inner_optim import InnerOptimizer
 from metaft.models import Model
 from metaft.models.dropout import use_dropout
+from metaft.models.norm import in_transform
 from metaft.types import Fast, Loss, Norm, Params
 
 
@@ -139,6 +141,8 @@ def _adapt(
     trajectory: bool = False,
     moments: bool = True,
 ) -> Fast:
+    if not (torch.is_grad_enabled() or in_transform()):  # of a test nobody takes the derivative
+        descent = descent._replace(first_order=True)
     model, hooks = descent.model, descent.hooks
     of_weights = hooks.loss_on(meta, support_x, support_y) if steps else None
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from metaft.errors import MetaftError
 from metaft.models.dropout import EpisodeDropout
-from metaft.models.fused import conv4_loss
+from metaft.models.fused import conv4_features, conv4_loss
 from metaft.models.norm import EpisodeNorm
-from metaft.types import Params
+from metaft.types import Moments, Params
 
 
 class Conv4(nn.Module):
@@ -58,21 +58,22 @@ class Conv4(nn.Module):
     def cross_entropy(self, params: Params, x: Tensor, y: Tensor, *, curvature: bool) -> tuple[Tensor, Tensor]:
         """Loss and logits of `forward` with these parameters and each batch's own moments, as one operation that is
         quick to differentiate twice (see `metaft.models.fused`)."""
+        body, form = self._fused(params)
+        return conv4_loss(x, y, *body, params["head.weight"], params["head.bias"], keep=curvature, **form)
+
+    def inferred(self, params: Params, x: Tensor, moments: Moments | None) -> tuple[Tensor, Moments]:
+        """What the head of `forward` sees with these parameters, and the moments of each layer, of one task, without
+        derivatives; `moments=None` are each batch's own."""
+        body, form = self._fused(params)
+        return conv4_features(x, *body, given=moments, **form)
+
+    def _fused(self, params: Params) -> tuple[tuple[list[Tensor], list[Tensor], list[Tensor]], dict[str, Any]]:
+        """Weights, scales and shifts by layer, and what is fixed."""
         size = len(self.blocks) // 4
         convs, norms = ([f"blocks.{i}" for i in range(first, len(self.blocks), size)] for first in (0, 1))
         conv, norm = self.blocks[0], self.blocks[1]
         assert isinstance(conv, nn.Conv2d) and isinstance(norm, EpisodeNorm)
-        return conv4_loss(
-            x,
-            y,
-            [params[f"{name}.weight"] for name in convs],
-            [params[f"{name}.weight"] for name in norms],
-            [params[f"{name}.bias"] for name in norms],
-            params["head.weight"],
-            params["head.bias"],
-            stride=conv.stride[0],
-            pool=not self.average,
-            average=self.average,
-            eps=norm.eps,
-            keep=curvature,
-        )
+        names = ([f"{n}.weight" for n in convs], [f"{n}.weight" for n in norms], [f"{n}.bias" for n in norms])
+        form = {"stride": conv.stride[0], "pool": not self.average, "average": self.average, "eps": norm.eps}
+        weights, scales, shifts = ([params[name] for name in each] for each in names)
+        return (weights, scales, shifts), form

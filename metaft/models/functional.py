@@ -11,6 +11,7 @@ from contextvars import ContextVar
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metaft.errors import MetaftError
@@ -20,7 +21,7 @@ from metaft.models.derivatives import check_twice_differentiable
 from metaft.models.dropout import drops, episode_dropout
 from metaft.models.handed import buffers, class_of, copied, eagerly, frozen, taken
 from metaft.models.head import body_of, watched, watching
-from metaft.models.norm import EpisodeNorm, episode_norms, measure_moments, use_moments
+from metaft.models.norm import EpisodeNorm, episode_norms, in_transform, measure_moments, use_moments
 from metaft.models.plain import plain_layers
 from metaft.objective import loss_value
 from metaft.support.modes import in_usual_modes_but_type
@@ -110,7 +111,7 @@ def functional(
     """
     module, head = prepared(module, head)
     whole = _pure(module)
-    still = frozen(module)
+    still, dtype = frozen(module), next(module.parameters()).dtype
     # Not on a GPU, where many small calls are what costs.
     fused = module if type(module) is Conv4 and head == "head" and not still and not drops(module) else None
     last = linear(module, head)
@@ -120,10 +121,20 @@ def functional(
     last_ids = {id(p) for p in last.parameters()}
     tied = len(last_ids) < sum(id(p) in last_ids for _, p in module.named_parameters(remove_duplicate=False))
 
+    def inferred(x: Tensor) -> Conv4 | None:
+        """What computes features of x at once, where nobody asks for a derivative and tasks come one by one."""
+        free = not torch.is_grad_enabled() and not in_transform() and not _plain.get()
+        return fused if free and x.device.type == "cpu" and x.dtype == dtype else None
+
     def apply(params: Params, x: Tensor, moments: Moments | None = None) -> Tensor:
+        if (conv4 := inferred(x)) is not None:
+            found, _ = conv4.inferred(params, x, moments)
+            return F.linear(found, params[f"{head}.weight"], params[f"{head}.bias"])
         return whole(params, x, moments)
 
     def features(params: Params, x: Tensor, moments: Moments | None = None) -> Tensor:
+        if (conv4 := inferred(x)) is not None:
+            return conv4.inferred(params, x, moments)[0]
         return bare(params, x, moments)
 
     def of_head(params: Params, x: Tensor) -> Callable[[Params], Tensor] | None:
@@ -153,6 +164,8 @@ def functional(
     def measure(params: Params, x: Tensor) -> Moments:
         if not norms:
             return ()
+        if (conv4 := inferred(x)) is not None:
+            return conv4.inferred(params, x, None)[1]
         with measure_moments() as measured:
             bare(params, x, None)
         return tuple(measured)

@@ -202,7 +202,7 @@ def _series(at: list[int], rows: Sequence[Row], metric: str) -> list[_Series]:
         values = np.array([(_number(part[metric]), _number(part["ci95"])) for part in parts])
         return _Series(name, at, values[:, 0], values[:, 1])
 
-    series = [read(norm, [row[norm] for row in rows]) for norm in NORMS if norm in rows[0]]
+    series = [read(norm, [row[norm] for row in rows]) for norm in NORMS if all(norm in row for row in rows)]
     if not series:
         return [read("validation" if "step" in rows[0] else "mean", rows)]
     if len(series) == 2 and np.array_equal(series[0].mean, series[1].mean, equal_nan=True):

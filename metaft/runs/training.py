@@ -23,7 +23,7 @@ from metaft.runs.folder import RunFolder, append_row, cut_back
 from metaft.runs.snapshot import Snapshot, save_snapshot, tensors_of
 from metaft.support.progress import Progress
 from metaft.testing import score_episodes, summarise
-from metaft.types import Params, Source
+from metaft.types import NORMS, Params, Source
 
 
 class Eager:
@@ -168,15 +168,17 @@ class _Loop:
         """Test on the validation classes, and keep the parameters where they are the best so far."""
         self.check_ranks()
         begin, step, c = time.perf_counter(), self.position.step, self._config
+        deciding = c.learner.batch_norm
+        norms = NORMS if c.test.eval_modes == "both" else (deciding,)
         scores = score_episodes(
             engine, self._algorithm, self._steps.meta, self._steps.state, source,
             split="val", seed=c.test.eval_seed, episodes=c.test.eval_episodes, steps=c.test.test_inner_steps,
-            ranks=self._ranks, progress=lambda done: should_stop(),
+            norms=norms, each_step=c.test.eval_modes == "both", ranks=self._ranks, progress=lambda done: should_stop(),
         )  # fmt: skip
-        summary = summarise(scores, self._name)
+        summary = summarise(scores, self._name, norms)
         self._log({"kind": "val", "step": step, **summary}, sync=True)
         self._validating += time.perf_counter() - begin
-        value = summary[c.learner.batch_norm][self._name]
+        value = summary[deciding][self._name]
         self.position = dataclasses.replace(self.position, evaluated=step)
         if better(self._algorithm.loss, value, self.position.best):
             self.position = dataclasses.replace(self.position, best=value, best_step=step)
