@@ -38,9 +38,10 @@ def value_and_grad(
         value, back, aux = torch.func.vjp(loss, params, has_aux=True)  # type: ignore[reportAssignmentType]
         (grads,) = back(torch.ones_like(value), retain_graph=False, create_graph=False)
         return value, aux, {k: g.detach() for k, g in grads.items()}
-    tracked = any(p.requires_grad for p in (*params.values(), *others))
+    recording = torch.is_grad_enabled()  # else what requires a gradient is a constant all the same
+    tracked = recording and any(p.requires_grad for p in (*params.values(), *others))
     with torch.enable_grad():
-        leaves = {k: p if p.requires_grad else p.detach().requires_grad_() for k, p in params.items()}
+        leaves = {k: p if recording and p.requires_grad else p.detach().requires_grad_() for k, p in params.items()}
         value, aux = loss(leaves)
         grads = torch.autograd.grad(
             value, list(leaves.values()), create_graph=create_graph and tracked, materialize_grads=True

@@ -9,9 +9,10 @@ import pytest
 import scenarios
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from metaft import models
+from metaft.errors import MetaftError
 from metaft.models import fused
 from metaft.models.functional import plain_operations
 from metaft.models.precision import in_bf16
@@ -323,3 +324,59 @@ def test_predictions_without_derivatives_take_the_quick_way_and_are_the_same(
         short = in_bf16(scenarios.model(name, dtype=torch.float32))
         short.apply(short.params, data.query_x.float(), None)
     assert len(calls) == 5, "not with derivatives, under vmap, in bf16 or for a compiler"
+
+
+def _elu(net: models.Conv4) -> None:
+    net.blocks[2] = nn.ELU()
+
+
+def _eps(net: models.Conv4) -> None:
+    net.blocks[4] = nn.BatchNorm2d(4, 1e-2)
+
+
+def _wider(net: models.Conv4) -> None:
+    net.blocks[0] = nn.Conv2d(1, 4, 5, 2, 2, bias=False)
+
+
+def _hooked(net: models.Conv4) -> None:
+    net.blocks[0].register_forward_hook(lambda *given: 2 * given[2])
+
+
+def _tied(net: models.Conv4) -> None:
+    net.blocks[6].weight = net.blocks[3].weight
+
+
+def _grouped(net: models.Conv4) -> None:
+    net.blocks[1] = nn.GroupNorm(2, 4)
+
+
+def _no_bias(net: models.Conv4) -> None:
+    net.head = nn.Linear(4, 3, bias=False)
+
+
+def _weight_norm(net: models.Conv4) -> None:
+    nn.utils.parametrizations.weight_norm(net.blocks[3])
+
+
+@pytest.mark.parametrize("change", [_elu, _eps, _wider, _hooked, _tied, _grouped, _no_bias, _weight_norm])
+def test_a_network_that_was_changed_is_computed_as_it_is(change: Callable[[models.Conv4], None]) -> None:
+    net = models.Conv4(3, (1, 16, 16), width=4)
+    change(net)
+    model = models.functional(net.double())
+    x, y = torch.randn(6, 1, 16, 16, generator=torch.Generator().manual_seed(0)).double(), torch.arange(6) % 3
+    expected = model.apply(model.params, x, None)
+    with torch.no_grad():
+        assert_close(
+            [model.apply(model.params, x, None), *model.loss(model.params, x, y, "cross_entropy")],
+            [expected, F.cross_entropy(expected, y), expected],
+        )
+
+
+def test_nothing_and_too_few_moments_are_as_with_derivatives() -> None:
+    model = scenarios.model("conv4")
+    x = scenarios.one(scenarios.episodes(tasks=1), 0).query_x
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            assert model.apply(model.params, x[:0], None).shape == (0, model.outputs)
+            with pytest.raises(MetaftError, match="were the moments asked for"):
+                model.apply(model.params, x, ())

@@ -184,3 +184,27 @@ def test_a_test_takes_no_step_that_could_be_differentiated() -> None:
     with torch.no_grad():
         algorithm.adapt(meta, state, task.support_x, task.support_y, task.key, **how)
     assert curved[2:] == [False, False]
+
+
+@pytest.mark.usefixtures("float64_runs")
+@pytest.mark.parametrize("name", ["maml", "meta-sgd", "imaml", "proto-maml"])
+@pytest.mark.parametrize("model", ["conv4", "mlp"])
+def test_parameters_that_want_a_gradient_are_tested_as_any_others(name: str, model: str) -> None:
+    """As whoever trains by hand has them; nothing is recorded in a test."""
+    source = scenarios.noise_pool().source(ways=3, shots=1, query_shots=4)
+    algorithm = algorithms.build(name, scenarios.model(model, ways=3), {})
+    meta, state = algorithm.init(0)
+    wanting = {k: p.clone().requires_grad_() for k, p in meta.items()}
+    with engines.engine("threads") as engine:
+        found = [
+            score_episodes(engine, algorithm, of, state, source, split="val", seed=3, episodes=4, steps=2)
+            for of in (meta, wanting)
+        ]
+    task = scenarios.one(source.episodes(3, "val", [0]))
+    with torch.no_grad():
+        plain, other = (
+            algorithm.adapt(of, state, task.support_x, task.support_y, task.key, ways=3, steps=2).params
+            for of in (meta, wanting)
+        )
+    assert torch.equal(*found)
+    assert all(torch.equal(plain[k], other[k]) for k in plain)

@@ -28,8 +28,8 @@ SETTLED = ("strategy", "lr", "epochs", "schedule", "clip_norm")
 
 MOVING = Recipe(strategy="lp-ft:rise=0.2", epochs=12, schedule="cosine", clip_norm=1.0)
 """How candidates move published weights, as far as nothing else was asked for; each epoch is a pass forth and back
-through all of them. Tried on 20 images of each of CIFAR-10's classes, see benchmarks/README.md: without a rise or with
-longer gradients the first steps of the backbone undo the start, at a rate that stays up to the end the last ones do."""
+through all of them. Without a rise or with longer gradients the first steps of the backbone may undo the start, at a
+rate that stays up to the end the last ones: see the trials in benchmarks/README.md."""
 
 RATES_OF_MOVING = (3e-4, 1e-3)
 
@@ -38,27 +38,32 @@ class Choice(NamedTuple):
     """What came of it."""
 
     recipe: Recipe
-    """For all images, without validation: the epochs are those that were best in cross-validation."""
+    """For all images, without validation. Its epochs are those that were best in cross-validation, where its rate does
+    not change, else all of them."""
     table: tuple[dict[str, Any], ...]
     """For each candidate "strategy", "lr", "epochs", and its "accuracy" (of classes) and "loss" on images that it had
     not seen (None where it was not finite)."""
 
 
 def candidates_of(recipe: Recipe, *, published: bool, images: int) -> list[Recipe]:
-    """Recipes to choose from for so many images, the cheapest first."""
+    """Recipes to choose from for so many images, the cheapest first; they fill in what the given one leaves open."""
+
+    def at(recipe: Recipe, *rates: float) -> list[Recipe]:
+        return [dataclasses.replace(recipe, lr=lr) for lr in (rates if recipe.lr is None else [recipe.lr])]
+
     alone = dataclasses.replace(recipe, strategy="head", freeze="none")
-    head = [dataclasses.replace(alone, lr=lr, epochs=epochs_of(alone, images)) for lr in (RATE, RATE_OF_HEAD)]
+    head = at(dataclasses.replace(alone, epochs=epochs_of(alone, images)), RATE, RATE_OF_HEAD)
     if not published:
-        return [*head, dataclasses.replace(recipe, strategy="full", freeze="none", lr=RATE)]
+        return [*head, *at(dataclasses.replace(recipe, strategy="full", freeze="none"), RATE)]
     moving = dataclasses.replace(
         recipe,
         strategy=MOVING.strategy,
         freeze="none",
-        epochs=min(MOVING.passes, recipe.passes),
+        epochs=recipe.epochs or MOVING.epochs,
         schedule=recipe.schedule or MOVING.schedule,
         clip_norm=recipe.clip_norm or MOVING.clip_norm,
     )
-    return [*head, *(dataclasses.replace(moving, lr=lr) for lr in RATES_OF_MOVING)]
+    return [*head, *at(moving, *RATES_OF_MOVING)]
 
 
 def choose(

@@ -28,8 +28,9 @@ def settled(recipe: Recipe, start: Start) -> Recipe:
     if is_librarys and recipe.strategy is None and recipe.freeze == "none":
         recipe = dataclasses.replace(recipe, strategy="head")
     _check(recipe)
-    if recipe.trains != CHOSEN:
-        recipe = dataclasses.replace(recipe, schedule=recipe.anneals)
+    if recipe.trains == CHOSEN:  # what is left open is what there is to choose
+        return recipe
+    recipe = dataclasses.replace(recipe, schedule=recipe.anneals)
     if recipe.lr is not None:
         return recipe
     if recipe.trains == "head":

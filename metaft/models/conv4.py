@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from metaft.errors import MetaftError
 from metaft.models.dropout import EpisodeDropout
 from metaft.models.fused import conv4_features, conv4_loss
-from metaft.models.norm import EpisodeNorm
+from metaft.models.norm import EpisodeNorm, too_few
 from metaft.types import Moments, Params
 
 
@@ -64,6 +64,8 @@ class Conv4(nn.Module):
     def inferred(self, params: Params, x: Tensor, moments: Moments | None) -> tuple[Tensor, Moments]:
         """What the head of `forward` sees with these parameters, and the moments of each layer, of one task, without
         derivatives; `moments=None` are each batch's own."""
+        if moments is not None and len(moments) < 4:
+            raise too_few(moments)
         body, form = self._fused(params)
         return conv4_features(x, *body, given=moments, **form)
 

@@ -113,7 +113,7 @@ def functional(
     whole = _pure(module)
     still, dtype = frozen(module), next(module.parameters()).dtype
     # Not on a GPU, where many small calls are what costs.
-    fused = module if type(module) is Conv4 and head == "head" and not still and not drops(module) else None
+    fused = module if isinstance(module, Conv4) and head == "head" and not still and _as_written(module) else None
     last = linear(module, head)
     bare, top, seen = _pure(body_of(module, head)), _pure(last), _pure(watched(module, head))
     names = [name for name, _ in module.named_parameters() if name not in still]
@@ -124,7 +124,7 @@ def functional(
     def inferred(x: Tensor) -> Conv4 | None:
         """What computes features of x at once, where nobody asks for a derivative and tasks come one by one."""
         free = not torch.is_grad_enabled() and not in_transform() and not _plain.get()
-        return fused if free and x.device.type == "cpu" and x.dtype == dtype else None
+        return fused if free and x.device.type == "cpu" and x.dtype == dtype and len(x) else None
 
     def apply(params: Params, x: Tensor, moments: Moments | None = None) -> Tensor:
         if (conv4 := inferred(x)) is not None:
@@ -199,6 +199,22 @@ def prepared(module: nn.Module, head: str | None = None) -> tuple[nn.Module, str
     head = head if head is not None else _last_linear(module)
     linear(module, head)
     return module, head
+
+
+def _as_written(module: Conv4) -> bool:
+    """Whether nothing of it was changed after it was made, which the fused operations could not know of: no layer, no
+    setting of one, no parameter, no hook and no dropout."""
+    first = dict(module.named_parameters()).get("blocks.0.weight")
+    if type(module) is not Conv4 or drops(module) or first is None or first.dim() != 4:
+        return False
+    width, channels = first.shape[:2]
+    with torch.device("meta"):  # the constructor would draw from the global generator
+        made = Conv4(2, (channels, 16, 16), width, "stride" if module.average else "pool")
+        made = task_convolutions(episode_norms(made))
+    assert isinstance(made, Conv4)
+    hooked = any(vars(part)[kind] for part in module.modules() for kind in ("_forward_hooks", "_forward_pre_hooks"))
+    names = [[name for name, _ in each.named_parameters()] for each in (module, made)]
+    return not hooked and repr(module.blocks) == repr(made.blocks) and names[0] == names[1] and is_plain(module.head)
 
 
 def linear(module: nn.Module, head: str) -> nn.Linear:

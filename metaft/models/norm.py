@@ -32,12 +32,17 @@ class _Frame:
 
     def next_given(self, moments: Moments) -> tuple[Tensor, Tensor]:
         if self.met >= len(moments):
-            raise MetaftError(
-                f"the forward pass meets more normalisation layers than the {len(moments)} whose moments it was given; "
-                "were the moments asked for (adapt(..., moments=True))?"
-            )
+            raise too_few(moments)
         self.met += 1
         return moments[self.met - 1]
+
+
+def too_few(moments: Moments) -> MetaftError:
+    """Moments for fewer layers than there are."""
+    return MetaftError(
+        f"the forward pass meets more normalisation layers than the {len(moments)} whose moments it was given; "
+        "were the moments asked for (adapt(..., moments=True))?"
+    )
 
 
 # A context variable is local to its thread, so that tasks that run side by side cannot see each other's frame.

@@ -119,10 +119,13 @@ def test_published_weights_move_as_was_asked_for_or_by_a_recipe_of_their_own() -
         return [(r.trains, r.rate, r.passes, r.anneals, r.clip_norm, r.batch_size) for r in rest]
 
     assert moving() == [("lp-ft:rise=0.2", lr, 12, "cosine", 1.0, 8) for lr in (3e-4, 1e-3)]
-    asked = moving(epochs=5, schedule="linear", clip_norm=2.0)
-    assert asked == [("lp-ft:rise=0.2", lr, 5, "linear", 2.0, 8) for lr in (3e-4, 1e-3)]
+    asked = moving(epochs=50, schedule="linear", clip_norm=2.0)
+    assert asked == [("lp-ft:rise=0.2", lr, 50, "linear", 2.0, 8) for lr in (3e-4, 1e-3)]
     heads = candidates_of(Recipe(), published=True, images=30)[:2]
     assert [(r.trains, r.anneals, r.clip_norm) for r in heads] == [("head", "constant", None)] * 2
+    for published, strategies in ((True, ["head", "lp-ft:rise=0.2"]), (False, ["head", "full"])):
+        one = candidates_of(Recipe(lr=0.02), published=published, images=30)
+        assert [(r.trains, r.rate) for r in one] == [(strategy, 0.02) for strategy in strategies]
 
 
 @pytest.mark.parametrize(("schedule", "epochs"), [("constant", 2), ("linear", 3), ("constant:warmup=0.1", 3)])
@@ -152,7 +155,7 @@ def test_the_report_says_the_schedule_that_was_chosen(
 
     monkeypatch.setattr(study, "candidates_of", only_moving)
     monkeypatch.setattr(study, "fit", look)
-    assert adapt.main(words(runs["maml"], data, tmp_path / "o", strategy="chosen", epochs=3)) == 0
+    assert adapt.main(words(runs["maml"], data, tmp_path / "o", strategy="chosen", epochs=3, lr=None)) == 0
     made = result_of(tmp_path / "o")["starts"][0]["chosen"]
     assert (made["schedule"], made["clip_norm"], made["epochs"]) == ("cosine", 1.0, 3)
     first, random = seen
@@ -172,7 +175,7 @@ def test_with_fewer_than_five_images_of_a_class_the_head_alone_trains() -> None:
 
 
 def chosen(runs: dict[str, Path], data: Path, out: Path, **more: Any) -> list[str]:
-    return words(runs["maml"], data, out, strategy="chosen", epochs=3, seeds=2, **more)
+    return words(runs["maml"], data, out, strategy="chosen", epochs=3, lr=None, seeds=2, **more)
 
 
 def test_the_command_says_what_was_chosen(
@@ -204,7 +207,7 @@ def test_duplicates_stay_in_one_fold(runs: dict[str, Path], tmp_path: Path, monk
         return fit(*args, val_examples=val_examples, **more)
 
     monkeypatch.setattr(choosing, "fit", look)
-    assert adapt.main(words(runs["maml"], data, tmp_path / "o", strategy="chosen", epochs=1)) == 0
+    assert adapt.main(words(runs["maml"], data, tmp_path / "o", strategy="chosen", epochs=1, lr=None)) == 0
     assert len(parts) == 3 * 5, "three candidates, five folds; a random start is trained whole, without a choice"
     for train, val in parts:
         assert val and not train & val and len(train | val) == 24

@@ -23,6 +23,6 @@ def lp_ft(*, share: float = 0.3, rise: float = 0.0) -> Strategy:
     are as long as the rate whatever they are."""
     if not 0 < share < 1:
         raise MetaftError(f"strategy: share must be above 0 and below 1, got {share}")
-    if not 0 <= rise < 1:
-        raise MetaftError(f"strategy: rise must be at least 0 and below 1, got {rise}")
+    if not 0 <= rise < 1 - share:
+        raise MetaftError(f"strategy: rise must be at least 0 and below {1 - share:g}, what share leaves, got {rise}")
     return Strategy(partial(rates, share, rise))
