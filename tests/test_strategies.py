@@ -276,7 +276,7 @@ def test_the_backbones_rate_rises_once_the_head_has_trained() -> None:
         rates = strategy.rates((*blocks, head), step, STEPS)
         assert {name: rates[name] for name in head} == every((head,))
         below = {name: rate for name, rate in rates.items() if name not in head}
-        assert below == ({} if step < 3 else every(blocks, min(1.0, (step - 2) / 6))), step
+        assert below == ({} if step < 3 else every(tuple(blocks), min(1.0, (step - 2) / 6))), step
 
 
 @pytest.mark.parametrize(
