@@ -142,8 +142,10 @@ def test_one_task_adapts_the_same_in_any_mode(mode: str) -> None:
         return dict(fast.params), maml.predict(fast, task.query_x, "transductive").detach()
 
     made_of = {"name": "conv4", "ways": 3, "shape": [1, 8, 8], "width": 4}
-    expected = adapted()
-    assert same(under(mode, adapted), expected)
+    (params, logits), (found, predicted) = adapted(), under(mode, adapted)
+    assert same(found, params)
+    # Without a graph Conv-4 predicts in one pass, which adds up in another order.
+    torch.testing.assert_close(predicted, logits, rtol=1e-5, atol=1e-5)
 
 
 @every_mode
