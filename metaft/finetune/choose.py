@@ -38,8 +38,7 @@ class Choice(NamedTuple):
     """What came of it."""
 
     recipe: Recipe
-    """For all images, without validation. Its epochs are those that were best in cross-validation, where its rate does
-    not change, else all of them."""
+    """For all images, without validation."""
     table: tuple[dict[str, Any], ...]
     """For each candidate "strategy", "lr", "epochs", and its "accuracy" (of classes) and "loss" on images that it had
     not seen (None where it was not finite)."""
@@ -80,8 +79,8 @@ def choose(
     on_candidate: Callable[[Mapping[str, Any]], None] = lambda row: None,
 ) -> Choice:
     """The candidate that is most often right in a stratified 5-fold cross-validation of these examples; the first of
-    those that are alike. At a constant rate it is judged after, and gets, the number of epochs at which its validation
-    loss is lowest, at any other after all. Where `labels` are numbers (`classes` 0) it is that of the lowest loss.
+    those that are alike. Where `labels` are numbers (`classes` 0) it is that of the lowest loss. Each is judged after
+    all its epochs: the one at which the loss is lowest may be among the first, of a head that has learned little.
     `on_candidate` is told of each row of the table.
 
     Examples of one of `groups`, int64 [n], are duplicates and stay in one fold. A candidate whose loss is not finite is
@@ -100,7 +99,7 @@ def choose(
             features = features_of(body, Prepared(examples, inputs, like_of(body)))
     table: list[dict[str, Any]] = []
     for candidate in candidates:
-        curves = []
+        ends = []
         for train, test in parts:
             rows, val = torch.from_numpy(train), torch.from_numpy(test)
             try:
@@ -112,8 +111,8 @@ def choose(
                 )  # fmt: skip
             except NonFiniteError:
                 break
-            curves.append([[len(val) * row[of] for of in figures] for row in fitted.curve])
-        table.append(_figures(candidate, curves, len(labels)))
+            ends.append([len(val) * fitted.curve[-1][of] for of in figures])
+        table.append(_figures(candidate, ends, len(labels)))
         on_candidate(table[-1])
     best = max(range(len(table)), key=lambda i: (_worth(table[i]), -i))
     chosen = dataclasses.replace(candidates[best], epochs=table[best]["epochs"])
@@ -125,11 +124,9 @@ def _worth(row: Mapping[str, Any]) -> float:
     return -math.inf if row["loss"] is None else row.get("accuracy", -row["loss"])
 
 
-def _figures(candidate: Recipe, curves: list[list[list[float]]], images: int) -> dict[str, Any]:
-    """A row of the table, of all folds; there are no figures where one's loss was not finite."""
-    row: dict[str, Any] = {"strategy": candidate.trains, "lr": candidate.rate}
-    if len(curves) < FOLDS:
-        return {**row, "epochs": candidate.passes, "loss": None}
-    total = np.sum(curves, axis=0) / images  # [epochs, loss and perhaps accuracy]
-    epoch = int(total[:, 0].argmin()) if candidate.anneals == "constant" else len(total) - 1
-    return {**row, "epochs": epoch + 1, **dict(zip(("loss", "accuracy"), total[epoch].tolist(), strict=False))}
+def _figures(candidate: Recipe, ends: list[list[float]], images: int) -> dict[str, Any]:
+    """A row of the table, of all folds at their end; there are no figures where one's loss was not finite."""
+    row: dict[str, Any] = {"strategy": candidate.trains, "lr": candidate.rate, "epochs": candidate.passes}
+    if len(ends) < FOLDS:
+        return {**row, "loss": None}
+    return {**row, **dict(zip(("loss", "accuracy"), (np.sum(ends, axis=0) / images).tolist(), strict=False))}

@@ -69,7 +69,7 @@ def test_only_the_training_images_are_read_and_the_choice_is_a_function_of_its_a
     assert (one.recipe.trains, one.recipe.rate, one.recipe.epochs) == (best["strategy"], best["lr"], best["epochs"])
 
 
-def test_a_row_of_the_table_is_the_mean_over_the_folds_at_the_best_epoch() -> None:
+def test_a_row_of_the_table_is_the_mean_over_the_folds() -> None:
     images, labels = data()
     candidate = dataclasses.replace(RECIPE, strategy="full", lr=0.01)
     part = Part(images, torch.arange(30))
@@ -83,8 +83,8 @@ def test_a_row_of_the_table_is_the_mean_over_the_folds_at_the_best_epoch() -> No
         )  # fmt: skip
         curves.append([(r["val_loss"], r["val_accuracy"]) for r in fitted.curve])
     mean = np.mean(curves, axis=0)  # all folds have six images
-    assert row["epochs"] == int(mean[:, 0].argmin()) + 1
-    assert (row["loss"], row["accuracy"]) == pytest.approx(tuple(mean[row["epochs"] - 1]))
+    assert row["epochs"] == 6
+    assert (row["loss"], row["accuracy"]) == pytest.approx(tuple(mean[-1]))
 
 
 def test_a_better_candidate_wins_and_one_that_diverges_is_none() -> None:
@@ -128,17 +128,15 @@ def test_published_weights_move_as_was_asked_for_or_by_a_recipe_of_their_own() -
         assert [(r.trains, r.rate) for r in one] == [(strategy, 0.02) for strategy in strategies]
 
 
-@pytest.mark.parametrize(("schedule", "epochs"), [("constant", 2), ("linear", 3), ("constant:warmup=0.1", 3)])
-def test_a_rate_that_changes_runs_its_course_and_is_judged_at_its_end(
-    schedule: str, epochs: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_candidate_is_judged_at_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the loss is lowest, a head may have learned little yet."""
     curve = [{"epoch": i + 1.0, "loss": 1.0, "val_loss": v, "val_accuracy": v} for i, v in enumerate([0.5, 0.2, 0.4])]
     monkeypatch.setattr(choosing, "fit", lambda *args, **more: Fitted(body(), nn.Linear(8, 3), curve))
     images, labels = data()
-    candidate = dataclasses.replace(RECIPE, strategy="full", schedule=schedule)
+    candidate = dataclasses.replace(RECIPE, strategy="full", epochs=3)
     made = choose(body(), INPUTS, Part(images, torch.arange(30)), labels, 3, [candidate], groups=ALONE, seed=1)
-    assert made.table[0]["loss"] == pytest.approx(curve[epochs - 1]["val_loss"])
-    assert made.recipe == dataclasses.replace(candidate, epochs=epochs)
+    assert made.table[0]["loss"] == pytest.approx(0.4)
+    assert made.recipe == candidate
 
 
 def test_the_report_says_the_schedule_that_was_chosen(
