@@ -6,8 +6,9 @@
 A meta-test adapts to the support set of each episode and predicts its queries. The loops do so after the last inner
 step in transductive mode, as their users write it, with first-order steps and without a graph for the queries. metaft
 is timed at the same (`one`), in both normalisation modes (`both`, what a meta-test without its curve would be), and in
-both after each step (`each`, what `metaft evaluate` reports). First all accuracies are compared in float64, episode by
-episode, and where one differs nothing is timed. Then the systems take turns, each in a process of its own.
+both after each step (`each`, what `metaft evaluate` reports). First the float64 accuracies after the last step in
+transductive mode, which all have, are compared episode by episode, and where one differs nothing is timed. Then the
+systems take turns, each in a process of its own.
 """
 
 from __future__ import annotations
@@ -92,7 +93,8 @@ def measure(workload: Workload, threads: int, seconds: float, rounds: int, site:
 
 
 def check(workload: Workload, found: dict[str, np.ndarray]) -> None:
-    """Raises Disagreement where an episode's accuracy after the last step is another than the loop's by hand."""
+    """Raises Disagreement where an episode's accuracy after the last step, in transductive mode, is another than the
+    loop's by hand."""
     for name, accuracy in found.items():
         last = accuracy if accuracy.ndim == 1 else accuracy[:, 0, -1]
         if not np.array_equal(last, found["plain"]):

@@ -1,5 +1,6 @@
 """A module as pure functions of its parameters, safe to call from many threads at once."""
 
+# Above 300 lines: a `Model`, and the checks of a module that its parts share.
 from __future__ import annotations
 
 import contextlib
