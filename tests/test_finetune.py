@@ -493,7 +493,7 @@ def test_a_held_out_script_of_the_glyphs() -> None:
 def tune(
     start: nn.Module | None = None, n: int = 21, *, val: tuple[Tensor, Tensor] | None = None, **changes: Any
 ) -> Fitted:
-    own = {k: changes.pop(k) for k in ("resume", "on_epoch", "should_stop", "seed") if k in changes}
+    own = {k: changes.pop(k) for k in ("resume", "on_epoch", "should_stop", "seed", "each_epoch") if k in changes}
     recipe = Recipe(**{"epochs": 4, "batch_size": 8, "lr": 0.01, **changes})
     images, labels = toy(n)
     val_examples, val_labels = val if val is not None else (None, None)
@@ -584,6 +584,17 @@ def test_early_stopping_keeps_the_epoch_of_the_lowest_validation_loss() -> None:
     images, labels = ambiguous()
     logits = fitted.head(fitted.body(INPUTS(images).double())).detach()
     assert float(F.cross_entropy(logits, labels)) == pytest.approx(min(losses), abs=1e-12)
+
+
+def test_at_the_end_alone_validation_images_judge_and_choose_nothing() -> None:
+    start = body(dtype=torch.float64)
+    at = {"epochs": 60, "patience": 3, "lr": 0.03}  # of which the test above keeps one before the 40th
+    fitted, without = tune(start, val=ambiguous(), each_epoch=False, **at), tune(start, **at)
+    assert same(bits(fitted), bits(without))
+    assert ["val_loss" in row for row in fitted.curve] == [False] * 59 + [True]
+    images, labels = ambiguous()
+    logits = fitted.head(fitted.body(INPUTS(images).double())).detach()
+    assert float(F.cross_entropy(logits, labels)) == pytest.approx(fitted.curve[-1]["val_loss"], abs=1e-12)
 
 
 def test_without_validation_images_it_never_stops_early() -> None:

@@ -105,7 +105,7 @@ def choose(
             try:
                 fitted = fit(
                     body, inputs, Part(examples.whole, examples.rows[rows]), labels[rows], classes,
-                    dataclasses.replace(candidate, patience=candidate.passes), seed=seed, should_stop=should_stop,
+                    candidate, seed=seed, each_epoch=False, should_stop=should_stop,
                     val_examples=Part(examples.whole, examples.rows[val]), val_labels=labels[val],
                     known=None if features is None else (features[rows], features[val]),
                 )  # fmt: skip

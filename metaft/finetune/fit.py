@@ -66,6 +66,7 @@ def fit(
     strategy: Strategy | None = None,
     extras: Sequence[Extra] = (),
     known: tuple[Tensor, Tensor] | None = None,
+    each_epoch: bool = True,
     should_stop: Callable[[], None] = lambda: None,
     resume: Mapping[str, Any] | None = None,
     on_epoch: Callable[[Mapping[str, Any]], None] | None = None,
@@ -80,9 +81,10 @@ def fit(
     normalised with their own statistics; the result with those of all training examples, stored at the end. Epochs up
     to the first in which the body moves are on features that were computed once, where those do not depend on the
     batch. With validation examples the epoch of the lowest validation loss is kept (inductively, as the result will
-    predict) and training stops after `patience` epochs without a better one. `on_epoch` gets a copy of all that
-    `resume` needs for the same bits. Raises NonFiniteError where the training or validation loss is not finite; that of
-    the last step, which no loss has seen, shows in the result alone.
+    predict) and training stops after `patience` epochs without a better one; without `each_epoch` they judge the last
+    epoch alone, and neither happens. `on_epoch` gets a copy of all that `resume` needs for the same bits. Raises
+    NonFiniteError where the training or validation loss is not finite; that of the last step, which no loss has seen,
+    shows in the result alone.
     """
     strategy = strategies.named(recipe.trains) if strategy is None else strategy
     schedule = schedules.make(recipe.anneals)
@@ -139,7 +141,7 @@ def fit(
         if not math.isfinite(total):
             raise NonFiniteError(f"epoch {epoch + 1}: the training loss is {total}; {SMALLER}")
         row = {"epoch": float(epoch + 1), "loss": total / len(train)}
-        if val is not None and val_labels is not None:
+        if val is not None and val_labels is not None and (each_epoch or epoch + 1 == recipe.passes):
             outputs = _outputs(model, train, val, features.val if stayed else None)
             row |= outcome.validated(outputs, outcome.prepared(val_labels))
             if not math.isfinite(row["val_loss"]):
