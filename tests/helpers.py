@@ -319,3 +319,13 @@ def file_size_limit(size: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def base_of(array: Any) -> Any:
+    """What holds an array's memory."""
+    while isinstance(array, (np.ndarray, memoryview)):
+        owner = array.base if isinstance(array, np.ndarray) else array.obj
+        if owner is None:
+            return None
+        array = owner
+    return array

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import mmap
 import os
 import pwd
 import shutil
@@ -15,14 +16,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import IMAGES, options, write_folder
+from helpers import IMAGES, base_of, options, write_folder
 from PIL import Image
 
 from metaft import meta_train
 from metaft.inputs import pictures
 from metaft.inputs.pictures import fingerprint
 from metaft.models import convolution
-from metaft.support import cache
+from metaft.support import cache, large
 from metaft.support.cache import cached, keep
 from metaft.tasks import folder
 
@@ -173,8 +174,14 @@ def test_a_file_under_another_ones_name_does_not_answer(own: Path, caplog: pytes
     assert str(two) in caplog.text
 
 
-def test_any_flipped_bit_of_a_cache_file_is_noticed(own: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Of the container too: numpy, zipfile and zlib raise all sorts of things."""
+@pytest.mark.parametrize("mapped", [False, True])
+def test_any_flipped_bit_of_a_cache_file_is_noticed(
+    mapped: bool, own: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the container too: numpy, zipfile and zlib raise all sorts of things. In pieces, where it is mapped."""
+    if mapped:
+        monkeypatch.setattr(large, "MAPPED_FROM", 1)
+        monkeypatch.setattr(cache, "_PIECE", 3)
     wanted = np.arange(4, dtype=np.uint8)
     cached("x", "key", lambda: {"a": wanted})
     (path,) = own.iterdir()
@@ -183,6 +190,35 @@ def test_any_flipped_bit_of_a_cache_file_is_noticed(own: Path, caplog: pytest.Lo
         for bit in (0, 3):
             path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << bit]) + whole[place + 1 :])
             np.testing.assert_array_equal(cached("x", "key", lambda: {"a": wanted})["a"], wanted)
+
+
+def test_a_large_array_is_mapped_and_what_is_written_stays_here(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = {"a": np.arange(24, dtype=np.uint8).reshape(2, 3, 4), "b": np.arange(24), "c": np.empty((0, 2), np.uint8)}
+    cached("x", "key", lambda: wanted)
+    monkeypatch.setattr(large, "MAPPED_FROM", 1)
+    for _ in range(2):
+        found = cached("x", "key", lambda: pytest.fail("built again"))
+        for name, array in wanted.items():
+            np.testing.assert_array_equal(found[name], array, strict=True)
+        assert [isinstance(base_of(found[name]), mmap.mmap) for name in "ab"] == [True, False]
+        found["a"] += 1
+    (path,) = own.iterdir()
+    path.unlink()  # what is mapped lives on
+    np.testing.assert_array_equal(found["a"], wanted["a"] + 1)
+
+
+@pytest.mark.parametrize("cut", [1, 100, 600])
+def test_a_file_that_is_cut_short_is_built_again_and_not_mapped(
+    cut: int, own: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(large, "MAPPED_FROM", 1)
+    wanted = np.arange(200, dtype=np.uint8)
+    cached("x", "key", lambda: {"a": wanted})
+    (path,) = own.iterdir()
+    path.write_bytes(path.read_bytes()[:-cut])
+    built: list[int] = []
+    np.testing.assert_array_equal(cached("x", "key", lambda: built.append(1) or {"a": wanted})["a"], wanted)
+    assert built == [1]
 
 
 # ---- none at all --------------------------------------------------------------------------------------------------

@@ -21,7 +21,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import TARGET, finished, images, meta_trained, one_line, one_thread, words, write_folder, write_target
+from helpers import (
+    TARGET,
+    base_of,
+    finished,
+    images,
+    meta_trained,
+    one_line,
+    one_thread,
+    words,
+    write_folder,
+    write_target,
+)
 from PIL import Image, ImageOps
 
 import metaft
@@ -29,7 +40,7 @@ from metaft import adapt, meta_train, predict, targets
 from metaft.errors import DataError, MetaftError, MetaftWarning
 from metaft.finetune import report
 from metaft.finetune.classifier import Classifier, save
-from metaft.inputs import ImageInputs, pictures
+from metaft.inputs import ImageInputs
 from metaft.inputs.depth import bits_for, maximum
 from metaft.inputs.flaws import about, noted
 from metaft.inputs.formats import starts_as_picture
@@ -37,6 +48,7 @@ from metaft.inputs.listing import list_below, list_images
 from metaft.inputs.pictures import looks_grey, read_all
 from metaft.inputs.reading import open_image, pixels_of, read
 from metaft.runs import checkpoint
+from metaft.support import large
 from metaft.tasks import folder, load
 
 Text = pytest.CaptureFixture[str]
@@ -920,7 +932,7 @@ def test_many_pictures_lie_in_a_file_that_is_mapped(tmp_path: Path, monkeypatch:
     data = write_folder(tmp_path / "d")
     files = sorted((data / "test").rglob("*.png"))
     in_memory = read_all(files, 1, 8)
-    monkeypatch.setattr(pictures, "MAPPED_FROM", 1)
+    monkeypatch.setattr(large, "MAPPED_FROM", 1)
     asked: list[int] = []
     reserve = os.posix_fallocate
     monkeypatch.setattr(os, "posix_fallocate", lambda f, start, size: asked.append(size) or reserve(f, start, size))
@@ -936,16 +948,6 @@ def test_many_pictures_lie_in_a_file_that_is_mapped(tmp_path: Path, monkeypatch:
     unmapped = read_all(files, 1, 8)
     assert base_of(unmapped.images) is None
     assert np.array_equal(unmapped.images, in_memory.images)
-
-
-def base_of(array: Any) -> Any:
-    """What holds an array's memory."""
-    while isinstance(array, (np.ndarray, memoryview)):
-        owner = array.base if isinstance(array, np.ndarray) else array.obj
-        if owner is None:
-            return None
-        array = owner
-    return array
 
 
 def test_pictures_that_cannot_be_read_leave_no_gap(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import io
 import json
 import math
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -168,6 +169,20 @@ def test_progress_on_a_terminal_is_one_bar():
     assert "\r" in shown
     assert "a line\n" in shown
     assert shown.count("\n") == 1
+
+
+@pytest.mark.parametrize("file", [io.StringIO(), Terminal()])
+def test_nothing_shows_of_what_is_done_soon(file: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr("tqdm.std.time", lambda: now[0])
+    bar = Progress("read", 40, "picture", after=3.0, file=file)
+    bar.update(20)
+    assert file.getvalue().strip() == ""
+    now[0] = 4.0
+    bar.update(40)
+    assert "40/40" in file.getvalue()
+    bar.close()
 
 
 def test_durations():

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import math
-import mmap
 import os
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,14 +19,17 @@ from metaft.inputs import listing
 from metaft.inputs.depth import CONTAINER, bits_for, is_deep, maximum, to_bytes
 from metaft.inputs.flaws import noted
 from metaft.inputs.reading import Fitting, Unreadable, fitted_deep, is_grey, pixels_of, try_open
+from metaft.support import large
+from metaft.support.output import steady
+from metaft.support.progress import Progress
 
 READER_VERSION = 3
 """Part of every cache key; raise it with every change to the pixels that `read` returns."""
 
-MAPPED_FROM = 2**28
-"""Bytes from which an array lies in a file that the system can write back and read again as memory gets short."""
-
 _CHUNK = 64  # files a thread reads at a time
+
+_WAIT = 3.0
+"""Seconds of reading that need no bar."""
 
 Opened = Callable[[Path], Image.Image | Unreadable]
 """How a file is opened, from many threads at once: `try_open`, or what gives the pictures of another store by name."""
@@ -118,7 +117,7 @@ def read_all(
     `look` is shown each good file's number and its picture as it was opened, in no order.
     """
     side = fitting if isinstance(fitting, int) else fitting.side
-    images = room((len(files), channels, side, side))
+    images = large.room((len(files), channels, side, side))
     bad: dict[int, Unreadable] = {}
     deep: dict[int, tuple[int, np.ndarray]] = {}
 
@@ -135,9 +134,11 @@ def read_all(
                 images[i] = pixels_of(image, channels, fitting)
 
     # Decoding and resizing release the interpreter lock, which pays for photographs.
-    with noted() as flaws, ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as threads:
-        for _ in threads.map(fill, range(0, len(files), _CHUNK)):
-            pass
+    with steady(), noted() as flaws, ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as threads:
+        bar = Progress("read", len(files), "picture", after=_WAIT)
+        for number, _ in enumerate(threads.map(fill, range(0, len(files), _CHUNK)), 1):
+            bar.update(min(number * _CHUNK, len(files)))
+        bar.close()
     bits = bits_for(max((most for most, _ in deep.values()), default=2**CONTAINER - 1))
     for i, (_, values) in deep.items():
         images[i] = to_bytes(values, bits)
@@ -148,18 +149,6 @@ def read_all(
         for place, i in enumerate(good.tolist()):
             images[place] = images[i]
     return Pictures(images[: len(good)], good, why, len(deep), bits, flaws)
-
-
-def room(shape: tuple[int, ...]) -> np.ndarray:
-    """uint8 zeros. A large array is mapped from a file without a name, in the folder for temporary files (TMPDIR); it
-    is in memory where there is no room for that."""
-    size = math.prod(shape)
-    if size >= MAPPED_FROM:
-        with contextlib.suppress(OSError, AttributeError), tempfile.TemporaryFile(prefix="metaft-") as file:
-            # Without blocks of its own a full disk would end the process when a page is written. macOS lacks this.
-            os.posix_fallocate(file.fileno(), 0, size)
-            return np.frombuffer(mmap.mmap(file.fileno(), size), np.uint8).reshape(shape)
-    return np.zeros(shape, np.uint8)
 
 
 def depth_note(deep: int, bits: int) -> list[str]:

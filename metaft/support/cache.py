@@ -1,9 +1,9 @@
 """Arrays that took a while to make, kept on disk and checked by digest when they come back.
 
-A cache file is a plain `.npz` (never a pickle) with one more entry, the SHA-256 of its key and all
-the others. Losing or breaking one costs time and nothing else: whatever is wrong with it, the arrays
-are built again. So does a folder that cannot be written, or that a user without a home does not have:
-a line says so, once.
+A cache file is a plain `.npz` (never a pickle) with one more entry, a SHA-256 of its key and all the
+others. Large arrays of bytes are mapped, so that processes share them. Losing or breaking a file
+costs time and nothing else: whatever is wrong with it, the arrays are built again. So does a folder
+that cannot be written, or that a user without a home does not have: a line says so, once.
 """
 
 from __future__ import annotations
@@ -14,16 +14,21 @@ import logging
 import os
 import tempfile
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO
 
 import numpy as np
 
+from metaft.support.large import member
 from metaft.support.output import say
 
 _DIGEST = "sha256"
-_FORMAT = 2
+_FORMAT = 3
 """Of the files; one of another format is not looked for."""
+
+_PIECE = 2**25
+"""Bytes that have a digest of their own."""
 
 log = logging.getLogger(__name__)
 _said: set[str] = set()
@@ -91,15 +96,29 @@ def _digest(arrays: Mapping[str, np.ndarray], key: bytes) -> np.ndarray:
     for field in sorted(arrays):
         array = np.ascontiguousarray(arrays[field])
         digest.update(f"{field} {array.dtype.str} {array.shape}\n".encode())
-        digest.update(array.data if array.size else b"")
+        for piece in _pieces(array.reshape(-1).view(np.uint8)):
+            digest.update(piece)
     return np.frombuffer(digest.digest(), np.uint8)
+
+
+def _pieces(values: np.ndarray) -> list[bytes]:
+    """The digest of each piece of bytes; those of a large array take all cores."""
+
+    def digest(start: int) -> bytes:
+        return hashlib.sha256(values[start : start + _PIECE].data).digest()
+
+    starts = range(0, len(values), _PIECE)
+    if len(starts) < 2:
+        return [digest(start) for start in starts]
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        return list(threads.map(digest, starts))
 
 
 def _load(path: Path, key: bytes) -> dict[str, np.ndarray] | None:
     try:
         # Opened here: numpy leaves the file open when it turns out to be cut short.
         with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
-            arrays = {field: file[field] for field in file.files}
+            arrays = {field: member(stream, file, field) for field in file.files}
     except (FileNotFoundError, NotADirectoryError):
         return None
     except Exception as error:  # one flipped bit, and zipfile, zlib, struct or numpy raise anything, MemoryError too

@@ -4,26 +4,34 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import TextIO
+from typing import Any, TextIO
 
 from tqdm import tqdm
 
 
 class Progress:
-    """Counts units of work towards a total on stderr, with the latest figures, speed and time left."""
+    """Counts units of work towards a total on stderr, with the latest figures, speed and time left; nothing of that is
+    shown before `after` seconds."""
 
     def __init__(
-        self, label: str, total: int, unit: str, *, done: int = 0, per_unit: int = 1, file: TextIO | None = None
+        self,
+        label: str,
+        total: int,
+        unit: str,
+        *,
+        done: int = 0,
+        per_unit: int = 1,
+        after: float = 0.0,
+        file: TextIO | None = None,
     ) -> None:
         self.file = sys.stderr if file is None else file
         self.label, self.total, self.unit, self.per_unit = label, total, unit, per_unit
         self.first, self.done, self.start = done, done, time.perf_counter()
-        self.every = max(1, total // 20)
-        self.bar = (
-            tqdm(total=total, initial=done, desc=label, unit=unit, file=self.file, dynamic_ncols=True, leave=False)
-            if self.file.isatty()
-            else None
-        )
+        self.every, self.after = max(1, total // 20), after
+        self.bar = None
+        if self.file.isatty():
+            look: Any = {"dynamic_ncols": True, "leave": False, "delay": after}
+            self.bar = tqdm(total=total, initial=done, desc=label, unit=unit, file=self.file, **look)
 
     @property
     def rate(self) -> float:
@@ -38,7 +46,10 @@ class Progress:
             figures["tasks_per_s"] = f"{self.rate:.0f}"
         if self.bar is not None:
             self.bar.update(done - before)
-            self.bar.set_postfix(figures)
+            if figures:  # which are shown at once
+                self.bar.set_postfix(figures)
+        elif time.perf_counter() - self.start < self.after:
+            return
         elif done // self.every > before // self.every or done == self.total:
             shown = "".join(f" · {name.replace('_', ' ')} {value}" for name, value in figures.items())
             print(f"{self.label} {done}/{self.total}{shown} · {self._left()} left", file=self.file, flush=True)
