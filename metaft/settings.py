@@ -50,22 +50,23 @@ class DataSettings(DataSource):
     dataset: Annotated[
         str,
         Option(
-            "glyphs (built in), omniglot, sinusoid, folder:PATH (class folders), or l2l:NAME (learn2learn's, e.g. "
-            "cifarfs).",
+            "glyphs (built in), omniglot, mini-imagenet, sinusoid, folder:PATH (class folders), csv:PATH (train.csv, "
+            "val.csv and test.csv beside the images), or l2l:NAME (learn2learn's, e.g. cifarfs).",
             metavar="NAME",
         ),
     ] = "glyphs"
     image_size: Annotated[
         int | None,
         Option(
-            "folder, l2l: pixels per side (auto: 28 for grey images, 84 for colour; l2l: their own where all are "
-            "squares).",
+            "folder, csv, l2l, mini-imagenet: pixels per side (auto: 28 for grey images, 84 for colour; l2l: their own "
+            "where all are squares).",
             at_least=1,
             at_most=MOST_PIXELS,
         ),
     ] = None
     channels: Annotated[
-        int | None, Option("folder, l2l: grey or colour (auto: grey where a sample of the images is).", one_of=(1, 3))
+        int | None,
+        Option("folder, csv, l2l: grey or colour (auto: grey where a sample of the images is).", one_of=(1, 3)),
     ] = None
     rotate: Annotated[
         bool | None, Option("One random quarter turn per class and task (auto: on for omniglot's finn split).")

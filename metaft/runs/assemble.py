@@ -147,7 +147,7 @@ def _with_data(
         classes=[name for names in classes.values() for name in names],
         skip_bad=config.data.skip_bad,
     )
-    if places.folder_of(config.data.dataset):
+    if places.path_of(config.data.dataset)[1] is not None:
         config = dataclasses.replace(config, dataset=dataset.name)  # where it is now
     return config, dataset, tasks.default_rotate(config.data.dataset, config.data.split)
 

@@ -36,17 +36,17 @@ def in_full(config: Config) -> Config:
 
 def named_in_full(name: str) -> str:
     """`"folder:PATH"` with an absolute path; other data sets have names alone."""
-    kind, path = _path_of(name)
+    kind, path = path_of(name)
     return name if path is None else write(Spec(kind, str(absolute(path))), _PATHS[kind])
 
 
 def folder_of(name: str) -> str | None:
     """PATH of `"folder:PATH"`, without quotes."""
-    kind, path = _path_of(name)
+    kind, path = path_of(name)
     return path if kind == "folder" else None
 
 
-def _path_of(name: str) -> tuple[str, str | None]:
+def path_of(name: str) -> tuple[str, str | None]:
     """(kind, path) of data that a path names, without quotes; no path of other data."""
     kind = name.partition(":")[0]
     if kind not in _PATHS or kind == name:
@@ -59,7 +59,7 @@ def _path_of(name: str) -> tuple[str, str | None]:
 
 def shown(name: str) -> str:
     """A path, or a data set's name, as short as it can be written in this folder: `"folder:x"`."""
-    kind, path = _path_of(name)
+    kind, path = path_of(name)
     if path is not None:
         return f"{kind}:{shown(path)}"
     if not os.path.isabs(name):
@@ -71,7 +71,7 @@ def shown(name: str) -> str:
 
 def typed(name: str) -> str:
     """A data set's name for a run folder's own: as it was written, but for `~`."""
-    kind, path = _path_of(name)
+    kind, path = path_of(name)
     return name if path is None else f"{kind}:{local(path)}"
 
 
@@ -89,10 +89,10 @@ def found(path: str | os.PathLike[str], data_root: str | None, classes: Collecti
 
 
 def as_run_names(name: str, own: str, data_root: str | None, classes: Collection[str] = ()) -> str:
-    """A run's `own` name of its data, where `name` is a folder that is gone and both are found in one place: the
+    """A run's `own` name of its data, where `name` is a path that is gone and both are found in one place: the
     command that began a run whose data moved since. Otherwise `name`."""
-    path, known = folder_of(name), folder_of(own)
-    if path is None or known is None or name == own or not _is_missing(local(path)):
+    (kind, path), (own_kind, known) = path_of(name), path_of(own)
+    if path is None or known is None or kind != own_kind or name == own or not _is_missing(local(path)):
         return name
     with contextlib.suppress(DataError):
         place, note = _search(path, data_root, classes)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import csv
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from metaft.errors import DataError
-from metaft.support.names import is_text, natural
+from metaft.inputs import table
+from metaft.support.names import natural
 from metaft.targets.files import Listed
 
 PARTS = ("train", "val", "test")
@@ -94,37 +94,14 @@ def _numbers(file: Path, rows: Sequence[tuple[int, Path, str, str]]) -> dict[str
 def _rows(file: Path) -> Iterator[tuple[int, Path, str, str]]:
     """(line, picture, label, part) of each row; "all" where there is no part column."""
     try:
-        with open(file, encoding="utf-8-sig", newline="") as stream:
-            table = csv.DictReader(stream)
-            columns = table.fieldnames or ()
-            for column in ("path", "label"):
-                if column not in columns:
-                    has = ", ".join(columns) or "nothing"
-                    raise DataError(f"data: {file} has no column {column!r} in its first line, which holds {has}")
-            for row in table:
-                yield _row(file, table.line_num, row, "part" in columns)
-    except OSError as error:
-        raise DataError(f"data: {file} cannot be read ({error.strerror})") from None
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"data: {file} is no table in UTF-8 ({error})") from None
-
-
-def _row(file: Path, line: int, row: Mapping[str | None, str | None], has_part: bool) -> tuple[int, Path, str, str]:
-    where = f"data: {file}, line {line}"
-    values = {}
-    for column in ("path", "label", *(["part"] if has_part else [])):
-        value = (row.get(column) or "").strip()
-        if not value:
-            raise DataError(f"{where}: {column} is empty")
-        if not is_text(value):
-            raise DataError(f"{where}: {column} {value!r} is not text")
-        values[column] = value
-    if None in row:
-        raise DataError(f"{where}: more values than columns; put quotes around a value with a comma")
-    part = values.get("part", "all")
-    if has_part and part not in PARTS:
-        raise DataError(f"{where}: part {part!r} is none of {', '.join(PARTS)}")
-    path = file.parent / os.path.expanduser(values["path"])
-    if not os.path.isfile(path):
-        raise DataError(f"{where}: {path} {'is no file' if os.path.lexists(path) else 'is not there'}")
-    return line, path, values["label"], part
+        for line, values in table.rows(file, {"path": ["path"], "label": ["label"]}, ["part"]):
+            part = values.get("part", "all")
+            if "part" in values and part not in PARTS:
+                raise DataError(f"{file}, line {line}: part {part!r} is none of {', '.join(PARTS)}")
+            path = file.parent / os.path.expanduser(values["path"])
+            if not os.path.isfile(path):
+                why = "is no file" if os.path.lexists(path) else "is not there"
+                raise DataError(f"{file}, line {line}: {path} {why}")
+            yield line, path, values["label"], part
+    except DataError as error:
+        raise DataError(f"data: {error}") from None

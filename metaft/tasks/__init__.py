@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -16,9 +17,11 @@ from metaft.support import paths, places
 from metaft.tasks.folder import folder
 from metaft.tasks.glyphs import glyphs
 from metaft.tasks.learn2learn import named as _learn2learn
+from metaft.tasks.mini_imagenet import mini_imagenet
 from metaft.tasks.omniglot import OMNIGLOT_SPLITS, download, find, omniglot
 from metaft.tasks.pool import ClassEpisodes, ClassPool
 from metaft.tasks.sinusoid import Sinusoid
+from metaft.tasks.tables import tables
 from metaft.types import Dataset
 
 __all__ = [
@@ -30,7 +33,9 @@ __all__ = [
     "folder",
     "glyphs",
     "load",
+    "mini_imagenet",
     "omniglot",
+    "tables",
 ]
 
 
@@ -39,7 +44,7 @@ class Request:
     """What was asked of `load` beside the name of the data set."""
 
     path: str
-    """What follows the colon in "folder:PATH" and "l2l:NAME"."""
+    """What follows the colon in "folder:PATH", "csv:PATH" and "l2l:NAME"."""
     split: str
     data_root: str | None
     download: bool
@@ -66,7 +71,8 @@ class Entry:
 def _root(name: str, request: Request) -> Path:
     root = request.data_root or os.environ.get("METAFT_DATA")
     if not root:
-        raise DataError(f"{name}: where is it? pass --data-root or set METAFT_DATA (--download fetches it to there)")
+        fetch = " (--download fetches it to there)" if DATASETS[name.partition(":")[0]].downloads else ""
+        raise DataError(f"{name}: where is it? pass --data-root or set METAFT_DATA{fetch}")
     return paths.local(root)
 
 
@@ -77,12 +83,18 @@ def _open_omniglot(request: Request) -> Dataset:
     return omniglot(root, request.split, skip_bad=request.skip_bad)
 
 
-def _open_folder(request: Request) -> Dataset:
+def _open_mini_imagenet(request: Request) -> Dataset:
+    if request.channels not in (None, 3):
+        raise MetaftError(f"channels: mini-imagenet has 3, got {request.channels}")
+    return mini_imagenet(_root("mini-imagenet", request), request.image_size, skip_bad=request.skip_bad)
+
+
+def _open_files(opened: Callable[..., Dataset], kind: str, request: Request) -> Dataset:
     try:
         path = places.found(request.path, request.data_root, request.classes)
     except DataError as error:
-        raise DataError(f"folder: {error}") from None
-    return folder(path, request.image_size, request.channels, skip_bad=request.skip_bad)
+        raise DataError(f"{kind}: {error}") from None
+    return opened(path, request.image_size, request.channels, skip_bad=request.skip_bad)
 
 
 def _open_learn2learn(request: Request) -> Dataset:
@@ -95,7 +107,9 @@ def _open_learn2learn(request: Request) -> Dataset:
 DATASETS: dict[str, Entry] = {
     "glyphs": Entry(lambda request: glyphs(), splits=("scripts",)),
     "omniglot": Entry(_open_omniglot, splits=tuple(OMNIGLOT_SPLITS), downloads=True),
-    "folder": Entry(_open_folder, path="PATH", any_size=True),
+    "mini-imagenet": Entry(_open_mini_imagenet, any_size=True),
+    "folder": Entry(functools.partial(_open_files, folder, "folder"), path="PATH", any_size=True),
+    "csv": Entry(functools.partial(_open_files, tables, "csv"), path="PATH", any_size=True),
     "l2l": Entry(_open_learn2learn, path="NAME", downloads=True, any_size=True),
     "sinusoid": Entry(lambda request: Sinusoid()),
 }
@@ -112,7 +126,8 @@ def load(
     classes: Collection[str] = (),
     skip_bad: bool = False,
 ) -> Dataset:
-    """The data set of that name: "glyphs", "omniglot", "folder:PATH", "l2l:NAME" or "sinusoid".
+    """The data set of that name: "glyphs", "omniglot", "mini-imagenet", "folder:PATH", "csv:PATH", "l2l:NAME"
+    or "sinusoid".
 
     `data_root` (default: the environment's METAFT_DATA) is where data sets with a fixed name live,
     and where a folder is looked for that is not at its path, see `metaft.support.places.found`; `classes` are
@@ -131,7 +146,8 @@ def load(
         raise MetaftError(f"download: {name} is not something to download")
     for field, value in (("image_size", image_size), ("channels", channels)):
         if value is not None and not entry.any_size:
-            raise MetaftError(f"{field}: {name} has its own, only folder:PATH and l2l:NAME take {value}")
+            sized = ", ".join(f"{known}:{e.path}".rstrip(":") for known, e in DATASETS.items() if e.any_size)
+            raise MetaftError(f"{field}: {name} has its own, only {sized} take {value}")
     request = Request(
         path=path,
         split=split or (entry.splits[0] if entry.splits else ""),

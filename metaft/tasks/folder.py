@@ -67,12 +67,40 @@ def folder(
     class without images or in two splits, two whose names differ in Unicode form alone, broken images (`skip_bad`
     leaves those out), more than half of the pictures gone, `image_size` or `channels` that cannot be.
     """
+    check_form(image_size, channels)
+    path = local(path)
+    splits, classes, left = _list(path)
+    first = next(files[0] for files in classes.values())
+    parts = () if first.parents[1] == path else SPLITS
+    looked_at = dict.fromkeys(file.parent for files in classes.values() for file in files)
+    return pool_of(
+        f"folder:{path}", path, splits, classes, image_size, channels,
+        left=left, notes=overlooked(path, parts, looked_at), skip_bad=skip_bad,
+    )  # fmt: skip
+
+
+def check_form(image_size: int | None, channels: int | None) -> None:
+    """Raises DataError for a form that pictures cannot have."""
     if image_size is not None and image_size < 1:
         raise DataError(f"image_size must be at least 1, got {image_size}")
     if channels not in (None, 1, 3):
         raise DataError(f"channels must be 1 (grey) or 3 (colour), got {channels}")
-    path = local(path)
-    splits, classes, left = _list(path)
+
+
+def pool_of(
+    name: str,
+    path: Path,
+    splits: Mapping[str, Sequence[str]],
+    classes: Mapping[str, Sequence[Path]],
+    image_size: int | None,
+    channels: int | None,
+    *,
+    left: Sequence[Left],
+    notes: Sequence[str],
+    skip_bad: bool,
+) -> ClassPool:
+    """Picture files below `path` as a pool: `splits` have names of `classes`. `left` are those that are not taken, and
+    `notes` say more of what is not. Warns and raises as `folder` does."""
     names = tuple(sorted(classes))
     files = [file for name in names for file in classes[name]]
     check_lost(left, len(files), skip_bad=skip_bad)
@@ -82,20 +110,19 @@ def folder(
     pictures = read_cached("folder", key, files, inputs)
     if pictures.bad and not skip_bad:
         raise DataError(refusal(pictures.bad, len(files), left))
-    parts = () if files[0].parents[1] == path else SPLITS
     notes = (
         *left_note(left, len(files)),
-        *overlooked(path, parts, dict.fromkeys(file.parent for file in files)),
+        *notes,
         *skipped_note(pictures.bad, len(files)),
         *depth_note(pictures.deep, pictures.bits),
         *flaws_note(pictures.flaws),
     )
     for note in notes:
-        warnings.warn(f"{path}: {note}", MetaftWarning, stacklevel=2)
+        warnings.warn(f"{path}: {note}", MetaftWarning, stacklevel=3)
     starts, counts, skipped = rows_left([classes[name] for name in names], names, pictures.bad)
     number = {name: i for i, name in enumerate(names)}
     return ClassPool(
-        name=f"folder:{path}",
+        name=name,
         images=torch.from_numpy(pictures.images),
         class_names=names,
         starts=starts,

@@ -1,0 +1,52 @@
+"""Tables in CSV: a row for each picture."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from metaft.errors import DataError
+from metaft.support.names import is_text
+
+
+def rows(
+    file: Path, needed: Mapping[str, Sequence[str]], optional: Sequence[str] = ()
+) -> Iterator[tuple[int, dict[str, str]]]:
+    """(line, column -> value) of each row. `needed` has a column's name here -> those that it may have in the first
+    line; `optional` ones are there or not.
+
+    Raises DataError that names the file, the line and what is wrong there: a column that is missing, a value that is
+    empty, not text, or of no column.
+    """
+    try:
+        with open(file, encoding="utf-8-sig", newline="") as stream:
+            table = csv.DictReader(stream)
+            has = table.fieldnames or ()
+            columns = {name: next((known for known in names if known in has), "") for name, names in needed.items()}
+            for name, column in columns.items():
+                if not column:
+                    either = " or ".join(map(repr, needed[name]))
+                    held = ", ".join(has) or "nothing"
+                    raise DataError(f"{file} has no column {either} in its first line, which holds {held}")
+            columns |= {name: name for name in optional if name in has}
+            for row in table:
+                yield table.line_num, _values(f"{file}, line {table.line_num}", row, columns)
+    except OSError as error:
+        raise DataError(f"{file} cannot be read ({error.strerror})") from None
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{file} is no table in UTF-8 ({error})") from None
+
+
+def _values(where: str, row: Mapping[str | None, str | None], columns: Mapping[str, str]) -> dict[str, str]:
+    values = {}
+    for name, column in columns.items():
+        value = (row.get(column) or "").strip()
+        if not value:
+            raise DataError(f"{where}: {column} is empty")
+        if not is_text(value):
+            raise DataError(f"{where}: {column} {value!r} is not text")
+        values[name] = value
+    if None in row:
+        raise DataError(f"{where}: more values than columns; put quotes around a value with a comma")
+    return values
