@@ -1,0 +1,229 @@
+"""Published few-shot figures as named rows, and how each is measured again: the frame of omniglot.py, mini_imagenet.py.
+
+A row is the settings of `metaft.meta_train` by which a figure was published, as far as metaft has them, and the figure.
+Running it trains, in a run folder that a later call goes on with, and tests the best checkpoint on 1,000 fixed
+episodes in both normalisation modes. What comes of it is appended to a file of JSON lines, of which `table.py` makes
+the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import hashlib
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from benchmarks.throughput import git, say
+from metaft.config import MetaTrainConfig, to_toml
+from metaft.errors import MetaftError, no_such
+from metaft.options import flat
+from metaft.runs.folder import RunFolder
+from metaft.runs.machine import processor
+from metaft.types import Norm
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "published.jsonl"
+
+EPISODES = 1000
+EVAL_SEED = 1234
+"""Of the test episodes, which are the same for every row of a data set with the same ways, shots and queries."""
+
+GRACE = 300.0
+"""Seconds that a run gets for its last checkpoint when its time is up."""
+
+Family = Literal["paper", "best"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Published:
+    """A figure in %, with its 95 % half-width where one was given."""
+
+    accuracy: float
+    ci95: float | None
+    source: str
+    mode: Norm = "transductive"
+    """What of ours it is held beside: how the paper normalises queries."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One cell of the table."""
+
+    name: str
+    published: Published
+    config: MetaTrainConfig
+    family: Family = "paper"
+    """Settings of the "paper", or the "best" single checkpoint that we know how to train in the same model."""
+    note: str = ""
+    """In what the settings are not the paper's."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """What one call may spend on a row, and where."""
+
+    minutes: float | None = None
+    iterations: int | None = None
+    device: str = "auto"
+    data_root: str | None = None
+    seed: int = 0
+    runs: Path = Path("runs/published")
+
+    def __post_init__(self) -> None:
+        for field in ("minutes", "iterations"):
+            value = getattr(self, field)
+            if value is not None and not value > 0:
+                raise MetaftError(f"budget-{field} must be above 0, got {value}")
+
+
+def settled(row: Row, budget: Budget) -> MetaTrainConfig:
+    """What is trained: the row's settings with the budget's. A schedule ends with the iterations that there are."""
+    changes: dict[str, Any] = {
+        "seed": budget.seed, "device": budget.device, "data_root": budget.data_root,
+        "test_episodes": EPISODES, "eval_seed": EVAL_SEED,
+    }  # fmt: skip
+    if budget.iterations is not None:
+        changes["iterations"] = budget.iterations
+        every = row.config.test.eval_every
+        changes["eval_every"] = min(every, budget.iterations) if every else None
+    return dataclasses.replace(row.config, **changes)
+
+
+def folder_of(row: Row, budget: Budget) -> Path:
+    """Where its run is; another number of iterations, or another seed, is another run."""
+    short = "" if budget.iterations is None else f"-{budget.iterations}"
+    return budget.runs / f"{row.config.data.dataset}-{row.name}{short}-{budget.seed}"
+
+
+def measure(row: Row, budget: Budget) -> dict[str, Any] | None:
+    """Train as far as the budget goes, and test; one line for the file. None where not even one validation was done.
+
+    Raises MetaftError where a command fails.
+    """
+    path = folder_of(row, budget)
+    config = path.with_suffix(".toml")
+    config.parent.mkdir(parents=True, exist_ok=True)
+    config.write_text(to_toml(settled(row, budget)), encoding="utf-8")
+    words = ["metaft.meta_train", "--config", str(config), "--out", str(path), "--auto-resume"]
+    finished = (path / "result.json").exists()
+    if not finished and command(words, budget.minutes) not in (0, 128 + signal.SIGTERM):
+        raise MetaftError(f"{row.name}: training failed, see above")
+    run = RunFolder(path)
+    if not run.best.exists():
+        return None
+    out = path / "published.json"
+    data = [] if budget.data_root is None else ["--data-root", budget.data_root]
+    if command(["metaft.evaluate", str(path), "--out", str(out), "--device", budget.device, *data]):
+        raise MetaftError(f"{row.name}: its meta-test failed, see above")
+    return line_of(row, budget, run, json.loads(out.read_text(encoding="utf-8")))
+
+
+def command(words: Sequence[str], minutes: float | None = None) -> int:
+    """The exit status of `python -m WORDS`, which is asked to stop after so many minutes."""
+    process = subprocess.Popen([sys.executable, "-m", *words])
+    try:
+        return process.wait(None if minutes is None else 60 * minutes)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGTERM)
+        return process.wait(GRACE)
+    except BaseException:  # Ctrl-C is the command's too: it writes a checkpoint
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(GRACE)
+        raise
+
+
+def line_of(row: Row, budget: Budget, run: RunFolder, test: Mapping[str, Any]) -> dict[str, Any]:
+    """What is kept of a measurement."""
+    rows = [json.loads(line) for line in run.metrics.read_text(encoding="utf-8").splitlines()]
+    steps = max((int(line["step"]) for line in rows), default=0)
+    figures = test["test"]
+    return {
+        "row": row.name,
+        "family": row.family,
+        "dataset": row.config.data.dataset,
+        "algorithm": row.config.learner.algorithm,
+        "ways": figures["ways"],
+        "shots": figures["shots"],
+        "seed": budget.seed,
+        "iterations": steps,
+        "of_iterations": settled(row, budget).outer.iterations,
+        "published_iterations": row.config.outer.iterations,
+        "checkpoint_step": test["step"],
+        "seconds": round(seconds_of(run), 1),
+        "transductive": shown(figures["transductive"]),
+        "inductive": shown(figures["inductive"]),
+        "episodes": figures["transductive"]["episodes"],
+        "query_shots": figures["query_shots"],
+        "inner_steps": figures["inner_steps"],
+        "published": dataclasses.asdict(row.published),
+        "settings": {k: v for k, v in flat(row.config).items() if v not in (None, (), False)},
+        "note": row.note,
+        "sha256": hashlib.sha256(run.best.read_bytes()).hexdigest(),
+        "commit": git("rev-parse", "HEAD"),
+        "changed_since_commit": bool(git("status", "--porcelain", "--untracked-files=no")),
+        "machine": {"cpu": processor(), **test["environment"]},
+        "measured": time.strftime("%Y-%m-%d", time.gmtime()),
+    }
+
+
+def shown(figures: Mapping[str, Any]) -> dict[str, float]:
+    return {"accuracy": round(100 * figures["accuracy"], 3), "ci95": round(100 * figures["ci95"], 3)}
+
+
+def seconds_of(run: RunFolder) -> float:
+    """Seconds of training and validation, over all commands that went on with the run."""
+    text = run.timing.read_text(encoding="utf-8") if run.timing.exists() else ""
+    return sum(json.loads(line).get("seconds", 0.0) for line in text.splitlines())
+
+
+def main(rows: Sequence[Row], doc: str, argv: Sequence[str] | None = None) -> int:
+    """The command of a data set. Exit status 2 for bad input."""
+    by_name = {row.name: row for row in rows}
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--rows", nargs="+", metavar="NAME", help=f"which (default: all): {', '.join(by_name)}")
+    add("--family", choices=["paper", "best"], help="only rows of it (default: both)")
+    add("--budget-minutes", type=float, metavar="M", help="stop a row's training then; a second call goes on with it")
+    add("--budget-iterations", type=int, metavar="N", help="train so many meta-steps in the place of the row's own")
+    add("--device", default="auto")
+    add("--data-root", metavar="FOLDER", help="where the data are (default: the variable METAFT_DATA)")
+    add("--seed", type=int, default=0)
+    add("--runs", type=Path, default=Budget.runs, metavar="FOLDER", help=f"of run folders (default: {Budget.runs})")
+    add("--out", type=Path, default=RESULTS, metavar="FILE", help="JSON lines, appended to (default: %(default)s)")
+    args = parser.parse_args(argv)
+    try:
+        for name in args.rows or ():
+            if name not in by_name:
+                raise no_such("row", name, by_name)
+        budget = Budget(args.budget_minutes, args.budget_iterations, args.device, args.data_root, args.seed, args.runs)
+        for name in args.rows or by_name:
+            if args.family in (None, by_name[name].family):
+                append(by_name[name], budget, args.out)
+    except MetaftError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def append(row: Row, budget: Budget, out: Path) -> None:
+    say(f"--- {row.name}")
+    line = measure(row, budget)
+    if line is None:
+        say(f"{row.name}: not measured: its time was up before the first validation")
+        return
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with out.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+    ours, theirs = line[row.published.mode], row.published
+    say(
+        f"{row.name}: {ours['accuracy']:.2f} ± {ours['ci95']:.2f} {theirs.mode} after {line['iterations']} of "
+        f"{line['published_iterations']} meta-steps; published {theirs.accuracy} ({theirs.source})"
+    )
