@@ -149,15 +149,16 @@ class LearnerSettings(Group):
     model: Annotated[
         str | None,
         Option(
-            "conv4 (stride 2, mean), conv4-pool (max-pool) or mlp (auto: by the input's shape; above 32 pixels "
-            "conv4-pool).",
+            "conv4 (stride 2, mean), conv4-pool (max-pool), resnet12 or mlp (auto: by the input's shape; above 32 "
+            "pixels conv4-pool).",
             metavar="NAME",
         ),
     ] = None
     width: Annotated[
         int | None,
         Option(
-            "Filters per convolution, or units per hidden layer (auto: 64 for conv4, 32 for conv4-pool, 40 for mlp).",
+            "Filters per convolution, for resnet12 in the first block, or units per hidden layer (auto: 64 for conv4 "
+            "and resnet12, 32 for conv4-pool, 40 for mlp).",
             at_least=1,
         ),
     ] = None

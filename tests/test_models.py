@@ -178,7 +178,7 @@ def test_initialisation_comes_from_the_seed_alone(name: str) -> None:
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"name": "conv5"}, r"model: no 'conv5', known are conv4, conv4-pool, mlp; did you mean"),
+        ({"name": "conv5"}, r"model: no 'conv5', known are conv4, conv4-pool, mlp, resnet12; did you mean"),
         ({"name": "conv4", "shape": (7,)}, r"'conv4' takes images \[C, H, W\], but the data set's inputs are \[7\]"),
         ({"name": "conv4-pool", "shape": (1, 9, 12)}, "at least 16x16 pixels, got 9x12"),
         ({"name": "mlp", "width": 0}, "width must be at least 1, got 0"),

@@ -12,20 +12,23 @@ from torch import nn
 from metaft.errors import MetaftError, no_such
 from metaft.models.conv4 import Conv4
 from metaft.models.drawn import initialise, own_generator
-from metaft.models.dropout import EpisodeDropout, use_dropout
+from metaft.models.dropout import EpisodeDropBlock, EpisodeDropout, use_dropout
 from metaft.models.functional import Model, check_repeats, functional
 from metaft.models.handed import class_of, taken, with_constants, wrappers
 from metaft.models.mlp import MLP
 from metaft.models.norm import EpisodeNorm, episode_norms
+from metaft.models.resnet12 import ResNet12
 from metaft.support.modes import in_usual_modes
 
 __all__ = [
     "MLP",
     "MODELS",
     "Conv4",
+    "EpisodeDropBlock",
     "EpisodeDropout",
     "EpisodeNorm",
     "Model",
+    "ResNet12",
     "build",
     "check_repeats",
     "class_of",
@@ -43,8 +46,10 @@ __all__ = [
 MODELS: dict[str, Callable[[int, tuple[int, ...], int, float], nn.Module]] = {
     "conv4": lambda ways, shape, width, dropout: Conv4(ways, shape, width, "stride", dropout),
     "conv4-pool": lambda ways, shape, width, dropout: Conv4(ways, shape, width, "pool", dropout),
+    "resnet12": lambda ways, shape, width, dropout: ResNet12(ways, shape, width, dropout),
     "mlp": lambda ways, shape, width, dropout: MLP(ways, shape, width, dropout=dropout),
 }
+_OF_IMAGES = ("conv4", "conv4-pool", "resnet12")
 _OURS = dict(MODELS)
 
 
@@ -70,7 +75,7 @@ def build(
     `dropout` is that of the features before the head, in inner steps. Raises MetaftError for an unknown name, or an
     input shape, width or dropout that the architecture cannot take.
     """
-    if name.startswith("conv4") and len(shape) != 3:
+    if name in _OF_IMAGES and len(shape) != 3:
         raise MetaftError(f"model: {name!r} takes images [C, H, W], but the data set's inputs are {list(shape)}")
     if width < 1:
         raise MetaftError(f"width must be at least 1, got {width}")

@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator
 from contextvars import ContextVar
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metaft import keyed
@@ -71,6 +72,40 @@ class EpisodeDropout(nn.Module):
 
     def extra_repr(self) -> str:
         return f"p={self.p}, channels={self.channels}"
+
+
+class EpisodeDropBlock(EpisodeDropout):
+    """Sets squares of [batch, C, H, W] to 0 so that about a share p of each map is, and scales what is left.
+
+    Ghiasi, Lin and Le 2018, https://arxiv.org/abs/1810.12890, algorithm 1: centres of squares of `size` x `size` (or as
+    many pixels as the map has) fall where the whole square is on the map, each with a probability of
+    gamma = p / size^2 * H W / ((H - size + 1) (W - size + 1)) (equation 1), and x is multiplied by the mask and by its
+    entries' number over their sum. The mask is a function of (key, step, layer) as that of `EpisodeDropout`.
+    """
+
+    def __init__(self, p: float, size: int) -> None:
+        super().__init__(p)
+        if size < 1:
+            raise MetaftError(f"size of a block must be at least 1, got {size}")
+        self.size = size
+
+    def forward(self, x: Tensor) -> Tensor:
+        frame = _frame.get()
+        if frame is None or self.p == 0:
+            return x
+        frame.met += 1
+        *lead, height, width = x.shape
+        size = min(self.size, height, width)
+        centres = (*lead, height - size + 1, width - size + 1)
+        gamma = self.p / size**2 * height * width / (centres[-2] * centres[-1])
+        words = keyed.words(frame.key, _SALT, frame.step, frame.met, count=math.prod(centres))
+        hit = (words < round(min(1.0, gamma) * 2**32)).view(centres).to(x.dtype)
+        # A pixel is dropped where any square that holds it was hit: squares begin at their centre's place here.
+        kept = 1 - F.max_pool2d(F.pad(hit, [size - 1] * 4), size, stride=1)
+        return x * kept * (kept.numel() / kept.sum().clamp(min=1))
+
+    def extra_repr(self) -> str:
+        return f"p={self.p}, size={self.size}"
 
 
 def episode_dropout(module: nn.Module) -> nn.Module:

@@ -39,7 +39,9 @@ class Beginning:
         """The backbone with these values and a head for the run's tasks, drawn from its seed."""
         architecture = {**self.architecture, "ways": config.task.ways}
         if config.learner.dropout:
-            raise MetaftError(f"dropout: a start brings its own (given {config.learner.dropout})")
+            if not models.is_ours(str(architecture["name"])):
+                raise MetaftError(f"dropout: a start brings its own (given {config.learner.dropout})")
+            architecture["dropout"] = config.learner.dropout  # which has no parameters
         module, head = build(architecture, None)
         models.initialise(module.get_submodule(head), config.compute.seed)
         drawn = {name: p.detach() for name, p in module.named_parameters() if is_of(name, head)}
