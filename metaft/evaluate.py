@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 from metaft.cli import StopSignals, check_writable, in_ranks
 from metaft.config import EvaluateConfig, MetaTrainConfig
 from metaft.dist.ranks import ALONE, Ranks
-from metaft.errors import MetaftError, check_ways
+from metaft.errors import DataError, MetaftError, check_ways
 from metaft.flags import parse
 from metaft.options import Option, flat
 from metaft.support import paths, places
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from metaft.runs.assemble import Parts
     from metaft.runs.folder import RunFolder
     from metaft.runs.snapshot import Snapshot
+    from metaft.tasks.episodes import ListedEpisodes
     from metaft.types import Dataset, Loss, Source, Split
 
 
@@ -82,6 +83,9 @@ def run(
     wanted = _settings(config, trained, snapshot.header)
     classes = snapshot.header.get("classes") if wanted.data.dataset == trained.data.dataset else None
     handed = {"dataset": dataset, "module": module, "loss": loss, "snapshot": snapshot, "classes": classes}
+    listed = _listed_episodes(config, snapshot.header, dataset)
+    if listed is not None:
+        handed["dataset"], wanted = listed, dataclasses.replace(wanted, split=None, rotate=False)
     parts = ranks.in_turn(lambda: assemble(wanted, **handed))
     check_ranks(parts, ranks)
     snapshot = fill(parts, snapshot)
@@ -89,8 +93,8 @@ def run(
         out = paths.local(config.out)
         parent = next((p for p in out.absolute().parents if os.path.isdir(p)), out)
         ranks.on_first(lambda: check_writable(out, "out", parent))
-    protocol = _protocol(config, parts)
-    if config.data.dataset is None and config.data.split in (None, trained.data.split):
+    protocol = _protocol(config, parts, listed)
+    if listed is None and config.data.dataset is None and config.data.split in (None, trained.data.split):
         _check_same_split(path, snapshot.header, parts.dataset)
     seen = _seen_in_training(snapshot.header, parts.dataset, config.episode.set)
     source = _source(path, parts, protocol)
@@ -153,11 +157,43 @@ def _settings(config: EvaluateConfig, trained: MetaTrainConfig, header: Mapping[
     return dataclasses.replace(trained, **fields)
 
 
-def _protocol(config: EvaluateConfig, parts: Parts) -> _Protocol:
+_OF_DRAWN = ("ways", "shots", "query_shots", "episodes", "dataset", "data_root", "split", "rotate")
+"""Settings that say which episodes are drawn."""
+
+
+def _listed_episodes(
+    config: EvaluateConfig, header: Mapping[str, Any], dataset: Dataset | None
+) -> ListedEpisodes | None:
+    """Those of `--episodes-file`. Raises MetaftError where others are asked for too."""
+    from metaft.inputs import of_header
+    from metaft.tasks.episodes import listed_episodes
+
+    file = config.episode.episodes_file
+    if file is None:
+        return None
+    values = flat(config)
+    given = [name for name in _OF_DRAWN if values[name] is not None]
+    given += ["set"] if config.episode.set != "test" else []
+    given += ["download"] if config.data.download else []
+    if given or dataset is not None:
+        name = given[0] if given else "dataset"
+        raise MetaftError(f"{name}: the episodes are those of {file}, so nothing else can say which")
+    try:
+        return listed_episodes(file, of_header(header), skip_bad=config.data.skip_bad)
+    except DataError as error:
+        raise DataError(f"episodes_file: {error}") from None
+
+
+def _protocol(config: EvaluateConfig, parts: Parts, listed: ListedEpisodes | None) -> _Protocol:
     """What is asked for, else as in the run. Raises MetaftError for what its member or loss cannot be tested on."""
     from metaft.defaults import check_steps
 
     c = parts.config
+    if listed is not None:
+        check_steps("inner_steps", config.episode.inner_steps, c.learner.algorithm)
+        steps = c.test.test_inner_steps if config.episode.inner_steps is None else config.episode.inner_steps
+        seed = c.test.eval_seed if config.episode.eval_seed is None else config.episode.eval_seed
+        return _Protocol("test", listed.ways, listed.shots, listed.query_shots, steps, len(listed), seed)
     ways = config.episode.ways or c.test.test_ways
     check_ways("ways", ways, parts.algorithm.loss)
     check_steps("inner_steps", config.episode.inner_steps, c.learner.algorithm)
@@ -224,6 +260,7 @@ def _result(
         "engine": mapped.name,
         "ranks": ranks.count,
         "environment": where_measured(parts.device, mapped.threads),
+        **({} if config.episode.episodes_file is None else {"episodes_sha256": parts.dataset.split_hash}),
         "test": test,
     }
 

@@ -294,6 +294,13 @@ class EpisodeSettings(Group):
     inner_steps: Annotated[int | None, Option("Inner gradient steps.", at_least=0)] = None
     eval_seed: Annotated[int | None, Option("Seed of the episodes.", at_least=0)] = None
     set: Annotated[Literal["test", "val", "train"], Option("Which classes to draw from.")] = "test"
+    episodes_file: Annotated[
+        str | None,
+        Option(
+            "JSON lines that list each episode's pictures, in the place of drawn ones (docs/running.md).",
+            metavar="FILE",
+        ),
+    ] = None
 
 
 # ---- fine-tuning --------------------------------------------------------------------------------------------------

@@ -157,6 +157,10 @@ PATHS: dict[tuple[str, str], tuple[str, dict[str, str]]] = {
     ("evaluate", "run"): ("", {**NOT_THERE, **NO_FOLDER, "of adapt": "{adapted}"}),
     ("evaluate", "dataset"): ("folder:", {**NOT_THERE, **NO_FOLDER, **NO_IMAGES}),
     ("evaluate", "data_root"): ("", {**NOT_THERE, **NO_FOLDER}),
+    ("evaluate", "episodes_file"): (
+        "",
+        {**NOT_THERE, "a folder": "{empty}", "empty": "{file}", "no JSON": "{garbage}"},
+    ),
     ("evaluate", "out"): ("", {**NO_PLACE, "a folder": "{empty}"}),
     ("meta_train", "init"): ("", {**NOT_THERE, **NO_FOLDER, "of adapt": "{adapted}"}),
     ("adapt", "init"): ("", {**NOT_THERE, **NO_FOLDER, "of adapt": "{adapted}"}),

@@ -37,7 +37,7 @@ def run_example(name: str, *argv: str) -> int | str | None:
 def test_every_example_is_tried() -> None:
     assert {path.stem for path in EXAMPLES.glob("*.py")} == {
         "adapt_notmnist", "compare_algorithms", "custom_dataset", "custom_model", "new_algorithm", "omniglot",
-        "sinusoid",
+        "omniglot_runs", "sinusoid",
     }  # fmt: skip
 
 
