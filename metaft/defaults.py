@@ -115,6 +115,8 @@ def resolve(config: MetaTrainConfig, dataset: Dataset, *, default_rotate: bool, 
     if custom_model:  # whatever was asked for, this is what is recorded
         config = dataclasses.replace(config, model="custom")
     if "classes" in accepted and "classes" not in parse_hyper(config.learner.algorithm, config.inner.hyper):
+        if not train_classes(dataset):
+            raise MetaftError(f"algorithm: {config.learner.algorithm} trains on labels, and {dataset.name} has none")
         config = dataclasses.replace(config, hyper=(*config.inner.hyper, f"classes={train_classes(dataset)}"))
     if config.outer.clip_norm is not None or settled(config):
         values.pop("clip_value", None)

@@ -51,7 +51,8 @@ class DataSettings(DataSource):
         str,
         Option(
             "glyphs (built in), omniglot, mini-imagenet, sinusoid, folder:PATH (class folders), csv:PATH (train.csv, "
-            "val.csv and test.csv beside the images), or l2l:NAME (learn2learn's, e.g. cifarfs).",
+            "val.csv and test.csv beside the images), l2l:NAME (learn2learn's, e.g. cifarfs), or unlabelled:PATH "
+            "(any pictures, or a named set without its training labels).",
             metavar="NAME",
         ),
     ] = "glyphs"

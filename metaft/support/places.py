@@ -17,8 +17,11 @@ from metaft.support.output import say
 from metaft.support.paths import absolute, local
 
 SPLITS = ("train", "val", "test")
-_PATHS = {"folder": Takes("PATH"), "csv": Takes("FILE")}
+_PATHS = {"folder": Takes("PATH"), "csv": Takes("FILE"), "unlabelled": Takes("PATH")}
 """Kinds of data that a path names."""
+
+NAMED = ("glyphs", "omniglot", "mini-imagenet")
+"""What stands after "unlabelled:" and is a data set's name, no path."""
 
 
 def in_full(config: Config) -> Config:
@@ -52,7 +55,8 @@ def path_of(name: str) -> tuple[str, str | None]:
     if kind not in _PATHS or kind == name:
         return kind, None
     try:
-        return kind, parse("dataset", name, _PATHS).positional
+        path = parse("dataset", name, _PATHS).positional
+        return kind, None if kind == "unlabelled" and path in NAMED else path
     except MetaftError:  # which whoever reads the data says, with the option's own name
         return kind, None
 

@@ -22,6 +22,7 @@ from metaft.tasks.omniglot import OMNIGLOT_SPLITS, download, find, omniglot
 from metaft.tasks.pool import ClassEpisodes, ClassPool
 from metaft.tasks.sinusoid import Sinusoid
 from metaft.tasks.tables import tables
+from metaft.tasks.unlabelled import UnlabelledPool, hide, unlabelled
 from metaft.types import Dataset
 
 __all__ = [
@@ -29,13 +30,16 @@ __all__ = [
     "ClassEpisodes",
     "ClassPool",
     "Sinusoid",
+    "UnlabelledPool",
     "default_rotate",
     "folder",
     "glyphs",
+    "hide",
     "load",
     "mini_imagenet",
     "omniglot",
     "tables",
+    "unlabelled",
 ]
 
 
@@ -97,6 +101,17 @@ def _open_files(opened: Callable[..., Dataset], kind: str, request: Request) -> 
     return opened(path, request.image_size, request.channels, skip_bad=request.skip_bad)
 
 
+def _open_unlabelled(request: Request) -> Dataset:
+    if request.path not in places.NAMED:
+        return _open_files(unlabelled, "unlabelled", request)
+    entry = DATASETS[request.path]
+    _check_form(request.path, entry, request.image_size, request.channels)
+    named = dataclasses.replace(request, path="", split=entry.splits[0] if entry.splits else "")
+    pool = entry.open(named)
+    assert isinstance(pool, ClassPool)
+    return hide(pool)
+
+
 def _open_learn2learn(request: Request) -> Dataset:
     root = _root(f"l2l:{request.path}", request)
     return _learn2learn(
@@ -111,6 +126,7 @@ DATASETS: dict[str, Entry] = {
     "folder": Entry(functools.partial(_open_files, folder, "folder"), path="PATH", any_size=True),
     "csv": Entry(functools.partial(_open_files, tables, "csv"), path="PATH", any_size=True),
     "l2l": Entry(_open_learn2learn, path="NAME", downloads=True, any_size=True),
+    "unlabelled": Entry(_open_unlabelled, path="PATH", any_size=True),
     "sinusoid": Entry(lambda request: Sinusoid()),
 }
 
@@ -126,8 +142,8 @@ def load(
     classes: Collection[str] = (),
     skip_bad: bool = False,
 ) -> Dataset:
-    """The data set of that name: "glyphs", "omniglot", "mini-imagenet", "folder:PATH", "csv:PATH", "l2l:NAME"
-    or "sinusoid".
+    """The data set of that name: "glyphs", "omniglot", "mini-imagenet", "folder:PATH", "csv:PATH", "l2l:NAME",
+    "unlabelled:PATH" (or one of the first three in the place of PATH) or "sinusoid".
 
     `data_root` (default: the environment's METAFT_DATA) is where data sets with a fixed name live,
     and where a folder is looked for that is not at its path, see `metaft.support.places.found`; `classes` are
@@ -144,10 +160,7 @@ def load(
         raise MetaftError(f"split: {name} has no {split!r}, nor any other to choose")
     if download and not entry.downloads:
         raise MetaftError(f"download: {name} is not something to download")
-    for field, value in (("image_size", image_size), ("channels", channels)):
-        if value is not None and not entry.any_size:
-            sized = ", ".join(f"{known}:{e.path}".rstrip(":") for known, e in DATASETS.items() if e.any_size)
-            raise MetaftError(f"{field}: {name} has its own, only {sized} take {value}")
+    _check_form(name, entry, image_size, channels)
     request = Request(
         path=path,
         split=split or (entry.splits[0] if entry.splits else ""),
@@ -167,10 +180,17 @@ def load(
         raise DataError(f"{field}: {value!r} cannot be read ({error.strerror})") from None
 
 
+def _check_form(name: str, entry: Entry, image_size: int | None, channels: int | None) -> None:
+    for field, value in (("image_size", image_size), ("channels", channels)):
+        if value is not None and not entry.any_size:
+            sized = ", ".join(f"{known}:{e.path}".rstrip(":") for known, e in DATASETS.items() if e.any_size)
+            raise MetaftError(f"{field}: {name} has its own, only {sized} take {value}")
+
+
 def default_rotate(dataset: str, split: str | None = None) -> bool:
     """Whether episodes turn each class by random quarter turns when the user does not say.
 
     Only where the published protocol does: the MAML paper's Omniglot. Elsewhere a turned class is another class
     (Vinyals' split, Canadian syllabics) or not a picture one would meet.
     """
-    return dataset == "omniglot" and (split or DATASETS["omniglot"].splits[0]) == "finn"
+    return dataset.removeprefix("unlabelled:") == "omniglot" and (split or DATASETS["omniglot"].splits[0]) == "finn"

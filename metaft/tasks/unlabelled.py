@@ -1,0 +1,190 @@
+"""`unlabelled:PATH`: episodes out of pictures that nobody labelled, each a class of its own with views of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from metaft.errors import DataError, check_ways
+from metaft.inputs.listing import list_below, subfolders
+from metaft.sampler import choose, raw_words, uniform
+from metaft.support.paths import local
+from metaft.tasks import warps
+from metaft.tasks.folder import check_form, folder, pool_of
+from metaft.tasks.pool import ClassEpisodes, ClassPool, Draw, Drawn
+from metaft.types import SPLITS, Batch, Episode, Split
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class UnlabelledPool(ClassPool):
+    """A pool whose labels count in no split of `hidden`."""
+
+    hidden: tuple[Split, ...] = ("train",)
+
+    def describe(self) -> Mapping[str, object]:
+        """As a pool does; a hidden split has no classes."""
+        described = dict(super().describe())
+        classes: Any = described["classes"]
+        return {**described, "classes": {split: [] if split in self.hidden else classes[split] for split in SPLITS}}
+
+    def source(
+        self, *, ways: int, shots: int, query_shots: int, rotate: bool = False, splits: Sequence[Split] = SPLITS
+    ) -> UnlabelledEpisodes:
+        """As a pool's. In a hidden split the classes of an episode are pictures: `ways` of all that the split has."""
+        return UnlabelledEpisodes(self, ways, shots, query_shots, rotate, tuple(splits))
+
+
+class Views(NamedTuple):
+    """A `Drawn` with what makes views of its pictures. Fields up to `key` are those of `Drawn`."""
+
+    images: Tensor
+    turns: Tensor
+    labels: Tensor
+    class_ids: Tensor
+    key: Tensor
+    moves: Tensor
+    """float32 [B, n, numbers of a view] in -1..1."""
+    still: Tensor
+    """bool [B, n]: pictures that are left as they are."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class UnlabelledEpisodes(ClassEpisodes):
+    """A `Source` over an `UnlabelledPool`.
+
+    In a hidden split an episode's classes are N random pictures. The first support image of a class is the picture
+    itself, all others are views of it (`metaft.tasks.warps`): Khodadadeh et al. 2019 (UMTRA,
+    https://arxiv.org/abs/1811.11819), algorithm 1; with `--algorithm protonet` Medina et al. 2020 (ProtoTransfer,
+    https://arxiv.org/abs/2006.11325). Two of the pictures may be of one class that nobody knows of. The views are ours,
+    not the papers'.
+    """
+
+    pool: UnlabelledPool  # type: ignore[reportIncompatibleVariableOverride]
+
+    def __post_init__(self) -> None:
+        hidden, self_splits = self.pool.hidden, self.splits
+        object.__setattr__(self, "splits", tuple(split for split in self_splits if split not in hidden))
+        super().__post_init__()  # which counts the images of each class
+        object.__setattr__(self, "splits", self_splits)
+        check_ways("ways", self.ways, self.loss)
+        for split in self_splits:
+            if split in hidden and (pictures := len(self._pictures(split)[0])) < self.ways:
+                raise DataError(f"{self.name}: split {split!r} has {pictures} pictures, fewer than ways = {self.ways}")
+
+    def draw(self, seed: int, split: Split, indices: Sequence[int]) -> Draw:
+        if split not in self.pool.hidden:
+            return super().draw(seed, split, indices)
+        self._classes(split)
+        n, k, m = self.ways, self.shots, self.shots + self.query_shots
+        words = raw_words(seed, split, indices, 2 * n + n * m + 1)
+        w_picture, w_turn, w_support, w_query, w_key = np.split(words, np.cumsum([n, n, n * k, n * (m - k)]), axis=1)
+        rows, own_turns = self._pictures(split)
+        chosen = choose(w_picture, np.full(len(words), len(rows)))
+        turns = own_turns[chosen]
+        if self.rotate:
+            turns = (turns + (w_turn % 4).astype(np.int64)) % 4
+        order = [np.argsort(w, axis=1, kind="stable") for w in (w_support, w_query)]
+
+        def lay_out(per_class: np.ndarray) -> np.ndarray:
+            parts = (np.repeat(per_class, times, axis=1) for times in (k, m - k))
+            return np.concatenate([np.take_along_axis(p, o, 1) for p, o in zip(parts, order, strict=True)], axis=1)
+
+        labels = lay_out(np.broadcast_to(np.arange(n), chosen.shape))
+        return Draw(
+            rows=lay_out(rows[chosen]),
+            turns=lay_out(turns),
+            labels=labels,
+            class_ids=chosen,
+            key=(w_key[:, 0] >> np.uint64(1)).astype(np.int64),
+        )
+
+    def indices(self, seed: int, split: Split, indices: Sequence[int]) -> Drawn | Views:  # type: ignore[reportIncompatibleMethodOverride]
+        drawn = super().indices(seed, split, indices)
+        if split not in self.pool.hidden:
+            return drawn
+        b, n = drawn.labels.shape
+        numbers = warps.PHOTO if self.shape[0] == 3 else warps.DRAWING
+        # A generator of its own for each episode, by the episode's key: words of one stretch would be very many.
+        moves = np.stack([uniform(np.random.Philox(key=int(key)).random_raw(n * numbers)) for key in drawn.key])
+        support = drawn.labels[:, : self.ways * self.shots].numpy()
+        still = np.zeros((b, n), bool)
+        for i in range(b):
+            still[i, np.unique(support[i], return_index=True)[1]] = True  # where each class comes first
+        return Views(
+            *drawn, torch.from_numpy((2 * moves - 1).astype(np.float32)).view(b, n, numbers), torch.from_numpy(still)
+        )
+
+    def gather(self, drawn: Drawn | Views) -> Episode:
+        if not isinstance(drawn, Views):
+            return super().gather(drawn)
+        x = self._pixels(Drawn(*drawn[:5]))
+        view = warps.photo if self.shape[0] == 3 else warps.drawing
+        seen = view(x.flatten(0, 1), drawn.moves.flatten(0, 1)).view_as(x)
+        x = torch.where(drawn.still[..., None, None, None], x, seen)
+        cut = self.ways * self.shots
+        return Episode(x[:, :cut], drawn.labels[:, :cut], x[:, cut:], drawn.labels[:, cut:], drawn.class_ids, drawn.key)
+
+    def batch_indices(self, seed: int, split: Split, indices: Sequence[int], size: int) -> Drawn:
+        if split in self.pool.hidden:
+            raise DataError(f"{self.name}: no labels to train on; choose an algorithm that trains on episodes")
+        return super().batch_indices(seed, split, indices, size)
+
+    def gather_batch(self, drawn: Drawn) -> Batch:
+        return super().gather_batch(drawn)
+
+    def _sent(self, drawn: Drawn | Views) -> Drawn | Views:  # type: ignore[reportIncompatibleMethodOverride]
+        return type(drawn)(*(part.to(self.pool.device) for part in drawn))
+
+    def _pictures(self, split: Split) -> tuple[np.ndarray, np.ndarray]:
+        """(rows, quarter turns) of all pictures of a split; one that is a class of its own for each turn is there as
+        often."""
+        classes = self.pool.splits[split]
+        counts = self.pool.counts[classes]
+        rows = np.repeat(self.pool.starts[classes], counts) + np.concatenate([np.arange(c) for c in counts])
+        turns = np.zeros(len(classes), np.int64) if self.pool.turns is None else self.pool.turns[classes]
+        return rows, np.repeat(turns, counts)
+
+
+def hide(pool: ClassPool, hidden: tuple[Split, ...] = ("train",)) -> UnlabelledPool:
+    """The same pool, without the labels of these splits."""
+    values = {field.name: getattr(pool, field.name) for field in dataclasses.fields(pool) if field.init}
+    return UnlabelledPool(**{**values, "name": f"unlabelled:{pool.name.removeprefix('folder:')}"}, hidden=hidden)
+
+
+def unlabelled(
+    path: str | os.PathLike[str],
+    image_size: int | None = None,
+    channels: int | None = None,
+    *,
+    skip_bad: bool = False,
+) -> UnlabelledPool:
+    """Pictures under `path`, in whatever folders. With train/, val/ and test/ of class folders the labels of train/ are
+    hidden and the others count; otherwise no folder says anything, and pictures go to training, validation and test by
+    a hash of their names, 80 / 10 / 10 %. Warns and raises as `folder` does, and DataError for fewer than ten pictures.
+    """
+    check_form(image_size, channels)
+    path = local(path)
+    if path.is_dir() and all((path / split).is_dir() and subfolders(path / split) for split in SPLITS):
+        return hide(folder(path, image_size, channels, skip_bad=skip_bad))
+    if not path.is_dir():
+        raise DataError(f"unlabelled: {path} {'is no folder' if path.exists() else 'does not exist'}")
+    files, left = list_below(path)
+    if len(files) < 10:
+        raise DataError(f"unlabelled: {path} holds {len(files)} pictures, fewer than 10")
+    names = [file.relative_to(path).as_posix() for file in files]
+    ranked = sorted(names, key=lambda name: hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest())
+    tenth = len(files) // 10
+    splits = {"val": ranked[:tenth], "test": ranked[tenth : 2 * tenth], "train": ranked[2 * tenth :]}
+    classes: dict[str, list[Path]] = {name: [file] for name, file in zip(names, files, strict=True)}
+    pool = pool_of(
+        f"folder:{path}", path, splits, classes, image_size, channels, left=left, notes=(), skip_bad=skip_bad
+    )
+    return hide(pool, SPLITS)
