@@ -16,7 +16,7 @@ from benchmarks.published import Published, Row, main
 from metaft.config import MetaTrainConfig
 
 FINN = "Finn et al. 2017, table 1"
-ANTONIOU = "Antoniou et al. 2019, table 2"
+ANTONIOU = "Antoniou et al. 2019"
 SNELL = "Snell et al. 2017, table 2"
 
 

@@ -100,7 +100,7 @@ def settled(row: Row, budget: Budget) -> MetaTrainConfig:
 def folder_of(row: Row, budget: Budget) -> Path:
     """Where its run is; another number of iterations, or another seed, is another run."""
     short = "" if budget.iterations is None else f"-{budget.iterations}"
-    return budget.runs / f"{row.config.data.dataset}-{row.name}{short}-{budget.seed}"
+    return budget.runs / f"{row.config.data.dataset.replace(':', '-')}-{row.name}{short}-{budget.seed}"
 
 
 def measure(row: Row, budget: Budget) -> dict[str, Any] | None:
