@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 
+from metaft import schedules
 from metaft.algorithms import OPTIONS, hyper_parameters, is_ours, parse_hyper
 from metaft.config import MetaTrainConfig, Settled
 from metaft.errors import MetaftError, check_ways
 from metaft.options import flat, options
+from metaft.spec import made_for
 from metaft.types import Dataset, Loss
 
 _SUPERVISED: dict[str, object] = {"outer_lr": 1e-3, "test_inner_steps": 100}  # Chen et al. 2019
@@ -112,6 +114,8 @@ def resolve(config: MetaTrainConfig, dataset: Dataset, *, default_rotate: bool, 
             f"dropout: {config.learner.algorithm} takes none in its inner loop (given {config.learner.dropout})"
         )
     check_steps("test_inner_steps", config.test.test_inner_steps, config.learner.algorithm)
+    if config.outer.outer_schedule is not None:
+        made_for("outer_schedule", config.outer.outer_schedule, schedules.make, own="schedule")
     if custom_model:  # whatever was asked for, this is what is recorded
         config = dataclasses.replace(config, model="custom")
     if "classes" in accepted and "classes" not in parse_hyper(config.learner.algorithm, config.inner.hyper):

@@ -27,6 +27,35 @@ def at_cosine(step: int, steps: int) -> float:
     return 0.5 * (1.0 + math.cos(math.pi * (step / max(1, steps))))
 
 
+def at_steps(every: float, factor: float, step: int, steps: int) -> float:
+    """`factor` for each whole share `every` of the steps that is over."""
+    return factor ** math.floor(step / (every * max(1, steps)) + 1e-9)  # the end of a share is its end, rounding aside
+
+
+def at_one_cycle(rise: float, low: float, end: float, step: int, steps: int) -> float:
+    """Half a cosine from `low` up to 1 over a share `rise` of the steps, and one from there down to `end`.
+
+    Smith and Topin 2017, https://arxiv.org/abs/1708.07120, with cosines in the place of lines; the last step is at
+    `end`, and the highest rate that of step rise * steps - 1.
+    """
+    top, last = rise * steps - 1, steps - 1
+    if step <= top:
+        return _between(low, 1.0, step / top if top > 0 else 1.0)
+    return _between(1.0, end, (step - top) / (last - top) if last > top else 1.0)
+
+
+def _between(first: float, second: float, share: float) -> float:
+    return second + (first - second) * 0.5 * (1.0 + math.cos(math.pi * share))
+
+
+def at_slanted_triangle(cut: float, ratio: float, step: int, steps: int) -> float:
+    """A short line up and a long one down (Howard and Ruder 2018, https://arxiv.org/abs/1801.06146, equation 3): p goes
+    from 0 to 1 over a share `cut` of the steps and back, and the factor is (1 + p (ratio - 1)) / ratio."""
+    top = max(1, math.floor(cut * steps))
+    p = step / top if step < top else 1 - (step - top) / (top * (1 / cut - 1))
+    return (1 + max(0.0, p) * (ratio - 1)) / ratio
+
+
 def after_warmup(schedule: Schedule, warmup: float, step: int, steps: int) -> float:
     """A rise in even parts over a share of all steps, and the schedule over the rest."""
     rising = max(1, round(warmup * steps))
@@ -53,15 +82,46 @@ def cosine(*, warmup: float = 0.0) -> Schedule:
     return _warmed(at_cosine, warmup)
 
 
+def step(*, every: float = 0.3, factor: float = 0.1, warmup: float = 0.0) -> Schedule:
+    """`every` is a share of all steps: 0.1 with a factor of 0.5 halves the rate nine times."""
+    _inside("every", every, 0, 1)
+    _inside("factor", factor, 0, 1)
+    return _warmed(partial(at_steps, every, factor), warmup)
+
+
+def one_cycle(*, rise: float = 0.3, low: float = 0.04, end: float = 4e-6, warmup: float = 0.0) -> Schedule:
+    """`low` and `end` are shares of the highest rate, by default those of torch's OneCycleLR."""
+    _inside("rise", rise, 0, 1)
+    for name, share in (("low", low), ("end", end)):
+        if not 0 <= share <= 1:
+            raise MetaftError(f"{name} must be 0 to 1, got {share}")
+    return _warmed(partial(at_one_cycle, rise, low, end), warmup)
+
+
+def stlr(*, cut: float = 0.1, ratio: float = 32.0, warmup: float = 0.0) -> Schedule:
+    _inside("cut", cut, 0, 1)
+    if not 1 <= ratio < math.inf:
+        raise MetaftError(f"ratio must be at least 1, got {ratio}")
+    return _warmed(partial(at_slanted_triangle, cut, ratio), warmup)
+
+
+def _inside(name: str, value: float, low: float, high: float) -> None:
+    if not low < value < high:
+        raise MetaftError(f"{name} must be above {low} and below {high}, got {value}")
+
+
 SCHEDULES: dict[str, Callable[..., Schedule]] = {
     "constant": constant,
     "linear": linear,
     "cosine": cosine,
+    "step": step,
+    "one-cycle": one_cycle,
+    "stlr": stlr,
 }
 """`warmup` is the share of all steps in which the rate rises."""
 
 
 @functools.cache
 def make(text: str) -> Schedule:
-    """`NAME[:warmup=SHARE]`. Raises MetaftError that begins with `schedule`."""
+    """`NAME[:KEY=VALUE,...]`. Raises MetaftError that begins with `schedule` where the text is not one."""
     return bind("schedule", text, SCHEDULES)()

@@ -236,8 +236,12 @@ class OuterSettings(Group):
         ),
     ] = None  # fmt: skip
     outer_schedule: Annotated[
-        Literal["constant", "linear", "cosine"] | None,
-        Option("How the outer rate goes: constant, or down to 0 at the last iteration (auto: cosine)."),
+        str | None,
+        Option(
+            "How the outer rate goes: constant, linear, cosine (the last two down to 0), "
+            "step:every=0.3,factor=0.1, one-cycle or stlr, each with :warmup=SHARE (auto: cosine).",
+            metavar="NAME[:KEY=VALUE,...]",
+        ),
     ] = None
     clip_value: Annotated[
         float | None,
@@ -412,9 +416,9 @@ class Recipe(Group):
     schedule: Annotated[
         str | None,
         Option(
-            "How the rate changes: constant, linear or cosine, each with :warmup=SHARE (auto: constant; cosine where "
-            "chosen moves published weights).",
-            metavar="NAME[:warmup=X]",
+            "How the rate changes: constant, linear, cosine, step:every=0.3,factor=0.1, one-cycle or stlr, each with "
+            ":warmup=SHARE (auto: constant; cosine where chosen moves published weights).",
+            metavar="NAME[:KEY=VALUE,...]",
         ),
     ] = None
     clip_norm: Annotated[
@@ -658,7 +662,7 @@ class SettledOuter(OuterSettings):
     iterations: int = NEEDED
     outer_optimizer: Literal["adam", "sgd"] = NEEDED
     outer_lr: float = NEEDED
-    outer_schedule: Literal["constant", "linear", "cosine"] = NEEDED
+    outer_schedule: str = NEEDED
 
 
 @dataclasses.dataclass(frozen=True)

@@ -135,6 +135,16 @@ def write(spec: Spec, member: Takes) -> str:
     return text
 
 
+def made_for(field: str, text: str, make: Callable[[str], Made], *, own: str | None = None) -> Made:
+    """`make(text)`. Its MetaftError, which begins with its `own` field (by default the same), names this one and holds
+    the text."""
+    try:
+        return make(text)
+    except MetaftError as error:
+        said = str(error).removeprefix(f"{own or field}: ")
+        raise MetaftError(f"{field}: {said}" + ("" if repr(text) in said else f" (given {text!r})")) from None
+
+
 def bind(
     field: str,
     text: str | Spec,

@@ -129,6 +129,7 @@ WORDS: dict[tuple[str, str], list[tuple[str, str]]] = {
     ("meta_train", "init"): [("", "none"), ("torchvision:resnet19", "'resnet18'")],
     ("adapt", "strategy"): [("heda", "did you mean 'head'"), ("last:blocks=0", "at least 1"), ("", "''")],
     ("adapt", "optimizer"): [("adm", "did you mean 'adam'"), ("sgd:momentum=2", "below 1, got 2.0"), ("", "''")],
+    ("meta_train", "outer_schedule"): [("cosin", "did you mean 'cosine'"), ("step:every=0", "above 0"), ("", "''")],
     ("adapt", "schedule"): [("cosin", "did you mean 'cosine'"), ("cosine:warmup=1", "below 1, got 1.0"), ("", "''")],
     ("adapt", "compare"): [("torchvision:resnet19", "'resnet18'"), ("nothing-such", "known are RUN")],
     ("adapt", "init"): [("", "none"), ("efficientnet", "did you mean"), ("torchvision:resnet19", "'resnet18'")],
@@ -319,6 +320,7 @@ OTHER |= {
     "data_root": "x",
     "optimizer": "sgd",
     "schedule": "cosine",
+    "outer_schedule": "linear",
     "strategy": "last",
     "compare": "none",
 }

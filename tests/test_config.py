@@ -53,7 +53,7 @@ def message(values: dict[str, Any], cls: Any = MetaTrainConfig) -> str:
         ("clip_norm", 0.0, "above 0"),
         ("clip_value", -1.0, "above 0"),
         ("batch_norm", "inductve", "did you mean 'inductive'"),
-        ("outer_schedule", 3, "constant, linear, cosine"),
+        ("outer_schedule", 3, "must be str or nothing"),
         ("rotate", 1, "must be bool or nothing"),
         ("download", "yes", "must be bool"),
         ("device", "gpu", "cuda:N"),

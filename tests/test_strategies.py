@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +12,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import ONE_PASS
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_finetune import CLASSES, INPUTS, bits, body, same, toy
 from torch import Tensor, nn
 
@@ -349,8 +351,83 @@ def test_schedules_are_their_formulas() -> None:
     assert schedules.make("constant")(7, 9) == 1.0
     with pytest.raises(MetaftError, match=r"^warmup must be at least 0 and below 1, got 1.5$"):
         schedules.make("cosine:warmup=1.5")
-    with pytest.raises(MetaftError, match=r"^schedule: no 'cosin', known are constant, linear, cosine; did you mean"):
+    with pytest.raises(
+        MetaftError, match=r"^schedule: no 'cosin', known are constant, linear, cosine, step, one-cycle, stlr"
+    ):
         schedules.make("cosin")
+
+
+def rates_of_torch(make: Callable[[torch.optim.Optimizer], Any], steps: int) -> list[float]:
+    """Rates of a scheduler of PyTorch's over an optimiser at 1."""
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], 1.0)
+    scheduler, rates = make(optimizer), []
+    for _ in range(steps):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return rates
+
+
+@pytest.mark.parametrize(("text", "size", "gamma"), [("step", 30, 0.1), ("step:every=0.25,factor=0.5", 25, 0.5)])
+def test_steps_are_those_of_torch(text: str, size: int, gamma: float) -> None:
+    wanted = rates_of_torch(lambda o: torch.optim.lr_scheduler.StepLR(o, size, gamma), 100)
+    assert [schedules.make(text)(step, 100) for step in range(100)] == pytest.approx(wanted, rel=1e-12)
+
+
+@pytest.mark.parametrize(("text", "rise"), [("one-cycle", 0.3), ("one-cycle:rise=0.1,low=0.2,end=0.01", 0.1)])
+def test_one_cycle_is_that_of_torch(text: str, rise: float) -> None:
+    div, final = (25.0, 1e4) if rise == 0.3 else (5.0, 20.0)
+    wanted = rates_of_torch(
+        lambda o: torch.optim.lr_scheduler.OneCycleLR(
+            o, 1.0, total_steps=101, pct_start=rise, div_factor=div, final_div_factor=final, cycle_momentum=False
+        ),
+        101,
+    )
+    found = [schedules.make(text)(step, 101) for step in range(101)]
+    assert found == pytest.approx(wanted, rel=1e-9)
+    assert (found[0], found[-1]) == pytest.approx((1 / div, 1 / div / final))
+
+
+@pytest.mark.parametrize(("cut", "ratio"), [(0.1, 32.0), (0.5, 4.0)])
+def test_the_slanted_triangle_is_the_papers(cut: float, ratio: float) -> None:
+    steps = 200
+    top = math.floor(cut * steps)
+    shares = [t / top if t < top else 1 - (t - top) / (top * (1 / cut - 1)) for t in range(steps)]
+    wanted = [(1 + p * (ratio - 1)) / ratio for p in shares]
+    found = [schedules.make(f"stlr:cut={cut},ratio={ratio}")(t, steps) for t in range(steps)]
+    assert found == pytest.approx(wanted, rel=1e-12)
+    assert found[top] == max(found) == 1
+    assert found[0] == pytest.approx(1 / ratio)
+
+
+@pytest.mark.parametrize("name", sorted(schedules.SCHEDULES))
+@given(steps=st.integers(1, 300), warmup=st.sampled_from([0.0, 0.1, 0.5]))
+@settings(max_examples=25, deadline=None)
+def test_every_schedule_is_a_share_of_the_rate_after_its_warmup(name: str, steps: int, warmup: float) -> None:
+    schedule = schedules.make(f"{name}:warmup={warmup}")
+    factors = [schedule(step, steps) for step in range(steps)]
+    assert all(0 <= factor <= 1 for factor in factors)
+    rising = max(1, round(warmup * steps)) if warmup else 0
+    assert factors[:rising] == [(step + 1) / rising for step in range(rising)]
+    plain = schedules.make(name)
+    assert factors[rising:] == [plain(step, steps - rising) for step in range(steps - rising)]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("step:every=0", "every must be above 0 and below 1, got 0.0"),
+        ("step:factor=1", "factor must be above 0 and below 1, got 1.0"),
+        ("one-cycle:rise=1", "rise must be above 0 and below 1, got 1.0"),
+        ("one-cycle:low=2", "low must be 0 to 1, got 2.0"),
+        ("stlr:cut=0", "cut must be above 0 and below 1, got 0.0"),
+        ("stlr:ratio=0.5", "ratio must be at least 1, got 0.5"),
+        ("cosine:rise=0.1", "rise"),
+    ],
+)
+def test_settings_that_a_schedule_has_not_are_named(text: str, words: str) -> None:
+    with pytest.raises(MetaftError, match=words):
+        schedules.make(text)
 
 
 @pytest.mark.parametrize("strategy", ["second-half", "lp-ft"])

@@ -51,6 +51,7 @@ def test_outer_learning_rate_in_closed_form():
     linear = settled(outer_schedule="linear")
     assert [outer_lr(linear, s) for s in steps] == [0.5 * (1 - s / 8) for s in steps]
     cosine = settled(outer_schedule="cosine")
+    assert [outer_lr(settled(outer_schedule="step:every=0.5,factor=0.2"), s) for s in steps] == [0.5] * 4 + [0.1] * 4
     half = math.sqrt(0.5)
     assert [outer_lr(cosine, s) for s in (0, 2, 4, 6, 8)] == pytest.approx(
         [0.5, 0.25 * (1 + half), 0.25, 0.25 * (1 - half), 0.0], abs=1e-15

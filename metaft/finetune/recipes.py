@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
 
 from metaft import schedules
 from metaft.errors import MetaftError
 from metaft.finetune import optim, strategies
 from metaft.models.architecture import is_published
 from metaft.settings import RATE, RATE_OF_HEAD, RATE_OF_PUBLISHED, Recipe
+from metaft.spec import made_for
 from metaft.starts.base import Start
 
 CHOSEN = "chosen"
@@ -65,9 +65,9 @@ def _check(recipe: Recipe) -> None:
         raise MetaftError(f"freeze: backbone is --strategy head, and --strategy {recipe.trains} is given")
     check_numbers(recipe)
     if recipe.trains != CHOSEN:
-        _make("strategy", recipe.trains, strategies.named)
-    _make("optimizer", recipe.optimizer, optim.named)
-    _make("schedule", recipe.anneals, schedules.make)
+        made_for("strategy", recipe.trains, strategies.named)
+    made_for("optimizer", recipe.optimizer, optim.named)
+    made_for("schedule", recipe.anneals, schedules.make)
 
 
 def check_numbers(recipe: Recipe) -> None:
@@ -75,12 +75,3 @@ def check_numbers(recipe: Recipe) -> None:
     for field, needed in (("head", "linear"), ("balance", "none")):
         if recipe.loss == "mse" and (value := getattr(recipe, field)) != needed:
             raise MetaftError(f"{field}: {value} is for classes, and --loss mse for numbers")
-
-
-def _make(field: str, text: str, make: Callable[[str], object]) -> None:
-    """Raises MetaftError that names the field and holds the text."""
-    try:
-        make(text)
-    except MetaftError as error:
-        said = str(error).removeprefix(f"{field}: ")
-        raise MetaftError(f"{field}: {said}" + ("" if repr(text) in said else f" (given {text!r})")) from None
