@@ -9,7 +9,6 @@ the table.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import hashlib
 import json
@@ -19,7 +18,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from benchmarks.throughput import git, say
 from metaft.config import MetaTrainConfig, to_toml
@@ -39,7 +38,7 @@ EVAL_SEED = 1234
 GRACE = 300.0
 """Seconds that a run gets for its last checkpoint when its time is up."""
 
-Family = Literal["paper", "best"]
+Family = Literal["paper", "best", "short"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +49,9 @@ class Published:
     ci95: float | None
     source: str
     mode: Norm = "transductive"
-    """What of ours it is held beside: how the paper normalises queries."""
+    """What of ours it is held beside: how the paper normalises queries, or what is nearest to it."""
+    iterations: int | None = None
+    """Meta-steps of its training, where they are known."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +62,8 @@ class Row:
     published: Published
     config: MetaTrainConfig
     family: Family = "paper"
-    """Settings of the "paper", or the "best" single checkpoint that we know how to train in the same model."""
+    """Settings of the "paper"; the "best" single checkpoint that we know how to train in the same model; or a "short"
+    training, which shows how far a member comes with little."""
     note: str = ""
     """In what the settings are not the paper's."""
 
@@ -113,8 +115,7 @@ def measure(row: Row, budget: Budget) -> dict[str, Any] | None:
     config.parent.mkdir(parents=True, exist_ok=True)
     config.write_text(to_toml(settled(row, budget)), encoding="utf-8")
     words = ["metaft.meta_train", "--config", str(config), "--out", str(path), "--auto-resume"]
-    finished = (path / "result.json").exists()
-    if not finished and command(words, budget.minutes) not in (0, 128 + signal.SIGTERM):
+    if command(words, budget.minutes) not in (0, 128 + signal.SIGTERM):  # of a finished run it says what came out
         raise MetaftError(f"{row.name}: training failed, see above")
     run = RunFolder(path)
     if not run.best.exists():
@@ -133,11 +134,19 @@ def command(words: Sequence[str], minutes: float | None = None) -> int:
         return process.wait(None if minutes is None else 60 * minutes)
     except subprocess.TimeoutExpired:
         process.send_signal(signal.SIGTERM)
-        return process.wait(GRACE)
+        return _end_of(process)
     except BaseException:  # Ctrl-C is the command's too: it writes a checkpoint
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(GRACE)
+        _end_of(process)
         raise
+
+
+def _end_of(process: subprocess.Popen[bytes]) -> int:
+    """The exit status of what was asked to stop; it is killed where it does not."""
+    try:
+        return process.wait(GRACE)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return process.wait()
 
 
 def line_of(row: Row, budget: Budget, run: RunFolder, test: Mapping[str, Any]) -> dict[str, Any]:
@@ -155,7 +164,6 @@ def line_of(row: Row, budget: Budget, run: RunFolder, test: Mapping[str, Any]) -
         "seed": budget.seed,
         "iterations": steps,
         "of_iterations": settled(row, budget).outer.iterations,
-        "published_iterations": row.config.outer.iterations,
         "checkpoint_step": test["step"],
         "seconds": round(seconds_of(run), 1),
         "transductive": shown(figures["transductive"]),
@@ -190,7 +198,7 @@ def main(rows: Sequence[Row], doc: str, argv: Sequence[str] | None = None) -> in
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--rows", nargs="+", metavar="NAME", help=f"which (default: all): {', '.join(by_name)}")
-    add("--family", choices=["paper", "best"], help="only rows of it (default: both)")
+    add("--family", choices=get_args(Family), help="only rows of it (default: all)")
     add("--budget-minutes", type=float, metavar="M", help="stop a row's training then; a second call goes on with it")
     add("--budget-iterations", type=int, metavar="N", help="train so many meta-steps in the place of the row's own")
     add("--device", default="auto")
@@ -215,15 +223,20 @@ def main(rows: Sequence[Row], doc: str, argv: Sequence[str] | None = None) -> in
 
 def append(row: Row, budget: Budget, out: Path) -> None:
     say(f"--- {row.name}")
+    try:  # before the work
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.open("a").close()
+    except OSError as error:
+        raise MetaftError(f"out: {out} cannot be written ({error.strerror})") from None
     line = measure(row, budget)
     if line is None:
         say(f"{row.name}: not measured: its time was up before the first validation")
         return
-    out.parent.mkdir(parents=True, exist_ok=True)
     with out.open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
     ours, theirs = line[row.published.mode], row.published
+    of_paper = f"{theirs.accuracy} ({theirs.source})" + (f" after {theirs.iterations:,}" if theirs.iterations else "")
     say(
-        f"{row.name}: {ours['accuracy']:.2f} ± {ours['ci95']:.2f} {theirs.mode} after {line['iterations']} of "
-        f"{line['published_iterations']} meta-steps; published {theirs.accuracy} ({theirs.source})"
+        f"{row.name}: {ours['accuracy']:.2f} ± {ours['ci95']:.2f} {theirs.mode} after {line['iterations']:,} "
+        f"meta-steps; published {of_paper}"
     )

@@ -2,8 +2,9 @@
 
     python benchmarks/table.py [FILE ...] [--picture FILE.png]
 
-For each row and seed that measurement counts which trained longest; of those the last one. With several seeds accuracy
-is their mean, and the interval Student's t over seeds; with one it is that over test episodes.
+For each row and seed that measurement counts which trained longest; of those the last one, and of the seeds those that
+trained as long as any. With several seeds accuracy is their mean, and the interval Student's t over seeds; with one it
+is that over test episodes.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from metaft.support.progress import duration
 Line = dict[str, Any]
 
 HEAD = (
-    "| data | row | published | ours, same mode | the other mode | meta-steps, of published | training | n | seeds |",
+    "| data | row | published | ours, same mode | the other mode | meta-steps (published) | training | n | seeds |",
     "|---|---|---|---|---|---|---|---|---|",
 )
 
@@ -42,22 +43,33 @@ def read(files: Sequence[Path]) -> list[Line]:
     return lines
 
 
+NEEDED = ("dataset", "row", "seed", "iterations", "seconds", "episodes", "transductive", "inductive", "published")
+
+
 def _parsed(file: Path, number: int, line: str) -> Line:
     try:
-        return json.loads(line)
+        held = json.loads(line)
     except ValueError as error:
         raise MetaftError(f"{file}, line {number}, is no JSON: {error}") from None
+    lacking = [key for key in NEEDED if key not in held] if isinstance(held, dict) else list(NEEDED)
+    if lacking:
+        raise MetaftError(f"{file}, line {number}, is no measurement: it lacks {', '.join(lacking)}")
+    return held
 
 
 def counted(lines: Sequence[Line]) -> list[list[Line]]:
-    """For each row, in order, its measurement of each seed."""
+    """For each row, in order, its measurement of each seed that trained as long as the longest."""
     found: dict[tuple[str, str], dict[int, Line]] = {}
     for line in lines:
         seeds = found.setdefault((line["dataset"], line["row"]), {})
         known = seeds.get(line["seed"])
         if known is None or line["iterations"] >= known["iterations"]:
             seeds[line["seed"]] = line
-    return [[seeds[seed] for seed in sorted(seeds)] for seeds in found.values()]
+    longest = [max(line["iterations"] for line in seeds.values()) for seeds in found.values()]
+    return [
+        [seeds[seed] for seed in sorted(seeds) if seeds[seed]["iterations"] == most]
+        for seeds, most in zip(found.values(), longest, strict=True)
+    ]
 
 
 def figures(lines: Sequence[Line], mode: str) -> tuple[float, float]:
@@ -76,7 +88,7 @@ def row(lines: Sequence[Line]) -> str:
     reached = published["accuracy"] <= mean + half
     ours = f"**{mean:.2f} ± {half:.2f}**" if reached else f"{mean:.2f} ± {half:.2f}"
     theirs = f"{published['accuracy']}" + ("" if published["ci95"] is None else f" ± {published['ci95']}")
-    steps = f"{first['iterations']:,} of {first['published_iterations']:,}"
+    steps = f"{first['iterations']:,}" + (f" ({published['iterations']:,})" if published["iterations"] else "")
     seconds = sum(line["seconds"] for line in lines) / len(lines)
     cells = (
         first["dataset"], f"`{first['row']}`", f"{theirs} ({published['source']})", ours,

@@ -136,7 +136,7 @@ class _Protocol(NamedTuple):
 def _settings(config: EvaluateConfig, trained: MetaTrainConfig, header: Mapping[str, Any]) -> MetaTrainConfig:
     """The run's settings, with what is asked for in their place."""
     from metaft.inputs import ImageInputs, of_header
-    from metaft.tasks import DATASETS
+    from metaft.tasks import DATASETS, options_of
 
     data = config.data
     fields = {**flat(config.compute), "download": data.download}
@@ -148,8 +148,8 @@ def _settings(config: EvaluateConfig, trained: MetaTrainConfig, header: Mapping[
         # Nothing of the old data set's own settings is meant for the new one.
         fields |= {"dataset": data.dataset, "split": data.split, "rotate": None}
         # A folder is read as the run's own images were; a data set with its own size takes no such wish.
-        known = DATASETS.get(data.dataset.partition(":")[0])
-        inputs = of_header(header) if known is not None and known.any_size else None
+        name, _, path = data.dataset.partition(":")
+        inputs = of_header(header) if name in DATASETS and options_of(name, path).any_size else None
         channels, side = (inputs.channels, inputs.height) if isinstance(inputs, ImageInputs) else (None, None)
         fields |= {"channels": channels, "image_size": side}
     if data.rotate is not None:

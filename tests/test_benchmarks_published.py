@@ -56,6 +56,7 @@ def test_the_papers_protocol_is_in_the_row() -> None:
     assert values["adapt_norm"] is False
 
 
+@pytest.mark.slow
 def test_a_row_is_trained_tested_and_written_down_and_a_second_call_adds_to_it(
     in_tmp: Path, monkeypatch: pytest.MonkeyPatch, capfd: Text
 ) -> None:
@@ -67,7 +68,7 @@ def test_a_row_is_trained_tested_and_written_down_and_a_second_call_adds_to_it(
     assert published.main([TINY], "", argv) == 0  # the run is finished: it is tested, not trained
     short, whole, again = (json.loads(line) for line in out.read_text().splitlines())
     assert [line["iterations"] for line in (short, whole, again)] == [2, 6, 6]
-    assert short["published_iterations"] == whole["of_iterations"] == 6
+    assert (short["of_iterations"], whole["of_iterations"]) == (2, 6)
     assert whole["episodes"] == 3
     best = in_tmp / "runs/glyphs-tiny-0/checkpoints/best.safetensors"
     assert whole["sha256"] == again["sha256"] == hashlib.sha256(best.read_bytes()).hexdigest()
@@ -86,7 +87,17 @@ def test_a_run_without_a_validation_is_not_measured(
     monkeypatch.setattr(published, "command", lambda *_: 143)
     assert published.main([TINY], "", ["--runs", "runs", "--out", "out.jsonl"]) == 0
     assert "not measured" in capsys.readouterr().err
-    assert not (in_tmp / "out.jsonl").exists()
+    assert not (in_tmp / "out.jsonl").read_text()
+
+
+@pytest.mark.slow
+def test_a_row_that_changed_is_not_measured_by_a_run_of_the_former_one(in_tmp: Path, capfd: Text) -> None:
+    argv = ["--runs", "runs", "--out", "out.jsonl", "--device", "cpu", "--budget-iterations", "2"]
+    assert published.main([TINY], "", argv) == 0
+    other = dataclasses.replace(TINY, config=dataclasses.replace(TINY.config, width=5))
+    assert published.main([other], "", argv) == 2
+    assert "width" in capfd.readouterr().err
+    assert len((in_tmp / "out.jsonl").read_text().splitlines()) == 1
 
 
 def test_what_fails_or_cannot_be_asked_for_ends_with_status_2(
@@ -100,7 +111,8 @@ def test_what_fails_or_cannot_be_asked_for_ends_with_status_2(
     assert "budget-minutes must be above 0, got -1" in error("--budget-minutes", "-1")
     monkeypatch.setattr(published, "command", lambda *_: 2)
     assert error() == "error: tiny: training failed, see above"
-    assert not (in_tmp / "out.jsonl").exists()
+    assert not (in_tmp / "out.jsonl").read_text()
+    assert error("--out", "out.jsonl/x").startswith("error: out: out.jsonl/x cannot be written (")
 
 
 def test_a_command_is_stopped_when_its_minutes_are_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,9 +140,10 @@ def test_the_budget_changes_what_is_trained_and_where() -> None:
 def line(accuracy: float, **changes: Any) -> dict[str, Any]:
     figures = {"accuracy": accuracy, "ci95": 1.0}
     return {
-        "dataset": "d", "row": "r", "seed": 0, "iterations": 10, "published_iterations": 1000, "seconds": 90.0,
+        "dataset": "d", "row": "r", "seed": 0, "iterations": 10, "seconds": 90.0,
         "episodes": 1000, "transductive": figures, "inductive": {"accuracy": 50.0, "ci95": 2.0},
-        "published": {"accuracy": 71.0, "ci95": None, "source": "s", "mode": "transductive"}, **changes,
+        "published": {"accuracy": 71.0, "ci95": None, "source": "s", "mode": "transductive", "iterations": 1000},
+        **changes,
     }  # fmt: skip
 
 
@@ -140,16 +153,16 @@ def cells(*lines: dict[str, Any]) -> list[list[str]]:
 
 def test_the_longest_training_of_each_seed_counts() -> None:
     (row,) = cells(line(60.0), line(70.0, iterations=20), line(65.0, iterations=15))
-    assert row == ["d", "`r`", "71.0 (s)", "**70.00 ± 1.00**", "50.00 ± 2.00", "20 of 1,000", "1:30", "1000", "1"]
+    assert row == ["d", "`r`", "71.0 (s)", "**70.00 ± 1.00**", "50.00 ± 2.00", "20 (1,000)", "1:30", "1000", "1"]
     (row,) = cells(line(60.0), line(69.9))
     assert row[3] == "69.90 ± 1.00"  # not bold: below
-    (row,) = cells(line(60.0), line(64.0, seed=1), line(62.0, seed=2))
+    (row,) = cells(line(60.0), line(64.0, seed=1), line(62.0, seed=2), line(90.0, seed=3, iterations=5))
     assert (row[3], row[-1]) == ("62.00 ± 4.97", "3")  # 4.303 * 2 / sqrt(3)
     assert [row[1] for row in cells(line(1.0), line(1.0, row="q"), line(2.0, seed=4))] == ["`r`", "`q`"]
 
 
 def test_the_mode_of_the_paper_comes_first() -> None:
-    inductive = {"accuracy": 71.0, "ci95": 0.5, "source": "s", "mode": "inductive"}
+    inductive = {"accuracy": 71.0, "ci95": 0.5, "source": "s", "mode": "inductive", "iterations": None}
     (row,) = cells(line(60.0, published=inductive))
     assert row[2:5] == ["71.0 ± 0.5 (s)", "50.00 ± 2.00", "60.00 ± 1.00"]
 
@@ -163,6 +176,10 @@ def test_the_table_and_picture_of_a_file(tmp_path: Path, capsys: Text) -> None:
     file.write_text('{"row": \n')
     assert table.main([str(file)]) == 2
     assert f"{file}, line 1, is no JSON" in capsys.readouterr().err
+    for content in ('{"a": 1}', "[1]"):
+        file.write_text(f"{content}\n")
+        assert table.main([str(file)]) == 2
+        assert f"{file}, line 1, is no measurement: it lacks dataset" in capsys.readouterr().err
     assert table.main([str(tmp_path / "none")]) == 2
 
 

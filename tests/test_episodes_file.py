@@ -102,6 +102,8 @@ def changed(part: str, place: int, pair: Any) -> Callable[[list[Any]], list[Any]
         (changed("support", 0, ["p", "b"]), r"line 2: support: .*p is no file"),
         (changed("query", 0, ["p/7.png", "q"]), "line 2: query label 'q' has no support picture"),
         (changed("query", 0, ["p/6.png", "z"]), r"line 2: .*p/6\.png is in both support and query"),
+        (changed("query", 0, ["./p/../p/6.png", "z"]), r"line 2: .*p/6\.png is in both support and query"),
+        (changed("query", 1, ["p/7.png", "z"]), r"line 2: .*p/7\.png is twice in query"),
         (changed("query", 0, ["p/7.png", "b"]), "line 2: class 'z' has 1 query pictures, another one 3"),
         (
             lambda lines: [lines[0], {**lines[1], "query": lines[1]["query"][1:3]}],
@@ -117,6 +119,12 @@ def test_what_is_wrong_is_named_with_its_line(
         listed_episodes(file, INPUTS)
     assert str(file) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_label_may_hold_what_else_ends_a_line(pictures: Path) -> None:
+    text = json.dumps(LINES[0]).replace('"a"', '"a\u2028\x85b"') + "\r\n"
+    (pictures / "x.jsonl").write_text(text, encoding="utf-8", newline="")
+    assert listed_episodes(pictures / "x.jsonl", INPUTS).ways == 2
 
 
 def test_files_that_cannot_be_read_are_named(pictures: Path) -> None:

@@ -146,6 +146,13 @@ def test_squares_are_hit_as_often_as_the_paper_says(p: float, size: int) -> None
     assert abs(float(dropped[:, 0, 0].mean()) - gamma) < 4 * math.sqrt(gamma / n)  # a corner is in one
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_type_of_few_bits_keeps_the_mean(dtype: torch.dtype) -> None:
+    with use_dropout(key(0), 0):
+        values = EpisodeDropBlock(0.1, 3)(torch.ones(75, 64, 10, 10, dtype=dtype))
+    assert float(values.double().mean()) == pytest.approx(1, abs=2**-8)
+
+
 def test_a_map_smaller_than_the_square_is_dropped_whole_or_kept() -> None:
     values = mask(EpisodeDropBlock(0.3, 5), shape=(50, 4, 2, 2)).flatten(2)
     assert torch.equal(values, values[..., :1].expand_as(values))

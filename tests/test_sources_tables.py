@@ -7,6 +7,7 @@ import dataclasses
 import importlib
 import os
 import pickle
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -245,6 +246,35 @@ def reclassed(**classes: Any) -> Callable[[Any], Any]:
     return lambda data: {**data, "class_dict": {**data["class_dict"], **classes}}
 
 
+DEEP = b")" + b"\x85" * 300_000
+OURS = b"cnumpy.core.multiarray\n_reconstruct\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"\x80\x04}" + DEEP + b"K\x01s.", "has a tuple for a key"),  # whose hash overflows C's stack
+        (b"\x80\x04(" + DEEP + b"K\x01d.", "has a tuple for a key"),
+        (b"\x80\x04\x8f(" + DEEP + b"\x90.", "has a tuple for a key"),
+        (OURS + b"(N}X\x0c\0\0\0__defaults__(K\x01K\x02tstb.", "gives a state to a function"),
+        (b"\x80\x02cnumpy\nndarray\n}X\x03\0\0\0fooK\x01sb.", "gives a state to a type"),
+        (b"\x80\x04\x8e" + (1 << 45).to_bytes(8, "little") + b"x.", "no pickle of arrays"),  # a length that is a lie
+        (b"\x80\x04B\xff\xff\xff\x7fx.", "no pickle of arrays"),
+        (b"\x80\x02Pname\n.", "names an object outside"),
+        (b"\x80\x02]K\x01K\x02s.", "sets items of what is no dict"),
+    ],
+    ids=range(9),
+)  # fmt: skip
+def test_pickles_that_would_harm_an_unpickler_are_refused(content: bytes, words: str, tmp_path: Path) -> None:
+    file = tmp_path / "x.pkl"
+    file.write_bytes(content)
+    with pytest.raises(DataError, match=words):
+        unpickled.arrays(file)
+    assert unpickled._reconstruct.__defaults__ is None  # nothing of it stays
+    file.write_bytes(b"\x80\x02]r\xff\xff\xff\x7f.")  # a memo with room for two billion
+    assert unpickled.arrays(file) == []
+
+
 @pytest.mark.usefixtures("tiny")
 @pytest.mark.parametrize(
     ("harm", "words"),
@@ -259,6 +289,7 @@ def reclassed(**classes: Any) -> Callable[[Any], Any]:
         (reclassed(n01=[0, 1, 2, 99]), r"class 'n01' has an image 99, of 12"),
         (reclassed(n01=[-1, 1, 2, 3]), r"class 'n01' has an image -1, of 12"),
         (lambda d: {**d, "class_dict": {"n01": [0, 1, 2, 3]}}, r"its 1 classes are not 3"),
+        (reclassed(n01=[0, 1, 2, 3], n05=[3, 4, 5, 6]), r"image 0 is in two classes, 'n07' and 'n01'"),
         (
             lambda d: {**d, "class_dict": dict(zip(["n02", "n05", "n07"], d["class_dict"].values(), strict=True))},
             r"val\.pkl: class 'n02' is in .*train\.pkl too",
@@ -336,7 +367,13 @@ def add(line: str) -> Callable[[str], str]:
         ("test", put("label", "wnid"), r"test\.csv has no column 'label' .* holds filename, wnid"),
         ("train", put(ROW, "n0100000000.png,\n"), r"train\.csv, line 2: label is empty"),
         ("train", put(ROW, "a,b,c\n"), r"train\.csv, line 2: more values than columns"),
-        ("train", put(ROW, "no.png,n01\n"), r"train\.csv, line 2: no\.png is in none of .*images/no"),
+        ("train", put(ROW, "no.png,n01\n"), r"train\.csv, line 2: .*images/no\.png is not there; .*--skip-bad"),
+        ("train", put(ROW, 'n0100000000.png,"n01\n'), r"label goes over several lines, .*; is a quote left open"),
+        (
+            "test",
+            add("./../images/n0100000000.png,n03\n"),
+            r"test\.csv, line 10: .* stands in train\.csv, line 2 already",
+        ),
         ("train", add("no.png,n01\n"), r"train\.csv, line 14: .*images/no\.png is not there; .*--skip-bad"),
         ("train", add(ROW), r"train\.csv, line 14: n0100000000\.png stands in train\.csv, line 2 already"),
         ("val", add(ROW), r"val\.csv, line 10: class 'n01' is in train\.csv too"),
@@ -360,10 +397,38 @@ def test_pictures_that_are_gone_are_left_out_where_that_is_asked_for(tmp_path: P
         tables(root)
     with pytest.warns(MetaftWarning, match="ignored 1 of 28 files: 1 missing file"):
         assert tables(root, skip_bad=True).counts.tolist() == [4, 3, 4, 4, 4, 4, 4]
+    (root / "images/n0100000000.png").unlink()  # of the first row, which says no longer where the others are
+    with pytest.warns(MetaftWarning, match="ignored 2 of 28 files: 2 missing files"):
+        assert tables(root, skip_bad=True).counts.tolist() == [3, 3, 4, 4, 4, 4, 4]
     for number in (0, 2, 3):
         (root / f"images/n020000000{number}.png").unlink()
     with pytest.raises(DataError, match=r"val\.csv: class 'n02' has no picture"):
         tables(root, skip_bad=True)
+
+
+def test_names_of_folders_are_taken_as_they_are_written(tmp_path: Path) -> None:
+    """macOS writes accents as letters of their own, which are one in a class's name."""
+    as_tables(tmp_path / "d", "{label}/{filename}")
+    decomposed = unicodedata.normalize("NFD", "oiseau é")
+    (tmp_path / "d/n01").rename(tmp_path / "d" / decomposed)
+    rewrite(tmp_path / "d/train.csv", lambda text: text.replace(",n01", f",{decomposed}"))
+    pool = tables(tmp_path / "d")
+    assert unicodedata.normalize("NFC", decomposed) in pool.class_names
+    shuffled = "\n".join(
+        ["filename,label", *sorted((tmp_path / "d/train.csv").read_text().splitlines()[1:], reverse=True)]
+    )
+    (tmp_path / "d/train.csv").write_text(shuffled + "\n")
+    assert tables(tmp_path / "d").digest() == pool.digest(), "pictures of a class are in the order of a folder's"
+
+
+def test_no_picture_at_all_is_said_with_the_places(tmp_path: Path) -> None:
+    as_tables(tmp_path / "d")
+    (tmp_path / "d/images").rename(tmp_path / "away")
+    for skip_bad in (False, True):
+        with pytest.raises(
+            DataError, match=r"train\.csv, line 2: neither n0100000000\.png nor any other .*d/images/n01"
+        ):
+            tables(tmp_path / "d", skip_bad=skip_bad)
 
 
 def test_a_run_of_tables_is_tested_where_they_moved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

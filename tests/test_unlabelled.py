@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from metaft import engines, evaluate, meta_train
-from metaft.errors import DataError, MetaftError
+from metaft.errors import DataError, MetaftError, MetaftWarning
 from metaft.inputs import ImageInputs
 from metaft.tasks import ClassPool, UnlabelledPool, hide, load, unlabelled, warps
 from metaft.tasks.unlabelled import Views
@@ -185,11 +185,14 @@ def test_cut_out_photos_hold_nothing_from_outside() -> None:
 # --- by name ---
 
 
+def picture(file: Path, number: int) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.random.default_rng(number).integers(0, 256, (20, 20), np.uint8)).save(file)
+
+
 def test_any_folder_of_pictures(tmp_path: Path) -> None:
     for number in range(30):
-        file = tmp_path / "d" / ("a" if number % 2 else "b/c") / f"{number}.png"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(np.random.default_rng(number).integers(0, 256, (20, 20), np.uint8)).save(file)
+        picture(tmp_path / "d" / ("a" if number % 2 else "b/c") / f"{number}.png", number)
     found = load(f"unlabelled:{tmp_path / 'd'}")
     assert isinstance(found, UnlabelledPool)
     assert found.hidden == SPLITS
@@ -198,24 +201,56 @@ def test_any_folder_of_pictures(tmp_path: Path) -> None:
     assert json.dumps(found.describe())
     small = unlabelled(tmp_path / "d", 16, 3)
     assert small.shape == (3, 16, 16)
+    (tmp_path / "d/a/1.png").write_bytes(b"broken")
+    with pytest.raises(DataError, match=r"a/1\.png cannot be read.*--skip-bad"):
+        unlabelled(tmp_path / "d")
+    with pytest.warns(MetaftWarning, match="skipped 1 of 30"):
+        left = unlabelled(tmp_path / "d", skip_bad=True)
+    assert sum(len(left.splits[split]) for split in SPLITS) == 29
+    assert torch.equal(left.images, found.images[[i for i, n in enumerate(found.class_names) if n != "a/1.png"]])
     for _ in range(21):
         next((tmp_path / "d").rglob("*.png")).unlink()
-    with pytest.raises(DataError, match="holds 9 pictures, fewer than 10"):
+    with pytest.raises(DataError, match="holds 9 pictures to train on, fewer than 10"):
         unlabelled(tmp_path / "d")
     with pytest.raises(DataError, match="does not exist"):
         unlabelled(tmp_path / "none")
+
+
+@pytest.mark.parametrize("place", ["train/{n}.png", "train/a/{n}.png", "train/a/b/{n}.png"])
+def test_no_picture_of_the_test_part_is_trained_on(place: str, tmp_path: Path) -> None:
+    for number in range(12):
+        picture(tmp_path / place.format(n=number), number)
+    for split in ("val", "test"):
+        for name in ("x", "y"):
+            for number in range(3):
+                picture(tmp_path / split / f"{split}-{name}" / f"{number}.png", 100 + number)
+    found = unlabelled(tmp_path)
+    assert found.hidden == ("train",)
+    assert [len(found.splits[split]) for split in SPLITS] == [12, 2, 2]
+    assert all(found.class_names[c].startswith("train/") for c in found.splits["train"])
+    assert [found.class_names[c] for c in found.splits["test"]] == ["test-x", "test-y"]
+    (tmp_path / "val").rename(tmp_path / "others")
+    with pytest.raises(DataError, match=r"has train/ but no val/; give all of"):
+        unlabelled(tmp_path)
+    (tmp_path / "val").mkdir()
+    with pytest.raises(DataError, match="val holds no class folders"):
+        unlabelled(tmp_path)
 
 
 def test_a_named_set_without_its_labels() -> None:
     found = load("unlabelled:glyphs")
     assert isinstance(found, UnlabelledPool)
     assert (found.name, found.hidden) == ("unlabelled:glyphs", ("train",))
-    with pytest.raises(MetaftError, match="image_size: glyphs has its own"):
-        load("unlabelled:glyphs", image_size=20)
+    for option, value, words in (
+        ("image_size", 20, "image_size: unlabelled has its own"), ("download", True, "download: unlabelled is not"),
+        ("split", "finn", "split: unlabelled has no 'finn', only scripts"),
+    ):  # fmt: skip
+        with pytest.raises(MetaftError, match=words):
+            load("unlabelled:glyphs", **{option: value})
 
 
 def test_a_run_without_labels_is_stopped_resumed_and_tested(in_tmp: Path, capsys: Any) -> None:
-    write_folder(in_tmp / "data")  # has train/, val/ and test/: those of training are hidden
+    write_folder(in_tmp / "data")  # has train/, val/ and test/: the labels of training are hidden
     words = options(IMAGES, dataset="unlabelled:data", image_size=8, iterations=2, out="run", algorithm="protonet")
     assert meta_train.main(words) == 0
     assert f'dataset = "unlabelled:{in_tmp / "data"}"' in (in_tmp / "run/config.toml").read_text()
@@ -230,7 +265,7 @@ def test_a_run_without_labels_is_stopped_resumed_and_tested(in_tmp: Path, capsys
 
 
 def test_it_learns_without_labels() -> None:
-    """On glyphs, whose test scripts have labels: from below 60 to above 70 % in sixty meta-steps."""
+    """On glyphs, whose test scripts have labels."""
     from metaft import algorithms, models, outer
     from metaft.testing import score_episodes
 

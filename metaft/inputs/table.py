@@ -46,6 +46,8 @@ def _values(where: str, row: Mapping[str | None, str | None], columns: Mapping[s
             raise DataError(f"{where}: {column} is empty")
         if not is_text(value):
             raise DataError(f"{where}: {column} {value!r} is not text")
+        if len(value.splitlines()) > 1:
+            raise DataError(f"{where}: {column} goes over several lines, {value!r:.80}; is a quote left open?")
         values[name] = value
     if None in row:
         raise DataError(f"{where}: more values than columns; put quotes around a value with a comma")

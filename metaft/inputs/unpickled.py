@@ -1,16 +1,19 @@
 """Pickles of arrays in lists and dicts, read without executing any of what a pickle can ask for.
 
-Data sets of the field come as pickles, which are programs: an ordinary unpickler calls whatever they name. This one
-knows how numpy writes an array, by names that mean functions of ours here, and refuses every other name.
+Data sets of the field come as pickles, which are programs: an ordinary unpickler calls whatever they name, and gives
+any state to anything. This one knows how numpy writes an array, by names that mean functions of ours here, and refuses
+every other name.
 """
 
 from __future__ import annotations
 
 import math
+import mmap
 import pickle
 import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -26,8 +29,8 @@ def arrays(file: Path) -> Any:
     Raises DataError where it is no pickle, or names anything else.
     """
     try:
-        with file.open("rb") as stream:
-            return _plain(_Unpickler(stream, encoding="bytes").load())
+        with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            return _plain(_Unpickler(content, encoding="bytes").load())  # type: ignore[reportArgumentType]
     except OSError as error:
         raise DataError(f"{file} cannot be read ({error.strerror})") from None
     except _Refused as error:
@@ -110,6 +113,82 @@ def _no_bytes() -> bytes:
     return b""
 
 
+class _Unpickler(pickle._Unpickler):
+    """Python's own, not the one in C: what it does with a broken pickle are exceptions alone.
+
+    Its reading of lengths believes no more than the file has, and what follows keeps it from calling anything of what
+    it holds: only arrays and their types take a state, and keys are flat, since the hash of a deep tuple overflows.
+    """
+
+    stack: list[Any]
+    pop_mark: Callable[[], list[Any]]
+    dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in _NAMES:
+            raise _Refused(f"names {module}.{name}")
+        return _NAMES[module, name]
+
+    def persistent_load(self, pid: object) -> Any:
+        raise _Refused("names an object outside")
+
+    def build(self) -> None:
+        if not isinstance(self.stack[-2], _Array | _Dtype):
+            raise _Refused(f"gives a state to a {type(self.stack[-2]).__name__}")
+        state = self.stack.pop()
+        self.stack[-1].__setstate__(state)
+
+    def set_item(self) -> None:
+        value, key = self.stack.pop(), self.stack.pop()
+        _into(self.stack[-1], [(key, value)])
+
+    def set_items(self) -> None:
+        items = self.pop_mark()
+        _into(self.stack[-1], list(zip(items[::2], items[1::2], strict=True)))
+
+    def put_dict(self) -> None:
+        items = self.pop_mark()
+        made: dict[Any, Any] = {}
+        _into(made, list(zip(items[::2], items[1::2], strict=True)))
+        self.stack.append(made)
+
+    def add_items(self) -> None:
+        items = self.pop_mark()
+        if not isinstance(self.stack[-1], set):
+            raise _Refused("adds to what is no set")
+        self.stack[-1].update(map(_flat, items))
+
+    def put_frozen_set(self) -> None:
+        self.stack.append(set(map(_flat, self.pop_mark())))
+
+    dispatch |= {
+        pickle.BUILD[0]: build,
+        pickle.SETITEM[0]: set_item,
+        pickle.SETITEMS[0]: set_items,
+        pickle.DICT[0]: put_dict,
+        pickle.ADDITEMS[0]: add_items,
+        pickle.FROZENSET[0]: put_frozen_set,
+    }
+
+
+def _into(mapping: object, items: list[tuple[Any, Any]]) -> None:
+    if not isinstance(mapping, dict):
+        raise _Refused("sets items of what is no dict")
+    mapping.update({_flat(key): value for key, value in items})
+
+
+def _flat(key: Any) -> Any:
+    if not isinstance(key, str | bytes | int | float | None):
+        raise _Refused(f"has a {type(key).__name__} for a key")
+    return key
+
+
+def _set(items: object = ()) -> set[Any]:
+    if not isinstance(items, list | tuple):
+        raise _Refused("makes a set of what is no list")
+    return set(map(_flat, items))
+
+
 _NAMES: dict[tuple[str, str], Any] = {
     ("numpy", "dtype"): _Dtype,
     ("numpy", "ndarray"): _Kind,
@@ -117,19 +196,9 @@ _NAMES: dict[tuple[str, str], Any] = {
     **{(f"numpy.{core}.multiarray", "_reconstruct"): _reconstruct for core in ("core", "_core")},
     **{(f"numpy.{core}.multiarray", "scalar"): _scalar for core in ("core", "_core")},
     **{(f"numpy.{core}.numeric", "_frombuffer"): _from_buffer for core in ("core", "_core")},
-    **{(module, "set"): set for module in ("builtins", "__builtin__")},
+    **{(module, "set"): _set for module in ("builtins", "__builtin__")},
     **{(module, "bytes"): _no_bytes for module in ("builtins", "__builtin__")},
 }
-
-
-class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in _NAMES:
-            raise _Refused(f"names {module}.{name}")
-        return _NAMES[module, name]
-
-    def persistent_load(self, pid: object) -> Any:
-        raise _Refused(f"names an object outside, {pid!r}")
 
 
 def _text(value: object) -> object:

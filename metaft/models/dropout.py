@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator
 from contextvars import ContextVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -99,10 +100,11 @@ class EpisodeDropBlock(EpisodeDropout):
         centres = (*lead, height - size + 1, width - size + 1)
         gamma = self.p / size**2 * height * width / (centres[-2] * centres[-1])
         words = keyed.words(frame.key, _SALT, frame.step, frame.met, count=math.prod(centres))
-        hit = (words < round(min(1.0, gamma) * 2**32)).view(centres).to(x.dtype)
+        # In types of fewer bits the entries could not be counted.
+        hit = (words < round(min(1.0, gamma) * 2**32)).view(centres).to(torch.promote_types(x.dtype, torch.float32))
         # A pixel is dropped where any square that holds it was hit: squares begin at their centre's place here.
         kept = 1 - F.max_pool2d(F.pad(hit, [size - 1] * 4), size, stride=1)
-        return x * kept * (kept.numel() / kept.sum().clamp(min=1))
+        return x * (kept * (kept.numel() / kept.sum().clamp(min=1))).to(x.dtype)
 
     def extra_repr(self) -> str:
         return f"p={self.p}, size={self.size}"

@@ -16,9 +16,9 @@ BLOCK = 5
 class ResNet12(nn.Module):
     """Four residual blocks of three 3x3 convolutions, then a linear head: [batch, C, H, W] to [batch, ways].
 
-    Oreshkin et al. 2018 (https://arxiv.org/abs/1805.10123) with the filters of Lee et al. 2019, section 4.1
-    (https://arxiv.org/abs/1904.03758): 1, 2.5, 5 and 10 times `width`, which is 64 there; max-pooling by 2 after each
-    block, leaky ReLUs of slope 0.1, and the mean over the last map. The shortcut is a 1x1 convolution with a
+    Oreshkin et al. 2018 (https://arxiv.org/abs/1805.10123), whose head sees the mean over the last map, with the blocks
+    of Lee et al. 2019, section 4.1 (https://arxiv.org/abs/1904.03758): 1, 2.5, 5 and 10 times `width` filters, which is
+    64 there, leaky ReLUs of slope 0.1, and max-pooling by 2 after each block. The shortcut is a 1x1 convolution with a
     normalisation of its own. `dropout` is the share that is dropped in inner steps: entries after the first two blocks,
     squares (`EpisodeDropBlock`) after the last two.
     """

@@ -3,7 +3,9 @@
 A cache file is a plain `.npz` (never a pickle) with one more entry, a SHA-256 of its key and all the
 others. Large arrays of bytes are mapped, so that processes share them. Losing or breaking a file
 costs time and nothing else: whatever is wrong with it, the arrays are built again. So does a folder
-that cannot be written, or that a user without a home does not have: a line says so, once.
+that cannot be written, or that a user without a home does not have: a line says so, once. What is
+mapped already is safe from files that are deleted or renamed, not from one that is written over in
+its place, which nothing here does.
 """
 
 from __future__ import annotations

@@ -104,10 +104,7 @@ def _open_files(opened: Callable[..., Dataset], kind: str, request: Request) -> 
 def _open_unlabelled(request: Request) -> Dataset:
     if request.path not in places.NAMED:
         return _open_files(unlabelled, "unlabelled", request)
-    entry = DATASETS[request.path]
-    _check_form(request.path, entry, request.image_size, request.channels)
-    named = dataclasses.replace(request, path="", split=entry.splits[0] if entry.splits else "")
-    pool = entry.open(named)
+    pool = DATASETS[request.path].open(dataclasses.replace(request, path=""))
     assert isinstance(pool, ClassPool)
     return hide(pool)
 
@@ -129,6 +126,11 @@ DATASETS: dict[str, Entry] = {
     "unlabelled": Entry(_open_unlabelled, path="PATH", any_size=True),
     "sinusoid": Entry(lambda request: Sinusoid()),
 }
+
+
+def options_of(name: str, path: str) -> Entry:
+    """What says which options a data set understands: of a named one without its labels that of the named one."""
+    return DATASETS[path if name == "unlabelled" and path in places.NAMED else name]
 
 
 def load(
@@ -153,14 +155,18 @@ def load(
     """
     members = {known: Takes(entry.path or None) for known, entry in DATASETS.items()}
     name, positional, _ = parse("dataset", dataset, members)
-    entry, path = DATASETS[name], positional or ""
+    path = positional or ""
+    entry = options_of(name, path)
     if split is not None and split not in entry.splits:
         if entry.splits:
             raise no_such("split", split, entry.splits, lacks=f"{name} has no", says="only")
         raise MetaftError(f"split: {name} has no {split!r}, nor any other to choose")
     if download and not entry.downloads:
         raise MetaftError(f"download: {name} is not something to download")
-    _check_form(name, entry, image_size, channels)
+    for field, value in (("image_size", image_size), ("channels", channels)):
+        if value is not None and not entry.any_size:
+            sized = ", ".join(f"{known}:{e.path}".rstrip(":") for known, e in DATASETS.items() if e.any_size)
+            raise MetaftError(f"{field}: {name} has its own, only {sized} take {value}")
     request = Request(
         path=path,
         split=split or (entry.splits[0] if entry.splits else ""),
@@ -173,18 +179,11 @@ def load(
     )
     field, value = ("data_root", data_root) if data_root and not path else ("dataset", dataset)
     try:
-        return entry.open(request)
+        return DATASETS[name].open(request)
     except DataError as error:
         raise DataError(f"{field}: {error}") from None
     except OSError as error:  # a name that is too long, a folder that may not be read
         raise DataError(f"{field}: {value!r} cannot be read ({error.strerror})") from None
-
-
-def _check_form(name: str, entry: Entry, image_size: int | None, channels: int | None) -> None:
-    for field, value in (("image_size", image_size), ("channels", channels)):
-        if value is not None and not entry.any_size:
-            sized = ", ".join(f"{known}:{e.path}".rstrip(":") for known, e in DATASETS.items() if e.any_size)
-            raise MetaftError(f"{field}: {name} has its own, only {sized} take {value}")
 
 
 def default_rotate(dataset: str, split: str | None = None) -> bool:

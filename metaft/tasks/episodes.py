@@ -90,7 +90,8 @@ class ListedEpisodes:
 
 
 def listed_episodes(file: str | os.PathLike[str], inputs: Inputs | None, *, skip_bad: bool = False) -> ListedEpisodes:
-    """The episodes of a file of JSON lines, read as a run's images were (`inputs`).
+    """The episodes of a file of JSON lines, read as a run's images were (`inputs`). Whether drawings are dark on bright
+    and have to be turned, their own borders say, all together.
 
     Each line is {"support": [[PATH, LABEL], ...], "query": [[PATH, LABEL], ...]} with paths relative to the file and
     labels in text. All lines have as many classes, and each class as many support and as many query pictures.
@@ -155,7 +156,7 @@ def _content(file: Path) -> bytes:
 
 def _lines(file: Path, text: str) -> Iterator[tuple[int, dict[str, _Pairs]]]:
     """(number, part -> (picture, label) of each) for each line that is not empty."""
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):  # a label may hold what else Python takes for a line's end
         if line.strip():
             where = f"{file}, line {number}"
             try:
@@ -181,10 +182,14 @@ def _checked(where: str, folder: Path, given: Any) -> dict[str, _Pairs]:
     for _, label in parts["query"]:
         if label not in classes:
             raise DataError(f"{where}: query label {label!r} has no support picture")
-    seen = {path for path, _ in parts["support"]}
-    for path, _ in parts["query"]:
-        if path in seen:
-            raise DataError(f"{where}: {path} is in both support and query")
+    seen: dict[str, str] = {}
+    for part in PARTS:
+        for path, _ in parts[part]:
+            real = os.path.realpath(path)
+            if real in seen:
+                places = f"twice in {part}" if seen[real] == part else "in both support and query"
+                raise DataError(f"{where}: {path} is {places}")
+            seen[real] = part
     return parts
 
 

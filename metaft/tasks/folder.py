@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -98,9 +98,11 @@ def pool_of(
     left: Sequence[Left],
     notes: Sequence[str],
     skip_bad: bool,
+    alone: Collection[str] = (),
 ) -> ClassPool:
     """Picture files below `path` as a pool: `splits` have names of `classes`. `left` are those that are not taken, and
-    `notes` say more of what is not. Warns and raises as `folder` does."""
+    `notes` say more of what is not. Classes of a single picture that are `alone` go with it where it cannot be read.
+    Warns and raises as `folder` does."""
     names = tuple(sorted(classes))
     files = [file for name in names for file in classes[name]]
     check_lost(left, len(files), skip_bad=skip_bad)
@@ -119,6 +121,10 @@ def pool_of(
     )
     for note in notes:
         warnings.warn(f"{path}: {note}", MetaftWarning, stacklevel=3)
+    if pictures.bad and alone:
+        names = tuple(name for name in names if name not in alone or classes[name][0] not in pictures.bad)
+        there = set(names)
+        splits = {split: [name for name in of if name in there] for split, of in splits.items()}
     starts, counts, skipped = rows_left([classes[name] for name in names], names, pictures.bad)
     number = {name: i for i, name in enumerate(names)}
     return ClassPool(

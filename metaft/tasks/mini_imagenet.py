@@ -141,6 +141,7 @@ def _checked(file: Path, held: Any, classes: int) -> tuple[np.ndarray, dict[str,
     if not isinstance(rows, dict) or not all(isinstance(name, str) for name in rows):
         raise DataError(f"{file}: class_dict must hold the numbers of each class's images, got {type(rows).__name__}")
     numbers: dict[str, np.ndarray] = {}
+    owners: list[str] = []
     for name, own in rows.items():
         given = np.asarray(own) if isinstance(own, list | tuple | np.ndarray) else np.empty(0)
         if given.ndim != 1 or given.dtype.kind not in "iu" or len(set(given.tolist())) != IMAGES:
@@ -149,6 +150,14 @@ def _checked(file: Path, held: Any, classes: int) -> tuple[np.ndarray, dict[str,
             wrong = given.min() if given.min() < 0 else given.max()
             raise DataError(f"{file}: class {name!r} has an image {wrong}, of {len(pixels)}")
         numbers[name] = given
+        owners += [name] * len(given)
     if sum(map(len, numbers.values())) != len(pixels):
         raise DataError(f"{file}: its {len(numbers)} classes are not {classes}")
+    rows_of_all = np.concatenate(list(numbers.values()))
+    order = np.argsort(rows_of_all, kind="stable")
+    twice = np.flatnonzero(np.diff(rows_of_all[order]) == 0)
+    if len(twice):
+        first, second = order[twice[0]], order[twice[0] + 1]
+        both = f"{owners[first]!r} and {owners[second]!r}"
+        raise DataError(f"{file}: image {rows_of_all[first]} is in two classes, {both}")
     return pixels, numbers

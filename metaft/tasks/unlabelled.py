@@ -14,13 +14,16 @@ import torch
 from torch import Tensor
 
 from metaft.errors import DataError, check_ways
-from metaft.inputs.listing import list_below, subfolders
+from metaft.inputs.listing import list_below, list_classes
 from metaft.sampler import choose, raw_words, uniform
 from metaft.support.paths import local
 from metaft.tasks import warps
-from metaft.tasks.folder import check_form, folder, pool_of
+from metaft.tasks.folder import check_form, pool_of
 from metaft.tasks.pool import ClassEpisodes, ClassPool, Draw, Drawn
 from metaft.types import SPLITS, Batch, Episode, Split
+
+FEWEST = 10
+"""Pictures to train on."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -166,25 +169,44 @@ def unlabelled(
     *,
     skip_bad: bool = False,
 ) -> UnlabelledPool:
-    """Pictures under `path`, in whatever folders. With train/, val/ and test/ of class folders the labels of train/ are
-    hidden and the others count; otherwise no folder says anything, and pictures go to training, validation and test by
-    a hash of their names, 80 / 10 / 10 %. Warns and raises as `folder` does, and DataError for fewer than ten pictures.
+    """Pictures under `path`, in whatever folders. With train/, val/ and test/ all pictures below train/ are without
+    labels, and val/ and test/ hold class folders, whose labels count; otherwise no folder says anything, and pictures
+    go to training, validation and test by a hash of their names, 80 / 10 / 10 %. Warns and raises as `folder` does, and
+    DataError for some of these three folders without the others, and for fewer than ten pictures to train on.
     """
     check_form(image_size, channels)
     path = local(path)
-    if path.is_dir() and all((path / split).is_dir() and subfolders(path / split) for split in SPLITS):
-        return hide(folder(path, image_size, channels, skip_bad=skip_bad))
     if not path.is_dir():
         raise DataError(f"unlabelled: {path} {'is no folder' if path.exists() else 'does not exist'}")
-    files, left = list_below(path)
-    if len(files) < 10:
-        raise DataError(f"unlabelled: {path} holds {len(files)} pictures, fewer than 10")
-    names = [file.relative_to(path).as_posix() for file in files]
-    ranked = sorted(names, key=lambda name: hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest())
-    tenth = len(files) // 10
-    splits = {"val": ranked[:tenth], "test": ranked[tenth : 2 * tenth], "train": ranked[2 * tenth :]}
-    classes: dict[str, list[Path]] = {name: [file] for name, file in zip(names, files, strict=True)}
+    parted = [split for split in SPLITS if (path / split).is_dir()]
+    if parted and len(parted) < len(SPLITS):
+        raise DataError(
+            f"unlabelled: {path} has {parted[0]}/ but no {next(s for s in SPLITS if s not in parted)}/; give all of "
+            "train/, val/ and test/, so that no test picture is trained on, or none"
+        )
+    files, left = list_below(path / "train" if parted else path)
+    if len(files) < FEWEST:
+        raise DataError(f"unlabelled: {path} holds {len(files)} pictures to train on, fewer than {FEWEST}")
+    alone = {file.relative_to(path).as_posix(): [file] for file in files}  # no class folder's name has a slash
+    classes: dict[str, list[Path]] = dict(alone)
+    splits: dict[str, list[str]] = {"train": list(alone)}
+    hidden: tuple[Split, ...] = ("train",) if parted else SPLITS
+    if parted:
+        for split in ("val", "test"):
+            labelled = list_classes(path / split)
+            if not labelled.files:
+                raise DataError(f"unlabelled: {path / split} holds no class folders")
+            twice = sorted(classes.keys() & labelled.files.keys())
+            if twice:
+                raise DataError(f"unlabelled: class {twice[0]!r} is in both val/ and test/ of {path}")
+            splits[split], left = list(labelled.files), [*left, *labelled.left]
+            classes |= labelled.files
+    else:
+        ranked = sorted(alone, key=lambda name: hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest())
+        tenth = len(files) // 10
+        splits = {"val": ranked[:tenth], "test": ranked[tenth : 2 * tenth], "train": ranked[2 * tenth :]}
     pool = pool_of(
-        f"folder:{path}", path, splits, classes, image_size, channels, left=left, notes=(), skip_bad=skip_bad
-    )
-    return hide(pool, SPLITS)
+        f"folder:{path}", path, splits, classes, image_size, channels,
+        left=left, notes=(), skip_bad=skip_bad, alone=alone,
+    )  # fmt: skip
+    return hide(pool, hidden)
