@@ -183,7 +183,7 @@ def _resume(
     from metaft.runs.assemble import assemble
     from metaft.runs.checkpoint import write_atomically
     from metaft.runs.compute import with_engine
-    from metaft.runs.starting import reopened, resumed_settings
+    from metaft.runs.starting import check_split, reopened, resumed_settings
     from metaft.starts.names import in_full
 
     before, snapshot = ranks.on_first(lambda: reopened(folder))
@@ -201,6 +201,8 @@ def _resume(
         )
     begun = {"init": init, "loss": loss, "snapshot": snapshot, "classes": classes}
     parts = ranks.in_turn(lambda: assemble(config, dataset=dataset, module=module, **begun))
+    if snapshot is not None:
+        check_split(folder, snapshot, parts)  # before anything of the run is touched
     sources = _sources(parts)
     engine = None
     if snapshot is not None and config.compute.task_chunk == before.compute.task_chunk:

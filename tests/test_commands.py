@@ -723,6 +723,18 @@ def test_a_module_of_ones_own_is_recorded_as_such_whatever_model_says(tmp_path: 
         evaluate.run(tmp_path / "r", dataset=pool())
 
 
+def test_a_resume_that_is_refused_for_its_data_leaves_the_run_as_it_was(in_tmp: Path, capsys: Text) -> None:
+    squares = write_folder(in_tmp / "squares")
+    assert meta_train.main(options(IMAGES, dataset="folder:squares", image_size=8, iterations=1, out="run")) == 0
+    moved = next((squares / "test").iterdir())
+    moved.rename(moved.with_name("renamed"))
+    before = {path: path.read_bytes() for path in (in_tmp / "run").rglob("*.*") if path.is_file()}
+    capsys.readouterr()
+    assert meta_train.main(["--resume", "run", "--iterations", "3"]) == 2
+    one_line(capsys, "dataset: the class split of folder:", "is not the one run began with")
+    assert {path: path.read_bytes() for path in (in_tmp / "run").rglob("*.*") if path.is_file()} == before
+
+
 def test_evaluate_refuses_data_whose_classes_are_split_otherwise_than_in_training(
     tmp_path: Path, image_runs: dict[str, Path], squares: Path, capsys: Text
 ):

@@ -55,11 +55,17 @@ def reopened(folder: RunFolder) -> tuple[MetaTrainConfig, Snapshot | None]:
     return config, snapshot
 
 
+def check_split(run: RunFolder, snapshot: Snapshot, parts: Parts) -> None:
+    """Raises MetaftError where the data are split otherwise than when the run began."""
+    if snapshot.header["split_hash"] != parts.dataset.split_hash:
+        raise MetaftError(f"dataset: the class split of {parts.dataset.name} is not the one {run.path} began with")
+
+
 def start_of(
     run: RunFolder, parts: Parts, mapped: Engine, train: Source, snapshot: Snapshot | None, ranks: Ranks
 ) -> tuple[Snapshot, dict[str, Form]]:
     """What training begins with, on the run's device: a first snapshot, or the one that the run had; and the forms of
-    its convolutions. Raises MetaftError where the data are split otherwise than when the run began."""
+    its convolutions."""
     seed = parts.config.compute.seed
     now, forms_before = header(parts, mapped, ranks.count), None
     if snapshot is None:
@@ -68,8 +74,6 @@ def start_of(
         say_what_changed(snapshot.header["environment"], now["environment"])
         if snapshot.header["environment"] == now["environment"]:
             forms_before = snapshot.header.get("convolutions")
-        if snapshot.header["split_hash"] != parts.dataset.split_hash:
-            raise MetaftError(f"dataset: the class split of {parts.dataset.name} is not the one {run.path} began with")
         print(f"resuming {run.path} at step {snapshot.position.step}", file=sys.stderr)
     start = fill(parts, snapshot)
     share = ranks.share(range(parts.config.task.meta_batch))
