@@ -35,17 +35,20 @@ def maml(shots: int, accuracy: float, ci95: float, *, first_order: bool = False)
     return Row(f"{algorithm}-5w{shots}s", Published(accuracy, ci95, FINN, iterations=60_000), config, note=note)
 
 
-def maml_plus_plus(shots: int, accuracy: float, ci95: float) -> Row:
-    """48 filters, 2 tasks, 100 epochs of 500 meta-steps, 15 of them multi-step; its configurations keep the rate."""
+def maml_plus_plus(shots: int, accuracy: float, ci95: float) -> tuple[Row, Row]:
+    """48 filters, 2 tasks, 100 epochs of 500 meta-steps, 15 of them multi-step; its configurations keep the rate. The
+    figure is of an ensemble of the five best checkpoints; the best alone is a row of its own."""
     config = MetaTrainConfig(
         dataset="mini-imagenet", algorithm="maml++", model="conv4-pool", width=48,
         ways=5, shots=shots, query_shots=15, meta_batch=2, inner_steps=5, inner_lr=0.01,
         hyper=("multi_step=0.15", "order_annealing=0"),
         iterations=50_000, outer_lr=1e-3, outer_schedule="constant",
-        test_query_shots=15, test_inner_steps=5, eval_every=500, eval_episodes=200,
+        test_query_shots=15, test_inner_steps=5, eval_every=500, eval_episodes=200, keep_best=5,
     )  # fmt: skip
     published = Published(accuracy, ci95, f"{ANTONIOU}, an ensemble of five checkpoints", iterations=50_000)
-    return Row(f"maml++-5w{shots}s", published, config, note="a single checkpoint")
+    name = f"maml++-5w{shots}s"
+    single = Row(name, published, config, note="a single checkpoint")
+    return single, Row(f"{name}-ensemble", published, config, "ensemble", run=name)
 
 
 def protonet(shots: int, ways: int, accuracy: float, ci95: float) -> Row:
@@ -64,10 +67,10 @@ ROWS = (
     protonet(1, 30, 49.42, 0.78),
     maml(1, 48.70, 1.84),
     maml(1, 48.07, 1.75, first_order=True),
-    maml_plus_plus(1, 52.15, 0.26),
+    *maml_plus_plus(1, 52.15, 0.26),
     protonet(5, 20, 68.20, 0.66),
     maml(5, 63.11, 0.92),
-    maml_plus_plus(5, 68.32, 0.44),
+    *maml_plus_plus(5, 68.32, 0.44),
 )
 
 if __name__ == "__main__":

@@ -61,6 +61,10 @@ class Row:
     name: str
     published: Published
     config: MetaTrainConfig
+    checkpoint: Literal["best", "ensemble"] = "best"
+    """Which is tested; a row that differs in this alone shares the run of the other by `run`."""
+    run: str = ""
+    """Name of the row whose run it is, where that is another."""
     family: Family = "paper"
     """Settings of the "paper"; the "best" single checkpoint that we know how to train in the same model; or a "short"
     training, which shows how far a member comes with little."""
@@ -102,7 +106,7 @@ def settled(row: Row, budget: Budget) -> MetaTrainConfig:
 def folder_of(row: Row, budget: Budget) -> Path:
     """Where its run is; another number of iterations, or another seed, is another run."""
     short = "" if budget.iterations is None else f"-{budget.iterations}"
-    return budget.runs / f"{row.config.data.dataset.replace(':', '-')}-{row.name}{short}-{budget.seed}"
+    return budget.runs / f"{row.config.data.dataset.replace(':', '-')}-{row.run or row.name}{short}-{budget.seed}"
 
 
 def measure(row: Row, budget: Budget) -> dict[str, Any] | None:
@@ -120,9 +124,9 @@ def measure(row: Row, budget: Budget) -> dict[str, Any] | None:
     run = RunFolder(path)
     if not run.best.exists():
         return None
-    out = path / "published.json"
-    data = [] if budget.data_root is None else ["--data-root", budget.data_root]
-    if command(["metaft.evaluate", str(path), "--out", str(out), "--device", budget.device, *data]):
+    out = path / f"published-{row.checkpoint}.json"
+    data = ["--device", budget.device, *(() if budget.data_root is None else ("--data-root", budget.data_root))]
+    if command(["metaft.evaluate", str(path), "--checkpoint", row.checkpoint, "--out", str(out), *data]):
         raise MetaftError(f"{row.name}: its meta-test failed, see above")
     return line_of(row, budget, run, json.loads(out.read_text(encoding="utf-8")))
 
@@ -164,7 +168,8 @@ def line_of(row: Row, budget: Budget, run: RunFolder, test: Mapping[str, Any]) -
         "seed": budget.seed,
         "iterations": steps,
         "of_iterations": settled(row, budget).outer.iterations,
-        "checkpoint_step": test["step"],
+        "checkpoint": row.checkpoint,
+        "checkpoint_step": test.get("ensemble_of_steps", test["step"]),
         "seconds": round(seconds_of(run), 1),
         "transductive": shown(figures["transductive"]),
         "inductive": shown(figures["inductive"]),
@@ -174,12 +179,18 @@ def line_of(row: Row, budget: Budget, run: RunFolder, test: Mapping[str, Any]) -
         "published": dataclasses.asdict(row.published),
         "settings": {k: v for k, v in flat(row.config).items() if v not in (None, (), False)},
         "note": row.note,
-        "sha256": hashlib.sha256(run.best.read_bytes()).hexdigest(),
+        "sha256": _digest([run.best] if row.checkpoint == "best" else list(run.all_kept().values())),
         "commit": git("rev-parse", "HEAD"),
         "changed_since_commit": bool(git("status", "--porcelain", "--untracked-files=no")),
         "machine": {"cpu": processor(), **test["environment"]},
         "measured": time.strftime("%Y-%m-%d", time.gmtime()),
     }
+
+
+def _digest(files: Sequence[Path]) -> str:
+    """Of one file; of several, of their digests."""
+    each = [hashlib.sha256(file.read_bytes()) for file in files]
+    return each[0].hexdigest() if len(each) == 1 else hashlib.sha256(b"".join(d.digest() for d in each)).hexdigest()
 
 
 def shown(figures: Mapping[str, Any]) -> dict[str, float]:

@@ -83,7 +83,8 @@ class EvaluateConfig(Settings):
 
     episode: EpisodeSettings
     checkpoint: Annotated[
-        Literal["best", "last"], Option("The checkpoint that was best on validation, or the last one.")
+        Literal["best", "last", "ensemble"],
+        Option("The one that was best on validation, the last one, or the mean output of those of --keep-best."),
     ] = "best"
     plugin: Annotated[
         str | None,

@@ -72,7 +72,7 @@ def run(
     """
     from metaft.runs.assemble import assemble, fill
     from metaft.runs.compute import check_ranks, engine_for
-    from metaft.runs.opened import open_run
+    from metaft.runs.opened import open_run, read_kept
     from metaft.runs.report import print_test
     from metaft.support.progress import Progress
     from metaft.testing import meta_test
@@ -89,6 +89,10 @@ def run(
     parts = ranks.in_turn(lambda: assemble(wanted, **handed))
     check_ranks(parts, ranks)
     snapshot = fill(parts, snapshot)
+    kept = []
+    if config.checkpoint == "ensemble":
+        kept = [fill(parts, one) for one in ranks.on_first(lambda: read_kept(folder))]
+    starts = tuple((one.meta, one.state) for one in kept) or ((snapshot.meta, snapshot.state),)
     if config.out is not None:  # before the work
         out = paths.local(config.out)
         parent = next((p for p in out.absolute().parents if os.path.isdir(p)), out)
@@ -106,12 +110,14 @@ def run(
             signals.check(signals.message)
 
         test = meta_test(
-            mapped, parts.algorithm, snapshot.meta, snapshot.state, source,
+            mapped, parts.algorithm, *starts[0], source,
             split=protocol.split, seed=protocol.seed, episodes=protocol.episodes, steps=protocol.steps,
-            ranks=ranks, progress=progress,
+            others=starts[1:], ranks=ranks, progress=progress,
         )  # fmt: skip
     bar.close()
     result = _result(path, config, parts, mapped, snapshot, seen, test, ranks)
+    if kept:
+        result["ensemble_of_steps"] = [one.position.step for one in kept]
     out = paths.local(config.out) if config.out is not None else _default_file(folder, parts, protocol, config, test)
     ranks.on_first(lambda: folder.write_json(out, result))
     print_test(test)

@@ -275,6 +275,13 @@ class MetaTestSettings(Group):
             "chosen, or every step in both."
         ),
     ] = "training"
+    keep_best: Annotated[
+        int,
+        Option(
+            "Checkpoints to keep, those that are best on validation; evaluate --checkpoint ensemble averages them.",
+            at_least=1,
+        ),
+    ] = 1
     eval_seed: Annotated[int, Option("Seed of validation and test episodes; independent of --seed.", at_least=0)] = 1234
     test_ways: Annotated[int | None, Option("Classes per task (auto: --ways).", at_least=1)] = None
     test_shots: Annotated[int | None, Option("Support images per class (auto: --shots).", at_least=1)] = None

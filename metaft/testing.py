@@ -18,6 +18,9 @@ from metaft.metrics import figure, figure_name, mean_ci95, nearest_neighbour
 from metaft.support.modes import in_usual_modes_but_type, ordinary
 from metaft.types import NORMS, Episode, Fast, Norm, Params, Source, Split
 
+Starts = tuple[tuple[Params, Params], ...]
+"""(meta, state) of each member of an ensemble."""
+
 
 def task_scores(
     algorithm: Algorithm,
@@ -35,18 +38,42 @@ def task_scores(
 
     Members without inner steps give one column.
     """
+    every = outputs_of(algorithm, meta, state, task, ways=ways, steps=steps, norms=norms, each_step=each_step)
+    return _figures(algorithm, every, task)
+
+
+def ensemble_scores(algorithm: Algorithm, starts: Starts, task: Episode, **how: Any) -> Tensor:
+    """`task_scores` of several starts: each adapts by itself, and what counts is the mean of their outputs (of logits,
+    where there are classes: Antoniou et al. 2019, whose code averages them, section 4 for the ensemble)."""
+    each = [outputs_of(algorithm, meta, state, task, **how) for meta, state in starts]
+    mean = [[torch.stack(same).mean(0) for same in zip(*rows, strict=True)] for rows in zip(*each, strict=True)]
+    return _figures(algorithm, mean, task)
+
+
+def outputs_of(
+    algorithm: Algorithm,
+    meta: Params,
+    state: Params,
+    task: Episode,
+    *,
+    ways: int,
+    steps: int,
+    norms: Sequence[Norm] = NORMS,
+    each_step: bool = True,
+) -> list[list[Tensor]]:
+    """The predictions [n, outputs] that `task_scores` scores: for each mode those after each step."""
     stacked = each_step or algorithm.predict_steps is not None
     fast = algorithm.adapt(
         meta, state, task.support_x, task.support_y, task.key,
         ways=ways, steps=steps, trajectory=stacked, moments="inductive" in norms,
     )  # fmt: skip
-    rows = []
-    for norm in norms:
-        if stacked:
-            found = list(predictions(algorithm, fast, task, norm))[0 if each_step else -1 :]
-        else:
-            found = [algorithm.predict(fast, task.query_x, norm)]
-        rows.append(torch.stack([figure(algorithm.loss, prediction, task.query_y) for prediction in found]))
+    if stacked:
+        return [list(predictions(algorithm, fast, task, norm))[0 if each_step else -1 :] for norm in norms]
+    return [[algorithm.predict(fast, task.query_x, norm)] for norm in norms]
+
+
+def _figures(algorithm: Algorithm, every: Sequence[Sequence[Tensor]], task: Episode) -> Tensor:
+    rows = [torch.stack([figure(algorithm.loss, prediction, task.query_y) for prediction in row]) for row in every]
     return torch.stack(rows).detach()
 
 
@@ -60,11 +87,13 @@ def predictions(algorithm: Algorithm, trajectory: Fast, task: Episode, norm: Nor
 
 @functools.lru_cache(maxsize=16)
 def _scores_of(
-    algorithm: Algorithm, ways: int, steps: int, norms: tuple[Norm, ...], each_step: bool
-) -> Callable[[tuple[Params, Params], Episode], Tensor]:
-    """`task_scores` as engines want it: one object for all calls."""
+    algorithm: Algorithm, ways: int, steps: int, norms: tuple[Norm, ...], each_step: bool, alone: bool
+) -> Callable[[Starts, Episode], Tensor]:
+    """`task_scores`, or `ensemble_scores`, as engines want it: one object for all calls."""
     how: Any = {"ways": ways, "steps": steps, "norms": norms, "each_step": each_step}
-    return lambda shared, task: task_scores(algorithm, *shared, task, **how)
+    if alone:
+        return lambda starts, task: task_scores(algorithm, *starts[0], task, **how)
+    return lambda starts, task: ensemble_scores(algorithm, starts, task, **how)
 
 
 @in_usual_modes_but_type
@@ -81,22 +110,24 @@ def score_episodes(
     steps: int,
     norms: Sequence[Norm] = NORMS,
     each_step: bool = True,
+    others: Starts = (),
     at_once: int = 32,
     ranks: Ranks = ALONE,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Tensor:
     """float64 [episodes, modes, steps + 1], or [episodes, modes, 1] without `each_step`: `task_scores` of episodes 0 ..
-    episodes-1 of a split, shared out among ranks.
+    episodes-1 of a split, shared out among ranks; with `others` those of the ensemble of all.
 
     Only scores are kept from one chunk of `at_once` episodes to the next, so memory does not grow with their number.
     `progress` is called after each chunk; it may raise to stop.
     """
     check_ways("ways", source.ways, algorithm.loss)
-    scores_of = _scores_of(algorithm, source.ways, steps, tuple(norms), each_step)
+    scores_of = _scores_of(algorithm, source.ways, steps, tuple(norms), each_step, not others)
+    starts = ((meta, state), *others)
 
     def score(indices: range) -> Tensor:
         tasks = ordinary(source.episodes(seed, split, indices))
-        scores = engine.map(scores_of, (meta, state), tasks)
+        scores = engine.map(scores_of, starts, tasks)
         return torch.stack(list(scores)).double().cpu()
 
     return _in_chunks(score, episodes, at_once, ranks, progress)
@@ -146,13 +177,14 @@ def meta_test(
     seed: int,
     episodes: int,
     steps: int,
+    others: Starts = (),
     ranks: Ranks = ALONE,
     progress: Callable[[int], None] = lambda done: None,
 ) -> dict[str, Any]:
     """The "test" object of result.json: protocol and figures, with pixel nearest neighbour on the same episodes."""
     scores = score_episodes(
         engine, algorithm, meta, state, source,
-        split=split, seed=seed, episodes=episodes, steps=steps, ranks=ranks, progress=progress,
+        split=split, seed=seed, episodes=episodes, steps=steps, others=others, ranks=ranks, progress=progress,
     )  # fmt: skip
     result: dict[str, Any] = {
         "split": split,

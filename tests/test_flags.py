@@ -260,6 +260,7 @@ clip_norm = 1.0
 eval_every = 1
 eval_episodes = 2
 eval_modes = "training"
+keep_best = 1
 eval_seed = 1234
 test_ways = 1
 test_shots = 10

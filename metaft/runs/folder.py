@@ -51,6 +51,15 @@ class RunFolder:
         self.best = self.checkpoints / "best.safetensors"
         self.classifier = path / "classifier.safetensors"
 
+    def kept(self, step: int) -> Path:
+        """The checkpoint of `--keep-best` of that step."""
+        return self.checkpoints / f"kept-{step}.safetensors"
+
+    def all_kept(self) -> dict[int, Path]:
+        """Those that there are, by step."""
+        found = {int(path.stem.removeprefix("kept-")): path for path in self.checkpoints.glob("kept-*.safetensors")}
+        return dict(sorted(found.items()))
+
     @classmethod
     def create(cls, path: Path, config_toml: str, *, launch: str | None = None) -> RunFolder:
         """A new run, of a `launch` that may be restarted. Raises MetaftError where the folder holds something or cannot

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from metaft.cli import of_run
 from metaft.config import MetaTrainConfig
+from metaft.errors import CheckpointError
 from metaft.runs.folder import RunFolder
 from metaft.runs.snapshot import Snapshot, load_snapshot
 
@@ -18,7 +19,17 @@ def open_run(path: Path, *, which: str = "best", field: str = "run") -> tuple[Ru
     """
     run = RunFolder.open(path)
     config = of_run(MetaTrainConfig, run.config, field)
-    return run, config, read_snapshot(run, run.best if which == "best" else run.last)
+    return run, config, read_snapshot(run, run.last if which == "last" else run.best)
+
+
+def read_kept(run: RunFolder) -> list[Snapshot]:
+    """The checkpoints of a run's ensemble. Raises CheckpointError where it has none, or one cannot be read."""
+    kept = run.all_kept()
+    if len(kept) < 2:
+        raise CheckpointError(
+            f"checkpoint: {run.path} kept no ensemble; metaft.meta_train --keep-best 5 keeps the five best checkpoints"
+        )
+    return [read_snapshot(run, path) for path in kept.values()]
 
 
 def read_snapshot(run: RunFolder, wanted: Path) -> Snapshot:

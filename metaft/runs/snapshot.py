@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -58,16 +59,16 @@ def tensors_of(snapshot: Snapshot) -> dict[str, Tensor]:
     return {f"{part}/{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
 
 
-def save_snapshot(run: RunFolder, snapshot: Snapshot, *, best: bool = False) -> None:
-    """Write `checkpoints/best` or `checkpoints/last`; the former last one is kept as `previous`."""
+def save_snapshot(run: RunFolder, snapshot: Snapshot, *, to: Path | None = None) -> None:
+    """Write a checkpoint `to` this file or, by default, to `checkpoints/last`, whose former one becomes `previous`."""
     tensors = tensors_of(snapshot)
     header = {**snapshot.header, "position": dataclasses.asdict(snapshot.position)}
     if snapshot.frozen:
         header["frozen"] = list(snapshot.frozen)
     # JSON has no NaN
     header["position"]["best"] = None if math.isnan(snapshot.position.best) else snapshot.position.best
-    if best:
-        checkpoint.save(run.best, tensors, header)
+    if to is not None:
+        checkpoint.save(to, tensors, header)
         return
     run.save_last(tensors, header)
 

@@ -6,7 +6,8 @@ import dataclasses
 import math
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from metaft.algorithms.base import Algorithm
@@ -19,11 +20,11 @@ from metaft.outer import meta_gradient, static
 from metaft.outer.static import Steps, Taken, logged, why_not_finite
 from metaft.outer.update import Outer
 from metaft.runs import checkpoint
-from metaft.runs.folder import RunFolder, append_row, cut_back
+from metaft.runs.folder import RunFolder, append_row, cut_back, read_rows
 from metaft.runs.snapshot import Snapshot, save_snapshot, tensors_of
 from metaft.support.progress import Progress
 from metaft.testing import score_episodes, summarise
-from metaft.types import NORMS, Params, Source
+from metaft.types import NORMS, Loss, Norm, Params, Source
 
 
 class Eager:
@@ -151,9 +152,22 @@ class _Loop:
         if self._ranks.rank == 0 and not self._run.last.exists():
             save_snapshot(self._run, self.snapshot())
 
-    def write_snapshot(self, *, best: bool = False) -> None:
+    def write_snapshot(self, to: Path | None = None) -> None:
         if self._ranks.rank == 0:
-            save_snapshot(self._run, self.snapshot(), best=best)
+            save_snapshot(self._run, self.snapshot(), to=to)
+
+    def keep(self, norm: Norm) -> None:
+        """Write this checkpoint too where it is among the best so far, and remove what no longer is. Which those are
+        the rows of metrics.jsonl say, so that a resume keeps the same."""
+        if self._config.test.keep_best == 1 or self._ranks.rank != 0:
+            return
+        rows = [row for row in read_rows(self._run.metrics) if row["kind"] == "val"]
+        steps = best_steps(self._algorithm.loss, rows, norm, self._name)[: self._config.test.keep_best]
+        if self.position.step in steps:
+            self.write_snapshot(self._run.kept(self.position.step))
+        for step, path in self._run.all_kept().items():
+            if step not in steps:
+                path.unlink()
 
     def write_row(self) -> None:
         """The means over the steps since the last row."""
@@ -182,7 +196,8 @@ class _Loop:
         self.position = dataclasses.replace(self.position, evaluated=step)
         if better(self._algorithm.loss, value, self.position.best):
             self.position = dataclasses.replace(self.position, best=value, best_step=step)
-            self.write_snapshot(best=True)
+            self.write_snapshot(self._run.best)
+        self.keep(deciding)
         self.save()
         self._bar.say(f"step {step}: validation {describe(self._name, summary)}")
 
@@ -234,6 +249,13 @@ def _steps(
             text = f"engine {engine.name}: {obstacle}; steps are taken as with vmap"
             warnings.warn(text, MetaftWarning, stacklevel=3)
     return Eager(config, engine, algorithm, source, start, ranks)
+
+
+def best_steps(loss: Loss, rows: Sequence[Mapping[str, Any]], norm: Norm, name: str) -> list[int]:
+    """Steps of these validations, the best first, of equal ones the earlier; those without a figure are left out."""
+    values = {row["step"]: row[norm][name] for row in rows if row[norm][name] is not None}
+    sign = -1 if better(loss, 1.0, 0.0) else 1
+    return sorted(values, key=lambda step: (sign * values[step], step))
 
 
 def _digest(snapshot: Snapshot) -> str:
