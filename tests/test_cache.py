@@ -182,7 +182,7 @@ def test_any_flipped_bit_of_a_cache_file_is_noticed(
     if mapped:
         monkeypatch.setattr(large, "MAPPED_FROM", 1)
         monkeypatch.setattr(cache, "_PIECE", 3)
-    wanted = np.arange(4, dtype=np.uint8)
+    wanted = np.arange(40 if mapped else 4, dtype=np.uint8)
     cached("x", "key", lambda: {"a": wanted})
     (path,) = own.iterdir()
     whole = path.read_bytes()
