@@ -65,6 +65,8 @@ class Row:
     """Which is tested; a row that differs in this alone shares the run of the other by `run`."""
     run: str = ""
     """Name of the row whose run it is, where that is another."""
+    start: Row | None = None
+    """The row whose run this one begins with."""
     family: Family = "paper"
     """Settings of the "paper"; the "best" single checkpoint that we know how to train in the same model; or a "short"
     training, which shows how far a member comes with little."""
@@ -96,6 +98,8 @@ def settled(row: Row, budget: Budget) -> MetaTrainConfig:
         "seed": budget.seed, "device": budget.device, "data_root": budget.data_root,
         "test_episodes": EPISODES, "eval_seed": EVAL_SEED,
     }  # fmt: skip
+    if row.start is not None:
+        changes["init"] = str(folder_of(row.start, budget))
     if budget.iterations is not None:
         changes["iterations"] = budget.iterations
         every = row.config.test.eval_every
@@ -115,6 +119,8 @@ def measure(row: Row, budget: Budget) -> dict[str, Any] | None:
     Raises MetaftError where a command fails.
     """
     path = folder_of(row, budget)
+    if row.start is not None and not (start := folder_of(row.start, budget) / "result.json").exists():
+        raise MetaftError(f"{row.name} begins with the run of {row.start.name}, which is not finished: no {start}")
     config = path.with_suffix(".toml")
     config.parent.mkdir(parents=True, exist_ok=True)
     config.write_text(to_toml(settled(row, budget)), encoding="utf-8")

@@ -7,6 +7,7 @@ import hashlib
 import json
 import re
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,17 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import mini_imagenet, omniglot, published, table
 from benchmarks.published import Budget, Published, Row
 from metaft.config import MetaTrainConfig
+from metaft.defaults import resolve
 from metaft.errors import MetaftError
 from metaft.options import flat
+
+
+def pool_like(dataset: str) -> Any:
+    """What `resolve` looks at of a data set."""
+    shape = (3, 84, 84) if dataset == "mini-imagenet" else (1, 28, 28)
+    classes = {"train": ["a"] * 64}
+    return types.SimpleNamespace(name=dataset, loss="cross_entropy", shape=shape, describe=lambda: {"classes": classes})
+
 
 Text = pytest.CaptureFixture[str]
 
@@ -41,9 +51,18 @@ def test_rows_have_names_of_their_own_and_say_where_the_figure_is_from(dataset: 
     for row in rows:
         assert row.config.data.dataset.removeprefix("unlabelled:") == dataset
         assert 30 < row.published.accuracy < 100
-        assert re.search(r" et al\. 20\d\d\b", row.published.source)
+        assert re.search(r" (et al\.|and \w+,) 20\d\d\b", row.published.source)
         assert row.config.outer.iterations is not None
-        assert f"{row.config.test.test_ways or row.config.task.ways}w{row.config.task.shots}s" in row.name
+        if row.config.learner.algorithm != "baseline":
+            assert f"{row.config.test.test_ways or row.config.task.ways}w{row.config.task.shots}s" in row.name
+        assert row.start is None or row.start in rows
+        assert not row.run or row.run in {other.name for other in rows}
+        given = {k: v for k, v in flat(row.config).items() if v is not None}
+        resolve(
+            dataclasses.replace(row.config, model=given.get("model", "resnet12")),
+            pool_like(dataset),
+            default_rotate=False,
+        )
 
 
 def test_the_papers_protocol_is_in_the_row() -> None:
@@ -88,6 +107,14 @@ def test_a_run_without_a_validation_is_not_measured(
     assert published.main([TINY], "", ["--runs", "runs", "--out", "out.jsonl"]) == 0
     assert "not measured" in capsys.readouterr().err
     assert not (in_tmp / "out.jsonl").read_text()
+
+
+def test_a_row_that_begins_with_another_ones_run_waits_for_it(in_tmp: Path, capsys: Text) -> None:
+    second = dataclasses.replace(TINY, name="second", start=TINY)
+    budget = Budget()
+    assert flat(published.settled(second, budget))["init"] == "runs/published/glyphs-tiny-0"
+    assert published.main([second], "", ["--out", "out.jsonl"]) == 2
+    assert "second begins with the run of tiny, which is not finished" in capsys.readouterr().err
 
 
 @pytest.mark.slow
