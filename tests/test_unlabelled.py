@@ -241,12 +241,14 @@ def test_a_named_set_without_its_labels() -> None:
     found = load("unlabelled:glyphs")
     assert isinstance(found, UnlabelledPool)
     assert (found.name, found.hidden) == ("unlabelled:glyphs", ("train",))
+    given: dict[str, Any]
     for option, value, words in (
         ("image_size", 20, "image_size: unlabelled has its own"), ("download", True, "download: unlabelled is not"),
         ("split", "finn", "split: unlabelled has no 'finn', only scripts"),
     ):  # fmt: skip
+        given = {option: value}
         with pytest.raises(MetaftError, match=words):
-            load("unlabelled:glyphs", **{option: value})
+            load("unlabelled:glyphs", **given)
 
 
 def test_a_run_without_labels_is_stopped_resumed_and_tested(in_tmp: Path, capsys: Any) -> None:
