@@ -98,6 +98,10 @@ def test_a_row_is_trained_tested_and_written_down_and_a_second_call_adds_to_it(
     assert whole["seconds"] == again["seconds"] > 0
     assert whole["settings"]["ways"] == 2
     assert "published 12.5 (nobody, table 0)" in capfd.readouterr().err
+    other = dataclasses.replace(TINY, config=dataclasses.replace(TINY.config, width=5))
+    assert published.main([other], "", argv) == 2  # a run of the former row is not taken for this one's
+    assert "width" in capfd.readouterr().err
+    assert len(out.read_text().splitlines()) == 3
 
 
 def test_a_run_without_a_validation_is_not_measured(
@@ -115,16 +119,6 @@ def test_a_row_that_begins_with_another_ones_run_waits_for_it(in_tmp: Path, caps
     assert flat(published.settled(second, budget))["init"] == "runs/published/glyphs-tiny-0"
     assert published.main([second], "", ["--out", "out.jsonl"]) == 2
     assert "second begins with the run of tiny, which is not finished" in capsys.readouterr().err
-
-
-@pytest.mark.slow
-def test_a_row_that_changed_is_not_measured_by_a_run_of_the_former_one(in_tmp: Path, capfd: Text) -> None:
-    argv = ["--runs", "runs", "--out", "out.jsonl", "--device", "cpu", "--budget-iterations", "2"]
-    assert published.main([TINY], "", argv) == 0
-    other = dataclasses.replace(TINY, config=dataclasses.replace(TINY.config, width=5))
-    assert published.main([other], "", argv) == 2
-    assert "width" in capfd.readouterr().err
-    assert len((in_tmp / "out.jsonl").read_text().splitlines()) == 1
 
 
 def test_what_fails_or_cannot_be_asked_for_ends_with_status_2(
