@@ -24,7 +24,7 @@ from benchmarks.throughput import git, say
 from metaft.config import MetaTrainConfig, to_toml
 from metaft.errors import MetaftError, no_such
 from metaft.options import flat
-from metaft.runs.folder import RunFolder
+from metaft.runs.folder import RunFolder, read_rows
 from metaft.runs.machine import processor
 from metaft.types import Norm
 
@@ -161,8 +161,7 @@ def _end_of(process: subprocess.Popen[bytes]) -> int:
 
 def line_of(row: Row, budget: Budget, run: RunFolder, test: Mapping[str, Any]) -> dict[str, Any]:
     """What is kept of a measurement."""
-    rows = [json.loads(line) for line in run.metrics.read_text(encoding="utf-8").splitlines()]
-    steps = max((int(line["step"]) for line in rows), default=0)
+    steps = max((int(row["step"]) for row in read_rows(run.metrics)), default=0)
     figures = test["test"]
     return {
         "row": row.name,
@@ -205,8 +204,7 @@ def shown(figures: Mapping[str, Any]) -> dict[str, float]:
 
 def seconds_of(run: RunFolder) -> float:
     """Seconds of training and validation, over all commands that went on with the run."""
-    text = run.timing.read_text(encoding="utf-8") if run.timing.exists() else ""
-    return sum(json.loads(line).get("seconds", 0.0) for line in text.splitlines())
+    return sum(row["seconds"] for row in read_rows(run.timing, ["seconds"]))
 
 
 def main(rows: Sequence[Row], doc: str, argv: Sequence[str] | None = None) -> int:

@@ -194,23 +194,18 @@ def _protocol(config: EvaluateConfig, parts: Parts, listed: ListedEpisodes | Non
     """What is asked for, else as in the run. Raises MetaftError for what its member or loss cannot be tested on."""
     from metaft.defaults import check_steps
 
-    c = parts.config
-    if listed is not None:
-        check_steps("inner_steps", config.episode.inner_steps, c.learner.algorithm)
-        steps = c.test.test_inner_steps if config.episode.inner_steps is None else config.episode.inner_steps
-        seed = c.test.eval_seed if config.episode.eval_seed is None else config.episode.eval_seed
-        return _Protocol("test", listed.ways, listed.shots, listed.query_shots, steps, len(listed), seed)
-    ways = config.episode.ways or c.test.test_ways
+    c, given = parts.config, config.episode
+    ways = listed.ways if listed else given.ways or c.test.test_ways
     check_ways("ways", ways, parts.algorithm.loss)
-    check_steps("inner_steps", config.episode.inner_steps, c.learner.algorithm)
+    check_steps("inner_steps", given.inner_steps, c.learner.algorithm)
     return _Protocol(
-        split=config.episode.set,
+        split=given.set,
         ways=ways,
-        shots=config.episode.shots or c.test.test_shots,
-        queries=config.episode.query_shots or c.test.test_query_shots,
-        steps=c.test.test_inner_steps if config.episode.inner_steps is None else config.episode.inner_steps,
-        episodes=config.episode.episodes or c.test.test_episodes,
-        seed=c.test.eval_seed if config.episode.eval_seed is None else config.episode.eval_seed,
+        shots=listed.shots if listed else given.shots or c.test.test_shots,
+        queries=listed.query_shots if listed else given.query_shots or c.test.test_query_shots,
+        steps=c.test.test_inner_steps if given.inner_steps is None else given.inner_steps,
+        episodes=len(listed) if listed else given.episodes or c.test.test_episodes,
+        seed=c.test.eval_seed if given.eval_seed is None else given.eval_seed,
     )
 
 

@@ -24,7 +24,7 @@ def at_linear(step: int, steps: int) -> float:
 
 def at_cosine(step: int, steps: int) -> float:
     """Half a cosine from 1 to 0 (Loshchilov & Hutter 2017, https://arxiv.org/abs/1608.03983, eq. 5, no restart)."""
-    return 0.5 * (1.0 + math.cos(math.pi * (step / max(1, steps))))
+    return _between(1.0, 0.0, step / max(1, steps))
 
 
 def at_steps(every: float, factor: float, step: int, steps: int) -> float:
@@ -84,14 +84,14 @@ def cosine(*, warmup: float = 0.0) -> Schedule:
 
 def step(*, every: float = 0.3, factor: float = 0.1, warmup: float = 0.0) -> Schedule:
     """`every` is a share of all steps: 0.1 with a factor of 0.5 halves the rate nine times."""
-    _inside("every", every, 0, 1)
-    _inside("factor", factor, 0, 1)
+    _check_share("every", every)
+    _check_share("factor", factor)
     return _warmed(partial(at_steps, every, factor), warmup)
 
 
 def one_cycle(*, rise: float = 0.3, low: float = 0.04, end: float = 4e-6, warmup: float = 0.0) -> Schedule:
     """`low` and `end` are shares of the highest rate, by default those of torch's OneCycleLR."""
-    _inside("rise", rise, 0, 1)
+    _check_share("rise", rise)
     for name, share in (("low", low), ("end", end)):
         if not 0 <= share <= 1:
             raise MetaftError(f"{name} must be 0 to 1, got {share}")
@@ -99,15 +99,15 @@ def one_cycle(*, rise: float = 0.3, low: float = 0.04, end: float = 4e-6, warmup
 
 
 def stlr(*, cut: float = 0.1, ratio: float = 32.0, warmup: float = 0.0) -> Schedule:
-    _inside("cut", cut, 0, 1)
+    _check_share("cut", cut)
     if not 1 <= ratio < math.inf:
         raise MetaftError(f"ratio must be at least 1, got {ratio}")
     return _warmed(partial(at_slanted_triangle, cut, ratio), warmup)
 
 
-def _inside(name: str, value: float, low: float, high: float) -> None:
-    if not low < value < high:
-        raise MetaftError(f"{name} must be above {low} and below {high}, got {value}")
+def _check_share(name: str, value: float) -> None:
+    if not 0 < value < 1:
+        raise MetaftError(f"{name} must be above 0 and below 1, got {value}")
 
 
 SCHEDULES: dict[str, Callable[..., Schedule]] = {

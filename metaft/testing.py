@@ -22,32 +22,22 @@ Starts = tuple[tuple[Params, Params], ...]
 """(meta, state) of each member of an ensemble."""
 
 
-def task_scores(
-    algorithm: Algorithm,
-    meta: Params,
-    state: Params,
-    task: Episode,
-    *,
-    ways: int,
-    steps: int,
-    norms: Sequence[Norm] = NORMS,
-    each_step: bool = True,
-) -> Tensor:
-    """[modes, steps + 1]: accuracy (or MSE) on one task's queries in each of these normalisation modes, after each
-    inner step, or [modes, 1] after the last one alone.
+def task_scores(algorithm: Algorithm, meta: Params, state: Params, task: Episode, **how: Any) -> Tensor:
+    """[modes, steps + 1]: accuracy (or MSE) on one task's queries in each normalisation mode, after each inner step, or
+    [modes, 1] after the last one alone; `how` as `outputs_of` takes it.
 
     Members without inner steps give one column.
     """
-    every = outputs_of(algorithm, meta, state, task, ways=ways, steps=steps, norms=norms, each_step=each_step)
-    return _figures(algorithm, every, task)
+    return ensemble_scores(algorithm, ((meta, state),), task, **how)
 
 
 def ensemble_scores(algorithm: Algorithm, starts: Starts, task: Episode, **how: Any) -> Tensor:
     """`task_scores` of several starts: each adapts by itself, and what counts is the mean of their outputs (of logits,
     where there are classes: Antoniou et al. 2019, whose code averages them, section 4 for the ensemble)."""
     each = [outputs_of(algorithm, meta, state, task, **how) for meta, state in starts]
-    mean = [[torch.stack(same).mean(0) for same in zip(*rows, strict=True)] for rows in zip(*each, strict=True)]
-    return _figures(algorithm, mean, task)
+    means = [[torch.stack(same).mean(0) for same in zip(*rows, strict=True)] for rows in zip(*each, strict=True)]
+    rows = [torch.stack([figure(algorithm.loss, mean, task.query_y) for mean in row]) for row in means]
+    return torch.stack(rows).detach()
 
 
 def outputs_of(
@@ -72,11 +62,6 @@ def outputs_of(
     return [[algorithm.predict(fast, task.query_x, norm)] for norm in norms]
 
 
-def _figures(algorithm: Algorithm, every: Sequence[Sequence[Tensor]], task: Episode) -> Tensor:
-    rows = [torch.stack([figure(algorithm.loss, prediction, task.query_y) for prediction in row]) for row in every]
-    return torch.stack(rows).detach()
-
-
 def predictions(algorithm: Algorithm, trajectory: Fast, task: Episode, norm: Norm) -> Iterable[Tensor]:
     """The task's queries as predicted before the first step and after each one, [n, outputs] each."""
     if algorithm.predict_steps is not None:
@@ -87,12 +72,10 @@ def predictions(algorithm: Algorithm, trajectory: Fast, task: Episode, norm: Nor
 
 @functools.lru_cache(maxsize=16)
 def _scores_of(
-    algorithm: Algorithm, ways: int, steps: int, norms: tuple[Norm, ...], each_step: bool, alone: bool
+    algorithm: Algorithm, ways: int, steps: int, norms: tuple[Norm, ...], each_step: bool
 ) -> Callable[[Starts, Episode], Tensor]:
-    """`task_scores`, or `ensemble_scores`, as engines want it: one object for all calls."""
+    """`ensemble_scores` as engines want it: one object for all calls."""
     how: Any = {"ways": ways, "steps": steps, "norms": norms, "each_step": each_step}
-    if alone:
-        return lambda starts, task: task_scores(algorithm, *starts[0], task, **how)
     return lambda starts, task: ensemble_scores(algorithm, starts, task, **how)
 
 
@@ -122,7 +105,7 @@ def score_episodes(
     `progress` is called after each chunk; it may raise to stop.
     """
     check_ways("ways", source.ways, algorithm.loss)
-    scores_of = _scores_of(algorithm, source.ways, steps, tuple(norms), each_step, not others)
+    scores_of = _scores_of(algorithm, source.ways, steps, tuple(norms), each_step)
     starts = ((meta, state), *others)
 
     def score(indices: range) -> Tensor:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 
 import torch
@@ -66,9 +67,12 @@ class EpisodeDropout(nn.Module):
         if frame is None or self.p == 0:
             return x
         frame.met += 1
+        return self._dropped(x, functools.partial(keyed.words, frame.key, _SALT, frame.step, frame.met))
+
+    def _dropped(self, x: Tensor, words: Callable[..., Tensor]) -> Tensor:
+        """x by the mask that `words(count=...)` of this layer and step make."""
         shape = (*x.shape[:2], *[1] * (x.dim() - 2)) if self.channels else x.shape
-        words = keyed.words(frame.key, _SALT, frame.step, frame.met, count=math.prod(shape))
-        kept = (words >= round(self.p * 2**32)).view(shape)
+        kept = (words(count=math.prod(shape)) >= round(self.p * 2**32)).view(shape)
         return x * (kept.to(x.dtype) / (1 - self.p))
 
     def extra_repr(self) -> str:
@@ -90,18 +94,13 @@ class EpisodeDropBlock(EpisodeDropout):
             raise MetaftError(f"size of a block must be at least 1, got {size}")
         self.size = size
 
-    def forward(self, x: Tensor) -> Tensor:
-        frame = _frame.get()
-        if frame is None or self.p == 0:
-            return x
-        frame.met += 1
+    def _dropped(self, x: Tensor, words: Callable[..., Tensor]) -> Tensor:
         *lead, height, width = x.shape
         size = min(self.size, height, width)
         centres = (*lead, height - size + 1, width - size + 1)
         gamma = self.p / size**2 * height * width / (centres[-2] * centres[-1])
-        words = keyed.words(frame.key, _SALT, frame.step, frame.met, count=math.prod(centres))
-        # In types of fewer bits the entries could not be counted.
-        hit = (words < round(min(1.0, gamma) * 2**32)).view(centres).to(torch.promote_types(x.dtype, torch.float32))
+        hit = (words(count=math.prod(centres)) < round(min(1.0, gamma) * 2**32)).view(centres)
+        hit = hit.to(torch.promote_types(x.dtype, torch.float32))  # types of fewer bits could not count the entries
         # A pixel is dropped where any square that holds it was hit: squares begin at their centre's place here.
         kept = 1 - F.max_pool2d(F.pad(hit, [size - 1] * 4), size, stride=1)
         return x * (kept * (kept.numel() / kept.sum().clamp(min=1))).to(x.dtype)

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -215,9 +215,14 @@ def inputs_of(channels: int, side: int | None) -> ImageInputs:
     return ImageInputs(3, side, side, mean=IMAGENET_MEAN, std=IMAGENET_STD)
 
 
+def ranked_by_hash(names: Iterable[str]) -> list[str]:
+    """By the SHA-256 of each, so that an order is nobody's."""
+    return sorted(names, key=lambda name: hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest())
+
+
 def rank_split(names: list[str]) -> dict[str, list[str]]:
     """64 / 16 / 20 % of the classes by rank of the SHA-256 of their name; fewer than three are all for training."""
-    ranked = sorted(names, key=lambda name: hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest())
+    ranked = ranked_by_hash(names)
     n = len(ranked)
     val, test = (max(1, round(0.16 * n)), max(1, round(0.20 * n))) if n >= 3 else (0, 0)
     train = n - val - test
@@ -232,28 +237,31 @@ def _list(path: Path) -> tuple[dict[str, list[str]], _Classes, list[Left]]:
         raise DataError(f"folder: {path} is a file, not a folder of class folders")
     # A class may itself be called "train": only a folder that holds folders is a split.
     if any((path / split).is_dir() and subfolders(path / split) for split in SPLITS):
-        return _list_splits(path)
+        return list_splits(path)
     classes, left = list_classes(path)
     if not classes:
         raise DataError(f"folder: {path} holds no class folders")
     return rank_split(list(classes)), classes, left
 
 
-def _list_splits(path: Path) -> tuple[dict[str, list[str]], _Classes, list[Left]]:
+def list_splits(
+    path: Path, parts: Sequence[str] = SPLITS, *, kind: str = "folder"
+) -> tuple[dict[str, list[str]], dict[str, list[Path]], list[Left]]:
+    """What `_list` gives, of the class folders in these parts of a folder. Raises DataError that names the `kind`."""
     splits: dict[str, list[str]] = {}
     left: list[Left] = []
     classes: dict[str, list[Path]] = {}
-    for split in SPLITS:
+    for split in parts:
         if not (path / split).is_dir():
-            raise DataError(f"folder: {path / split} is missing; give all of train/, val/ and test/, or no splits")
+            raise DataError(f"{kind}: {path / split} is missing; give all of train/, val/ and test/, or no splits")
         in_split, left_here = list_classes(path / split)
         left += left_here
         if not in_split:
-            raise DataError(f"folder: {path / split} holds no class folders")
+            raise DataError(f"{kind}: {path / split} holds no class folders")
         for name in in_split:
             if name in classes:
                 raise DataError(
-                    f"folder: class {name!r} is in {classes[name][0].parent} and in {in_split[name][0].parent}; "
+                    f"{kind}: class {name!r} is in {classes[name][0].parent} and in {in_split[name][0].parent}; "
                     "meta-learning needs different classes in train/, val/ and test/"
                 )
         splits[split] = list(in_split)

@@ -35,7 +35,8 @@ IMAGES = 600
 SPLIT_HASH = "7ae5933a06e4be52e759e4c51d9c794408e296dcc74539d25255cb12655b642b"
 """`ClassPool.split_hash` of the published split, whose classes have WordNet's names ("n01532829")."""
 
-_PICKLE = "mini-imagenet-cache-{split}.pkl"
+_PICKLE, _TABLE, _FOLDER = "mini-imagenet-cache-{split}.pkl", "{split}.csv", "{split}"
+"""What each split is, in the three forms."""
 
 
 def mini_imagenet(root: str | os.PathLike[str], image_size: int | None = None, *, skip_bad: bool = False) -> ClassPool:
@@ -48,25 +49,23 @@ def mini_imagenet(root: str | os.PathLike[str], image_size: int | None = None, *
     A MetaftWarning says where the classes are not the published ones. Raises DataError: nothing found, classes or
     photos missing (`skip_bad` goes on without the latter), photos that are broken, a pickle that is no such file.
     """
-    base = find(local(root))
-    if all((base / _PICKLE.format(split=split)).is_file() for split in SPLITS):
+    base, form = _found(local(root))
+    if form == _PICKLE:
         pool = _from_pickles(base, image_size)
-    elif all((base / f"{split}.csv").is_file() for split in SPLITS):
-        pool = tables(base, image_size, 3, skip_bad=skip_bad)
     else:
-        pool = folder(base, image_size, 3, skip_bad=skip_bad)
+        pool = (tables if form == _TABLE else folder)(base, image_size, 3, skip_bad=skip_bad)
     pool = dataclasses.replace(pool, name="mini-imagenet")
     _check(base, pool, skip_bad)
     return pool
 
 
-def find(root: Path) -> Path:
-    """The folder that holds it. Raises DataError where there is none."""
+def _found(root: Path) -> tuple[Path, str]:
+    """The folder that holds it, and in which form. Raises DataError where there is none."""
     places = [*(root / name for name in FOLDERS), root]
     for base in places:
-        for names in (SPLITS, [f"{split}.csv" for split in SPLITS], [_PICKLE.format(split=split) for split in SPLITS]):
-            if all((base / name).exists() for name in names):
-                return base
+        for form in (_PICKLE, _TABLE, _FOLDER):
+            if all((base / form.format(split=split)).exists() for split in SPLITS):
+                return base, form
     raise DataError(
         f"mini-imagenet: neither {places[0]} nor {root} holds train/, val/ and test/, nor train.csv, val.csv and "
         f"test.csv, nor {_PICKLE.format(split='train')} and its like"

@@ -176,29 +176,32 @@ class ClassEpisodes:
             if getattr(self, field) < 1:
                 raise DataError(f"{field} must be at least 1, got {getattr(self, field)}")
         check_ways("ways", self.ways, self.loss)
-        need = self.shots + self.query_shots
         for split in self.splits:
-            classes = self.pool.splits[split]
-            if len(classes) < self.ways:
-                raise DataError(
-                    f"{self.name}: split {split!r} has {len(classes)} classes, fewer than ways = {self.ways}; "
-                    f"{len(classes)} is the most that it allows"
-                )
-            short = classes[self.pool.counts[classes] < need]
-            if len(short):
-                c = int(short[0])
-                name = self.pool.class_names[c]
-                raise DataError(
-                    f"{self.name}: class {name!r} of split {split!r} has "
-                    f"{int(self.pool.counts[c])} images{skipped_words(self.pool.skipped, name)}, fewer than "
-                    f"shots + query_shots = {self.shots} + {self.query_shots} = {need}"
-                )
+            self._check(split)
         if self.rotate and self.pool.turns is not None:
             raise DataError(
                 f"{self.name}: rotate must be false, quarter turns of an image are classes of their own here"
             )
         if (self.rotate or self.pool.turns is not None) and self.shape[-1] != self.shape[-2]:
             raise DataError(f"{self.name}: rotate needs square images, got {list(self.shape)}")
+
+    def _check(self, split: Split) -> None:
+        """Raises DataError where a split has too few classes, or one of them too few images."""
+        classes, need = self.pool.splits[split], self.shots + self.query_shots
+        if len(classes) < self.ways:
+            raise DataError(
+                f"{self.name}: split {split!r} has {len(classes)} classes, fewer than ways = {self.ways}; "
+                f"{len(classes)} is the most that it allows"
+            )
+        short = classes[self.pool.counts[classes] < need]
+        if len(short):
+            c = int(short[0])
+            name = self.pool.class_names[c]
+            raise DataError(
+                f"{self.name}: class {name!r} of split {split!r} has "
+                f"{int(self.pool.counts[c])} images{skipped_words(self.pool.skipped, name)}, fewer than "
+                f"shots + query_shots = {self.shots} + {self.query_shots} = {need}"
+            )
 
     @property
     def name(self) -> str:
@@ -225,6 +228,21 @@ class ClassEpisodes:
         images = choose(w_image.reshape(b * n, m), self.pool.counts[class_ids].ravel()).reshape(b, n, m)
         rows = self.pool.starts[class_ids][:, :, None] + images
         turns = np.zeros((b, n), np.int64) if self.pool.turns is None else self.pool.turns[class_ids]
+        return self._laid_out(rows, turns, class_ids, w_turn, w_support, w_query, w_key)
+
+    def _laid_out(
+        self,
+        rows: np.ndarray,
+        turns: np.ndarray,
+        class_ids: np.ndarray,
+        w_turn: np.ndarray,
+        w_support: np.ndarray,
+        w_query: np.ndarray,
+        w_key: np.ndarray,
+    ) -> Draw:
+        """Episodes of the pictures `rows` [B, N, K + Q], class by class with their own `turns` [B, N], in an order that
+        the words make: [B, N] for turns, [B, N*K] and [B, N*Q] for support and query, [B, 1] for keys."""
+        (b, n, m), k = rows.shape, self.shots
         if self.rotate:
             turns = (turns + (w_turn % 4).astype(np.int64)) % 4
 
@@ -295,7 +313,7 @@ class ClassEpisodes:
         return Drawn(images, *map(torch.from_numpy, rest))
 
     def _sent(self, drawn: Drawn) -> Drawn:
-        return Drawn(*(part.to(self.pool.device) for part in drawn))
+        return type(drawn)(*(part.to(self.pool.device) for part in drawn))
 
     def _pixels(self, drawn: Drawn) -> Tensor:
         """Float [B, n, C, H, W]."""

@@ -50,7 +50,6 @@ def tables(
     channels: int | None = None,
     *,
     skip_bad: bool = False,
-    name: str | None = None,
 ) -> ClassPool:
     """Pictures of the tables `path`/train.csv, val.csv and test.csv, with columns filename (or path) and label, as a
     pool. They lie in `path`/images/ or beside the tables, in a folder of their label's or not.
@@ -91,9 +90,7 @@ def tables(
         raise DataError(f"{path / split_of[lost[0]]}.csv: class {lost[0]!r} has no picture: none of its files is there")
     classes = {label: sorted(files) for label, files in classes.items()}  # in the order of a folder's
     splits = {split: [label for label in classes if split_of[label] == split] for split in SPLITS}
-    return pool_of(
-        name or f"csv:{path}", path, splits, classes, image_size, channels, left=left, notes=(), skip_bad=skip_bad
-    )
+    return pool_of(f"csv:{path}", path, splits, classes, image_size, channels, left=left, notes=(), skip_bad=skip_bad)
 
 
 def _rows(path: Path, split: str) -> Iterator[_Row]:

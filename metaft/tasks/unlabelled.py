@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,14 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metaft.errors import DataError, check_ways
-from metaft.inputs.listing import list_below, list_classes
+from metaft.errors import DataError
+from metaft.inputs.listing import list_below
 from metaft.sampler import choose, raw_words, uniform
 from metaft.support.paths import local
 from metaft.tasks import warps
-from metaft.tasks.folder import check_form, pool_of
+from metaft.tasks.folder import check_form, list_splits, pool_of, ranked_by_hash
 from metaft.tasks.pool import ClassEpisodes, ClassPool, Draw, Drawn
-from metaft.types import SPLITS, Batch, Episode, Split
+from metaft.types import SPLITS, Split
 
 FEWEST = 10
 """Pictures to train on."""
@@ -72,15 +71,11 @@ class UnlabelledEpisodes(ClassEpisodes):
 
     pool: UnlabelledPool  # type: ignore[reportIncompatibleVariableOverride]
 
-    def __post_init__(self) -> None:
-        hidden, self_splits = self.pool.hidden, self.splits
-        object.__setattr__(self, "splits", tuple(split for split in self_splits if split not in hidden))
-        super().__post_init__()  # which counts the images of each class
-        object.__setattr__(self, "splits", self_splits)
-        check_ways("ways", self.ways, self.loss)
-        for split in self_splits:
-            if split in hidden and (pictures := len(self._pictures(split)[0])) < self.ways:
-                raise DataError(f"{self.name}: split {split!r} has {pictures} pictures, fewer than ways = {self.ways}")
+    def _check(self, split: Split) -> None:
+        if split not in self.pool.hidden:
+            super()._check(split)
+        elif (pictures := len(self._pictures(split)[0])) < self.ways:
+            raise DataError(f"{self.name}: split {split!r} has {pictures} pictures, fewer than ways = {self.ways}")
 
     def draw(self, seed: int, split: Split, indices: Sequence[int]) -> Draw:
         if split not in self.pool.hidden:
@@ -88,26 +83,10 @@ class UnlabelledEpisodes(ClassEpisodes):
         self._classes(split)
         n, k, m = self.ways, self.shots, self.shots + self.query_shots
         words = raw_words(seed, split, indices, 2 * n + n * m + 1)
-        w_picture, w_turn, w_support, w_query, w_key = np.split(words, np.cumsum([n, n, n * k, n * (m - k)]), axis=1)
-        rows, own_turns = self._pictures(split)
+        w_picture, *w_rest = np.split(words, np.cumsum([n, n, n * k, n * (m - k)]), axis=1)
+        rows, turns = self._pictures(split)
         chosen = choose(w_picture, np.full(len(words), len(rows)))
-        turns = own_turns[chosen]
-        if self.rotate:
-            turns = (turns + (w_turn % 4).astype(np.int64)) % 4
-        order = [np.argsort(w, axis=1, kind="stable") for w in (w_support, w_query)]
-
-        def lay_out(per_class: np.ndarray) -> np.ndarray:
-            parts = (np.repeat(per_class, times, axis=1) for times in (k, m - k))
-            return np.concatenate([np.take_along_axis(p, o, 1) for p, o in zip(parts, order, strict=True)], axis=1)
-
-        labels = lay_out(np.broadcast_to(np.arange(n), chosen.shape))
-        return Draw(
-            rows=lay_out(rows[chosen]),
-            turns=lay_out(turns),
-            labels=labels,
-            class_ids=chosen,
-            key=(w_key[:, 0] >> np.uint64(1)).astype(np.int64),
-        )
+        return self._laid_out(np.repeat(rows[chosen][:, :, None], m, axis=2), turns[chosen], chosen, *w_rest)
 
     def indices(self, seed: int, split: Split, indices: Sequence[int]) -> Drawn | Views:  # type: ignore[reportIncompatibleMethodOverride]
         drawn = super().indices(seed, split, indices)
@@ -125,33 +104,26 @@ class UnlabelledEpisodes(ClassEpisodes):
             *drawn, torch.from_numpy((2 * moves - 1).astype(np.float32)).view(b, n, numbers), torch.from_numpy(still)
         )
 
-    def gather(self, drawn: Drawn | Views) -> Episode:
+    def _pixels(self, drawn: Drawn | Views) -> Tensor:
+        x = super()._pixels(drawn)  # type: ignore[reportArgumentType]
         if not isinstance(drawn, Views):
-            return super().gather(drawn)
-        x = self._pixels(Drawn(*drawn[:5]))
+            return x
         view = warps.photo if self.shape[0] == 3 else warps.drawing
         seen = view(x.flatten(0, 1), drawn.moves.flatten(0, 1)).view_as(x)
-        x = torch.where(drawn.still[..., None, None, None], x, seen)
-        cut = self.ways * self.shots
-        return Episode(x[:, :cut], drawn.labels[:, :cut], x[:, cut:], drawn.labels[:, cut:], drawn.class_ids, drawn.key)
+        return torch.where(drawn.still[..., None, None, None], x, seen)
 
     def batch_indices(self, seed: int, split: Split, indices: Sequence[int], size: int) -> Drawn:
         if split in self.pool.hidden:
             raise DataError(f"{self.name}: no labels to train on; choose an algorithm that trains on episodes")
         return super().batch_indices(seed, split, indices, size)
 
-    def gather_batch(self, drawn: Drawn) -> Batch:
-        return super().gather_batch(drawn)
-
-    def _sent(self, drawn: Drawn | Views) -> Drawn | Views:  # type: ignore[reportIncompatibleMethodOverride]
-        return type(drawn)(*(part.to(self.pool.device) for part in drawn))
-
     def _pictures(self, split: Split) -> tuple[np.ndarray, np.ndarray]:
         """(rows, quarter turns) of all pictures of a split; one that is a class of its own for each turn is there as
         often."""
         classes = self.pool.splits[split]
         counts = self.pool.counts[classes]
-        rows = np.repeat(self.pool.starts[classes], counts) + np.concatenate([np.arange(c) for c in counts])
+        first = self.pool.starts[classes] - (np.cumsum(counts) - counts)  # less the pictures before, which are counted
+        rows = np.repeat(first, counts) + np.arange(counts.sum())
         turns = np.zeros(len(classes), np.int64) if self.pool.turns is None else self.pool.turns[classes]
         return rows, np.repeat(turns, counts)
 
@@ -189,24 +161,14 @@ def unlabelled(
         raise DataError(f"unlabelled: {path} holds {len(files)} pictures to train on, fewer than {FEWEST}")
     alone = {file.relative_to(path).as_posix(): [file] for file in files}  # no class folder's name has a slash
     classes: dict[str, list[Path]] = dict(alone)
-    splits: dict[str, list[str]] = {"train": list(alone)}
-    hidden: tuple[Split, ...] = ("train",) if parted else SPLITS
     if parted:
-        for split in ("val", "test"):
-            labelled = list_classes(path / split)
-            if not labelled.files:
-                raise DataError(f"unlabelled: {path / split} holds no class folders")
-            twice = sorted(classes.keys() & labelled.files.keys())
-            if twice:
-                raise DataError(f"unlabelled: class {twice[0]!r} is in both val/ and test/ of {path}")
-            splits[split], left = list(labelled.files), [*left, *labelled.left]
-            classes |= labelled.files
+        splits, labelled, others = list_splits(path, ("val", "test"), kind="unlabelled")
+        splits, left, classes = {**splits, "train": list(alone)}, [*left, *others], {**classes, **labelled}
     else:
-        ranked = sorted(alone, key=lambda name: hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest())
-        tenth = len(files) // 10
+        ranked, tenth = ranked_by_hash(alone), len(files) // 10
         splits = {"val": ranked[:tenth], "test": ranked[tenth : 2 * tenth], "train": ranked[2 * tenth :]}
     pool = pool_of(
         f"folder:{path}", path, splits, classes, image_size, channels,
         left=left, notes=(), skip_bad=skip_bad, alone=alone,
     )  # fmt: skip
-    return hide(pool, hidden)
+    return hide(pool, ("train",) if parted else SPLITS)
