@@ -22,19 +22,17 @@ Starts = tuple[tuple[Params, Params], ...]
 """(meta, state) of each member of an ensemble."""
 
 
-def task_scores(algorithm: Algorithm, meta: Params, state: Params, task: Episode, **how: Any) -> Tensor:
+def task_scores(
+    algorithm: Algorithm, meta: Params, state: Params, task: Episode, *, others: Starts = (), **how: Any
+) -> Tensor:
     """[modes, steps + 1]: accuracy (or MSE) on one task's queries in each normalisation mode, after each inner step, or
     [modes, 1] after the last one alone; `how` as `outputs_of` takes it.
 
-    Members without inner steps give one column.
+    Members without inner steps give one column. With `others` it is that of an ensemble: each start adapts by itself,
+    and what counts is the mean of their outputs (of logits, where there are classes: Antoniou et al. 2019, section 4
+    for the ensemble, whose code averages them).
     """
-    return ensemble_scores(algorithm, ((meta, state),), task, **how)
-
-
-def ensemble_scores(algorithm: Algorithm, starts: Starts, task: Episode, **how: Any) -> Tensor:
-    """`task_scores` of several starts: each adapts by itself, and what counts is the mean of their outputs (of logits,
-    where there are classes: Antoniou et al. 2019, whose code averages them, section 4 for the ensemble)."""
-    each = [outputs_of(algorithm, meta, state, task, **how) for meta, state in starts]
+    each = [outputs_of(algorithm, *start, task, **how) for start in ((meta, state), *others)]
     means = [[torch.stack(same).mean(0) for same in zip(*rows, strict=True)] for rows in zip(*each, strict=True)]
     rows = [torch.stack([figure(algorithm.loss, mean, task.query_y) for mean in row]) for row in means]
     return torch.stack(rows).detach()
@@ -74,9 +72,9 @@ def predictions(algorithm: Algorithm, trajectory: Fast, task: Episode, norm: Nor
 def _scores_of(
     algorithm: Algorithm, ways: int, steps: int, norms: tuple[Norm, ...], each_step: bool
 ) -> Callable[[Starts, Episode], Tensor]:
-    """`ensemble_scores` as engines want it: one object for all calls."""
+    """`task_scores` as engines want it: one object for all calls."""
     how: Any = {"ways": ways, "steps": steps, "norms": norms, "each_step": each_step}
-    return lambda starts, task: ensemble_scores(algorithm, starts, task, **how)
+    return lambda starts, task: task_scores(algorithm, *starts[0], task, others=starts[1:], **how)
 
 
 @in_usual_modes_but_type
