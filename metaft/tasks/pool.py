@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import hashlib
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -274,7 +274,7 @@ class ClassEpisodes:
         d = self.draw(seed, split, indices)
         return self._drawn(d.rows, d.turns, d.labels, d.class_ids, d.key)
 
-    def gather(self, drawn: Drawn) -> Episode:
+    def gather(self, drawn: Any) -> Episode:  # a `Drawn`, or what a source adds to it
         """Pixels, turned and normalised, where `drawn` is: tensor operations alone, with no look at any value."""
         cut = self.ways * self.shots
         x, y = self._pixels(drawn), drawn.labels
