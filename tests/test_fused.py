@@ -1,7 +1,9 @@
-"""Conv-4's loss as one operation: value, gradient and second derivative against PyTorch's own operations."""
+"""Conv-4's loss and features as one operation: value, gradient and second derivative against PyTorch's operations."""
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -29,16 +31,23 @@ WAYS, WIDTH, IMAGES, LAYERS = 3, 4, 6, 2
 Loss = Callable[..., tuple[Tensor, Tensor]]
 
 
-def composed(
-    x: Tensor, y: Tensor, weights: list[Tensor], scales: list[Tensor], shifts: list[Tensor], head: Tensor, bias: Tensor,
-    *, stride: int, pool: bool, average: bool, eps: float, keep: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+def composed_features(
+    x: Tensor, weights: list[Tensor], scales: list[Tensor], shifts: list[Tensor],
+    *, stride: int, pool: bool, average: bool, eps: float,
+) -> Tensor:  # fmt: skip
     for w, gamma, beta in zip(weights, scales, shifts, strict=True):
         z = F.conv2d(x, w, None, stride, 1)
         mean, var = z.mean((0, 2, 3), keepdim=True), z.var((0, 2, 3), unbiased=False, keepdim=True)
         u = (z - mean) * (var + eps).rsqrt() * gamma.view(1, -1, 1, 1) + beta.view(1, -1, 1, 1)
         x = F.max_pool2d(u.relu(), 2) if pool else u.relu()
-    logits = F.linear(x.mean((2, 3)) if average else x.flatten(1), head, bias)
+    return x.mean((2, 3)) if average else x.flatten(1)
+
+
+def composed(
+    x: Tensor, y: Tensor, weights: list[Tensor], scales: list[Tensor], shifts: list[Tensor], head: Tensor, bias: Tensor,
+    *, keep: bool, **fixed: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    logits = F.linear(composed_features(x, weights, scales, shifts, **fixed), head, bias)
     return F.cross_entropy(logits, y), logits
 
 
@@ -67,6 +76,15 @@ class Case:
         n = LAYERS
         weights, scales, shifts = params[:n], params[n : 2 * n], params[2 * n : 3 * n]
         return of(x, self.y, weights, scales, shifts, params[-2], params[-1], **self.fixed, keep=keep)
+
+    def features(self, of: Callable[..., Tensor], x: Tensor, params: list[Tensor]) -> Tensor:
+        n = LAYERS
+        return of(x, params[:n], params[n : 2 * n], params[2 * n : 3 * n], **self.fixed)
+
+    def judged(self, features: Tensor) -> Tensor:
+        """A number that depends on each feature in another way, and not linearly."""
+        weights = torch.linspace(-1, 1, features.numel(), dtype=features.dtype).view_as(features)
+        return (weights * features.sin()).sum()
 
 
 def assert_close(found: Any, expected: Any) -> None:
@@ -206,12 +224,78 @@ def test_a_third_derivative_is_refused() -> None:
         torch.autograd.grad(sum(g.sum() for g in second), params)  # type: ignore[arg-type]
 
 
-def test_two_vmaps_are_refused() -> None:
-    case = Case((2, False, 1, 12))
-    with pytest.raises(RuntimeError, match="under one vmap"):
-        torch.func.vmap(torch.func.vmap(lambda x: case.loss(fused.conv4_loss, x, case.params, True)[0]))(
-            case.tasks.unsqueeze(1)
-        )
+def along(grads: Any) -> Tensor:
+    """Gradients along a direction in which no two values have the same part."""
+    parts = [(v * torch.linspace(-1, 1, v.numel(), dtype=v.dtype).view(v.shape).exp()).sum() for v in grads]
+    return sum(((-0.9) ** i * part for i, part in enumerate(parts)), torch.zeros(()))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_features_gradient_and_curvature_under_autograd(form: Any) -> None:
+    case = Case(form)
+
+    def everything(of: Callable[..., Tensor]) -> list[Tensor]:
+        params = [p.clone().requires_grad_() for p in case.params[:-2]]
+        features = case.features(of, case.x, params)
+        grads = torch.autograd.grad(case.judged(features), params, create_graph=True)
+        second = torch.autograd.grad(along(grads), params)
+        return [v.detach() for v in (features, *grads, *second)]
+
+    assert_close(everything(fused.conv4_embedded), everything(composed_features))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("times", [1, 2])
+def test_features_gradients_under_vmap(form: Any, own: bool, times: int) -> None:
+    """From weights that tasks share and from their own, once and twice."""
+    case = Case(form)
+
+    def grad(of: Callable[..., Tensor]) -> Callable[[list[Tensor], Tensor], Any]:
+        def once(params: list[Tensor], x: Tensor) -> Any:
+            return torch.func.grad(lambda p: case.judged(case.features(of, x, p)))(params)
+
+        return once if times == 1 else torch.func.grad(lambda params, x: along(once(params, x)))
+
+    scale = torch.tensor([1.0, 0.9, -1.1]).double() if own else None
+    shared = case.params[:-2]
+    given = shared if scale is None else [torch.stack([v * factor for factor in scale]) for v in shared]
+    found = torch.func.vmap(grad(fused.conv4_embedded), in_dims=(0 if own else None, 0))(given, case.tasks)
+    for i, x in enumerate(case.tasks):
+        assert_close([v[i] for v in found], grad(composed_features)([v[i] for v in given] if own else shared, x))
+
+
+def test_gradient_of_vmapped_features_in_shared_parameters() -> None:
+    case = Case((1, True, 3, 11))
+
+    def total(params: list[Tensor]) -> Tensor:
+        return torch.func.vmap(lambda x: case.judged(case.features(fused.conv4_embedded, x, params)))(case.tasks).sum()
+
+    def expected(params: list[Tensor]) -> Tensor:
+        each = [case.judged(case.features(composed_features, x, params)) for x in case.tasks]
+        return sum(each, torch.zeros(()))
+
+    assert_close(torch.func.grad(total)(case.params[:-2]), torch.func.grad(expected)(case.params[:-2]))
+
+
+@pytest.mark.parametrize("own", ["neither", "inner", "outer", "both"])
+def test_two_vmaps(own: str) -> None:
+    """The tasks of both are tasks of one; weights are shared, or vary along either or both."""
+    case = Case((1, True, 3, 11))
+    x = torch.stack([case.tasks, 0.3 - case.tasks])
+    sizes = {"neither": (), "inner": (3,), "outer": (2,), "both": (2, 3)}[own]
+    factors = torch.linspace(0.8, 1.2, 6).double()[: math.prod(sizes)].view(sizes)
+    params = [v * factors.view(*sizes, *[1] * v.dim()) for v in case.params]
+    inner, outer = (0 if own in (which, "both") else None for which in ("inner", "outer"))
+
+    def grad(of: Loss) -> Callable[[list[Tensor], Tensor], Any]:
+        return torch.func.grad(lambda p, x: case.loss(of, x, p, True)[0])
+
+    twice = torch.func.vmap(torch.func.vmap(grad(fused.conv4_loss), (inner, 0)), (outer, 0))
+    found = twice(params, x)
+    for i, j in itertools.product(range(2), range(3)):
+        at = tuple(k for k, varies in ((i, outer), (j, inner)) if varies is not None)
+        assert_close([v[i, j] for v in found], grad(composed)([v[at] for v in params], x[i, j]))
 
 
 @pytest.mark.parametrize("name", ["conv4", "conv4-pool"])
@@ -259,6 +343,35 @@ def test_which_way_the_models_loss_goes(monkeypatch: pytest.MonkeyPatch) -> None
         with plain_operations():
             model.loss(model.params, data.support_x, data.support_y, "cross_entropy")
         assert calls == expected
+
+
+@pytest.mark.parametrize("name", ["conv4", "conv4-pool"])
+def test_which_way_features_with_derivatives_go(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, calls = scenarios.model(name), []
+    data = scenarios.one(scenarios.episodes(tasks=1), 0)
+    real = models.Conv4.embedded
+
+    def seen(self: Any, *args: Any) -> Any:
+        calls.append("quick")
+        return real(self, *args)
+
+    def both() -> list[Tensor]:
+        logits = model.of_head(model.params, data.support_x)
+        assert logits is not None
+        return [model.features(model.params, data.support_x, None), logits(model.params)]
+
+    monkeypatch.setattr(models.Conv4, "embedded", seen)
+    quick = both()
+    assert calls == ["quick"] * 2
+    with plain_operations():
+        assert_close(quick, both())
+    assert_close(quick[1:], [model.apply(model.params, data.support_x, None)])
+    moments = model.measure(model.params, data.support_x)
+    model.features(model.params, data.support_x, moments)
+    x = data.support_x.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(model.features(model.params, x, None).sum(), x)
+    assert grad.abs().sum() > 0, "what is asked of the images themselves"
+    assert len(calls) == 2, "not for a compiler, by given moments, or for a derivative in the images"
 
 
 @pytest.mark.parametrize("cached", [1, 300, 1 << 20])

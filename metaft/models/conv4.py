@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from metaft.errors import MetaftError
 from metaft.models.dropout import EpisodeDropout
-from metaft.models.fused import conv4_features, conv4_loss
+from metaft.models.fused import conv4_embedded, conv4_features, conv4_loss
 from metaft.models.norm import EpisodeNorm, too_few
 from metaft.types import Moments, Params
 
@@ -60,6 +60,12 @@ class Conv4(nn.Module):
         quick to differentiate twice (see `metaft.models.fused`)."""
         body, form = self._fused(params)
         return conv4_loss(x, y, *body, params["head.weight"], params["head.bias"], keep=curvature, **form)
+
+    def embedded(self, params: Params, x: Tensor) -> Tensor:
+        """What the head of `forward` sees with these parameters and each batch's own moments, as one operation that is
+        quick to differentiate once."""
+        body, form = self._fused(params)
+        return conv4_embedded(x, *body, **form)
 
     def inferred(self, params: Params, x: Tensor, moments: Moments | None) -> tuple[Tensor, Moments]:
         """What the head of `forward` sees with these parameters, and the moments of each layer, of one task, without

@@ -122,10 +122,13 @@ def functional(
     last_ids = {id(p) for p in last.parameters()}
     tied = len(last_ids) < sum(id(p) in last_ids for _, p in module.named_parameters(remove_duplicate=False))
 
+    def at_once(x: Tensor) -> Conv4 | None:
+        """What computes x in few operations, where there is such a thing."""
+        return fused if x.device.type == "cpu" and x.dtype == dtype and len(x) and not _plain.get() else None
+
     def inferred(x: Tensor) -> Conv4 | None:
-        """What computes features of x at once, where nobody asks for a derivative and tasks come one by one."""
-        free = not torch.is_grad_enabled() and not in_transform() and not _plain.get()
-        return fused if free and x.device.type == "cpu" and x.dtype == dtype and len(x) else None
+        """The same where nobody asks for a derivative and tasks come one by one."""
+        return at_once(x) if not torch.is_grad_enabled() and not in_transform() else None
 
     def apply(params: Params, x: Tensor, moments: Moments | None = None) -> Tensor:
         if (conv4 := inferred(x)) is not None:
@@ -136,11 +139,16 @@ def functional(
     def features(params: Params, x: Tensor, moments: Moments | None = None) -> Tensor:
         if (conv4 := inferred(x)) is not None:
             return conv4.inferred(params, x, moments)[0]
+        if moments is None and torch.is_grad_enabled() and not x.requires_grad and (conv4 := at_once(x)) is not None:
+            return conv4.embedded(params, x)
         return bare(params, x, moments)
 
     def of_head(params: Params, x: Tensor) -> Callable[[Params], Tensor] | None:
         if tied:
             return None
+        if at_once(x) is not None:  # its head is known, and nothing comes after it
+            embedded = features(params, x, None)
+            return lambda own: F.linear(embedded, own[f"{head}.weight"], own[f"{head}.bias"])
         with watching() as watch:
             result = seen(params, x, None)
         given = watch.features(result)

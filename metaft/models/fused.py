@@ -1,5 +1,7 @@
 """Conv-4's loss with its gradient and the gradient's derivative, written out: the speed of MAML on a CPU.
 
+Its features have a gradient written out likewise, for members that judge by features alone.
+
 Plain autograd composes the derivative of a gradient from hundreds of small operations, which all read and write memory.
 Here a support or query pass is one operation, with three savings:
 
@@ -68,19 +70,26 @@ class _Form:
         return len(self.z_sizes)
 
 
-class _Params(NamedTuple):
-    """Per layer, then the head's: weights [tasks, ...] or shared, scales and shifts [tasks, channels]."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Body:
+    """Per layer: weights [tasks, ...] or shared, scales and shifts [tasks, channels]."""
 
     weights: list[Tensor]
     scales: list[Tensor]
     shifts: list[Tensor]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Params(_Body):
+    """Then the head's."""
+
     head: Tensor
     """[tasks, ways, features]"""
     bias: Tensor
 
 
-class _Layer(NamedTuple):
-    """One layer's part of the gradient, as rows [tasks, n H W, channels] or per channel [tasks, channels]."""
+class _Up(NamedTuple):
+    """One layer on the way up, as rows [tasks, n H W, channels] or per channel [tasks, channels]."""
 
     y: Tensor
     z: Tensor
@@ -90,6 +99,16 @@ class _Layer(NamedTuple):
     """z at the maxima of gamma z, or z itself without pooling."""
     at: Tensor | None
     """Where they are, as max_pool2d tells it: [tasks n, channels, H / 2, W / 2]."""
+
+
+class _Layer(NamedTuple):
+    """One layer's part of the gradient: what `_Up` has, and the way down."""
+
+    y: Tensor
+    z: Tensor
+    s: Tensor
+    peaks: Tensor
+    at: Tensor | None
     gu: Tensor
     gz: Tensor
     gbeta: Tensor
@@ -129,16 +148,45 @@ def conv4_loss(
     The loss can be differentiated twice in all parameters, by autograd and by torch.func, also under one vmap. The
     second time is cheaper with `keep`, which costs memory. The logits have no derivative, nor have the images.
     """
+    form = _form(x, len(weights), stride, pool, average, eps, keep)
+    value, logits, *_ = _Loss.apply(form, _pixels(x), y, *weights, *scales, *shifts, head, bias)  # type: ignore[reportGeneralTypeIssues]
+    return value, logits
+
+
+def conv4_embedded(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    shifts: Sequence[Tensor],
+    *,
+    stride: int,
+    pool: bool,
+    average: bool,
+    eps: float,
+) -> Tensor:
+    """What the head sees [n, features] of images [n, C, H, W], through the layers of `conv4_loss`.
+
+    It can be differentiated in all parameters as that can, but the second derivative is composed from PyTorch's
+    operations. The images have none.
+    """
+    form = _form(x, len(weights), stride, pool, average, eps, True)
+    features, *_ = _Features.apply(form, _pixels(x), *weights, *scales, *shifts)  # type: ignore[reportGeneralTypeIssues]
+    return features
+
+
+def _form(x: Tensor, layers: int, stride: int, pool: bool, average: bool, eps: float, keep: bool) -> _Form:
     z_sizes: list[_Size] = []
     sizes: list[_Size] = [(x.shape[2], x.shape[3])]
-    for _ in weights:
+    for _ in range(layers):
         height, width = ((side - 1) // stride + 1 for side in sizes[-1])
         z_sizes.append((height, width))
         sizes.append((height // 2, width // 2) if pool else (height, width))
-    form = _Form(stride, pool, eps, tuple(z_sizes), tuple(sizes), average, keep)
-    rows = x.permute(0, 2, 3, 1).reshape(-1, x.shape[1]).contiguous()
-    value, logits, *_ = _Loss.apply(form, rows, y, *weights, *scales, *shifts, head, bias)  # type: ignore[reportGeneralTypeIssues]
-    return value, logits
+    return _Form(stride, pool, eps, tuple(z_sizes), tuple(sizes), average, keep)
+
+
+def _pixels(x: Tensor) -> Tensor:
+    """Images [n, C, H, W] as rows [n H W, C]."""
+    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1]).contiguous()
 
 
 def conv4_features(
@@ -155,8 +203,7 @@ def conv4_features(
 ) -> tuple[Tensor, Moments]:
     """What the head sees [n, features] of images [n, C, H, W] of one task, and the moments that each layer normalised
     with: its batch's own, or those `given`. The layers are those of `conv4_loss`; nothing has a derivative."""
-    rows = x.permute(0, 2, 3, 1).reshape(1, -1, x.shape[1]).contiguous()
-    y = _images(rows, (x.shape[2], x.shape[3]))
+    y = _images(_pixels(x).unsqueeze(0), (x.shape[2], x.shape[3]))
     used = []
     for i, (w, gamma, beta) in enumerate(zip(weights, scales, shifts, strict=True)):
         z, mean, var = _peaks_and_moments(y, w, gamma, stride, pool, None if given is None else given[i])
@@ -316,11 +363,9 @@ class _Pass(NamedTuple):
     top: _Top
 
 
-# Above 60 lines: the formulas of one pass, in its order.
-def _gradient(form: _Form, x: Tensor, labels: Tensor, p: _Params, *, keep: bool) -> _Pass:
-    """Loss and gradient: x [tasks, n H W, C], labels [tasks, n]. The layers are returned only to be kept."""
-    tasks, n = labels.shape
-    forward: list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]] = []
+def _upwards(form: _Form, x: Tensor, p: _Body, tasks: int) -> list[_Up]:
+    """All layers of images x [tasks, n H W, C]."""
+    ups: list[_Up] = []
     y = x
     for i, (w, gamma, beta) in enumerate(zip(p.weights, p.scales, p.shifts, strict=True)):
         z = _rows(_conv(_images(y, form.sizes[i]), w, form.stride), tasks)
@@ -328,7 +373,6 @@ def _gradient(form: _Form, x: Tensor, labels: Tensor, p: _Params, *, keep: bool)
         z.sub_(mean.unsqueeze(1))
         images = _images(z, form.z_sizes[i])
         s = (var + form.eps).rsqrt()
-        scale = gamma * s
         peaks, at = z, None
         if form.pool:
             # Of a channel with a negative scale the smallest value is the peak.
@@ -339,23 +383,22 @@ def _gradient(form: _Form, x: Tensor, labels: Tensor, p: _Params, *, keep: bool)
             peaks, at = F.max_pool2d(images, 2, return_indices=True)
             peaks = _rows(peaks, tasks)
             peaks = peaks * sign if flipped else peaks
-        y = _affine(beta, peaks, scale).relu_()
-        forward.append((y, z, s, peaks, at))
+        y = _affine(beta, peaks, gamma * s).relu_()
+        ups.append(_Up(y, z, s, peaks, at))
+    return ups
 
-    features = _features(form, y, n)
-    logits = torch.baddbmm(p.bias.unsqueeze(1), features, p.head.transpose(1, 2))
-    logs = logits.log_softmax(-1)
-    value = -logs.gather(-1, labels.unsqueeze(-1)).mean((1, 2))
-    chances = logs.exp()
-    gl = (chances - F.one_hot(labels, logits.shape[-1])) / n
 
+def _downwards(
+    form: _Form, x: Tensor, p: _Body, ups: list[_Up], gy: Tensor, *, keep: bool
+) -> tuple[list[Tensor], list[_Layer]]:
+    """The gradient in `_Body`'s order, from that in the last layer's output; `ups` is empty afterwards. The layers are
+    returned only to be kept."""
     layers: list[_Layer] = []
     weights: list[Tensor] = []
     scales: list[Tensor] = []
     shifts: list[Tensor] = []
-    gy = _from_features(form, gl @ p.head, y.shape[-1])
     for i in reversed(range(form.layers)):
-        y, z, s, peaks, at = forward.pop()
+        y, z, s, peaks, at = ups.pop()
         gu = _aten.threshold_backward(gy, y, 0)
         m = z.shape[1]
         gbeta = _total(gu)
@@ -367,16 +410,31 @@ def _gradient(form: _Form, x: Tensor, labels: Tensor, p: _Params, *, keep: bool)
             gz.addcmul_(gu, scale.unsqueeze(1))
         else:
             gz += _unpooled(gu * scale.unsqueeze(1), at, z, form.z_sizes[i])
-        below, gz_images = _images(forward[-1][0] if i else x, form.sizes[i]), _images(gz, form.z_sizes[i])
-        weights.append(_conv_to_weights(gz_images, below, p.weights[i], form.stride, tasks))
+        below, gz_images = _images(ups[-1].y if i else x, form.sizes[i]), _images(gz, form.z_sizes[i])
+        weights.append(_conv_to_weights(gz_images, below, p.weights[i], form.stride, len(x)))
         if i:
-            gy = _rows(_conv_to_images(gz_images, below, p.weights[i], form.stride), tasks)
+            gy = _rows(_conv_to_images(gz_images, below, p.weights[i], form.stride), len(x))
         scales.append(ggamma)
         shifts.append(gbeta)
         if keep:
             layers.append(_Layer(y, z, s, peaks, at, gu, gz, gbeta, ggamma))
     layers.reverse()
-    grads = [*reversed(weights), *reversed(scales), *reversed(shifts), gl.transpose(1, 2) @ features, gl.sum(1)]
+    return [*reversed(weights), *reversed(scales), *reversed(shifts)], layers
+
+
+def _gradient(form: _Form, x: Tensor, labels: Tensor, p: _Params, *, keep: bool) -> _Pass:
+    """Loss and gradient: x [tasks, n H W, C], labels [tasks, n]. The layers are returned only to be kept."""
+    tasks, n = labels.shape
+    ups = _upwards(form, x, p, tasks)
+    channels = ups[-1].y.shape[-1]
+    features = _features(form, ups[-1].y, n)
+    logits = torch.baddbmm(p.bias.unsqueeze(1), features, p.head.transpose(1, 2))
+    logs = logits.log_softmax(-1)
+    value = -logs.gather(-1, labels.unsqueeze(-1)).mean((1, 2))
+    chances = logs.exp()
+    gl = (chances - F.one_hot(labels, logits.shape[-1])) / n
+    body, layers = _downwards(form, x, p, ups, _from_features(form, gl @ p.head, channels), keep=keep)
+    grads = [*body, gl.transpose(1, 2) @ features, gl.sum(1)]
     return _Pass(value, logits, grads, layers, _Top(features, chances, gl))
 
 
@@ -514,9 +572,7 @@ class _Loss(torch.autograd.Function):
             curved = _Derivative.apply(ctx.form, x, labels, *params, *filled, *kept)
             assert curved is not None
             back = [v if b is None else v + b for v, b in zip(curved, back, strict=True)]
-        # of parameters that tasks share, the sum over tasks
-        back = [b.sum(0) if b is not None and b.dim() > v.dim() else b for b, v in zip(back, params, strict=True)]
-        return None, None, None, *back
+        return None, None, None, *_shared(back, params)
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, form: _Form, *tensors: Tensor) -> Any:
@@ -551,12 +607,106 @@ class _Derivative(torch.autograd.Function):
         return _vmapped(_Derivative, info, in_dims, form, tensors)
 
 
+class _Features(torch.autograd.Function):
+    """(form, x, the body's parameters) to the features and, without derivatives, what the gradient needs."""
+
+    @staticmethod
+    def forward(form: _Form, x: Tensor, *params: Tensor) -> Any:
+        (x,) = _lifted(form, x)
+        ups = _upwards(form, x, _body(form, params), len(x))
+        features = _features(form, ups[-1].y, _images_in(form, x))
+        return _lowered(form, [features, *[v for up in ups for v in _flat_up(up)]])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        form, *tensors = inputs
+        _, *kept = output
+        ctx.form = form
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*[v for v in kept if v is not None])
+        ctx.save_for_backward(*tensors, *kept)
+
+    @staticmethod
+    def backward(ctx: Any, of_features: Tensor | None, *of_kept: None) -> Any:
+        count = 3 * ctx.form.layers
+        x, *rest = ctx.saved_tensors
+        if of_features is None:
+            return (None,) * (2 + count)
+        grads = _Gradient.apply(ctx.form, x, of_features, *rest)
+        assert grads is not None
+        return None, None, *_shared(grads, rest)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, form: _Form, *tensors: Tensor) -> Any:
+        return _vmapped(_Features, info, in_dims, form, tensors, first_weight=1)
+
+
+class _Gradient(torch.autograd.Function):
+    """(form, x, the gradient in the features, the body's parameters, what `_Features` kept) to that in the parameters.
+
+    Its own derivative is asked for by those alone who move a body by its features. It is composed from operations that
+    PyTorch knows.
+    """
+
+    @staticmethod
+    def forward(form: _Form, x: Tensor, of_features: Tensor, *rest: Tensor) -> Any:
+        count = 3 * form.layers
+        x, of_features = _lifted(form, x, of_features)
+        p = _body(form, rest[:count])
+        gy = _from_features(form, of_features, p.scales[-1].shape[-1])
+        grads, _ = _downwards(form, x, p, _ups(form, rest[count:]), gy, keep=False)
+        return _lowered(form, grads)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        form, *tensors = inputs
+        ctx.form = form
+        ctx.count = len(tensors)
+        ctx.save_for_backward(*tensors[: 2 + 3 * form.layers])
+
+    @staticmethod
+    def backward(ctx: Any, *direction: Tensor) -> Any:
+        form = ctx.form
+        x, of_features, *params = ctx.saved_tensors
+
+        def back(x: Tensor, of_features: Tensor, params: list[Tensor], direction: Sequence[Tensor]) -> list[Tensor]:
+            def gradient(of_features: Tensor, *params: Tensor) -> Any:
+                return torch.func.vjp(lambda *own: _composed(form, x, own), *params)[1](of_features)
+
+            return list(torch.func.vjp(gradient, of_features, *params)[1](tuple(direction)))
+
+        if form.tasks is None:
+            found = back(x, of_features, params, direction)
+        else:
+            dims = [None if i < form.layers and v.dim() == 4 else 0 for i, v in enumerate(params)]
+            found = torch.func.vmap(back, (0, 0, dims, 0))(x, of_features, params, direction)
+        nothing = [None] * (ctx.count - 2 - len(params))
+        return None, None, found[0], *_shared(found[1:], params), *nothing
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, form: _Form, *tensors: Tensor) -> Any:
+        return _vmapped(_Gradient, info, in_dims, form, tensors)
+
+
+def _composed(form: _Form, x: Tensor, params: Sequence[Tensor]) -> Tensor:
+    """The features of one task, from operations that PyTorch can differentiate as often as is asked."""
+    n, (height, width) = form.layers, form.sizes[0]
+    y = x.view(-1, height, width, x.shape[-1]).permute(0, 3, 1, 2)
+    for w, gamma, beta in zip(params[:n], params[n : 2 * n], params[2 * n :], strict=True):
+        z = F.conv2d(y, w, None, form.stride, 1)
+        z = z - z.mean((0, 2, 3), keepdim=True)
+        s = (z.square().mean((0, 2, 3), keepdim=True) + form.eps).rsqrt()
+        y = F.relu(z * s * gamma.view(-1, 1, 1) + beta.view(-1, 1, 1))
+        y = F.max_pool2d(y, 2) if form.pool else y
+    return y.mean((2, 3)) if form.average else y.flatten(1)
+
+
 _ALONE = 1 << 18
 """Values of a task's first map from which tasks go one by one: many more do not fit into a core's cache together."""
 
 
 def _one_by_one(form: _Form, x: Tensor, p: _Params) -> bool:
-    pixels = form.z_sizes[0][0] * form.z_sizes[0][1] * (x.shape[1] // (form.sizes[0][0] * form.sizes[0][1]))
+    pixels = form.z_sizes[0][0] * form.z_sizes[0][1] * _images_in(form, x)
     return not form.keep and pixels * p.scales[0].shape[-1] >= _ALONE
 
 
@@ -571,13 +721,27 @@ def _count(form: _Form) -> int:
     return 3 * form.layers + 2
 
 
-def _grouped(form: _Form, params: Sequence[Tensor]) -> _Params:
+def _body(form: _Form, params: Sequence[Tensor]) -> _Body:
     """With a task axis; weights that the tasks share have none."""
     n = form.layers
-    weights, rest = list(params[:n]), list(params[n:])
-    if form.tasks is None:
-        rest = [v.unsqueeze(0) for v in rest]
-    return _Params(weights, rest[:n], rest[n : 2 * n], *rest[2 * n :])
+    weights, rest = list(params[:n]), _lifted(form, *params[n : 3 * n])
+    return _Body(weights, list(rest[:n]), list(rest[n:]))
+
+
+def _grouped(form: _Form, params: Sequence[Tensor]) -> _Params:
+    """Likewise, with the head."""
+    body = _body(form, params)
+    return _Params(body.weights, body.scales, body.shifts, *_lifted(form, *params[3 * form.layers :]))
+
+
+def _shared(grads: Sequence[Tensor | None], params: Sequence[Tensor]) -> list[Tensor | None]:
+    """Gradients like their parameters: of those that tasks share, the sum over tasks."""
+    return [g.sum(0) if g is not None and g.dim() > v.dim() else g for g, v in zip(grads, params, strict=False)]
+
+
+def _images_in(form: _Form, x: Tensor) -> int:
+    """How many there are in rows [tasks, n H W, C]."""
+    return x.shape[1] // (form.sizes[0][0] * form.sizes[0][1])
 
 
 def _lifted(form: _Form, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -588,40 +752,62 @@ def _lowered(form: _Form, tensors: Sequence[Tensor | None]) -> tuple[Tensor | No
     return tuple(v if v is None or form.tasks is not None else v.squeeze(0) for v in tensors)
 
 
+def _flat_up(v: _Up | _Layer) -> list[Tensor | None]:
+    """No tensor twice, as autograd wants the outputs of a function: without pooling the peaks are z."""
+    at = None if v.at is None else v.at.unflatten(0, (len(v.y), -1))
+    return [v.y, v.z, v.s, None if v.at is None else v.peaks, at]
+
+
+def _up(form: _Form, y: Any, z: Any, s: Any, peaks: Any, at: Any) -> _Up:
+    """From what `_flat_up` gave."""
+    y, z, s = _lifted(form, y, z, s)
+    if at is None:
+        return _Up(y, z, s, z, None)
+    (peaks,) = _lifted(form, peaks)
+    return _Up(y, z, s, peaks, at.flatten(0, at.dim() - 4))
+
+
+def _ups(form: _Form, flat: Sequence[Any]) -> list[_Up]:
+    return [_up(form, *flat[5 * i : 5 * (i + 1)]) for i in range(form.layers)]
+
+
 def _kept(layers: Sequence[_Layer], top: _Top) -> list[Tensor | None]:
-    """Flat, and no tensor twice, as autograd wants the outputs of a function: without pooling the peaks are z."""
+    """Flat; the gradients of scale and shift are outputs of their own already."""
     flat: list[Tensor | None] = []
     for v in layers:
-        at = None if v.at is None else v.at.unflatten(0, (len(v.y), -1))
-        peaks = None if v.at is None else v.peaks
-        # The gradients of scale and shift are outputs of their own already.
-        flat += [v.y, v.z, v.s, peaks, at, v.gu, v.gz, v.gbeta.clone(), v.ggamma.clone()]
+        flat += [*_flat_up(v), v.gu, v.gz, v.gbeta.clone(), v.ggamma.clone()]
     return [*flat, *top]
 
 
 def _unkept(form: _Form, flat: Sequence[Any]) -> tuple[list[_Layer], _Top]:
-    layers = []
-    for i in range(form.layers):
-        y, z, s, peaks, at, *rest = flat[9 * i : 9 * (i + 1)]
-        y, z, s, gu, gz, gbeta, ggamma = _lifted(form, y, z, s, *rest)
-        if at is None:
-            peaks = z
-        else:
-            peaks, at = _lifted(form, peaks)[0], at.flatten(0, at.dim() - 4)
-        layers.append(_Layer(y, z, s, peaks, at, gu, gz, gbeta, ggamma))
+    each = [flat[9 * i : 9 * (i + 1)] for i in range(form.layers)]
+    layers = [_Layer(*_up(form, *v[:5]), *_lifted(form, *v[5:])) for v in each]
     return layers, _Top(*_lifted(form, *flat[9 * form.layers :]))
 
 
-def _vmapped(function: Any, info: Any, in_dims: Any, form: _Form, tensors: Sequence[Tensor | None]) -> Any:
-    if form.tasks is not None:
-        raise RuntimeError("conv4_loss works under one vmap, not under two")
-    tasks = info.batch_size
+def _vmapped(
+    function: Any, info: Any, in_dims: Any, form: _Form, tensors: Sequence[Tensor | None], first_weight: int = 2
+) -> Any:
+    """As one more leading task axis, or as more tasks along the one that there is. Weights that no task has to itself
+    have neither."""
+    size, before = info.batch_size, form.tasks
     moved: list[Tensor | None] = []
     for i, (v, dim) in enumerate(zip(tensors, in_dims[1:], strict=True)):
-        if v is not None and dim is not None:
+        if v is None:
+            moved.append(None)
+            continue
+        is_weight = first_weight <= i < first_weight + form.layers
+        by_task = before is not None and not (is_weight and v.dim() - (dim is not None) == 4)
+        if dim is not None:
             v = v.movedim(dim, 0)
-        elif v is not None and not 2 <= i < 2 + form.layers:  # weights stay shared
-            v = v.expand(tasks, *v.shape)
+        elif by_task or not is_weight:
+            v = v.expand(size, *v.shape)
+        if before is not None and (by_task or dim is not None):
+            v = v if by_task else v.unsqueeze(1).expand(size, before, *v.shape[1:])
+            v = v.flatten(0, 1)
         moved.append(v)
+    tasks = size if before is None else size * before
     out = function.apply(dataclasses.replace(form, tasks=tasks), *moved)
+    if before is not None:
+        out = tuple(None if v is None else v.unflatten(0, (size, before)) for v in out)
     return out, tuple(None if v is None else 0 for v in out)
