@@ -381,6 +381,9 @@ class StartSettings(Group):
 EPOCHS = 40
 """Of a fit, where nothing else is asked for."""
 
+PATIENCE = 10
+"""Epochs, where validation images are set aside."""
+
 RATE, RATE_OF_HEAD, RATE_OF_PUBLISHED = 3e-3, 1e-2, 1e-4
 """Of fine-tuning. The first is the one of 0.001 and 0.003 that is better for a random start, which is what the gain is
 measured against; it was chosen on notMNIST's test images. The second is of a head alone on a run's features, which are
@@ -396,17 +399,18 @@ class Recipe(Group):
         int | None,
         Option(
             "Passes over the training images; fewer if the validation loss stops falling (auto: 40; of --strategy head "
-            "as many as make 600 steps, if that is more).",
+            "as many as make 600 steps, if that is more; of lp-ft from published weights 240, 24 of them of all).",
             at_least=1,
         ),
     ] = None
     patience: Annotated[
-        int,
+        int | None,
         Option(
-            "Epochs without a better validation loss before it stops; without validation images it never does.",
+            "Epochs without a better validation loss before it stops (auto: 10; from published weights none, and all "
+            "images train).",
             at_least=1,
         ),
-    ] = 10
+    ] = None
     lr: Annotated[
         float | None,
         Option(
@@ -424,15 +428,14 @@ class Recipe(Group):
         str | None,
         Option(
             "How the rate changes: constant, linear, cosine, step:every=0.3,factor=0.1, one-cycle or stlr, each with "
-            ":warmup=SHARE (auto: constant; cosine where chosen moves published weights).",
+            ":warmup=SHARE (auto: constant; cosine where published weights move, but for lp-ft).",
             metavar="NAME[:KEY=VALUE,...]",
         ),
     ] = None
     clip_norm: Annotated[
         float | None,
         Option(
-            "Scale a gradient down to this norm where it is longer (auto: not; to 1 where chosen moves published "
-            "weights).",
+            "Scale a gradient down to this norm where it is longer (auto: not; to 1 where published weights move).",
             above=0,
         ),
     ] = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,28 +26,20 @@ from metaft.support.modes import in_usual_modes
 from metaft.support.paths import local
 
 
-class Classifier(nn.Module):
-    """Inputs, backbone with stored normalisation moments, and head.
+class Predictor:
+    """What labels files, given the logits of raw inputs: a `Classifier`, or a model that was exported from one."""
 
-    `forward` takes raw inputs (of pictures uint8 [n, C, H, W] in the polarity that `inputs` names), and gives logits
-    [n, classes]; it raises MetaftError for anything else. No layer looks at more than one input, so a prediction does
-    not depend on its neighbours in the batch. Of a target of numbers it has no class names, and its one output is the
-    number.
-    """
+    inputs: Inputs
+    class_names: tuple[str, ...]
+    """Of the classes; none where it predicts numbers."""
 
-    def __init__(self, body: nn.Module, head: nn.Module, inputs: Inputs, class_names: tuple[str, ...]) -> None:
-        super().__init__()
-        self.body, self.head = body, head
-        self.inputs = inputs
-        self.class_names = class_names
-        self.eval()
-
-    def forward(self, raw: Tensor) -> Tensor:
-        self.inputs.check(raw)
-        return self.head(self.body(self.inputs(raw).to(next(self.parameters()).dtype)))
+    def logits(self, examples: Examples, at_once: int | None = None) -> Tensor:
+        """Of raw examples [n, ...], [n, classes] on the CPU, `at_once` at a time (None: up to 256, fewer of large
+        ones)."""
+        raise NotImplementedError
 
     def read(self, path: Path | str) -> Tensor:
-        """A file as `forward` takes it, raw [1, ...]. Raises DataError, naming the file.
+        """A file as the model takes it, raw [1, ...]. Raises DataError, naming the file.
 
         Warns (MetaftWarning) of what the file holds and the classifier does not take, such as greys beyond the range
         of the training images, and of flaws that it is read with.
@@ -63,14 +55,6 @@ class Classifier(nn.Module):
         for note in (*self.inputs.notes(readings), *flaws_note(flaws)):
             warnings.warn(note, MetaftWarning, stacklevel=3)
         return torch.cat([reading.raw for reading in readings if reading.raw is not None])
-
-    @in_usual_modes
-    @torch.no_grad()
-    def logits(self, examples: Examples, at_once: int | None = None) -> Tensor:
-        """What `forward` gives, [n, classes] on the CPU, `at_once` at a time (None: up to 256, fewer of large ones)."""
-        device = next(self.parameters()).device
-        at_once = at_once or at_most(self.inputs.shape, 256)
-        return torch.cat([self(examples[rows].to(device)).cpu() for rows in torch.arange(len(examples)).split(at_once)])
 
     def numbers(self, examples: Examples, at_once: int | None = None) -> Tensor:
         """float64 [n] on the CPU: what a target of numbers is trained to predict. Raises MetaftError where it predicts
@@ -100,6 +84,40 @@ class Classifier(nn.Module):
         if not files:
             raise MetaftError("label takes one path or more, got none")
         return self.names(self._read(files))
+
+
+class Classifier(Predictor, nn.Module):
+    """Inputs, backbone with stored normalisation moments, and head.
+
+    `forward` takes raw inputs (of pictures uint8 [n, C, H, W] in the polarity that `inputs` names), and gives logits
+    [n, classes]; it raises MetaftError for anything else. No layer looks at more than one input, so a prediction does
+    not depend on its neighbours in the batch. Of a target of numbers it has no class names, and its one output is the
+    number.
+    """
+
+    def __init__(self, body: nn.Module, head: nn.Module, inputs: Inputs, class_names: tuple[str, ...]) -> None:
+        super().__init__()
+        self.body, self.head = body, head
+        self.inputs = inputs
+        self.class_names = class_names
+        self.eval()
+
+    def forward(self, raw: Tensor) -> Tensor:
+        self.inputs.check(raw)
+        return self.head(self.body(self.inputs(raw).to(next(self.parameters()).dtype)))
+
+    @in_usual_modes
+    @torch.no_grad()
+    def logits(self, examples: Examples, at_once: int | None = None) -> Tensor:
+        """What `forward` gives."""
+        device = next(self.parameters()).device
+        return in_batches(lambda raw: self(raw.to(device)).cpu(), examples, self.inputs, at_once)
+
+
+def in_batches(of: Callable[[Tensor], Tensor], examples: Examples, inputs: Inputs, at_once: int | None) -> Tensor:
+    """What a function makes of raw examples, `at_once` at a time (None: up to 256, fewer of large ones)."""
+    at_once = at_once or at_most(inputs.shape, 256)
+    return torch.cat([of(examples[rows]) for rows in torch.arange(len(examples)).split(at_once)])
 
 
 def save(path: Path, classifier: Classifier, architecture: Mapping[str, Any], about: Mapping[str, Any]) -> None:

@@ -114,7 +114,7 @@ def fit(
     stayed = not extras and recipe.augment == "none"  # and features are those of the start, as long as this is true
     stayed = stayed and _stays(strategy, groups, steps, 0, len(curve) * (steps // recipe.passes))
     for epoch in range(len(curve), recipe.passes):
-        if _stale(curve[settled:], recipe.patience):
+        if recipe.patience is not None and _stale(curve[settled:], recipe.patience):
             break
         total, moves = 0.0, moves_of(len(train), recipe, seed, epoch)
         batches = _batches(len(train), recipe.batch_size, seed, epoch)

@@ -96,7 +96,7 @@ def prepared(
     _check_method(config)
     _check_values(config, module, values)
     init, compare = config.start.init, config.start.compare  # as typed, which is how an error is to name them
-    config = _with_data(names.in_full(config), (begun or {}).get("classes", ()))
+    config = with_data(names.in_full(config), (begun or {}).get("classes", ()))
     numbers = config.recipe is not None and config.recipe.loss == "mse"
     if config.recipe is not None and numbers:  # before a start is looked for, which would be said first
         check_numbers(config.recipe)
@@ -142,8 +142,11 @@ def prepared(
 def rows_of(setup: Setup, draw: int, fold: int | None = 0) -> Rows:
     """The images of one draw, and of one of its folds where it has any (None: all, without a test)."""
     config, target = setup.config, setup.target
-    # The inner loop and a choice by cross-validation have no use for a validation part, and train on it too.
-    validate = config.recipe is not None and config.recipe.trains != CHOSEN
+    # The inner loop, a choice by cross-validation and a recipe without patience have no use for a validation part, and
+    # train on it too; one that the data come with judges all but the first two.
+    recipe = config.recipe
+    judged = recipe is not None and (recipe.patience is not None or "val" in target.parts)
+    validate = judged and recipe is not None and recipe.trains != CHOSEN
     if setup.folds > 1:
         return target.rows_of_fold(fold, seed=config.draws.seed + draw, validate=validate)
     return target.rows(shots_per_class=config.target.shots_per_class, seed=config.draws.seed + draw, validate=validate)
@@ -186,7 +189,7 @@ def _check_values(config: AdaptConfig, module: nn.Module | None, values: Init) -
         raise MetaftError(f"init: 'keep' is for a module without a run (init none), and {what}")
 
 
-def _with_data(config: AdaptConfig, classes: Collection[str]) -> AdaptConfig:
+def with_data(config: AdaptConfig, classes: Collection[str]) -> AdaptConfig:
     """The settings with the folder of images where it is. Raises DataError."""
     path = places.folder_of(config.target.data)
     if path is None:

@@ -7,7 +7,7 @@ import os
 import shutil
 import signal
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -17,14 +17,18 @@ from helpers import words, write_target
 from torch import Tensor, nn
 
 from metaft import adapt
+from metaft.config import AdaptConfig
 from metaft.errors import NonFiniteError
 from metaft.finetune import choose as choosing
 from metaft.finetune import report, study
 from metaft.finetune.choose import candidates_of, choose
 from metaft.finetune.examples import Part
 from metaft.finetune.fit import Fitted, fit
+from metaft.finetune.recipes import settled
+from metaft.finetune.setup import Setup, rows_of
 from metaft.inputs import ImageInputs
 from metaft.settings import Recipe
+from metaft.targets import Target
 from metaft.targets.draws import fold
 
 INPUTS = ImageInputs(1, 4, 4)
@@ -209,6 +213,40 @@ def test_duplicates_stay_in_one_fold(runs: dict[str, Path], tmp_path: Path, monk
     assert len(parts) == 3 * 5, "three candidates, five folds; a random start is trained whole, without a choice"
     for train, val in parts:
         assert val and not train & val and len(train | val) == 24
+
+
+def test_what_is_left_open_from_published_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No epoch is picked by a few images; gradients are clipped where the weights move, and `lp-ft` probes first."""
+
+    class Librarys:
+        architecture: ClassVar = {"name": "torchvision:resnet18"}
+
+    class Runs:
+        architecture: ClassVar = {"name": "conv4"}
+
+    def of(start: Any, **given: Any) -> tuple[Any, ...]:
+        r = settled(Recipe(**given), start)
+        return r.trains, r.lr, r.epochs, r.schedule, r.clip_norm, r.patience
+
+    assert of(Librarys) == ("head", 0.003, None, "constant", None, None)
+    assert of(Librarys, strategy="full") == ("full", 1e-4, None, "cosine", 1.0, None)
+    assert of(Librarys, strategy="lp-ft") == ("lp-ft:share=0.9,rise=0.05", 1e-4, 240, "constant", 1.0, None)
+    given = {"epochs": 7, "schedule": "linear", "clip_norm": 2.0, "patience": 3, "lr": 0.02}
+    for strategy in ("full", "lp-ft"):
+        assert of(Librarys, strategy=strategy, **given) == (strategy, 0.02, 7, "linear", 2.0, 3)
+    assert of(Runs) == ("full", 0.003, None, "constant", None, 10)
+    assert of(Runs, strategy="lp-ft") == ("lp-ft", 0.003, None, "constant", None, 10)
+
+
+@pytest.mark.parametrize(("patience", "part"), [(None, False), (4, True), (None, True)])
+def test_images_are_set_aside_where_they_are_to_judge(patience: int | None, part: bool) -> None:
+    """By a recipe's patience, or since the data have such a part."""
+    rows, labels = np.arange(60), torch.arange(60) % 3
+    parts = {"train": rows[:40], "test": rows[40:50]} | ({"val": rows[50:]} if patience is None and part else {})
+    images = torch.from_numpy(np.random.default_rng(0).integers(0, 255, (60, 1, 4, 4)).astype(np.uint8))
+    target = Target("t", ("a", "b", "c"), images, labels, parts, (), INPUTS, ())
+    config = AdaptConfig(strategy="full", patience=patience, data="folder:x")
+    assert (len(rows_of(Setup(config, (), target), 0).val) > 0) == part
 
 
 @pytest.mark.parametrize("after", [1, 4])
