@@ -15,6 +15,7 @@ COMMANDS = {
     "evaluate": "meta-test a finished run",
     "adapt": "fine-tune an initialisation to your images",
     "predict": "label images with what adapt made",
+    "export": "write what adapt made as a file that runs without metaft",
 }
 
 

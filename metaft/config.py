@@ -146,6 +146,28 @@ class PredictConfig(Settings):
     compute: Device
 
 
+@dataclasses.dataclass(frozen=True, init=False)
+class ExportConfig(Settings):
+    """Write the classifier that an adapt run left as a file that runs without metaft."""
+
+    format: Annotated[
+        Literal["onnx", "torch-export"],
+        Option("onnx: for onnxruntime and what else reads ONNX. torch-export: for PyTorch, without metaft."),
+    ] = "onnx"
+    int8: Annotated[bool, Option("Write a second ONNX file too, in 8-bit integers.")] = False
+    pictures: Annotated[
+        tuple[str, ...],
+        Option(
+            "Pictures to check and calibrate with, where those of the run are not at hand.",
+            metavar="IMAGE|FOLDER...",
+        ),
+    ] = ()  # fmt: skip
+    data_root: Annotated[
+        str | None, Option("Where the run's data lie, if they moved (auto: $METAFT_DATA).", metavar="PATH")
+    ] = None
+    out: Annotated[str | None, Option("A new folder (auto: RUN/FORMAT).", metavar="FOLDER", stored=False)] = None
+
+
 def read_toml(path: Path) -> dict[str, Any]:
     """A flat TOML file as plain data; hyphens in keys count as underscores.
 

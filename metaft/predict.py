@@ -22,7 +22,7 @@ from metaft.support import output
 from metaft.support.paths import local
 
 if TYPE_CHECKING:
-    from metaft.finetune.classifier import Classifier
+    from metaft.finetune.classifier import Predictor
     from metaft.inputs import Reading
     from metaft.inputs.listing import Left
 
@@ -34,7 +34,7 @@ NAMED = 10  # files that cannot be read of which each gets a line; all are in th
 class Arguments(PredictConfig):
     """Label images with the classifier that an adapt run left."""
 
-    run: Annotated[str, Option("Run folder of metaft.adapt.", metavar="RUN", positional=True)] = ""
+    run: Annotated[str, Option("Run folder of metaft.adapt, or of metaft.export.", metavar="RUN", positional=True)] = ""
     images: Annotated[
         tuple[str, ...],
         Option(
@@ -79,14 +79,14 @@ def _command(argv: Sequence[str]) -> None:
     if given.csv is not None:
         check_writable(local(given.csv), "csv", local(given.csv).parent)
 
+    from metaft.after.exported import predictor_of
     from metaft.defaults import device_of
-    from metaft.finetune.classifier import load
 
     device = device_of(given.compute.device)
     with warnings.catch_warnings(record=True) as said:  # a line each, without the place in the code
         warnings.simplefilter("always")
         try:
-            classifier = load(given.run, device=device)
+            classifier = predictor_of(given.run, device)
         except CheckpointError as error:
             raise CheckpointError(f"run: {error}") from None
     for warning in said:
@@ -120,7 +120,7 @@ def _command(argv: Sequence[str]) -> None:
         _say_bad(labels, bad, skip_bad=given.skip_bad)
 
 
-def _notes(classifier: Classifier, labels: Sequence[Label], ignored: Sequence[Left]) -> list[str]:
+def _notes(classifier: Predictor, labels: Sequence[Label], ignored: Sequence[Left]) -> list[str]:
     """What there is to know of how the files were read."""
     from metaft.inputs.flaws import flaws_note
     from metaft.inputs.listing import left_note
@@ -145,7 +145,7 @@ def _say_bad(labels: Sequence[Label], bad: int, *, skip_bad: bool) -> None:
     print(f"metaft: {line}", file=sys.stderr)
 
 
-def list_files(images: Sequence[str]) -> tuple[list[Path], list[Left]]:
+def list_files(images: Sequence[str], field: str = "images") -> tuple[list[Path], list[Left]]:
     """The picture files that arguments name, folders searched to the bottom, each file once; and what is ignored.
 
     A file that is named is taken whatever it holds. A picture in a folder that is lost (a broken link, say) and a
@@ -159,7 +159,7 @@ def list_files(images: Sequence[str]) -> tuple[list[Path], list[Left]]:
     missing = [name for name in images if _missing(local(name))]
     if missing:
         several = f"{len(missing)} paths do not exist: {some(missing, NAMED)}"
-        raise DataError(f"images: {several}" if len(missing) > 1 else f"images: {missing[0]} does not exist")
+        raise DataError(f"{field}: {several}" if len(missing) > 1 else f"{field}: {missing[0]} does not exist")
     for path in map(local, images):
         if not os.path.isdir(path):
             files.append(path)
@@ -167,7 +167,7 @@ def list_files(images: Sequence[str]) -> tuple[list[Path], list[Left]]:
         listed = list_below(path, lost=True)
         if not listed.files:
             why = f" ({counted(listed.left)})" if listed.left else ""
-            raise DataError(f"images: folder {path} holds no pictures{why}")
+            raise DataError(f"{field}: folder {path} holds no pictures{why}")
         files += listed.files
         ignored += listed.left
     return list(dict.fromkeys(files)), ignored
@@ -182,7 +182,7 @@ def _missing(path: Path) -> bool:
     return False
 
 
-def label_files(classifier: Classifier, files: Sequence[Path], top: int = 1) -> Iterator[Label]:
+def label_files(classifier: Predictor, files: Sequence[Path], top: int = 1) -> Iterator[Label]:
     """The `top` most probable classes of each file, or its number, in order; unreadable files come out with an
     error."""
     import torch

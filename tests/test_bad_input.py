@@ -20,19 +20,26 @@ import pytest
 from helpers import IMAGES, finished, meta_trained, one_line, one_thread, options, write_folder, write_target
 from helpers import words as adapt_words
 
-from metaft import adapt, evaluate, meta_train, predict
+from metaft import adapt, evaluate, export, meta_train, predict
 from metaft.config import AdaptConfig, MetaTrainConfig, read_toml
 from metaft.options import options as options_of
 
 Text = pytest.CaptureFixture[str]
 
-COMMANDS: dict[str, Any] = {"meta_train": meta_train, "evaluate": evaluate, "adapt": adapt, "predict": predict}
+COMMANDS: dict[str, Any] = {
+    "meta_train": meta_train,
+    "evaluate": evaluate,
+    "adapt": adapt,
+    "predict": predict,
+    "export": export,
+}
 
 BASE: dict[str, str] = {
     "meta_train": " ".join(options(IMAGES, dataset="folder:{squares}", image_size=8)),
     "evaluate": "{run}",
     "adapt": "--init {run} --data folder:{target}",
     "predict": "{adapted} {picture}",
+    "export": "{adapted} --format torch-export --out out",
 }
 """A good command line, to which one bad option is added. What is in braces is a path, see `paths`."""
 
@@ -101,10 +108,11 @@ def of_type(command: str, option: str, kind: Any) -> Iterator[Row]:
 # ---- words --------------------------------------------------------------------------------------------------------
 
 TRAINS = ("meta_train", "evaluate")
+ON_DEVICES = ("meta_train", "evaluate", "adapt", "predict")
 
 WORDS: dict[tuple[str, str], list[tuple[str, str]]] = {
     # (command, option): (value, what else the line holds)
-    **{(command, "device"): [("gpu", "cuda:N"), ("cuda:77", "is not there"), ("", "''")] for command in COMMANDS},
+    **{(command, "device"): [("gpu", "cuda:N"), ("cuda:77", "is not there"), ("", "''")] for command in ON_DEVICES},
     ("meta_train", "dataset"): [
         *[("glyph", "did you mean 'glyphs'"), ("", "''"), ("folder", "folder:PATH"), ("folder:", "folder:PATH")],
         *[("glyphs:Hebrew", "write 'glyphs'"), ("Omniglot", "did you mean 'omniglot'")],
@@ -172,6 +180,10 @@ PATHS: dict[tuple[str, str], tuple[str, dict[str, str]]] = {
     ("adapt", "out"): ("", {**NO_PLACE, "a file": "{file}", "full": "{squares}"}),
     ("predict", "run"): ("", {**NOT_THERE, **NO_FOLDER, "of meta_train": "{run}"}),
     ("predict", "images"): ("", {**NOT_THERE, "empty": "{empty}", "folder of texts": "{texts}"}),
+    ("export", "run"): ("", {**NOT_THERE, **NO_FOLDER, "of meta_train": "{run}"}),
+    ("export", "pictures"): ("", {**NOT_THERE, "empty": "{empty}", "folder of texts": "{texts}", "cut": "{broken}"}),
+    ("export", "data_root"): ("", {**NOT_THERE, "a file": "{file}"}),
+    ("export", "out"): ("", {**NO_PLACE, "a file": "{file}", "full": "{squares}"}),
     ("predict", "csv"): ("", {**NOT_THERE, "a folder": "{empty}"}),
 }
 
@@ -188,7 +200,7 @@ def of_words(command: str, option: str) -> Iterator[Row]:
         argv = (*WITH.get((command, option), []), f"{flag(option)}={prefix}{path}")
         base = "" if option in ("config", "resume") or (command, option) == ("meta_train", "data_root") else None
         if option == "run":
-            argv, base = (path,) if command == "evaluate" else (path, "{picture}"), ""
+            argv, base = (path, "{picture}") if command == "predict" else (path,), ""
         elif option == "images":
             argv, base = (path,), "{adapted}"
         yield Row(command, option, kind, argv, (path,), base)
@@ -296,6 +308,7 @@ TOGETHER = [
     ("adapt", "--shots-per-class 9", ["shots_per_class = 9", "3 images"]),
     ("adapt", "--data glyphs:Hebrwe --init none", ["data", "'Hebrwe'", "did you mean 'Hebrew'"]),
     ("adapt", "--data glyphs:Hebrew", ["data", "[1, 28, 28]", "[1, 8, 8]"]),
+    ("export", "--int8", ["int8", "torch-export"]),
     ("predict", "--top 4", ["top must be at most the 3 classes", "4"]),
 ]
 

@@ -11,16 +11,31 @@ from typing import Annotated, Any
 
 import pytest
 
-from metaft import adapt, evaluate, meta_train, predict
-from metaft.config import AdaptConfig, EvaluateConfig, MetaTrainConfig, PredictConfig, Settled, read_toml, to_toml
+from metaft import adapt, evaluate, export, meta_train, predict
+from metaft.config import (
+    AdaptConfig,
+    EvaluateConfig,
+    ExportConfig,
+    MetaTrainConfig,
+    PredictConfig,
+    Settled,
+    read_toml,
+    to_toml,
+)
 from metaft.errors import MetaftError
 from metaft.flags import flag, parse
 from metaft.options import Group, Option, Settings, flat, from_mapping, options
 from metaft.runs.checkpoint import load
 from metaft.settings import InnerMethod, Recipe, TaskSettings
 
-COMMANDS: dict[str, Any] = {"meta_train": meta_train, "evaluate": evaluate, "adapt": adapt, "predict": predict}
-CONFIGS = [MetaTrainConfig, EvaluateConfig, AdaptConfig, PredictConfig]
+COMMANDS: dict[str, Any] = {
+    "meta_train": meta_train,
+    "evaluate": evaluate,
+    "adapt": adapt,
+    "predict": predict,
+    "export": export,
+}
+CONFIGS = [MetaTrainConfig, EvaluateConfig, AdaptConfig, PredictConfig, ExportConfig]
 
 
 def given(command: str, *argv: str) -> dict[str, Any]:

@@ -42,11 +42,12 @@ from metaft.finetune import report
 from metaft.finetune.classifier import Classifier, save
 from metaft.inputs import ImageInputs
 from metaft.inputs.depth import bits_for, maximum
+from metaft.inputs.fitting import pixels_of
 from metaft.inputs.flaws import about, noted
 from metaft.inputs.formats import starts_as_picture
 from metaft.inputs.listing import list_below, list_images
 from metaft.inputs.pictures import looks_grey, read_all
-from metaft.inputs.reading import open_image, pixels_of, read
+from metaft.inputs.reading import open_image, read
 from metaft.runs import checkpoint
 from metaft.support import large
 from metaft.tasks import folder, load

@@ -11,7 +11,7 @@ from helpers import write_folder
 
 import metaft
 from metaft import adapt
-from metaft.config import AdaptConfig, EvaluateConfig, MetaTrainConfig, PredictConfig
+from metaft.config import AdaptConfig, EvaluateConfig, ExportConfig, MetaTrainConfig, PredictConfig
 from metaft.options import options
 
 README = Path(__file__).parent.parent / "README.md"
@@ -45,14 +45,14 @@ def test_the_example_runs_and_is_short(capsys: pytest.CaptureFixture[str]) -> No
 
 @pytest.mark.parametrize("page", ["README.md", "docs/running.md", "docs/adapting.md"])
 def test_every_option_named_on_a_page_exists(page: str) -> None:
-    every = (MetaTrainConfig, EvaluateConfig, AdaptConfig, PredictConfig)
+    every = (MetaTrainConfig, EvaluateConfig, AdaptConfig, PredictConfig, ExportConfig)
     known = {name.replace("_", "-") for c in every for name in options(c)}
     known |= {
         f"no-{name.replace('_', '-')}" for c in every for name, field in options(c).items() if bool in field.types
     }
     text = (README.parent / page).read_text(encoding="utf-8")
     others = r"#SBATCH.*|torchrun (.*\\\n)*.*?(?= -m metaft)"  # a scheduler's, and torchrun's up to the module
-    named = set(re.findall(r"--([a-z][a-z-]*)", re.sub(others, "", text)))
+    named = set(re.findall(r"--([a-z][a-z0-9-]*)", re.sub(others, "", text)))
     torchruns = {"nproc-per-node", "max-restarts", "rdzv-id"}  # in sentences
     assert named - known <= {"help", "resume", "config", "auto-resume"} | torchruns
 

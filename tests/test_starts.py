@@ -26,8 +26,8 @@ from metaft.finetune.classifier import Classifier
 from metaft.finetune.contenders import Images
 from metaft.finetune.fit import fit
 from metaft.inputs import ImageInputs
-from metaft.inputs.reading import Fitting
-from metaft.inputs.reading import fit as fitted
+from metaft.inputs.fitting import Fitting
+from metaft.inputs.fitting import fit as fitted
 from metaft.models import published
 from metaft.models.architecture import build
 from metaft.models.functional import functional

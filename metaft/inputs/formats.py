@@ -12,10 +12,8 @@ from pathlib import Path
 
 from PIL import Image
 
+from metaft.inputs.fitting import REFUSED
 from metaft.inputs.flaws import about, noted
-
-# Those that start other programs, hold no pixels without a program of their own, or are no pictures.
-_REFUSED = frozenset({"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "PALM", "PDF", "WMF"})
 
 # What people would call pictures, though they are not read.
 _UNREAD = frozenset({
@@ -49,7 +47,7 @@ def _named() -> tuple[tuple[str, ...], dict[str, str]]:
 
 @functools.lru_cache(maxsize=2)
 def _named_of(registered: tuple[str, ...]) -> tuple[tuple[str, ...], dict[str, str]]:
-    formats = tuple(name for name in registered if name not in _REFUSED)
+    formats = tuple(name for name in registered if name not in REFUSED)
     sure = tuple(name for name in formats if Image.OPEN[name][1] is not None)
     endings = {end: name for end, name in Image.registered_extensions().items() if name in formats}
     return sure, {**endings, ".mpo": "JPEG"} if "JPEG" in formats else endings

@@ -16,8 +16,9 @@ from torch import Tensor
 from metaft.errors import DataError, MetaftError
 from metaft.inputs.base import Reading
 from metaft.inputs.depth import CONTAINER, bits_for, is_deep, maximum
+from metaft.inputs.fitting import Fitting, Interpolation, is_grey, pixels_of
 from metaft.inputs.listing import FOLDER, is_no_picture, list_images
-from metaft.inputs.reading import Fitting, Interpolation, Unreadable, is_grey, open_image, pixels_of
+from metaft.inputs.reading import Unreadable, open_image
 from metaft.support.modes import in_usual_modes
 
 Polarity = Literal["bright-on-black", "as-is"]

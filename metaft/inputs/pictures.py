@@ -17,8 +17,9 @@ from PIL import Image, features
 from metaft.errors import DataError
 from metaft.inputs import listing
 from metaft.inputs.depth import CONTAINER, bits_for, is_deep, maximum, to_bytes
+from metaft.inputs.fitting import Fitting, fitted_deep, is_grey, pixels_of
 from metaft.inputs.flaws import noted
-from metaft.inputs.reading import Fitting, Unreadable, fitted_deep, is_grey, pixels_of, try_open
+from metaft.inputs.reading import Unreadable, try_open
 from metaft.support import large
 from metaft.support.output import steady
 from metaft.support.progress import Progress

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from metaft.errors import MetaftError
 from metaft.inputs import ImageInputs
-from metaft.inputs.reading import Interpolation
+from metaft.inputs.fitting import Interpolation
 from metaft.models import published
 from metaft.models.architecture import NormOf, build, is_of
 from metaft.starts.base import Start

@@ -13,10 +13,11 @@ import torch
 
 from metaft.errors import DataError
 from metaft.inputs import ImageInputs
+from metaft.inputs.fitting import border, is_dark_on_bright, is_grey
 from metaft.inputs.flaws import flaws_note
 from metaft.inputs.listing import Left, check_lost, left_note, refusal, skipped_note, some
 from metaft.inputs.pictures import Opened, depth_note, read_all
-from metaft.inputs.reading import border, is_dark_on_bright, is_grey, try_open
+from metaft.inputs.reading import try_open
 from metaft.targets.base import Target
 from metaft.targets.draws import NUMBERS, strata
 from metaft.tasks.folder import inputs_for

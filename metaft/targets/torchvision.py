@@ -17,9 +17,10 @@ import numpy as np
 from PIL import Image
 
 from metaft.errors import DataError, no_such
+from metaft.inputs.fitting import plain, upright
 from metaft.inputs.flaws import about
 from metaft.inputs.listing import DAMAGED
-from metaft.inputs.reading import Unreadable, plain, upright
+from metaft.inputs.reading import Unreadable
 from metaft.support.paths import absolute
 from metaft.targets.files import Listed
 

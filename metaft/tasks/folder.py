@@ -15,6 +15,7 @@ import torch
 
 from metaft.errors import DataError, MetaftWarning
 from metaft.inputs import ImageInputs
+from metaft.inputs.fitting import border, is_dark_on_bright
 from metaft.inputs.flaws import flaws_note
 from metaft.inputs.listing import (
     Left,
@@ -36,7 +37,7 @@ from metaft.inputs.pictures import (
     read_all,
     rows_of,
 )
-from metaft.inputs.reading import border, is_dark_on_bright, try_open
+from metaft.inputs.reading import try_open
 from metaft.support.cache import cached
 from metaft.support.paths import local
 from metaft.tasks.pool import ClassPool

@@ -25,9 +25,9 @@ from torch import Tensor
 
 from metaft.errors import DataError, MetaftError, MetaftWarning, no_such
 from metaft.inputs.depth import CONTAINER, bits_for, is_deep, maximum, to_bytes
+from metaft.inputs.fitting import border, fitted_deep, is_dark_on_bright, is_grey, pixels_of, plain, upright
 from metaft.inputs.flaws import about, flaws_note, noted
 from metaft.inputs.pictures import depth_note
-from metaft.inputs.reading import border, fitted_deep, is_dark_on_bright, is_grey, pixels_of, plain, upright
 from metaft.support.paths import local
 from metaft.tasks.folder import inputs_of, rank_split
 from metaft.tasks.pool import ClassPool

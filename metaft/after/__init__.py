@@ -1,0 +1,1 @@
+"""What becomes of a classifier after it is trained: files that run without metaft."""

@@ -1,0 +1,90 @@
+"""The kinds of file that a classifier can become, and how such files compute."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib
+import importlib.util
+import io
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from metaft.after.whole import Whole
+from metaft.errors import MetaftError
+
+META = "metaft"
+"""The name of a file's metadata: JSON of what `about` says."""
+
+Run = Callable[[Tensor], Tensor]
+"""Raw inputs [n, ...] to logits [n, classes], on the CPU."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """One kind of file."""
+
+    file: str
+    """Its name in the folder of an export."""
+    module: str
+    """Has `write(whole, path, about)` and `opened(path) -> (Run, about)`."""
+    needs: tuple[str, ...] = ()
+    """Packages that the extra `export` brings, to write it."""
+    runs_with: tuple[str, ...] = ()
+    """Those of them that it takes to run it."""
+
+    def check(self) -> None:
+        """Raises MetaftError where a package is missing that it takes to write such a file."""
+        self._module(self.needs)
+
+    def write(self, whole: Whole, path: Path, about: Mapping[str, Any]) -> None:
+        """Raises MetaftError where the model cannot be exported so, or a package is missing."""
+        module = self._module(self.needs)
+        try:
+            with quiet():
+                module.write(whole, path, about)
+        except (MemoryError, OSError, MetaftError):
+            raise
+        except Exception as error:  # whatever a tracer or a converter meets
+            why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            raise MetaftError(f"format: the model cannot be exported to {self.file} ({why})") from error
+
+    def opened(self, path: Path) -> tuple[Run, dict[str, Any]]:
+        """How the file computes, and what it says of itself. Raises MetaftError where it cannot be read."""
+        return self._module(self.runs_with).opened(path)
+
+    def _module(self, packages: tuple[str, ...]) -> Any:
+        missing = [name for name in packages if not is_there(name)]
+        if missing:
+            raise MetaftError(
+                f"format: {self.file} needs {', '.join(missing)}, not installed; pip install 'metaft[export]'"
+            )
+        return importlib.import_module(self.module)
+
+
+FORMATS: dict[str, Format] = {
+    "onnx": Format("model.onnx", "metaft.after.onnx", ("onnx", "onnxscript", "onnxruntime"), ("onnxruntime",)),
+    "torch-export": Format("model.pt2", "metaft.after.torch_export"),
+}
+
+
+def is_there(package: str) -> bool:
+    """Whether it is installed."""
+    return importlib.util.find_spec(package) is not None
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Inside, what converters say of their own deprecations and progress is kept from the user."""
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(logging.NOTSET)

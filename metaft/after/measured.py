@@ -1,0 +1,101 @@
+"""What an export costs and is worth beside the classifier: accuracy, agreement, bytes, seconds."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from metaft.after.pictures import Pictures
+from metaft.finetune.classifier import Predictor
+from metaft.finetune.scores import scores
+from metaft.metrics import mean_ci95
+
+ROUNDS, SECONDS = (3, 21), 4.0
+"""At least and at most how often each latency is taken, and how long at most."""
+
+MANY = 64
+
+
+def rows_of(models: Mapping[str, tuple[Predictor, Path]], pictures: Pictures) -> list[dict[str, Any]]:
+    """One for each model, the first of which the others are compared with: "model", "bytes", "agreement" (the share of
+    pictures with the same label), "accuracy" and "macro_f1" (or "rmse" of numbers) where there are labels, "change" of
+    the accuracy with its paired 95 % half-width, and under "seconds" quartiles for one picture and for 64."""
+    names = [*models]
+    logits = {name: model.logits(pictures.test) for name, (model, _) in models.items()}
+    timed = latencies([model for model, _ in models.values()], pictures)
+    rows = []
+    for name, (model, path) in models.items():
+        row: dict[str, Any] = {"model": name, "bytes": path.stat().st_size, "pictures": len(pictures.test)}
+        row |= _figures(model, logits[name], logits[names[0]], pictures.labels)
+        rows.append(row | {"seconds": timed[names.index(name)]})
+    return rows
+
+
+def _figures(model: Predictor, found: Tensor, original: Tensor, labels: Tensor | None) -> dict[str, Any]:
+    if not model.class_names:
+        row: dict[str, Any] = {"off": float((found - original).abs().max())}
+        return row if labels is None else {**row, "rmse": float((found[:, 0].double() - labels).square().mean().sqrt())}
+    row = {"agreement": float((found.argmax(1) == original.argmax(1)).double().mean())}
+    if labels is None:
+        return row
+    figures = scores(labels.numpy(), found.softmax(-1).float().numpy(), model.class_names)
+    right, before = (each.argmax(1) == labels for each in (found, original))
+    change, ci95 = mean_ci95(right.double() - before.double())
+    row |= {name: figures[name] for name in ("accuracy", "macro_f1")}
+    return {**row, "change": float(change), "change_ci95": float(ci95)}
+
+
+def latencies(models: Sequence[Predictor], pictures: Pictures) -> list[dict[str, Any]]:
+    """Seconds of one picture and of `MANY`, raw to logits, in turns, so that what else the machine does meets all."""
+    many = pictures.test[torch.arange(MANY) % len(pictures.test)]
+    taken: list[dict[str, list[float]]] = [{"1": [], str(MANY): []} for _ in models]
+    for key, raw in (("1", many[:1]), (str(MANY), many)):
+        for model in models:  # once for what is made at the first call
+            model.logits(raw)
+        began = time.perf_counter()
+        for number in range(ROUNDS[1]):
+            if number >= ROUNDS[0] and time.perf_counter() - began > SECONDS * len(models):
+                break
+            for model, of in zip(models, taken, strict=True):
+                start = time.perf_counter()
+                model.logits(raw)
+                of[key].append(time.perf_counter() - start)
+    return [{key: _quartiles(values) for key, values in of.items()} for of in taken]
+
+
+def _quartiles(values: Sequence[float]) -> dict[str, Any]:
+    low, median, high = np.quantile(values, (0.25, 0.5, 0.75))
+    return {"median": float(median), "quartiles": [float(low), float(high)], "n": len(values)}
+
+
+def text(rows: Sequence[Mapping[str, Any]], *, seen: bool, threads: int) -> str:
+    """A table for people."""
+    numbers = "off" in rows[0]
+    known = ("rmse" if numbers else "accuracy") in rows[0]
+    head = ["model", "MB", "ms for 1 (quartiles)", f"ms for {MANY} (quartiles)"]
+    head += ["off by"] if numbers else ["same label"]
+    head += (["RMSE"] if numbers else ["accuracy", "change", "macro F1"]) if known else []
+    lines = [head]
+    for row in rows:
+        cells = [row["model"], f"{row['bytes'] / 1e6:.2f}"]
+        for of in row["seconds"].values():
+            low, high = (1000 * value for value in of["quartiles"])
+            cells.append(f"{1000 * of['median']:.1f} ({low:.1f}-{high:.1f})")
+        cells.append(f"{row['off']:.2g}" if numbers else f"{100 * row['agreement']:.1f} %")
+        if known and numbers:
+            cells.append(f"{row['rmse']:.4g}")
+        elif known:
+            change = "" if row is rows[0] else f"{100 * row['change']:+.1f} ± {100 * row['change_ci95']:.1f}"
+            cells += [f"{100 * row['accuracy']:.1f} %", change, f"{row['macro_f1']:.3f}"]
+        lines.append(cells)
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    table = "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+    which = "pictures that it was trained on (there is no test part)" if seen else "pictures that it has not seen"
+    note = f"on {rows[0]['pictures']} {which if known else 'pictures'}, {threads} threads"
+    return f"{table}\n{note}"

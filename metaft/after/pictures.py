@@ -1,0 +1,77 @@
+"""The pictures that an export is checked, measured and calibrated with."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from metaft.cli import of_run
+from metaft.config import AdaptConfig
+from metaft.errors import DataError, MetaftError
+from metaft.finetune.classifier import Predictor
+from metaft.finetune.examples import Part
+from metaft.finetune.setup import Setup, rows_of, with_data
+from metaft.finetune.study import read
+from metaft.inputs.base import Examples
+from metaft.inputs.listing import unreadable
+from metaft.runs.folder import RunFolder
+from metaft.starts.names import in_full
+from metaft.targets import load
+
+
+class Pictures(NamedTuple):
+    """Raw, as the classifier takes them."""
+
+    test: Examples
+    """To check and measure with."""
+    labels: Tensor | None
+    """[n] of `test`; None where nobody said."""
+    train: Examples
+    """To calibrate with."""
+    seen: bool
+    """Whether the classifier was trained on those of `test`: its data have no test part."""
+
+
+def of_folder(run: RunFolder, classifier: Predictor, data_root: str | None) -> Pictures:
+    """Those of the run's own data, of its first draw. Raises DataError or MetaftError where they are not to be had."""
+    config = in_full(of_run(AdaptConfig, run.config, "run"))
+    if data_root is not None:
+        config = dataclasses.replace(config, data_root=data_root)
+    header = read(run)[1]
+    config = with_data(config, header["classes"])
+    numbers = not classifier.class_names
+    target = load(
+        config.target.data, classifier.inputs, skip_bad=config.target.skip_bad, data_root=config.target.data_root,
+        numbers=numbers,
+    )  # fmt: skip
+    if target.class_names != classifier.class_names:
+        raise DataError(
+            f"data: {target.name} has the classes {list(target.class_names)}, and the classifier of {run.path} "
+            f"{list(classifier.class_names)}"
+        )
+    setup = Setup(config, (), target, header.get("folds", 1) == 1)
+    rows = rows_of(setup, 0, None if setup.folds > 1 else 0)
+    train = torch.from_numpy(rows.train)
+    test = train if setup.folds > 1 else torch.from_numpy(rows.test)
+    parts = [Part(target.examples, part) for part in (test, train)]
+    return Pictures(parts[0], target.labels[test], parts[1], setup.folds > 1)
+
+
+def of_files(files: Sequence[Path], classifier: Predictor) -> Pictures:
+    """Those of files, of which nobody knows the labels. Raises DataError that names those that cannot be read."""
+    readings = [classifier.inputs.read(file) for file in files]
+    bad = {reading.file: reading.why for reading in readings if reading.raw is None}
+    if bad:
+        raise DataError(f"pictures: {unreadable(bad, len(files))}")
+    raw = torch.cat([reading.raw for reading in readings if reading.raw is not None])
+    return Pictures(raw, None, raw, False)
+
+
+def without_data(error: MetaftError) -> MetaftError:
+    """What else there is to do where the run's data are not at hand."""
+    return type(error)(f"{error}; or name some pictures that such a model is to label: --pictures IMAGE|FOLDER...")
