@@ -13,6 +13,7 @@ from metaft.support.output import of_command
 COMMANDS = {
     "meta_train": "learn an initialisation from few-shot episodes",
     "evaluate": "meta-test a finished run",
+    "choose": "rank what your images could begin with",
     "adapt": "fine-tune an initialisation to your images",
     "predict": "label images with what adapt made",
     "export": "write what adapt made as a file that runs without metaft",

@@ -22,6 +22,7 @@ from metaft.settings import (
     EpisodeSettings,
     EvaluateCompute,
     EvaluateData,
+    ImageSize,
     InnerMethod,
     InnerSettings,
     LearnerSettings,
@@ -144,6 +145,27 @@ class PredictConfig(Settings):
         False
     )
     compute: Device
+
+
+@dataclasses.dataclass(frozen=True, init=False)
+class ChooseConfig(Settings):
+    """Rank what a classifier of these images could begin with, without fine-tuning anything."""
+
+    starts: Annotated[
+        tuple[str, ...],
+        Option(
+            "Starts to rank, as --init of metaft.adapt names them, beside those at hand: the runs in runs/ that fit, "
+            "and efficientnet-lite0 where it is installed.",
+            metavar="START",
+        ),
+    ] = ()
+    only: Annotated[bool, Option("Rank no others than those of --starts.")] = False
+    target: TargetSettings
+    image_size: ImageSize = None
+    seed: Annotated[int, Option("Of the draw of the images and of their folds; metaft.adapt's.", at_least=0)] = 0
+    out: Annotated[
+        str | None, Option("A new folder (auto: runs/choose-DATA-SEED).", metavar="FOLDER", stored=False)
+    ] = None
 
 
 @dataclasses.dataclass(frozen=True, init=False)

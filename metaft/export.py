@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 import shlex
-import shutil
 import sys
-import tempfile
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -25,6 +22,7 @@ from metaft.options import Option
 from metaft.support.modes import in_usual_modes
 from metaft.support.output import steady
 from metaft.support.paths import local
+from metaft.support.whole import check_new, whole_or_nothing
 
 if TYPE_CHECKING:
     from torch import nn
@@ -83,7 +81,7 @@ def run(path: Path | str, config: ExportConfig | None = None, *, module: nn.Modu
         "inputs": classifier.inputs.plain(),
         "classifier_sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
     }
-    with StopSignals() as signals, _whole_or_nothing(out) as folder:
+    with StopSignals() as signals, whole_or_nothing(out) as folder:
 
         def goes_on() -> None:
             signals.check("stopped; nothing was written")
@@ -118,10 +116,7 @@ def run(path: Path | str, config: ExportConfig | None = None, *, module: nn.Modu
 def _out(config: ExportConfig, source: Path) -> Path:
     """Where the folder is to be. Raises MetaftError for one that is there."""
     beside = source if os.path.isdir(source) else source.parent
-    out = beside / config.format if config.out is None else local(config.out)
-    if os.path.lexists(out):
-        raise MetaftError(f"out: {out} exists already; name another folder with --out")
-    return out
+    return check_new(beside / config.format if config.out is None else local(config.out))
 
 
 def _classifier(source: Path, module: nn.Module | None) -> tuple[Classifier, Path]:
@@ -175,25 +170,6 @@ def _figures(
         "seen_in_training": pictures.seen,
         "environment": where_measured("cpu", torch.get_num_threads()),
     }
-
-
-@contextlib.contextmanager
-def _whole_or_nothing(out: Path) -> Iterator[Path]:
-    """A folder to write into, which becomes `out` at the end and goes where there is an error. Raises
-    CheckpointError."""
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    except OSError as error:
-        raise CheckpointError(f"out: {out} cannot be written ({error.strerror})") from None
-    try:
-        yield folder
-        folder.chmod(0o755)
-        folder.rename(out)
-    except OSError as error:
-        raise CheckpointError(f"out: {out} cannot be written ({error.strerror})") from None
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import pytest
 from helpers import IMAGES, finished, meta_trained, one_line, one_thread, options, write_folder, write_target
 from helpers import words as adapt_words
 
-from metaft import adapt, evaluate, export, meta_train, predict
+from metaft import adapt, choose, evaluate, export, meta_train, predict
 from metaft.config import AdaptConfig, MetaTrainConfig, read_toml
 from metaft.options import options as options_of
 
@@ -32,6 +32,7 @@ COMMANDS: dict[str, Any] = {
     "adapt": adapt,
     "predict": predict,
     "export": export,
+    "choose": choose,
 }
 
 BASE: dict[str, str] = {
@@ -39,6 +40,7 @@ BASE: dict[str, str] = {
     "evaluate": "{run}",
     "adapt": "--init {run} --data folder:{target}",
     "predict": "{adapted} {picture}",
+    "choose": "--data folder:{target} --starts {run} --only --out out",
     "export": "{adapted} --format torch-export --out out",
 }
 """A good command line, to which one bad option is added. What is in braces is a path, see `paths`."""
@@ -141,7 +143,11 @@ WORDS: dict[tuple[str, str], list[tuple[str, str]]] = {
     ("adapt", "schedule"): [("cosin", "did you mean 'cosine'"), ("cosine:warmup=1", "below 1, got 1.0"), ("", "''")],
     ("adapt", "compare"): [("torchvision:resnet19", "'resnet18'"), ("nothing-such", "known are RUN")],
     ("adapt", "init"): [("", "none"), ("efficientnet", "did you mean"), ("torchvision:resnet19", "'resnet18'")],
-    ("adapt", "data"): [("glyphs:", "glyphs:SCRIPT"), ("", "''"), ("glyph:Hebrew", "glyphs:SCRIPT")],
+    **{
+        (command, "data"): [("glyphs:", "glyphs:SCRIPT"), ("", "''"), ("glyph:Hebrew", "glyphs:SCRIPT")]
+        for command in ("adapt", "choose")
+    },
+    ("choose", "starts"): [("torchvision:resnet19", "'resnet18'"), ("nothing-such", "known are RUN")],
 }
 
 # ---- paths --------------------------------------------------------------------------------------------------------
@@ -180,6 +186,10 @@ PATHS: dict[tuple[str, str], tuple[str, dict[str, str]]] = {
     ("adapt", "out"): ("", {**NO_PLACE, "a file": "{file}", "full": "{squares}"}),
     ("predict", "run"): ("", {**NOT_THERE, **NO_FOLDER, "of meta_train": "{run}"}),
     ("predict", "images"): ("", {**NOT_THERE, "empty": "{empty}", "folder of texts": "{texts}"}),
+    ("choose", "data"): ("folder:", {**NOT_THERE, **NO_FOLDER, **NO_IMAGES}),
+    ("choose", "data_root"): ("", {**NOT_THERE, **NO_FOLDER}),
+    ("choose", "starts"): ("", {**NOT_THERE, **NO_FOLDER, "of adapt": "{adapted}"}),
+    ("choose", "out"): ("", {**NO_PLACE, "a file": "{file}", "full": "{squares}"}),
     ("export", "run"): ("", {**NOT_THERE, **NO_FOLDER, "of meta_train": "{run}"}),
     ("export", "pictures"): ("", {**NOT_THERE, "empty": "{empty}", "folder of texts": "{texts}", "cut": "{broken}"}),
     ("export", "data_root"): ("", {**NOT_THERE, "a file": "{file}"}),
@@ -189,6 +199,7 @@ PATHS: dict[tuple[str, str], tuple[str, dict[str, str]]] = {
 
 WITH = {("meta_train", "data_root"): ["--dataset=omniglot"], ("evaluate", "data_root"): ["--dataset=omniglot"]}
 WITH |= {("adapt", "plugin"): ["--method=inner"], ("adapt", "data_root"): ["--data=folder:/none/moved"]}
+WITH |= {("choose", "data_root"): ["--data=folder:/none/moved"]}
 """What an option needs beside it to be looked at."""
 
 

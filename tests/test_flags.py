@@ -11,9 +11,10 @@ from typing import Annotated, Any
 
 import pytest
 
-from metaft import adapt, evaluate, export, meta_train, predict
+from metaft import adapt, choose, evaluate, export, meta_train, predict
 from metaft.config import (
     AdaptConfig,
+    ChooseConfig,
     EvaluateConfig,
     ExportConfig,
     MetaTrainConfig,
@@ -34,8 +35,9 @@ COMMANDS: dict[str, Any] = {
     "adapt": adapt,
     "predict": predict,
     "export": export,
+    "choose": choose,
 }
-CONFIGS = [MetaTrainConfig, EvaluateConfig, AdaptConfig, PredictConfig, ExportConfig]
+CONFIGS = [MetaTrainConfig, EvaluateConfig, AdaptConfig, PredictConfig, ExportConfig, ChooseConfig]
 
 
 def given(command: str, *argv: str) -> dict[str, Any]:

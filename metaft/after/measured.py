@@ -15,6 +15,7 @@ from metaft.after.pictures import Pictures
 from metaft.finetune.classifier import Predictor
 from metaft.finetune.scores import scores
 from metaft.metrics import mean_ci95
+from metaft.support.tables import aligned
 
 ROUNDS, SECONDS = (3, 21), 4.0
 """At least and at most how often each latency is taken, and how long at most."""
@@ -94,8 +95,6 @@ def text(rows: Sequence[Mapping[str, Any]], *, seen: bool, threads: int) -> str:
             change = "" if row is rows[0] else f"{100 * row['change']:+.1f} ± {100 * row['change_ci95']:.1f}"
             cells += [f"{100 * row['accuracy']:.1f} %", change, f"{row['macro_f1']:.3f}"]
         lines.append(cells)
-    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-    table = "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
     which = "pictures that it was trained on (there is no test part)" if seen else "pictures that it has not seen"
     note = f"on {rows[0]['pictures']} {which if known else 'pictures'}, {threads} threads"
-    return f"{table}\n{note}"
+    return f"{aligned(lines)}\n{note}"

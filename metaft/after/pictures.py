@@ -15,7 +15,7 @@ from metaft.config import AdaptConfig
 from metaft.errors import DataError, MetaftError
 from metaft.finetune.classifier import Predictor
 from metaft.finetune.examples import Part
-from metaft.finetune.setup import Setup, rows_of, with_data
+from metaft.finetune.setup import Setup, located, rows_of
 from metaft.finetune.study import read
 from metaft.inputs.base import Examples
 from metaft.inputs.listing import unreadable
@@ -43,7 +43,7 @@ def of_folder(run: RunFolder, classifier: Predictor, data_root: str | None) -> P
     if data_root is not None:
         config = dataclasses.replace(config, data_root=data_root)
     header = read(run)[1]
-    config = with_data(config, header["classes"])
+    config = dataclasses.replace(config, target=located(config.target, header["classes"]))
     numbers = not classifier.class_names
     target = load(
         config.target.data, classifier.inputs, skip_bad=config.target.skip_bad, data_root=config.target.data_root,

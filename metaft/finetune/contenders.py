@@ -107,9 +107,9 @@ def opened(
     )  # fmt: skip
 
 
-def other(name: str, images: Images, settings: StartSettings) -> Start:
-    """A start of `--compare`. A run takes pictures as it was trained, and chance has no statistics, whatever size and
-    normalisation the first start is given."""
+def other(name: str, images: Images, settings: StartSettings, field: str = "compare") -> Start:
+    """A start beside the first, which an option `field` names. A run takes pictures as it was trained, and chance has
+    no statistics, whatever size and normalisation the first start is given."""
     if names.is_run(name):
         settings = dataclasses.replace(settings, image_size=None)
     if not names.takes_size(name):
@@ -117,7 +117,7 @@ def other(name: str, images: Images, settings: StartSettings) -> Start:
     try:
         return opened(name, images, settings)
     except MetaftError as error:
-        raise type(error)(f"compare: {str(error).removeprefix('init: ')}") from None
+        raise type(error)(f"{field}: {str(error).removeprefix('init: ')}") from None
 
 
 def chosen(images: Images) -> str:

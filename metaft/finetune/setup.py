@@ -22,7 +22,7 @@ from metaft.finetune.recipes import CHOSEN, check_numbers, lasting, settled
 from metaft.options import flat, options
 from metaft.runs.checkpoint import digest
 from metaft.runs.machine import machine
-from metaft.settings import Recipe
+from metaft.settings import Recipe, TargetSettings
 from metaft.starts import names
 from metaft.starts.base import Start, constants
 from metaft.starts.none import OWN
@@ -96,7 +96,8 @@ def prepared(
     _check_method(config)
     _check_values(config, module, values)
     init, compare = config.start.init, config.start.compare  # as typed, which is how an error is to name them
-    config = with_data(names.in_full(config), (begun or {}).get("classes", ()))
+    config = names.in_full(config)
+    config = dataclasses.replace(config, target=located(config.target, (begun or {}).get("classes", ())))
     numbers = config.recipe is not None and config.recipe.loss == "mse"
     if config.recipe is not None and numbers:  # before a start is looked for, which would be said first
         check_numbers(config.recipe)
@@ -189,13 +190,13 @@ def _check_values(config: AdaptConfig, module: nn.Module | None, values: Init) -
         raise MetaftError(f"init: 'keep' is for a module without a run (init none), and {what}")
 
 
-def with_data(config: AdaptConfig, classes: Collection[str]) -> AdaptConfig:
+def located(target: TargetSettings, classes: Collection[str] = ()) -> TargetSettings:
     """The settings with the folder of images where it is. Raises DataError."""
-    path = places.folder_of(config.target.data)
+    path = places.folder_of(target.data)
     if path is None:
-        return config
+        return target
     try:
-        return dataclasses.replace(config, data=f"folder:{places.found(path, config.target.data_root, classes)}")
+        return dataclasses.replace(target, data=f"folder:{places.found(path, target.data_root, classes)}")
     except DataError as error:
         raise DataError(f"data: folder {error}") from None
 

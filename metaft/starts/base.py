@@ -53,6 +53,9 @@ class Start:
     """What a library's architecture holds and nothing learns: running statistics and the like."""
     notes: tuple[str, ...] = ()
     """What there is to know of how it came about, in plain words."""
+    source: Params = dataclasses.field(default_factory=dict)
+    """"weight" [Z, D] and "bias" [Z] of the head that it was trained with, on Z classes of its own, where that is a
+    linear layer on the features; else empty."""
 
     @property
     def head_rows(self) -> int | None:

@@ -14,7 +14,7 @@ from metaft.models.architecture import NormOf
 from metaft.starts.base import Start
 from metaft.starts.names import PACKAGED
 from metaft.starts.published import of_architecture
-from metaft.starts.weights import in_order, load_into, named_tensors, shown_error, start_of
+from metaft.starts.weights import in_order, load_into, named_tensors, shown_error, source_head, start_of
 from metaft.support.paths import absolute, local
 
 
@@ -33,8 +33,10 @@ def from_file(path: str, arch: str, image_size: int | None, norm: NormOf = "keep
     source = str(absolute(path))  # the same wherever a run goes on
     if arch in PACKAGED and not tensors.keys() & module.state_dict().keys():  # as its package names them
         tensors = in_order(module, tensors, source)
-    notes = load_into(module, published.head_for(name, module), tensors, source, name)
-    return start_of(module, name, inputs, init=init, about={"weights": source}, notes=tuple(notes), norm=norm)
+    head = published.head_for(name, module)
+    notes, known = load_into(module, head, tensors, source, name), source_head(module, head, tensors)
+    about = {"weights": source}
+    return start_of(module, name, inputs, init=init, about=about, notes=tuple(notes), norm=norm, source=known)
 
 
 def architecture_of(arch: str) -> str:

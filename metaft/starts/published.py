@@ -22,7 +22,7 @@ from metaft.models.architecture import NormOf
 from metaft.models.drawn import own_generator
 from metaft.starts.base import Start
 from metaft.starts.names import PACKAGED
-from metaft.starts.weights import image_inputs, in_order, load_into, shown_error, start_of
+from metaft.starts.weights import image_inputs, in_order, load_into, shown_error, source_head, start_of
 
 
 def from_torchvision(name: str, image_size: int | None, norm: NormOf = "keep") -> Start:
@@ -48,10 +48,12 @@ def from_torchvision(name: str, image_size: int | None, norm: NormOf = "keep") -
     except Exception as error:  # whatever a download raises
         raise _not_fetched(f"torchvision:{name}", model, weights.url, error) from error
     source = f"torchvision:{model}:{weights.name}"
-    notes = load_into(module, published.head_of(module), tensors, source, architecture)
+    head = published.head_of(module)
+    notes = load_into(module, head, tensors, source, architecture)
     return start_of(
-        module, architecture, inputs, init=f"torchvision:{name}", about=_about(source), notes=tuple(notes), norm=norm
-    )
+        module, architecture, inputs, init=f"torchvision:{name}", about=_about(source), notes=tuple(notes), norm=norm,
+        source=source_head(module, head, tensors),
+    )  # fmt: skip
 
 
 def of_preset(preset: Any, image_size: int | None) -> ImageInputs:
@@ -74,7 +76,8 @@ def from_timm(name: str, image_size: int | None, norm: NormOf = "keep") -> Start
     except Exception as error:  # whatever a download raises
         raise _not_fetched(init, f"timm/{name}", "timm's own place of it", error) from error
     notes = load_into(module, head, filled.state_dict(), init, init)
-    return start_of(module, init, inputs, init=init, about=_about(init), notes=tuple(notes), norm=norm)
+    known = source_head(module, head, filled.state_dict())
+    return start_of(module, init, inputs, init=init, about=_about(init), notes=tuple(notes), norm=norm, source=known)
 
 
 def of_timm(module: nn.Module, image_size: int | None) -> ImageInputs:
@@ -102,10 +105,12 @@ def from_package(name: str, image_size: int | None, norm: NormOf = "keep") -> St
     inputs = of_timm(module, image_size)
     tensors = torch.load(path, map_location="cpu", weights_only=True)
     head = published.head_for(packaged.architecture, module)
-    notes = load_into(module, head, in_order(module, tensors, str(path)), name, packaged.architecture)
+    tensors = in_order(module, tensors, str(path))
+    notes = load_into(module, head, tensors, name, packaged.architecture)
     return start_of(
-        module, packaged.architecture, inputs, init=name, about=_about(packaged.package), notes=tuple(notes), norm=norm
-    )
+        module, packaged.architecture, inputs, init=name, about=_about(packaged.package), notes=tuple(notes), norm=norm,
+        source=source_head(module, head, tensors),
+    )  # fmt: skip
 
 
 def of_architecture(name: str, module: nn.Module, image_size: int | None) -> ImageInputs:

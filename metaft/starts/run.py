@@ -79,11 +79,9 @@ def _check_fits(start: Start) -> None:
     check_module(start)
 
 
-def newest_run(shape: Sequence[int], *, any_size: bool) -> Path:
-    """The newest meta-training run in `runs/` on images of this shape [C, H, W], or of any size of them.
-
-    Raises MetaftError where there is none, naming the shapes that there are.
-    """
+def runs_at_hand(shape: Sequence[int], *, any_size: bool) -> tuple[list[tuple[int, Path]], list[str]]:
+    """The meta-training runs in `runs/` on images of this shape [C, H, W], or of any size of them, each with the time
+    of its best checkpoint; and why each other folder is none, in words."""
     fitting: list[tuple[int, Path]] = []
     others: list[str] = []
     for path in sorted(RUNS.iterdir()) if RUNS.is_dir() else ():
@@ -99,6 +97,12 @@ def newest_run(shape: Sequence[int], *, any_size: bool) -> Path:
             fitting.append((folder.best.stat().st_mtime_ns, path))
         else:
             others.append(f"{path} takes {takes}")
+    return fitting, others
+
+
+def newest_run(shape: Sequence[int], *, any_size: bool) -> Path:
+    """The newest of `runs_at_hand`. Raises MetaftError where there is none, naming the shapes that there are."""
+    fitting, others = runs_at_hand(shape, any_size=any_size)
     if not fitting:
         why = f" ({'; '.join(others)})" if others else ""
         raise MetaftError(

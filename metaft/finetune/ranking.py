@@ -1,0 +1,129 @@
+"""Starts ranked for a target, without fine-tuning any."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from metaft.errors import NonFiniteError
+from metaft.finetune.contenders import Images
+from metaft.finetune.examples import Part, Prepared, like_of
+from metaft.finetune.features import features_of
+from metaft.finetune.transferability import h_score, leep, logme, right_in_folds
+from metaft.metrics import mean_ci95
+from metaft.models.stored import with_stored_moments
+from metaft.starts.base import Start, body
+from metaft.support.tables import aligned
+
+TIMED = 64
+"""Images that the pace is measured on."""
+
+
+def measured(start: Start, images: Images, *, shots_per_class: int | None, seed: int) -> dict[str, Any]:
+    """What is known of a start on the images that a draw of `metaft.adapt` trains on; no other image is read.
+
+    "logme", "h_score", "leep" (where it has a source head, else None), "nearest" and "probe" (None where a class has
+    too few images for folds), "probe_ci95", "parameters" of the backbone, "images_per_second", "seconds" of it all.
+    Raises MetaftError where the start does not fit the images, and NonFiniteError where features are not finite.
+    """
+    began = time.perf_counter()
+    target = images.of(start)
+    if "all" in target.parts and shots_per_class is None:
+        train = target.parts["all"]
+    else:
+        train = target.rows(shots_per_class=shots_per_class, seed=seed, validate=False).train
+    rows = torch.from_numpy(train)
+    labels = target.labels[rows].numpy()
+    plain = body(start, seed)
+    prepared = Prepared(Part(target.examples, rows), target.inputs, like_of(plain))
+    backbone = with_stored_moments(plain, prepared).eval()
+    features = features_of(backbone, prepared).cpu().double()
+    if not features.isfinite().all():
+        raise NonFiniteError(f"starts: the features of {start.name} are not finite")
+    x, groups = features.numpy(), _groups(target.groups[train])
+    judged = right_in_folds(x, labels, groups, seed=seed)
+    head = start.source
+    row: dict[str, Any] = {
+        "start": start.name,
+        "images": len(labels),
+        "shape": list(target.inputs.shape),
+        "features": x.shape[1],
+        "logme": logme(x, labels),
+        "h_score": h_score(x, labels),
+        "leep": None,
+        "nearest": None,
+        "probe": None,
+        "probe_ci95": None,
+    }
+    if head:
+        logits = features @ head["weight"].double().T + head["bias"].double()
+        row["leep"] = leep(logits.softmax(-1).numpy(), labels)
+    if judged is not None:
+        mean, ci95 = mean_ci95(torch.from_numpy(judged[1]))
+        row |= {"nearest": float(judged[0].mean()), "probe": float(mean), "probe_ci95": float(ci95)}
+    row["parameters"] = sum(p.numel() for p in backbone.parameters())
+    row["images_per_second"] = _pace(backbone, prepared)
+    return {**row, "seconds": time.perf_counter() - began}
+
+
+def _groups(groups: np.ndarray) -> np.ndarray:
+    """Numbers of groups among some rows, as positions in them."""
+    return np.unique(groups, return_index=True, return_inverse=True)[2]
+
+
+@torch.no_grad()
+def _pace(backbone: torch.nn.Module, prepared: Prepared) -> float:
+    """Images per second, the best of three, once all that is made at first is there."""
+    some = Prepared(prepared.examples[torch.arange(TIMED) % len(prepared)], prepared.inputs, prepared.like)
+    taken = []
+    for _ in range(3):
+        began = time.perf_counter()
+        for part in some:
+            backbone(part)
+        taken.append(time.perf_counter() - began)
+    return TIMED / min(taken)
+
+
+def ranked(
+    starts: Sequence[Start],
+    images: Images,
+    *,
+    shots_per_class: int | None,
+    seed: int,
+    on_start: Callable[[str], None] = lambda name: None,
+) -> list[dict[str, Any]]:
+    """`measured` of each, the best first."""
+    rows = []
+    for start in starts:
+        on_start(start.name)
+        rows.append(measured(start, images, shots_per_class=shots_per_class, seed=seed))
+    return sorted(rows, key=worth, reverse=True)
+
+
+def worth(row: Mapping[str, Any]) -> tuple[float, float]:
+    """By what starts are ranked: how often the probe is right, then LogME; where there are no folds by LogME alone."""
+    return (-1.0 if row["probe"] is None else row["probe"], row["logme"])
+
+
+COLUMNS: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
+    "start": ("start", lambda row: str(row["shown"])),
+    "probe": ("probe, 5 folds", lambda row: f"{100 * row['probe']:.1f} ± {100 * row['probe_ci95']:.1f} %"),
+    "nearest": ("nearest", lambda row: f"{100 * row['nearest']:.1f} %"),
+    "logme": ("LogME", lambda row: f"{row['logme']:.3f}"),
+    "h_score": ("H-score", lambda row: f"{row['h_score']:.2f}"),
+    "leep": ("LEEP", lambda row: f"{row['leep']:.3f}"),
+    "shape": ("pixels", lambda row: "x".join(map(str, row["shape"]))),
+    "parameters": ("parameters", lambda row: f"{row['parameters']:,}"),
+    "images_per_second": ("pictures/s", lambda row: f"{row['images_per_second']:.0f}"),
+    "seconds": ("s", lambda row: f"{row['seconds']:.1f}"),
+}
+
+
+def text(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A table; "-" stands for what cannot be known."""
+    cells = [["-" if row[key] is None else write(row) for key, (_, write) in COLUMNS.items()] for row in rows]
+    return aligned([[head for head, _ in COLUMNS.values()], *cells])
