@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from metaft._version import __version__
-from metaft.cli import StopSignals, fresh_folder, in_one
+from metaft.cli import fresh_folder, in_one, stopped_at_once
 from metaft.config import ChooseConfig
 from metaft.errors import MetaftError
 from metaft.flags import parse
@@ -63,14 +63,12 @@ def run(config: ChooseConfig) -> dict[str, Any]:
     out = fresh_folder(RUNS / name) if config.out is None else check_new(local(config.out))
     images = Images(target)
     starts = _starts(config, images)
-    with StopSignals() as signals, whole_or_nothing(out) as folder:
+    with stopped_at_once("stopped; nothing was written"), whole_or_nothing(out) as folder:
 
         def next_one(name: str) -> None:
-            signals.check("stopped; nothing was written")
             print(f"features of {places.shown(name)}", file=sys.stderr)
 
         rows = ranked(starts, images, shots_per_class=shots, seed=config.seed, on_start=next_one)
-        signals.check("stopped; nothing was written")
         rows = [{**row, "shown": names.label_of(row["start"])} for row in rows]
         best = rows[0]
         result = {

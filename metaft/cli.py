@@ -291,6 +291,34 @@ class StopSignals:
             raise Interrupted(message, number)
 
 
+class _Stopped(BaseException):
+    """No library between takes it for an error of its own."""
+
+
+@contextlib.contextmanager
+def stopped_at_once(message: str) -> Iterator[None]:
+    """Inside, SIGINT and SIGTERM end what goes on wherever it is, as an Interrupted with this message; further ones are
+    ignored, so that what tidies up can do so. For what has no position to keep."""
+
+    def receive(number: int, frame: types.FrameType | None) -> None:
+        for other in former:
+            signal.signal(other, signal.SIG_IGN)
+        raise _Stopped(number)
+
+    former: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        former = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        for number in former:
+            signal.signal(number, receive)
+        yield
+    except _Stopped as stopped:
+        raise Interrupted(message, stopped.args[0]) from None
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
+
+
 def check_writable(path: Path, field: str, folder: Path) -> None:
     """Raises CheckpointError, naming `field`, for a file that could not be written; `folder` is to hold it.
 

@@ -13,8 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from metaft._version import __version__
-from metaft.cli import StopSignals, in_one
+from metaft.cli import in_one, stopped_at_once
 from metaft.config import ExportConfig
 from metaft.errors import CheckpointError, MetaftError
 from metaft.flags import parse
@@ -60,8 +59,8 @@ def run(path: Path | str, config: ExportConfig | None = None, *, module: nn.Modu
     cannot be exported, and one whose exported form gives other logits on real pictures.
     """
     from metaft.after import agreement, int8, measured
-    from metaft.after.exported import open_exported
-    from metaft.after.formats import FORMATS
+    from metaft.after.exported import exported_file, open_exported
+    from metaft.after.formats import FORMATS, versions
     from metaft.after.script import script
     from metaft.after.whole import Whole
 
@@ -71,37 +70,32 @@ def run(path: Path | str, config: ExportConfig | None = None, *, module: nn.Modu
         raise MetaftError(f"int8: is a form of onnx, and the format is {config.format}")
     format.check()
     out = _out(config, source)
+    if exported_file(source) is not None:
+        raise MetaftError(f"run: {source} is an export already; name the run of metaft.adapt that it came from")
     classifier, file = _classifier(source, module)
     pictures = _pictures(config, source, classifier)
     if config.int8:
         int8.check_enough(pictures.train, "the run's training part" if not config.pictures else "--pictures")
     about = {
-        "version": __version__,
+        "versions": versions(format.needs),
         "class_names": list(classifier.class_names),
         "inputs": classifier.inputs.plain(),
         "classifier_sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
     }
-    with StopSignals() as signals, whole_or_nothing(out) as folder:
-
-        def goes_on() -> None:
-            signals.check("stopped; nothing was written")
-
+    with stopped_at_once("stopped; nothing was written"), whole_or_nothing(out) as folder:
         print(f"writing {out / format.file}, which takes up to a minute", file=sys.stderr)
         model = folder / format.file
         format.write(Whole(classifier), model, about)
-        goes_on()
         exported = open_exported(model)
         off = agreement.worst(classifier, exported, pictures.test)
-        goes_on()
         models = {"torch": (classifier, file), config.format: (exported, model)}
         if config.int8:
             print(f"writing {out / int8.FILE}", file=sys.stderr)
             small = folder / int8.FILE
             int8.quantise(model, small, pictures.train)
             models["int8"] = open_exported(small), small
-            goes_on()
+            agreement.check_finite(models["int8"][0], pictures.test)
         rows = measured.rows_of(models, pictures)
-        goes_on()
         result = {**about, **_figures(source, config, rows, off, pictures)}
         (folder / "predict.py").write_text(script(), encoding="utf-8")
         (folder / "export.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
@@ -164,6 +158,7 @@ def _figures(
     return {
         "command": "export",
         "run": str(source),
+        "run_is_finished": not os.path.isdir(source) or (source / "result.json").exists(),
         "format": config.format,
         "models": list(rows),
         "off_of_allowed": off,

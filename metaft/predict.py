@@ -86,7 +86,7 @@ def _command(argv: Sequence[str]) -> None:
     with warnings.catch_warnings(record=True) as said:  # a line each, without the place in the code
         warnings.simplefilter("always")
         try:
-            classifier = predictor_of(given.run, device)
+            classifier = predictor_of(given.run, device, given.compute.device)
         except CheckpointError as error:
             raise CheckpointError(f"run: {error}") from None
     for warning in said:

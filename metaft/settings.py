@@ -399,7 +399,8 @@ class Recipe(Group):
         int | None,
         Option(
             "Passes over the training images; fewer if the validation loss stops falling (auto: 40; of --strategy head "
-            "as many as make 600 steps, if that is more; of lp-ft from published weights 240, 24 of them of all).",
+            "as many as make 600 steps, if that is more; of plain lp-ft from published weights 240, 24 of them of "
+            "all).",
             at_least=1,
         ),
     ] = None
@@ -428,7 +429,7 @@ class Recipe(Group):
         str | None,
         Option(
             "How the rate changes: constant, linear, cosine, step:every=0.3,factor=0.1, one-cycle or stlr, each with "
-            ":warmup=SHARE (auto: constant; cosine where published weights move, but for lp-ft).",
+            ":warmup=SHARE (auto: constant; cosine where published weights move, but for lp-ft of auto epochs).",
             metavar="NAME[:KEY=VALUE,...]",
         ),
     ] = None

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -139,6 +142,12 @@ def test_what_is_written(
     assert sorted(os.listdir(tmp_path / "o")) == ["export.json", formats.FORMATS[format].file, "predict.py"]
     result = json.loads((tmp_path / "o/export.json").read_text())
     first, second = result["models"]
+    about = open_exported(tmp_path / "o" / formats.FORMATS[format].file).about
+    assert about["versions"]["metaft"] == metaft.__version__ and about["versions"]["torch"] == torch.__version__
+    assert about.items() <= result.items() and result["run_is_finished"]
+    digests = [run / "classifier.safetensors", tmp_path / "o" / formats.FORMATS[format].file]
+    assert [row["sha256"] for row in result["models"]] == [hashlib.sha256(f.read_bytes()).hexdigest() for f in digests]
+    assert first["sha256"] == about["classifier_sha256"]
     assert result["class_names"] == list(TARGET) and result["off_of_allowed"] <= 1 and not result["seen_in_training"]
     trained = json.loads((run / "result.json").read_text())
     assert first["accuracy"] == trained["starts"][0]["accuracy"], "on the run's own test part"
@@ -225,6 +234,34 @@ def test_the_script_says_what_predict_says(format: str, run: Path, data: Path, t
     done = subprocess.run([*argv, str(broken)], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, expected)
     assert done.stderr.startswith(f"unreadable: {broken}") and len(done.stderr.splitlines()) == 1
+
+
+def test_which_files_the_script_labels(tmp_path: Path) -> None:
+    names = namespace()
+    for name in (".thumbs/t.png", "b/.hidden.png", "b/c.png", "a.txt", "a.png", "d.pdf"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "lost.png").symlink_to(tmp_path / "nowhere.png")
+    files = names["files_of"]([str(tmp_path), str(tmp_path / "a.png"), str(tmp_path / "a.txt")])
+    assert [str(file.relative_to(tmp_path)) for file in files] == ["a.png", "b/c.png", "lost.png", "a.txt"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "part"),
+    [
+        (["--top", "0"], "--top must be 1 to 3, got 0"),
+        (["--top", "4"], "--top must be 1 to 3, got 4"),
+        (["--model", "nope.pt2"], "nope.pt2 cannot be opened"),
+        ([], "no model.onnx or model.pt2 beside it"),
+    ],
+)
+def test_the_script_refuses_in_a_line(argv: list[str], part: str, exported: Path, in_tmp: Path, capsys: Text) -> None:
+    names: dict[str, Any] = {"__name__": "script"}
+    names["__file__"] = str(exported / "predict.py" if argv else in_tmp / "predict.py")
+    exec(compile(script(), "predict.py", "exec"), names)
+    with pytest.raises(SystemExit) as ended:
+        names["main"](["x.png", *argv])
+    assert ended.value.code == 2 and part in capsys.readouterr().err.splitlines()[-1]
 
 
 # ---- what is refused ------------------------------------------------------------------------------------------------
@@ -328,6 +365,22 @@ def test_data_with_other_classes_are_refused(maml: Path, tmp_path: Path, capsys:
     assert "has the classes ['another'" in capsys.readouterr().err and not (tmp_path / "o").exists()
 
 
+def test_data_that_changed_are_refused(maml: Path, tmp_path: Path, capsys: Text) -> None:
+    """Another draw might test on what was trained on."""
+    target = write_target(tmp_path / "t", {".": 6})
+    adapted = finished(words(maml, target, tmp_path / "r", shots_per_class=4))
+    next(target.rglob("*.png")).unlink()
+    capsys.readouterr()
+    assert export.main([str(adapted), "--format", "torch-export", "--out", str(tmp_path / "o")]) == 2
+    one_line(capsys, f"data: the images of folder:{target} changed since {adapted} began", "--pictures")
+    assert not (tmp_path / "o").exists()
+
+
+def test_an_export_is_no_run(exported: Path, tmp_path: Path, capsys: Text) -> None:
+    assert export.main([str(exported), "--format", "torch-export", "--out", str(tmp_path / "o")]) == 2
+    one_line(capsys, f"run: {exported} is an export already")
+
+
 def test_without_a_test_part_it_says_what_it_was_measured_on(maml: Path, tmp_path: Path, capsys: Text) -> None:
     adapted = finished(words(maml, write_target(tmp_path / "t", {".": 6}), tmp_path / "r"))
     export.run(adapted, ExportConfig(format="torch-export", out=str(tmp_path / "o")))
@@ -413,14 +466,27 @@ def test_a_damaged_onnx_file_is_one_line_of_predict(data: Path, tmp_path: Path, 
 
 
 def test_a_signal_leaves_nothing(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Text) -> None:
+    """At once, wherever it is, and a second one while it tidies up does not stop that."""
+
     def stopped(*_: Any) -> float:
         os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
         return 0.0
 
+    removed = shutil.rmtree
+
+    def slowly(folder: Path, **how: Any) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+        removed(folder, **how)
+
     monkeypatch.setattr(agreement, "worst", stopped)
-    assert export.main([str(run), "--format", "torch-export", "--out", str(tmp_path / "o")]) == 128 + signal.SIGTERM
+    monkeypatch.setattr("metaft.support.whole.shutil.rmtree", slowly)
+    before = signal.getsignal(signal.SIGINT)
+    argv = [str(run), "--format", "torch-export", "--out", str(tmp_path / "new/o")]
+    assert export.main(argv) == 128 + signal.SIGTERM
     assert "metaft: stopped; nothing was written" in capsys.readouterr().err
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.iterdir()) == [] and signal.getsignal(signal.SIGINT) is before
 
 
 # ---- int8 -----------------------------------------------------------------------------------------------------------
@@ -439,10 +505,40 @@ def test_int8(run: Path, data: Path, tmp_path: Path, capsys: Text) -> None:
 
     graph = onnx.load(str(tmp_path / "o" / int8.FILE)).graph
     assert any(node.op_type == "QuantizeLinear" for node in graph.node)
-    quantised = {node.input[0] for node in graph.node if node.op_type == "QuantizeLinear"}
-    front = [node for node in graph.node if "pictures" in node.input]
-    assert {node.op_type for node in front} <= {"Cast", "Shape"}, "the preprocessing takes pictures as they are"
-    assert "pictures" not in quantised
+    how = open_exported(tmp_path / "o" / int8.FILE).about["int8"]
+    assert how["calibrated_with"] == 27 and how["reduce_range"] is not int8.has_vnni() and how["left_as_they_are"]
+
+
+@needs_onnx
+@pytest.mark.parametrize("vnni", [False, True])
+def test_what_is_quantised_and_how(vnni: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(int8, "has_vnni", lambda: vnni)
+    classifier = wide()
+    path, raw = tmp_path / "m.onnx", torch.arange(16 * 64).remainder(256).to(torch.uint8).view(16, 1, 8, 8)
+    formats.FORMATS["onnx"].write(Whole(classifier), path, {"class_names": [], "inputs": classifier.inputs.plain()})
+    int8.quantise(path, tmp_path / "q.onnx", raw)
+    import onnx
+    from onnx import numpy_helper
+
+    graph = onnx.load(str(tmp_path / "q.onnx")).graph
+    made = {output: node.op_type for node in graph.node for output in node.output}
+    values = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    first, second = (node for node in graph.node if node.op_type == "Conv")
+    assert {made.get(name) for name in second.input[:2]} == {"DequantizeLinear"}
+    assert "DequantizeLinear" not in {made.get(name) for name in first.input}, "with the preprocessing before it"
+    assert not [
+        n for n in graph.node if n.op_type == "QuantizeLinear" and made.get(n.input[0]) in ("Cast", "Mul", "Sub")
+    ]
+    scale = next(node for node in graph.node if second.input[1] in node.output)
+    assert values[scale.input[1]].shape == (40,), "a scale per channel"
+    assert int(np.abs(values[scale.input[0]].astype(int)).max()) == (127 if vnni else 64)
+
+
+def wide() -> Classifier:
+    """Its second convolution has nearly all of the weights."""
+    inputs = ImageInputs(1, 8, 8, mean=(0.4,), std=(0.3,))
+    body = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Conv2d(2, 40, 5), nn.ReLU(), nn.Flatten())
+    return Classifier(body, nn.Linear(160, 300), inputs, ("a", "b"))
 
 
 @needs_onnx

@@ -6,11 +6,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from metaft.after.formats import FORMATS, Run
-from metaft.errors import CheckpointError
+from metaft.errors import CheckpointError, MetaftError
 from metaft.finetune.classifier import Classifier, Predictor, in_batches, load
 from metaft.inputs import of_header
 from metaft.inputs.base import Examples
@@ -53,7 +52,10 @@ def open_exported(path: Path) -> Exported:
     return Exported(*format.opened(path))
 
 
-def predictor_of(run: Path | str, device: str | torch.device = "cpu") -> Classifier | Exported:
-    """The classifier of an adapt run, or an exported one; that runs on a CPU."""
+def predictor_of(run: Path | str, device: str = "cpu", asked: str = "auto") -> Classifier | Exported:
+    """The classifier of an adapt run on a device, or an exported one; that runs on a CPU, and raises MetaftError where
+    another was `asked` for."""
     path = exported_file(run)
+    if path is not None and str(device).startswith("cuda") and asked != "auto":
+        raise MetaftError(f"device: an exported model runs on a CPU (given {asked})")
     return load(run, device=device) if path is None else open_exported(path)

@@ -5,16 +5,18 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib
+import importlib.metadata
 import importlib.util
 import io
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from metaft._version import __version__
 from metaft.after.whole import Whole
 from metaft.errors import MetaftError
 
@@ -76,6 +78,12 @@ FORMATS: dict[str, Format] = {
 def is_there(package: str) -> bool:
     """Whether it is installed."""
     return importlib.util.find_spec(package) is not None
+
+
+def versions(packages: Iterable[str]) -> dict[str, str]:
+    """Of metaft, torch and these packages, as they are installed."""
+    others = {name: importlib.metadata.version(name) for name in ("torch", *packages)}
+    return {"metaft": __version__, **others}
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metaft.after.formats import quiet
+from metaft.after.formats import META, quiet
 from metaft.errors import MetaftError
 from metaft.inputs.base import Examples
 
@@ -52,18 +53,31 @@ def quantise(model: Path, out: Path, examples: Examples) -> None:
             part = next(self.parts, None)
             return None if part is None else {"pictures": part.numpy()}
 
+    left, reduced = untouched(model), not has_vnni()
     try:
         with quiet():
             quantize_static(
                 str(model), str(out), Reader(), quant_format=QuantFormat.QDQ, per_channel=True,
-                reduce_range=not has_vnni(), activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
-                nodes_to_exclude=untouched(model),
+                reduce_range=reduced, activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
+                nodes_to_exclude=left,
             )  # fmt: skip
     except (MemoryError, OSError):
         raise
     except Exception as error:  # whatever onnxruntime finds
         why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise MetaftError(f"int8: the model cannot be quantised ({why})") from error
+    _note(out, {"calibrated_with": min(AT_MOST, len(examples)), "reduce_range": reduced, "left_as_they_are": left})
+
+
+def _note(path: Path, how: dict[str, Any]) -> None:
+    """Add to the file's metadata how it was quantised."""
+    import onnx
+
+    model = onnx.load(str(path))
+    for entry in model.metadata_props:
+        if entry.key == META:
+            entry.value = json.dumps({**json.loads(entry.value), "int8": how})
+    onnx.save(model, str(path))
 
 
 def _parts(examples: Examples) -> Iterator[Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,18 +25,28 @@ MANY = 64
 
 
 def rows_of(models: Mapping[str, tuple[Predictor, Path]], pictures: Pictures) -> list[dict[str, Any]]:
-    """One for each model, the first of which the others are compared with: "model", "bytes", "agreement" (the share of
-    pictures with the same label), "accuracy" and "macro_f1" (or "rmse" of numbers) where there are labels, "change" of
-    the accuracy with its paired 95 % half-width, and under "seconds" quartiles for one picture and for 64."""
+    """One for each model, the first of which the others are compared with: "model", "bytes", "sha256", "agreement" (the
+    share of pictures with the same label), "accuracy" and "macro_f1" (or "rmse" of numbers) where there are labels,
+    "change" of the accuracy with its paired 95 % half-width, and under "seconds" quartiles for one picture and for
+    64."""
     names = [*models]
     logits = {name: model.logits(pictures.test) for name, (model, _) in models.items()}
     timed = latencies([model for model, _ in models.values()], pictures)
     rows = []
     for name, (model, path) in models.items():
-        row: dict[str, Any] = {"model": name, "bytes": path.stat().st_size, "pictures": len(pictures.test)}
+        row: dict[str, Any] = {
+            "model": name,
+            "bytes": path.stat().st_size,
+            "sha256": _sha256(path),
+            "pictures": len(pictures.test),
+        }
         row |= _figures(model, logits[name], logits[names[0]], pictures.labels)
         rows.append(row | {"seconds": timed[names.index(name)]})
     return rows
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _figures(model: Predictor, found: Tensor, original: Tensor, labels: Tensor | None) -> dict[str, Any]:

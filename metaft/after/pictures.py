@@ -15,7 +15,7 @@ from metaft.config import AdaptConfig
 from metaft.errors import DataError, MetaftError
 from metaft.finetune.classifier import Predictor
 from metaft.finetune.examples import Part
-from metaft.finetune.setup import Setup, located, rows_of
+from metaft.finetune.setup import Setup, digest_of_data, located, rows_of
 from metaft.finetune.study import read
 from metaft.inputs.base import Examples
 from metaft.inputs.listing import unreadable
@@ -54,6 +54,8 @@ def of_folder(run: RunFolder, classifier: Predictor, data_root: str | None) -> P
             f"data: {target.name} has the classes {list(target.class_names)}, and the classifier of {run.path} "
             f"{list(classifier.class_names)}"
         )
+    if digest_of_data(target) != header["data_sha256"]:
+        raise DataError(f"data: the images of {target.name} changed since {run.path} began")
     setup = Setup(config, (), target, header.get("folds", 1) == 1)
     rows = rows_of(setup, 0, None if setup.folds > 1 else 0)
     train = torch.from_numpy(rows.train)

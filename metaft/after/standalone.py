@@ -69,14 +69,15 @@ def model_of(path: Path) -> tuple[Callable[[np.ndarray], np.ndarray], dict[str, 
 
 
 def files_of(names: Sequence[str]) -> list[Path]:
-    """Files as they are named, and of folders all pictures inside, by name."""
+    """Files as they are named, and of folders all pictures inside that are not hidden, by name; each once."""
     Image.init()
     endings = {end for end, name in Image.registered_extensions().items() if name not in REFUSED}
     files: list[Path] = []
     for path in map(Path, names):
-        below = (file for file in path.rglob("*") if file.suffix.lower() in endings and file.is_file())
-        files += sorted(below) if path.is_dir() else [path]
-    return files
+        below = (file for file in path.rglob("*") if file.suffix.lower() in endings and not file.is_dir())
+        shown = (file for file in below if not any(part[0] == "." for part in file.relative_to(path).parts))
+        files += sorted(shown) if path.is_dir() else [path]
+    return list(dict.fromkeys(files))
 
 
 def lines_of(outputs: np.ndarray, class_names: Sequence[str], top: int) -> Iterator[str]:
@@ -91,15 +92,23 @@ def lines_of(outputs: np.ndarray, class_names: Sequence[str], top: int) -> Itera
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status: 0 done, 2 where a file cannot be read."""
+    """Exit status: 0 done, 2 where a file cannot be read or an option is wrong."""
     here = Path(__file__).resolve().parent
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("images", nargs="+", metavar="IMAGE|FOLDER")
     parser.add_argument("--top", type=int, default=1, metavar="N", help="how many classes to name (default: 1)")
     parser.add_argument("--model", type=Path, metavar="FILE", help="another file than the one beside this script")
     args = parser.parse_args(argv)
-    own = [here / name for name in ("model.onnx", "model.pt2") if (here / name).exists()]
-    run, about = model_of(args.model or own[0])
+    path = args.model or next((here / name for name in ("model.onnx", "model.pt2") if (here / name).exists()), None)
+    if path is None:
+        parser.error(f"no model.onnx or model.pt2 beside it in {here}; name one with --model")
+    try:
+        run, about = model_of(path)
+    except Exception as error:  # of onnxruntime or torch, which may not be installed
+        parser.error(f"{path} cannot be opened ({' '.join(str(error).split())[:200]})")
+    most = max(1, len(about["class_names"]))
+    if not 1 <= args.top <= most:
+        parser.error(f"--top must be 1 to {most}, got {args.top}")
     files, bad = files_of(args.images), 0
     for first in range(0, len(files), AT_ONCE):
         read: list[tuple[Path, np.ndarray]] = []
@@ -120,6 +129,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    for stream in (sys.stdout, sys.stderr):  # names of files need not be text
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
         sys.exit(main())
     except BrokenPipeError:  # who reads has enough

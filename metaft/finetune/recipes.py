@@ -30,10 +30,10 @@ CLIPPED = 1.0
 """Of gradients that move published weights."""
 
 
-def settled(recipe: Recipe, start: Start) -> Recipe:
+def settled(recipe: Recipe, start: Start, *, resumed: bool = False) -> Recipe:
     """With strategy, rate and patience where they are left open: of published weights the head alone, which is soon
     done and loses nothing of them, and without patience, since all images are worth more to train on than one in five
-    of so few is as a judge. Raises MetaftError as `_check` does."""
+    of so few is as a judge. A `resumed` one is settled as it was when it began. Raises MetaftError as `_check` does."""
     is_librarys = is_published(start.architecture["name"])
     if is_librarys and recipe.strategy is None and recipe.freeze == "none":
         recipe = dataclasses.replace(recipe, strategy="head")
@@ -42,7 +42,7 @@ def settled(recipe: Recipe, start: Start) -> Recipe:
         recipe = dataclasses.replace(recipe, patience=PATIENCE)
     if recipe.trains == CHOSEN:  # what is left open is what there is to choose
         return recipe
-    if is_librarys and recipe.trains != "head":
+    if is_librarys and recipe.trains != "head" and not resumed:
         recipe = _moving(recipe)
     recipe = dataclasses.replace(recipe, schedule=recipe.anneals)
     if recipe.lr is not None:

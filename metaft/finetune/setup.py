@@ -119,7 +119,9 @@ def prepared(
     if config.target.data.startswith("glyphs:"):
         open_values["shots_per_class"] = GLYPH_SHOTS
     if config.method == "finetune":
-        config = dataclasses.replace(config, recipe=settled(config.recipe or Recipe(), start))
+        config = dataclasses.replace(
+            config, recipe=settled(config.recipe or Recipe(), start, resumed=begun is not None)
+        )
     else:
         config, open_values["inner_steps"] = _of_inner_method(config, start, len(target.class_names))
     left = flat(config)
@@ -218,21 +220,26 @@ def header(setup: Setup) -> dict[str, Any]:
     """The plain data that every checkpoint of an adapt run carries."""
     config, contenders, target, *_ = setup
     start = contenders[0].start
-    data = hashlib.sha256(repr((target.class_names, tuple(target.examples.shape))).encode())
-    for part in (target.examples, target.labels):
-        data.update(np.ascontiguousarray(part.numpy()).data)
     return {
         "version": __version__,
         "init": start.name,
         "init_sha256": digest_of(start),
         "compared_sha256": [digest_of(contender.start) for contender in contenders[1:] if contender.start.meta],
         "data": target.name,
-        "data_sha256": data.hexdigest(),
+        "data_sha256": digest_of_data(target),
         "classes": list(target.class_names),
         "starts": [contender.label for contender in contenders],
         "folds": setup.folds,
         "environment": {**machine(device_of(config.compute.device)), "threads": str(torch.get_num_threads())},
     }
+
+
+def digest_of_data(target: Target) -> str:
+    """Of its images as they are taken, and of their labels."""
+    data = hashlib.sha256(repr((target.class_names, tuple(target.examples.shape))).encode())
+    for part in (target.examples, target.labels):
+        data.update(np.ascontiguousarray(part.numpy()).data)
+    return data.hexdigest()
 
 
 def digest_of(start: Start) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,22 +20,27 @@ def check_new(out: Path) -> Path:
 
 @contextlib.contextmanager
 def whole_or_nothing(out: Path) -> Iterator[Path]:
-    """A folder to write into, which becomes `out` at the end and goes where there is an error. Raises
-    CheckpointError."""
+    """A folder to write into, which becomes `out` at the end and goes where there is an error. Raises CheckpointError
+    where there can be none; errors of what goes on inside are left as they are."""
     new = [parent for parent in out.parents if not os.path.lexists(parent)]  # the innermost first
+    folder = out.with_name(f".{out.name}.{os.getpid()}")
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    except OSError as error:
-        raise CheckpointError(f"out: {out} cannot be written ({error.strerror})") from None
-    try:
+        with _named(out):
+            out.parent.mkdir(parents=True, exist_ok=True)
+            folder.mkdir()
         yield folder
-        folder.chmod(0o755)
-        folder.rename(out)
-    except OSError as error:
-        raise CheckpointError(f"out: {out} cannot be written ({error.strerror})") from None
+        with _named(out):
+            folder.rename(out)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         with contextlib.suppress(OSError):  # where `out` is there they are not empty
             for parent in new:
                 parent.rmdir()
+
+
+@contextlib.contextmanager
+def _named(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"out: {out} cannot be written ({error.strerror})") from None

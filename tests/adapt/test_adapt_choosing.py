@@ -234,6 +234,8 @@ def test_what_is_left_open_from_published_weights(monkeypatch: pytest.MonkeyPatc
     given = {"epochs": 7, "schedule": "linear", "clip_norm": 2.0, "patience": 3, "lr": 0.02}
     for strategy in ("full", "lp-ft"):
         assert of(Librarys, strategy=strategy, **given) == (strategy, 0.02, 7, "linear", 2.0, 3)
+    old = Recipe(strategy="full", lr=1e-4, epochs=12, schedule="constant", patience=10)
+    assert settled(old, Librarys, resumed=True) == old, "one that began before there was clipping goes on without"  # type: ignore[arg-type]
     assert of(Runs) == ("full", 0.003, None, "constant", None, 10)
     assert of(Runs, strategy="lp-ft") == ("lp-ft", 0.003, None, "constant", None, 10)
 
