@@ -143,7 +143,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def data(base: Path) -> Path:
-    return write_target(base / "target", {"train": 9, "test": 6}, noise=90)
+    return write_target(base / "target", {"train": 12, "test": 6}, noise=90)
 
 
 @pytest.fixture(scope="module")
@@ -205,8 +205,8 @@ def test_only_training_images_are_read(init: Path, data: Path, monkeypatch: pyte
     groups = target.groups  # of all of them, by their pixels
     monkeypatch.setattr(Images, "of", lambda *_: dataclasses.replace(target, examples=Watched(target.examples)))
     monkeypatch.setattr(Target, "groups", groups)
-    ranking.measured(start, images, shots_per_class=4, seed=1)
-    drawn = target.rows(shots_per_class=4, seed=1, validate=False)
+    ranking.measured(start, images, shots_per_class=11, seed=1)
+    drawn = target.rows(shots_per_class=11, seed=1, validate=False)
     assert read == set(drawn.train.tolist()) and not read & set(drawn.test.tolist())
 
 
