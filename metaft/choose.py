@@ -51,14 +51,14 @@ def run(config: ChooseConfig) -> dict[str, Any]:
     """
     from metaft.finetune.contenders import Images
     from metaft.finetune.ranking import ranked, text
-    from metaft.finetune.setup import GLYPH_SHOTS, located
+    from metaft.finetune.setup import located, shots_of
     from metaft.plots.ranking import ranking
     from metaft.runs.folder import file_name
     from metaft.starts.run import RUNS
     from metaft.support.pictures import drawn
 
     target = located(config.target)
-    shots = target.shots_per_class or (GLYPH_SHOTS if target.data.startswith("glyphs:") else None)
+    shots = shots_of(target)
     name = f"choose-{file_name(places.typed(config.target.data))}-{config.seed}"
     out = fresh_folder(RUNS / name) if config.out is None else check_new(local(config.out))
     images = Images(target)

@@ -16,7 +16,7 @@ import types
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from metaft.config import AdaptConfig, MetaTrainConfig, read_toml
 from metaft.dist import patience
@@ -29,6 +29,8 @@ from metaft.options import Config, Settings, flat, from_mapping, options
 from metaft.support.names import is_text
 from metaft.support.output import of_command
 from metaft.support.paths import to_replace
+
+Opened = TypeVar("Opened")
 
 
 def settings(
@@ -156,6 +158,20 @@ def _noted_warnings() -> Iterator[None]:
         yield
     finally:
         warnings.showwarning = former
+
+
+def opened_run(open_it: Callable[[], Opened]) -> Opened:
+    """What opens a run that a command names, with each warning as a note: a line without the place in the code. Raises
+    CheckpointError, naming `run`."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        try:
+            opened = open_it()
+        except CheckpointError as error:
+            raise CheckpointError(f"run: {error}") from None
+    for warning in said:
+        print(f"metaft: note: {warning.message}", file=sys.stderr)
+    return opened
 
 
 # torch's allocators on a CPU and a GPU, oneDNN, the system's calls, and its loader while torch is imported.

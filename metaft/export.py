@@ -8,14 +8,13 @@ import json
 import os
 import shlex
 import sys
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from metaft.cli import in_one, stopped_at_once
+from metaft.cli import in_one, opened_run, stopped_at_once
 from metaft.config import ExportConfig
-from metaft.errors import CheckpointError, MetaftError
+from metaft.errors import MetaftError
 from metaft.flags import parse
 from metaft.options import Option
 from metaft.support.modes import in_usual_modes
@@ -118,14 +117,7 @@ def _classifier(source: Path, module: nn.Module | None) -> tuple[Classifier, Pat
     from metaft.finetune.classifier import load
     from metaft.runs.folder import RunFolder
 
-    try:
-        with warnings.catch_warnings(record=True) as said:
-            warnings.simplefilter("always")
-            classifier = load(source, module=module)
-    except CheckpointError as error:
-        raise CheckpointError(f"run: {error}") from None
-    for warning in said:
-        print(f"metaft: note: {warning.message}", file=sys.stderr)
+    classifier = opened_run(lambda: load(source, module=module))
     return classifier, RunFolder(source).classifier if os.path.isdir(source) else source
 
 

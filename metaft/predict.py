@@ -8,14 +8,13 @@ import errno
 import io
 import os
 import sys
-import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NamedTuple
 
-from metaft.cli import check_writable, in_one
+from metaft.cli import check_writable, in_one, opened_run
 from metaft.config import PredictConfig
-from metaft.errors import CheckpointError, DataError, MetaftError, OutputLost
+from metaft.errors import DataError, MetaftError, OutputLost
 from metaft.flags import parse
 from metaft.options import Option
 from metaft.support import output
@@ -83,14 +82,7 @@ def _command(argv: Sequence[str]) -> None:
     from metaft.defaults import device_of
 
     device = device_of(given.compute.device)
-    with warnings.catch_warnings(record=True) as said:  # a line each, without the place in the code
-        warnings.simplefilter("always")
-        try:
-            classifier = predictor_of(given.run, device, given.compute.device)
-        except CheckpointError as error:
-            raise CheckpointError(f"run: {error}") from None
-    for warning in said:
-        print(f"metaft: note: {warning.message}", file=sys.stderr)
+    classifier = opened_run(lambda: predictor_of(given.run, device, given.compute.device))
     classes = max(1, len(classifier.class_names))
     if given.top > classes:
         what = f"the {classes} classes" if classifier.class_names else "the one number"

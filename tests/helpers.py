@@ -17,12 +17,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from metaft import adapt, meta_train, models
+from metaft import adapt, choose, evaluate, export, meta_train, models, predict
 from metaft.config import MetaTrainConfig, Settled
 from metaft.inputs import ImageInputs
 from metaft.runs.folder import RunFolder
 from metaft.tasks.pool import ClassPool
 from metaft.tasks.sinusoid import SinusoidTasks
+
+COMMANDS: dict[str, Any] = {
+    "meta_train": meta_train, "evaluate": evaluate, "adapt": adapt, "predict": predict, "export": export,
+    "choose": choose,
+}  # fmt: skip
 
 SINUSOID: dict[str, Any] = {
     "dataset": "sinusoid",

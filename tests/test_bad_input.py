@@ -17,23 +17,15 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import pytest
-from helpers import IMAGES, finished, meta_trained, one_line, one_thread, options, write_folder, write_target
+from helpers import COMMANDS, IMAGES, finished, meta_trained, one_line, one_thread, options, write_folder, write_target
 from helpers import words as adapt_words
 
-from metaft import adapt, choose, evaluate, export, meta_train, predict
+from metaft import adapt, meta_train
 from metaft.config import AdaptConfig, MetaTrainConfig, read_toml
 from metaft.options import options as options_of
 
 Text = pytest.CaptureFixture[str]
 
-COMMANDS: dict[str, Any] = {
-    "meta_train": meta_train,
-    "evaluate": evaluate,
-    "adapt": adapt,
-    "predict": predict,
-    "export": export,
-    "choose": choose,
-}
 
 BASE: dict[str, str] = {
     "meta_train": " ".join(options(IMAGES, dataset="folder:{squares}", image_size=8)),

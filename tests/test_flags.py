@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import pytest
+from helpers import COMMANDS
 
-from metaft import adapt, choose, evaluate, export, meta_train, predict
+from metaft import meta_train
 from metaft.config import (
     AdaptConfig,
     ChooseConfig,
@@ -29,14 +30,6 @@ from metaft.options import Group, Option, Settings, flat, from_mapping, options
 from metaft.runs.checkpoint import load
 from metaft.settings import InnerMethod, Recipe, TaskSettings
 
-COMMANDS: dict[str, Any] = {
-    "meta_train": meta_train,
-    "evaluate": evaluate,
-    "adapt": adapt,
-    "predict": predict,
-    "export": export,
-    "choose": choose,
-}
 CONFIGS = [MetaTrainConfig, EvaluateConfig, AdaptConfig, PredictConfig, ExportConfig, ChooseConfig]
 
 

@@ -8,6 +8,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import io
+import json
 import logging
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from metaft._version import __version__
 from metaft.after.whole import Whole
-from metaft.errors import MetaftError
+from metaft.errors import CheckpointError, MetaftError
 
 META = "metaft"
 """The name of a file's metadata: JSON of what `about` says."""
@@ -33,8 +34,10 @@ class Format:
 
     file: str
     """Its name in the folder of an export."""
+    kind: str
+    """What such a file is, in words."""
     module: str
-    """Has `write(whole, path, about)` and `opened(path) -> (Run, about)`."""
+    """Has `write(whole, path, about)` and `opened(path) -> (Run, the text under `META`, if any)`."""
     needs: tuple[str, ...] = ()
     """Packages that the extra `export` brings, to write it."""
     runs_with: tuple[str, ...] = ()
@@ -58,7 +61,16 @@ class Format:
 
     def opened(self, path: Path) -> tuple[Run, dict[str, Any]]:
         """How the file computes, and what it says of itself. Raises MetaftError where it cannot be read."""
-        return self._module(self.runs_with).opened(path)
+        module = self._module(self.runs_with)
+        try:
+            with quiet():
+                run, about = module.opened(path)
+        except Exception as error:  # one for each kind of damage
+            why = " ".join(str(error).split())[:200]
+            raise CheckpointError(f"{path}: cannot be read as {self.kind} ({why})") from None
+        if not about:
+            raise CheckpointError(f"{path}: is no model that metaft.export wrote")
+        return run, json.loads(about)
 
     def _module(self, packages: tuple[str, ...]) -> Any:
         missing = [name for name in packages if not is_there(name)]
@@ -70,8 +82,8 @@ class Format:
 
 
 FORMATS: dict[str, Format] = {
-    "onnx": Format("model.onnx", "metaft.after.onnx", ("onnx", "onnxscript", "onnxruntime"), ("onnxruntime",)),
-    "torch-export": Format("model.pt2", "metaft.after.torch_export"),
+    "onnx": Format("model.onnx", "ONNX", "metaft.after.onnx", ("onnx", "onnxscript", "onnxruntime"), ("onnxruntime",)),
+    "torch-export": Format("model.pt2", "torch.export's", "metaft.after.torch_export"),
 }
 
 

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from metaft.after.formats import META, Run
 from metaft.after.whole import Whole, example_of
-from metaft.errors import CheckpointError
 
 
 def write(whole: Whole, path: Path, about: Mapping[str, Any]) -> None:
@@ -31,22 +30,16 @@ def write(whole: Whole, path: Path, about: Mapping[str, Any]) -> None:
     program.save(path, external_data=False)
 
 
-def opened(path: Path) -> tuple[Run, dict[str, Any]]:
+def opened(path: Path) -> tuple[Run, str | None]:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3  # of the graph's own; errors are raised
-    try:
-        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # of its own, one for each kind of damage
-        raise CheckpointError(f"{path}: cannot be read as ONNX ({' '.join(str(error).split())[:200]})") from None
-    about = session.get_modelmeta().custom_metadata_map.get(META)
-    if about is None:
-        raise CheckpointError(f"{path}: is no model that metaft.export wrote")
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
     def run(raw: Tensor) -> Tensor:
         (logits,) = session.run(["logits"], {"pictures": raw.numpy()})
         return torch.from_numpy(logits)
 
-    return run, json.loads(about)
+    return run, session.get_modelmeta().custom_metadata_map.get(META)

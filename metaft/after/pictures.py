@@ -18,7 +18,6 @@ from metaft.finetune.examples import Part
 from metaft.finetune.setup import Setup, digest_of_data, located, rows_of
 from metaft.finetune.study import read
 from metaft.inputs.base import Examples
-from metaft.inputs.listing import unreadable
 from metaft.runs.folder import RunFolder
 from metaft.starts.names import in_full
 from metaft.targets import load
@@ -66,11 +65,10 @@ def of_folder(run: RunFolder, classifier: Predictor, data_root: str | None) -> P
 
 def of_files(files: Sequence[Path], classifier: Predictor) -> Pictures:
     """Those of files, of which nobody knows the labels. Raises DataError that names those that cannot be read."""
-    readings = [classifier.inputs.read(file) for file in files]
-    bad = {reading.file: reading.why for reading in readings if reading.raw is None}
-    if bad:
-        raise DataError(f"pictures: {unreadable(bad, len(files))}")
-    raw = torch.cat([reading.raw for reading in readings if reading.raw is not None])
+    try:
+        raw = classifier.read_all(files)
+    except DataError as error:
+        raise DataError(f"pictures: {error}") from None
     return Pictures(raw, None, raw, False)
 
 

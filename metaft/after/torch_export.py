@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metaft.after.formats import META, Run, quiet
+from metaft.after.formats import META, Run
 from metaft.after.whole import Whole, example_of
-from metaft.errors import CheckpointError
 
 
 def write(whole: Whole, path: Path, about: Mapping[str, Any]) -> None:
@@ -22,20 +21,12 @@ def write(whole: Whole, path: Path, about: Mapping[str, Any]) -> None:
     torch.export.save(program, path, extra_files={META: json.dumps(about)})
 
 
-def opened(path: Path) -> tuple[Run, dict[str, Any]]:
+def opened(path: Path) -> tuple[Run, str | None]:
     extra = {META: ""}
-    try:
-        with quiet():
-            module = torch.export.load(path, extra_files=extra).module()
-    except Exception as error:  # of zip, JSON, and its own
-        raise CheckpointError(
-            f"{path}: cannot be read as torch.export's ({' '.join(str(error).split())[:200]})"
-        ) from None
-    if not extra[META]:
-        raise CheckpointError(f"{path}: is no model that metaft.export wrote")
+    module = torch.export.load(path, extra_files=extra).module()
 
     @torch.no_grad()
     def run(raw: Tensor) -> Tensor:
         return module(raw)
 
-    return run, json.loads(extra[META])
+    return run, extra[META]

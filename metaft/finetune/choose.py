@@ -18,7 +18,7 @@ from metaft.finetune.fit import fit
 from metaft.finetune.recipes import epochs_of
 from metaft.inputs import Inputs
 from metaft.settings import RATE, RATE_OF_HEAD, Recipe
-from metaft.targets.draws import firsts, grouped_fold, strata
+from metaft.targets.draws import distinct, grouped_fold, strata
 
 FOLDS = 5
 """And images per class from which there is a choice; with fewer the head alone trains."""
@@ -89,7 +89,7 @@ def choose(
     """
     first = candidates[0]
     kinds = strata(labels.numpy())
-    if int(np.bincount(kinds[firsts(groups)], minlength=classes).min()) < FOLDS:
+    if int(distinct(kinds, groups, classes).min()) < FOLDS:
         return Choice(first, ())
     parts = [grouped_fold(kinds, groups, FOLDS, number, seed) for number in range(FOLDS)]
     figures = ("val_loss", "val_accuracy") if classes else ("val_loss",)

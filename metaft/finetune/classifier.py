@@ -44,9 +44,10 @@ class Predictor:
         Warns (MetaftWarning) of what the file holds and the classifier does not take, such as greys beyond the range
         of the training images, and of flaws that it is read with.
         """
-        return self._read([local(path)])
+        return self.read_all([local(path)])
 
-    def _read(self, paths: Sequence[Path]) -> Tensor:
+    def read_all(self, paths: Sequence[Path]) -> Tensor:
+        """Several files likewise, raw [n, ...]."""
         with noted() as flaws:
             readings = [self.inputs.read(path) for path in paths]
         bad = {reading.file: reading.why for reading in readings if reading.raw is None}
@@ -83,7 +84,7 @@ class Predictor:
         files = [local(path) for path in paths]
         if not files:
             raise MetaftError("label takes one path or more, got none")
-        return self.names(self._read(files))
+        return self.names(self.read_all(files))
 
 
 class Classifier(Predictor, nn.Module):

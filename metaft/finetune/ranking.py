@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 
 from metaft.errors import NonFiniteError
@@ -44,8 +43,8 @@ def measured(start: Start, images: Images, *, shots_per_class: int | None, seed:
     features = features_of(backbone, prepared).cpu().double()
     if not features.isfinite().all():
         raise NonFiniteError(f"starts: the features of {start.name} are not finite")
-    x, groups = features.numpy(), _groups(target.groups[train])
-    judged = right_in_folds(x, labels, groups, seed=seed)
+    x = features.numpy()
+    judged = right_in_folds(x, labels, target.groups[train], seed=seed)
     head = start.source
     row: dict[str, Any] = {
         "start": start.name,
@@ -68,11 +67,6 @@ def measured(start: Start, images: Images, *, shots_per_class: int | None, seed:
     row["parameters"] = sum(p.numel() for p in backbone.parameters())
     row["images_per_second"] = _pace(backbone, prepared)
     return {**row, "seconds": time.perf_counter() - began}
-
-
-def _groups(groups: np.ndarray) -> np.ndarray:
-    """Numbers of groups among some rows, as positions in them."""
-    return np.unique(groups, return_index=True, return_inverse=True)[2]
 
 
 @torch.no_grad()

@@ -116,8 +116,7 @@ def prepared(
     named = start.name
     _check_probe(config, start)
     open_values: dict[str, Any] = {"init": named}
-    if config.target.data.startswith("glyphs:"):
-        open_values["shots_per_class"] = GLYPH_SHOTS
+    open_values["shots_per_class"] = shots_of(config.target)
     if config.method == "finetune":
         config = dataclasses.replace(
             config, recipe=settled(config.recipe or Recipe(), start, resumed=begun is not None)
@@ -190,6 +189,13 @@ def _check_values(config: AdaptConfig, module: nn.Module | None, values: Init) -
             "no module was handed over" if module is None else f"the start is {begins}; take AdaptConfig(init='none')"
         )
         raise MetaftError(f"init: 'keep' is for a module without a run (init none), and {what}")
+
+
+def shots_of(target: TargetSettings) -> int | None:
+    """Images per class that are drawn; None: all that there are to draw from."""
+    if target.shots_per_class is None and target.data.startswith("glyphs:"):
+        return GLYPH_SHOTS
+    return target.shots_per_class
 
 
 def located(target: TargetSettings, classes: Collection[str] = ()) -> TargetSettings:

@@ -8,7 +8,7 @@ import math
 import numpy as np
 
 from metaft.finetune.probe import regression
-from metaft.targets.draws import grouped_fold
+from metaft.targets.draws import distinct, grouped_fold
 
 FOLDS = 5
 
@@ -108,8 +108,7 @@ def leep(probabilities: np.ndarray, labels: np.ndarray) -> float:
 def folds_of(labels: np.ndarray, groups: np.ndarray) -> int:
     """Into how many folds images can go: `FOLDS`, or as many as the smallest class has images that are no duplicates.
     With fewer than 2 there are none."""
-    firsts = np.unique(groups, return_index=True)[1]
-    return min(FOLDS, int(np.bincount(labels[firsts], minlength=int(labels.max()) + 1).min()))
+    return min(FOLDS, int(distinct(labels, groups, int(labels.max()) + 1).min()))
 
 
 def right_in_folds(

@@ -145,7 +145,7 @@ def conv4_loss(
     1 and no bias and each channel is normalised with the batch's own moments, then scaled and shifted; then a linear
     head on the mean over the last map, or on all of it.
 
-    The loss can be differentiated twice in all parameters, by autograd and by torch.func, also under one vmap. The
+    The loss can be differentiated twice in all parameters, by autograd and by torch.func, also under vmaps. The
     second time is cheaper with `keep`, which costs memory. The logits have no derivative, nor have the images.
     """
     form = _form(x, len(weights), stride, pool, average, eps, keep)

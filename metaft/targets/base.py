@@ -11,7 +11,7 @@ from torch import Tensor
 
 from metaft.errors import DataError, MetaftError
 from metaft.inputs import Inputs
-from metaft.targets.draws import NUMBERS, Rows, draw, firsts, grouped_fold, strata, validation_part
+from metaft.targets.draws import NUMBERS, Rows, distinct, draw, grouped_fold, strata, validation_part
 from metaft.targets.duplicates import groups_of
 
 FOLDS = 3
@@ -58,7 +58,7 @@ class Target:
         """Of cross-validation where there is no test part: three, or as many as the smallest class has images that are
         no duplicates. Raises DataError for a class with a single one."""
         labels, names = self.strata
-        counts = np.bincount(labels[firsts(self.groups)], minlength=len(names))
+        counts = distinct(labels, self.groups, len(names))
         if counts.min() < 2:
             what = f"class {names[int(counts.argmin())]!r}" if self.class_names else self.name
             raise DataError(f"data: {what} has {counts.min()} image, and without a test part needs 2 or more")

@@ -90,6 +90,11 @@ def firsts(groups: np.ndarray) -> np.ndarray:
     return np.sort(np.unique(groups, return_index=True)[1])
 
 
+def distinct(labels: np.ndarray, groups: np.ndarray, classes: int) -> np.ndarray:
+    """int64 [classes]: how many images each class has, those of one group, which are duplicates, counted once."""
+    return np.bincount(labels[firsts(groups)], minlength=classes)
+
+
 def validation_part(labels: np.ndarray, train: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """(train, val): one in five of every class for validation, or none where a class has fewer than ten images."""
     counts = np.bincount(labels[train])
