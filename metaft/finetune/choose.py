@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -15,9 +16,9 @@ from metaft.errors import NonFiniteError
 from metaft.finetune.examples import Part, Prepared, like_of
 from metaft.finetune.features import evaluating, features_of, takes_alone
 from metaft.finetune.fit import fit
-from metaft.finetune.recipes import epochs_of
+from metaft.finetune.recipes import PROBED_FIRST, epochs_of
 from metaft.inputs import Inputs
-from metaft.settings import RATE, RATE_OF_HEAD, Recipe
+from metaft.settings import RATE, RATE_OF_HEAD, RATE_OF_PUBLISHED, Recipe
 from metaft.targets.draws import distinct, grouped_fold, strata
 
 FOLDS = 5
@@ -34,6 +35,10 @@ rate that stays up to the end the last ones: see the trials in benchmarks/README
 RATES_OF_MOVING = (3e-4, 1e-3)
 
 
+class _OutOfTime(Exception):
+    """A candidate takes longer than there is time for."""
+
+
 class Choice(NamedTuple):
     """What came of it."""
 
@@ -41,28 +46,37 @@ class Choice(NamedTuple):
     """For all images, without validation."""
     table: tuple[dict[str, Any], ...]
     """For each candidate "strategy", "lr", "epochs", and its "accuracy" (of classes) and "loss" on images that it had
-    not seen (None where it was not finite)."""
+    not seen (None where it was not finite, or where there was no time for it, which "late" says)."""
 
 
-def candidates_of(recipe: Recipe, *, published: bool, images: int) -> list[Recipe]:
-    """Recipes to choose from for so many images, the cheapest first; they fill in what the given one leaves open."""
+def candidates_of(recipe: Recipe, *, published: bool, images: int, many: bool = False) -> list[Recipe]:
+    """Recipes to choose from for so many images; they fill in what the given one leaves open. The cheapest come first,
+    behind them, where `many` are wanted, those that are to be tried if there is time."""
 
     def at(recipe: Recipe, *rates: float) -> list[Recipe]:
         return [dataclasses.replace(recipe, lr=lr) for lr in (rates if recipe.lr is None else [recipe.lr])]
 
     alone = dataclasses.replace(recipe, strategy="head", freeze="none")
     head = at(dataclasses.replace(alone, epochs=epochs_of(alone, images)), RATE, RATE_OF_HEAD)
+
+    def all_move(by: str, epochs: int | None = None, schedule: str | None = None, clip: float | None = None) -> Recipe:
+        open_values = {"epochs": epochs, "schedule": schedule, "clip_norm": clip}
+        settled = {name: getattr(recipe, name) or value for name, value in open_values.items()}
+        return dataclasses.replace(recipe, strategy=by, freeze="none", **settled)
+
     if not published:
-        return [*head, *at(dataclasses.replace(recipe, strategy="full", freeze="none"), RATE)]
-    moving = dataclasses.replace(
-        recipe,
-        strategy=MOVING.strategy,
-        freeze="none",
-        epochs=recipe.epochs or MOVING.epochs,
-        schedule=recipe.schedule or MOVING.schedule,
-        clip_norm=recipe.clip_norm or MOVING.clip_norm,
-    )
-    return [*head, *at(moving, *RATES_OF_MOVING)]
+        full = all_move("full")
+        more = [*at(full, RATE / 3, 3 * RATE), *at(all_move("lp-ft"), RATE), *at(all_move("last:blocks=2"), RATE)]
+        return [*dict.fromkeys([*head, *at(full, RATE), *(more if many else ())])]
+    clip = MOVING.clip_norm
+    moving = all_move(MOVING.strategy or "", MOVING.epochs, MOVING.schedule, clip)
+    more = [
+        *at(all_move(PROBED_FIRST.strategy or "", PROBED_FIRST.epochs, None, clip), RATE_OF_PUBLISHED),
+        *at(all_move(MOVING.strategy or "", 2 * MOVING.passes, MOVING.schedule, clip), max(RATES_OF_MOVING)),
+        *at(all_move("last:blocks=2", MOVING.epochs, MOVING.schedule, clip), max(RATES_OF_MOVING)),
+        *at(all_move("full", None, "cosine", clip), RATE_OF_PUBLISHED),
+    ]
+    return [*dict.fromkeys([*head, *at(moving, *RATES_OF_MOVING), *(more if many else ())])]
 
 
 def choose(
@@ -75,6 +89,7 @@ def choose(
     *,
     groups: np.ndarray,
     seed: int,
+    seconds: float | None = None,
     should_stop: Callable[[], None] = lambda: None,
     on_candidate: Callable[[Mapping[str, Any]], None] = lambda row: None,
 ) -> Choice:
@@ -83,10 +98,16 @@ def choose(
     all its epochs: the one at which the loss is lowest may be among the first, of a head that has learned little.
     `on_candidate` is told of each row of the table.
 
+    With so many `seconds` the candidates after the first are tried as long as there is time, and one whose first folds
+    say that there is not is given up. Since the best of many is partly the luckiest, it is the first candidate then
+    that is no worse than the best by more than one standard error of their paired difference over the folds (Breiman et
+    al. 1984, section 3.4.3).
+
     Examples of one of `groups`, int64 [n], are duplicates and stay in one fold. A candidate whose loss is not finite is
-    none. With fewer than `FOLDS` images of a class, duplicates aside, it is the first candidate as it is. A pure
-    function of its arguments.
+    none. With fewer than `FOLDS` images of a class, duplicates aside, it is the first candidate as it is. Without
+    `seconds` a pure function of its arguments.
     """
+    began = time.monotonic()
     first = candidates[0]
     kinds = strata(labels.numpy())
     if int(distinct(kinds, groups, classes).min()) < FOLDS:
@@ -98,25 +119,51 @@ def choose(
         with evaluating(body):
             features = features_of(body, Prepared(examples, inputs, like_of(body)))
     table: list[dict[str, Any]] = []
+    by_fold: list[np.ndarray] = []  # [FOLDS, figures], of candidates that were judged
+    sizes = np.array([[len(test)] for _, test in parts])
     for candidate in candidates:
-        ends = []
+        first_fold, ends, late = time.monotonic(), [], False
+        limit = math.inf if seconds is None or not table else began + seconds
+
+        def stop(limit: float = limit) -> None:
+            should_stop()
+            if time.monotonic() > limit:
+                raise _OutOfTime
+
         for train, test in parts:
             rows, val = torch.from_numpy(train), torch.from_numpy(test)
             try:
+                per_fold = (time.monotonic() - first_fold) / max(1, len(ends))
+                if time.monotonic() + (per_fold * (FOLDS - len(ends)) if ends else 0) > limit:
+                    raise _OutOfTime
                 fitted = fit(
                     body, inputs, Part(examples.whole, examples.rows[rows]), labels[rows], classes,
-                    candidate, seed=seed, each_epoch=False, should_stop=should_stop,
+                    candidate, seed=seed, each_epoch=False, should_stop=stop,
                     val_examples=Part(examples.whole, examples.rows[val]), val_labels=labels[val],
                     known=None if features is None else (features[rows], features[val]),
                 )  # fmt: skip
             except NonFiniteError:
                 break
+            except _OutOfTime:
+                late = True
+                break
             ends.append([len(val) * fitted.curve[-1][of] for of in figures])
-        table.append(_figures(candidate, ends, len(labels)))
+        table.append(_figures(candidate, ends, len(labels)) | ({"late": True} if late else {}))
+        by_fold.append(np.array(ends) / sizes[: len(ends)] if ends else np.empty((0, len(figures))))
         on_candidate(table[-1])
     best = max(range(len(table)), key=lambda i: (_worth(table[i]), -i))
+    if seconds is not None:
+        best = next(i for i in range(best + 1) if _as_good(by_fold[i], by_fold[best], classes))
     chosen = dataclasses.replace(candidates[best], epochs=table[best]["epochs"])
     return Choice(chosen, tuple(table))
+
+
+def _as_good(one: np.ndarray, best: np.ndarray, classes: int) -> bool:
+    """Whether a candidate's figures by fold are no worse than the best one's by more than one standard error."""
+    if len(one) < FOLDS:
+        return False
+    less = best[:, -1] - one[:, -1] if classes else one[:, 0] - best[:, 0]
+    return bool(less.mean() <= less.std(ddof=1) / math.sqrt(FOLDS))
 
 
 def _worth(row: Mapping[str, Any]) -> float:

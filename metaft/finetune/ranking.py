@@ -2,24 +2,67 @@
 
 from __future__ import annotations
 
+import dataclasses
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from metaft.errors import NonFiniteError
-from metaft.finetune.contenders import Images
+from metaft.errors import MetaftError, NonFiniteError
+from metaft.finetune.contenders import Images, other
 from metaft.finetune.examples import Part, Prepared, like_of
 from metaft.finetune.features import features_of
 from metaft.finetune.transferability import h_score, leep, logme, right_in_folds
 from metaft.metrics import mean_ci95
 from metaft.models.stored import with_stored_moments
+from metaft.settings import StartSettings
+from metaft.starts import names
 from metaft.starts.base import Start, body
+from metaft.starts.run import runs_at_hand
+from metaft.support import places
+from metaft.support.paths import local
 from metaft.support.tables import aligned
 
 TIMED = 64
 """Images that the pace is measured on."""
+
+
+def at_hand(
+    images: Images, field: str, *, named: Sequence[str] = (), only: bool = False, image_size: int | None = None
+) -> list[Start]:
+    """The starts that are `named`, then, unless `only` they are wanted, those at hand, each once: published weights for
+    colour where they are installed, and the runs in `runs/` that fit, the newest first. Raises MetaftError, naming
+    `field`, for one that cannot be had or does not fit the images, and where there is none."""
+    shape, any_size = images.shape
+    asked, others = [*named], []
+    if not only:
+        runs, others = runs_at_hand(shape, any_size=any_size)
+        if shape[0] == 3 and any_size:
+            asked += [name for name in names.PACKAGED if names.is_installed(name)]
+        asked += [str(local(path).absolute()) for _, path in sorted(runs, reverse=True)]
+    if not asked:
+        why = f" ({'; '.join(others)})" if others else ""
+        raise MetaftError(
+            f"{field}: nothing at hand takes images of shape {shape}{why}; install the extra vision, make a run with "
+            f"python -m metaft.meta_train, or name {'some with --starts' if field == 'starts' else 'one with --init'}"
+        )
+    settings = StartSettings(image_size=image_size)
+    opened: dict[str, Start] = {}
+    for name in asked:
+        start = _fitting(other(name, images, settings, field), images, field)
+        opened.setdefault(names.named_in_full(name), dataclasses.replace(start, name=names.named_in_full(name)))
+    return [*opened.values()]
+
+
+def _fitting(start: Start, images: Images, field: str) -> Start:
+    """The same. Raises MetaftError, naming `field`, where it cannot take the images."""
+    try:
+        images.of(start)
+    except MetaftError as error:
+        raise type(error)(f"{field}: {str(error).removeprefix('init: ')}") from None
+    return start
 
 
 def measured(start: Start, images: Images, *, shots_per_class: int | None, seed: int) -> dict[str, Any]:
@@ -88,13 +131,19 @@ def ranked(
     *,
     shots_per_class: int | None,
     seed: int,
-    on_start: Callable[[str], None] = lambda name: None,
+    seconds: float | None = None,
 ) -> list[dict[str, Any]]:
-    """`measured` of each, the best first."""
-    rows = []
-    for start in starts:
-        on_start(start.name)
+    """`measured` of each, the best first. After so many `seconds` no further one is looked at; lines on stderr say
+    which are looked at, and which are not."""
+    began, rows = time.monotonic(), []
+    for number, start in enumerate(starts):
+        if rows and seconds is not None and time.monotonic() - began > seconds:
+            left = ", ".join(places.shown(each.name) for each in starts[number:])
+            print(f"no time to look at {left}", file=sys.stderr)
+            break
+        print(f"features of {places.shown(start.name)}", file=sys.stderr)
         rows.append(measured(start, images, shots_per_class=shots_per_class, seed=seed))
+    rows = [{**row, "shown": names.label_of(row["start"])} for row in rows]
     return sorted(rows, key=worth, reverse=True)
 
 

@@ -29,7 +29,8 @@ def text(result: Mapping[str, Any]) -> str:
     what = f"{shown(r['data'])} · {kind(r['classes'])} · {r['train_images']} images to train"
     val = f", {r['val_images']} to validate" if r["val_images"] else ""
     lines = [f"{what}{val}, {r['test_images']} to test", f"{_how(r)}, from {_init(r)}, in {duration(r['seconds'])}"]
-    lines += _choice(r["starts"][0].get("chosen"))
+    lines += _ranked(r.get("ranked"))
+    lines += _choice(r["starts"][0].get("chosen"), prudent="auto" in r)
     lines += [f"note: {note}" for note in r["notes"]]
     lines += [f"note: {_row(start)}: {warning}" for start in r["starts"] for warning in start.get("warnings", ())]
     if not r["classes"]:
@@ -66,23 +67,34 @@ def _how(r: Mapping[str, Any]) -> str:
     return f"{how}, batches of {r['batch_size']}, {r['epochs_run']} {most}epochs"
 
 
-def _choice(chosen: Mapping[str, Any] | None) -> list[str]:
-    """How `--strategy chosen` came to the first fit, where it did."""
+def _ranked(rows: Sequence[Mapping[str, Any]] | None) -> list[str]:
+    """How `--auto` came to the start, where it did."""
+    if not rows:
+        return []
+    by = "LogME" if rows[0]["probe"] is None else "a probe in 5 folds"
+    figures = (f"{r['logme']:.3f}" if r["probe"] is None else f"{100 * r['probe']:.1f} %" for r in rows)
+    each = ", ".join(f"{row['shown']} {figure}" for row, figure in zip(rows, figures, strict=True))
+    return [f"start: {rows[0]['shown']}, the best of {len(rows)} by {by} on the training images ({each})"]
+
+
+def _choice(chosen: Mapping[str, Any] | None, *, prudent: bool = False) -> list[str]:
+    """How `--strategy chosen` or `--auto` (`prudent`) came to the first fit, where it did."""
     if chosen is None:
         return []
     what = f"chosen: {chosen['strategy']} at {chosen['lr']:g}, {chosen['epochs']} epochs"
     if not chosen["table"]:
         return [f"{what}, since a class has too few images to choose by"]
     rows = map(candidate, chosen["table"])
-    return [f"{what}, by 5-fold cross-validation of the training images ({', '.join(rows)})"]
+    rule = ", the first that is within a standard error of the best" if prudent else ""
+    return [f"{what}, by 5-fold cross-validation of the training images{rule} ({'; '.join(rows)})"]
 
 
 def candidate(row: Mapping[str, Any]) -> str:
     """A row of what there was to choose from."""
-    figure = "diverged"
+    figure = "no time" if row.get("late") else "diverged"
     if row["loss"] is not None:
         figure = f"{100 * row['accuracy']:.1f} %" if "accuracy" in row else f"loss {row['loss']:.3f}"
-    return f"{row['strategy']} at {row['lr']:g} {figure}"
+    return f"{row['strategy']} at {row['lr']:g}, {row['epochs']} epochs: {figure}"
 
 
 def _suspects(suspects: Sequence[Mapping[str, Any]] | None) -> list[str]:

@@ -57,6 +57,7 @@ def result_of(folder: RunFolder, setup: Setup, position: Position, device: str) 
         "data": target.name,
         "classes": list(target.class_names),
         "method": config.method,
+        **({} if config.auto is None else {"auto": config.auto, "ranked": list(setup.ranked)}),
         **({"inner_steps": config.inner.inner_steps} if config.recipe is None else recipe_of(config.recipe)),
         "seed": config.draws.seed,
         "last_seed": config.draws.seed + config.draws.seeds - 1,
@@ -176,6 +177,11 @@ def notes(setup: Setup, rows: Rows) -> list[str]:
             f"there is no test part: figures are of {setup.folds}-fold {'stratified ' if target.class_names else ''}"
             "cross-validation, in which each image is tested once, by a classifier that has not seen it; the one that "
             "is kept is trained on all"
+        )
+    if setup.ranked and "all" in target.parts and (setup.folds > 1 or config.draws.seeds > 1):
+        said.append(
+            f"one start is chosen for all {'folds' if setup.folds > 1 else 'draws'}, on images that "
+            f"{'each of them' if setup.folds > 1 else 'those after the first'} may test; strategies and rates are not"
         )
     said += _duplicates(target, rows)
     if config.recipe is not None and config.recipe.trains != CHOSEN and len(rows.val) == 0:

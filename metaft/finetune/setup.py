@@ -18,6 +18,7 @@ from metaft.defaults import check_steps, device_of
 from metaft.errors import DataError, MetaftError, no_such
 from metaft.finetune.contenders import Contender, Images, chosen, contenders_of, newest, opened, other
 from metaft.finetune.inner import check_inner
+from metaft.finetune.ranking import at_hand, ranked
 from metaft.finetune.recipes import CHOSEN, check_numbers, lasting, settled
 from metaft.options import flat, options
 from metaft.runs.checkpoint import digest
@@ -58,6 +59,8 @@ class Setup(NamedTuple):
     """As the first start takes it."""
     one_part: bool = True
     """Whether each draw has a test part of its own."""
+    ranked: tuple[Mapping[str, Any], ...] = ()
+    """With --auto and without --init the starts at hand, the best first; see `metaft.finetune.ranking`."""
 
     @property
     def start(self) -> Start:
@@ -97,13 +100,19 @@ def prepared(
     _check_values(config, module, values)
     init, compare = config.start.init, config.start.compare  # as typed, which is how an error is to name them
     config = names.in_full(config)
+    if config.auto is not None:
+        config = _left_open(config)
     config = dataclasses.replace(config, target=located(config.target, (begun or {}).get("classes", ())))
     numbers = config.recipe is not None and config.recipe.loss == "mse"
     if config.recipe is not None and numbers:  # before a start is looked for, which would be said first
         check_numbers(config.recipe)
         targets.check_numbers(config.target.data)
     images = Images(config.target, numbers=numbers)
-    if init is None:
+    rows: tuple[Mapping[str, Any], ...] = tuple((begun or {}).get("ranked", ()))
+    if init is None and config.auto is not None and not numbers:
+        rows = tuple(_ranked(config, images))
+        init = rows[0]["start"]
+    elif init is None:
         init = newest(images) if config.method == "inner" else chosen(images)
     settings = config.start
     if not names.takes_size(init) and any(map(names.takes_size, compare)):  # for which they are meant then
@@ -126,7 +135,7 @@ def prepared(
     left = flat(config)
     config = dataclasses.replace(config, **{k: v for k, v in open_values.items() if left[k] is None})
     one_part = "all" not in target.parts or config.target.shots_per_class is not None or old_folds(begun)
-    setup = Setup(config, (), target, one_part)
+    setup = Setup(config, (), target, one_part, rows)
     for draw in range(config.draws.seeds if setup.folds == 1 else 0):  # a class may have too few images
         target.rows(shots_per_class=config.target.shots_per_class, seed=config.draws.seed + draw)
     trained = len(rows_of(setup, 0).train)
@@ -139,6 +148,24 @@ def prepared(
     )
     known = [contender for contender in contenders if begun is None or contender.label in begun["starts"]]
     return setup._replace(contenders=tuple(known))
+
+
+def _left_open(config: AdaptConfig) -> AdaptConfig:
+    """The settings of `--auto`, whose strategy is what there is to choose. Raises MetaftError for one that is given."""
+    recipe = config.recipe or Recipe()
+    if recipe.strategy not in (None, CHOSEN) or recipe.freeze != "none":
+        raise MetaftError(f"auto: the strategy is chosen, and {recipe.trains} is given (--strategy or --freeze)")
+    return dataclasses.replace(config, recipe=dataclasses.replace(recipe, strategy=CHOSEN))
+
+
+def _ranked(config: AdaptConfig, images: Images) -> list[dict[str, Any]]:
+    """The starts at hand, the best for the images that the first draw trains on first. At most half of the time is for
+    them. Raises MetaftError where there are none."""
+    assert config.auto is not None
+    starts = at_hand(images, "auto", image_size=config.start.image_size)
+    return ranked(
+        starts, images, shots_per_class=shots_of(config.target), seed=config.draws.seed, seconds=30 * config.auto
+    )
 
 
 def rows_of(setup: Setup, draw: int, fold: int | None = 0) -> Rows:
@@ -212,6 +239,8 @@ def located(target: TargetSettings, classes: Collection[str] = ()) -> TargetSett
 def _check_method(config: AdaptConfig) -> None:
     """Raises MetaftError for settings of the other method, which would be ignored."""
     others = flat(config.inner)
+    if config.method == "inner" and config.auto is not None:
+        raise of_other_method("auto", config.method, config.auto)
     if config.method == "inner":
         recipe = {} if config.recipe is None else flat(config.recipe)
         others = {k: v for k, v in recipe.items() if v != options(Recipe)[k].default} or recipe
@@ -227,6 +256,7 @@ def header(setup: Setup) -> dict[str, Any]:
     config, contenders, target, *_ = setup
     start = contenders[0].start
     return {
+        **({} if config.auto is None else {"ranked": list(setup.ranked)}),
         "version": __version__,
         "init": start.name,
         "init_sha256": digest_of(start),

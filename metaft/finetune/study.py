@@ -67,14 +67,14 @@ def study(
     *,
     device: str,
     should_stop: Callable[[], None] = lambda: None,
-    progress: Callable[[int, Mapping[str, float]], None] = lambda number, row: None,
+    progress: Callable[[int, Mapping[str, float], int], None] = lambda number, row, passes: None,
     on_candidate: Callable[[Mapping[str, Any]], None] = lambda row: None,
 ) -> Position:
     """Go on from `position` to the end: for each draw a fit from every start.
 
     The figures of a fit are in the checkpoint as soon as it is done, and the classifier of the first one in the run
-    folder. `should_stop` raises to stop, `progress(number of the fit, row)` is told of each epoch, and `on_candidate`
-    of each that there is to choose from (see `choose`).
+    folder. `should_stop` raises to stop, `progress(number of the fit, row, its epochs)` is told of each epoch, and
+    `on_candidate` of each that there is to choose from (see `choose`).
     """
     write_rows(run, position)  # a kill may have come between the checkpoint and them
     journal = Journal(run, header, position)
@@ -84,12 +84,16 @@ def study(
             draw, fold, contender = planned[number]
             start, target, tag = contender.start, contender.target, tag_of(setup, planned[number])
 
-            def on_epoch(state: Mapping[str, Any], number: int = number, tag: Mapping[str, Any] = tag) -> None:
-                journal.epoch(number, tag, state)
-                progress(number, state["curve"][-1])
-
             rows = rows_of(setup, draw, fold)
             contender = _decided(setup, contender, rows, draw, device, journal, should_stop, on_candidate)
+            passes = 1 if contender.recipe is None else contender.recipe.passes
+
+            def on_epoch(
+                state: Mapping[str, Any], number: int = number, tag: Mapping[str, Any] = tag, passes: int = passes
+            ) -> None:
+                journal.epoch(number, tag, state)
+                progress(number, state["curve"][-1], passes)
+
             fitted = _fit(setup, contender, rows, draw, device, journal.position.current, should_stop, on_epoch)
             classifier = Classifier(fitted.body, fitted.head, target.inputs, target.class_names)
             advice = FEWER if contender.recipe is None else SMALLER
@@ -204,15 +208,31 @@ def _decided(
     if made is None:
         start, target, train = contender.start, contender.target, torch.from_numpy(rows.train)
         seed, name = setup.config.draws.seed + draw, start.architecture["name"]
+        limit, began = time_to_choose(setup, journal.position), time.monotonic()
+        candidates = candidates_of(recipe, published=is_published(name), images=len(train), many=limit is not None)
         choice = choose(
             body(start, seed).to(device), target.inputs, Part(target.examples, train), target.labels[train],
-            len(target.class_names), candidates_of(recipe, published=is_published(name), images=len(train)),
-            groups=target.groups[rows.train], seed=seed, should_stop=should_stop, on_candidate=on_candidate,
+            len(target.class_names), candidates, groups=target.groups[rows.train], seed=seed, seconds=limit,
+            should_stop=should_stop, on_candidate=on_candidate,
         )  # fmt: skip
         made = {"table": choice.table, **{k: getattr(choice.recipe, k) for k in SETTLED}}
+        if limit is not None:
+            made["seconds"] = round(time.monotonic() - began, 3)
         journal.choice(len(journal.position.fits), made)
     picked = dataclasses.replace(recipe, **{k: made[k] for k in SETTLED if k in made})
     return contender._replace(recipe=picked)
+
+
+def time_to_choose(setup: Setup, position: Position) -> float | None:
+    """Seconds for the next choice: an equal share, among the choices that are still to be made, of what is left of
+    `--auto`. None without it."""
+    if setup.config.auto is None:
+        return None
+    spent = sum(row["seconds"] for row in setup.ranked)
+    spent += sum(fit["chosen"]["seconds"] for fit in position.fits if "chosen" in fit)
+    recipes = [fit.contender.recipe for fit in setup.fits[len(position.fits) :]]
+    left = sum(recipe is not None and recipe.trains == CHOSEN for recipe in recipes)
+    return max(0.0, 60 * setup.config.auto - spent) / left
 
 
 def _fit(

@@ -54,6 +54,15 @@ class Progress:
             shown = "".join(f" · {name.replace('_', ' ')} {value}" for name, value in figures.items())
             print(f"{self.label} {done}/{self.total}{shown} · {self._left()} left", file=self.file, flush=True)
 
+    def expect(self, total: int, done: int) -> None:
+        """There is another number of units than was thought, and of those before as many are finished."""
+        if total != self.total:
+            self.first += done - self.done
+            self.total, self.done, self.every = total, done, max(1, total // 20)
+            if self.bar is not None:
+                self.bar.total, self.bar.n = total, done
+                self.bar.refresh()
+
     def say(self, line: str) -> None:
         """A line that stays, above the bar where there is one."""
         if self.bar is not None:

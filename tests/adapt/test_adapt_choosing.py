@@ -113,7 +113,7 @@ def test_a_candidate_whose_loss_is_not_finite_is_none(monkeypatch: pytest.Monkey
     head, full = (dataclasses.replace(RECIPE, strategy=strategy) for strategy in ("head", "full"))
     made = choose(body(), INPUTS, Part(images, torch.arange(30)), labels, 3, [full, head], groups=ALONE[:30], seed=0)
     assert made.recipe.trains == "head" and made.table[0]["loss"] is None
-    assert report.candidate(made.table[0]) == "full at 0.003 diverged"
+    assert report.candidate(made.table[0]) == "full at 0.003, 6 epochs: diverged"
 
 
 def test_published_weights_move_as_was_asked_for_or_by_a_recipe_of_their_own() -> None:

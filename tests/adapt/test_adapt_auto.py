@@ -1,0 +1,369 @@
+"""`--auto MINUTES`: the start by its features, then strategy and rate by cross-validation, as long as there is time."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import signal
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from adapting import put, result_of
+from torch import Tensor, nn
+
+from metaft import adapt
+from metaft.config import AdaptConfig, read_toml
+from metaft.finetune import choose as choosing
+from metaft.finetune import ranking, report, study
+from metaft.finetune.choose import Choice, candidates_of, choose
+from metaft.finetune.contenders import Images
+from metaft.finetune.examples import Part
+from metaft.finetune.fit import Fitted
+from metaft.finetune.setup import prepared
+from metaft.finetune.study import Position, time_to_choose
+from metaft.inputs import ImageInputs
+from metaft.settings import Recipe
+from metaft.starts import names
+from metaft.targets import Target
+
+Text = pytest.CaptureFixture[str]
+
+
+@pytest.fixture
+def at_hand(runs: dict[str, Path], in_tmp: Path) -> Path:
+    """A folder with nothing in it but two runs that fit, under runs/."""
+    put(runs["maml"], in_tmp / "runs/one", age=100)
+    put(runs["protonet"], in_tmp / "runs/two", age=50)
+    return in_tmp
+
+
+def auto(data: Path, *more: str, minutes: float = 5, out: str = "out") -> list[str]:
+    argv = ["--data", f"folder:{data}", "--auto", str(minutes), "--epochs", "2", "--batch-size", "7", "--no-probe"]
+    return [*argv, *more, "--out", out]
+
+
+def test_it_chooses_the_start_and_how_it_trains(at_hand: Path, data: Path, capsys: Text) -> None:
+    assert adapt.main(auto(data)) == 0
+    result = result_of(at_hand / "out")
+    ranked = result["ranked"]
+    assert {Path(row["start"]).name for row in ranked} == {"one", "two"}
+    assert [ranking.worth(row) for row in ranked] == sorted(map(ranking.worth, ranked), reverse=True)
+    assert result["init"] == ranked[0]["start"] and result["auto"] == 5
+    made = result["starts"][0]["chosen"]
+    strategies = ["head", "head", "full", "full", "full", "lp-ft", "last:blocks=2"]
+    assert [row["strategy"] for row in made["table"]] == strategies
+    assert made["seconds"] > 0 and not any("late" in row for row in made["table"])
+    text = (at_hand / "out/report.txt").read_text()
+    assert f"start: {ranked[0]['shown']}, the best of 2 by a probe in 5 folds on the training images (" in text
+    assert "the first that is within a standard error of the best (head at 0.003, 2 epochs: " in text
+    assert read_toml(at_hand / "out/config.toml")["strategy"] == "chosen"
+    assert "features of " in capsys.readouterr().err
+
+
+def test_a_start_that_is_named_is_not_chosen(at_hand: Path, data: Path, runs: dict[str, Path]) -> None:
+    assert adapt.main(auto(data, "--init", str(runs["maml"]), "--lr", "0.01")) == 0
+    result = result_of(at_hand / "out")
+    assert result["ranked"] == [] and result["init"] == str(runs["maml"])
+    tried = [(row["strategy"], row["lr"]) for row in result["starts"][0]["chosen"]["table"]]
+    assert tried == [(strategy, 0.01) for strategy in ("head", "full", "lp-ft", "last:blocks=2")], "each once"
+
+
+def test_no_image_of_the_test_part_is_read_before_the_choice(
+    at_hand: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: set[int] = set()
+    allowed: set[int] = set()
+
+    class Guarded:
+        def __init__(self, whole: Tensor) -> None:
+            self.whole = whole
+
+        def __getattr__(self, name: str) -> Any:  # shape, and what a digest is made of
+            return getattr(self.whole, name)
+
+        def __len__(self) -> int:
+            return len(self.whole)
+
+        def __getitem__(self, rows: Tensor) -> Tensor:
+            wanted = set(torch.as_tensor(rows).flatten().tolist())
+            assert not allowed or wanted <= allowed, "an image that is not for training was read"
+            read.update(wanted)
+            return self.whole[rows]
+
+    of, fit, kept = Images.of, study.fit, {}
+
+    def guarded(self: Images, start: Any) -> Target:
+        target = of(self, start)
+        if not isinstance(target.examples, Guarded):
+            _ = target.groups
+            allowed.update(target.rows(shots_per_class=6, seed=1, validate=False).train.tolist())
+            groups = target.groups
+            target = dataclasses.replace(target, examples=Guarded(target.examples))
+            object.__setattr__(target, "groups", groups)
+        return kept.setdefault(start.name, target)
+
+    def lifted(*args: Any, **more: Any) -> Fitted:
+        assert read == allowed != set(), "all that trains has been looked at, and nothing else"
+        allowed.clear()
+        monkeypatch.setattr(study, "fit", fit)
+        return fit(*args, **more)
+
+    monkeypatch.setattr(Images, "of", guarded)
+    monkeypatch.setattr(study, "fit", lifted)
+    assert adapt.main(auto(data, "--shots-per-class", "6", "--seed", "1")) == 0
+    assert not allowed, "the guard was lifted by the first fit after the choice"
+
+
+def data_of() -> tuple[Part, Tensor]:
+    labels = torch.arange(30) % 3
+    images = torch.from_numpy(np.random.default_rng(0).integers(0, 60, (30, 1, 4, 4)).astype(np.uint8))
+    return Part(images, torch.arange(30)), labels
+
+
+def body() -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(16, 8))
+
+
+def chosen_of(candidates: list[Recipe], seconds: float | None, classes: int = 3, **more: Any) -> Choice:
+    part, labels = data_of()
+    labels = labels if classes else labels.double()
+    return choose(
+        body(), ImageInputs(1, 4, 4), part, labels, classes, candidates, groups=np.arange(30), seed=0, seconds=seconds,
+        **more,
+    )  # fmt: skip
+
+
+def named(count: int) -> list[Recipe]:
+    return [Recipe(strategy="full", lr=1e-3 * (i + 1), epochs=2) for i in range(count)]
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """What the choice takes for the time, in seconds."""
+    now = [0.0]
+    monkeypatch.setattr(choosing, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
+    return now
+
+
+def with_figures(
+    monkeypatch: pytest.MonkeyPatch, of: Callable[[float, int], float], passes: Callable[..., None]
+) -> None:
+    """Fits whose accuracy on validation images (and whose loss, of numbers) is given by rate and number of the fold."""
+    folds: dict[float, int] = {}
+
+    def fit(*args: Any, should_stop: Callable[[], None], **more: Any) -> Fitted:
+        rate = args[5].lr
+        fold = folds[rate] = folds.get(rate, -1) + 1
+        passes(rate, should_stop)
+        figure = of(rate, fold % 5)
+        return Fitted(
+            body(), nn.Linear(8, 3), [{"epoch": 1.0, "loss": 1.0, "val_loss": figure, "val_accuracy": figure}]
+        )
+
+    monkeypatch.setattr(choosing, "fit", fit)
+
+
+def test_what_cannot_be_done_in_time_is_given_up_after_a_fold(
+    monkeypatch: pytest.MonkeyPatch, clock: list[float]
+) -> None:
+    began: list[float] = []
+
+    def passes(rate: float, should_stop: Callable[[], None]) -> None:
+        began.append(rate)
+        clock[0] += 10 if rate < 2.5e-3 else 1
+
+    with_figures(monkeypatch, lambda rate, fold: rate, passes)
+    made = chosen_of(named(3), 70)
+    assert [row.get("late", False) for row in made.table] == [False, True, False]
+    assert began == pytest.approx([1e-3] * 5 + [2e-3] + [3e-3] * 5), "the third is fast enough"
+    assert made.table[1]["loss"] is None and made.recipe.lr == pytest.approx(3e-3)
+    assert report.candidate(made.table[1]) == "full at 0.002, 2 epochs: no time"
+
+
+def test_the_first_has_all_the_time_it_needs_and_another_is_stopped_within_a_fold(
+    monkeypatch: pytest.MonkeyPatch, clock: list[float]
+) -> None:
+    steps = [0]
+
+    def passes(rate: float, should_stop: Callable[[], None]) -> None:
+        for _ in range(4):
+            clock[0] += 1
+            should_stop()
+            steps[0] += 1
+
+    with_figures(monkeypatch, lambda rate, fold: rate, passes)
+    made = chosen_of(named(3), 3)
+    assert [row.get("late", False) for row in made.table] == [False, True, True] and steps[0] == 20
+    clock[0], steps[0] = 0.0, 0
+    made = chosen_of(named(2), 22)
+    assert steps[0] == 22 and made.table[1]["late"], "the third step would have been beyond"
+
+
+@pytest.mark.parametrize("classes", [3, 0])
+def test_it_is_the_first_within_a_standard_error_of_the_best(monkeypatch: pytest.MonkeyPatch, classes: int) -> None:
+    """By hand from its definition, over tables of random figures by fold."""
+    picked = set()
+    for trial in range(12):
+        means = np.array([[0.5], [0.55], [0.6], [0.58]])
+        figures = np.random.default_rng(trial).normal(means if classes else 1 - means, 0.08, (4, 5))
+        with_figures(monkeypatch, lambda rate, fold, f=figures: f[round(1e3 * rate) - 1, fold], lambda *_: None)
+        made = chosen_of(named(4), 1e9, classes)
+        worth = figures if classes else -figures
+        best = int(worth.mean(1).argmax())
+        for first in range(best + 1):
+            less = worth[best] - worth[first]
+            if less.mean() <= less.std(ddof=1) / math.sqrt(5):
+                break
+        assert made.recipe.lr == pytest.approx(1e-3 * (first + 1))
+        assert chosen_of(named(4), None, classes).recipe.lr == pytest.approx(1e-3 * (best + 1)), "of chosen, the best"
+        picked.add((first, best))
+    assert any(first < best for first, best in picked) and any(first == best for first, best in picked)
+
+
+def test_a_diverged_one_is_never_within_an_error_of_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
+    from metaft.errors import NonFiniteError
+
+    def passes(rate: float, should_stop: Callable[[], None]) -> None:
+        if rate < 1.5e-3:
+            raise NonFiniteError("epoch 1: nan")
+
+    with_figures(monkeypatch, lambda rate, fold: 0.5, passes)
+    assert chosen_of(named(3), 1e9).recipe.lr == pytest.approx(2e-3)
+
+
+def test_further_candidates_move_published_weights_more() -> None:
+    few, many = (candidates_of(Recipe(), published=True, images=40, many=wanted) for wanted in (False, True))
+    assert many[: len(few)] == few
+    assert [(r.strategy, r.lr, r.epochs, r.schedule, r.clip_norm) for r in many[len(few) :]] == [
+        ("lp-ft:share=0.9,rise=0.05", 1e-4, 240, None, 1.0),
+        ("lp-ft:rise=0.2", 1e-3, 24, "cosine", 1.0),
+        ("last:blocks=2", 1e-3, 12, "cosine", 1.0),
+        ("full", 1e-4, None, "cosine", 1.0),
+    ]
+    one = candidates_of(Recipe(epochs=3, schedule="linear"), published=True, images=40, many=True)
+    assert all(r.epochs == 3 and r.schedule == "linear" for r in one[2:])
+    assert len(one) == len(set(one)) == 7, "two that differ by their epochs alone are one"
+
+
+def test_the_time_is_shared_by_the_choices_that_are_left(data: Path, runs: dict[str, Path]) -> None:
+    config = AdaptConfig(init=str(runs["maml"]), data=f"folder:{data}", auto=2.0, seeds=3, epochs=1, probe=False)
+    setup = prepared(config, None, "seed")
+    assert time_to_choose(setup, Position()) == pytest.approx(40)
+    ranked = setup._replace(ranked=({"seconds": 20.0}, {"seconds": 10.0}))
+    assert time_to_choose(ranked, Position()) == pytest.approx(30)
+    assert time_to_choose(ranked, Position(({"chosen": {"seconds": 80.0}}, {}))) == pytest.approx(5)
+    assert time_to_choose(ranked, Position(({"chosen": {"seconds": 900.0}}, {}))) == 0
+    plain = setup._replace(config=dataclasses.replace(setup.config, auto=None))
+    assert time_to_choose(plain, Position()) is None
+
+
+def test_half_of_the_time_is_for_starts(
+    at_hand: Path, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: Text
+) -> None:
+    now = [0.0]
+    real = ranking.measured
+
+    def slow(*args: Any, **more: Any) -> dict[str, Any]:
+        now[0] += 40
+        return {**real(*args, **more), "seconds": 40.0}
+
+    monkeypatch.setattr(ranking, "time", types.SimpleNamespace(monotonic=lambda: now[0], perf_counter=lambda: 1.0))
+    monkeypatch.setattr(ranking, "measured", slow)
+    monkeypatch.setattr(ranking, "_pace", lambda *_: 1.0)
+    config = AdaptConfig(data=f"folder:{data}", auto=1.0, epochs=1)
+    assert [Path(row["start"]).name for row in prepared(config, None, "seed").ranked] == ["two"], "the newest run"
+    assert "no time to look at " in capsys.readouterr().err
+    assert len(prepared(dataclasses.replace(config, auto=1.5), None, "seed").ranked) == 2
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_resume_ranks_nothing_again(
+    when: str, at_hand: Path, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: Text
+) -> None:
+    """Stopped in the choice or after it, the run goes on with the start that it has."""
+
+    def stopping(*args: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        if when == "before":
+            patch.setattr(study, "candidates_of", lambda *a, **k: (stopping(), candidates_of(*a, **k))[1])
+        else:
+            patch.setattr(study.Journal, "choice", lambda *a: (real(*a), stopping())[0])
+        real = study.Journal.choice if when == "before" else REAL_CHOICE
+        assert adapt.main(auto(data)) == 143
+    monkeypatch.setattr("metaft.finetune.setup.ranked", lambda *_, **__: pytest.fail("ranked again"))
+    if when == "after":
+        monkeypatch.setattr(study, "choose", lambda *_, **__: pytest.fail("chosen again"))
+    assert adapt.main(["--resume", "out"]) == 0
+    result = result_of(at_hand / "out")
+    assert len(result["ranked"]) == 2 and result["init"] == result["ranked"][0]["start"]
+
+
+REAL_CHOICE = study.Journal.choice
+
+
+def test_without_a_test_part_it_says_what_the_start_was_chosen_on(at_hand: Path, data: Path) -> None:
+    assert adapt.main(auto(data / "train", "--seeds", "1")) == 0
+    notes = result_of(at_hand / "out")["notes"]
+    assert any(
+        note.startswith("one start is chosen for all folds, on images that each of them may test") for note in notes
+    )
+    assert adapt.main(auto(data, out="with")) == 0
+    assert not any("one start is chosen" in note for note in result_of(at_hand / "with")["notes"])
+
+
+def test_numbers_have_no_ranking(at_hand: Path, data: Path) -> None:
+    table = at_hand / "labels.csv"
+    files = sorted((data / "train").rglob("*.png"))
+    table.write_text("path,label\n" + "".join(f"{file},{i}\n" for i, file in enumerate(files)))
+    argv = ["--data", f"csv:{table}", "--loss", "mse", "--auto", "5", "--epochs", "2", "--no-probe", "--out", "out"]
+    assert adapt.main(argv) == 0
+    result = result_of(at_hand / "out")
+    assert result["ranked"] == [] and Path(result["init"]).name == "two", "the newest"
+    assert len(result["starts"][0]["chosen"]["table"]) == 7
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--strategy", "head"], "auto: the strategy is chosen, and head is given (--strategy or --freeze)"),
+        (["--freeze", "backbone"], "auto: the strategy is chosen, and head is given (--strategy or --freeze)"),
+        (["--method", "inner"], "auto: --method inner has no such setting (given 5.0)"),
+        (["--data", "glyphs:Hebrew"], "auto: nothing at hand takes images of shape [1, 28, 28]"),
+        (["--auto", "0"], "auto must be above 0, got 0.0"),
+    ],
+)
+def test_what_contradicts_it_is_said(argv: list[str], said: str, data: Path, in_tmp: Path, capsys: Text) -> None:
+    given = ["--data", f"folder:{data}", "--auto", "5", "--out", "out"]
+    assert adapt.main([*given, *argv]) == 2
+    assert said in capsys.readouterr().err and os.listdir(in_tmp) == []
+
+
+def test_a_signal_while_starts_are_looked_at_leaves_nothing(
+    at_hand: Path, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: Text
+) -> None:
+    monkeypatch.setattr(ranking, "measured", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
+    assert adapt.main(auto(data)) == 143
+    assert "stopped; nothing was written" in capsys.readouterr().err and os.listdir(at_hand) == ["runs"]
+
+
+def test_packaged_weights_are_looked_at_before_runs(
+    runs: dict[str, Path], in_tmp: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where time is short the likeliest start is known."""
+    put(runs["colour"], in_tmp / "runs/colour", age=1)
+    asked = []
+    monkeypatch.setattr(names, "is_installed", lambda name: True)
+    monkeypatch.setattr(ranking, "other", lambda name, *_: asked.append(name) or types.SimpleNamespace(name=name))
+    monkeypatch.setattr(ranking, "_fitting", lambda start, *_: start)
+    monkeypatch.setattr(ranking.dataclasses, "replace", lambda start, name: start)
+    images: Any = types.SimpleNamespace(shape=([3, 8, 8], True))
+    ranking.at_hand(images, "auto")
+    assert asked == [*names.PACKAGED, str((in_tmp / "runs/colour").absolute())]
