@@ -94,7 +94,10 @@ def study(
                 journal.epoch(number, tag, state)
                 progress(number, state["curve"][-1], passes)
 
-            fitted = _fit(setup, contender, rows, draw, device, journal.position.current, should_stop, on_epoch)
+            begun = journal.position.current
+            fitted = fit_one(
+                setup, contender, rows, draw, device, resume=begun, should_stop=should_stop, on_epoch=on_epoch
+            )
             classifier = Classifier(fitted.body, fitted.head, target.inputs, target.class_names)
             advice = FEWER if contender.recipe is None else SMALLER
             stays = contender.probe or (contender.recipe is not None and contender.recipe.trains == "head")
@@ -235,16 +238,18 @@ def time_to_choose(setup: Setup, position: Position) -> float | None:
     return max(0.0, 60 * setup.config.auto - spent) / left
 
 
-def _fit(
+def fit_one(
     setup: Setup,
     contender: Contender,
     rows: Rows,
     draw: int,
     device: str,
-    resume: Mapping[str, Any] | None,
-    should_stop: Callable[[], None],
-    on_epoch: Callable[[Mapping[str, Any]], None],
+    *,
+    resume: Mapping[str, Any] | None = None,
+    should_stop: Callable[[], None] = lambda: None,
+    on_epoch: Callable[[Mapping[str, Any]], None] | None = None,
 ) -> Fitted:
+    """A contender fitted to the images of one draw, as its recipe says, which chooses nothing any more."""
     config, start, target, recipe = setup.config, contender.start, contender.target, contender.recipe
     seed = config.draws.seed + draw
     train, val = torch.from_numpy(rows.train), torch.from_numpy(rows.val)
