@@ -98,10 +98,10 @@ def choose(
     all its epochs: the one at which the loss is lowest may be among the first, of a head that has learned little.
     `on_candidate` is told of each row of the table.
 
-    With so many `seconds` the candidates after the first are tried as long as there is time, and one whose first folds
-    say that there is not is given up. Since the best of many is partly the luckiest, it is the first candidate then
-    that is no worse than the best by more than one standard error of their paired difference over the folds (Breiman et
-    al. 1984, section 3.4.3).
+    With so many `seconds` the candidates after the first are tried as long as there is time. One is given up where the
+    last fold of its strategy, its own or another's, says that its folds will not all be done. Since the best of many is
+    partly the luckiest, it is the first candidate then that is no worse than the best by more than one standard error
+    of their paired difference over the folds (Breiman et al. 1984, section 3.4.3).
 
     Examples of one of `groups`, int64 [n], are duplicates and stay in one fold. A candidate whose loss is not finite is
     none. With fewer than `FOLDS` images of a class, duplicates aside, it is the first candidate as it is. Without
@@ -120,9 +120,10 @@ def choose(
             features = features_of(body, Prepared(examples, inputs, like_of(body)))
     table: list[dict[str, Any]] = []
     by_fold: list[np.ndarray] = []  # [FOLDS, figures], of candidates that were judged
+    paces: dict[str, float] = {}  # seconds per epoch of a fold, by strategy
     sizes = np.array([[len(test)] for _, test in parts])
     for candidate in candidates:
-        first_fold, ends, late = time.monotonic(), [], False
+        ends, late = [], False
         limit = math.inf if seconds is None or not table else began + seconds
 
         def stop(limit: float = limit) -> None:
@@ -133,8 +134,9 @@ def choose(
         for train, test in parts:
             rows, val = torch.from_numpy(train), torch.from_numpy(test)
             try:
-                per_fold = (time.monotonic() - first_fold) / max(1, len(ends))
-                if time.monotonic() + (per_fold * (FOLDS - len(ends)) if ends else 0) > limit:
+                began_fold = time.monotonic()
+                needed = paces.get(candidate.trains, 0.0) * candidate.passes * (FOLDS - len(ends))
+                if began_fold + needed > limit:
                     raise _OutOfTime
                 fitted = fit(
                     body, inputs, Part(examples.whole, examples.rows[rows]), labels[rows], classes,
@@ -147,6 +149,7 @@ def choose(
             except _OutOfTime:
                 late = True
                 break
+            paces[candidate.trains] = (time.monotonic() - began_fold) / candidate.passes
             ends.append([len(val) * fitted.curve[-1][of] for of in figures])
         table.append(_figures(candidate, ends, len(labels)) | ({"late": True} if late else {}))
         by_fold.append(np.array(ends) / sizes[: len(ends)] if ends else np.empty((0, len(figures))))

@@ -176,14 +176,20 @@ def test_what_cannot_be_done_in_time_is_given_up_after_a_fold(
 
     def passes(rate: float, should_stop: Callable[[], None]) -> None:
         began.append(rate)
-        clock[0] += 10 if rate < 2.5e-3 else 1
+        clock[0] += {1: 1, 2: 10, 3: 1, 4: 2}[round(1e3 * rate)]
 
     with_figures(monkeypatch, lambda rate, fold: rate, passes)
-    made = chosen_of(named(3), 70)
-    assert [row.get("late", False) for row in made.table] == [False, True, False]
-    assert began == pytest.approx([1e-3] * 5 + [2e-3] + [3e-3] * 5), "the third is fast enough"
+    kinds = ("head", "full", "last:blocks=2", "full")
+    candidates = [dataclasses.replace(recipe, strategy=kind) for recipe, kind in zip(named(4), kinds, strict=True)]
+    made = chosen_of(candidates, 40)
+    assert [row.get("late", False) for row in made.table] == [False, True, False, True]
+    assert began == pytest.approx([1e-3] * 5 + [2e-3] + [3e-3] * 5), "full took 10 s, so it is not tried again"
     assert made.table[1]["loss"] is None and made.recipe.lr == pytest.approx(3e-3)
     assert report.candidate(made.table[1]) == "full at 0.002, 2 epochs: no time"
+    clock[0], began[:] = 0.0, []
+    longer = dataclasses.replace(candidates[0], lr=3e-3, epochs=20)
+    assert chosen_of([candidates[0], longer], 40).table[1]["late"] and len(began) == 5, "5 s for 2 epochs, 50 for 20"
+    assert "late" not in chosen_of([candidates[0], dataclasses.replace(longer, epochs=4)], 100).table[1]
 
 
 def test_the_first_has_all_the_time_it_needs_and_another_is_stopped_within_a_fold(
@@ -198,10 +204,11 @@ def test_the_first_has_all_the_time_it_needs_and_another_is_stopped_within_a_fol
             steps[0] += 1
 
     with_figures(monkeypatch, lambda rate, fold: rate, passes)
-    made = chosen_of(named(3), 3)
+    kinds = [dataclasses.replace(r, strategy=s) for r, s in zip(named(3), ("head", "full", "lp-ft"), strict=True)]
+    made = chosen_of(kinds, 3)
     assert [row.get("late", False) for row in made.table] == [False, True, True] and steps[0] == 20
     clock[0], steps[0] = 0.0, 0
-    made = chosen_of(named(2), 22)
+    made = chosen_of(kinds[:2], 22)
     assert steps[0] == 22 and made.table[1]["late"], "the third step would have been beyond"
 
 
