@@ -137,6 +137,11 @@ def _resume(folder: RunFolder, config: AdaptConfig | None, module: nn.Module | N
         begun = len(position.fits) + (position.current is not None)
         folds = before.get("folds", 1)
         draws = -(-(begun - (folds > 1)) // (len(before["starts"]) * folds))
+        if settled.auto is not None and settled.draws.seeds != recorded.draws.seeds:
+            raise MetaftError(
+                f"seeds: the draws of a run share the minutes of --auto, and {path} was started with "
+                f"{recorded.draws.seeds}, given {settled.draws.seeds}"
+            )
         if settled.draws.seeds < draws:
             raise MetaftError(f"seeds must be at least the {draws} already begun, got {settled.draws.seeds}")
         print(f"resuming {path} after {len(position.fits)} fits and {len(position.rows)} epochs", file=sys.stderr)

@@ -26,7 +26,7 @@ def python_with(word: str) -> str:
 
 def test_the_lines_about_a_classifier_run(in_tmp: Path) -> None:
     write_folder(in_tmp / "data")
-    adapt.run(AdaptConfig(init="none", data="folder:data/test", epochs=1, out="runs/adapt-PATH-0"))
+    adapt.run(AdaptConfig(init="none", data="folder:data/test", epochs=1, out="runs/mine"))
     pictures = sorted((in_tmp / "data" / "test" / "class10").iterdir())
     for name in ("a.png", "b.png"):
         shutil.copy(pictures.pop(), name)

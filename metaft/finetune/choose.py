@@ -90,13 +90,15 @@ def choose(
     groups: np.ndarray,
     seed: int,
     seconds: float | None = None,
+    known: Sequence[Mapping[str, Any]] = (),
     should_stop: Callable[[], None] = lambda: None,
-    on_candidate: Callable[[Mapping[str, Any]], None] = lambda row: None,
+    on_candidate: Callable[[Mapping[str, Any], list[list[float]]], None] = lambda row, by_fold: None,
 ) -> Choice:
     """The candidate that is most often right in a stratified 5-fold cross-validation of these examples; the first of
     those that are alike. Where `labels` are numbers (`classes` 0) it is that of the lowest loss. Each is judged after
     all its epochs: the one at which the loss is lowest may be among the first, of a head that has learned little.
-    `on_candidate` is told of each row of the table.
+    `on_candidate` is told of each row of the table, with the figures of each fold that was done; what it was told of
+    the first candidates, as {"row": ..., "by_fold": ...}, is not computed again where it is `known`.
 
     With so many `seconds` the candidates after the first are tried as long as there is time. One is given up where the
     last fold of its strategy, its own or another's, says that its folds will not all be done. Since the best of many is
@@ -118,11 +120,11 @@ def choose(
     if takes_alone(body):  # and is the same start for every fold of every candidate
         with evaluating(body):
             features = features_of(body, Prepared(examples, inputs, like_of(body)))
-    table: list[dict[str, Any]] = []
-    by_fold: list[np.ndarray] = []  # [FOLDS, figures], of candidates that were judged
+    table: list[dict[str, Any]] = [dict(each["row"]) for each in known]
+    by_fold = [np.array(each["by_fold"]).reshape(-1, len(figures)) for each in known]  # [FOLDS, figures] where judged
     paces: dict[str, float] = {}  # seconds per epoch of a fold, by strategy
     sizes = np.array([[len(test)] for _, test in parts])
-    for candidate in candidates:
+    for candidate in candidates[len(table) :]:
         ends, late = [], False
         limit = math.inf if seconds is None or not table else began + seconds
 
@@ -152,10 +154,10 @@ def choose(
             paces[candidate.trains] = (time.monotonic() - began_fold) / candidate.passes
             ends.append([len(val) * fitted.curve[-1][of] for of in figures])
         table.append(_figures(candidate, ends, len(labels)) | ({"late": True} if late else {}))
-        by_fold.append(np.array(ends) / sizes[: len(ends)] if ends else np.empty((0, len(figures))))
-        on_candidate(table[-1])
+        by_fold.append(np.array(ends).reshape(-1, len(figures)) / sizes[: len(ends)])
+        on_candidate(table[-1], by_fold[-1].tolist())
     best = max(range(len(table)), key=lambda i: (_worth(table[i]), -i))
-    if seconds is not None:
+    if seconds is not None and len(by_fold[best]) == FOLDS:
         best = next(i for i in range(best + 1) if _as_good(by_fold[i], by_fold[best], classes))
     chosen = dataclasses.replace(candidates[best], epochs=table[best]["epochs"])
     return Choice(chosen, tuple(table))

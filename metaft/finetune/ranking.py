@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -37,6 +37,7 @@ def at_hand(
     `field`, for one that cannot be had or does not fit the images, and where there is none."""
     shape, any_size = images.shape
     asked, others = [*named], []
+    wanted = {names.named_in_full(name) for name in named}
     if not only:
         runs, others = runs_at_hand(shape, any_size=any_size)
         if shape[0] == 3 and any_size:
@@ -44,15 +45,25 @@ def at_hand(
         asked += [str(local(path).absolute()) for _, path in sorted(runs, reverse=True)]
     if not asked:
         why = f" ({'; '.join(others)})" if others else ""
+        install = "install the extra vision, " if shape[0] == 3 else ""
         raise MetaftError(
-            f"{field}: nothing at hand takes images of shape {shape}{why}; install the extra vision, make a run with "
+            f"{field}: nothing at hand takes images of shape {shape}{why}; {install}make a run with "
             f"python -m metaft.meta_train, or name {'some with --starts' if field == 'starts' else 'one with --init'}"
         )
+    for why in others:
+        print(f"left out: {why}", file=sys.stderr)
     settings = StartSettings(image_size=image_size)
     opened: dict[str, Start] = {}
     for name in asked:
-        start = _fitting(other(name, images, settings, field), images, field)
-        opened.setdefault(names.named_in_full(name), dataclasses.replace(start, name=names.named_in_full(name)))
+        full = names.named_in_full(name)
+        try:
+            start = _fitting(other(name, images, settings, field), images, field)
+        except MetaftError as error:
+            if full in wanted or len(asked) == 1:
+                raise
+            print(f"left out: {error}", file=sys.stderr)
+            continue
+        opened.setdefault(full, dataclasses.replace(start, name=full))
     return [*opened.values()]
 
 
@@ -61,7 +72,8 @@ def _fitting(start: Start, images: Images, field: str) -> Start:
     try:
         images.of(start)
     except MetaftError as error:
-        raise type(error)(f"{field}: {str(error).removeprefix('init: ')}") from None
+        why = str(error).removeprefix("init: ").removeprefix("data: ")
+        raise type(error)(f"{field}: {places.shown(start.name)} does not fit: {why}") from None
     return start
 
 
@@ -132,9 +144,13 @@ def ranked(
     shots_per_class: int | None,
     seed: int,
     seconds: float | None = None,
+    named: Collection[str] = (),
 ) -> list[dict[str, Any]]:
     """`measured` of each, the best first. After so many `seconds` no further one is looked at; lines on stderr say
-    which are looked at, and which are not."""
+    which are looked at, and which are not. One whose features are not finite is left out, unless it is `named` or there
+    is no other."""
+    import sklearn.linear_model  # noqa: F401  # whose import is no start's time
+
     began, rows = time.monotonic(), []
     for number, start in enumerate(starts):
         if rows and seconds is not None and time.monotonic() - began > seconds:
@@ -142,7 +158,14 @@ def ranked(
             print(f"no time to look at {left}", file=sys.stderr)
             break
         print(f"features of {places.shown(start.name)}", file=sys.stderr)
-        rows.append(measured(start, images, shots_per_class=shots_per_class, seed=seed))
+        try:
+            rows.append(measured(start, images, shots_per_class=shots_per_class, seed=seed))
+        except NonFiniteError as error:
+            if start.name in {*map(names.named_in_full, named)} or len(starts) == 1:
+                raise
+            print(f"left out: {error}", file=sys.stderr)
+    if not rows:
+        raise NonFiniteError("starts: the features of none are finite")
     rows = [{**row, "shown": names.label_of(row["start"])} for row in rows]
     return sorted(rows, key=worth, reverse=True)
 

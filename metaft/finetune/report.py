@@ -31,6 +31,7 @@ def text(result: Mapping[str, Any]) -> str:
     lines = [f"{what}{val}, {r['test_images']} to test", f"{_how(r)}, from {_init(r)}, in {duration(r['seconds'])}"]
     lines += _ranked(r.get("ranked"))
     lines += _choice(r["starts"][0].get("chosen"), prudent="auto" in r)
+    lines += _other_choices(r.get("choices", ()))
     lines += [f"note: {note}" for note in r["notes"]]
     lines += [f"note: {_row(start)}: {warning}" for start in r["starts"] for warning in start.get("warnings", ())]
     if not r["classes"]:
@@ -54,7 +55,8 @@ def _how(r: Mapping[str, Any]) -> str:
         return f"adapted by {r['inner_steps']} steps of the run's own inner loop{size}"
     chosen = r["starts"][0].get("chosen")
     settled = {**r, **(chosen or {})}
-    how = f"fine-tuned ({r['strategy']}){size} by {r['optimizer']} at {settled['lr']:g}, {r['head']} head"
+    strategy = f"{chosen['strategy']}, chosen" if chosen else r["strategy"]
+    how = f"fine-tuned ({strategy}){size} by {r['optimizer']} at {settled['lr']:g}, {r['head']} head"
     if settled["schedule"] not in (None, "constant"):
         how += f", {settled['schedule']} rate"
     if settled["clip_norm"] is not None:
@@ -87,6 +89,21 @@ def _choice(chosen: Mapping[str, Any] | None, *, prudent: bool = False) -> list[
     rows = map(candidate, chosen["table"])
     rule = ", the first that is within a standard error of the best" if prudent else ""
     return [f"{what}, by 5-fold cross-validation of the training images{rule} ({'; '.join(rows)})"]
+
+
+def _other_choices(choices: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What was chosen for other draws, folds and starts than the first, each by its own images."""
+    if len(choices) < 2:
+        return []
+    said = []
+    for made in choices[1:]:
+        where = f"draw {made['draw'] + 1}"
+        where = where if "fold" not in made else f"fold {made['fold'] + 1} of {where}"
+        late = sum("late" in row for row in made["table"])
+        lacking = f" (no time for {late} others)" if late else ""
+        named = f"{shown(made['start'])}, {where}"
+        said.append(f"{named}: {made['strategy']} at {made['lr']:g}, {made['epochs']} epochs{lacking}")
+    return [f"chosen for others: {'; '.join(said)}"]
 
 
 def candidate(row: Mapping[str, Any]) -> str:

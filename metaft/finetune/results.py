@@ -48,6 +48,8 @@ def result_of(folder: RunFolder, setup: Setup, position: Position, device: str) 
         more: dict[str, Any] = {"shape": list(contender.target.inputs.shape)}
         more["warnings"] = warnings_of(column[0], curve, len(target.class_names))
         entries.append(entry(label, column) | more)
+    if setup.folds > 1 and "chosen" in position.fits[0]:  # of the classifier that is kept, which no fold has
+        entries[0]["chosen"] = position.fits[0]["chosen"]
     gains = [gain(labels[0], label, columns[0], column) for label, column in zip(labels[1:], columns[1:], strict=True)]
     return {
         "command": "adapt",
@@ -71,6 +73,11 @@ def result_of(folder: RunFolder, setup: Setup, position: Position, device: str) 
         "folds": setup.folds,
         "notes": notes(setup, rows),
         "starts": entries,
+        "choices": [
+            {k: fit[k] for k in ("draw", "fold", "start") if k in fit} | dict(fit["chosen"])
+            for fit in position.fits
+            if "chosen" in fit
+        ],
         "gains": gains,
         **(views(entries, gains, draws) if target.class_names else number_views(entries)),
         "seconds": round(seconds(timing), 3),
@@ -185,10 +192,12 @@ def notes(setup: Setup, rows: Rows) -> list[str]:
         )
     said += _duplicates(target, rows)
     if config.recipe is not None and config.recipe.trains != CHOSEN and len(rows.val) == 0:
+        few = "a class has" if target.class_names else "there are"
+        why = f"{few} fewer than {VALIDATION_FROM} images to train on, so"
+        if config.recipe.patience is None:
+            why = "from published weights, unless --patience asks for it,"
         said.append(
-            f"{'a class has' if target.class_names else 'there are'} fewer than {VALIDATION_FROM} images to train on, "
-            "so none are set aside for validation: "
-            f"all images train, for the fixed {config.recipe.passes} epochs"
+            f"{why} none are set aside for validation: all images train, for the fixed {config.recipe.passes} epochs"
         )
     if config.draws.seeds > 1 and not draws_differ(setup):
         said.append(

@@ -108,6 +108,10 @@ def prepared(
         check_numbers(config.recipe)
         targets.check_numbers(config.target.data)
     images = Images(config.target, numbers=numbers)
+    if config.auto is not None and init is None and module is not None:
+        raise MetaftError(
+            "auto: the starts at hand are none of your module; give init='none', or the folder of its run"
+        )
     rows: tuple[Mapping[str, Any], ...] = tuple((begun or {}).get("ranked", ()))
     if init is None and config.auto is not None and not numbers:
         rows = tuple(_ranked(config, images))

@@ -50,7 +50,8 @@ class Position:
     current: Mapping[str, Any] | None = None
     """`fit`'s state after the last epoch of the fit in progress."""
     chosen: Mapping[str, Any] | None = None
-    """What `--strategy chosen` chose for that fit; see `metaft.finetune.choose`."""
+    """What `--strategy chosen` chose for that fit, see `metaft.finetune.choose`, or under "tried" what it knows of the
+    first candidates."""
 
 
 def draws_differ(setup: Setup) -> bool:
@@ -147,7 +148,7 @@ class Journal:
         self._keep(number)
 
     def choice(self, number: int, made: Mapping[str, Any]) -> None:
-        """What was chosen for the fit that is next; a resume does not choose again."""
+        """What was chosen for the fit that is next, or what is known of the candidates; a resume goes on from it."""
         self.position = dataclasses.replace(self.position, chosen=_as_read(made))
         self._keep(number)
 
@@ -208,20 +209,28 @@ def _decided(
     if recipe is None or recipe.trains != CHOSEN:
         return contender
     made = journal.position.chosen
-    if made is None:
+    if made is None or "tried" in made:
         start, target, train = contender.start, contender.target, torch.from_numpy(rows.train)
         seed, name = setup.config.draws.seed + draw, start.architecture["name"]
-        limit, began = time_to_choose(setup, journal.position), time.monotonic()
+        limit, began, number = time_to_choose(setup, journal.position), time.monotonic(), len(journal.position.fits)
+        tried, before = (made["tried"], made["seconds"]) if made else ([], 0.0)
+
+        def candidate(row: Mapping[str, Any], by_fold: list[list[float]]) -> None:
+            nonlocal tried
+            tried = [*tried, {"row": row, "by_fold": by_fold}]
+            journal.choice(number, {"tried": tried, "seconds": before + time.monotonic() - began})
+            on_candidate(row)
+
         candidates = candidates_of(recipe, published=is_published(name), images=len(train), many=limit is not None)
         choice = choose(
             body(start, seed).to(device), target.inputs, Part(target.examples, train), target.labels[train],
             len(target.class_names), candidates, groups=target.groups[rows.train], seed=seed, seconds=limit,
-            should_stop=should_stop, on_candidate=on_candidate,
+            known=tried, should_stop=should_stop, on_candidate=candidate,
         )  # fmt: skip
         made = {"table": choice.table, **{k: getattr(choice.recipe, k) for k in SETTLED}}
         if limit is not None:
-            made["seconds"] = round(time.monotonic() - began, 3)
-        journal.choice(len(journal.position.fits), made)
+            made["seconds"] = round(before + time.monotonic() - began, 3)
+        journal.choice(number, made)
     picked = dataclasses.replace(recipe, **{k: made[k] for k in SETTLED if k in made})
     return contender._replace(recipe=picked)
 
@@ -232,7 +241,8 @@ def time_to_choose(setup: Setup, position: Position) -> float | None:
     if setup.config.auto is None:
         return None
     spent = sum(row["seconds"] for row in setup.ranked)
-    spent += sum(fit["chosen"]["seconds"] for fit in position.fits if "chosen" in fit)
+    choices = [fit.get("chosen") for fit in position.fits] + [position.chosen]
+    spent += sum(made.get("seconds", 0.0) for made in choices if made)
     recipes = [fit.contender.recipe for fit in setup.fits[len(position.fits) :]]
     left = sum(recipe is not None and recipe.trains == CHOSEN for recipe in recipes)
     return max(0.0, 60 * setup.config.auto - spent) / left

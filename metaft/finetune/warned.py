@@ -14,6 +14,10 @@ UNDER = 0.8
 DIVERGED = 1.5
 """The same, above which it learned worse than nothing."""
 
+BY_HEART, SURER = 0.05, 0.15
+"""Where nothing is set aside to validate: the share of the loss of chance below which training images are known by
+heart, and the calibration error on test images from which that is over-fitting."""
+
 OVER = 3.0
 """How many times the training loss a validation loss may be, where it is above half of that of chance."""
 
@@ -67,6 +71,12 @@ def _of_losses(fit: Mapping[str, Any], curve: Sequence[Mapping[str, float]], cha
         yield (
             f"over-fitted: the validation loss is {row['val_loss']:.2f}, the training loss {row['loss']:.2f}; more "
             "images or a strategy that trains less may help"
+        )
+    elif "val_loss" not in row and row["loss"] < BY_HEART * chance and fit.get("calibration_error", 0.0) > SURER:
+        yield (
+            f"over-fitted: the training loss is {row['loss']:.3f}, and on the test images its probabilities are off by "
+            f"{100 * fit['calibration_error']:.0f} points; more images may help, and labels are worth more than how "
+            "sure it is of them"
         )
 
 

@@ -50,7 +50,12 @@ def _shots(r: Mapping[str, Any]) -> str:
 
 
 def _from(first: Mapping[str, Any], r: Mapping[str, Any]) -> str:
-    how = "the run's inner loop" if r["method"] == "inner" else f"strategy {r['strategy']}"
+    if r["method"] == "inner":
+        how = "the run's inner loop"
+    elif "chosen" in first:
+        how = f"strategy {first['chosen']['strategy']}, which was chosen"
+    else:
+        how = f"strategy {r['strategy']}"
     return f"the {called(first)} start by {how}"
 
 

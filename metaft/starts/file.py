@@ -83,7 +83,10 @@ def read(path: str) -> dict[str, Any]:
             f"init: {path} holds more than tensors, which would run code of its own; save module.state_dict() instead"
         ) from None
     except Exception as error:  # whatever a damaged file makes its reader raise
-        raise MetaftError(f"init: {path} cannot be read as weights ({shown_error(error)})") from error
+        raise MetaftError(
+            f"init: {path} cannot be read as weights; it is damaged, or neither safetensors nor what torch.save writes "
+            f"({shown_error(error)})"
+        ) from error
     if not isinstance(held, dict):
         raise MetaftError(f"init: {path} holds a {type(held).__name__}, not tensors by name; save module.state_dict()")
     return held

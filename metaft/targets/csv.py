@@ -59,7 +59,8 @@ def _classes(file: Path, rows: Sequence[tuple[int, Path, str, str]], parts: Sequ
     for part in parts:
         lacking = sorted(set(names) - {label for _, _, label, of in rows if of == part}, key=natural)
         if lacking:
-            raise DataError(f"data: {file}: class {lacking[0]!r} has no row of part {part!r}")
+            hint = "; labels that are to be predicted as numbers want --loss mse" if all(map(_is_number, names)) else ""
+            raise DataError(f"data: {file}: class {lacking[0]!r} has no row of part {part!r}{hint}")
     return names
 
 

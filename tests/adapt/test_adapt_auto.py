@@ -19,12 +19,13 @@ from torch import Tensor, nn
 
 from metaft import adapt
 from metaft.config import AdaptConfig, read_toml
+from metaft.errors import MetaftError, NonFiniteError
 from metaft.finetune import choose as choosing
 from metaft.finetune import ranking, report, study
 from metaft.finetune.choose import Choice, candidates_of, choose
 from metaft.finetune.contenders import Images
 from metaft.finetune.examples import Part
-from metaft.finetune.fit import Fitted
+from metaft.finetune.fit import Fitted, fit
 from metaft.finetune.setup import prepared
 from metaft.finetune.study import Position, time_to_choose
 from metaft.inputs import ImageInputs
@@ -96,7 +97,7 @@ def test_no_image_of_the_test_part_is_read_before_the_choice(
             read.update(wanted)
             return self.whole[rows]
 
-    of, fit, kept = Images.of, study.fit, {}
+    of, kept = Images.of, {}
 
     def guarded(self: Images, start: Any) -> Target:
         target = of(self, start)
@@ -234,8 +235,6 @@ def test_it_is_the_first_within_a_standard_error_of_the_best(monkeypatch: pytest
 
 
 def test_a_diverged_one_is_never_within_an_error_of_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
-    from metaft.errors import NonFiniteError
-
     def passes(rate: float, should_stop: Callable[[], None]) -> None:
         if rate < 1.5e-3:
             raise NonFiniteError("epoch 1: nan")
@@ -289,31 +288,78 @@ def test_half_of_the_time_is_for_starts(
     assert len(prepared(dataclasses.replace(config, auto=1.5), None, "seed").ranked) == 2
 
 
-@pytest.mark.parametrize("when", ["before", "after"])
-def test_a_resume_ranks_nothing_again(
-    when: str, at_hand: Path, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: Text
+@pytest.mark.parametrize("after", [0, 1, 3, 7, 8])
+def test_a_resume_ranks_nothing_again_and_knows_what_was_tried(
+    after: int, at_hand: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Stopped in the choice or after it, the run goes on with the start that it has."""
+    """Stopped before the first candidate, after some of the seven, after all and after the choice."""
+    real, tries, calls = study.Journal.choice, [0], [0]
 
     def stopping(*args: Any) -> None:
-        os.kill(os.getpid(), signal.SIGTERM)
+        real(*args)
+        tries[0] += 1
+        if tries[0] == after:
+            os.kill(os.getpid(), signal.SIGTERM)
 
+    def first(*args: Any, **more: Any) -> list[Recipe]:
+        if after == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return candidates_of(*args, **more)
+
+    def counted(*args: Any, **more: Any) -> Fitted:
+        calls[0] += 1
+        return fit(*args, **more)
+
+    assert adapt.main(auto(data, out="whole")) == 0
     with monkeypatch.context() as patch:
-        if when == "before":
-            patch.setattr(study, "candidates_of", lambda *a, **k: (stopping(), candidates_of(*a, **k))[1])
-        else:
-            patch.setattr(study.Journal, "choice", lambda *a: (real(*a), stopping())[0])
-        real = study.Journal.choice if when == "before" else REAL_CHOICE
+        patch.setattr(study, "candidates_of", first)
+        patch.setattr(study.Journal, "choice", stopping)
         assert adapt.main(auto(data)) == 143
     monkeypatch.setattr("metaft.finetune.setup.ranked", lambda *_, **__: pytest.fail("ranked again"))
-    if when == "after":
-        monkeypatch.setattr(study, "choose", lambda *_, **__: pytest.fail("chosen again"))
+    monkeypatch.setattr(choosing, "fit", counted)
     assert adapt.main(["--resume", "out"]) == 0
+    assert calls[0] == 5 * (7 - min(after, 7)), "five folds of each candidate that was not done"
+    whole, found = (result_of(at_hand / name) for name in ("whole", "out"))
+    assert found["ranked"][0]["start"] == found["init"] == whole["init"]
+    chosen, expected = found["starts"][0]["chosen"], whole["starts"][0]["chosen"]
+    assert {**chosen, "seconds": 0} == {**expected, "seconds": 0}
+    assert (at_hand / "out/classifier.safetensors").read_bytes() == (
+        at_hand / "whole/classifier.safetensors"
+    ).read_bytes()
+
+
+def test_what_was_spent_before_a_stop_counts(data: Path, runs: dict[str, Path]) -> None:
+    config = AdaptConfig(init=str(runs["maml"]), data=f"folder:{data}", auto=2.0, epochs=1, probe=False)
+    tried = Position(chosen={"tried": [], "seconds": 70.0})
+    assert time_to_choose(prepared(config, None, "seed"), tried) == pytest.approx(50)
+
+
+def test_where_all_diverge_the_fit_says_so(at_hand: Path, data: Path, runs: dict[str, Path], capsys: Text) -> None:
+    """As with `--strategy chosen`; nothing is within an error of what has no figures."""
+    wild = ["--init", str(runs["maml"]), "--lr", "1e30", "--optimizer", "sgd:weight_decay=0.1"]
+    assert adapt.main(auto(data, *wild)) == 1
+    assert "loss is" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_every_choice_is_in_the_report_and_the_kept_classifier_s_first(at_hand: Path, data: Path) -> None:
+    assert adapt.main(auto(data / "train")) == 0
     result = result_of(at_hand / "out")
-    assert len(result["ranked"]) == 2 and result["init"] == result["ranked"][0]["start"]
+    whole, *folds = result["choices"]
+    assert [made["fold"] for made in result["choices"]] == ["all", 0, 1, 2]
+    assert result["starts"][0]["chosen"] == {k: v for k, v in whole.items() if k not in ("draw", "fold", "start")}
+    text = (at_hand / "out/report.txt").read_text()
+    said = "; ".join(
+        f"{made['start']}, fold {made['fold'] + 1} of draw 1: {made['strategy']} at {made['lr']:g}, 2 epochs"
+        for made in folds
+    )
+    assert f"chosen for others: {said}" in text
 
 
-REAL_CHOICE = study.Journal.choice
+def test_minutes_that_draws_share_are_for_no_further_draws(at_hand: Path, data: Path, capsys: Text) -> None:
+    assert adapt.main(auto(data, "--init", "runs/one")) == 0
+    assert adapt.main(["--resume", "out", "--seeds", "2"]) == 2
+    said = "seeds: the draws of a run share the minutes of --auto, and out was started with 1, given 2"
+    assert said in capsys.readouterr().err
 
 
 def test_without_a_test_part_it_says_what_the_start_was_chosen_on(at_hand: Path, data: Path) -> None:
@@ -359,6 +405,26 @@ def test_a_signal_while_starts_are_looked_at_leaves_nothing(
     monkeypatch.setattr(ranking, "measured", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
     assert adapt.main(auto(data)) == 143
     assert "stopped; nothing was written" in capsys.readouterr().err and os.listdir(at_hand) == ["runs"]
+
+
+def test_a_run_that_nobody_named_stops_no_ranking(
+    at_hand: Path, data: Path, runs: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: Text
+) -> None:
+    put(runs["maml"], at_hand / "runs/cut", age=10)
+    best = at_hand / "runs/cut/checkpoints/best.safetensors"
+    best.write_bytes(best.read_bytes()[:1000])
+    real = ranking.features_of
+    monkeypatch.setattr(ranking, "features_of", lambda b, x: real(b, x) * (math.nan if next(count) == 0 else 1))
+    count = iter(range(9))
+    config = AdaptConfig(data=f"folder:{data}", auto=1.0, epochs=1)
+    assert [Path(row["start"]).name for row in prepared(config, None, "seed").ranked] == ["one"]
+    said = capsys.readouterr().err
+    assert "left out: runs/cut" in said and "runs/two are not finite" in said
+    count = iter([0])
+    images = Images(config.target)
+    [start] = ranking.at_hand(images, "starts", named=["runs/two"], only=True)
+    with pytest.raises(MetaftError, match="are not finite"):
+        ranking.ranked([start, start], images, shots_per_class=None, seed=0, named=["runs/two"])
 
 
 def test_packaged_weights_are_looked_at_before_runs(

@@ -116,6 +116,11 @@ def test_warnings_name_what_is_wrong_and_are_silent_where_nothing_is() -> None:
     assert said([1, 1, 1, 1], loss=0.1) == ["every test image is predicted to be 'b'"]
     assert said([0, 1, 1, 0], loss=0.1) == ["no test image is predicted to be 'c'"]
     assert said([0, 1, 2, 0], loss=0.9 * chance)[0].startswith("under-fitted: the training loss is 0.99, and that of")
+    assert said([0, 1, 2, 0], loss=0.01) == [], "known by heart, but no surer of others than right"
+    [never, by_heart] = said([0, 1, 1, 0], loss=0.01)
+    assert by_heart.startswith("over-fitted: the training loss is 0.010, and on the test images its probabilities are")
+    assert " 25 points" in by_heart and never.startswith("no test image is predicted")
+    assert len(said([0, 1, 1, 0], loss=0.01, val_loss=0.02)) == 1, "validation says that it is not"
     assert said([0, 1, 2, 0], loss=0.1, val_loss=0.8)[0].startswith("over-fitted: the validation loss is 0.80")
 
 
