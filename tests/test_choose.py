@@ -177,6 +177,17 @@ def test_what_it_writes_and_says(init: Path, data: Path, in_tmp: Path, capsys: T
     assert (trained["train_images"] + trained["val_images"], trained["init"]) == (18, result["recommended"])
 
 
+def test_the_command_that_goes_on_leaves_out_what_was_left_out(
+    init: Path, base: Path, in_tmp: Path, capsys: Text
+) -> None:
+    broken = write_target(base / "broken", {"train": 4, "test": 2})
+    next((broken / "train").rglob("*.png")).write_bytes(b"\x89PNG\r\n\x1a\n cut")
+    argv = ["--data", f"folder:{broken}", "--starts", str(init), "--only", "--shots-per-class", "2"]
+    assert choose.main(argv) == 2
+    assert choose.main([*argv, "--skip-bad"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].endswith(" --shots-per-class 2 --skip-bad")
+
+
 def test_runs_at_hand_take_part_unless_only_some_are_asked_for(init: Path, data: Path, in_tmp: Path) -> None:
     import shutil
 
@@ -232,7 +243,8 @@ BAD = [
     (["--only"], ["only: goes with --starts"]),
     (["--starts", "/none/x"], ["starts: ", "/none/x"]),
     (["--starts", "efficientnet"], ["starts: ", "did you mean 'efficientnet-lite0'"]),
-    (["--starts", "{odd}"], ["starts: ", "takes inputs"]),
+    (["--starts", "{odd}"], ["starts: ", "odd does not fit: ", "takes inputs"]),
+    (["--data", "folder:{single}"], ["data: class 'a' has 1 image", "without a test part needs 2"]),
     (["--data", "folder:/none/x"], ["data: ", "/none/x"]),
     (["--out", "{data}"], ["out: ", "exists already"]),
     (["--shots-per-class", "99"], ["shots_per_class = 99"]),
@@ -253,7 +265,10 @@ def test_bad_input_is_one_line_and_leaves_nothing(
         meta_train.run(dataclasses.replace(sinusoid(odd), iterations=3))
     capsys.readouterr()
     more = [] if "--starts" in argv or not argv else ["--starts", "none"] if "--only" not in argv else []
-    given = [word.format(data=data, odd=odd) for word in argv]
+    single = base / "single"
+    if not single.exists():
+        write_target(single, {".": 1}, classes=("a", "b"))
+    given = [word.format(data=data, odd=odd, single=single) for word in argv]
     assert choose.main(["--data", f"folder:{data}", *more, *given]) == 2
     err = capsys.readouterr().err.splitlines()
     line = err[-1]
