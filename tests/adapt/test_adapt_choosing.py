@@ -193,7 +193,8 @@ def test_the_command_says_what_was_chosen(
     assert result["val_images"] == 0, "all that is drawn trains"
     text = (tmp_path / "o/report.txt").read_text()
     how = text.splitlines()[1]
-    assert how.startswith(f"fine-tuned ({made['strategy']}, chosen) on images of 8x8 by adam at {made['lr']:g}, linear")
+    assert how.startswith(f"fine-tuned ({made['strategy']}, chosen) on images of 8x8 by adam at {made['lr']:g}, ")
+    assert f" at {made['lr']:g}, linear head, batches of 7," in how
     assert f" {made['epochs']} epochs, from" in how and "none are set aside" not in text
     assert f"chosen: {made['strategy']} at {made['lr']:g}, {made['epochs']} epochs, by 5-fold cross-validation" in text
 
