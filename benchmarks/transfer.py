@@ -24,12 +24,10 @@ from scipy.stats import rankdata
 from metaft.config import AdaptConfig
 from metaft.errors import MetaftError
 from metaft.finetune.classifier import Classifier
-from metaft.finetune.contenders import Images
 from metaft.finetune.fit import SMALLER
-from metaft.finetune.ranking import at_hand, measured
-from metaft.finetune.setup import located, prepared, rows_of, shots_of
+from metaft.finetune.ranking import measured
+from metaft.finetune.setup import prepared, rows_of
 from metaft.finetune.study import fit_one, test
-from metaft.settings import TargetSettings
 from metaft.starts import names
 
 SCORES = ("probe", "nearest", "logme", "h_score", "leep")
@@ -78,14 +76,11 @@ def cell(name: str, data: str, shots: int, args: argparse.Namespace) -> list[dic
 
 def one(data: str, shots: int, start: str, seed: int, size: int | None) -> dict[str, Any]:
     """Scores of a start on the images of a draw, and its accuracy on the test part when it was fine-tuned on them."""
-    settings = located(TargetSettings(data=data, shots_per_class=shots))
     size = size if names.takes_size(start) else None
-    images = Images(settings)
-    [opened] = at_hand(images, "starts", named=[start], only=True, image_size=size)
-    scored = measured(opened, images, shots_per_class=shots_of(settings), seed=seed)
     asked = AdaptConfig(init=start, data=data, shots_per_class=shots, seed=seed, image_size=size, probe=False)
     setup = prepared(asked, None, "seed")
     first, rows = setup.contenders[0], rows_of(setup, 0)
+    scored = measured(first.start, first.target, shots_per_class=shots, seed=seed)
     fitted = fit_one(setup, first, rows, 0, "cpu")
     classifier = Classifier(fitted.body, fitted.head, first.target.inputs, first.target.class_names)
     figures = test(classifier, first.target, rows.test, SMALLER, stays=False)

@@ -58,11 +58,12 @@ def run(config: ChooseConfig) -> dict[str, Any]:
     name = f"choose-{file_name(places.typed(config.target.data))}-{config.seed}"
     out = fresh_folder(RUNS / name) if config.out is None else check_new(local(config.out))
     images = Images(target)
-    if shots is None and "all" in images.plain.parts:
-        _ = images.plain.folds  # which metaft.adapt needs there: raises DataError for a class with a single image
     if config.only and not config.starts:
         raise MetaftError("only: goes with --starts START..., and none is given")
     starts = at_hand(images, "starts", named=config.starts, only=config.only, image_size=config.image_size)
+    read = images.of(starts[0])
+    if shots is None and "all" in read.parts:
+        _ = read.folds  # which metaft.adapt needs there: raises DataError for a class with a single image
     with stopped_at_once("stopped; nothing was written"), whole_or_nothing(out) as folder:
         rows = ranked(starts, images, shots_per_class=shots, seed=config.seed, named=config.starts)
         best = rows[0]

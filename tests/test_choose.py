@@ -216,7 +216,7 @@ def test_only_training_images_are_read(init: Path, data: Path, monkeypatch: pyte
     groups = target.groups  # of all of them, by their pixels
     monkeypatch.setattr(Images, "of", lambda *_: dataclasses.replace(target, examples=Watched(target.examples)))
     monkeypatch.setattr(Target, "groups", groups)
-    ranking.measured(start, images, shots_per_class=11, seed=1)
+    ranking.measured(start, images.of(start), shots_per_class=11, seed=1)
     drawn = target.rows(shots_per_class=11, seed=1, validate=False)
     assert read == set(drawn.train.tolist()) and not read & set(drawn.test.tolist())
 
@@ -227,7 +227,8 @@ def test_a_source_head_gives_leep(data: Path) -> None:
         ranking.at_hand(Images(TargetSettings(data=f"folder:{data}")), "starts", named=["none"], only=True)[0],
     )
     head = {"weight": torch.zeros(4, 64), "bias": torch.zeros(4)}
-    row = ranking.measured(dataclasses.replace(start, source=head), images, shots_per_class=None, seed=0)
+    begun = dataclasses.replace(start, source=head)
+    row = ranking.measured(begun, images.of(begun), shots_per_class=None, seed=0)
     assert row["leep"] == pytest.approx(math.log(1 / 3), abs=1e-9)
 
 

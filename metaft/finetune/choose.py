@@ -16,7 +16,7 @@ from metaft.errors import NonFiniteError
 from metaft.finetune.examples import Part, Prepared, like_of
 from metaft.finetune.features import evaluating, features_of, takes_alone
 from metaft.finetune.fit import fit
-from metaft.finetune.recipes import PROBED_FIRST, epochs_of
+from metaft.finetune.recipes import CLIPPED, PROBED_FIRST, epochs_of
 from metaft.inputs import Inputs
 from metaft.settings import RATE, RATE_OF_HEAD, RATE_OF_PUBLISHED, Recipe
 from metaft.targets.draws import distinct, grouped_fold, strata
@@ -27,7 +27,10 @@ FOLDS = 5
 SETTLED = ("strategy", "lr", "epochs", "schedule", "clip_norm")
 """Fields of a recipe that a choice decides."""
 
-MOVING = Recipe(strategy="lp-ft:rise=0.2", epochs=12, schedule="cosine", clip_norm=1.0)
+MOVED = ("epochs", "schedule", "clip_norm")
+"""Fields that a candidate which moves a backbone fills in where they are left open, beside its rate."""
+
+MOVING = Recipe(strategy="lp-ft:rise=0.2", epochs=12, schedule="cosine", clip_norm=CLIPPED)
 """How candidates move published weights, as far as nothing else was asked for; each epoch is a pass forth and back
 through all of them. Without a rise or with longer gradients the first steps of the backbone may undo the start, at a
 rate that stays up to the end the last ones: see the trials in benchmarks/README.md."""
@@ -59,24 +62,22 @@ def candidates_of(recipe: Recipe, *, published: bool, images: int, many: bool = 
     alone = dataclasses.replace(recipe, strategy="head", freeze="none")
     head = at(dataclasses.replace(alone, epochs=epochs_of(alone, images)), RATE, RATE_OF_HEAD)
 
-    def all_move(by: str, epochs: int | None = None, schedule: str | None = None, clip: float | None = None) -> Recipe:
-        open_values = {"epochs": epochs, "schedule": schedule, "clip_norm": clip}
-        settled = {name: getattr(recipe, name) or value for name, value in open_values.items()}
-        return dataclasses.replace(recipe, strategy=by, freeze="none", **settled)
+    def like(example: Recipe) -> Recipe:
+        open_values = {name: getattr(recipe, name) or getattr(example, name) for name in MOVED}
+        return dataclasses.replace(recipe, strategy=example.strategy, freeze="none", **open_values)
 
     if not published:
-        full = all_move("full")
-        more = [*at(full, RATE / 3, 3 * RATE), *at(all_move("lp-ft"), RATE), *at(all_move("last:blocks=2"), RATE)]
+        full, *others = (like(Recipe(strategy=strategy)) for strategy in ("full", "lp-ft", "last:blocks=2"))
+        more = [*at(full, RATE / 3, 3 * RATE), *(candidate for each in others for candidate in at(each, RATE))]
         return [*dict.fromkeys([*head, *at(full, RATE), *(more if many else ())])]
-    clip = MOVING.clip_norm
-    moving = all_move(MOVING.strategy or "", MOVING.epochs, MOVING.schedule, clip)
+    fastest = max(RATES_OF_MOVING)
     more = [
-        *at(all_move(PROBED_FIRST.strategy or "", PROBED_FIRST.epochs, None, clip), RATE_OF_PUBLISHED),
-        *at(all_move(MOVING.strategy or "", 2 * MOVING.passes, MOVING.schedule, clip), max(RATES_OF_MOVING)),
-        *at(all_move("last:blocks=2", MOVING.epochs, MOVING.schedule, clip), max(RATES_OF_MOVING)),
-        *at(all_move("full", None, "cosine", clip), RATE_OF_PUBLISHED),
+        *at(like(dataclasses.replace(PROBED_FIRST, clip_norm=CLIPPED)), RATE_OF_PUBLISHED),
+        *at(like(dataclasses.replace(MOVING, epochs=2 * MOVING.passes)), fastest),
+        *at(like(dataclasses.replace(MOVING, strategy="last:blocks=2")), fastest),
+        *at(like(Recipe(strategy="full", schedule="cosine", clip_norm=CLIPPED)), RATE_OF_PUBLISHED),
     ]
-    return [*dict.fromkeys([*head, *at(moving, *RATES_OF_MOVING), *(more if many else ())])]
+    return [*dict.fromkeys([*head, *at(like(MOVING), *RATES_OF_MOVING), *(more if many else ())])]
 
 
 def choose(

@@ -123,12 +123,17 @@ def other(name: str, images: Images, settings: StartSettings, field: str = "comp
 def chosen(images: Images) -> str:
     """The start where none is named: published weights for colour where they are installed, else the newest run that
     fits. A line on stderr says which."""
-    shape, any_size = images.shape
-    packaged = [name for name in names.PACKAGED if names.is_installed(name)]
-    if shape[0] == 3 and any_size and packaged:
+    packaged = packaged_for(images)
+    if packaged:
         print(f"init: {packaged[0]}, since the pictures are in colour", file=sys.stderr)
         return packaged[0]
     return newest(images)
+
+
+def packaged_for(images: Images) -> list[str]:
+    """Published weights that are installed and take such images, which are in colour."""
+    shape, any_size = images.shape
+    return [name for name in names.PACKAGED if names.is_installed(name)] if shape[0] == 3 and any_size else []
 
 
 def newest(images: Images) -> str:

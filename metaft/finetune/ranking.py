@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from metaft.errors import MetaftError, NonFiniteError
-from metaft.finetune.contenders import Images, other
+from metaft.finetune.contenders import Images, other, packaged_for
 from metaft.finetune.examples import Part, Prepared, like_of
 from metaft.finetune.features import features_of
 from metaft.finetune.transferability import h_score, leep, logme, right_in_folds
@@ -24,6 +24,7 @@ from metaft.starts.run import runs_at_hand
 from metaft.support import places
 from metaft.support.paths import local
 from metaft.support.tables import aligned
+from metaft.targets import Target
 
 TIMED = 64
 """Images that the pace is measured on."""
@@ -40,8 +41,7 @@ def at_hand(
     wanted = {names.named_in_full(name) for name in named}
     if not only:
         runs, others = runs_at_hand(shape, any_size=any_size)
-        if shape[0] == 3 and any_size:
-            asked += [name for name in names.PACKAGED if names.is_installed(name)]
+        asked += packaged_for(images)
         asked += [str(local(path).absolute()) for _, path in sorted(runs, reverse=True)]
     if not asked:
         why = f" ({'; '.join(others)})" if others else ""
@@ -77,7 +77,7 @@ def _fitting(start: Start, images: Images, field: str) -> Start:
     return start
 
 
-def measured(start: Start, images: Images, *, shots_per_class: int | None, seed: int) -> dict[str, Any]:
+def measured(start: Start, target: Target, *, shots_per_class: int | None, seed: int) -> dict[str, Any]:
     """What is known of a start on the images that a draw of `metaft.adapt` trains on; no other image is read.
 
     "logme", "h_score", "leep" (where it has a source head, else None), "nearest" and "probe" (None where a class has
@@ -85,7 +85,6 @@ def measured(start: Start, images: Images, *, shots_per_class: int | None, seed:
     Raises MetaftError where the start does not fit the images, and NonFiniteError where features are not finite.
     """
     began = time.perf_counter()
-    target = images.of(start)
     if "all" in target.parts and shots_per_class is None:
         train = target.parts["all"]
     else:
@@ -159,7 +158,7 @@ def ranked(
             break
         print(f"features of {places.shown(start.name)}", file=sys.stderr)
         try:
-            rows.append(measured(start, images, shots_per_class=shots_per_class, seed=seed))
+            rows.append(measured(start, images.of(start), shots_per_class=shots_per_class, seed=seed))
         except NonFiniteError as error:
             if start.name in {*map(names.named_in_full, named)} or len(starts) == 1:
                 raise
