@@ -12,7 +12,7 @@ from torch import nn
 
 from metaft import targets
 from metaft.config import AdaptConfig
-from metaft.errors import MetaftError
+from metaft.errors import DataError, MetaftError
 from metaft.finetune.recipes import lasting, of_whole, settled
 from metaft.inputs import Inputs
 from metaft.models.architecture import is_published
@@ -116,6 +116,8 @@ def other(name: str, images: Images, settings: StartSettings, field: str = "comp
         settings = dataclasses.replace(settings, init_norm=None)
     try:
         return opened(name, images, settings)
+    except DataError:  # of the images, whose option it names
+        raise
     except MetaftError as error:
         raise type(error)(f"{field}: {str(error).removeprefix('init: ')}") from None
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from metaft.errors import MetaftError, NonFiniteError
+from metaft.errors import DataError, MetaftError, NonFiniteError
 from metaft.finetune.contenders import Images, other, packaged_for
 from metaft.finetune.examples import Part, Prepared, like_of
 from metaft.finetune.features import features_of
@@ -35,7 +35,8 @@ def at_hand(
 ) -> list[Start]:
     """The starts that are `named`, then, unless `only` they are wanted, those at hand, each once: published weights for
     colour where they are installed, and the runs in `runs/` that fit, the newest first. Raises MetaftError, naming
-    `field`, for one that cannot be had or does not fit the images, and where there is none."""
+    `field`, for one that cannot be had or does not fit the images, and where there is none; and DataError for images
+    that cannot be read, whichever start asked for them first."""
     shape, any_size = images.shape
     asked, others = [*named], []
     wanted = {names.named_in_full(name) for name in named}
@@ -58,6 +59,8 @@ def at_hand(
         full = names.named_in_full(name)
         try:
             start = _fitting(other(name, images, settings, field), images, field)
+        except DataError:
+            raise
         except MetaftError as error:
             if full in wanted or len(asked) == 1:
                 raise
@@ -71,6 +74,8 @@ def _fitting(start: Start, images: Images, field: str) -> Start:
     """The same. Raises MetaftError, naming `field`, where it cannot take the images."""
     try:
         images.of(start)
+    except DataError:  # no fault of the start's
+        raise
     except MetaftError as error:
         why = str(error).removeprefix("init: ").removeprefix("data: ")
         raise type(error)(f"{field}: {places.shown(start.name)} does not fit: {why}") from None
