@@ -87,8 +87,8 @@ def name_of(text: str, known: Collection[str]) -> str:
     return max(fitting, key=len, default=text.partition(":")[0])
 
 
-def parse(field: str, text: str, members: Mapping[str, Takes]) -> Spec:
-    """Text to a Spec, all of whose keys its member has.
+def parse(field: str, text: str, members: Mapping[str, Takes], *, also: Collection[str] = ()) -> Spec:
+    """Text to a Spec, all of whose keys its member has. `also` are other words for the field, which are no members.
 
     Raises MetaftError, which begins with `field` and holds what was wrong, for an unknown member or key, a key that is
     given twice, a positional that is missing or too much, and what is neither.
@@ -96,7 +96,7 @@ def parse(field: str, text: str, members: Mapping[str, Takes]) -> Spec:
     name = name_of(text, members)
     if name not in members:
         written = [f"{member}:{of.place}" if of.required else member for member, of in members.items()]
-        raise no_such(field, text, members, near=name, written=written)
+        raise no_such(field, text, [*members, *also], near=name, written=[*written, *also])
     member, rest = members[name], text[len(name) + 1 :]
     positional = None
     if member.positional is not None:
@@ -151,6 +151,7 @@ def bind(
     members: Mapping[str, Callable[..., Made]],
     *,
     reserved: Collection[str] = (),
+    also: Collection[str] = (),
 ) -> functools.partial[Made]:
     """The factory that `text` names, with what it says bound to it; whoever calls it gives the rest.
 
@@ -159,7 +160,7 @@ def bind(
     """
     table = {name: takes(factory, reserved=reserved) for name, factory in members.items()}
     written = text if isinstance(text, str) else write(text, table.get(text.name, Takes()))
-    spec = parse(field, written, table)
+    spec = parse(field, written, table, also=also)
     member = table[spec.name]
     missing = [k for k, p in member.options.items() if p.default is p.empty and k not in dict(spec.options)]
     if missing:

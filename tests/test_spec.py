@@ -205,6 +205,13 @@ def test_data_are_named_as_they_were_and_in_quotes(tmp_path: Path) -> None:
         tasks.load('folder:""')
     with pytest.raises(MetaftError, match=r"^data: no 'glyph:Thai', known are folder:PATH, .*; did you mean"):
         targets.load("glyph:Thai")
+    for load, field in ((tasks.load, "dataset"), (targets.load, "data")):
+        with pytest.raises(MetaftError, match=f"^{field}: '{tmp_path}' is a path .*; write 'folder:{tmp_path}'"):
+            load(str(tmp_path))
+        table = tmp_path / "t.csv"
+        table.touch()
+        with pytest.raises(MetaftError, match=f"^{field}: .*; write 'csv:{table}'"):
+            load(str(table))
     assert targets.load('glyphs:"Hebrew"').name == "glyphs:Hebrew"
 
 

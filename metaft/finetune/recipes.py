@@ -8,13 +8,11 @@ import math
 from metaft import schedules
 from metaft.errors import MetaftError
 from metaft.finetune import optim, strategies
+from metaft.finetune.strategies import CHOSEN
 from metaft.models.architecture import is_published
 from metaft.settings import PATIENCE, RATE, RATE_OF_HEAD, RATE_OF_PUBLISHED, Recipe
 from metaft.spec import made_for
 from metaft.starts.base import Start
-
-CHOSEN = "chosen"
-"""What `--strategy` says of it."""
 
 STEPS_OF_HEAD = 600
 """At least, of a head on features that are computed once: they cost little. From the Conv-4 features of a run, with 5

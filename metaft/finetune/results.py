@@ -10,9 +10,9 @@ import torch
 
 from metaft._version import __version__
 from metaft.finetune.numbers import FIGURES, pooled_numbers
-from metaft.finetune.recipes import CHOSEN
 from metaft.finetune.scores import mean_t95, pooled
 from metaft.finetune.setup import Setup, rows_of
+from metaft.finetune.strategies import CHOSEN
 from metaft.finetune.study import TABLES, Position, draws_differ, seconds
 from metaft.finetune.warned import warnings_of
 from metaft.options import flat

@@ -19,7 +19,8 @@ from metaft.errors import DataError, MetaftError, no_such
 from metaft.finetune.contenders import Contender, Images, chosen, contenders_of, newest, opened, other
 from metaft.finetune.inner import check_inner
 from metaft.finetune.ranking import at_hand, ranked
-from metaft.finetune.recipes import CHOSEN, check_numbers, lasting, settled
+from metaft.finetune.recipes import check_numbers, lasting, settled
+from metaft.finetune.strategies import CHOSEN
 from metaft.options import flat, options
 from metaft.runs.checkpoint import digest
 from metaft.runs.machine import machine

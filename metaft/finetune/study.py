@@ -22,9 +22,9 @@ from metaft.finetune.fit import SMALLER, Fitted, fit, flatten, unflatten
 from metaft.finetune.inner import FEWER, inner
 from metaft.finetune.numbers import number_scores
 from metaft.finetune.probe import probe
-from metaft.finetune.recipes import CHOSEN
 from metaft.finetune.scores import scores
 from metaft.finetune.setup import Planned, Setup, rows_of
+from metaft.finetune.strategies import CHOSEN
 from metaft.models.architecture import is_published
 from metaft.runs import checkpoint
 from metaft.runs.checkpoint import write_atomically

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import os
 import unicodedata
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,19 @@ _PATHS = {"folder": Takes("PATH"), "csv": Takes("FILE"), "unlabelled": Takes("PA
 
 NAMED = ("glyphs", "omniglot", "mini-imagenet")
 """What stands after "unlabelled:" and is a data set's name, no path."""
+
+
+def parsed(field: str, name: str, members: Mapping[str, Takes]) -> Spec:
+    """As `metaft.spec.parse`, which it raises as too; a path without its kind is told how to write it."""
+    try:
+        return parse(field, name, members)
+    except MetaftError:
+        path = local(name)
+        kind = "folder" if os.path.isdir(path) else "csv" if os.path.isfile(path) and path.suffix == ".csv" else None
+        if not name or kind is None or kind not in members:
+            raise
+        written = write(Spec(kind, name), members[kind])
+        raise MetaftError(f"{field}: {name!r} is a path without a kind of data; write {written!r}") from None
 
 
 def in_full(config: Config) -> Config:

@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 from metaft.errors import DataError, MetaftError
 from metaft.inputs import ImageInputs, Inputs
-from metaft.spec import Takes, parse
+from metaft.spec import Takes
+from metaft.support import places
 from metaft.support.paths import local
 from metaft.targets.base import Target
 from metaft.targets.csv import listed as _table
@@ -98,7 +99,7 @@ def _listed(kind: Kind, rest: str, data: str, data_root: str | None, *, numbers:
 
 def _named_by(data: str) -> tuple[Kind, str]:
     """(the kind, what stands behind its colon). Raises MetaftError."""
-    kind, rest, _ = parse("data", data, {name: Takes(kind.place) for name, kind in KINDS.items()})
+    kind, rest, _ = places.parsed("data", data, {name: Takes(kind.place) for name, kind in KINDS.items()})
     assert rest is not None
     return KINDS[kind], rest
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 
 from metaft.errors import DataError, MetaftError, no_such
-from metaft.spec import Takes, parse
+from metaft.spec import Takes
 from metaft.support import paths, places
 
 # These functions share their names with the modules they live in. The eager import settles it: `metaft.tasks.folder` is
@@ -154,7 +154,7 @@ def load(
     data set does not have, and DataError where its data is missing or broken.
     """
     members = {known: Takes(entry.path or None) for known, entry in DATASETS.items()}
-    name, positional, _ = parse("dataset", dataset, members)
+    name, positional, _ = places.parsed("dataset", dataset, members)
     path = positional or ""
     entry = options_of(name, path)
     if split is not None and split not in entry.splits:

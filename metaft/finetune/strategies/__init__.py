@@ -11,7 +11,7 @@ from metaft.finetune.strategies.last import last
 from metaft.finetune.strategies.lp_ft import lp_ft
 from metaft.spec import bind
 
-__all__ = ["STRATEGIES", "Groups", "Strategy", "every", "named"]
+__all__ = ["CHOSEN", "STRATEGIES", "Groups", "Strategy", "every", "named"]
 
 STRATEGIES: dict[str, Callable[..., Strategy]] = {
     "full": full,
@@ -21,6 +21,10 @@ STRATEGIES: dict[str, Callable[..., Strategy]] = {
 }
 
 
+CHOSEN = "chosen"
+"""What `--strategy` says where one of them is to be found by cross-validation."""
+
+
 def named(text: str) -> Strategy:
     """`NAME[:key=value,...]`. Raises MetaftError that begins with `strategy`."""
-    return bind("strategy", text, STRATEGIES)()
+    return bind("strategy", text, STRATEGIES, also=(CHOSEN,))()
