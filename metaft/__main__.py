@@ -15,6 +15,7 @@ COMMANDS = {
     "evaluate": "meta-test a finished run",
     "choose": "rank what your images could begin with",
     "adapt": "fine-tune an initialisation to your images",
+    "compare": "put finished runs beside one another",
     "predict": "label images with what adapt made",
     "export": "write what adapt made as a file that runs without metaft",
 }

@@ -200,6 +200,22 @@ class ExportConfig(Settings):
     out: Annotated[str | None, Option("A new folder (auto: RUN/FORMAT).", metavar="FOLDER", stored=False)] = None
 
 
+@dataclasses.dataclass(frozen=True, init=False)
+class CompareConfig(Settings):
+    """Put finished runs beside one another."""
+
+    markdown: Annotated[bool, Option("Print the tables as Markdown.")] = False
+    latex: Annotated[bool, Option("Print the tables as LaTeX.")] = False
+    out: Annotated[
+        str | None,
+        Option(
+            "A new folder for the tables in all forms, what they hold as JSON, and the curves over one another "
+            "(auto: nothing is written).",
+            metavar="FOLDER", stored=False,
+        ),
+    ] = None  # fmt: skip
+
+
 def read_toml(path: Path) -> dict[str, Any]:
     """A flat TOML file as plain data; hyphens in keys count as underscores.
 

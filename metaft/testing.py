@@ -161,12 +161,15 @@ def meta_test(
     others: Starts = (),
     ranks: Ranks = ALONE,
     progress: Callable[[int], None] = lambda done: None,
+    on_scores: Callable[[Tensor], None] = lambda scores: None,
 ) -> dict[str, Any]:
-    """The "test" object of result.json: protocol and figures, with pixel nearest neighbour on the same episodes."""
+    """The "test" object of result.json: protocol and figures, with pixel nearest neighbour on the same episodes.
+    `on_scores` gets what `score_episodes` gives."""
     scores = score_episodes(
         engine, algorithm, meta, state, source,
         split=split, seed=seed, episodes=episodes, steps=steps, others=others, ranks=ranks, progress=progress,
     )  # fmt: skip
+    on_scores(scores)
     result: dict[str, Any] = {
         "split": split,
         "ways": source.ways,

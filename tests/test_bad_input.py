@@ -33,6 +33,7 @@ BASE: dict[str, str] = {
     "adapt": "--init {run} --data folder:{target}",
     "predict": "{adapted} {picture}",
     "choose": "--data folder:{target} --starts {run} --only --out out",
+    "compare": "{adapted} {again}",
     "export": "{adapted} --format torch-export --out out",
 }
 """A good command line, to which one bad option is added. What is in braces is a path, see `paths`."""
@@ -40,7 +41,7 @@ BASE: dict[str, str] = {
 ZERO = ("dropout", "inner_steps", "test_inner_steps", "inner_lr", "seed", "eval_seed")
 """Numbers that may be 0; none may be below it."""
 
-POSITIONAL = ("run", "images")
+POSITIONAL = ("run", "runs", "images")
 
 
 class Row(NamedTuple):
@@ -187,6 +188,8 @@ PATHS: dict[tuple[str, str], tuple[str, dict[str, str]]] = {
     ("choose", "data_root"): ("", {**NOT_THERE, **NO_FOLDER}),
     ("choose", "starts"): ("", {**NOT_THERE, **NO_FOLDER, "of adapt": "{adapted}"}),
     ("choose", "out"): ("", {**NO_PLACE, "a file": "{file}", "full": "{squares}"}),
+    ("compare", "runs"): ("", {**NOT_THERE, **NO_FOLDER, "of meta_train": "{run}", "twice": "{adapted}"}),
+    ("compare", "out"): ("", {**NO_PLACE, "a file": "{file}", "full": "{squares}"}),
     ("export", "run"): ("", {**NOT_THERE, **NO_FOLDER, "of meta_train": "{run}"}),
     ("export", "pictures"): ("", {**NOT_THERE, "empty": "{empty}", "folder of texts": "{texts}", "cut": "{broken}"}),
     ("export", "data_root"): ("", {**NOT_THERE, "a file": "{file}"}),
@@ -209,7 +212,7 @@ def of_words(command: str, option: str) -> Iterator[Row]:
         base = "" if option in ("config", "resume") or (command, option) == ("meta_train", "data_root") else None
         if option == "run":
             argv, base = (path, "{picture}") if command == "predict" else (path,), ""
-        elif option == "images":
+        elif option in ("runs", "images"):
             argv, base = (path,), "{adapted}"
         yield Row(command, option, kind, argv, (path,), base)
 
@@ -246,8 +249,8 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]
     (base / "file").write_text("")
     (base / "garbage").write_bytes(b"\xff = [")
     (base / "plugin.py").write_text("1 / 0")
-    for name in ("broken", "texts"):
-        shutil.copytree(target, base / name)
+    for name, like in (("broken", target), ("texts", target), ("again", adapted)):
+        shutil.copytree(like, base / name)
     for number, file in enumerate(sorted((base / "broken").rglob("*.png"))):
         file.write_bytes(file.read_bytes()[:60] if number == 3 else file.read_bytes())
     for file in (base / "texts").rglob("*.png"):
@@ -293,6 +296,7 @@ def test_a_bad_option_is_one_line_status_2_and_writes_nothing(
 
 TOGETHER = [
     # command, words, what the line holds
+    ("compare", "--markdown --latex", ["latex", "not both"]),
     ("meta_train", "--engine tune --task-chunk 4", ["task_chunk", "--engine tune", "4"]),
     ("meta_train", "--ways 7", ["ways = 7", "6 classes"]),
     ("meta_train", "--test-ways 4", ["test_ways", "4 ways", "3 in training"]),

@@ -16,6 +16,7 @@ from metaft import meta_train
 from metaft.config import (
     AdaptConfig,
     ChooseConfig,
+    CompareConfig,
     EvaluateConfig,
     ExportConfig,
     MetaTrainConfig,
@@ -30,7 +31,7 @@ from metaft.options import Group, Option, Settings, flat, from_mapping, options
 from metaft.runs.checkpoint import load
 from metaft.settings import InnerMethod, Recipe, TaskSettings
 
-CONFIGS = [MetaTrainConfig, EvaluateConfig, AdaptConfig, PredictConfig, ExportConfig, ChooseConfig]
+CONFIGS = [MetaTrainConfig, EvaluateConfig, AdaptConfig, PredictConfig, ExportConfig, ChooseConfig, CompareConfig]
 
 
 def given(command: str, *argv: str) -> dict[str, Any]:

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
+
+from torch import Tensor
 
 from metaft._version import __version__
 from metaft.dist.ranks import Ranks
 from metaft.engines.base import Engine
 from metaft.runs import report
 from metaft.runs.assemble import Parts, fill
-from metaft.runs.folder import RunFolder, read_rows
+from metaft.runs.folder import RunFolder, read_rows, write_rows
 from metaft.runs.following import to_do_next
 from metaft.runs.machine import where_measured
 from metaft.runs.opened import read_snapshot
 from metaft.runs.snapshot import Snapshot
 from metaft.support.progress import Progress
 from metaft.testing import meta_test
-from metaft.types import Source
+from metaft.types import NORMS, Source
 
 
 def finish(
@@ -44,14 +46,16 @@ def finish(
         bar.update(done)
         should_stop()
 
+    scores: list[Tensor] = []
     test = meta_test(
         mapped, parts.algorithm, best.meta, best.state, source,
         split="test", seed=c.test.eval_seed, episodes=c.test.test_episodes, steps=c.test.test_inner_steps,
-        ranks=ranks, progress=progress,
+        ranks=ranks, progress=progress, on_scores=scores.append,
     )  # fmt: skip
     bar.close()
 
     def conclude() -> dict[str, Any]:
+        write_rows(run.episodes, _each(scores[0]))
         result = _result(run, parts, mapped, best, test, ranks.count)
         run.write_json(run.result, result)
         pictures = report.draw_pictures(run, parts, best, source, test)
@@ -59,6 +63,12 @@ def finish(
         return result
 
     return ranks.on_first(conclude)
+
+
+def _each(scores: Tensor) -> Iterator[dict[str, Any]]:
+    """The rows of episodes.jsonl, from `score_episodes`: each test episode's figure after the last inner step."""
+    for episode, last in enumerate(scores[..., -1].tolist()):
+        yield {"episode": episode, **dict(zip(NORMS, last, strict=True))}
 
 
 def _result(

@@ -1,6 +1,7 @@
 """The run folder: what one command leaves for the next.
 
     config.toml  metrics.jsonl  timing.jsonl  checkpoints/{last,previous,best}.safetensors  plots/*.png  result.json
+    episodes.jsonl of metaft.meta_train: the figures of each episode of the meta-test, by which runs are compared
     classifier.safetensors and report.txt of metaft.adapt
     .metaft.lock while a command writes to it; .metaft.job: the launch by torchrun that began it
 
@@ -44,6 +45,7 @@ class RunFolder:
         self.lock = path / ".metaft.lock"
         self.job = path / ".metaft.job"
         self.result = path / "result.json"
+        self.episodes = path / "episodes.jsonl"
         self.plots = path / "plots"
         self.checkpoints = path / "checkpoints"
         self.last = self.checkpoints / "last.safetensors"
@@ -161,6 +163,22 @@ class RunFolder:
             return f"; {path.name} {state} is good, to use it: {how}"
         return "; no other checkpoint of this run can be read"
 
+    def read_result(self, field: str = "run") -> dict[str, Any]:
+        """What `result.json` holds. Raises CheckpointError, naming `field`, where the run is not finished or the file
+        is damaged."""
+        try:
+            result = json.loads(self.result.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            again = f"go on with --resume {shlex.quote(str(self.path))}"
+            raise CheckpointError(f"{field}: {self.path} is not finished: it has no result.json; {again}") from None
+        except OSError as error:
+            raise CheckpointError(f"{field}: {self.result} cannot be read ({error.strerror})") from None
+        except (ValueError, RecursionError):
+            raise CheckpointError(f"{field}: {self.result} is damaged: no JSON") from None
+        if not isinstance(result, dict) or not isinstance(result.get("command"), str):
+            raise CheckpointError(f"{field}: {self.result} is damaged: it names no command")
+        return result
+
     def write_json(self, path: Path, value: Mapping[str, Any]) -> None:
         """Write plain data for people and programs; what JSON lacks (NaN, infinity) becomes null."""
         text = json.dumps(_finite(value), indent=2, ensure_ascii=False)
@@ -188,6 +206,11 @@ def append_row(path: Path, row: Mapping[str, Any], *, sync: bool = False) -> Non
                 os.fsync(file.fileno())
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be written ({error.strerror})") from None
+
+
+def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """A line file as a whole. Raises CheckpointError where it cannot be written."""
+    write_atomically(path, "".join(json.dumps(_finite(row)) + "\n" for row in rows).encode())
 
 
 def read_rows(path: Path, numbers: Iterable[str] = ()) -> list[dict[str, Any]]:
@@ -222,7 +245,7 @@ def cut_back(path: Path, step: int, evaluated: int) -> None:
     if not path.exists():
         return
     kept = [r for r in read_rows(path, ["step"]) if r["step"] <= (evaluated if r.get("kind") == "val" else step)]
-    write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
+    write_rows(path, kept)
 
 
 def _finite(value: Any) -> Any:
