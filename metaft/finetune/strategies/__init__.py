@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from metaft.finetune.strategies.base import Groups, Strategy, every
+from metaft.finetune.strategies.discriminative import discriminative
 from metaft.finetune.strategies.full import full
+from metaft.finetune.strategies.gradual import gradual
 from metaft.finetune.strategies.head import head
 from metaft.finetune.strategies.last import last
+from metaft.finetune.strategies.layer_decay import layer_decay
 from metaft.finetune.strategies.lp_ft import lp_ft
 from metaft.spec import bind
 
@@ -18,6 +21,9 @@ STRATEGIES: dict[str, Callable[..., Strategy]] = {
     "head": head,
     "last": last,
     "lp-ft": lp_ft,
+    "gradual": gradual,
+    "discriminative": discriminative,
+    "layer-decay": layer_decay,
 }
 
 

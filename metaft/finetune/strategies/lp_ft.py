@@ -10,7 +10,7 @@ from metaft.errors import MetaftError
 from metaft.finetune.strategies.base import Groups, Strategy, every
 
 
-def rates(share: float, rise: float, groups: Groups, step: int, steps: int) -> Mapping[str, float]:
+def rates(share: float, rise: float, groups: Groups, step: int, steps: int, per_epoch: int) -> Mapping[str, float]:
     alone = min(max(1, round(share * steps)), max(1, steps - 1))  # both phases, however few the steps are
     if step < alone:
         return every(groups[-1:])
