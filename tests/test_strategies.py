@@ -26,7 +26,8 @@ from metaft.finetune.features import features_of
 from metaft.finetune.fit import Fitted, fit, groups_of
 from metaft.finetune.optim import put_moments
 from metaft.finetune.probe import probe
-from metaft.finetune.strategies import STRATEGIES, Groups, Strategy, every, named
+from metaft.finetune.strategies import AFTER_HEAD, STRATEGIES, Groups, Strategy, every, named
+from metaft.finetune.strategies.bitfit import is_bias
 from metaft.models import EpisodeNorm
 from metaft.models.blocks import blocks_of
 from metaft.models.stored import kept_statistics
@@ -48,6 +49,8 @@ class Expected(NamedTuple):
 
     trains: tuple[int, int]
     """How many blocks of the body, from its end, move in the first and in the second half of the steps."""
+    of_block: Callable[[str], bool] = lambda name: True
+    """Which of their parameters do."""
 
 
 CONTRACT = {
@@ -58,6 +61,9 @@ CONTRACT = {
     "gradual": Expected((1, 3)),  # one epoch of the head, then one more block in each of three
     "discriminative": Expected((ALL, ALL)),
     "layer-decay": Expected((ALL, ALL)),
+    "bitfit": Expected((ALL, ALL), is_bias),
+    "lp-ft:then=gradual": Expected((0, 2)),  # 4 steps of the head, and gradual's own epoch of it
+    "lp-ft:share=0.5,then=bitfit": Expected((0, ALL), is_bias),
     "second-half": Expected((0, ALL)),
 }
 
@@ -70,7 +76,7 @@ def _toy(monkeypatch: pytest.MonkeyPatch) -> None:
 def tune(strategy: str, start: nn.Module | None = None, **more: Any) -> Fitted:
     recipe = Recipe(epochs=4, batch_size=8, lr=0.01, augment="basic")
     images, labels = toy(21)
-    return fit(start or body(), INPUTS, images, labels, CLASSES, recipe, strategy=STRATEGIES[strategy](), **more)
+    return fit(start or body(), INPUTS, images, labels, CLASSES, recipe, strategy=named(strategy), **more)
 
 
 def states_of(strategy: str, **more: Any) -> list[dict[str, Any]]:
@@ -84,20 +90,20 @@ def of_body(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def test_every_strategy_is_in_the_table() -> None:
-    assert STRATEGIES.keys() == CONTRACT.keys()
+    assert STRATEGIES.keys() == {text.partition(":")[0] for text in CONTRACT}
 
 
 @pytest.mark.parametrize("name", CONTRACT)
 def test_what_is_frozen_is_equal_to_the_bit_and_the_rest_moves(name: str) -> None:
     states = states_of(name)
-    begun = {f"body.{k}": v for k, v in body().state_dict().items()}
+    begun, (trains, of_block) = {f"body.{k}": v for k, v in body().state_dict().items()}, CONTRACT[name]
     parameters = begun.keys()
     halves = [begun, states[1]["model"], states[3]["model"]]
     blocks = [[f"body.{k}" for k in block] for block in blocks_of(body())]
     assert sum(map(len, blocks)) == len(parameters)
-    for before, after, moving in zip(halves, halves[1:], CONTRACT[name].trains, strict=False):
+    for before, after, moving in zip(halves, halves[1:], trains, strict=False):
         moved = {k for k in parameters if not torch.equal(before[k], after[k])}
-        assert moved == {k for block in blocks[max(0, len(blocks) - moving) :] for k in block}
+        assert moved == {k for block in blocks[max(0, len(blocks) - moving) :] for k in block if of_block(k)}
     heads = [{k: v for k, v in state["model"].items() if k.startswith("head.")} for state in states]
     assert not any(same(heads[i], heads[i + 1]) for i in range(3))
 
@@ -105,7 +111,7 @@ def test_what_is_frozen_is_equal_to_the_bit_and_the_rest_moves(name: str) -> Non
 @pytest.mark.parametrize("name", CONTRACT)
 def test_rates_are_of_parameters_that_there_are_and_a_function_of_the_step(name: str) -> None:
     model = nn.ModuleDict({"body": body(), "head": nn.Linear(3, 2)})
-    groups, strategy = groups_of(model), STRATEGIES[name]()
+    groups, strategy = groups_of(model), named(name)
     assert [n for group in groups for n in group] == [n for n, _ in model.named_parameters()]
     assert groups[-1] == ("head.weight", "head.bias")
     for step in (0, 7, STEPS - 1, 2):
@@ -284,6 +290,39 @@ def test_the_head_alone_trains_in_the_first_share_of_the_steps() -> None:
         assert rates == every(groups[-1:] if step < 3 else groups)
 
 
+@pytest.mark.parametrize("then", ['"gradual:every=2"', '"discriminative:decay=3"', "full", '"last:blocks=1"'])
+def test_what_follows_the_head_goes_as_it_does_by_itself(then: str) -> None:
+    """In so many steps; only its backbone's rates rise."""
+    strategy, alone = named(f"lp-ft:share=0.25,rise=0.5,then={then}"), named(then.strip('"'))
+    groups = groups_of(nn.ModuleDict({"body": body(), "head": nn.Linear(3, 2)}))
+    for step in range(STEPS):
+        wanted = every(groups[-1:])
+        if step >= 3:
+            rates = alone.rates(groups, step - 3, STEPS - 3, PER_EPOCH)
+            wanted = {n: r * (1 if n in groups[-1] else min(1.0, (step - 2) / 6)) for n, r in rates.items()}
+        assert strategy.rates(groups, step, STEPS, PER_EPOCH) == pytest.approx(wanted, rel=1e-12), step
+
+
+def test_biases_are_known_by_their_names() -> None:
+    layers = {"attention": nn.MultiheadAttention(8, 2, add_bias_kv=True), "recurrent": nn.LSTM(3, 4)}
+    layers |= {"norm": nn.LayerNorm(8), "conv": nn.Conv2d(3, 4, 3), "embedding": nn.Embedding(3, 4)}
+    names = {name for name, _ in nn.ModuleDict(layers).named_parameters() if is_bias(name)}
+    assert names == {
+        "attention.in_proj_bias", "attention.bias_k", "attention.bias_v", "attention.out_proj.bias", "norm.bias",
+        "recurrent.bias_ih_l0", "recurrent.bias_hh_l0", "conv.bias",
+    }  # fmt: skip
+    assert not is_bias("layers.0.attn.relative_position_bias_table")
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_backbone_without_biases_is_refused(frozen: bool) -> None:
+    start = nn.Sequential(nn.Conv2d(1, 4, 3, bias=frozen), nn.Flatten())
+    for name, p in start.named_parameters():
+        p.requires_grad_(name != "0.bias")
+    with pytest.raises(MetaftError, match=r"^strategy: bitfit trains biases, and the backbone has none that could"):
+        tune("bitfit", start)
+
+
 @pytest.mark.parametrize("every_", [1, 2, 5])
 def test_one_block_more_trains_after_each_so_many_epochs(every_: int) -> None:
     groups = groups_of(nn.ModuleDict({"body": body(), "head": nn.Linear(3, 2)}))
@@ -331,6 +370,8 @@ def test_the_backbones_rate_rises_once_the_head_has_trained() -> None:
         ("discriminative:decay=0.5", "strategy: decay must be at least 1, got 0.5"),
         ("layer-decay:d=0", "strategy: d must be above 0 and at most 1, got 0.0"),
         ("layer-decay:d=1.5", "strategy: d must be above 0 and at most 1, got 1.5"),
+        ("lp-ft:then=head", f"strategy: then: no 'head', known are {', '.join(AFTER_HEAD)}"),
+        ('lp-ft:then="last:blocks=0"', "strategy: blocks must be at least 1, got 0; head trains no block"),
         ("head:blocks=1", "strategy: head has no 'blocks' (given 'head:blocks=1'); it has none"),
     ],
 )

@@ -21,7 +21,6 @@ from metaft.finetune.extras import Batch, Extra, Origin, composed
 from metaft.finetune.features import Features, evaluating, features_of, in_parts, takes_alone
 from metaft.finetune.outcomes import Outcome, outcome_of
 from metaft.finetune.strategies import Groups, Strategy
-from metaft.finetune.strategies.base import unchanged
 from metaft.inputs import Inputs
 from metaft.inputs.base import Examples
 from metaft.models.blocks import blocks_of
@@ -223,6 +222,7 @@ def _start(
         features = (features_of if takes_alone(body) else in_parts)(_stored(body, train), train)
     head = outcome.begun(heads.build(recipe.head, features, labels, outcome.outputs, head_seed(seed)))
     model = strategy.prepare(nn.ModuleDict({"body": body, "head": head}), seed)
+    same_body = model.get_submodule("body") is body
     groups, still = groups_of(model), set()
     if _stays(strategy, groups, recipe.passes, per_epoch, range(recipe.passes)):
         # Nothing below the head may ever change, statistics included.
@@ -230,7 +230,7 @@ def _start(
         model.set_submodule("body", with_stored_moments(model.get_submodule("body"), train).eval())
         for name in still:
             model.get_parameter(name).requires_grad_(False)
-    return model, groups, features if strategy.prepare is unchanged else None, frozenset(still)
+    return model, groups, features if same_body else None, frozenset(still)
 
 
 def head_seed(seed: int) -> int:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from metaft.finetune.strategies.base import Groups, Strategy, every
+from metaft.finetune.strategies.bitfit import bitfit
 from metaft.finetune.strategies.discriminative import discriminative
 from metaft.finetune.strategies.full import full
 from metaft.finetune.strategies.gradual import gradual
@@ -16,14 +18,20 @@ from metaft.spec import bind
 
 __all__ = ["STRATEGIES", "Groups", "Strategy", "every", "named"]
 
-STRATEGIES: dict[str, Callable[..., Strategy]] = {
+AFTER_HEAD: dict[str, Callable[..., Strategy]] = {
     "full": full,
-    "head": head,
     "last": last,
-    "lp-ft": lp_ft,
     "gradual": gradual,
     "discriminative": discriminative,
     "layer-decay": layer_decay,
+    "bitfit": bitfit,
+}
+"""What moves the backbone, hence also what `lp-ft` can go on with."""
+
+STRATEGIES: dict[str, Callable[..., Strategy]] = {
+    "head": head,
+    "lp-ft": partial(lp_ft, AFTER_HEAD),
+    **AFTER_HEAD,
 }
 
 

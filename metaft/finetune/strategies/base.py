@@ -32,7 +32,8 @@ class Strategy:
     end."""
     prepare: Callable[[nn.Module, int], nn.Module] = unchanged
     """(model of "body" and "head", seed) -> what is trained in its place: again of "body" and "head", by these names,
-    with other layers and parameters inside. It is what validation predicts with."""
+    with other layers and parameters inside. It is what validation predicts with, and predicts as the model did where
+    the body is the same object. Raises MetaftError for a backbone of which nothing could train."""
     finish: Callable[[nn.Module], nn.Module] = same
     """What was trained -> the model that is kept, which predicts alike. Moments are stored after it."""
 
