@@ -62,6 +62,8 @@ CONTRACT = {
     "discriminative": Expected((ALL, ALL)),
     "layer-decay": Expected((ALL, ALL)),
     "bitfit": Expected((ALL, ALL), is_bias),
+    "lora": Expected((ALL, ALL)),
+    "lp-ft:then=lora": Expected((ALL, ALL)),
     "lp-ft:then=gradual": Expected((0, 2)),  # 4 steps of the head, and gradual's own epoch of it
     "lp-ft:share=0.5,then=bitfit": Expected((0, ALL), is_bias),
     "second-half": Expected((0, ALL)),
@@ -96,13 +98,13 @@ def test_every_strategy_is_in_the_table() -> None:
 @pytest.mark.parametrize("name", CONTRACT)
 def test_what_is_frozen_is_equal_to_the_bit_and_the_rest_moves(name: str) -> None:
     states = states_of(name)
-    begun, (trains, of_block) = {f"body.{k}": v for k, v in body().state_dict().items()}, CONTRACT[name]
-    parameters = begun.keys()
+    model = named(name).prepare(nn.ModuleDict({"body": body(), "head": nn.Linear(3, 2)}), 0)
+    begun, (trains, of_block) = of_body(model.state_dict()), CONTRACT[name]
     halves = [begun, states[1]["model"], states[3]["model"]]
-    blocks = [[f"body.{k}" for k in block] for block in blocks_of(body())]
-    assert sum(map(len, blocks)) == len(parameters)
+    blocks = groups_of(model)[:-1]
+    assert sum(map(len, blocks)) == sum(p.requires_grad for p in model.get_submodule("body").parameters())
     for before, after, moving in zip(halves, halves[1:], trains, strict=False):
-        moved = {k for k in parameters if not torch.equal(before[k], after[k])}
+        moved = {k for k in begun if not torch.equal(before[k], after[k])}
         assert moved == {k for block in blocks[max(0, len(blocks) - moving) :] for k in block if of_block(k)}
     heads = [{k: v for k, v in state["model"].items() if k.startswith("head.")} for state in states]
     assert not any(same(heads[i], heads[i + 1]) for i in range(3))
@@ -368,6 +370,8 @@ def test_the_backbones_rate_rises_once_the_head_has_trained() -> None:
         ("lp-ft:rise=1", "strategy: rise must be at least 0 and below 0.7, what share leaves, got 1.0"),
         ("gradual:every=0", "strategy: every must be at least 1, got 0"),
         ("discriminative:decay=0.5", "strategy: decay must be at least 1, got 0.5"),
+        ("lora:rank=0", "strategy: rank must be at least 1, got 0"),
+        ("lora:alpha=0", "strategy: alpha must be above 0, got 0.0"),
         ("layer-decay:d=0", "strategy: d must be above 0 and at most 1, got 0.0"),
         ("layer-decay:d=1.5", "strategy: d must be above 0 and at most 1, got 1.5"),
         ("lp-ft:then=head", f"strategy: then: no 'head', known are {', '.join(AFTER_HEAD)}"),

@@ -42,6 +42,9 @@ class Fitted:
     curve: list[dict[str, float]]
     """Per epoch: "epoch", "loss" and, with validation examples, "val_loss" and "val_accuracy" or, of numbers,
     "val_rmse"."""
+    trained: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Of the backbone, where gradients trained it: "numbers" that moved in some step, "of" how many it has, and the
+    names of weights that the strategy had to leave ("stays")."""
 
     @property
     def kept(self) -> int:
@@ -154,8 +157,12 @@ def fit(
             on_epoch({**_copied(state), "model": _values(model, still), "best_loss": best[0], "best": best[1]})
     if best[1]:
         model.load_state_dict(best[1])
+    moved = _moved(strategy, groups, recipe.passes, per_epoch, range(len(curve)))
+    trained: dict[str, Any] = {"numbers": sum(model.get_parameter(name).numel() for name in moved)}
+    trained |= {"of": sum(p.numel() for p in body.parameters()), "stays": strategy.stays(body)}
     model = strategy.finish(model)
-    return Fitted(_stored(model.get_submodule("body"), train), outcome.finished(model.get_submodule("head")), curve)
+    stored, head = _stored(model.get_submodule("body"), train), outcome.finished(model.get_submodule("head"))
+    return Fitted(stored, head, curve, trained)
 
 
 def _copied(state: Any) -> Any:
@@ -256,6 +263,13 @@ def _stays(strategy: Strategy, groups: Groups, epochs: int, per_epoch: int, some
         for epoch in some
         for step in range(epoch * per_epoch, (epoch + 1) * per_epoch)
     )
+
+
+def _moved(strategy: Strategy, groups: Groups, epochs: int, per_epoch: int, some: Iterable[int]) -> set[str]:
+    """Names of the parameters below the head that move in the first or the last step of `some` of the epochs."""
+    steps = [step for epoch in some for step in (epoch * per_epoch, (epoch + 1) * per_epoch - 1)]
+    moved = {n for i in steps for n, rate in strategy.rates(groups, i, epochs * per_epoch, per_epoch).items() if rate}
+    return moved & {name for group in groups[:-1] for name in group}
 
 
 def _stale(curve: list[dict[str, float]], patience: int) -> bool:

@@ -13,6 +13,7 @@ from metaft.finetune.strategies.gradual import gradual
 from metaft.finetune.strategies.head import head
 from metaft.finetune.strategies.last import last
 from metaft.finetune.strategies.layer_decay import layer_decay
+from metaft.finetune.strategies.lora import lora
 from metaft.finetune.strategies.lp_ft import lp_ft
 from metaft.spec import bind
 
@@ -25,6 +26,7 @@ AFTER_HEAD: dict[str, Callable[..., Strategy]] = {
     "discriminative": discriminative,
     "layer-decay": layer_decay,
     "bitfit": bitfit,
+    "lora": lora,
 }
 """What moves the backbone, hence also what `lp-ft` can go on with."""
 

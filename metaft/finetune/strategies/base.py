@@ -20,6 +20,10 @@ def unchanged(model: nn.Module, seed: int) -> nn.Module:
     return model
 
 
+def none(body: nn.Module) -> list[str]:
+    return []
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Strategy:
     """What trains, how fast and when, as pure functions of the step: a resume needs nothing else to go on alike."""
@@ -36,6 +40,8 @@ class Strategy:
     the body is the same object. Raises MetaftError for a backbone of which nothing could train."""
     finish: Callable[[nn.Module], nn.Module] = same
     """What was trained -> the model that is kept, which predicts alike. Moments are stored after it."""
+    stays: Callable[[nn.Module], list[str]] = none
+    """Names of the weights of a body that `prepare` had to leave as they are, for the report."""
 
 
 def every(groups: Groups, factor: float = 1.0) -> dict[str, float]:

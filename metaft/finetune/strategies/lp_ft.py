@@ -33,4 +33,4 @@ def lp_ft(
     if not 0 <= rise < 1 - share:
         raise MetaftError(f"strategy: rise must be at least 0 and below {1 - share:g}, what share leaves, got {rise}")
     second = bind("strategy: then", then, strategies)()
-    return Strategy(partial(rates, share, rise, second), second.prepare, second.finish)
+    return Strategy(partial(rates, share, rise, second), second.prepare, second.finish, second.stays)
