@@ -448,10 +448,12 @@ class Recipe(Group):
     strategy: Annotated[
         str | None,
         Option(
-            "What trains: full, head (on features that are computed once), last:blocks=2, lp-ft:share=0.3,rise=0 (the "
-            "head first, then all), or chosen by cross-validation of the training images (auto: head of published "
-            "weights, else as --freeze says).",
-            metavar="NAME[:KEY=VALUE]",
+            "What trains: full, head (on features that are computed once), last:blocks=2, lp-ft:share=0.3,rise=0,"
+            "then=full (the head first, then all or what another moves), gradual:every=1 (a block more after so many "
+            "epochs), discriminative:decay=2.6 or layer-decay:d=0.75 (all, the lower the slower), bitfit (biases and "
+            "head), lora:rank=8 (small products beside the weights, and the head), or chosen by cross-validation of "
+            "the training images (auto: head of published weights, else as --freeze says).",
+            metavar="NAME[:KEY=VALUE,...]",
         ),
     ] = None
     freeze: Annotated[Literal["none", "backbone"], Option("What is not trained: of --strategy full and head.")] = "none"

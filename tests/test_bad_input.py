@@ -134,6 +134,8 @@ WORDS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("heda", "did you mean 'head'"),
         ("choosen", "did you mean 'chosen'"),
         ("last:blocks=0", "at least 1"),
+        ("gradual:every=0", "got 0"),
+        ("lp-ft:then=head", "'head'"),
         ("", "''"),
     ],
     ("adapt", "optimizer"): [("adm", "did you mean 'adam'"), ("sgd:momentum=2", "below 1, got 2.0"), ("", "''")],

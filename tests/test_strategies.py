@@ -26,17 +26,18 @@ from metaft.finetune.features import features_of
 from metaft.finetune.fit import Fitted, fit, groups_of
 from metaft.finetune.optim import put_moments
 from metaft.finetune.probe import probe
-from metaft.finetune.strategies import STRATEGIES, Groups, Strategy, every, named
+from metaft.finetune.strategies import AFTER_HEAD, STRATEGIES, Groups, Strategy, every, named
+from metaft.finetune.strategies.bitfit import is_bias
 from metaft.models import EpisodeNorm
 from metaft.models.blocks import blocks_of
 from metaft.models.stored import kept_statistics
 from metaft.settings import Recipe
 
-STEPS = 12  # of `tune`
+STEPS, PER_EPOCH = 12, 3  # of `tune`
 ALL = 9
 
 
-def second_half(groups: Groups, step: int, steps: int) -> Mapping[str, float]:
+def second_half(groups: Groups, step: int, steps: int, per_epoch: int) -> Mapping[str, float]:
     """The head alone in the first half, then all, the first layer at half the rate."""
     if step < steps / 2:
         return every(groups[-1:])
@@ -48,6 +49,8 @@ class Expected(NamedTuple):
 
     trains: tuple[int, int]
     """How many blocks of the body, from its end, move in the first and in the second half of the steps."""
+    of_block: Callable[[str], bool] = lambda name: True
+    """Which of their parameters do."""
 
 
 CONTRACT = {
@@ -55,6 +58,14 @@ CONTRACT = {
     "head": Expected((0, 0)),
     "last": Expected((2, 2)),
     "lp-ft": Expected((ALL, ALL)),  # its first 4 of 12 steps are tested below
+    "gradual": Expected((1, 3)),  # one epoch of the head, then one more block in each of three
+    "discriminative": Expected((ALL, ALL)),
+    "layer-decay": Expected((ALL, ALL)),
+    "bitfit": Expected((ALL, ALL), is_bias),
+    "lora": Expected((ALL, ALL)),
+    "lp-ft:then=lora": Expected((ALL, ALL)),
+    "lp-ft:then=gradual": Expected((0, 2)),  # 4 steps of the head, and gradual's own epoch of it
+    "lp-ft:share=0.5,then=bitfit": Expected((0, ALL), is_bias),
     "second-half": Expected((0, ALL)),
 }
 
@@ -67,7 +78,7 @@ def _toy(monkeypatch: pytest.MonkeyPatch) -> None:
 def tune(strategy: str, start: nn.Module | None = None, **more: Any) -> Fitted:
     recipe = Recipe(epochs=4, batch_size=8, lr=0.01, augment="basic")
     images, labels = toy(21)
-    return fit(start or body(), INPUTS, images, labels, CLASSES, recipe, strategy=STRATEGIES[strategy](), **more)
+    return fit(start or body(), INPUTS, images, labels, CLASSES, recipe, strategy=named(strategy), **more)
 
 
 def states_of(strategy: str, **more: Any) -> list[dict[str, Any]]:
@@ -81,20 +92,20 @@ def of_body(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def test_every_strategy_is_in_the_table() -> None:
-    assert STRATEGIES.keys() == CONTRACT.keys()
+    assert STRATEGIES.keys() == {text.partition(":")[0] for text in CONTRACT}
 
 
 @pytest.mark.parametrize("name", CONTRACT)
 def test_what_is_frozen_is_equal_to_the_bit_and_the_rest_moves(name: str) -> None:
     states = states_of(name)
-    begun = {f"body.{k}": v for k, v in body().state_dict().items()}
-    parameters = begun.keys()
+    model = named(name).prepare(nn.ModuleDict({"body": body(), "head": nn.Linear(3, 2)}), 0)
+    begun, (trains, of_block) = of_body(model.state_dict()), CONTRACT[name]
     halves = [begun, states[1]["model"], states[3]["model"]]
-    blocks = [[f"body.{k}" for k in block] for block in blocks_of(body())]
-    assert sum(map(len, blocks)) == len(parameters)
-    for before, after, moving in zip(halves, halves[1:], CONTRACT[name].trains, strict=False):
-        moved = {k for k in parameters if not torch.equal(before[k], after[k])}
-        assert moved == {k for block in blocks[max(0, len(blocks) - moving) :] for k in block}
+    blocks = groups_of(model)[:-1]
+    assert sum(map(len, blocks)) == sum(p.requires_grad for p in model.get_submodule("body").parameters())
+    for before, after, moving in zip(halves, halves[1:], trains, strict=False):
+        moved = {k for k in begun if not torch.equal(before[k], after[k])}
+        assert moved == {k for block in blocks[max(0, len(blocks) - moving) :] for k in block if of_block(k)}
     heads = [{k: v for k, v in state["model"].items() if k.startswith("head.")} for state in states]
     assert not any(same(heads[i], heads[i + 1]) for i in range(3))
 
@@ -102,13 +113,13 @@ def test_what_is_frozen_is_equal_to_the_bit_and_the_rest_moves(name: str) -> Non
 @pytest.mark.parametrize("name", CONTRACT)
 def test_rates_are_of_parameters_that_there_are_and_a_function_of_the_step(name: str) -> None:
     model = nn.ModuleDict({"body": body(), "head": nn.Linear(3, 2)})
-    groups, strategy = groups_of(model), STRATEGIES[name]()
+    groups, strategy = groups_of(model), named(name)
     assert [n for group in groups for n in group] == [n for n, _ in model.named_parameters()]
     assert groups[-1] == ("head.weight", "head.bias")
     for step in (0, 7, STEPS - 1, 2):
-        rates = dict(strategy.rates(groups, step, STEPS))
+        rates = dict(strategy.rates(groups, step, STEPS, PER_EPOCH))
         assert rates.keys() <= dict(model.named_parameters()).keys()
-        assert rates == dict(strategy.rates(groups, step, STEPS))
+        assert rates == dict(strategy.rates(groups, step, STEPS, PER_EPOCH))
         assert all(0 <= factor < 1e3 for factor in rates.values())
 
 
@@ -119,6 +130,16 @@ def test_a_resume_takes_the_same_steps_and_freezes_nothing_anew(name: str) -> No
         again = tune(name, resume=copy.deepcopy(state))
         assert same(bits(again), bits(whole))
         assert again.curve == whole.curve
+
+
+@pytest.mark.parametrize("name", CONTRACT)
+def test_images_come_in_the_same_order_whatever_trains(name: str) -> None:
+    seen: list[list[int]] = []
+    look = Extra(lambda loss, origin: lambda model, batch: seen.append(batch.rows.tolist()) or loss(model, batch))
+    for strategy in (name, "full"):
+        tune(strategy, extras=(look,))
+    assert len(seen) == 2 * STEPS
+    assert seen[:STEPS] == seen[STEPS:]
 
 
 @pytest.mark.parametrize("name", CONTRACT)
@@ -148,7 +169,7 @@ def test_the_optimisers_state_has_the_parameters_names_and_none_of_what_never_mo
 def test_a_rate_is_the_factor_of_the_recipes() -> None:
     """Of Adam's first step, which is the rate times the gradient's sign."""
 
-    def tenth(groups: Groups, step: int, steps: int) -> Mapping[str, float]:
+    def tenth(groups: Groups, step: int, steps: int, per_epoch: int) -> Mapping[str, float]:
         return {**every(groups), **every(groups[:1], 0.1)} if step == 0 else {}
 
     recipe, (images, labels) = Recipe(epochs=1, batch_size=32, lr=0.01), toy(21)
@@ -163,7 +184,7 @@ def test_a_rate_is_the_factor_of_the_recipes() -> None:
 def test_rates_follow_the_step_within_an_epoch() -> None:
     """Three steps an epoch, of which the second alone moves anything: one step of Adam each."""
 
-    def second(groups: Groups, step: int, steps: int) -> Mapping[str, float]:
+    def second(groups: Groups, step: int, steps: int, per_epoch: int) -> Mapping[str, float]:
         assert steps == STEPS
         return every(groups) if step % 3 == 1 else {}
 
@@ -187,7 +208,7 @@ def test_patience_is_for_the_last_phase() -> None:
 
 def test_a_rate_of_what_is_no_parameter_is_refused() -> None:
     recipe, (images, labels) = Recipe(epochs=1), toy(21)
-    strategy = Strategy(lambda groups, step, steps: {**every(groups), "body.nosuch": 1.0})
+    strategy = Strategy(lambda groups, step, steps, per_epoch: {**every(groups), "body.nosuch": 1.0})
     with pytest.raises(MetaftError, match=r"^strategy: it has rates for \['body.nosuch'\]"):
         fit(body(), INPUTS, images, labels, CLASSES, recipe, strategy=strategy)
 
@@ -225,7 +246,7 @@ def test_a_strategy_may_put_other_layers_in_and_takes_them_out_again() -> None:
         assert any(isinstance(part, EpisodeNorm) for part in scaled.modules()), "moments are stored afterwards"
         return nn.ModuleDict({"body": Merged(scaled), "head": model.get_submodule("head")})
 
-    def scale_and_head(groups: Groups, step: int, steps: int) -> Mapping[str, float]:
+    def scale_and_head(groups: Groups, step: int, steps: int, per_epoch: int) -> Mapping[str, float]:
         return {**every(groups[-1:]), "body.scale": 1.0}
 
     recipe, (images, labels), val = Recipe(epochs=4, batch_size=8, lr=0.05), toy(21), toy(9, seed=3)
@@ -267,15 +288,74 @@ def test_the_head_alone_trains_in_the_first_share_of_the_steps() -> None:
     strategy = named("lp-ft:share=0.25")
     groups = groups_of(nn.ModuleDict({"body": body(), "head": nn.Linear(3, 2)}))
     for step in range(STEPS):
-        rates = strategy.rates(groups, step, STEPS)
+        rates = strategy.rates(groups, step, STEPS, PER_EPOCH)
         assert rates == every(groups[-1:] if step < 3 else groups)
+
+
+@pytest.mark.parametrize("then", ['"gradual:every=2"', '"discriminative:decay=3"', "full", '"last:blocks=1"'])
+def test_what_follows_the_head_goes_as_it_does_by_itself(then: str) -> None:
+    """In so many steps; only its backbone's rates rise."""
+    strategy, alone = named(f"lp-ft:share=0.25,rise=0.5,then={then}"), named(then.strip('"'))
+    groups = groups_of(nn.ModuleDict({"body": body(), "head": nn.Linear(3, 2)}))
+    for step in range(STEPS):
+        wanted = every(groups[-1:])
+        if step >= 3:
+            rates = alone.rates(groups, step - 3, STEPS - 3, PER_EPOCH)
+            wanted = {n: r * (1 if n in groups[-1] else min(1.0, (step - 2) / 6)) for n, r in rates.items()}
+        assert strategy.rates(groups, step, STEPS, PER_EPOCH) == pytest.approx(wanted, rel=1e-12), step
+
+
+def test_biases_are_known_by_their_names() -> None:
+    layers = {"attention": nn.MultiheadAttention(8, 2, add_bias_kv=True), "recurrent": nn.LSTM(3, 4)}
+    layers |= {"norm": nn.LayerNorm(8), "conv": nn.Conv2d(3, 4, 3), "embedding": nn.Embedding(3, 4)}
+    names = {name for name, _ in nn.ModuleDict(layers).named_parameters() if is_bias(name)}
+    assert names == {
+        "attention.in_proj_bias", "attention.bias_k", "attention.bias_v", "attention.out_proj.bias", "norm.bias",
+        "recurrent.bias_ih_l0", "recurrent.bias_hh_l0", "conv.bias",
+    }  # fmt: skip
+    assert not is_bias("layers.0.attn.relative_position_bias_table")
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_backbone_without_biases_is_refused(frozen: bool) -> None:
+    start = nn.Sequential(nn.Conv2d(1, 4, 3, bias=frozen), nn.Flatten())
+    for name, p in start.named_parameters():
+        p.requires_grad_(name != "0.bias")
+    with pytest.raises(MetaftError, match=r"^strategy: bitfit trains biases, and the backbone has none that could"):
+        tune("bitfit", start)
+
+
+@pytest.mark.parametrize("every_", [1, 2, 5])
+def test_one_block_more_trains_after_each_so_many_epochs(every_: int) -> None:
+    groups = groups_of(nn.ModuleDict({"body": body(), "head": nn.Linear(3, 2)}))
+    assert len(groups) == 5
+    for epoch in range(12):
+        for step in range(epoch * PER_EPOCH, (epoch + 1) * PER_EPOCH):
+            rates = named(f"gradual:every={every_}").rates(groups, step, 12 * PER_EPOCH, PER_EPOCH)
+            assert rates == every(groups[max(0, 4 - epoch // every_) :]), step
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("discriminative", [1 / 45.6976, 1 / 17.576, 1 / 6.76, 1 / 2.6, 1]),
+        ("discriminative:decay=2", [1 / 16, 1 / 8, 1 / 4, 1 / 2, 1]),
+        ("layer-decay", [0.31640625, 0.421875, 0.5625, 0.75, 1]),
+        ("layer-decay:d=1", [1, 1, 1, 1, 1]),
+    ],
+)
+def test_rates_fall_from_block_to_block_below_the_head(text: str, wanted: list[float]) -> None:
+    groups = groups_of(nn.ModuleDict({"body": body(), "head": nn.Linear(3, 2)}))
+    for step in (0, STEPS - 1):
+        rates = named(text).rates(groups, step, STEPS, PER_EPOCH)
+        assert rates == pytest.approx({n: r for group, r in zip(groups, wanted, strict=True) for n in group}, rel=1e-12)
 
 
 def test_the_backbones_rate_rises_once_the_head_has_trained() -> None:
     strategy = named("lp-ft:share=0.25,rise=0.5")
     *blocks, head = groups_of(nn.ModuleDict({"body": body(), "head": nn.Linear(3, 2)}))
     for step in range(STEPS):
-        rates = strategy.rates((*blocks, head), step, STEPS)
+        rates = strategy.rates((*blocks, head), step, STEPS, PER_EPOCH)
         assert {name: rates[name] for name in head} == every((head,))
         below = {name: rate for name, rate in rates.items() if name not in head}
         assert below == ({} if step < 3 else every(tuple(blocks), min(1.0, (step - 2) / 6))), step
@@ -284,10 +364,18 @@ def test_the_backbones_rate_rises_once_the_head_has_trained() -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("lastt", "strategy: no 'lastt', known are full, head, last, lp-ft, second-half; did you mean 'last'?"),
+        ("lastt", f"strategy: no 'lastt', known are {', '.join(STRATEGIES)}, second-half; did you mean 'last'?"),
         ("last:blocks=0", "strategy: blocks must be at least 1, got 0; head trains no block"),
         ("lp-ft:share=1", "strategy: share must be above 0 and below 1, got 1.0"),
         ("lp-ft:rise=1", "strategy: rise must be at least 0 and below 0.7, what share leaves, got 1.0"),
+        ("gradual:every=0", "strategy: every must be at least 1, got 0"),
+        ("discriminative:decay=0.5", "strategy: decay must be at least 1, got 0.5"),
+        ("lora:rank=0", "strategy: rank must be at least 1, got 0"),
+        ("lora:alpha=0", "strategy: alpha must be above 0, got 0.0"),
+        ("layer-decay:d=0", "strategy: d must be above 0 and at most 1, got 0.0"),
+        ("layer-decay:d=1.5", "strategy: d must be above 0 and at most 1, got 1.5"),
+        ("lp-ft:then=head", f"strategy: then: no 'head', known are {', '.join(AFTER_HEAD)}"),
+        ('lp-ft:then="last:blocks=0"', "strategy: blocks must be at least 1, got 0; head trains no block"),
         ("head:blocks=1", "strategy: head has no 'blocks' (given 'head:blocks=1'); it has none"),
     ],
 )
@@ -430,7 +518,7 @@ def test_settings_that_a_schedule_has_not_are_named(text: str, words: str) -> No
         schedules.make(text)
 
 
-@pytest.mark.parametrize("strategy", ["second-half", "lp-ft"])
+@pytest.mark.parametrize("strategy", ["second-half", "lp-ft", "gradual", "discriminative", "layer-decay"])
 def test_the_rate_of_each_parameter_is_the_formula_in_every_step_also_after_unfreezing(
     strategy: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -449,7 +537,7 @@ def test_the_rate_of_each_parameter_is_the_formula_in_every_step_also_after_unfr
     assert len(seen) == STEPS
     for step, rates in enumerate(seen):
         factor = (step + 1) / 3 if step < 3 else 0.5 * (1 + math.cos(math.pi * (step - 3) / 9))
-        wanted = {k: 0.02 * factor * f for k, f in STRATEGIES[strategy]().rates(groups, step, STEPS).items()}
+        wanted = {k: 0.02 * factor * f for k, f in STRATEGIES[strategy]().rates(groups, step, STEPS, PER_EPOCH).items()}
         assert rates == pytest.approx(wanted), step
 
 
@@ -480,7 +568,7 @@ def test_frozen_values_stay_to_the_bit_and_a_resume_goes_on_alike(strategy: str,
 def test_what_is_frozen_again_stays_to_the_bit(optimizer: str) -> None:
     """An optimiser has moments of it by then, which would move it on, and a gradient, if one were left."""
 
-    def first_half(groups: Groups, step: int, steps: int) -> Mapping[str, float]:
+    def first_half(groups: Groups, step: int, steps: int, per_epoch: int) -> Mapping[str, float]:
         return every(groups if step < steps / 2 else groups[-1:])
 
     recipe = Recipe(epochs=4, batch_size=8, lr=0.01, optimizer=optimizer)
@@ -537,7 +625,7 @@ def test_features_of_a_backbone_that_stays_are_computed_once(monkeypatch: pytest
 def test_features_are_none_of_the_starts_once_the_backbone_has_moved() -> None:
     """The head alone, then all, then the head alone again: with and without what is computed once."""
 
-    def between(groups: Groups, step: int, steps: int) -> Mapping[str, float]:
+    def between(groups: Groups, step: int, steps: int, per_epoch: int) -> Mapping[str, float]:
         return every(groups if steps / 3 <= step < 2 * steps / 3 else groups[-1:])
 
     recipe, (images, labels) = Recipe(epochs=6, batch_size=8, lr=0.01), toy(21)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,6 @@ from metaft.finetune.extras import Batch, Extra, Origin, composed
 from metaft.finetune.features import Features, evaluating, features_of, in_parts, takes_alone
 from metaft.finetune.outcomes import Outcome, outcome_of
 from metaft.finetune.strategies import Groups, Strategy
-from metaft.finetune.strategies.base import unchanged
 from metaft.inputs import Inputs
 from metaft.inputs.base import Examples
 from metaft.models.blocks import blocks_of
@@ -43,6 +42,9 @@ class Fitted:
     curve: list[dict[str, float]]
     """Per epoch: "epoch", "loss" and, with validation examples, "val_loss" and "val_accuracy" or, of numbers,
     "val_rmse"."""
+    trained: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Of the backbone, where gradients trained it: "numbers" that moved in some step, "of" how many it has, and the
+    names of weights that the strategy had to leave ("stays")."""
 
     @property
     def kept(self) -> int:
@@ -94,9 +96,10 @@ def fit(
     targets = outcome.prepared(labels)
     val = None if val_examples is None or val_labels is None else Prepared(val_examples, inputs, like)
     val = val if val is not None and len(val) else None
-    steps = recipe.passes * len(_batches(len(train), recipe.batch_size, seed, 0))
+    per_epoch = len(_batches(len(train), recipe.batch_size, seed, 0))
+    steps = recipe.passes * per_epoch
     model, groups, begun, still = _start(
-        body, train, labels, outcome, recipe, seed, strategy, steps, None if known is None else known[0]
+        body, train, labels, outcome, recipe, seed, strategy, per_epoch, None if known is None else known[0]
     )
     # A parameter is a group of the optimiser by itself: its rate may change with every step.
     optimizer = optim.named(recipe.optimizer)([(n, p) for n, p in _learning(model) if n not in still], recipe.rate)
@@ -108,21 +111,21 @@ def fit(
     if resume is not None:
         resume = dict(_copied(resume))  # an optimiser would go on to write into the tensors that it is given
         model.load_state_dict(resume["model"])
-        optim.put_moments(optimizer, resume["adam"], strategy.rates(groups, 0, steps))
+        optim.put_moments(optimizer, resume["adam"], strategy.rates(groups, 0, steps, per_epoch))
         curve, best = resume["curve"], (resume["best_loss"], resume["best"])
-    settled = _settled(strategy, groups, recipe.passes, steps)
+    settled = _settled(strategy, groups, recipe.passes, per_epoch)
     stayed = not extras and recipe.augment == "none"  # and features are those of the start, as long as this is true
-    stayed = stayed and _stays(strategy, groups, steps, 0, len(curve) * (steps // recipe.passes))
+    stayed = stayed and _stays(strategy, groups, recipe.passes, per_epoch, range(len(curve)))
     for epoch in range(len(curve), recipe.passes):
         if recipe.patience is not None and _stale(curve[settled:], recipe.patience):
             break
         total, moves = 0.0, moves_of(len(train), recipe, seed, epoch)
         batches = _batches(len(train), recipe.batch_size, seed, epoch)
-        stayed = stayed and (bool(still) or _stays(strategy, groups, steps, epoch * len(batches), len(batches)))
+        stayed = stayed and (bool(still) or _stays(strategy, groups, recipe.passes, per_epoch, [epoch]))
         computed = features.train if stayed else None
         for number, batch in enumerate(batches):
             step, rows = epoch * len(batches) + number, torch.from_numpy(batch)
-            rates = {n: r for n, r in strategy.rates(groups, step, steps).items() if n not in still}
+            rates = {n: r for n, r in strategy.rates(groups, step, steps, per_epoch).items() if n not in still}
             optim.set_rates(optimizer, rates, recipe.rate * schedule(step, steps))
             y = targets[rows.to(targets.device)]
             if computed is not None:
@@ -154,8 +157,12 @@ def fit(
             on_epoch({**_copied(state), "model": _values(model, still), "best_loss": best[0], "best": best[1]})
     if best[1]:
         model.load_state_dict(best[1])
+    moved = _moved(strategy, groups, recipe.passes, per_epoch, range(len(curve)))
+    trained: dict[str, Any] = {"numbers": sum(model.get_parameter(name).numel() for name in moved)}
+    trained |= {"of": sum(p.numel() for p in body.parameters()), "stays": strategy.stays(body)}
     model = strategy.finish(model)
-    return Fitted(_stored(model.get_submodule("body"), train), outcome.finished(model.get_submodule("head")), curve)
+    stored, head = _stored(model.get_submodule("body"), train), outcome.finished(model.get_submodule("head"))
+    return Fitted(stored, head, curve, trained)
 
 
 def _copied(state: Any) -> Any:
@@ -209,7 +216,7 @@ def _start(
     recipe: Recipe,
     seed: int,
     strategy: Strategy,
-    steps: int,
+    per_epoch: int,
     known: Tensor | None,
 ) -> tuple[nn.Module, Groups, Tensor | None, frozenset[str]]:
     """A copy of the body and a head that starts from its features, as the strategy wants them, the groups of their
@@ -222,14 +229,15 @@ def _start(
         features = (features_of if takes_alone(body) else in_parts)(_stored(body, train), train)
     head = outcome.begun(heads.build(recipe.head, features, labels, outcome.outputs, head_seed(seed)))
     model = strategy.prepare(nn.ModuleDict({"body": body, "head": head}), seed)
+    same_body = model.get_submodule("body") is body
     groups, still = groups_of(model), set()
-    if _stays(strategy, groups, steps, 0, max(1, steps)):
+    if _stays(strategy, groups, recipe.passes, per_epoch, range(recipe.passes)):
         # Nothing below the head may ever change, statistics included.
         still = {name for group in groups[:-1] for name in group}
         model.set_submodule("body", with_stored_moments(model.get_submodule("body"), train).eval())
         for name in still:
             model.get_parameter(name).requires_grad_(False)
-    return model, groups, features if strategy.prepare is unchanged else None, frozenset(still)
+    return model, groups, features if same_body else None, frozenset(still)
 
 
 def head_seed(seed: int) -> int:
@@ -237,21 +245,31 @@ def head_seed(seed: int) -> int:
     return int(raw_words(seed, "train", [0], 1, stream=Stream.HEADS)[0, 0])
 
 
-def _settled(strategy: Strategy, groups: Groups, epochs: int, steps: int) -> int:
+def _settled(strategy: Strategy, groups: Groups, epochs: int, per_epoch: int) -> int:
     """The epoch from which the same parameters train to the end: patience is for that phase, since in those before it
     the next one would be waited for in vain."""
-    per_epoch = steps // max(1, epochs)
-    trained = [{n for n, r in strategy.rates(groups, i * per_epoch, steps).items() if r} for i in range(epochs)]
+    steps = epochs * per_epoch
+    trained = [
+        {n for n, r in strategy.rates(groups, i * per_epoch, steps, per_epoch).items() if r} for i in range(epochs)
+    ]
     return max((i for i in range(1, epochs) if trained[i] != trained[i - 1]), default=0)
 
 
-def _stays(strategy: Strategy, groups: Groups, steps: int, first: int, count: int) -> bool:
-    """Whether no parameter below the head moves in `count` steps from the `first` on."""
+def _stays(strategy: Strategy, groups: Groups, epochs: int, per_epoch: int, some: Iterable[int]) -> bool:
+    """Whether no parameter below the head moves in any step of `some` of the epochs."""
     of_body = {name for group in groups[:-1] for name in group}
     return not any(
-        of_body & {name for name, rate in strategy.rates(groups, step, steps).items() if rate}
-        for step in range(first, first + count)
+        of_body & {name for name, rate in strategy.rates(groups, step, epochs * per_epoch, per_epoch).items() if rate}
+        for epoch in some
+        for step in range(epoch * per_epoch, (epoch + 1) * per_epoch)
     )
+
+
+def _moved(strategy: Strategy, groups: Groups, epochs: int, per_epoch: int, some: Iterable[int]) -> set[str]:
+    """Names of the parameters below the head that move in the first or the last step of `some` of the epochs."""
+    steps = [step for epoch in some for step in (epoch * per_epoch, (epoch + 1) * per_epoch - 1)]
+    moved = {n for i in steps for n, rate in strategy.rates(groups, i, epochs * per_epoch, per_epoch).items() if rate}
+    return moved & {name for group in groups[:-1] for name in group}
 
 
 def _stale(curve: list[dict[str, float]], patience: int) -> bool:

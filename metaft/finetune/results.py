@@ -146,11 +146,11 @@ def views(
     mean = {"draws": len(draws), "accuracy": first["mean"]["accuracy"], "accuracy_ci95": first["mean"]["ci95"]}
     scratch = None
     if last is not None:
-        scratch = {k: v for k, v in last.items() if k not in ("name", "mean", *TABLES)}
+        scratch = {k: v for k, v in last.items() if k not in ("name", "mean", "trained", *TABLES)}
         mean |= {"scratch_accuracy": last["mean"]["accuracy"], "scratch_accuracy_ci95": last["mean"]["ci95"]}
     over_last = gains[-1] if last is not None else None
     return {
-        **{k: v for k, v in first.items() if k not in ("name", "mean", "epochs", "seconds")},
+        **{k: v for k, v in first.items() if k not in ("name", "mean", "epochs", "seconds", "trained")},
         "epochs_run": first["epochs"],
         "scratch": scratch,
         "gain": over_last and {"accuracy": over_last["mean"], "ci95": over_last["ci95"], "draws": len(draws)},

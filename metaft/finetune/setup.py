@@ -16,17 +16,20 @@ from metaft._version import __version__
 from metaft.config import AdaptConfig, Init, of_other_method
 from metaft.defaults import check_steps, device_of
 from metaft.errors import DataError, MetaftError, no_such
+from metaft.finetune import strategies
 from metaft.finetune.contenders import Contender, Images, chosen, contenders_of, newest, opened, other
 from metaft.finetune.inner import check_inner
 from metaft.finetune.ranking import at_hand, ranked
 from metaft.finetune.recipes import check_numbers, lasting, settled
 from metaft.finetune.strategies import CHOSEN
+from metaft.finetune.strategies.base import unchanged
+from metaft.models.handed import copied
 from metaft.options import flat, options
 from metaft.runs.checkpoint import digest
 from metaft.runs.machine import machine
 from metaft.settings import Recipe, TargetSettings
 from metaft.starts import names
-from metaft.starts.base import Start, constants
+from metaft.starts.base import Start, body, constants
 from metaft.starts.none import OWN
 from metaft.support import paths, places
 from metaft.targets import Target
@@ -152,7 +155,23 @@ def prepared(
         config, start, others, images, trained=trained, whole="compared_sha256" in (begun or {"compared_sha256": []})
     )
     known = [contender for contender in contenders if begun is None or contender.label in begun["starts"]]
+    for contender in known:
+        _check_strategy(contender)
     return setup._replace(contenders=tuple(known))
+
+
+def _check_strategy(contender: Contender) -> None:
+    """Raises MetaftError for a start whose backbone has nothing that its strategy could train."""
+    recipe, start = contender.recipe, contender.start
+    if contender.probe or recipe is None or recipe.trains == CHOSEN:
+        return
+    strategy = strategies.named(recipe.trains)
+    if strategy.prepare is unchanged:
+        return
+    try:
+        strategy.prepare(nn.ModuleDict({"body": copied(body(start, 0)), "head": nn.Identity()}), 0)
+    except MetaftError as error:
+        raise MetaftError(f"{error} (given {recipe.trains!r}, from {start.name})") from None
 
 
 def _left_open(config: AdaptConfig) -> AdaptConfig:

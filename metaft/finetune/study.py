@@ -143,7 +143,8 @@ class Journal:
         """A fit is done."""
         epochs = len([row for row in fitted.curve if row["epoch"] > 0])
         chosen = {} if self.position.chosen is None else {"chosen": self.position.chosen}
-        done = {**tag, "seed": seed, "epochs": epochs, "kept_epoch": fitted.kept, **figures, **chosen}
+        trained = {"trained": fitted.trained} if fitted.trained else {}
+        done = {**tag, "seed": seed, "epochs": epochs, "kept_epoch": fitted.kept, **trained, **figures, **chosen}
         self.position = Position((*self.position.fits, _as_read(done)), self._rows(number, tag, fitted.curve))
         self._keep(number)
 

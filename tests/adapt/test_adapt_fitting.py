@@ -27,10 +27,12 @@ from helpers import (
     write_target,
 )
 from PIL import Image
+from torch import nn
 
 import metaft
 from metaft import adapt, targets
 from metaft.config import AdaptConfig, read_toml
+from metaft.errors import MetaftError
 from metaft.finetune.recipes import lasting, of_whole
 from metaft.finetune.setup import Setup, rows_of
 from metaft.inputs import ImageInputs
@@ -54,6 +56,18 @@ def test_the_settings_reach_the_fit(runs: dict[str, Path], data: Path, tmp_path:
     whole = {**recipe, "freeze": "none", "strategy": "full"}  # frozen random features are nothing to be better than
     assert [(dataclasses.asdict(seen.recipe), seen.seed) for seen in fits] == [(recipe, 4), (whole, 4)]
     assert {k: result_of(tmp_path / "o")[k] for k in given} == given
+
+
+@pytest.mark.parametrize("strategy", ["bitfit", "lp-ft:then=bitfit"])
+def test_a_strategy_that_could_train_nothing_is_refused_before_anything_is_written(
+    strategy: str, data: Path, tmp_path: Path
+) -> None:
+    module = nn.Sequential(nn.Conv2d(1, 4, 3, bias=False), nn.Flatten(), nn.Linear(4 * 26 * 26, 3))
+    config = AdaptConfig(init="none", data=f"folder:{data}", strategy=strategy, device="cpu", out=str(tmp_path / "o"))
+    said = f"bitfit trains biases, and the backbone has none that could train (given '{strategy}', from module)"
+    with pytest.raises(MetaftError, match=f"^strategy: {re.escape(said)}$"):
+        adapt.run(config, module=module, init="keep")
+    assert not (tmp_path / "o").exists()
 
 
 def test_what_is_left_open_is_written_down(runs: dict[str, Path], data: Path, tmp_path: Path) -> None:

@@ -3,21 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from metaft.finetune.strategies.base import Groups, Strategy, every
+from metaft.finetune.strategies.bitfit import bitfit
+from metaft.finetune.strategies.discriminative import discriminative
 from metaft.finetune.strategies.full import full
+from metaft.finetune.strategies.gradual import gradual
 from metaft.finetune.strategies.head import head
 from metaft.finetune.strategies.last import last
+from metaft.finetune.strategies.layer_decay import layer_decay
+from metaft.finetune.strategies.lora import lora
 from metaft.finetune.strategies.lp_ft import lp_ft
 from metaft.spec import bind
 
 __all__ = ["CHOSEN", "STRATEGIES", "Groups", "Strategy", "every", "named"]
 
-STRATEGIES: dict[str, Callable[..., Strategy]] = {
+AFTER_HEAD: dict[str, Callable[..., Strategy]] = {
     "full": full,
-    "head": head,
     "last": last,
-    "lp-ft": lp_ft,
+    "gradual": gradual,
+    "discriminative": discriminative,
+    "layer-decay": layer_decay,
+    "bitfit": bitfit,
+    "lora": lora,
+}
+"""What moves the backbone, hence also what `lp-ft` can go on with."""
+
+STRATEGIES: dict[str, Callable[..., Strategy]] = {
+    "head": head,
+    "lp-ft": partial(lp_ft, AFTER_HEAD),
+    **AFTER_HEAD,
 }
 
 

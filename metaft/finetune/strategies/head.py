@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from metaft.finetune.strategies.base import Groups, Strategy, every
 
 
-def rates(groups: Groups, step: int, steps: int) -> Mapping[str, float]:
+def rates(groups: Groups, step: int, steps: int, per_epoch: int) -> Mapping[str, float]:
     return every(groups[-1:])
 
 

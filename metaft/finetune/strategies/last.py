@@ -9,7 +9,7 @@ from metaft.errors import MetaftError
 from metaft.finetune.strategies.base import Groups, Strategy, every
 
 
-def rates(blocks: int, groups: Groups, step: int, steps: int) -> Mapping[str, float]:
+def rates(blocks: int, groups: Groups, step: int, steps: int, per_epoch: int) -> Mapping[str, float]:
     return every(groups[-1 - blocks :])
 
 

@@ -1,0 +1,199 @@
+"""Low-rank adaptation: what it adds, where, and that nothing of it is left in the end."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import ONE_PASS
+from test_finetune import CLASSES, INPUTS, bits, body, same, toy
+from torch import Tensor, nn
+
+from metaft.errors import MetaftError
+from metaft.finetune.fit import fit, flatten, unflatten
+from metaft.finetune.strategies import named
+from metaft.finetune.strategies.lora import LowRank, places, stays
+from metaft.settings import Recipe
+
+RANK, ALPHA = 2, 3.0
+
+
+class Attending(nn.Module):
+    """[n, 3, 4] -> [n, 12], by packed attention or, where keys are of another size, by three matrices."""
+
+    def __init__(self, keys: int = 4) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(4, 2, kdim=keys, vdim=keys, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        keys = x.repeat(1, 1, 2)[..., : self.attention.kdim]
+        return self.attention(x, keys, keys, need_weights=False)[0].flatten(1)
+
+
+KINDS: dict[str, tuple[Any, tuple[int, ...]]] = {
+    "linear": (lambda: nn.Linear(5, 4), (3, 5)),
+    "convolution": (lambda: nn.Conv2d(3, 6, 3, padding=1, stride=2), (3, 3, 5, 5)),
+    "one-dimensional": (lambda: nn.Conv1d(3, 6, 3), (3, 3, 7)),
+    "grouped": (lambda: nn.Conv2d(6, 9, 3, groups=3), (3, 6, 5, 5)),
+    "packed attention": (Attending, (3, 3, 4)),
+    "attention": (lambda: Attending(6), (3, 3, 4)),
+    "conv4": (lambda: body(dtype=torch.float64), (3, *INPUTS.shape)),
+}
+
+
+def start(kind: str) -> tuple[nn.Module, Tensor]:
+    """A body of this kind, and inputs."""
+    make, shape = KINDS[kind]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return nn.Sequential(make(), nn.Flatten()).double(), torch.randn(shape, dtype=torch.float64)
+
+
+def adapted(kind: str, seed: int = 1, text: str = f"lora:rank={RANK},alpha={ALPHA}") -> nn.ModuleDict:
+    """The same body as lora trains it, and a head."""
+    model = named(text).prepare(nn.ModuleDict({"body": start(kind)[0], "head": nn.Identity()}), seed)
+    assert isinstance(model, nn.ModuleDict)
+    return model
+
+
+def moved(model: nn.ModuleDict) -> nn.ModuleDict:
+    """With other values in all that trains."""
+    g = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.copy_(torch.randn(p.shape, dtype=p.dtype, generator=g))
+    return model
+
+
+def products(model: nn.Module) -> dict[str, LowRank]:
+    return {name: part for name, part in model.named_modules() if isinstance(part, LowRank)}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_begins_as_the_start_and_is_at_the_end_what_it_was_unmerged(kind: str) -> None:
+    begun, x = start(kind)
+    model = adapted(kind)
+    assert torch.equal(model["body"](x), begun(x))
+    unmerged = moved(model)["body"](x)
+    assert (unmerged - begun(x)).abs().max() > 0.1
+    kept = copy.deepcopy(model)["body"](x)
+    torch.testing.assert_close(kept, unmerged, rtol=0, atol=1e-12)
+    merged = named("lora").finish(model).get_submodule("body")
+    torch.testing.assert_close(merged(x), unmerged, rtol=1e-12, atol=1e-12)
+    assert not products(merged)
+    assert [type(part) for part in merged.modules()] == [type(part) for part in begun.modules()]
+    begun.load_state_dict(merged.state_dict(), strict=True)
+    torch.testing.assert_close(begun(x), unmerged, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_added_is_of_the_rank_scaled_and_the_products_alone_train(kind: str) -> None:
+    begun, x = start(kind)
+    model = moved(adapted(kind))
+    parts = products(model)
+    learning = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert learning == {f"{name}.{factor}" for name in parts for factor in "AB"}
+    model["body"](x).square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters() if p.requires_grad)
+    factors = {name: (part.A.detach().clone(), part.B.detach().clone()) for name, part in parts.items()}
+    merged = dict(named("lora").finish(model).named_parameters())
+    for name, (a, b) in factors.items():
+        path, _, rest = name.partition(".parametrizations.")
+        weight = f"{path}.{rest.removesuffix('.0')}"
+        added = merged[weight] - begun.get_parameter(weight.removeprefix("body."))
+        for g, of_group in enumerate(added.flatten(1).chunk(len(a))):
+            torch.testing.assert_close(of_group, ALPHA / RANK * b[g] @ a[g], rtol=1e-9, atol=1e-12)
+            assert torch.linalg.matrix_rank(of_group) == RANK
+    assert len(factors) == {"packed attention": 2, "attention": 4, "conv4": 4}.get(kind, 1)
+
+
+def test_a_grouped_convolution_is_a_dense_one_of_blocks() -> None:
+    begun, x = start("grouped")
+    model = moved(adapted("grouped"))
+    product, conv = *products(model).values(), begun[0]
+    assert isinstance(conv, nn.Conv2d) and conv.bias is not None
+    dense = torch.zeros(9, 6, 3, 3, dtype=torch.float64)
+    for out in range(9):
+        group = out // 3
+        for channel in range(2):
+            for place in range(9):
+                row = sum(product.B[group, out % 3, r] * product.A[group, r, 9 * channel + place] for r in range(RANK))
+                weight = conv.weight[out, channel, place // 3, place % 3] + ALPHA / RANK * row
+                dense[out, 2 * group + channel, place // 3, place % 3] = weight.detach()
+    torch.testing.assert_close(model["body"](x), F.conv2d(x, dense, conv.bias).flatten(1), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_packed_attention_computes_with_what_is_added(training: bool) -> None:
+    """It reads its weights itself, without calling a layer, and has a fast path of its own in evaluation."""
+    begun, x = start("packed attention")
+    attention = begun[0].attention
+    model = moved(adapted("packed attention")).train(training)
+    out, packed = products(model).values()
+    with torch.no_grad():
+        weight = attention.in_proj_weight + ALPHA / RANK * packed.B[0] @ packed.A[0]
+        q, k, v = (F.linear(x, weight, attention.in_proj_bias)).chunk(3, dim=-1)
+        q, k, v = (part.unflatten(-1, (2, 2)).transpose(1, 2) for part in (q, k, v))
+        mixed = (q @ k.transpose(-1, -2) / math.sqrt(2)).softmax(-1) @ v
+        last = attention.out_proj.weight + ALPHA / RANK * out.B[0] @ out.A[0]
+        wanted = F.linear(mixed.transpose(1, 2).flatten(2), last, attention.out_proj.bias).flatten(1)
+        torch.testing.assert_close(model["body"](x), wanted, rtol=1e-10, atol=1e-12)
+
+
+def test_what_is_left_is_named() -> None:
+    parts = {"first": nn.Linear(3, 3), "tied": nn.Linear(3, 3), "depthwise": nn.Conv2d(4, 8, 3, groups=4)}
+    parts |= {"frozen": nn.Linear(3, 3), "words": nn.Embedding(4, 3), "free": nn.Linear(3, 3), "norm": nn.LayerNorm(3)}
+    module = nn.ModuleDict(parts)
+    parts["tied"].weight = parts["first"].weight
+    parts["frozen"].weight.requires_grad_(False)
+    module["again"] = parts["free"]  # one layer in two places
+    assert stays(module) == ["first.weight", "depthwise.weight (depthwise)", "words.weight"]
+    assert [place.weight for place in places(module)] == [parts["free"].weight]
+
+
+def test_a_backbone_to_which_nothing_can_be_added_is_refused() -> None:
+    with pytest.raises(MetaftError, match=r"^strategy: lora adds to weights of linear layers, convolutions and att"):
+        named("lora").prepare(nn.ModuleDict({"body": nn.Conv2d(4, 4, 3, groups=4), "head": nn.Linear(4, 2)}), 0)
+
+
+def test_a_is_drawn_from_the_seed_and_its_inputs_and_by_no_global_generator() -> None:
+    before = torch.get_rng_state()
+    first, again, other = ([part.A for part in products(adapted("conv4", seed)).values()] for seed in (1, 1, 2))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(a, b) and not torch.equal(a, c) for a, b, c in zip(first, again, other, strict=True))
+    wide = named("lora:rank=64").prepare(nn.ModuleDict({"body": nn.Linear(300, 64), "head": nn.Identity()}), 0)
+    (product,) = products(wide).values()
+    assert product.A.abs().max() < 1 / math.sqrt(300)
+    assert float(product.A.detach().std() * math.sqrt(300)) == pytest.approx(1 / math.sqrt(3), rel=0.02)
+    assert not product.B.any()
+
+
+def test_no_product_is_wider_than_its_weight() -> None:
+    shapes = [(part.A.shape, part.B.shape) for part in products(adapted("grouped", text="lora:rank=50")).values()]
+    assert shapes == [((3, 3, 18), (3, 3, 3))]
+
+
+@pytest.mark.parametrize("strategy", ["lora:rank=2", 'lp-ft:then="lora:rank=2"'])
+def test_a_fit_goes_on_from_a_checkpoint_and_keeps_the_layers_it_began_with(strategy: str) -> None:
+    recipe, (images, labels), val = Recipe(epochs=3, batch_size=8, lr=0.02), toy(21), toy(9, seed=3)
+    states: list[dict[str, Any]] = []
+    more: dict[str, Any] = {"strategy": named(strategy), "val_examples": val[0], "val_labels": val[1], "seed": 3}
+    whole = fit(body(), INPUTS, images, labels, CLASSES, recipe, on_epoch=states.append, **more)
+    for state in states:
+        again = fit(body(), INPUTS, images, labels, CLASSES, recipe, resume=unflatten(*flatten(state)), **more)
+        assert same(bits(again), bits(whole)) and again.curve == whole.curve
+    begun, weights = body().state_dict(), [f"blocks.{i}.weight" for i in (0, 3, 6, 9)]
+    now = whole.body.state_dict()
+    assert begun.keys() <= now.keys()
+    for name, value in begun.items():
+        assert torch.equal(now[name], value) == (name not in weights), name
+    with torch.no_grad():
+        loss = F.cross_entropy(whole.head(whole.body(INPUTS(val[0]))), val[1])
+    assert float(loss) == pytest.approx(min(row["val_loss"] for row in whole.curve), abs=ONE_PASS)
+    added = sum(2 * (math.prod(begun[n].shape[1:]) + len(begun[n])) for n in weights)
+    assert whole.trained == {"numbers": added, "of": sum(p.numel() for p in body().parameters()), "stays": []}
