@@ -26,6 +26,7 @@ class Stream(enum.IntEnum):
     HEADS = 5
     BASELINES = 6
     CONTEXT = 7
+    EXTRAS = 8
 
 
 def raw_words(

@@ -466,6 +466,14 @@ class Recipe(Group):
         Literal["none", "weights"],
         Option("weights: in the training loss each class counts as much as any other, however many images it has."),
     ] = "none"
+    extra: Annotated[
+        tuple[str, ...],
+        Option(
+            "Changes to the training loss, the first one first: l2-sp:alpha=0.01,beta=0.01 (pulls to the start), "
+            "mixup:alpha=0.2, cutmix:alpha=1.",
+            metavar="NAME[:KEY=VALUE,...]",
+        ),
+    ] = ()
 
     @property
     def rate(self) -> float:

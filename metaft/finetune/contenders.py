@@ -13,7 +13,7 @@ from torch import nn
 from metaft import targets
 from metaft.config import AdaptConfig
 from metaft.errors import DataError, MetaftError
-from metaft.finetune.recipes import lasting, of_whole, settled
+from metaft.finetune.recipes import lasting, of_chance, of_whole, settled
 from metaft.inputs import Inputs
 from metaft.models.architecture import is_published
 from metaft.settings import RATE, Recipe, StartSettings, TargetSettings
@@ -164,6 +164,8 @@ def contenders_of(
             recipe = lasting(settled(Recipe(), other), trained)
         if other.meta is None and recipe is not None and recipe.trains != "full":
             recipe = of_whole(recipe, trained)
+        if other.meta is None and recipe is not None:
+            recipe = of_chance(recipe)
         yield Contender(label, other, images.of(other), recipe)
     if start.meta is not None:
         chance = scratch(start, lambda: images.small(config.start.image_size).inputs)
@@ -172,10 +174,11 @@ def contenders_of(
             given = recipe or Recipe()
             recipe = Recipe(
                 batch_size=given.batch_size, head=given.head, augment=given.augment, balance=given.balance,
-                loss=given.loss, lr=RATE,
+                loss=given.loss, lr=RATE, extra=given.extra,
             )  # fmt: skip
         elif recipe is not None and whole and recipe.trains != "full":
             recipe = of_whole(recipe, trained)
+        recipe = None if recipe is None else of_chance(recipe)
         yield Contender(chance.label, chance, images.of(chance), recipe)
 
 

@@ -17,7 +17,7 @@ from metaft.errors import NonFiniteError
 from metaft.finetune import heads, optim, strategies
 from metaft.finetune.augment import augmented, moves_of
 from metaft.finetune.examples import Prepared, like_of
-from metaft.finetune.extras import Batch, Extra, Origin, composed
+from metaft.finetune.extras import Batch, Extra, Origin, all_named, composed
 from metaft.finetune.features import Features, evaluating, features_of, in_parts, takes_alone
 from metaft.finetune.outcomes import Outcome, outcome_of
 from metaft.finetune.strategies import Groups, Strategy
@@ -64,7 +64,7 @@ def fit(
     val_examples: Examples | None = None,
     val_labels: Tensor | None = None,
     strategy: Strategy | None = None,
-    extras: Sequence[Extra] = (),
+    extras: Sequence[Extra] | None = None,
     known: tuple[Tensor, Tensor] | None = None,
     each_epoch: bool = True,
     should_stop: Callable[[], None] = lambda: None,
@@ -76,7 +76,7 @@ def fit(
     0: the head then has one output, and the loss is the squared error. `known` are the features of training and
     validation examples, where the caller has them.
 
-    `strategy` says what trains and at which rate in each step (None: as the recipe says), `extras` change the loss. The
+    `strategy` says what trains and at which rate in each step, `extras` change the loss (None: as the recipe says). The
     rate of a parameter in a step is the recipe's times the schedule's factor times the strategy's. Training batches are
     normalised with their own statistics; the result with those of all training examples, stored at the end. Epochs up
     to the first in which the body moves are on features that were computed once, where those do not depend on the
@@ -87,6 +87,7 @@ def fit(
     shows in the result alone.
     """
     strategy = strategies.named(recipe.trains) if strategy is None else strategy
+    extras = all_named(recipe.extra) if extras is None else extras
     schedule = schedules.make(recipe.anneals)
     like = like_of(body)
     train, labels = Prepared(examples, inputs, like), labels.to(like.device)
@@ -100,8 +101,9 @@ def fit(
     )
     # A parameter is a group of the optimiser by itself: its rate may change with every step.
     optimizer = optim.named(recipe.optimizer)([(n, p) for n, p in _learning(model) if n not in still], recipe.rate)
-    origin = Origin({n: p.detach().clone() for n, p in model.named_parameters()}, seed)
+    origin = Origin({n: p.detach().clone() for n, p in model.named_parameters()}, seed, classes, inputs)
     objective = composed(extras, origin, outcome.loss)
+    alone = nn.ModuleDict({"body": nn.Identity(), "head": model.get_submodule("head")})  # on features
     features = Features(model.get_submodule("body"), train, val, begun, None if known is None else known[1])
     curve: list[dict[str, float]] = []
     best = (math.inf, {})
@@ -111,7 +113,8 @@ def fit(
         optim.put_moments(optimizer, resume["adam"], strategy.rates(groups, 0, steps))
         curve, best = resume["curve"], (resume["best_loss"], resume["best"])
     settled = _settled(strategy, groups, recipe.passes, steps)
-    stayed = not extras and recipe.augment == "none"  # and features are those of the start, as long as this is true
+    stayed = recipe.augment == "none" and not any(extra.of_inputs for extra in extras)
+    # Features are those of the start, as long as this is true.
     stayed = stayed and _stays(strategy, groups, steps, 0, len(curve) * (steps // recipe.passes))
     for epoch in range(len(curve), recipe.passes):
         if recipe.patience is not None and _stale(curve[settled:], recipe.patience):
@@ -126,7 +129,7 @@ def fit(
             optim.set_rates(optimizer, rates, recipe.rate * schedule(step, steps))
             y = targets[rows.to(targets.device)]
             if computed is not None:
-                loss = outcome.loss(model.get_submodule("head")(computed[rows.to(computed.device)]), y)
+                loss = objective(alone, Batch(computed[rows.to(computed.device)], y, rows, epoch))
             else:
                 raw = examples[rows] if moves is None else augmented(examples[rows].to(like.device), moves[rows])
                 loss = objective(model, Batch(train.prepare(raw), y, rows, epoch))

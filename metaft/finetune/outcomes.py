@@ -35,8 +35,16 @@ def outcome_of(recipe: Recipe, labels: Tensor, classes: int, like: Tensor) -> Ou
     if classes == 0:
         return _numbers(labels, like)
     weights = None if recipe.balance == "none" else class_weights(labels, classes).to(like)
-    loss = partial(F.cross_entropy, weight=weights)
+    loss = partial(class_loss, weights=weights)
     return Outcome(classes, _same, lambda y: y.to(like.device), loss, _of_classes, _same)
+
+
+def class_loss(outputs: Tensor, y: Tensor, *, weights: Tensor | None = None) -> Tensor:
+    """Cross-entropy of outputs [n, classes] and labels, int64 [n] or shares of the classes, float [n, classes], with
+    the mean of the classes' `weights` taken by the labels as PyTorch does: it divides by the sum of their weights."""
+    if y.dim() == 1 or weights is None:
+        return F.cross_entropy(outputs, y, weight=weights)
+    return -(y * weights * outputs.log_softmax(-1)).sum() / (y * weights).sum()
 
 
 def _same(head: nn.Module) -> nn.Module:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from metaft.finetune import extras
 from metaft.finetune.classifier import Classifier
 from metaft.finetune.examples import Part
 from metaft.finetune.numbers import FIGURES
@@ -65,6 +66,7 @@ def _how(r: Mapping[str, Any]) -> str:
         how += f", {r['augment']} augmentation"
     if r["balance"] != "none":
         how += ", classes weighted alike"
+    how += "".join(f", {extras.named(text).said} ({text})" for text in r["extra"])
     most = "" if chosen else f"of at most {r['epochs']} "
     return f"{how}, batches of {r['batch_size']}, {r['epochs_run']} {most}epochs"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -46,7 +46,8 @@ def result_of(folder: RunFolder, setup: Setup, position: Position, device: str) 
         label = contender.label
         curve = [r for r in position.rows if (r["draw"], r["start"], r.get("fold", 0)) == (0, label, 0)]
         more: dict[str, Any] = {"shape": list(contender.target.inputs.shape)}
-        more["warnings"] = warnings_of(column[0], curve, len(target.class_names))
+        changed = contender.recipe is not None and bool(contender.recipe.extra)
+        more["warnings"] = warnings_of(column[0], curve, len(target.class_names), changed=changed)
         entries.append(entry(label, column) | more)
     if setup.folds > 1 and "chosen" in position.fits[0]:  # of the classifier that is kept, which no fold has
         entries[0]["chosen"] = position.fits[0]["chosen"]
@@ -191,6 +192,7 @@ def notes(setup: Setup, rows: Rows) -> list[str]:
             f"{'each of them' if setup.folds > 1 else 'those after the first'} may test; strategies and rates are not"
         )
     said += _duplicates(target, rows)
+    said += _dropped(setup)
     if config.recipe is not None and config.recipe.trains != CHOSEN and len(rows.val) == 0:
         few = "a class has" if target.class_names else "there are"
         why = f"{few} fewer than {VALIDATION_FROM} images to train on, so"
@@ -210,6 +212,14 @@ def notes(setup: Setup, rows: Rows) -> list[str]:
             f"the run learned {start.head_rows}-way tasks: each of the {classes} classes starts from its mean head row"
         )
     return said
+
+
+def _dropped(setup: Setup) -> Iterator[str]:
+    """Which contenders train without an extra that was asked for."""
+    given = () if setup.config.recipe is None else setup.config.recipe.extra
+    for label, _, _, recipe, *_ in setup.contenders:
+        if recipe is not None and (lacking := [text for text in given if text not in recipe.extra]):
+            yield f"{label} trains without {', '.join(lacking)}: it has no knowledge of a start to keep"
 
 
 def _duplicates(target: Target, rows: Rows) -> list[str]:

@@ -16,6 +16,7 @@ from metaft._version import __version__
 from metaft.config import AdaptConfig, Init, of_other_method
 from metaft.defaults import check_steps, device_of
 from metaft.errors import DataError, MetaftError, no_such
+from metaft.finetune import extras
 from metaft.finetune.contenders import Contender, Images, chosen, contenders_of, newest, opened, other
 from metaft.finetune.inner import check_inner
 from metaft.finetune.ranking import at_hand, ranked
@@ -128,6 +129,8 @@ def prepared(
     start = start if start.name == OWN else dataclasses.replace(start, name=named)
     named = start.name
     _check_probe(config, start)
+    for extra in extras.all_named(() if config.recipe is None else config.recipe.extra):
+        extra.check(target.inputs, target.class_names)
     open_values: dict[str, Any] = {"init": named}
     open_values["shots_per_class"] = shots_of(config.target)
     if config.method == "finetune":

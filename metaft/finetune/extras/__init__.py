@@ -8,11 +8,35 @@ from functools import partial
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from metaft.errors import MetaftError
 from metaft.finetune.extras.base import Batch, Extra, Objective, Origin
+from metaft.finetune.extras.cutmix import cutmix
+from metaft.finetune.extras.l2_sp import l2_sp
+from metaft.finetune.extras.mixup import mixup
+from metaft.spec import bind, name_of
 
-__all__ = ["EXTRAS", "Batch", "Extra", "Objective", "Origin", "composed", "plain_loss"]
+__all__ = ["EXTRAS", "Batch", "Extra", "Objective", "Origin", "all_named", "composed", "named", "plain_loss"]
 
-EXTRAS: dict[str, Callable[..., Extra]] = {}
+EXTRAS: dict[str, Callable[..., Extra]] = {
+    "l2-sp": l2_sp,
+    "mixup": mixup,
+    "cutmix": cutmix,
+}
+
+
+def named(text: str) -> Extra:
+    """`NAME[:key=value,...]`. Raises MetaftError that begins with `extra`."""
+    return bind("extra", text, EXTRAS)()
+
+
+def all_named(texts: Sequence[str]) -> tuple[Extra, ...]:
+    """Likewise of each. Raises MetaftError for one that is there twice, too."""
+    extras = tuple(map(named, texts))
+    names = [name_of(text, EXTRAS) for text in texts]
+    for name, text in zip(names, texts, strict=True):
+        if names.count(name) > 1:
+            raise MetaftError(f"extra: {name} is given twice (given {text!r})")
+    return extras
 
 
 def plain_loss(model: nn.Module, batch: Batch, loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy) -> Tensor:
