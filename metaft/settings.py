@@ -444,6 +444,7 @@ class Recipe(Group):
         int,
         Option("Images per step.", at_least=2),  # a batch of one has no statistics of its own
     ] = 32
+    accumulate: Annotated[int, Option("Batches whose gradients make one step.", at_least=1)] = 1
     head: Annotated[Literal["linear", "cosine", "prototype"], Option("The classifier on the features.")] = "linear"
     strategy: Annotated[
         str | None,
@@ -466,6 +467,10 @@ class Recipe(Group):
         Literal["none", "weights"],
         Option("weights: in the training loss each class counts as much as any other, however many images it has."),
     ] = "none"
+    label_smoothing: Annotated[
+        float,
+        Option("This share of each training label is spread over all classes.", at_least=0, below=1),
+    ] = 0.0
     extra: Annotated[
         tuple[str, ...],
         Option(
@@ -489,6 +494,11 @@ class Recipe(Group):
     def passes(self) -> int:
         """The number of epochs where none is given."""
         return EPOCHS if self.epochs is None else self.epochs
+
+    @property
+    def images_per_step(self) -> int:
+        """Of one step of the optimiser, but for the last one of an epoch."""
+        return self.batch_size * self.accumulate
 
     @property
     def trains(self) -> str:

@@ -37,7 +37,7 @@ BASE: dict[str, str] = {
 }
 """A good command line, to which one bad option is added. What is in braces is a path, see `paths`."""
 
-ZERO = ("dropout", "inner_steps", "test_inner_steps", "inner_lr", "seed", "eval_seed")
+ZERO = ("dropout", "inner_steps", "test_inner_steps", "inner_lr", "seed", "eval_seed", "label_smoothing")
 """Numbers that may be 0; none may be below it."""
 
 POSITIONAL = ("run", "images")
@@ -341,6 +341,7 @@ OTHER |= {
     "strategy": "last",
     "compare": "none",
     "extra": "mixup",
+    "label_smoothing": 0.5,
 }
 
 

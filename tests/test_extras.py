@@ -293,8 +293,8 @@ def test_validation_is_of_examples_as_they_are() -> None:
     ("texts", "said"),
     [
         (["mixap"], "extra: no 'mixap', known are l2-sp, mixup, cutmix; did you mean 'mixup'?"),
-        (["l2-sp:alpha=-1"], "extra: alpha must be at least 0, got -1.0"),
-        (["mixup:alpha=0"], "extra: alpha must be above 0 and at most 100, got 0.0"),
+        (["l2-sp:alpha=-1"], "extra: alpha must be at least 0, got -1.0 (given 'l2-sp:alpha=-1')"),
+        (["mixup:alpha=0"], "extra: alpha must be above 0 and at most 100, got 0.0 (given 'mixup:alpha=0')"),
         (["cutmix:alpha=1/0"], "extra: 'alpha=1/0' must be float (given 'cutmix:alpha=1/0')"),
         (["mixup:beta=1"], "extra: mixup has no 'beta' (given 'mixup:beta=1'); it has alpha"),
         (["mixup", "l2-sp", "mixup:alpha=1"], "extra: mixup is given twice (given 'mixup')"),

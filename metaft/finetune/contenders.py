@@ -29,6 +29,10 @@ PROBE = "probe"
 """The label of logistic regression on the start's features."""
 
 
+KEPT_OF_PUBLISHED = ("batch_size", "accumulate", "head", "augment", "loss", "balance", "label_smoothing", "extra")
+"""Of a recipe for published weights, what a random start beside them is trained with; rates and epochs are its own."""
+
+
 class Contender(NamedTuple):
     """One of those that a run compares, on the same images."""
 
@@ -172,10 +176,7 @@ def contenders_of(
         recipe = config.recipe
         if is_published(start.architecture["name"]):  # whose rates and epochs are not those of a random start
             given = recipe or Recipe()
-            recipe = Recipe(
-                batch_size=given.batch_size, head=given.head, augment=given.augment, balance=given.balance,
-                loss=given.loss, lr=RATE, extra=given.extra,
-            )  # fmt: skip
+            recipe = Recipe(lr=RATE, **{name: getattr(given, name) for name in KEPT_OF_PUBLISHED})
         elif recipe is not None and whole and recipe.trains != "full":
             recipe = of_whole(recipe, trained)
         recipe = None if recipe is None else of_chance(recipe)

@@ -95,7 +95,7 @@ def fit(
     targets = outcome.prepared(labels)
     val = None if val_examples is None or val_labels is None else Prepared(val_examples, inputs, like)
     val = val if val is not None and len(val) else None
-    steps = recipe.passes * len(_batches(len(train), recipe.batch_size, seed, 0))
+    steps = recipe.passes * len(_batches(len(train), recipe.images_per_step, seed, 0))
     model, groups, begun, still = _start(
         body, train, labels, outcome, recipe, seed, strategy, steps, None if known is None else known[0]
     )
@@ -120,26 +120,29 @@ def fit(
         if recipe.patience is not None and _stale(curve[settled:], recipe.patience):
             break
         total, moves = 0.0, moves_of(len(train), recipe, seed, epoch)
-        batches = _batches(len(train), recipe.batch_size, seed, epoch)
+        batches = _batches(len(train), recipe.images_per_step, seed, epoch)
         stayed = stayed and (bool(still) or _stays(strategy, groups, steps, epoch * len(batches), len(batches)))
         computed = features.train if stayed else None
         for number, batch in enumerate(batches):
-            step, rows = epoch * len(batches) + number, torch.from_numpy(batch)
+            step = epoch * len(batches) + number
             rates = {n: r for n, r in strategy.rates(groups, step, steps).items() if n not in still}
             optim.set_rates(optimizer, rates, recipe.rate * schedule(step, steps))
-            y = targets[rows.to(targets.device)]
-            if computed is not None:
-                loss = objective(alone, Batch(computed[rows.to(computed.device)], y, rows, epoch))
-            else:
-                raw = examples[rows] if moves is None else augmented(examples[rows].to(like.device), moves[rows])
-                loss = objective(model, Batch(train.prepare(raw), y, rows, epoch))
             optimizer.zero_grad()
-            if loss.requires_grad:
-                loss.backward()
+            for rows in map(torch.from_numpy, _cut(batch, recipe.batch_size)):
+                y = targets[rows.to(targets.device)]
+                if computed is not None:
+                    loss = objective(alone, Batch(computed[rows.to(computed.device)], y, rows, epoch))
+                else:
+                    raw = examples[rows] if moves is None else augmented(examples[rows].to(like.device), moves[rows])
+                    loss = objective(model, Batch(train.prepare(raw), y, rows, epoch))
+                if len(rows) < len(batch):  # its share of the step's mean
+                    loss = loss * (outcome.weight(y) / outcome.weight(targets[torch.from_numpy(batch)]))
+                if loss.requires_grad:
+                    loss.backward()
+                total += float(loss.detach()) * len(batch)
             if recipe.clip_norm is not None:
                 nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_norm)
             optimizer.step()
-            total += float(loss.detach()) * len(rows)
             should_stop()
         if not math.isfinite(total):
             raise NonFiniteError(f"epoch {epoch + 1}: the training loss is {total}; {SMALLER}")
@@ -286,7 +289,12 @@ def _evaluated(body: nn.Module, train: Prepared, val: Prepared) -> Tensor:
 def _batches(n: int, size: int, seed: int, epoch: int) -> list[np.ndarray]:
     """Rows of each batch of one epoch; a last batch of one image joins the one before, where it has statistics."""
     order = np.argsort(raw_words(seed, "train", [epoch], n, stream=Stream.FINE_TUNING)[0], kind="stable")
-    cuts = list(range(size, n, size))
-    if cuts and n - cuts[-1] == 1:
+    return _cut(order, size)
+
+
+def _cut(order: np.ndarray, size: int) -> list[np.ndarray]:
+    """Rows in parts of this size; a last one of one image joins the one before."""
+    cuts = list(range(size, len(order), size))
+    if cuts and len(order) - cuts[-1] == 1:
         cuts.pop()
     return np.split(order, cuts)

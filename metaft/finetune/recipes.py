@@ -77,7 +77,7 @@ def epochs_of(recipe: Recipe, images: int) -> int:
     """Those that are given, or what is chosen for so many images: see `--epochs`."""
     if recipe.epochs is not None or recipe.trains != "head" or not on_features(recipe):
         return recipe.passes
-    return max(recipe.passes, math.ceil(STEPS_OF_HEAD / math.ceil(images / recipe.batch_size)))
+    return max(recipe.passes, math.ceil(STEPS_OF_HEAD / math.ceil(images / recipe.images_per_step)))
 
 
 def lasting(recipe: Recipe, images: int) -> Recipe:
@@ -108,7 +108,7 @@ def _check(recipe: Recipe) -> None:
 
 def check_numbers(recipe: Recipe) -> None:
     """Raises MetaftError for what goes with classes alone where labels are numbers."""
-    for field, needed in (("head", "linear"), ("balance", "none")):
+    for field, needed in (("head", "linear"), ("balance", "none"), ("label_smoothing", 0.0)):
         if recipe.loss == "mse" and (value := getattr(recipe, field)) != needed:
             raise MetaftError(f"{field}: {value} is for classes, and --loss mse for numbers")
     for text, extra in zip(recipe.extra, extras.all_named(recipe.extra), strict=True):

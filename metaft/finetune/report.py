@@ -66,9 +66,12 @@ def _how(r: Mapping[str, Any]) -> str:
         how += f", {r['augment']} augmentation"
     if r["balance"] != "none":
         how += ", classes weighted alike"
+    if r["label_smoothing"]:
+        how += f", labels smoothed by {r['label_smoothing']:g}"
     how += "".join(f", {extras.named(text).said} ({text})" for text in r["extra"])
     most = "" if chosen else f"of at most {r['epochs']} "
-    return f"{how}, batches of {r['batch_size']}, {r['epochs_run']} {most}epochs"
+    of = "" if r["accumulate"] == 1 else f", {r['accumulate']} of them in a step"
+    return f"{how}, batches of {r['batch_size']}{of}, {r['epochs_run']} {most}epochs"
 
 
 def _ranked(rows: Sequence[Mapping[str, Any]] | None) -> list[str]:

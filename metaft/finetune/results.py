@@ -193,6 +193,12 @@ def notes(setup: Setup, rows: Rows) -> list[str]:
         )
     said += _duplicates(target, rows)
     said += _dropped(setup)
+    recipe = config.recipe
+    if recipe is not None and recipe.accumulate > 1 and start.norm == "adapt" and recipe.trains != "head":
+        said.append(
+            f"each batch of {recipe.batch_size} is normalised by its own statistics, so that {recipe.accumulate} of "
+            f"them are no batch of {recipe.images_per_step}"
+        )
     if config.recipe is not None and config.recipe.trains != CHOSEN and len(rows.val) == 0:
         few = "a class has" if target.class_names else "there are"
         why = f"{few} fewer than {VALIDATION_FROM} images to train on, so"

@@ -13,7 +13,7 @@ from metaft.finetune.extras.base import Batch, Extra, Objective, Origin
 from metaft.finetune.extras.cutmix import cutmix
 from metaft.finetune.extras.l2_sp import l2_sp
 from metaft.finetune.extras.mixup import mixup
-from metaft.spec import bind, name_of
+from metaft.spec import bind, made_for, name_of
 
 __all__ = ["EXTRAS", "Batch", "Extra", "Objective", "Origin", "all_named", "composed", "named", "plain_loss"]
 
@@ -31,7 +31,7 @@ def named(text: str) -> Extra:
 
 def all_named(texts: Sequence[str]) -> tuple[Extra, ...]:
     """Likewise of each. Raises MetaftError for one that is there twice, too."""
-    extras = tuple(map(named, texts))
+    extras = tuple(made_for("extra", text, named) for text in texts)
     names = [name_of(text, EXTRAS) for text in texts]
     for name, text in zip(names, texts, strict=True):
         if names.count(name) > 1:
