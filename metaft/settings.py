@@ -467,6 +467,19 @@ class Recipe(Group):
         Literal["none", "weights"],
         Option("weights: in the training loss each class counts as much as any other, however many images it has."),
     ] = "none"
+    dropout: Annotated[
+        float,
+        Option("This share of the features is left out in training, before the head.", at_least=0, below=1),
+    ] = 0.0
+    ema: Annotated[
+        float | None,
+        Option(
+            "Validate and keep the exponential moving average of all parameters with this decay, such as 0.99; in step "
+            "t at most (1 + t) / (10 + t) (auto: the parameters themselves).",
+            at_least=0,
+            below=1,
+        ),
+    ] = None
     label_smoothing: Annotated[
         float,
         Option("This share of each training label is spread over all classes.", at_least=0, below=1),

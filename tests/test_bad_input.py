@@ -37,7 +37,7 @@ BASE: dict[str, str] = {
 }
 """A good command line, to which one bad option is added. What is in braces is a path, see `paths`."""
 
-ZERO = ("dropout", "inner_steps", "test_inner_steps", "inner_lr", "seed", "eval_seed", "label_smoothing")
+ZERO = ("dropout", "inner_steps", "test_inner_steps", "inner_lr", "seed", "eval_seed", "label_smoothing", "ema")
 """Numbers that may be 0; none may be below it."""
 
 POSITIONAL = ("run", "images")
@@ -342,6 +342,7 @@ OTHER |= {
     "compare": "none",
     "extra": "mixup",
     "label_smoothing": 0.5,
+    "ema": 0.5,
 }
 
 

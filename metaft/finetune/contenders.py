@@ -29,7 +29,9 @@ PROBE = "probe"
 """The label of logistic regression on the start's features."""
 
 
-KEPT_OF_PUBLISHED = ("batch_size", "accumulate", "head", "augment", "loss", "balance", "label_smoothing", "extra")
+KEPT_OF_PUBLISHED = (
+    "batch_size", "accumulate", "head", "augment", "loss", "balance", "dropout", "ema", "label_smoothing", "extra",
+)  # fmt: skip
 """Of a recipe for published weights, what a random start beside them is trained with; rates and epochs are its own."""
 
 

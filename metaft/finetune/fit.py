@@ -16,6 +16,8 @@ from metaft import schedules
 from metaft.errors import NonFiniteError
 from metaft.finetune import heads, optim, strategies
 from metaft.finetune.augment import augmented, moves_of
+from metaft.finetune.averaged import follow
+from metaft.finetune.batches import batches_of, cut
 from metaft.finetune.examples import Prepared, like_of
 from metaft.finetune.extras import Batch, Extra, Origin, all_named, composed
 from metaft.finetune.features import Features, evaluating, features_of, in_parts, takes_alone
@@ -32,6 +34,9 @@ from metaft.sampler import Stream, raw_words
 from metaft.settings import Recipe
 
 SMALLER = "try a smaller --lr"
+
+PARTS = ("model", "best", "average")
+"""Of a fit's state, those that have a model's values."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -95,23 +100,26 @@ def fit(
     targets = outcome.prepared(labels)
     val = None if val_examples is None or val_labels is None else Prepared(val_examples, inputs, like)
     val = val if val is not None and len(val) else None
-    steps = recipe.passes * len(_batches(len(train), recipe.images_per_step, seed, 0))
+    steps = recipe.passes * len(batches_of(len(train), recipe.images_per_step, seed, 0))
     model, groups, begun, still = _start(
         body, train, labels, outcome, recipe, seed, strategy, steps, None if known is None else known[0]
     )
     # A parameter is a group of the optimiser by itself: its rate may change with every step.
     optimizer = optim.named(recipe.optimizer)([(n, p) for n, p in _learning(model) if n not in still], recipe.rate)
     origin = Origin({n: p.detach().clone() for n, p in model.named_parameters()}, seed, classes, inputs)
-    objective = composed(extras, origin, outcome.loss)
+    objective = composed(extras, origin, outcome.loss, recipe.dropout)
     alone = nn.ModuleDict({"body": nn.Identity(), "head": model.get_submodule("head")})  # on features
     features = Features(model.get_submodule("body"), train, val, begun, None if known is None else known[1])
     curve: list[dict[str, float]] = []
     best = (math.inf, {})
+    average = {} if recipe.ema is None else _values(model, still)
+    judged = model if recipe.ema is None else copied(model)
     if resume is not None:
         resume = dict(_copied(resume))  # an optimiser would go on to write into the tensors that it is given
         model.load_state_dict(resume["model"])
         optim.put_moments(optimizer, resume["adam"], strategy.rates(groups, 0, steps))
         curve, best = resume["curve"], (resume["best_loss"], resume["best"])
+        average = resume.get("average", {})
     settled = _settled(strategy, groups, recipe.passes, steps)
     stayed = recipe.augment == "none" and not any(extra.of_inputs for extra in extras)
     # Features are those of the start, as long as this is true.
@@ -120,7 +128,7 @@ def fit(
         if recipe.patience is not None and _stale(curve[settled:], recipe.patience):
             break
         total, moves = 0.0, moves_of(len(train), recipe, seed, epoch)
-        batches = _batches(len(train), recipe.images_per_step, seed, epoch)
+        batches = batches_of(len(train), recipe.images_per_step, seed, epoch)
         stayed = stayed and (bool(still) or _stays(strategy, groups, steps, epoch * len(batches), len(batches)))
         computed = features.train if stayed else None
         for number, batch in enumerate(batches):
@@ -128,7 +136,7 @@ def fit(
             rates = {n: r for n, r in strategy.rates(groups, step, steps).items() if n not in still}
             optim.set_rates(optimizer, rates, recipe.rate * schedule(step, steps))
             optimizer.zero_grad()
-            for rows in map(torch.from_numpy, _cut(batch, recipe.batch_size)):
+            for rows in map(torch.from_numpy, cut(batch, recipe.batch_size)):
                 y = targets[rows.to(targets.device)]
                 if computed is not None:
                     loss = objective(alone, Batch(computed[rows.to(computed.device)], y, rows, epoch))
@@ -143,23 +151,26 @@ def fit(
             if recipe.clip_norm is not None:
                 nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_norm)
             optimizer.step()
+            if recipe.ema is not None:
+                follow(average, model.state_dict(), recipe.ema, step, still)
             should_stop()
         if not math.isfinite(total):
             raise NonFiniteError(f"epoch {epoch + 1}: the training loss is {total}; {SMALLER}")
         row = {"epoch": float(epoch + 1), "loss": total / len(train)}
         if val is not None and val_labels is not None and (each_epoch or epoch + 1 == recipe.passes):
-            outputs = _outputs(model, train, val, features.val if stayed else None)
+            judged.load_state_dict(average or model.state_dict())
+            outputs = _outputs(judged, train, val, features.val if stayed else None)
             row |= outcome.validated(outputs, outcome.prepared(val_labels))
             if not math.isfinite(row["val_loss"]):
                 raise NonFiniteError(f"epoch {epoch + 1}: the validation loss is {row['val_loss']}; {SMALLER}")
             if row["val_loss"] < best[0]:
-                best = (row["val_loss"], _values(model, still))
+                best = (row["val_loss"], _values(judged, still))
         curve.append(row)
         if on_epoch is not None:
-            state = {"adam": optim.moments_of(optimizer), "curve": curve}
+            state = {"adam": optim.moments_of(optimizer), "curve": curve, "average": average}
             on_epoch({**_copied(state), "model": _values(model, still), "best_loss": best[0], "best": best[1]})
-    if best[1]:
-        model.load_state_dict(best[1])
+    if kept := best[1] or average:
+        model.load_state_dict(kept)
     model = strategy.finish(model)
     return Fitted(_stored(model.get_submodule("body"), train), outcome.finished(model.get_submodule("head")), curve)
 
@@ -176,7 +187,7 @@ def _values(model: nn.Module, still: Collection[str]) -> dict[str, Tensor]:
 
 def flatten(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """What `fit` gives `on_epoch`, as named tensors and plain data, for a checkpoint."""
-    tensors = {f"{part}/{k}": v for part in ("model", "best") for k, v in state[part].items()}
+    tensors = {f"{part}/{k}": v for part in PARTS for k, v in state[part].items()}
     tensors |= {f"adam/{name}/{slot}": v for name, slots in state["adam"].items() for slot, v in slots.items()}
     return tensors, {"curve": state["curve"], "best_loss": state["best_loss"]}
 
@@ -188,8 +199,7 @@ def unflatten(tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> dict[s
         name, _, slot = key.rpartition("/")
         adam.setdefault(name, {})[slot] = value
     return {
-        "model": under(tensors, "model"),
-        "best": under(tensors, "best"),
+        **{part: under(tensors, part) for part in PARTS},
         "adam": adam,
         "curve": plain["curve"],
         "best_loss": plain["best_loss"],
@@ -284,17 +294,3 @@ def _evaluated(body: nn.Module, train: Prepared, val: Prepared) -> Tensor:
         return in_parts(_stored(body, train), val)
     with evaluating(body):
         return in_parts(body, val)
-
-
-def _batches(n: int, size: int, seed: int, epoch: int) -> list[np.ndarray]:
-    """Rows of each batch of one epoch; a last batch of one image joins the one before, where it has statistics."""
-    order = np.argsort(raw_words(seed, "train", [epoch], n, stream=Stream.FINE_TUNING)[0], kind="stable")
-    return _cut(order, size)
-
-
-def _cut(order: np.ndarray, size: int) -> list[np.ndarray]:
-    """Rows in parts of this size; a last one of one image joins the one before."""
-    cuts = list(range(size, len(order), size))
-    if cuts and len(order) - cuts[-1] == 1:
-        cuts.pop()
-    return np.split(order, cuts)

@@ -66,6 +66,10 @@ def _how(r: Mapping[str, Any]) -> str:
         how += f", {r['augment']} augmentation"
     if r["balance"] != "none":
         how += ", classes weighted alike"
+    if r["dropout"]:
+        how += f", dropout of {r['dropout']:g}"
+    if r["ema"] is not None:
+        how += f", parameters averaged with decay {r['ema']:g}"
     if r["label_smoothing"]:
         how += f", labels smoothed by {r['label_smoothing']:g}"
     how += "".join(f", {extras.named(text).said} ({text})" for text in r["extra"])

@@ -49,6 +49,8 @@ def test_the_settings_reach_the_fit(runs: dict[str, Path], data: Path, tmp_path:
         "augment": "basic",
         "balance": "weights",
         "accumulate": 2,
+        "dropout": 0.25,
+        "ema": 0.9,
         "label_smoothing": 0.1,
     }
     assert adapt.main(words(runs["maml"], data, tmp_path / "o", seed=4, patience=7, **given)) == 0
@@ -81,6 +83,7 @@ def test_what_is_left_open_is_written_down(runs: dict[str, Path], data: Path, tm
         "loss": "cross_entropy",
         "balance": "none",
         "accumulate": 1,
+        "dropout": 0.0,
         "label_smoothing": 0.0,
         "skip_bad": False,
     }

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metaft.errors import MetaftError
+from metaft.finetune.dropout import dropped
 from metaft.finetune.extras.base import Batch, Extra, Objective, Origin
 from metaft.finetune.extras.cutmix import cutmix
 from metaft.finetune.extras.l2_sp import l2_sp
@@ -39,16 +40,29 @@ def all_named(texts: Sequence[str]) -> tuple[Extra, ...]:
     return extras
 
 
-def plain_loss(model: nn.Module, batch: Batch, loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy) -> Tensor:
-    """The loss of a batch's outputs and labels."""
-    return loss(model.get_submodule("head")(model.get_submodule("body")(batch.x)), batch.y)
+def plain_loss(
+    model: nn.Module,
+    batch: Batch,
+    loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
+    *,
+    dropout: float = 0.0,
+    seed: int = 0,
+) -> Tensor:
+    """The loss of a batch's outputs and labels, with dropout before the head while the model is in training mode."""
+    features = model.get_submodule("body")(batch.x)
+    if dropout and model.training:
+        features = dropped(features, batch, seed, dropout)
+    return loss(model.get_submodule("head")(features), batch.y)
 
 
 def composed(
-    extras: Sequence[Extra], origin: Origin, loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy
+    extras: Sequence[Extra],
+    origin: Origin,
+    loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
+    dropout: float = 0.0,
 ) -> Objective:
     """The loss as these extras change it, the first one first."""
-    objective: Objective = partial(plain_loss, loss=loss)
+    objective: Objective = partial(plain_loss, loss=loss, dropout=dropout, seed=origin.seed)
     for extra in extras:
         objective = extra.wrap(objective, origin)
     return objective
