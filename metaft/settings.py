@@ -488,7 +488,7 @@ class Recipe(Group):
         tuple[str, ...],
         Option(
             "Changes to the training loss, the first one first: l2-sp:alpha=0.01,beta=0.01 (pulls to the start), "
-            "mixup:alpha=0.2, cutmix:alpha=1.",
+            "mixup:alpha=0.2, cutmix:alpha=1, adversarial:eps=2/255,steps=3,share=1.",
             metavar="NAME[:KEY=VALUE,...]",
         ),
     ] = ()

@@ -130,6 +130,7 @@ WORDS: dict[tuple[str, str], list[tuple[str, str]]] = {
     ("evaluate", "split"): [("finn", "folder"), ("", "''")],
     ("meta_train", "init"): [("", "none"), ("torchvision:resnet19", "'resnet18'")],
     ("adapt", "strategy"): [("heda", "did you mean 'head'"), ("last:blocks=0", "at least 1"), ("", "''")],
+    ("adapt", "robust"): [("2/x", "such as 2/255"), ("0", "above 0"), ("2", "at most 1"), ("", "''")],
     ("adapt", "extra"): [("mixap", "did you mean 'mixup'"), ("l2-sp:alpha=-1", "at least 0, got -1.0"), ("", "''")],
     ("adapt", "optimizer"): [("adm", "did you mean 'adam'"), ("sgd:momentum=2", "below 1, got 2.0"), ("", "''")],
     ("meta_train", "outer_schedule"): [("cosin", "did you mean 'cosine'"), ("step:every=0", "above 0"), ("", "''")],
@@ -341,6 +342,7 @@ OTHER |= {
     "strategy": "last",
     "compare": "none",
     "extra": "mixup",
+    "robust": "2/255",
     "label_smoothing": 0.5,
     "ema": 0.5,
 }

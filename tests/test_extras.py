@@ -33,6 +33,7 @@ CONTRACT = {
     "l2-sp:alpha=0.5,beta=0.1": "mixup",
     "mixup:alpha=0.7": "cutmix",
     "cutmix:alpha=0.8": "l2-sp",
+    "adversarial:eps=0.1,steps=2": "l2-sp",
 }
 
 
@@ -292,7 +293,7 @@ def test_validation_is_of_examples_as_they_are() -> None:
 @pytest.mark.parametrize(
     ("texts", "said"),
     [
-        (["mixap"], "extra: no 'mixap', known are l2-sp, mixup, cutmix; did you mean 'mixup'?"),
+        (["mixap"], "extra: no 'mixap', known are l2-sp, mixup, cutmix, adversarial; did you mean 'mixup'?"),
         (["l2-sp:alpha=-1"], "extra: alpha must be at least 0, got -1.0 (given 'l2-sp:alpha=-1')"),
         (["mixup:alpha=0"], "extra: alpha must be above 0 and at most 100, got 0.0 (given 'mixup:alpha=0')"),
         (["cutmix:alpha=1/0"], "extra: 'alpha=1/0' must be float (given 'cutmix:alpha=1/0')"),

@@ -11,6 +11,7 @@ import torch
 from metaft._version import __version__
 from metaft.finetune.numbers import FIGURES, pooled_numbers
 from metaft.finetune.recipes import CHOSEN
+from metaft.finetune.robust import pooled_curve
 from metaft.finetune.scores import mean_t95, pooled
 from metaft.finetune.setup import Setup, rows_of
 from metaft.finetune.study import TABLES, Position, draws_differ, seconds
@@ -101,6 +102,8 @@ def _of_folds(fits: Sequence[Mapping[str, Any]], class_names: Sequence[str]) -> 
     """The figures of the folds of one contender together; epochs are the first one's."""
     first = {k: v for k, v in fits[0].items() if k not in ("fold", "seconds")}
     figures = pooled(fits, class_names) if class_names else pooled_numbers(fits)
+    if "robust" in first:
+        figures["robust"] = pooled_curve([fit["robust"] for fit in fits])
     return {**first, **figures, "seconds": round(sum(fit["seconds"] for fit in fits), 3)}
 
 
@@ -115,7 +118,16 @@ def entry(name: str, fits: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     figure = figure_of(fits[0])
     mean, ci95 = mean_t95([fit[figure] for fit in fits])
     first = {k: v for k, v in fits[0].items() if k != "seed"}
-    return {"name": name, **first, "mean": {figure: mean, "ci95": ci95, "draws": len(fits)}}
+    of_draws = {figure: mean, "ci95": ci95, "draws": len(fits)}
+    if "robust" in first:
+        of_draws["robust"] = [_mean_of(rows) for rows in zip(*(fit["robust"] for fit in fits), strict=True)]
+    return {"name": name, **first, "mean": of_draws}
+
+
+def _mean_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Of one bound's accuracy in each draw."""
+    mean, ci95 = mean_t95([row["accuracy"] for row in rows])
+    return {"eps": rows[0]["eps"], "accuracy": mean, "ci95": ci95}
 
 
 def figure_of(fit: Mapping[str, Any]) -> str:

@@ -21,6 +21,7 @@ from metaft.finetune.contenders import Contender, Images, chosen, contenders_of,
 from metaft.finetune.inner import check_inner
 from metaft.finetune.ranking import at_hand, ranked
 from metaft.finetune.recipes import CHOSEN, check_numbers, lasting, settled
+from metaft.finetune.robust import bounds_of
 from metaft.options import flat, options
 from metaft.runs.checkpoint import digest
 from metaft.runs.machine import machine
@@ -98,6 +99,8 @@ def prepared(
     """
     device_of(config.compute.device)
     _check_method(config)
+    if bounds_of(config.robust) and config.recipe is not None and config.recipe.loss == "mse":
+        raise MetaftError(f"robust: accuracy is of classes, and --loss mse for numbers (given {config.robust[0]!r})")
     _check_values(config, module, values)
     init, compare = config.start.init, config.start.compare  # as typed, which is how an error is to name them
     config = names.in_full(config)
@@ -129,6 +132,8 @@ def prepared(
     start = start if start.name == OWN else dataclasses.replace(start, name=named)
     named = start.name
     _check_probe(config, start)
+    if config.robust and target.inputs.kind != "image":
+        raise MetaftError(f"robust: it is for pictures, and inputs are {target.inputs.kind}")
     for extra in extras.all_named(() if config.recipe is None else config.recipe.extra):
         extra.check(target.inputs, target.class_names)
     open_values: dict[str, Any] = {"init": named}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from adapting import Seen, Text, result_of
-from helpers import adapted, finished, one_line, words
+from helpers import adapted, finished, one_line, words, write_target
 from test_adapt_resuming import stop_at
 
 from metaft import adapt
@@ -65,3 +65,31 @@ def test_what_an_extra_does_not_go_with_is_said_before_anything_is_written(
     assert adapt.main([*words(runs["maml"], data, tmp_path / "o", **nothing), *more]) == 2
     one_line(capsys, *parts)
     assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_accuracy_under_attack_is_reported_of_each_start(
+    seeds: int, runs: dict[str, Path], data: Path, tmp_path: Path
+) -> None:
+    argv = words(runs["maml"], data, tmp_path / "o", epochs=1, seeds=seeds)
+    assert adapt.main(["--robust", "8/255", "2/255", "--extra", "adversarial:eps=2/255,steps=1", *argv]) == 0
+    result, report = result_of(tmp_path / "o"), (tmp_path / "o/report.txt").read_text(encoding="utf-8")
+    lines = report.splitlines()
+    (at,) = [i for i, line in enumerate(lines) if line.startswith("accuracy, %, on test images that PGD of 10 steps")]
+    assert lines[at + 1].split() == ["eps", "0", "2/255", "8/255"]
+    for start, line in zip(result["starts"], lines[at + 2 :], strict=False):
+        rows = start["robust"]
+        assert [row["eps"] for row in rows] == [0.0, 2 / 255, 8 / 255]
+        assert rows[0]["accuracy"] == start["accuracy"] >= rows[1]["accuracy"] >= rows[2]["accuracy"]
+        assert line.startswith(f"  {start['name']} start ")
+        assert f"{100 * start['mean']['robust'][1]['accuracy']:.2f}" in line
+        assert ("±" in line) == (seeds > 1)
+    assert ", images attacked in each step (adversarial:eps=2/255,steps=1), batches" in report
+
+
+def test_where_there_is_no_test_part_the_folds_are_attacked(runs: dict[str, Path], tmp_path: Path) -> None:
+    target = write_target(tmp_path / "d", {".": 6})
+    assert adapt.main(["--robust", "1/255", *words(runs["maml"], target, tmp_path / "o", epochs=1)]) == 0
+    for start in result_of(tmp_path / "o")["starts"]:
+        assert [row["images"] for row in start["robust"]] == [18, 18]
+        assert start["robust"][0]["accuracy"] == pytest.approx(start["accuracy"])

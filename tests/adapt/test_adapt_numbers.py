@@ -251,6 +251,7 @@ def test_that_it_is_for_numbers_is_said_before_a_start_is_looked_for(
         ({"head": "cosine"}, "head: cosine is for classes, and --loss mse for numbers"),
         ({"balance": "weights"}, "balance: weights is for classes"),
         ({"label_smoothing": 0.1}, "label_smoothing: 0.1 is for classes"),
+        ({"robust": "2/255"}, "robust: accuracy is of classes, and --loss mse for numbers (given '2/255')"),
         ({"extra": "cutmix:alpha=2"}, "extra: cutmix:alpha=2 is for classes"),
         ({"loss": "mae"}, "loss"),
         ({"data": "folder:PATH"}, "loss: mse is for labels that are numbers, as csv:FILE may have; folder:"),

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from metaft.errors import MetaftError
 from metaft.finetune.dropout import dropped
+from metaft.finetune.extras.adversarial import adversarial
 from metaft.finetune.extras.base import Batch, Extra, Objective, Origin
 from metaft.finetune.extras.cutmix import cutmix
 from metaft.finetune.extras.l2_sp import l2_sp
@@ -22,6 +23,7 @@ EXTRAS: dict[str, Callable[..., Extra]] = {
     "l2-sp": l2_sp,
     "mixup": mixup,
     "cutmix": cutmix,
+    "adversarial": adversarial,
 }
 
 
