@@ -123,6 +123,13 @@ class AdaptConfig(Settings):
             metavar="MINUTES",
         ),
     ] = None
+    robust: Annotated[
+        tuple[str, ...],
+        Option(
+            "Judge by test images that PGD changed within these bounds too, in pixel values 0..1: 1/255 2/255.",
+            metavar="EPS",
+        ),
+    ] = ()
     recipe: Recipe | None = None
     """None where nothing of it is given, and for the inner loop."""
     inner: InnerMethod

@@ -27,6 +27,7 @@ class Stream(enum.IntEnum):
     BASELINES = 6
     CONTEXT = 7
     LOW_RANK = 8
+    EXTRAS = 9
 
 
 def raw_words(

@@ -444,6 +444,7 @@ class Recipe(Group):
         int,
         Option("Images per step.", at_least=2),  # a batch of one has no statistics of its own
     ] = 32
+    accumulate: Annotated[int, Option("Batches whose gradients make one step.", at_least=1)] = 1
     head: Annotated[Literal["linear", "cosine", "prototype"], Option("The classifier on the features.")] = "linear"
     strategy: Annotated[
         str | None,
@@ -468,6 +469,31 @@ class Recipe(Group):
         Literal["none", "weights"],
         Option("weights: in the training loss each class counts as much as any other, however many images it has."),
     ] = "none"
+    dropout: Annotated[
+        float,
+        Option("This share of the features is left out in training, before the head.", at_least=0, below=1),
+    ] = 0.0
+    ema: Annotated[
+        float | None,
+        Option(
+            "Validate and keep the exponential moving average of all parameters with this decay, such as 0.99; in step "
+            "t at most (1 + t) / (10 + t) (auto: the parameters themselves).",
+            at_least=0,
+            below=1,
+        ),
+    ] = None
+    label_smoothing: Annotated[
+        float,
+        Option("This share of each training label is spread over all classes.", at_least=0, below=1),
+    ] = 0.0
+    extra: Annotated[
+        tuple[str, ...],
+        Option(
+            "Changes to the training loss, the first one first: l2-sp:alpha=0.01,beta=0.01 (pulls to the start), "
+            "mixup:alpha=0.2, cutmix:alpha=1, adversarial:eps=2/255,steps=3,share=1.",
+            metavar="NAME[:KEY=VALUE,...]",
+        ),
+    ] = ()
 
     @property
     def rate(self) -> float:
@@ -483,6 +509,11 @@ class Recipe(Group):
     def passes(self) -> int:
         """The number of epochs where none is given."""
         return EPOCHS if self.epochs is None else self.epochs
+
+    @property
+    def images_per_step(self) -> int:
+        """Of one step of the optimiser, but for the last one of an epoch."""
+        return self.batch_size * self.accumulate
 
     @property
     def trains(self) -> str:

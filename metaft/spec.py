@@ -225,8 +225,18 @@ def _chosen(text: str, kind: Any) -> object:
     raise ValueError
 
 
+def fraction(text: str) -> float:
+    """A number, or one over another: `2/255`. Raises ValueError."""
+    above, slash, below = text.partition("/")
+    if not slash:
+        return float(text)
+    if float(below) == 0:
+        raise ValueError(f"could not divide by zero: {text!r}")
+    return float(above) / float(below)
+
+
 _READ: dict[Any, Callable[[str], object]] = {
-    types.NoneType: _nothing, bool: _flag, int: int, float: float, str: str,
+    types.NoneType: _nothing, bool: _flag, int: int, float: fraction, str: str,
 }  # fmt: skip
 """How text is read as each plain type, the narrowest first: of several, the first that fits is taken."""
 

@@ -38,7 +38,7 @@ BASE: dict[str, str] = {
 }
 """A good command line, to which one bad option is added. What is in braces is a path, see `paths`."""
 
-ZERO = ("dropout", "inner_steps", "test_inner_steps", "inner_lr", "seed", "eval_seed")
+ZERO = ("dropout", "inner_steps", "test_inner_steps", "inner_lr", "seed", "eval_seed", "label_smoothing", "ema")
 """Numbers that may be 0; none may be below it."""
 
 POSITIONAL = ("run", "runs", "images")
@@ -138,6 +138,8 @@ WORDS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("lp-ft:then=head", "'head'"),
         ("", "''"),
     ],
+    ("adapt", "robust"): [("2/x", "such as 2/255"), ("0", "above 0"), ("2", "at most 1"), ("", "''")],
+    ("adapt", "extra"): [("mixap", "did you mean 'mixup'"), ("l2-sp:alpha=-1", "at least 0, got -1.0"), ("", "''")],
     ("adapt", "optimizer"): [("adm", "did you mean 'adam'"), ("sgd:momentum=2", "below 1, got 2.0"), ("", "''")],
     ("meta_train", "outer_schedule"): [("cosin", "did you mean 'cosine'"), ("step:every=0", "above 0"), ("", "''")],
     ("adapt", "schedule"): [("cosin", "did you mean 'cosine'"), ("cosine:warmup=1", "below 1, got 1.0"), ("", "''")],
@@ -350,6 +352,10 @@ OTHER |= {
     "outer_schedule": "linear",
     "strategy": "last",
     "compare": "none",
+    "extra": "mixup",
+    "robust": "2/255",
+    "label_smoothing": 0.5,
+    "ema": 0.5,
 }
 
 

@@ -303,8 +303,9 @@ def test_adapt_keeps_the_same_flat_text_as_ever() -> None:
     shared = 'init = "none"\ndata = "glyphs:Hebrew"\nskip_bad = false\nshots_per_class = 5\n'
     end = 'seed = 0\nseeds = 1\ndevice = "cpu"\n'
     recipe = (
-        'epochs = 1\nlr = 0.01\noptimizer = "adam"\nschedule = "constant"\nbatch_size = 32\n'
+        'epochs = 1\nlr = 0.01\noptimizer = "adam"\nschedule = "constant"\nbatch_size = 32\naccumulate = 1\n'
         'head = "linear"\nfreeze = "none"\naugment = "none"\nloss = "cross_entropy"\nbalance = "none"\n'
+        "dropout = 0.0\nlabel_smoothing = 0.0\n"
     )
     config = AdaptConfig(init="none", shots_per_class=5, device="cpu")
     tuned = dataclasses.replace(config, epochs=1, lr=0.01, schedule="constant")

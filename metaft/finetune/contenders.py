@@ -13,7 +13,7 @@ from torch import nn
 from metaft import targets
 from metaft.config import AdaptConfig
 from metaft.errors import DataError, MetaftError
-from metaft.finetune.recipes import lasting, of_whole, settled
+from metaft.finetune.recipes import lasting, of_chance, of_whole, settled
 from metaft.inputs import Inputs
 from metaft.models.architecture import is_published
 from metaft.settings import RATE, Recipe, StartSettings, TargetSettings
@@ -27,6 +27,12 @@ from metaft.tasks.folder import inputs_of
 
 PROBE = "probe"
 """The label of logistic regression on the start's features."""
+
+
+KEPT_OF_PUBLISHED = (
+    "batch_size", "accumulate", "head", "augment", "loss", "balance", "dropout", "ema", "label_smoothing", "extra",
+)  # fmt: skip
+"""Of a recipe for published weights, what a random start beside them is trained with; rates and epochs are its own."""
 
 
 class Contender(NamedTuple):
@@ -164,18 +170,18 @@ def contenders_of(
             recipe = lasting(settled(Recipe(), other), trained)
         if other.meta is None and recipe is not None and recipe.trains != "full":
             recipe = of_whole(recipe, trained)
+        if other.meta is None and recipe is not None:
+            recipe = of_chance(recipe)
         yield Contender(label, other, images.of(other), recipe)
     if start.meta is not None:
         chance = scratch(start, lambda: images.small(config.start.image_size).inputs)
         recipe = config.recipe
         if is_published(start.architecture["name"]):  # whose rates and epochs are not those of a random start
             given = recipe or Recipe()
-            recipe = Recipe(
-                batch_size=given.batch_size, head=given.head, augment=given.augment, balance=given.balance,
-                loss=given.loss, lr=RATE,
-            )  # fmt: skip
+            recipe = Recipe(lr=RATE, **{name: getattr(given, name) for name in KEPT_OF_PUBLISHED})
         elif recipe is not None and whole and recipe.trains != "full":
             recipe = of_whole(recipe, trained)
+        recipe = None if recipe is None else of_chance(recipe)
         yield Contender(chance.label, chance, images.of(chance), recipe)
 
 

@@ -16,8 +16,10 @@ from metaft import schedules
 from metaft.errors import NonFiniteError
 from metaft.finetune import heads, optim, strategies
 from metaft.finetune.augment import augmented, moves_of
+from metaft.finetune.averaged import follow
+from metaft.finetune.batches import batches_of, cut
 from metaft.finetune.examples import Prepared, like_of
-from metaft.finetune.extras import Batch, Extra, Origin, composed
+from metaft.finetune.extras import Batch, Extra, Origin, all_named, composed
 from metaft.finetune.features import Features, evaluating, features_of, in_parts, takes_alone
 from metaft.finetune.outcomes import Outcome, outcome_of
 from metaft.finetune.strategies import Groups, Strategy
@@ -31,6 +33,9 @@ from metaft.sampler import Stream, raw_words
 from metaft.settings import Recipe
 
 SMALLER = "try a smaller --lr"
+
+PARTS = ("model", "best", "average")
+"""Of a fit's state, those that have a model's values."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -66,7 +71,7 @@ def fit(
     val_examples: Examples | None = None,
     val_labels: Tensor | None = None,
     strategy: Strategy | None = None,
-    extras: Sequence[Extra] = (),
+    extras: Sequence[Extra] | None = None,
     known: tuple[Tensor, Tensor] | None = None,
     each_epoch: bool = True,
     should_stop: Callable[[], None] = lambda: None,
@@ -78,7 +83,7 @@ def fit(
     0: the head then has one output, and the loss is the squared error. `known` are the features of training and
     validation examples, where the caller has them.
 
-    `strategy` says what trains and at which rate in each step (None: as the recipe says), `extras` change the loss. The
+    `strategy` says what trains and at which rate in each step, `extras` change the loss (None: as the recipe says). The
     rate of a parameter in a step is the recipe's times the schedule's factor times the strategy's. Training batches are
     normalised with their own statistics; the result with those of all training examples, stored at the end. Epochs up
     to the first in which the body moves are on features that were computed once, where those do not depend on the
@@ -89,6 +94,7 @@ def fit(
     shows in the result alone.
     """
     strategy = strategies.named(recipe.trains) if strategy is None else strategy
+    extras = all_named(recipe.extra) if extras is None else extras
     schedule = schedules.make(recipe.anneals)
     like = like_of(body)
     train, labels = Prepared(examples, inputs, like), labels.to(like.device)
@@ -96,67 +102,78 @@ def fit(
     targets = outcome.prepared(labels)
     val = None if val_examples is None or val_labels is None else Prepared(val_examples, inputs, like)
     val = val if val is not None and len(val) else None
-    per_epoch = len(_batches(len(train), recipe.batch_size, seed, 0))
+    per_epoch = len(batches_of(len(train), recipe.images_per_step, seed, 0))
     steps = recipe.passes * per_epoch
     model, groups, begun, still = _start(
         body, train, labels, outcome, recipe, seed, strategy, per_epoch, None if known is None else known[0]
     )
     # A parameter is a group of the optimiser by itself: its rate may change with every step.
     optimizer = optim.named(recipe.optimizer)([(n, p) for n, p in _learning(model) if n not in still], recipe.rate)
-    origin = Origin({n: p.detach().clone() for n, p in model.named_parameters()}, seed)
-    objective = composed(extras, origin, outcome.loss)
+    origin = Origin({n: p.detach().clone() for n, p in model.named_parameters()}, seed, classes, inputs)
+    objective = composed(extras, origin, outcome.loss, recipe.dropout)
+    alone = nn.ModuleDict({"body": nn.Identity(), "head": model.get_submodule("head")})  # on features
     features = Features(model.get_submodule("body"), train, val, begun, None if known is None else known[1])
     curve: list[dict[str, float]] = []
     best = (math.inf, {})
+    average = {} if recipe.ema is None else _values(model, still)
+    judged = model if recipe.ema is None else copied(model)
     if resume is not None:
         resume = dict(_copied(resume))  # an optimiser would go on to write into the tensors that it is given
         model.load_state_dict(resume["model"])
         optim.put_moments(optimizer, resume["adam"], strategy.rates(groups, 0, steps, per_epoch))
         curve, best = resume["curve"], (resume["best_loss"], resume["best"])
+        average = resume.get("average", {})
     settled = _settled(strategy, groups, recipe.passes, per_epoch)
-    stayed = not extras and recipe.augment == "none"  # and features are those of the start, as long as this is true
+    stayed = recipe.augment == "none" and not any(extra.of_inputs for extra in extras)
+    # Features are those of the start, as long as this is true.
     stayed = stayed and _stays(strategy, groups, recipe.passes, per_epoch, range(len(curve)))
     for epoch in range(len(curve), recipe.passes):
         if recipe.patience is not None and _stale(curve[settled:], recipe.patience):
             break
         total, moves = 0.0, moves_of(len(train), recipe, seed, epoch)
-        batches = _batches(len(train), recipe.batch_size, seed, epoch)
+        batches = batches_of(len(train), recipe.images_per_step, seed, epoch)
         stayed = stayed and (bool(still) or _stays(strategy, groups, recipe.passes, per_epoch, [epoch]))
         computed = features.train if stayed else None
         for number, batch in enumerate(batches):
-            step, rows = epoch * len(batches) + number, torch.from_numpy(batch)
+            step = epoch * len(batches) + number
             rates = {n: r for n, r in strategy.rates(groups, step, steps, per_epoch).items() if n not in still}
             optim.set_rates(optimizer, rates, recipe.rate * schedule(step, steps))
-            y = targets[rows.to(targets.device)]
-            if computed is not None:
-                loss = outcome.loss(model.get_submodule("head")(computed[rows.to(computed.device)]), y)
-            else:
-                raw = examples[rows] if moves is None else augmented(examples[rows].to(like.device), moves[rows])
-                loss = objective(model, Batch(train.prepare(raw), y, rows, epoch))
             optimizer.zero_grad()
-            if loss.requires_grad:
-                loss.backward()
+            for rows in map(torch.from_numpy, cut(batch, recipe.batch_size)):
+                y = targets[rows.to(targets.device)]
+                if computed is not None:
+                    loss = objective(alone, Batch(computed[rows.to(computed.device)], y, rows, epoch))
+                else:
+                    raw = examples[rows] if moves is None else augmented(examples[rows].to(like.device), moves[rows])
+                    loss = objective(model, Batch(train.prepare(raw), y, rows, epoch))
+                if len(rows) < len(batch):  # its share of the step's mean
+                    loss = loss * (outcome.weight(y) / outcome.weight(targets[torch.from_numpy(batch)]))
+                if loss.requires_grad:
+                    loss.backward()
+                total += float(loss.detach()) * len(batch)
             if recipe.clip_norm is not None:
                 nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_norm)
             optimizer.step()
-            total += float(loss.detach()) * len(rows)
+            if recipe.ema is not None:
+                follow(average, model.state_dict(), recipe.ema, step, still)
             should_stop()
         if not math.isfinite(total):
             raise NonFiniteError(f"epoch {epoch + 1}: the training loss is {total}; {SMALLER}")
         row = {"epoch": float(epoch + 1), "loss": total / len(train)}
         if val is not None and val_labels is not None and (each_epoch or epoch + 1 == recipe.passes):
-            outputs = _outputs(model, train, val, features.val if stayed else None)
+            judged.load_state_dict(average or model.state_dict())
+            outputs = _outputs(judged, train, val, features.val if stayed else None)
             row |= outcome.validated(outputs, outcome.prepared(val_labels))
             if not math.isfinite(row["val_loss"]):
                 raise NonFiniteError(f"epoch {epoch + 1}: the validation loss is {row['val_loss']}; {SMALLER}")
             if row["val_loss"] < best[0]:
-                best = (row["val_loss"], _values(model, still))
+                best = (row["val_loss"], _values(judged, still))
         curve.append(row)
         if on_epoch is not None:
-            state = {"adam": optim.moments_of(optimizer), "curve": curve}
+            state = {"adam": optim.moments_of(optimizer), "curve": curve, "average": average}
             on_epoch({**_copied(state), "model": _values(model, still), "best_loss": best[0], "best": best[1]})
-    if best[1]:
-        model.load_state_dict(best[1])
+    if kept := best[1] or average:
+        model.load_state_dict(kept)
     moved = _moved(strategy, groups, recipe.passes, per_epoch, range(len(curve)))
     trained: dict[str, Any] = {"numbers": sum(model.get_parameter(name).numel() for name in moved)}
     trained |= {"of": sum(p.numel() for p in body.parameters()), "stays": strategy.stays(body)}
@@ -177,7 +194,7 @@ def _values(model: nn.Module, still: Collection[str]) -> dict[str, Tensor]:
 
 def flatten(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """What `fit` gives `on_epoch`, as named tensors and plain data, for a checkpoint."""
-    tensors = {f"{part}/{k}": v for part in ("model", "best") for k, v in state[part].items()}
+    tensors = {f"{part}/{k}": v for part in PARTS for k, v in state[part].items()}
     tensors |= {f"adam/{name}/{slot}": v for name, slots in state["adam"].items() for slot, v in slots.items()}
     return tensors, {"curve": state["curve"], "best_loss": state["best_loss"]}
 
@@ -189,8 +206,7 @@ def unflatten(tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> dict[s
         name, _, slot = key.rpartition("/")
         adam.setdefault(name, {})[slot] = value
     return {
-        "model": under(tensors, "model"),
-        "best": under(tensors, "best"),
+        **{part: under(tensors, part) for part in PARTS},
         "adam": adam,
         "curve": plain["curve"],
         "best_loss": plain["best_loss"],
@@ -296,12 +312,3 @@ def _evaluated(body: nn.Module, train: Prepared, val: Prepared) -> Tensor:
         return in_parts(_stored(body, train), val)
     with evaluating(body):
         return in_parts(body, val)
-
-
-def _batches(n: int, size: int, seed: int, epoch: int) -> list[np.ndarray]:
-    """Rows of each batch of one epoch; a last batch of one image joins the one before, where it has statistics."""
-    order = np.argsort(raw_words(seed, "train", [epoch], n, stream=Stream.FINE_TUNING)[0], kind="stable")
-    cuts = list(range(size, n, size))
-    if cuts and n - cuts[-1] == 1:
-        cuts.pop()
-    return np.split(order, cuts)

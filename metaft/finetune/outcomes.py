@@ -24,6 +24,8 @@ class Outcome(NamedTuple):
     """Labels as the loss takes them."""
     loss: Callable[[Tensor, Tensor], Tensor]
     """(outputs [n, outputs], prepared labels [n]) -> scalar, which is trained on."""
+    weight: Callable[[Tensor], float]
+    """How much prepared labels count in the mean that a loss is: of how many examples, or of what weight."""
     validated: Callable[[Tensor, Tensor], dict[str, float]]
     """The same of validation examples -> "val_loss" and what else there is to say."""
     finished: Callable[[nn.Module], nn.Module]
@@ -35,8 +37,22 @@ def outcome_of(recipe: Recipe, labels: Tensor, classes: int, like: Tensor) -> Ou
     if classes == 0:
         return _numbers(labels, like)
     weights = None if recipe.balance == "none" else class_weights(labels, classes).to(like)
-    loss = partial(F.cross_entropy, weight=weights)
-    return Outcome(classes, _same, lambda y: y.to(like.device), loss, _of_classes, _same)
+    loss = partial(class_loss, weights=weights, smoothing=recipe.label_smoothing)
+    weight = len if weights is None else lambda y: float(weights[y].sum())
+    return Outcome(classes, _same, lambda y: y.to(like.device), loss, weight, _of_classes, _same)
+
+
+def class_loss(outputs: Tensor, y: Tensor, *, weights: Tensor | None = None, smoothing: float = 0.0) -> Tensor:
+    """Cross-entropy of outputs [n, classes] and labels, int64 [n] or shares of the classes, float [n, classes].
+
+    Of each label so much `smoothing` is spread over all classes (Szegedy et al. 2016, https://arxiv.org/abs/1512.00567,
+    section 7). With `weights` [classes] shares are weighted as PyTorch weights labels: the mean is over the weights of
+    the labels as they were before the smoothing.
+    """
+    if y.dim() == 1 or weights is None:
+        return F.cross_entropy(outputs, y, weight=weights, label_smoothing=smoothing)
+    smoothed = (1 - smoothing) * y + smoothing / y.shape[1]
+    return -(smoothed * weights * outputs.log_softmax(-1)).sum() / (y * weights).sum()
 
 
 def _same(head: nn.Module) -> nn.Module:
@@ -79,7 +95,7 @@ def _numbers(labels: Tensor, like: Tensor) -> Outcome:
         head.bias.mul_(deviation).add_(mean)
         return head
 
-    return Outcome(1, begun, prepared, loss, validated, finished)
+    return Outcome(1, begun, prepared, loss, len, validated, finished)
 
 
 def class_weights(labels: Tensor, classes: int) -> Tensor:

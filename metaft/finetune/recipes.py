@@ -7,7 +7,7 @@ import math
 
 from metaft import schedules
 from metaft.errors import MetaftError
-from metaft.finetune import optim, strategies
+from metaft.finetune import extras, optim, strategies
 from metaft.finetune.strategies import CHOSEN
 from metaft.models.architecture import is_published
 from metaft.settings import PATIENCE, RATE, RATE_OF_HEAD, RATE_OF_PUBLISHED, Recipe
@@ -36,6 +36,9 @@ def settled(recipe: Recipe, start: Start, *, resumed: bool = False) -> Recipe:
     if is_librarys and recipe.strategy is None and recipe.freeze == "none":
         recipe = dataclasses.replace(recipe, strategy="head")
     _check(recipe)
+    if start.meta is None and of_chance(recipe) != recipe:
+        (text, *_) = (text for text in recipe.extra if extras.named(text).of_start)
+        raise MetaftError(f"extra: {text} is about what a start knows, and a random one knows nothing")
     if recipe.patience is None and not is_librarys:
         recipe = dataclasses.replace(recipe, patience=PATIENCE)
     if recipe.trains == CHOSEN:  # what is left open is what there is to choose
@@ -58,11 +61,21 @@ def _moving(recipe: Recipe) -> Recipe:
     return dataclasses.replace(recipe, schedule="cosine" if recipe.schedule is None else recipe.schedule)
 
 
+def on_features(recipe: Recipe) -> bool:
+    """Whether a backbone that stays has no images to see twice: nothing changes them from epoch to epoch."""
+    return recipe.augment == "none" and not any(extra.of_inputs for extra in extras.all_named(recipe.extra))
+
+
+def of_chance(recipe: Recipe) -> Recipe:
+    """For a random start, without what is about a start's knowledge, which it has none of."""
+    return dataclasses.replace(recipe, extra=tuple(t for t in recipe.extra if not extras.named(t).of_start))
+
+
 def epochs_of(recipe: Recipe, images: int) -> int:
     """Those that are given, or what is chosen for so many images: see `--epochs`."""
-    if recipe.epochs is not None or recipe.trains != "head" or recipe.augment != "none":
+    if recipe.epochs is not None or recipe.trains != "head" or not on_features(recipe):
         return recipe.passes
-    return max(recipe.passes, math.ceil(STEPS_OF_HEAD / math.ceil(images / recipe.batch_size)))
+    return max(recipe.passes, math.ceil(STEPS_OF_HEAD / math.ceil(images / recipe.images_per_step)))
 
 
 def lasting(recipe: Recipe, images: int) -> Recipe:
@@ -79,19 +92,23 @@ def of_whole(recipe: Recipe, images: int) -> Recipe:
 
 
 def _check(recipe: Recipe) -> None:
-    """Raises MetaftError for a strategy, optimiser or schedule that there is not, two strategies, and what goes with
-    classes alone where labels are numbers."""
+    """Raises MetaftError for a strategy, extra, optimiser or schedule that there is not, two strategies, and what goes
+    with classes alone where labels are numbers."""
     if recipe.freeze == "backbone" and recipe.trains != "head":
         raise MetaftError(f"freeze: backbone is --strategy head, and --strategy {recipe.trains} is given")
     check_numbers(recipe)
     if recipe.trains != CHOSEN:
         made_for("strategy", recipe.trains, strategies.named)
+    extras.all_named(recipe.extra)
     made_for("optimizer", recipe.optimizer, optim.named)
     made_for("schedule", recipe.anneals, schedules.make)
 
 
 def check_numbers(recipe: Recipe) -> None:
     """Raises MetaftError for what goes with classes alone where labels are numbers."""
-    for field, needed in (("head", "linear"), ("balance", "none")):
+    for field, needed in (("head", "linear"), ("balance", "none"), ("label_smoothing", 0.0)):
         if recipe.loss == "mse" and (value := getattr(recipe, field)) != needed:
             raise MetaftError(f"{field}: {value} is for classes, and --loss mse for numbers")
+    for text, extra in zip(recipe.extra, extras.all_named(recipe.extra), strict=True):
+        if recipe.loss == "mse" and extra.of_classes:
+            raise MetaftError(f"extra: {text} is for classes, and --loss mse for numbers")

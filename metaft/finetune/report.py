@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 
+from metaft.finetune import extras
 from metaft.finetune.classifier import Classifier
 from metaft.finetune.examples import Part
 from metaft.finetune.numbers import FIGURES
+from metaft.finetune.robust import under_attack
 from metaft.finetune.words import called
 from metaft.runs.folder import RunFolder, read_rows
 from metaft.support.names import short_names
@@ -39,6 +41,7 @@ def text(result: Mapping[str, Any]) -> str:
     if not r["classes"]:
         return "\n".join([*lines, "", *_number_figures(r)])
     lines += ["", *_figures(r), ""]
+    lines += under_attack({_row(start): start["mean"] for start in r["starts"]}, _wide(r), _ci)
     lines += _suspects(r["suspects"])
     lines += _table(r["per_class"], _mistaken(short_names(r["classes"]), r["confusion"]))
     return "\n".join(lines)
@@ -67,8 +70,16 @@ def _how(r: Mapping[str, Any]) -> str:
         how += f", {r['augment']} augmentation"
     if r["balance"] != "none":
         how += ", classes weighted alike"
+    if r["dropout"]:
+        how += f", dropout of {r['dropout']:g}"
+    if r["ema"] is not None:
+        how += f", parameters averaged with decay {r['ema']:g}"
+    if r["label_smoothing"]:
+        how += f", labels smoothed by {r['label_smoothing']:g}"
+    how += "".join(f", {extras.named(text).said} ({text})" for text in r["extra"])
     most = "" if chosen else f"of at most {r['epochs']} "
-    return f"{how}, batches of {r['batch_size']}, {r['epochs_run']} {most}epochs"
+    of = "" if r["accumulate"] == 1 else f", {r['accumulate']} of them in a step"
+    return f"{how}, batches of {r['batch_size']}{of}, {r['epochs_run']} {most}epochs"
 
 
 def _trained(trained: Mapping[str, Any] | None) -> list[str]:
@@ -278,12 +289,16 @@ def draw_pictures(
                 learning: lambda: _draw_learning(learning, result, curves, kept),
             }
         )
+    curve = run.plots / "robust.png"
+    under = {_row(start): start["mean"]["robust"] for start in result["starts"] if "robust" in start}
+    attack = {curve: lambda: plotting().robust(curve, under)} if under else {}
     some = {} if test is None else {mistakes: lambda: _draw_mistakes(mistakes, classifier, target, test)}
     return drawn(
         {
             confusion: lambda: plotting().confusion(confusion, result["confusion"], target.class_names),
             learning: lambda: _draw_learning(learning, result, curves, kept),
             **some,
+            **attack,
             calibration: lambda: plotting().calibration(calibration, _calibrations(result)),
         }
     )

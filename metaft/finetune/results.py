@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,6 +10,7 @@ import torch
 
 from metaft._version import __version__
 from metaft.finetune.numbers import FIGURES, pooled_numbers
+from metaft.finetune.robust import pooled_curve
 from metaft.finetune.scores import mean_t95, pooled
 from metaft.finetune.setup import Setup, rows_of
 from metaft.finetune.strategies import CHOSEN
@@ -46,7 +47,8 @@ def result_of(folder: RunFolder, setup: Setup, position: Position, device: str) 
         label = contender.label
         curve = [r for r in position.rows if (r["draw"], r["start"], r.get("fold", 0)) == (0, label, 0)]
         more: dict[str, Any] = {"shape": list(contender.target.inputs.shape)}
-        more["warnings"] = warnings_of(column[0], curve, len(target.class_names))
+        changed = contender.recipe is not None and bool(contender.recipe.extra)
+        more["warnings"] = warnings_of(column[0], curve, len(target.class_names), changed=changed)
         entries.append(entry(label, column) | more)
     if setup.folds > 1 and "chosen" in position.fits[0]:  # of the classifier that is kept, which no fold has
         entries[0]["chosen"] = position.fits[0]["chosen"]
@@ -100,6 +102,8 @@ def _of_folds(fits: Sequence[Mapping[str, Any]], class_names: Sequence[str]) -> 
     """The figures of the folds of one contender together; epochs are the first one's."""
     first = {k: v for k, v in fits[0].items() if k not in ("fold", "seconds")}
     figures = pooled(fits, class_names) if class_names else pooled_numbers(fits)
+    if "robust" in first:
+        figures["robust"] = pooled_curve([fit["robust"] for fit in fits])
     return {**first, **figures, "seconds": round(sum(fit["seconds"] for fit in fits), 3)}
 
 
@@ -114,7 +118,16 @@ def entry(name: str, fits: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     figure = figure_of(fits[0])
     mean, ci95 = mean_t95([fit[figure] for fit in fits])
     first = {k: v for k, v in fits[0].items() if k != "seed"}
-    return {"name": name, **first, "mean": {figure: mean, "ci95": ci95, "draws": len(fits)}}
+    of_draws = {figure: mean, "ci95": ci95, "draws": len(fits)}
+    if "robust" in first:
+        of_draws["robust"] = [_mean_of(rows) for rows in zip(*(fit["robust"] for fit in fits), strict=True)]
+    return {"name": name, **first, "mean": of_draws}
+
+
+def _mean_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Of one bound's accuracy in each draw."""
+    mean, ci95 = mean_t95([row["accuracy"] for row in rows])
+    return {"eps": rows[0]["eps"], "accuracy": mean, "ci95": ci95}
 
 
 def figure_of(fit: Mapping[str, Any]) -> str:
@@ -191,6 +204,13 @@ def notes(setup: Setup, rows: Rows) -> list[str]:
             f"{'each of them' if setup.folds > 1 else 'those after the first'} may test; strategies and rates are not"
         )
     said += _duplicates(target, rows)
+    said += _dropped(setup)
+    recipe = config.recipe
+    if recipe is not None and recipe.accumulate > 1 and start.norm == "adapt" and recipe.trains != "head":
+        said.append(
+            f"each batch of {recipe.batch_size} is normalised by its own statistics, so that {recipe.accumulate} of "
+            f"them are no batch of {recipe.images_per_step}"
+        )
     if config.recipe is not None and config.recipe.trains != CHOSEN and len(rows.val) == 0:
         few = "a class has" if target.class_names else "there are"
         why = f"{few} fewer than {VALIDATION_FROM} images to train on, so"
@@ -210,6 +230,14 @@ def notes(setup: Setup, rows: Rows) -> list[str]:
             f"the run learned {start.head_rows}-way tasks: each of the {classes} classes starts from its mean head row"
         )
     return said
+
+
+def _dropped(setup: Setup) -> Iterator[str]:
+    """Which contenders train without an extra that was asked for."""
+    given = () if setup.config.recipe is None else setup.config.recipe.extra
+    for label, _, _, recipe, *_ in setup.contenders:
+        if recipe is not None and (lacking := [text for text in given if text not in recipe.extra]):
+            yield f"{label} trains without {', '.join(lacking)}: it has no knowledge of a start to keep"
 
 
 def _duplicates(target: Target, rows: Rows) -> list[str]:

@@ -16,11 +16,12 @@ from metaft._version import __version__
 from metaft.config import AdaptConfig, Init, of_other_method
 from metaft.defaults import check_steps, device_of
 from metaft.errors import DataError, MetaftError, no_such
-from metaft.finetune import strategies
+from metaft.finetune import extras, strategies
 from metaft.finetune.contenders import Contender, Images, chosen, contenders_of, newest, opened, other
 from metaft.finetune.inner import check_inner
 from metaft.finetune.ranking import at_hand, ranked
 from metaft.finetune.recipes import check_numbers, lasting, settled
+from metaft.finetune.robust import bounds_of
 from metaft.finetune.strategies import CHOSEN
 from metaft.finetune.strategies.base import unchanged
 from metaft.models.handed import copied
@@ -101,6 +102,8 @@ def prepared(
     """
     device_of(config.compute.device)
     _check_method(config)
+    if bounds_of(config.robust) and config.recipe is not None and config.recipe.loss == "mse":
+        raise MetaftError(f"robust: accuracy is of classes, and --loss mse for numbers (given {config.robust[0]!r})")
     _check_values(config, module, values)
     init, compare = config.start.init, config.start.compare  # as typed, which is how an error is to name them
     config = names.in_full(config)
@@ -132,6 +135,10 @@ def prepared(
     start = start if start.name == OWN else dataclasses.replace(start, name=named)
     named = start.name
     _check_probe(config, start)
+    if config.robust and target.inputs.kind != "image":
+        raise MetaftError(f"robust: it is for pictures, and inputs are {target.inputs.kind}")
+    for extra in extras.all_named(() if config.recipe is None else config.recipe.extra):
+        extra.check(target.inputs, target.class_names)
     open_values: dict[str, Any] = {"init": named}
     open_values["shots_per_class"] = shots_of(config.target)
     if config.method == "finetune":

@@ -22,6 +22,7 @@ from metaft.finetune.fit import SMALLER, Fitted, fit, flatten, unflatten
 from metaft.finetune.inner import FEWER, inner
 from metaft.finetune.numbers import number_scores
 from metaft.finetune.probe import probe
+from metaft.finetune.robust import bounds_of, robust_curve
 from metaft.finetune.scores import scores
 from metaft.finetune.setup import Planned, Setup, rows_of
 from metaft.finetune.strategies import CHOSEN
@@ -104,7 +105,10 @@ def study(
             stays = contender.probe or (contender.recipe is not None and contender.recipe.trains == "head")
             figures = {}
             if len(rows.test):
-                figures = test(classifier, target, rows.test, advice, stays=stays)
+                bounds = bounds_of(setup.config.robust)
+                figures = test(
+                    classifier, target, rows.test, advice, stays=stays, bounds=bounds, should_stop=should_stop
+                )
             if number == 0:
                 save(run.classifier, classifier, start.architecture, {"init": start.name, "data": target.name})
             if draw > 0 and setup.folds == 1:  # the first draw's tables are enough; those of folds are added up
@@ -174,8 +178,18 @@ class Journal:
 
 
 @torch.no_grad()
-def test(classifier: Classifier, target: Target, rows: np.ndarray, advice: str, *, stays: bool) -> dict[str, Any]:
+def test(
+    classifier: Classifier,
+    target: Target,
+    rows: np.ndarray,
+    advice: str,
+    *,
+    stays: bool,
+    bounds: Sequence[float],
+    should_stop: Callable[[], None],
+) -> dict[str, Any]:
     """Scores on some of the target's images. Raises NonFiniteError, with the advice, where they would mean nothing.
+    With `bounds` there is the accuracy under attack too (see `metaft.finetune.robust`).
 
     `stays` says that the backbone is a start's own, whose features other fits have use for too.
     """
@@ -192,7 +206,12 @@ def test(classifier: Classifier, target: Target, rows: np.ndarray, advice: str, 
     labels = target.labels[some].numpy()
     if not target.class_names:
         return number_scores(labels, logits.squeeze(-1).double().numpy())
-    return scores(labels, logits.softmax(-1).float().numpy(), target.class_names)
+    figures = scores(labels, logits.softmax(-1).float().numpy(), target.class_names)
+    if bounds:
+        right, labels = logits.argmax(-1) == target.labels[some], target.labels[some]
+        curve = robust_curve(classifier, part, labels, bounds, right=right, should_stop=should_stop)
+        figures["robust"] = curve
+    return figures
 
 
 def _decided(

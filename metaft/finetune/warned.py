@@ -22,18 +22,23 @@ OVER = 3.0
 """How many times the training loss a validation loss may be, where it is above half of that of chance."""
 
 
-def warnings_of(fit: Mapping[str, Any], curve: Sequence[Mapping[str, float]], classes: int) -> list[str]:
+def warnings_of(
+    fit: Mapping[str, Any], curve: Sequence[Mapping[str, float]], classes: int, *, changed: bool = False
+) -> list[str]:
     """In plain words, of the figures of one fit (with "confusion" and "per_class") and the rows of its epochs. Where
-    there are no classes, labels are numbers."""
+    there are no classes, labels are numbers. Where the training loss is `changed` by extras, it tells nothing beside
+    that of chance."""
     if classes == 0:
-        return warnings_of_numbers(fit, curve)
-    return [*_of_predictions(fit), *_of_losses(fit, curve, math.log(classes))]
+        return warnings_of_numbers(fit, curve, changed=changed)
+    return [*_of_predictions(fit), *_of_losses(fit, curve, math.log(classes), changed)]
 
 
-def warnings_of_numbers(fit: Mapping[str, Any], curve: Sequence[Mapping[str, float]]) -> list[str]:
+def warnings_of_numbers(
+    fit: Mapping[str, Any], curve: Sequence[Mapping[str, float]], *, changed: bool = False
+) -> list[str]:
     """The same where labels are numbers. Losses are in units of the training labels' variance, which is what their mean
     gets."""
-    said = list(_of_losses(fit, curve, 1.0))
+    said = list(_of_losses(fit, curve, 1.0, changed))
     if len({predicted for _, predicted in fit["predictions"]}) == 1:
         said.insert(0, f"every test image is predicted to be {fit['predictions'][0][1]:.6g}")
     elif fit["r2"] is not None and fit["r2"] <= 0:
@@ -56,13 +61,15 @@ def _of_predictions(fit: Mapping[str, Any]) -> Iterator[str]:
         yield f"no test image is predicted to be {_listed(never)}"
 
 
-def _of_losses(fit: Mapping[str, Any], curve: Sequence[Mapping[str, float]], chance: float) -> Iterator[str]:
+def _of_losses(
+    fit: Mapping[str, Any], curve: Sequence[Mapping[str, float]], chance: float, changed: bool
+) -> Iterator[str]:
     row = next((row for row in curve if row["epoch"] == fit["kept_epoch"]), None)
     if row is None or row["epoch"] == 0:
         return
-    if row["loss"] > DIVERGED * chance:
+    if not changed and row["loss"] > DIVERGED * chance:
         yield f"diverged: the training loss is {row['loss']:.2f}, that of chance {chance:.2f}; a smaller --lr may help"
-    elif row["loss"] > UNDER * chance:
+    elif not changed and row["loss"] > UNDER * chance:
         yield (
             f"under-fitted: the training loss is {row['loss']:.2f}, and that of chance {chance:.2f}; more epochs, a "
             "higher rate or a strategy that trains more may help"

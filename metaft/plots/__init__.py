@@ -13,8 +13,10 @@ with quiet():
     from metaft.plots.grid import episode, mistakes
     from metaft.plots.lines import curves, learning, regression_episode, steps
     from metaft.plots.reliability import calibration
+    from metaft.plots.robust import robust
     from metaft.plots.scatter import scatter
 
 __all__ = [
-    "calibration", "confusion", "curves", "episode", "learning", "mistakes", "regression_episode", "scatter", "steps",
+    "calibration", "confusion", "curves", "episode", "learning", "mistakes", "regression_episode", "robust", "scatter",
+    "steps",
 ]  # fmt: skip

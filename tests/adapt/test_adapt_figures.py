@@ -250,11 +250,13 @@ def test_the_report_says_how_it_was_fine_tuned(runs: dict[str, Path], data: Path
         "fine-tuned (full) on images of 8x8 by adam at 0.02, linear head, batches of 7, 3 of at most 3 epochs, from"
     )
     more = {"schedule": "cosine:warmup=0.5", "clip_norm": 2.5, "augment": "basic", "balance": "weights"}
+    more |= {"label_smoothing": 0.1, "accumulate": 2, "dropout": 0.25, "ema": 0.9}
     assert adapt.main(words(runs["maml"], data, tmp_path / "more", **more)) == 0
     said = (tmp_path / "more/report.txt").read_text(encoding="utf-8").splitlines()[1]
     assert (
-        ", cosine:warmup=0.5 rate, gradients clipped to 2.5, basic augmentation, classes weighted alike, batches"
-        in said
+        ", cosine:warmup=0.5 rate, gradients clipped to 2.5, basic augmentation, classes weighted alike, "
+        "dropout of 0.25, parameters averaged with decay 0.9, labels smoothed by 0.1, batches of 7, 2 of them in a "
+        "step, 3 of" in said
     )
 
 

@@ -50,6 +50,10 @@ def test_the_settings_reach_the_fit(runs: dict[str, Path], data: Path, tmp_path:
         "freeze": "backbone",
         "augment": "basic",
         "balance": "weights",
+        "accumulate": 2,
+        "dropout": 0.25,
+        "ema": 0.9,
+        "label_smoothing": 0.1,
     }
     assert adapt.main(words(runs["maml"], data, tmp_path / "o", seed=4, patience=7, **given)) == 0
     recipe = {**dataclasses.asdict(Recipe(schedule="constant")), **given, "patience": 7}
@@ -92,6 +96,9 @@ def test_what_is_left_open_is_written_down(runs: dict[str, Path], data: Path, tm
         "augment": "none",
         "loss": "cross_entropy",
         "balance": "none",
+        "accumulate": 1,
+        "dropout": 0.0,
+        "label_smoothing": 0.0,
         "skip_bad": False,
     }
 

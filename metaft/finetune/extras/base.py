@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from metaft.inputs import Inputs
 from metaft.types import Params
 
 
@@ -15,9 +16,10 @@ class Batch(NamedTuple):
     """Examples of one step."""
 
     x: Tensor
-    """[n, ...] as the model computes with them."""
+    """[n, ...] as the model computes with them; of a model on features that are computed once, those."""
     y: Tensor
-    """[n] labels as the loss takes them: int64 of classes, or numbers."""
+    """[n] labels as the loss takes them: int64 of classes, or numbers; of mixed examples float [n, classes], the share
+    of each class."""
     rows: Tensor
     """int64 [n]: which examples of the training part they are. With `epoch` a key for random numbers that a resume and
     another order of batches leave as they are."""
@@ -30,10 +32,18 @@ class Origin(NamedTuple):
     params: Params
     """Of the model, by name, before the first step."""
     seed: int
+    classes: int = 0
+    """0: labels are numbers."""
+    inputs: Inputs | None = None
+    """What made `Batch.x` of raw examples."""
 
 
 Objective = Callable[[nn.Module, Batch], Tensor]
 """(model of "body" and "head", batch) -> scalar to minimise."""
+
+
+def anything(inputs: Inputs, class_names: Sequence[str]) -> None:
+    """Nothing is wrong with any."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -41,3 +51,14 @@ class Extra:
     """A change to the loss. Several compose: each wraps the objective that the one before it left."""
 
     wrap: Callable[[Objective, Origin], Objective]
+    said: str = "a loss of its own"
+    """What it does, in a report's words."""
+    of_inputs: bool = True
+    """Whether it needs the examples themselves. One that looks at parameters alone leaves a backbone that stays its
+    features, which are computed once."""
+    of_start: bool = False
+    """Whether it is about what a start knows: a random one has nothing to keep, and trains without."""
+    of_classes: bool = False
+    """Whether it means nothing where labels are numbers."""
+    check: Callable[[Inputs, Sequence[str]], None] = anything
+    """(inputs, class names) -> raises MetaftError that begins with `extra` where it cannot be applied to them."""
