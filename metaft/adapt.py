@@ -103,6 +103,7 @@ def resume_run(
 
 
 def _resume(folder: RunFolder, config: AdaptConfig | None, module: nn.Module | None, init: Init) -> dict[str, Any]:
+    from metaft.finetune.recipes import as_settled
     from metaft.finetune.setup import header, prepared
     from metaft.finetune.study import Position, read
     from metaft.runs.checkpoint import write_atomically
@@ -113,9 +114,7 @@ def _resume(folder: RunFolder, config: AdaptConfig | None, module: nn.Module | N
     recorded = in_full(of_run(AdaptConfig, folder.config, "resume"))
     given = {} if config is None else {k: v for k, v in flat(config).items() if v is not None}
     if config is not None and config.recipe is not None:
-        own = {} if recorded.recipe is None else flat(recorded.recipe)
-        left = {k: own.get(k) for k, v in flat(config.recipe).items() if v is None}
-        recipe = dataclasses.replace(config.recipe, **left)
+        recipe = config.recipe if recorded.recipe is None else as_settled(config.recipe, recorded.recipe)
         given = {k: v for k, v in given.items() if k not in options(Recipe)} | {"recipe": recipe}
     config = in_full(dataclasses.replace(recorded, **{**given, "out": None}))
     folder.make_folders()

@@ -280,7 +280,11 @@ def test_cutmix_pastes_and_labels_by_the_pixels() -> None:
 
 def test_validation_is_of_examples_as_they_are() -> None:
     val = toy(9, seed=3)
-    nothing = {"strategy": Strategy(lambda groups, step, steps, per_epoch: {}), "val_examples": val[0], "val_labels": val[1]}
+    nothing = {
+        "strategy": Strategy(lambda groups, step, steps, per_epoch: {}),
+        "val_examples": val[0],
+        "val_labels": val[1],
+    }
     recipes = [Recipe(epochs=1, batch_size=8, extra=extra) for extra in ((), ("mixup:alpha=1", "cutmix"))]
     plain, mixed = (fit(kept(), INPUTS, *toy(21), CLASSES, recipe, **nothing).curve[0] for recipe in recipes)
     assert plain["val_loss"] == mixed["val_loss"]

@@ -364,7 +364,10 @@ def test_the_backbones_rate_rises_once_the_head_has_trained() -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("lastt", f"strategy: no 'lastt', known are {', '.join(STRATEGIES)}, second-half, chosen; did you mean 'last'?"),
+        (
+            "lastt",
+            f"strategy: no 'lastt', known are {', '.join(STRATEGIES)}, second-half, chosen; did you mean 'last'?",
+        ),
         ("last:blocks=0", "strategy: blocks must be at least 1, got 0; head trains no block"),
         ("lp-ft:share=1", "strategy: share must be above 0 and below 1, got 1.0"),
         ("lp-ft:rise=1", "strategy: rise must be at least 0 and below 0.7, what share leaves, got 1.0"),

@@ -10,6 +10,7 @@ from metaft.errors import MetaftError
 from metaft.finetune import extras, optim, strategies
 from metaft.finetune.strategies import CHOSEN
 from metaft.models.architecture import is_published
+from metaft.options import flat
 from metaft.settings import PATIENCE, RATE, RATE_OF_HEAD, RATE_OF_PUBLISHED, Recipe
 from metaft.spec import made_for
 from metaft.starts.base import Start
@@ -51,6 +52,15 @@ def settled(recipe: Recipe, start: Start, *, resumed: bool = False) -> Recipe:
     if recipe.trains == "head":
         return dataclasses.replace(recipe, lr=RATE if is_librarys else RATE_OF_HEAD)
     return dataclasses.replace(recipe, lr=RATE_OF_PUBLISHED if is_librarys else RATE)
+
+
+def as_settled(given: Recipe, own: Recipe) -> Recipe:
+    """A recipe that is given to go on with a run, with the run's `own` settings where it left them open: they are what
+    `settled` made of the same words."""
+    left = {name: getattr(own, name) for name, value in flat(given).items() if value is None}
+    if (given.strategy, given.epochs, own.strategy) == ("lp-ft", None, PROBED_FIRST.strategy):
+        left["strategy"] = own.strategy
+    return dataclasses.replace(given, **left)
 
 
 def _moving(recipe: Recipe) -> Recipe:

@@ -24,7 +24,7 @@ from metaft.finetune import report, study
 from metaft.finetune.choose import candidates_of, choose
 from metaft.finetune.examples import Part
 from metaft.finetune.fit import Fitted, fit
-from metaft.finetune.recipes import settled
+from metaft.finetune.recipes import as_settled, settled
 from metaft.finetune.setup import Setup, rows_of
 from metaft.inputs import ImageInputs
 from metaft.settings import Recipe
@@ -221,9 +221,11 @@ def test_what_is_left_open_from_published_weights(monkeypatch: pytest.MonkeyPatc
 
     class Librarys:
         architecture: ClassVar = {"name": "torchvision:resnet18"}
+        meta: ClassVar = {}
 
     class Runs:
         architecture: ClassVar = {"name": "conv4"}
+        meta: ClassVar = {}
 
     def of(start: Any, **given: Any) -> tuple[Any, ...]:
         r = settled(Recipe(**given), start)
@@ -237,6 +239,12 @@ def test_what_is_left_open_from_published_weights(monkeypatch: pytest.MonkeyPatc
         assert of(Librarys, strategy=strategy, **given) == (strategy, 0.02, 7, "linear", 2.0, 3)
     old = Recipe(strategy="full", lr=1e-4, epochs=12, schedule="constant", patience=10)
     assert settled(old, Librarys, resumed=True) == old, "one that began before there was clipping goes on without"  # type: ignore[arg-type]
+    lp_ft = Recipe(strategy="lp-ft")
+    for asked in (Recipe(), Recipe(strategy="full"), lp_ft, dataclasses.replace(lp_ft, epochs=3)):
+        own = settled(asked, Librarys)  # type: ignore[arg-type]
+        assert as_settled(asked, own) == own, "the words that began a run go on with it"
+        assert as_settled(dataclasses.replace(asked, lr=0.5), own) != own
+    assert as_settled(Recipe(strategy="lp-ft"), Recipe(strategy="lp-ft:share=0.5")).strategy == "lp-ft"
     assert of(Runs) == ("full", 0.003, None, "constant", None, 10)
     assert of(Runs, strategy="lp-ft") == ("lp-ft", 0.003, None, "constant", None, 10)
 
