@@ -428,8 +428,9 @@ class Recipe(Group):
     schedule: Annotated[
         str | None,
         Option(
-            "How the rate changes: constant, linear, cosine, step:every=0.3,factor=0.1, one-cycle or stlr, each with "
-            ":warmup=SHARE (auto: constant; cosine where published weights move, but for lp-ft of auto epochs).",
+            "How the rate changes: constant, linear, cosine, step:every=0.3,factor=0.1, one-cycle, stlr or "
+            "plateau:factor=0.1,patience=3 (of the loss), each with :warmup=SHARE (auto: constant; cosine where "
+            "published weights move, but for lp-ft of auto epochs).",
             metavar="NAME[:KEY=VALUE,...]",
         ),
     ] = None

@@ -113,6 +113,7 @@ def fit(
         model.load_state_dict(resume["model"])
         optim.put_moments(optimizer, resume["adam"], strategy.rates(groups, 0, steps, per_epoch))
         curve, best = resume["curve"], (resume["best_loss"], resume["best"])
+    judge = "val_loss" if val is not None and each_epoch else "loss"  # of what a schedule may follow
     settled = _settled(strategy, groups, recipe.passes, per_epoch)
     stayed = not extras and recipe.augment == "none"  # and features are those of the start, as long as this is true
     stayed = stayed and _stays(strategy, groups, recipe.passes, per_epoch, range(len(curve)))
@@ -123,10 +124,11 @@ def fit(
         batches = _batches(len(train), recipe.batch_size, seed, epoch)
         stayed = stayed and (bool(still) or _stays(strategy, groups, recipe.passes, per_epoch, [epoch]))
         computed = features.train if stayed else None
+        lowered = schedules.lowered(schedule, [row[judge] for row in curve[settled:]])
         for number, batch in enumerate(batches):
             step, rows = epoch * len(batches) + number, torch.from_numpy(batch)
             rates = {n: r for n, r in strategy.rates(groups, step, steps, per_epoch).items() if n not in still}
-            optim.set_rates(optimizer, rates, recipe.rate * schedule(step, steps))
+            optim.set_rates(optimizer, rates, recipe.rate * lowered * schedule(step, steps))
             y = targets[rows.to(targets.device)]
             if computed is not None:
                 loss = outcome.loss(model.get_submodule("head")(computed[rows.to(computed.device)]), y)
