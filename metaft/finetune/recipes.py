@@ -9,7 +9,7 @@ from metaft import schedules
 from metaft.errors import MetaftError
 from metaft.finetune import optim, strategies
 from metaft.models.architecture import is_published
-from metaft.settings import PATIENCE, RATE, RATE_OF_HEAD, RATE_OF_PUBLISHED, Recipe
+from metaft.settings import PATIENCE, RATE, RATE_OF_FEW, RATE_OF_HEAD, RATE_OF_PUBLISHED, Recipe
 from metaft.spec import made_for
 from metaft.starts.base import Start
 
@@ -49,7 +49,8 @@ def settled(recipe: Recipe, start: Start, *, resumed: bool = False) -> Recipe:
         return recipe
     if recipe.trains == "head":
         return dataclasses.replace(recipe, lr=RATE if is_librarys else RATE_OF_HEAD)
-    return dataclasses.replace(recipe, lr=RATE_OF_PUBLISHED if is_librarys else RATE)
+    of_published = RATE_OF_FEW if strategies.named(recipe.trains).few else RATE_OF_PUBLISHED
+    return dataclasses.replace(recipe, lr=of_published if is_librarys else RATE)
 
 
 def _moving(recipe: Recipe) -> Recipe:
