@@ -162,10 +162,10 @@ def test_what_is_left_is_named() -> None:
     [
         (0, 0, "the head alone"),
         (4000, 0, "the head, and all 4,000 numbers of the backbone"),
-        (60, 1, "the head, and 60 numbers in the backbone, which has 4,000 (1.5 %); 1 of its weights could not take "
-         "part: w0"),
-        (60, 6, "the head, and 60 numbers in the backbone, which has 4,000 (1.5 %); 6 of its weights could not take "
-         "part: w0, w1, w2, w3 and 2 more"),
+        (60, 1, ("the head, and 60 numbers in the backbone, which has 4,000 (1.5 %); 1 of its weights could not take "
+         "part: w0")),
+        (60, 6, ("the head, and 60 numbers in the backbone, which has 4,000 (1.5 %); 6 of its weights could not take "
+         "part: w0, w1, w2, w3 and 2 more")),
     ],
 )  # fmt: skip
 def test_the_report_says_what_trained(numbers: int, left: int, said: str) -> None:
