@@ -115,7 +115,7 @@ def resolve(config: MetaTrainConfig, dataset: Dataset, *, default_rotate: bool, 
         )
     check_steps("test_inner_steps", config.test.test_inner_steps, config.learner.algorithm)
     if config.outer.outer_schedule is not None:
-        made_for("outer_schedule", config.outer.outer_schedule, schedules.make, own="schedule")
+        made_for("outer_schedule", config.outer.outer_schedule, schedules.of_steps, own="schedule")
     if custom_model:  # whatever was asked for, this is what is recorded
         config = dataclasses.replace(config, model="custom")
     if "classes" in accepted and "classes" not in parse_hyper(config.learner.algorithm, config.inner.hyper):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 from metaft.errors import MetaftError
@@ -105,6 +106,44 @@ def stlr(*, cut: float = 0.1, ratio: float = 32.0, warmup: float = 0.0) -> Sched
     return _warmed(partial(at_slanted_triangle, cut, ratio), warmup)
 
 
+@dataclass(frozen=True)
+class Plateau:
+    """Of which the rate in a step is `schedule`'s, lowered by what the losses of the epochs before it say."""
+
+    schedule: Schedule
+    factor: float
+    patience: int
+    threshold: float
+
+    def __call__(self, step: int, steps: int) -> float:
+        return self.schedule(step, steps)
+
+    def lowered(self, losses: Sequence[float]) -> float:
+        """`factor` for each time that more than `patience` epochs in a row were no better than the best before them by
+        a share `threshold` of it; that of torch's ReduceLROnPlateau, as a function of all losses so far."""
+        best, bad, drops = math.inf, 0, 0
+        for loss in losses:
+            better = loss < best - self.threshold * abs(best) if math.isfinite(best) else loss < best
+            best, bad = (loss, 0) if better else (best, bad + 1)
+            if bad > self.patience:
+                bad, drops = 0, drops + 1
+        return self.factor**drops
+
+
+def plateau(*, factor: float = 0.1, patience: int = 3, threshold: float = 1e-4, warmup: float = 0.0) -> Schedule:
+    _check_share("factor", factor)
+    if patience < 0:
+        raise MetaftError(f"patience must be at least 0, got {patience}")
+    if not 0 <= threshold < 1:
+        raise MetaftError(f"threshold must be at least 0 and below 1, got {threshold}")
+    return Plateau(_warmed(at_constant, warmup), factor, patience, threshold)
+
+
+def lowered(schedule: Schedule, losses: Sequence[float]) -> float:
+    """What the losses of the epochs so far make of a rate: 1, but for `plateau`."""
+    return schedule.lowered(losses) if isinstance(schedule, Plateau) else 1.0
+
+
 def _check_share(name: str, value: float) -> None:
     if not 0 < value < 1:
         raise MetaftError(f"{name} must be above 0 and below 1, got {value}")
@@ -117,6 +156,7 @@ SCHEDULES: dict[str, Callable[..., Schedule]] = {
     "step": step,
     "one-cycle": one_cycle,
     "stlr": stlr,
+    "plateau": plateau,
 }
 """`warmup` is the share of all steps in which the rate rises."""
 
@@ -125,3 +165,11 @@ SCHEDULES: dict[str, Callable[..., Schedule]] = {
 def make(text: str) -> Schedule:
     """`NAME[:KEY=VALUE,...]`. Raises MetaftError that begins with `schedule` where the text is not one."""
     return bind("schedule", text, SCHEDULES)()
+
+
+def of_steps(text: str) -> Schedule:
+    """`make`, where nothing but the step may tell the rate. Raises MetaftError likewise, also for `plateau`."""
+    schedule = make(text)
+    if isinstance(schedule, Plateau):
+        raise MetaftError("schedule: plateau follows the loss of epochs, and meta-training has steps alone")
+    return schedule

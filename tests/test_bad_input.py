@@ -141,7 +141,9 @@ WORDS: dict[tuple[str, str], list[tuple[str, str]]] = {
     ("adapt", "robust"): [("2/x", "such as 2/255"), ("0", "above 0"), ("2", "at most 1"), ("", "''")],
     ("adapt", "extra"): [("mixap", "did you mean 'mixup'"), ("l2-sp:alpha=-1", "at least 0, got -1.0"), ("", "''")],
     ("adapt", "optimizer"): [("adm", "did you mean 'adam'"), ("sgd:momentum=2", "below 1, got 2.0"), ("", "''")],
-    ("meta_train", "outer_schedule"): [("cosin", "did you mean 'cosine'"), ("step:every=0", "above 0"), ("", "''")],
+    ("meta_train", "outer_schedule"): [
+        *[("cosin", "did you mean 'cosine'"), ("step:every=0", "above 0"), ("", "''"), ("plateau", "steps alone")],
+    ],
     ("adapt", "schedule"): [("cosin", "did you mean 'cosine'"), ("cosine:warmup=1", "below 1, got 1.0"), ("", "''")],
     ("adapt", "compare"): [("torchvision:resnet19", "'resnet18'"), ("nothing-such", "known are RUN")],
     ("adapt", "init"): [("", "none"), ("efficientnet", "did you mean"), ("torchvision:resnet19", "'resnet18'")],

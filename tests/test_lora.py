@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from metaft.errors import MetaftError
 from metaft.finetune.fit import fit, flatten, unflatten
+from metaft.finetune.report import what_trained
 from metaft.finetune.strategies import named
 from metaft.finetune.strategies.lora import LowRank, places, stays
 from metaft.settings import Recipe
@@ -154,6 +155,23 @@ def test_what_is_left_is_named() -> None:
     module["again"] = parts["free"]  # one layer in two places
     assert stays(module) == ["first.weight", "depthwise.weight (depthwise)", "words.weight"]
     assert [place.weight for place in places(module)] == [parts["free"].weight]
+
+
+@pytest.mark.parametrize(
+    ("numbers", "left", "said"),
+    [
+        (0, 0, "the head alone"),
+        (4000, 0, "the head, and all 4,000 numbers of the backbone"),
+        (60, 1, ("the head, and 60 numbers in the backbone, which has 4,000 (1.5 %); 1 of its weights could not take "
+         "part: w0")),
+        (60, 6, ("the head, and 60 numbers in the backbone, which has 4,000 (1.5 %); 6 of its weights could not take "
+         "part: w0, w1, w2, w3 and 2 more")),
+    ],
+)  # fmt: skip
+def test_the_report_says_what_trained(numbers: int, left: int, said: str) -> None:
+    trained = {"numbers": numbers, "of": 4000, "stays": [f"w{i}" for i in range(left)]}
+    assert what_trained(trained) == [f"trained: {said}"]
+    assert what_trained(None) == [], "a run of an earlier version"
 
 
 def test_a_backbone_to_which_nothing_can_be_added_is_refused() -> None:

@@ -443,7 +443,7 @@ def test_schedules_are_their_formulas() -> None:
     with pytest.raises(MetaftError, match=r"^warmup must be at least 0 and below 1, got 1.5$"):
         schedules.make("cosine:warmup=1.5")
     with pytest.raises(
-        MetaftError, match=r"^schedule: no 'cosin', known are constant, linear, cosine, step, one-cycle, stlr"
+        MetaftError, match=r"^schedule: no 'cosin', known are constant, linear, cosine, step, one-cycle, stlr, plateau"
     ):
         schedules.make("cosin")
 
@@ -491,6 +491,48 @@ def test_the_slanted_triangle_is_the_papers(cut: float, ratio: float) -> None:
     assert found[0] == pytest.approx(1 / ratio)
 
 
+@pytest.mark.parametrize(("text", "patience", "threshold"), [("plateau", 3, 1e-4), ("plateau:patience=0", 0, 1e-4)])
+@given(losses=st.lists(st.sampled_from([1.0, 0.99995, 0.9998, 0.5, 0.49999, 0.2, 2.0, 0.0]), max_size=30))
+@settings(max_examples=60, deadline=None)
+def test_a_plateau_is_that_of_torch(text: str, patience: int, threshold: float, losses: list[float]) -> None:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], 1.0)
+    theirs = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=patience, threshold=threshold, eps=0.0)
+    for loss in losses:
+        theirs.step(loss)
+    mine = schedules.lowered(schedules.make(text), losses)
+    assert mine == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9)
+
+
+@pytest.mark.parametrize("validated", [True, False])
+@pytest.mark.parametrize("strategy", ["full", "second-half"])
+def test_a_rate_falls_on_a_plateau_of_the_last_phase_and_again_after_a_resume(
+    strategy: str, validated: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing moves by so small a rate, so that every epoch of a phase but its first is no better. Of the training loss
+    too, whose epochs see the same images in other batches: hence a wide threshold."""
+    text = "plateau:factor=0.5,patience=1,threshold=0.5"
+    recipe, (images, labels) = Recipe(epochs=8, batch_size=8, lr=1e-30, schedule=text), toy(21)
+    val = toy(9, seed=3) if validated else (None, None)
+    rates, plain = list[float](), optim.set_rates
+    monkeypatch.setattr(optim, "set_rates", lambda o, r, lr: rates.append(lr) or plain(o, r, lr))
+    states: list[Mapping[str, Any]] = []
+    more: dict[str, Any] = {"strategy": named(strategy), "val_examples": val[0], "val_labels": val[1]}
+    fit(body(dtype=torch.float64), INPUTS, images, labels, CLASSES, recipe, on_epoch=states.append, **more)
+    whole, begins = rates[::PER_EPOCH], 4 if strategy == "second-half" else 0
+    falls = [max(0, epoch - begins - 1) // 2 for epoch in range(8)]  # after two epochs that were no better, each
+    assert whole == [1e-30 * 0.5**fall for fall in falls]
+    rates.clear()
+    fit(body(dtype=torch.float64), INPUTS, images, labels, CLASSES, recipe, resume=states[5], **more)
+    assert rates == [rate for rate in whole[6:] for _ in range(PER_EPOCH)]
+
+
+def test_meta_training_has_no_plateau() -> None:
+    with pytest.raises(
+        MetaftError, match=r"^schedule: plateau follows the loss of epochs, and meta-training has steps"
+    ):
+        schedules.of_steps("plateau")
+
+
 @pytest.mark.parametrize("name", sorted(schedules.SCHEDULES))
 @given(steps=st.integers(1, 300), warmup=st.sampled_from([0.0, 0.1, 0.5]))
 @settings(max_examples=25, deadline=None)
@@ -507,6 +549,9 @@ def test_every_schedule_is_a_share_of_the_rate_after_its_warmup(name: str, steps
 @pytest.mark.parametrize(
     ("text", "words"),
     [
+        ("plateau:factor=1", "factor must be above 0 and below 1, got 1.0"),
+        ("plateau:patience=-1", "patience must be at least 0, got -1"),
+        ("plateau:threshold=1", "threshold must be at least 0 and below 1, got 1.0"),
         ("step:every=0", "every must be above 0 and below 1, got 0.0"),
         ("step:factor=1", "factor must be above 0 and below 1, got 1.0"),
         ("one-cycle:rise=1", "rise must be above 0 and below 1, got 1.0"),

@@ -123,6 +123,7 @@ def fit(
         optim.put_moments(optimizer, resume["adam"], strategy.rates(groups, 0, steps, per_epoch))
         curve, best = resume["curve"], (resume["best_loss"], resume["best"])
         average = resume.get("average", {})
+    judge = "val_loss" if val is not None and each_epoch else "loss"  # of what a schedule may follow
     settled = _settled(strategy, groups, recipe.passes, per_epoch)
     stayed = recipe.augment == "none" and not any(extra.of_inputs for extra in extras)
     # Features are those of the start, as long as this is true.
@@ -134,10 +135,11 @@ def fit(
         batches = batches_of(len(train), recipe.images_per_step, seed, epoch)
         stayed = stayed and (bool(still) or _stays(strategy, groups, recipe.passes, per_epoch, [epoch]))
         computed = features.train if stayed else None
+        lowered = schedules.lowered(schedule, [row[judge] for row in curve[settled:]])
         for number, batch in enumerate(batches):
             step = epoch * len(batches) + number
             rates = {n: r for n, r in strategy.rates(groups, step, steps, per_epoch).items() if n not in still}
-            optim.set_rates(optimizer, rates, recipe.rate * schedule(step, steps))
+            optim.set_rates(optimizer, rates, recipe.rate * lowered * schedule(step, steps))
             optimizer.zero_grad()
             for rows in map(torch.from_numpy, cut(batch, recipe.batch_size)):
                 y = targets[rows.to(targets.device)]

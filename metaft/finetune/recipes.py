@@ -11,7 +11,7 @@ from metaft.finetune import extras, optim, strategies
 from metaft.finetune.strategies import CHOSEN
 from metaft.models.architecture import is_published
 from metaft.options import flat
-from metaft.settings import PATIENCE, RATE, RATE_OF_HEAD, RATE_OF_PUBLISHED, Recipe
+from metaft.settings import PATIENCE, RATE, RATE_OF_FEW, RATE_OF_HEAD, RATE_OF_PUBLISHED, Recipe
 from metaft.spec import made_for
 from metaft.starts.base import Start
 
@@ -51,7 +51,8 @@ def settled(recipe: Recipe, start: Start, *, resumed: bool = False) -> Recipe:
         return recipe
     if recipe.trains == "head":
         return dataclasses.replace(recipe, lr=RATE if is_librarys else RATE_OF_HEAD)
-    return dataclasses.replace(recipe, lr=RATE_OF_PUBLISHED if is_librarys else RATE)
+    of_published = RATE_OF_FEW if strategies.named(recipe.trains).few else RATE_OF_PUBLISHED
+    return dataclasses.replace(recipe, lr=of_published if is_librarys else RATE)
 
 
 def as_settled(given: Recipe, own: Recipe) -> Recipe:

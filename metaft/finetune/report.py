@@ -32,7 +32,7 @@ def text(result: Mapping[str, Any]) -> str:
     what = f"{shown(r['data'])} · {kind(r['classes'])} · {r['train_images']} images to train"
     val = f", {r['val_images']} to validate" if r["val_images"] else ""
     lines = [f"{what}{val}, {r['test_images']} to test", f"{_how(r)}, from {_init(r)}, in {duration(r['seconds'])}"]
-    lines += _trained(r["starts"][0].get("trained"))
+    lines += what_trained(r["starts"][0].get("trained"))
     lines += _ranked(r.get("ranked"))
     lines += _choice(r["starts"][0].get("chosen"), prudent="auto" in r)
     lines += _other_choices(r.get("choices", ()))
@@ -82,15 +82,16 @@ def _how(r: Mapping[str, Any]) -> str:
     return f"{how}, batches of {r['batch_size']}{of}, {r['epochs_run']} {most}epochs"
 
 
-def _trained(trained: Mapping[str, Any] | None) -> list[str]:
+def what_trained(trained: Mapping[str, Any] | None) -> list[str]:
     """What of the first start moved; runs of earlier versions do not say."""
     if not trained:
         return []
     numbers, of, stays = trained["numbers"], trained["of"], trained["stays"]
     what = "the head alone"
-    if numbers:
-        share = f"{100 * numbers / of:.2g} %" if numbers < of else "all of it"
-        what = f"the head, and {numbers:,} numbers in the backbone, which has {of:,} ({share})"
+    if numbers == of:
+        what = f"the head, and all {of:,} numbers of the backbone"
+    elif numbers:
+        what = f"the head, and {numbers:,} numbers in the backbone, which has {of:,} ({100 * numbers / of:.2g} %)"
     if stays:
         names = ", ".join(stays[:_STAYS]) + (f" and {len(stays) - _STAYS} more" if len(stays) > _STAYS else "")
         what += f"; {len(stays)} of its weights could not take part: {names}"

@@ -234,6 +234,10 @@ def test_what_is_left_open_from_published_weights(monkeypatch: pytest.MonkeyPatc
     assert of(Librarys) == ("head", 0.003, None, "constant", None, None)
     assert of(Librarys, strategy="full") == ("full", 1e-4, None, "cosine", 1.0, None)
     assert of(Librarys, strategy="lp-ft") == ("lp-ft:share=0.9,rise=0.05", 1e-4, 240, "constant", 1.0, None)
+    for few in ("bitfit", "lora:rank=2", "lp-ft:then=lora"):
+        assert of(Librarys, strategy=few) == (few, 1e-3, None, "cosine", 1.0, None)
+        assert of(Runs, strategy=few) == (few, 0.003, None, "constant", None, 10)
+    assert of(Librarys, strategy="lp-ft:then=gradual") == ("lp-ft:then=gradual", 1e-4, None, "cosine", 1.0, None)
     given = {"epochs": 7, "schedule": "linear", "clip_norm": 2.0, "patience": 3, "lr": 0.02}
     for strategy in ("full", "lp-ft"):
         assert of(Librarys, strategy=strategy, **given) == (strategy, 0.02, 7, "linear", 2.0, 3)

@@ -40,6 +40,8 @@ class Strategy:
     the body is the same object. Raises MetaftError for a backbone of which nothing could train."""
     finish: Callable[[nn.Module], nn.Module] = same
     """What was trained -> the model that is kept, which predicts alike. Moments are stored after it."""
+    few: bool = False
+    """Whether what moves in the backbone is so little that published weights are safe from a higher rate."""
     stays: Callable[[nn.Module], list[str]] = none
     """Names of the weights of a body that `prepare` had to leave as they are, for the report."""
 

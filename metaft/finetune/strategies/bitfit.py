@@ -31,4 +31,4 @@ def with_biases(model: nn.Module, seed: int) -> nn.Module:
 
 
 def bitfit() -> Strategy:
-    return Strategy(rates, with_biases)
+    return Strategy(rates, with_biases, few=True)

@@ -138,4 +138,4 @@ def lora(*, rank: int = 8, alpha: float = 8.0) -> Strategy:
         raise MetaftError(f"strategy: rank must be at least 1, got {rank}")
     if not 0 < alpha < math.inf:
         raise MetaftError(f"strategy: alpha must be above 0, got {alpha}")
-    return Strategy(rates, partial(with_products, rank, alpha), merged, stays)
+    return Strategy(rates, partial(with_products, rank, alpha), merged, few=True, stays=stays)

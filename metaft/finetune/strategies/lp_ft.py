@@ -3,6 +3,7 @@ features that stay as they are, so that the first steps of all the rest do not f
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from functools import partial
 
@@ -33,4 +34,4 @@ def lp_ft(
     if not 0 <= rise < 1 - share:
         raise MetaftError(f"strategy: rise must be at least 0 and below {1 - share:g}, what share leaves, got {rise}")
     second = bind("strategy: then", then, strategies)()
-    return Strategy(partial(rates, share, rise, second), second.prepare, second.finish, second.stays)
+    return dataclasses.replace(second, rates=partial(rates, share, rise, second))
