@@ -456,9 +456,13 @@ class Recipe(Group):
         ),
     ] = None
     freeze: Annotated[Literal["none", "backbone"], Option("What is not trained: of --strategy full and head.")] = "none"
-    augment: Annotated[Literal["none", "basic"], Option("Small random turns and shifts of the training images.")] = (
-        "none"
-    )
+    augment: Annotated[
+        Literal["none", "basic", "trivial", "randaug"],
+        Option(
+            "Random changes of the training images: basic (small turns and shifts), trivial (TrivialAugment) or "
+            "randaug (RandAugment), as torchvision has them."
+        ),
+    ] = "none"
     loss: Annotated[
         Literal["cross_entropy", "mse"],
         Option("mse: labels are numbers, which are predicted by their mean squared error (--data csv:FILE)."),
