@@ -492,7 +492,8 @@ class Recipe(Group):
         tuple[str, ...],
         Option(
             "Changes to the training loss, the first one first: l2-sp:alpha=0.01,beta=0.01 (pulls to the start), "
-            "mixup:alpha=0.2, cutmix:alpha=1, adversarial:eps=2/255,steps=3,share=1.",
+            "mixup:alpha=0.2, cutmix:alpha=1, adversarial:eps=2/255,steps=3,share=1, "
+            "distil:teacher=RUN,t=2,share=0.5.",
             metavar="NAME[:KEY=VALUE,...]",
         ),
     ] = ()

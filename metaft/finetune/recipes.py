@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 from metaft import schedules
 from metaft.errors import MetaftError
 from metaft.finetune import extras, optim, strategies
+from metaft.inputs import Inputs
 from metaft.models.architecture import is_published
 from metaft.settings import PATIENCE, RATE, RATE_OF_HEAD, RATE_OF_PUBLISHED, Recipe
 from metaft.spec import made_for
@@ -71,6 +73,19 @@ def on_features(recipe: Recipe) -> bool:
 def of_chance(recipe: Recipe) -> Recipe:
     """For a random start, without what is about a start's knowledge, which it has none of."""
     return dataclasses.replace(recipe, extra=tuple(t for t in recipe.extra if not extras.named(t).of_start))
+
+
+def fitting(recipe: Recipe, inputs: Inputs, class_names: Sequence[str]) -> Recipe:
+    """Without extras that cannot be applied to these inputs: of another start than the one that they were given for."""
+
+    def fits(text: str) -> bool:
+        try:
+            extras.named(text).check(inputs, class_names)
+        except MetaftError:
+            return False
+        return True
+
+    return dataclasses.replace(recipe, extra=tuple(filter(fits, recipe.extra)))
 
 
 def epochs_of(recipe: Recipe, images: int) -> int:
