@@ -40,7 +40,7 @@ def settled(recipe: Recipe, start: Start, *, resumed: bool = False) -> Recipe:
     if is_librarys and recipe.strategy is None and recipe.freeze == "none":
         recipe = dataclasses.replace(recipe, strategy="head")
     _check(recipe)
-    if start.meta is None and of_chance(recipe) != recipe:
+    if of_chance(recipe) != recipe and start.meta is None:
         (text, *_) = (text for text in recipe.extra if extras.named(text).of_start)
         raise MetaftError(f"extra: {text} is about what a start knows, and a random one knows nothing")
     if recipe.patience is None and not is_librarys:
@@ -60,7 +60,7 @@ def settled(recipe: Recipe, start: Start, *, resumed: bool = False) -> Recipe:
 def _moving(recipe: Recipe) -> Recipe:
     """What is left open where published weights move."""
     recipe = dataclasses.replace(recipe, clip_norm=CLIPPED if recipe.clip_norm is None else recipe.clip_norm)
-    if recipe.trains == "lp-ft" and recipe.epochs is None:
+    if recipe.trains == "lp-ft" and recipe.epochs is None and on_features(recipe):
         return dataclasses.replace(recipe, strategy=PROBED_FIRST.strategy, epochs=PROBED_FIRST.epochs)
     return dataclasses.replace(recipe, schedule="cosine" if recipe.schedule is None else recipe.schedule)
 

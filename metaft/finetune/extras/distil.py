@@ -18,8 +18,8 @@ from metaft.inputs import Inputs
 def divergence(student: Tensor, teacher: Tensor, t: float) -> Tensor:
     """t^2 KL(teacher || student) of logits [n, classes] over t, the mean over examples (Hinton et al. 2015, section 2):
     the factor leaves gradients as large as those of labels, whatever t is."""
-    logs = ((logits / t).log_softmax(-1) for logits in (student, teacher))
-    return t**2 * F.kl_div(*logs, reduction="batchmean", log_target=True)
+    of_student, of_teacher = ((logits / t).log_softmax(-1) for logits in (student, teacher))
+    return t**2 * F.kl_div(of_student, of_teacher, reduction="batchmean", log_target=True)
 
 
 def followed(objective: Objective, origin: Origin, *, teacher: str, t: float, share: float) -> Objective:
