@@ -461,9 +461,13 @@ class Recipe(Group):
         ),
     ] = None
     freeze: Annotated[Literal["none", "backbone"], Option("What is not trained: of --strategy full and head.")] = "none"
-    augment: Annotated[Literal["none", "basic"], Option("Small random turns and shifts of the training images.")] = (
-        "none"
-    )
+    augment: Annotated[
+        Literal["none", "basic", "trivial", "randaug"],
+        Option(
+            "Random changes of the training images: basic (small turns and shifts), trivial (TrivialAugment) or "
+            "randaug (RandAugment), as torchvision has them."
+        ),
+    ] = "none"
     loss: Annotated[
         Literal["cross_entropy", "mse"],
         Option("mse: labels are numbers, which are predicted by their mean squared error (--data csv:FILE)."),
@@ -493,7 +497,8 @@ class Recipe(Group):
         tuple[str, ...],
         Option(
             "Changes to the training loss, the first one first: l2-sp:alpha=0.01,beta=0.01 (pulls to the start), "
-            "mixup:alpha=0.2, cutmix:alpha=1, adversarial:eps=2/255,steps=3,share=1.",
+            "mixup:alpha=0.2, cutmix:alpha=1, adversarial:eps=2/255,steps=3,share=1, "
+            "distil:teacher=RUN,t=2,share=0.5.",
             metavar="NAME[:KEY=VALUE,...]",
         ),
     ] = ()

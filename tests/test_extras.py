@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,12 +17,14 @@ from test_finetune import CLASSES, INPUTS, bits, body, same, toy
 from torch import Tensor, nn
 
 from metaft.errors import MetaftError
-from metaft.finetune.extras import EXTRAS, Batch, Origin, all_named, composed, named, plain_loss
+from metaft.finetune.classifier import Classifier, load, save
+from metaft.finetune.extras import EXTRAS, Batch, Origin, all_named, composed, in_full, named, plain_loss
 from metaft.finetune.extras.cutmix import boxes, edges
+from metaft.finetune.extras.distil import divergence
 from metaft.finetune.extras.pairs import partners, shares, words_of
 from metaft.finetune.fit import Fitted, fit
 from metaft.finetune.outcomes import class_loss
-from metaft.finetune.recipes import epochs_of, of_chance
+from metaft.finetune.recipes import epochs_of, fitting, of_chance
 from metaft.finetune.strategies import Groups, Strategy, every
 from metaft.inputs import ImageInputs
 from metaft.models.blocks import blocks_of
@@ -34,7 +38,30 @@ CONTRACT = {
     "mixup:alpha=0.7": "cutmix",
     "cutmix:alpha=0.8": "l2-sp",
     "adversarial:eps=0.1,steps=2": "l2-sp",
+    "distil:teacher={teacher},t=3": "mixup",
 }
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The file of a classifier with the inputs of the toy images."""
+    path = tmp_path_factory.mktemp("teacher") / "classifier.safetensors"
+    fitted = fit(body(), INPUTS, *toy(21), CLASSES, Recipe(epochs=1, lr=0.01))
+    architecture = {"name": "conv4", "ways": CLASSES, "shape": list(INPUTS.shape), "width": 4}
+    save(path, Classifier(fitted.body, fitted.head, INPUTS, ("a", "b", "c")), architecture, {})
+    return path
+
+
+@pytest.fixture
+def text(request: pytest.FixtureRequest, teacher: Path) -> str:
+    """An extra of the table, with the teacher's path."""
+    return request.param.format(teacher=teacher)
+
+
+def beside(text: str) -> str:
+    """The one with which it is composed."""
+    (other,) = (other for one, other in CONTRACT.items() if one.partition(":")[0] == text.partition(":")[0])
+    return other
 
 
 def second_half(groups: Groups, step: int, steps: int, per_epoch: int) -> Mapping[str, float]:
@@ -83,11 +110,11 @@ def test_every_extra_is_in_the_table() -> None:
     assert EXTRAS.keys() == {text.partition(":")[0] for text in CONTRACT}
 
 
-@pytest.mark.parametrize("text", CONTRACT)
+@pytest.mark.parametrize("text", CONTRACT, indirect=True)
 @pytest.mark.parametrize("start", BODIES)
 def test_the_order_of_a_batch_does_not_matter(text: str, start: str) -> None:
     model, batch, origin = case(start=BODIES[start]())
-    objective = composed(all_named((text, CONTRACT[text])), origin)
+    objective = composed(all_named((text, beside(text))), origin)
     order = torch.tensor([4, 2, 8, 0, 1, 7, 3, 6, 5])
     shuffled = batch._replace(x=batch.x[order], y=batch.y[order], rows=batch.rows[order])
     value = float(objective(model, batch).detach())
@@ -95,20 +122,20 @@ def test_the_order_of_a_batch_does_not_matter(text: str, start: str) -> None:
     assert abs(value - float(plain_loss(model, batch).detach())) > 1e-3
 
 
-@pytest.mark.parametrize("text", CONTRACT)
+@pytest.mark.parametrize("text", CONTRACT, indirect=True)
 def test_the_step_depends_on_seed_epoch_and_example_alone(text: str) -> None:
     model, batch, origin = case()
     state = torch.random.get_rng_state()
     value = float(composed((named(text),), origin)(model, batch).detach())
     assert float(composed((named(text),), origin)(model, batch).detach()) == value
     assert torch.equal(torch.random.get_rng_state(), state)
-    if named(text).of_inputs:
+    if named(text).of_inputs and named(text).run is None:
         others = [(batch._replace(epoch=3), origin), (batch._replace(rows=batch.rows + 1), origin)]
         others.append((batch, origin._replace(seed=4)))
         assert all(float(composed((named(text),), o)(model, b).detach()) != value for b, o in others)
 
 
-@pytest.mark.parametrize("text", CONTRACT)
+@pytest.mark.parametrize("text", CONTRACT, indirect=True)
 def test_a_loss_leaves_model_and_origin_as_they_are(text: str) -> None:
     """Values, gradients and modes: what is trained begins at its start, whatever the extra."""
     model, batch, origin = case()
@@ -122,10 +149,10 @@ def test_a_loss_leaves_model_and_origin_as_they_are(text: str) -> None:
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
 
 
-@pytest.mark.parametrize("text", CONTRACT)
+@pytest.mark.parametrize("text", CONTRACT, indirect=True)
 @pytest.mark.parametrize("start", BODIES)
 def test_a_resume_in_every_phase_gives_the_same_bits(text: str, start: str) -> None:
-    texts, states = (text, CONTRACT[text]), list[dict[str, Any]]()
+    texts, states = (text, beside(text)), list[dict[str, Any]]()
     whole = tune(texts, BODIES[start](), on_epoch=states.append)
     assert same(bits(tune(texts, BODIES[start]())), bits(whole)), "the same bits twice"
     for state in states[:3]:
@@ -133,7 +160,7 @@ def test_a_resume_in_every_phase_gives_the_same_bits(text: str, start: str) -> N
         assert same(bits(again), bits(whole)) and again.curve == whole.curve
 
 
-@pytest.mark.parametrize("text", CONTRACT)
+@pytest.mark.parametrize("text", CONTRACT, indirect=True)
 @pytest.mark.parametrize("start", BODIES)
 def test_what_is_frozen_stays_to_the_bit(text: str, start: str) -> None:
     states = list[dict[str, Any]]()
@@ -291,16 +318,74 @@ def test_validation_is_of_examples_as_they_are() -> None:
     assert plain["loss"] != mixed["loss"]
 
 
+# Distillation
+
+
+def test_distillation_has_the_gradient_of_both_distributions_and_none_beside_a_teacher_like_itself() -> None:
+    """Of logits: t (softmax(student / t) - softmax(teacher / t)) over the number of examples."""
+    g = torch.Generator().manual_seed(0)
+    student, other = torch.randn(2, 7, 4, dtype=torch.float64, generator=g)
+    student.requires_grad_()
+    for t in (0.5, 2.0, 20.0):
+        (gradient,) = torch.autograd.grad(divergence(student, other, t), student)
+        wanted = t * ((student / t).softmax(-1) - (other / t).softmax(-1)) / 7
+        torch.testing.assert_close(gradient, wanted.detach(), rtol=0, atol=1e-12)
+        (none,) = torch.autograd.grad(divergence(student, student.detach(), t), student)
+        assert float(none.abs().max()) < 1e-15
+    p, q = (x.softmax(-1) for x in (other, student))
+    wanted = (p * (p / q).log()).sum(-1).mean()
+    assert float((divergence(student, other, 1.0) - wanted).detach()) == pytest.approx(0, abs=1e-12)
+
+
+def test_a_student_follows_its_teacher_by_the_share(teacher: Path) -> None:
+    model, batch, origin = case()
+    known = load(teacher).double()
+    with torch.no_grad():
+        outputs, wanted = (m.head(m.body(batch.x)) for m in (model, known))  # type: ignore[operator]
+        kl = float(divergence(outputs, wanted, 3.0))
+    plain = float(plain_loss(model, batch).detach())
+    value = composed((named(f"distil:teacher={teacher},t=3,share=0.25"),), origin)(model, batch)
+    assert float(value.detach()) == pytest.approx(0.75 * plain + 0.25 * kl, abs=1e-9)
+    assert all(p.grad is None for p in known.parameters())
+
+
+def test_a_teacher_is_of_the_same_classes_and_inputs(teacher: Path) -> None:
+    extra = named(f"distil:teacher={teacher}")
+    extra.check(INPUTS, ("a", "b", "c"))
+    with pytest.raises(
+        MetaftError, match=r"^extra: the teacher .* knows 3 classes, which are not the 2 .*; such as 'c'"
+    ):
+        extra.check(INPUTS, ("a", "b"))
+    with pytest.raises(
+        MetaftError, match=r"^extra: the teacher .* takes other inputs than the start: height 16, not 9"
+    ):
+        extra.check(dataclasses.replace(INPUTS, height=9), ("a", "b", "c"))
+    with pytest.raises(MetaftError, match=r"^extra: teacher: .*/none/such"):
+        named("distil:teacher=/none/such").check(INPUTS, ("a", "b", "c"))
+    recipe = Recipe(extra=(f"distil:teacher={teacher}", "mixup"))
+    assert fitting(recipe, INPUTS, ("a", "b", "c")) == recipe
+    assert fitting(recipe, INPUTS, ("a", "b")).extra == ("mixup",)
+
+
+def test_a_teachers_path_is_kept_in_full(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert in_full("distil:teacher=runs/a,t=3") == f"distil:teacher={tmp_path}/runs/a,t=3"
+    assert in_full('distil:teacher="a:b"') == f'distil:teacher="{tmp_path}/a:b"'
+    assert in_full("mixup:alpha=1/5") == "mixup:alpha=1/5"
+
+
 # What is written
 
 
 @pytest.mark.parametrize(
     ("texts", "said"),
     [
-        (["mixap"], "extra: no 'mixap', known are l2-sp, mixup, cutmix, adversarial; did you mean 'mixup'?"),
+        (["mixap"], "extra: no 'mixap', known are l2-sp, mixup, cutmix, adversarial, distil; did you mean 'mixup'?"),
         (["l2-sp:alpha=-1"], "extra: alpha must be at least 0, got -1.0 (given 'l2-sp:alpha=-1')"),
         (["mixup:alpha=0"], "extra: alpha must be above 0 and at most 100, got 0.0 (given 'mixup:alpha=0')"),
         (["cutmix:alpha=1/0"], "extra: 'alpha=1/0' must be float (given 'cutmix:alpha=1/0')"),
+        (["distil"], "extra: 'distil' lacks teacher; it is as in 'distil:teacher=TEACHER,t=2.0,share=0.5'"),
+        (["distil:teacher=x,t=0"], "extra: t must be above 0 and at most 1000, got 0 (given 'distil:teacher=x,t=0')"),
         (["mixup:beta=1"], "extra: mixup has no 'beta' (given 'mixup:beta=1'); it has alpha"),
         (["mixup", "l2-sp", "mixup:alpha=1"], "extra: mixup is given twice (given 'mixup')"),
     ],

@@ -13,7 +13,7 @@ from torch import nn
 from metaft import targets
 from metaft.config import AdaptConfig
 from metaft.errors import DataError, MetaftError
-from metaft.finetune.recipes import lasting, of_chance, of_whole, settled
+from metaft.finetune.recipes import fitting, lasting, of_chance, of_whole, settled
 from metaft.inputs import Inputs
 from metaft.models.architecture import is_published
 from metaft.settings import RATE, Recipe, StartSettings, TargetSettings
@@ -170,8 +170,7 @@ def contenders_of(
             recipe = lasting(settled(Recipe(), other), trained)
         if other.meta is None and recipe is not None and recipe.trains != "full":
             recipe = of_whole(recipe, trained)
-        if other.meta is None and recipe is not None:
-            recipe = of_chance(recipe)
+        recipe = _for(other, images, recipe)
         yield Contender(label, other, images.of(other), recipe)
     if start.meta is not None:
         chance = scratch(start, lambda: images.small(config.start.image_size).inputs)
@@ -181,8 +180,16 @@ def contenders_of(
             recipe = Recipe(lr=RATE, **{name: getattr(given, name) for name in KEPT_OF_PUBLISHED})
         elif recipe is not None and whole and recipe.trains != "full":
             recipe = of_whole(recipe, trained)
-        recipe = None if recipe is None else of_chance(recipe)
+        recipe = _for(chance, images, recipe)
         yield Contender(chance.label, chance, images.of(chance), recipe)
+
+
+def _for(start: Start, images: Images, recipe: Recipe | None) -> Recipe | None:
+    """A recipe without the extras that mean nothing for a start beside the first."""
+    if recipe is None or not recipe.extra:
+        return recipe
+    target = images.of(start)
+    return fitting(of_chance(recipe) if start.meta is None else recipe, target.inputs, target.class_names)
 
 
 def _another(label: str, labels: Collection[str]) -> str:

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from metaft import schedules
 from metaft.errors import NonFiniteError
 from metaft.finetune import heads, optim, strategies
-from metaft.finetune.augment import augmented, moves_of
+from metaft.finetune.augment import of_epoch
 from metaft.finetune.averaged import follow
 from metaft.finetune.batches import batches_of, cut
 from metaft.finetune.examples import Prepared, like_of
@@ -131,7 +131,7 @@ def fit(
     for epoch in range(len(curve), recipe.passes):
         if recipe.patience is not None and _stale(curve[settled:], recipe.patience):
             break
-        total, moves = 0.0, moves_of(len(train), recipe, seed, epoch)
+        total, change = 0.0, of_epoch(recipe.augment, len(train), seed, epoch)
         batches = batches_of(len(train), recipe.images_per_step, seed, epoch)
         stayed = stayed and (bool(still) or _stays(strategy, groups, recipe.passes, per_epoch, [epoch]))
         computed = features.train if stayed else None
@@ -146,7 +146,7 @@ def fit(
                 if computed is not None:
                     loss = objective(alone, Batch(computed[rows.to(computed.device)], y, rows, epoch))
                 else:
-                    raw = examples[rows] if moves is None else augmented(examples[rows].to(like.device), moves[rows])
+                    raw = examples[rows] if change is None else change(examples[rows].to(like.device), rows)
                     loss = objective(model, Batch(train.prepare(raw), y, rows, epoch))
                 if len(rows) < len(batch):  # its share of the step's mean
                     loss = loss * (outcome.weight(y) / outcome.weight(targets[torch.from_numpy(batch)]))

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 from metaft import schedules
 from metaft.errors import MetaftError
 from metaft.finetune import extras, optim, strategies
 from metaft.finetune.strategies import CHOSEN
+from metaft.inputs import Inputs
 from metaft.models.architecture import is_published
 from metaft.options import flat
 from metaft.settings import PATIENCE, RATE, RATE_OF_FEW, RATE_OF_HEAD, RATE_OF_PUBLISHED, Recipe
@@ -37,7 +39,7 @@ def settled(recipe: Recipe, start: Start, *, resumed: bool = False) -> Recipe:
     if is_librarys and recipe.strategy is None and recipe.freeze == "none":
         recipe = dataclasses.replace(recipe, strategy="head")
     _check(recipe)
-    if start.meta is None and of_chance(recipe) != recipe:
+    if of_chance(recipe) != recipe and start.meta is None:
         (text, *_) = (text for text in recipe.extra if extras.named(text).of_start)
         raise MetaftError(f"extra: {text} is about what a start knows, and a random one knows nothing")
     if recipe.patience is None and not is_librarys:
@@ -67,7 +69,7 @@ def as_settled(given: Recipe, own: Recipe) -> Recipe:
 def _moving(recipe: Recipe) -> Recipe:
     """What is left open where published weights move."""
     recipe = dataclasses.replace(recipe, clip_norm=CLIPPED if recipe.clip_norm is None else recipe.clip_norm)
-    if recipe.trains == "lp-ft" and recipe.epochs is None:
+    if recipe.trains == "lp-ft" and recipe.epochs is None and on_features(recipe):
         return dataclasses.replace(recipe, strategy=PROBED_FIRST.strategy, epochs=PROBED_FIRST.epochs)
     return dataclasses.replace(recipe, schedule="cosine" if recipe.schedule is None else recipe.schedule)
 
@@ -80,6 +82,19 @@ def on_features(recipe: Recipe) -> bool:
 def of_chance(recipe: Recipe) -> Recipe:
     """For a random start, without what is about a start's knowledge, which it has none of."""
     return dataclasses.replace(recipe, extra=tuple(t for t in recipe.extra if not extras.named(t).of_start))
+
+
+def fitting(recipe: Recipe, inputs: Inputs, class_names: Sequence[str]) -> Recipe:
+    """Without extras that cannot be applied to these inputs: of another start than the one that they were given for."""
+
+    def fits(text: str) -> bool:
+        try:
+            extras.named(text).check(inputs, class_names)
+        except MetaftError:
+            return False
+        return True
+
+    return dataclasses.replace(recipe, extra=tuple(filter(fits, recipe.extra)))
 
 
 def epochs_of(recipe: Recipe, images: int) -> int:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from metaft._version import __version__
+from metaft.finetune import extras
 from metaft.finetune.numbers import FIGURES, pooled_numbers
 from metaft.finetune.robust import pooled_curve
 from metaft.finetune.scores import mean_t95, pooled
@@ -237,7 +238,11 @@ def _dropped(setup: Setup) -> Iterator[str]:
     given = () if setup.config.recipe is None else setup.config.recipe.extra
     for label, _, _, recipe, *_ in setup.contenders:
         if recipe is not None and (lacking := [text for text in given if text not in recipe.extra]):
-            yield f"{label} trains without {', '.join(lacking)}: it has no knowledge of a start to keep"
+            for text in lacking:
+                why = (
+                    "it has no knowledge of a start to keep" if extras.named(text).of_start else "its inputs are others"
+                )
+                yield f"{label} trains without {text}: {why}"
 
 
 def _duplicates(target: Target, rows: Rows) -> list[str]:

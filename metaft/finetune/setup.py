@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 import numpy as np
@@ -27,6 +28,7 @@ from metaft.finetune.strategies.base import unchanged
 from metaft.models.handed import copied
 from metaft.options import flat, options
 from metaft.runs.checkpoint import digest
+from metaft.runs.folder import RunFolder
 from metaft.runs.machine import machine
 from metaft.settings import Recipe, TargetSettings
 from metaft.starts import names
@@ -107,6 +109,8 @@ def prepared(
     _check_values(config, module, values)
     init, compare = config.start.init, config.start.compare  # as typed, which is how an error is to name them
     config = names.in_full(config)
+    if config.recipe is not None:
+        config = dataclasses.replace(config, extra=tuple(map(extras.in_full, config.recipe.extra)))
     if config.auto is not None:
         config = _left_open(config)
     config = dataclasses.replace(config, target=located(config.target, (begun or {}).get("classes", ())))
@@ -286,12 +290,15 @@ def header(setup: Setup) -> dict[str, Any]:
     """The plain data that every checkpoint of an adapt run carries."""
     config, contenders, target, *_ = setup
     start = contenders[0].start
+    given = () if config.recipe is None else extras.all_named(config.recipe.extra)
+    teachers = [digest_of_run(extra.run) for extra in given if extra.run is not None]
     return {
         **({} if config.auto is None else {"ranked": list(setup.ranked)}),
         "version": __version__,
         "init": start.name,
         "init_sha256": digest_of(start),
         "compared_sha256": [digest_of(contender.start) for contender in contenders[1:] if contender.start.meta],
+        **({"teachers_sha256": teachers} if teachers else {}),
         "data": target.name,
         "data_sha256": digest_of_data(target),
         "classes": list(target.class_names),
@@ -307,6 +314,12 @@ def digest_of_data(target: Target) -> str:
     for part in (target.examples, target.labels):
         data.update(np.ascontiguousarray(part.numpy()).data)
     return data.hexdigest()
+
+
+def digest_of_run(path: Path) -> str:
+    """Of the classifier that an adapt run left, or of its file alone."""
+    file = RunFolder(path).classifier if path.is_dir() else path
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def digest_of(start: Start) -> str:

@@ -238,6 +238,9 @@ def test_what_is_left_open_from_published_weights(monkeypatch: pytest.MonkeyPatc
         assert of(Librarys, strategy=few) == (few, 1e-3, None, "cosine", 1.0, None)
         assert of(Runs, strategy=few) == (few, 0.003, None, "constant", None, 10)
     assert of(Librarys, strategy="lp-ft:then=gradual") == ("lp-ft:then=gradual", 1e-4, None, "cosine", 1.0, None)
+    for changed in ({"augment": "basic"}, {"extra": ("mixup",)}):  # of which no features are kept
+        assert of(Librarys, strategy="lp-ft", **changed) == ("lp-ft", 1e-4, None, "cosine", 1.0, None)
+    assert of(Librarys, strategy="lp-ft", extra=("l2-sp",))[:3] == ("lp-ft:share=0.9,rise=0.05", 1e-4, 240)
     given = {"epochs": 7, "schedule": "linear", "clip_norm": 2.0, "patience": 3, "lr": 0.02}
     for strategy in ("full", "lp-ft"):
         assert of(Librarys, strategy=strategy, **given) == (strategy, 0.02, 7, "linear", 2.0, 3)

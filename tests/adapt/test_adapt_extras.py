@@ -93,3 +93,31 @@ def test_where_there_is_no_test_part_the_folds_are_attacked(runs: dict[str, Path
     for start in result_of(tmp_path / "o")["starts"]:
         assert [row["images"] for row in start["robust"]] == [18, 18]
         assert start["robust"][0]["accuracy"] == pytest.approx(start["accuracy"])
+
+
+def test_a_teacher_is_another_run_and_the_same_when_the_run_goes_on(
+    runs: dict[str, Path], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Text
+) -> None:
+    teacher = finished(words(runs["maml"], data, tmp_path / "teacher", epochs=1))
+    other = finished(words(runs["fomaml"], data, tmp_path / "other", epochs=1))
+    monkeypatch.chdir(tmp_path)
+    argv = ["--extra", "distil:teacher=teacher,t=3", *words(runs["maml"], data, tmp_path / "whole")]
+    whole = finished(argv)
+    kept = f"distil:teacher={teacher},t=3"
+    assert result_of(tmp_path / "whole")["extra"] == [kept]
+    assert f", following a teacher ({kept}), batches" in (tmp_path / "whole/report.txt").read_text(encoding="utf-8")
+    out = tmp_path / "o"
+    stop_at(monkeypatch, 0, 6)
+    assert adapt.main([*argv[:-1], str(out)]) == 143
+    copy = shutil.copytree(out, tmp_path / "copy")
+    monkeypatch.chdir("/")  # from where a report shows other paths
+    assert adapt.main(["--resume", str(out)]) == 0
+    for file in ("metrics.jsonl", "classifier.safetensors"):
+        assert (out / file).read_bytes() == (whole / file).read_bytes()
+    shutil.copy(other / "classifier.safetensors", teacher / "classifier.safetensors")
+    capsys.readouterr()
+    assert adapt.main(["--resume", str(copy)]) == 2
+    one_line(capsys, f"extra: the teacher of {copy} changed since it began")
+    assert adapt.main([*words(runs["maml"], data, tmp_path / "no"), "--extra", "distil:teacher=/none/x"]) == 2
+    one_line(capsys, "extra: teacher: ", "/none/x")
+    assert not (tmp_path / "no").exists()

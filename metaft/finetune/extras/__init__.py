@@ -13,9 +13,11 @@ from metaft.finetune.dropout import dropped
 from metaft.finetune.extras.adversarial import adversarial
 from metaft.finetune.extras.base import Batch, Extra, Objective, Origin
 from metaft.finetune.extras.cutmix import cutmix
+from metaft.finetune.extras.distil import distil
 from metaft.finetune.extras.l2_sp import l2_sp
 from metaft.finetune.extras.mixup import mixup
-from metaft.spec import bind, made_for, name_of
+from metaft.spec import bind, made_for, name_of, parse, takes, write
+from metaft.support.paths import absolute
 
 __all__ = ["EXTRAS", "Batch", "Extra", "Objective", "Origin", "all_named", "composed", "named", "plain_loss"]
 
@@ -24,6 +26,7 @@ EXTRAS: dict[str, Callable[..., Extra]] = {
     "mixup": mixup,
     "cutmix": cutmix,
     "adversarial": adversarial,
+    "distil": distil,
 }
 
 
@@ -40,6 +43,14 @@ def all_named(texts: Sequence[str]) -> tuple[Extra, ...]:
         if names.count(name) > 1:
             raise MetaftError(f"extra: {name} is given twice (given {text!r})")
     return extras
+
+
+def in_full(text: str) -> str:
+    """The same with an absolute path of the run that it names, where it names one. Raises MetaftError as `named`."""
+    members = {name: takes(factory) for name, factory in EXTRAS.items()}
+    spec = parse("extra", text, members)
+    options = tuple((key, str(absolute(value)) if key == "teacher" else value) for key, value in spec.options)
+    return write(spec._replace(options=options), members[spec.name])
 
 
 def plain_loss(

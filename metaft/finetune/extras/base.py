@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -60,5 +61,7 @@ class Extra:
     """Whether it is about what a start knows: a random one has nothing to keep, and trains without."""
     of_classes: bool = False
     """Whether it means nothing where labels are numbers."""
+    run: Path | None = None
+    """The adapt run whose classifier it depends on."""
     check: Callable[[Inputs, Sequence[str]], None] = anything
     """(inputs, class names) -> raises MetaftError that begins with `extra` where it cannot be applied to them."""
