@@ -16,6 +16,7 @@ COMMANDS = {
     "choose": "rank what your images could begin with",
     "adapt": "fine-tune an initialisation to your images",
     "predict": "label images with what adapt made",
+    "look": "make a page of pictures and tables on a run or a start",
     "export": "write what adapt made as a file that runs without metaft",
 }
 

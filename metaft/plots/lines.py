@@ -57,7 +57,8 @@ def learning(
 
 def curves_figure(train: Sequence[Row], val: Sequence[Row], metric: str, best_step: int | None = None) -> Figure:
     figure = Figure(figsize=(9, 3.6), layout="constrained")
-    _draw_curves(*figure.subplots(1, 2), train, val, metric, best_step)
+    left, right = figure.subplots(1, 2)
+    _draw_curves(left, right, train, val, metric, best_step)
     return figure
 
 

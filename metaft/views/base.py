@@ -1,4 +1,4 @@
-"""What a page is made of: a view is a title, a caption in plain words, and pictures and tables; or why there is none."""
+"""What a page is made of: a view is a title, a caption in plain words, pictures and tables, or why there is none."""
 
 from __future__ import annotations
 

@@ -117,7 +117,7 @@ def _in_evaluation(module: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def without_fast_paths() -> Iterator[None]:
-    """Inside, attention calls its parts one by one: in one operation of its own neither hooks nor the counter see it."""
+    """Inside, attention calls its parts one by one: into one operation neither hooks nor the counter see."""
     former = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -166,10 +166,11 @@ def blocks_among(blocks: Sequence[Sequence[str]], head: str, layers: Sequence[La
         is_head = layer.path == head or layer.path.startswith(f"{head}.")
         at = len(blocks) if is_head else own[0] if own else at
         groups.setdefault(at, []).append(layer)
-    return [
-        Block("head" if i == len(blocks) else _common(blocks[i]), _last_shape(groups[i]), tuple(groups[i]))
-        for i in sorted(groups)
+    common = [_common(names) for names in blocks]
+    names = [
+        name if name and common.count(name) == 1 else _module(own[0]) for name, own in zip(common, blocks, strict=True)
     ]
+    return [Block([*names, "head"][i], _last_shape(groups[i]), tuple(groups[i])) for i in sorted(groups)]
 
 
 def _last_shape(layers: Sequence[Layer]) -> tuple[int, ...] | None:
@@ -177,11 +178,15 @@ def _last_shape(layers: Sequence[Layer]) -> tuple[int, ...] | None:
 
 
 def _common(names: Sequence[str]) -> str:
-    """The path that the names have in common: that of the first one's module, where they share none."""
-    parts = [name.split(".")[:-1] for name in names]
+    """The path that all of a block's parameters have in common, empty where they share none."""
     common: list[str] = []
-    for steps in zip(*parts, strict=False):
+    for steps in zip(*(name.split(".")[:-1] for name in names), strict=False):
         if len(set(steps)) > 1:
             break
         common.append(steps[0])
-    return ".".join(common or parts[0]) or names[0]
+    return ".".join(common)
+
+
+def _module(name: str) -> str:
+    """The path of the module that a parameter is in, or its own name."""
+    return name.rpartition(".")[0] or name

@@ -17,7 +17,7 @@ from metaft.models.architecture import build, is_of
 from metaft.models.handed import copied
 from metaft.objective import figure_of
 from metaft.starts.base import Start
-from metaft.types import Episode
+from metaft.types import Episode, Loss
 from metaft.views.layers import Layer
 from metaft.views.subject import Subject
 
@@ -76,16 +76,15 @@ def _learned(start: Start, layers: list[Layer]) -> dict[str, str]:
     return {layer.path: FROZEN if set(layer.names) <= start.frozen else LEARNED for layer in layers}
 
 
-def loss_of(subject: Subject) -> str:
+def loss_of(subject: Subject) -> Loss:
     """The loss by name. Raises MetaftError for one from Python."""
     if "loss" in subject.start.about:
         raise MetaftError(f"the run went down {subject.start.about['loss']}, a loss from Python")
     test = subject.result.get("test")
-    name = "accuracy" if test is None else figure_of(test["transductive"])
-    return {"accuracy": "cross_entropy"}.get(name, name)
+    return "mse" if test is not None and figure_of(test["transductive"]) == "mse" else "cross_entropy"
 
 
-def adapted_by(start: Start, loss: str, *, seed: int = 0) -> tuple[set[str], set[str], bool]:
+def adapted_by(start: Start, loss: Loss, *, seed: int = 0) -> tuple[set[str], set[str], bool]:
     """(names of the learned parameters that the run's own inner loop moves, of those that it makes without having
     learned them, whether it makes something else of the support images). Raises MetaftError where it cannot be had.
 
@@ -111,7 +110,7 @@ def adapted_by(start: Start, loss: str, *, seed: int = 0) -> tuple[set[str], set
     return moved, fast.params.keys() - meta.keys() - start.frozen, bool(fast.extra)
 
 
-def _noise(start: Start, ways: int, shots: int, loss: str, dtype: torch.dtype) -> Episode:
+def _noise(start: Start, ways: int, shots: int, loss: Loss, dtype: torch.dtype) -> Episode:
     generator = torch.Generator().manual_seed(0)
     n = ways * shots
     x = torch.randn(n, *start.shape, generator=generator).to(dtype)
@@ -138,7 +137,7 @@ def _of_fine_tuning(subject: Subject, layers: list[Layer]) -> tuple[dict[str, st
     at = sorted({round(i * (steps - 1) / (_SAMPLES - 1)) for i in range(_SAMPLES)})
     rates = [strategy.rates(groups_of(prepared), step, steps) for step in at]
     states = {layer.path: _state([_factor(r, layer.path) for r in rates], at, steps) for layer in layers}
-    return states, f"The strategy is {text}; shares are of all steps of the fit."
+    return states, f"The strategy is {text}."
 
 
 def _factor(rates: Mapping[str, float], path: str) -> float:
@@ -151,9 +150,7 @@ def _state(factors: list[float], at: list[int], steps: int) -> str:
     first = next((step for step, factor in zip(at, factors, strict=True) if factor > 0), None)
     if first is None:
         return FROZEN
-    more = [f"from {100 * first / steps:.0f} % of the steps on"] if first else []
+    more = [f"from {100 * first / steps:.0f} % of the fit's steps on"] if first else []
     most = max(factors)
     more += [f"at {most:.3g} of the rate"] if most != 1 else []
     return f"{TRAINED}, {', '.join(more)}" if more else TRAINED
-
-

@@ -14,7 +14,7 @@ from metaft.views.moves import MEANING, NONE, moves_of
 from metaft.views.subject import Subject
 from metaft.views.template import rendered
 
-_ROW, _WIDE = 58, 360  # units of the drawing: height of a block's row, and the whole's width
+_ROW, _WIDE = 58, 380  # units of the drawing: height of a block's row, and the whole's width
 _BOX = 120  # the widest box
 
 
@@ -82,9 +82,9 @@ def drawn(blocks: Sequence[Block], states: Mapping[str, str], shape: str) -> str
         height = 8 + 30 * math.log2(1 + sides[i]) / math.log2(1 + max(sides))
         state = _state_of(block, states)
         lines = (
-            fitted([block.name], 2.5, 8)[0],
+            fitted([_short(block.name)], 2.0, 8)[0],
             f"→ {_times(block.shape) if block.shape else '?'}",
-            f"{quantity(block.parameters)} parameters, {quantity(block.flops)} FLOPs",
+            f"{quantity(block.parameters)} parameters · {quantity(block.flops)} FLOPs",
         )
         top = 44 + i * _ROW
         boxes.append(Box((_BOX + 10 - width) / 2, top + (_ROW - 14 - height) / 2, width, height, state, lines))
@@ -93,6 +93,13 @@ def drawn(blocks: Sequence[Block], states: Mapping[str, str], shape: str) -> str
         "drawing.svg", boxes=boxes, shape=shape, alt=alt, width=_WIDE, height=50 + _ROW * len(blocks), row=_ROW,
         middle=(_BOX + 10) / 2,
     )  # fmt: skip
+
+
+def _short(name: str) -> str:
+    """Without the way into what wraps the backbone."""
+    while name.startswith("body."):
+        name = name.removeprefix("body.")
+    return name
 
 
 def _state_of(block: Block, states: Mapping[str, str]) -> str:
@@ -109,12 +116,13 @@ def _times(shape: Sequence[int]) -> str:
 
 
 def quantity(n: int) -> str:
-    """A number in three digits.
+    """A number in three digits, with the prefixes of units.
 
-    >>> quantity(0), quantity(999), quantity(36_928), quantity(7_225_344), quantity(1_234_567_890)
-    ('0', '999', '36.9 thousand', '7.23 million', '1.23 billion')
+    >>> quantity(0), quantity(999), quantity(1000), quantity(36_928), quantity(999_999), quantity(1_234_567_890)
+    ('0', '999', '1.00 k', '36.9 k', '1.00 M', '1.23 G')
     """
-    for size, word in ((10**9, "billion"), (10**6, "million"), (10**3, "thousand")):
-        if n >= size:
-            return f"{n / size:.3g} {word}"
+    for size, prefix in ((10**9, "G"), (10**6, "M"), (10**3, "k")):
+        if n >= 0.9995 * size:
+            digits = max(0, 2 - int(math.log10(n / size) + 1e-3))
+            return f"{n / size:,.{digits}f} {prefix}"
     return str(n)

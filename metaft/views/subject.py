@@ -67,8 +67,6 @@ class Subject:
     """The user's own, where the run was made with one."""
     opened: Start | None = None
     """A start that is looked at."""
-    known: tuple[Parts, Snapshot] | None = None
-    """Of a meta-training run that has just ended: its objects and best checkpoint."""
 
     @functools.cached_property
     def start(self) -> Start:
@@ -95,15 +93,15 @@ class Subject:
         needed = ("draw", "epoch", "start") if self.command == "adapt" else ("kind",)
         for row in rows:
             if any(key not in row for key in needed):
-                raise CheckpointError(f"run: {self.folder.metrics}: a row is not one that a run writes: {str(row)[:60]}")
+                raise CheckpointError(
+                    f"run: {self.folder.metrics}: a row is not one that a run writes: {str(row)[:60]}"
+                )
         return rows
 
     @functools.cached_property
     def assembled(self) -> tuple[Parts, Snapshot]:
         """The objects of a meta-training run, its data among them, and its best checkpoint. Raises MetaftError where
         they are not to be had here."""
-        if self.known is not None:
-            return self.known
         assert self.folder is not None
         _, config, snapshot = open_run(self.folder.path)
         parts = assemble(
@@ -165,9 +163,7 @@ def open_subject(word: str, *, image_size: int | None = None, module: nn.Module 
     return Subject(label_of(word), "start", module=module, opened=start)
 
 
-def of_folder(
-    folder: RunFolder, *, module: nn.Module | None = None, known: tuple[Parts, Snapshot] | None = None
-) -> Subject:
+def of_folder(folder: RunFolder, *, module: nn.Module | None = None) -> Subject:
     """A finished run. Raises CheckpointError for one that is unfinished or damaged, or another program's."""
     path = folder.path
     values = read_toml(folder.config)
@@ -188,7 +184,7 @@ def of_folder(
     check(result, str(folder.result))
     command = result["command"]
     config = of_run(COMMANDS[command], folder.config, "run")
-    return Subject(absolute(path).name, command, folder, config, result, module, known=known)
+    return Subject(absolute(path).name, command, folder, config, result, module)
 
 
 @contextlib.contextmanager
