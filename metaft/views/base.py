@@ -72,8 +72,10 @@ class Query(NamedTuple):
     label: str
     right: bool
     """Whether the last step is."""
+    columns: Sequence[str]
+    """Letters of the classes whose probabilities are shown."""
     rows: Sequence[tuple[str, Sequence[float]]]
-    """(step, probability of each class)."""
+    """(step, probability of each of them)."""
 
 
 class Episode(NamedTuple):

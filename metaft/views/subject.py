@@ -104,6 +104,7 @@ class Subject:
         they are not to be had here."""
         assert self.folder is not None
         _, config, snapshot = open_run(self.folder.path)
+        config = dataclasses.replace(config, device="cpu")  # where each machine has the same figures
         parts = assemble(
             config, module=self.module, snapshot=snapshot, classes=snapshot.header.get("classes"), loss=None
         )
