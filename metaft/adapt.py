@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from metaft import look
 from metaft.cli import StopSignals, check_unchanged, fresh_folder, in_one, of_run, settings, stopped_at_once
 from metaft.config import AdaptConfig, Init, to_toml
 from metaft.errors import MetaftError
-from metaft.look import at_end
 from metaft.options import flat, options
 from metaft.settings import Origin, Recipe
 from metaft.support import places
@@ -215,7 +215,7 @@ def finish(folder: RunFolder, setup: Setup, position: Position, device: str) -> 
     print(f"\n{listed(pictures)}")
     print(f"result:   {folder.result}, {folder.path / 'report.txt'}")
     if setup.config.output.report is not False:
-        at_end(folder.path, module=module)
+        look.at_end(folder.path, module=module)
     if module is None:
         print(f"next:     python -m metaft.predict {shlex.quote(str(folder.path))} IMAGE_OR_FOLDER...")
     print(plainly(result))

@@ -10,11 +10,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from metaft import look
 from metaft.cli import StopSignals, check_unchanged, fresh_folder, in_ranks, settings
 from metaft.config import Init, MetaTrainConfig, to_toml
 from metaft.dist.ranks import ALONE, Ranks
 from metaft.errors import MetaftError, RankLost
-from metaft.look import at_end
 from metaft.options import flat
 from metaft.runs.following import brought, to_go_on
 from metaft.settings import Origin
@@ -226,7 +226,7 @@ def _with_page(
 ) -> dict[str, Any]:
     """The result, when the run's page is written; no rank ends before the first one is done with it."""
     if parts.config.output.report is not False:
-        ranks.on_first(lambda: at_end(folder.path, module=module))
+        ranks.on_first(lambda: look.at_end(folder.path, module=module))
     return result
 
 

@@ -18,6 +18,7 @@ from metaft.config import (
     ChooseConfig,
     EvaluateConfig,
     ExportConfig,
+    LookConfig,
     MetaTrainConfig,
     PredictConfig,
     Settled,
@@ -30,7 +31,7 @@ from metaft.options import Group, Option, Settings, flat, from_mapping, options
 from metaft.runs.checkpoint import load
 from metaft.settings import InnerMethod, Recipe, TaskSettings
 
-CONFIGS = [MetaTrainConfig, EvaluateConfig, AdaptConfig, PredictConfig, ExportConfig, ChooseConfig]
+CONFIGS = [MetaTrainConfig, EvaluateConfig, AdaptConfig, PredictConfig, ExportConfig, ChooseConfig, LookConfig]
 
 
 def given(command: str, *argv: str) -> dict[str, Any]:

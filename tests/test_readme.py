@@ -11,7 +11,15 @@ from helpers import write_folder
 
 import metaft
 from metaft import adapt
-from metaft.config import AdaptConfig, ChooseConfig, EvaluateConfig, ExportConfig, MetaTrainConfig, PredictConfig
+from metaft.config import (
+    AdaptConfig,
+    ChooseConfig,
+    EvaluateConfig,
+    ExportConfig,
+    LookConfig,
+    MetaTrainConfig,
+    PredictConfig,
+)
 from metaft.options import options
 
 README = Path(__file__).parent.parent / "README.md"
@@ -45,7 +53,7 @@ def test_the_example_runs_and_is_short(capsys: pytest.CaptureFixture[str]) -> No
 
 @pytest.mark.parametrize("page", ["README.md", "docs/running.md", "docs/adapting.md"])
 def test_every_option_named_on_a_page_exists(page: str) -> None:
-    every = (MetaTrainConfig, EvaluateConfig, AdaptConfig, PredictConfig, ExportConfig, ChooseConfig)
+    every = (MetaTrainConfig, EvaluateConfig, AdaptConfig, PredictConfig, ExportConfig, ChooseConfig, LookConfig)
     known = {name.replace("_", "-") for c in every for name in options(c)}
     known |= {
         f"no-{name.replace('_', '-')}" for c in every for name, field in options(c).items() if bool in field.types

@@ -15,6 +15,7 @@ from metaft.plots.grid import displayable, letter
 from metaft.plots.regression import regression_figure
 from metaft.plots.task import task_figure
 from metaft.runs.assemble import Parts
+from metaft.support.names import short_names
 from metaft.testing import ordinary
 from metaft.types import Episode as Task
 from metaft.types import Norm, Params
@@ -73,7 +74,7 @@ def _of_images(parts: Parts, task: Task, probabilities: Tensor, of: Of) -> View:
         "It is one task of many; the meta-test above is the mean."
     )
     known = getattr(parts.dataset, "class_names", None)
-    names = ["" if known is None else str(known[int(i)]) for i in task.class_ids]
+    names = [""] * ways if known is None else short_names([str(known[int(i)]) for i in task.class_ids])
     shown: list[Part] = []
     if steps > 1:
         alt = f"Mean probability of the own class: {', '.join(f'{100 * p:.0f} %' for p in own.mean(1)[:11])}"

@@ -88,13 +88,14 @@ def _is_layer(part: nn.Module) -> bool:
 
 
 def _owned(module: nn.Module, watched: Mapping[str, nn.Module], met: set[str]) -> dict[str, list[str]]:
-    """The names of the parameters of each layer."""
+    """The names of the parameters of each layer. One that is not called by itself, as the projection of attention, is
+    of the layer around it, but never of the whole module."""
     owned: dict[str, list[str]] = {}
     for name, _ in module.named_parameters():
         path = holder = name.rpartition(".")[0]
         while path and path not in met:
             path = path.rpartition(".")[0]
-        owned.setdefault(path if path in met else holder, []).append(name)
+        owned.setdefault(path or holder, []).append(name)
     return {path: names for path, names in owned.items() if path in watched}
 
 
