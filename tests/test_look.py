@@ -41,7 +41,7 @@ from metaft.look import at_end as at_end
 from metaft.models.architecture import build
 from metaft.starts.base import Start
 from metaft.types import Episode
-from metaft.views import VIEWS, moves, training
+from metaft.views import VIEWS, moves
 from metaft.views.base import Column, Missing, Of, Table, View
 from metaft.views.calibration import surely
 from metaft.views.distances import nearest, own_neighbours, principal
@@ -50,10 +50,11 @@ from metaft.views.layers import Layer, blocks_among, layers_of
 from metaft.views.page import page, seen
 from metaft.views.subject import Subject, open_subject
 from metaft.views.template import FOLDER, rendered
+from metaft.views.training import gap, meaning
 
 Text = pytest.CaptureFixture[str]
 
-ODD = ("<b>bold</b>", "q\"uo'te & co", "😀 שלום")
+ODD = ("<b>bold", "q\"uo'te & co", "😀 שלום")
 """Names of classes that a page must not take for its own words."""
 
 
@@ -72,10 +73,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def adapted(trained: Path) -> Path:
     data = write_target(trained.parent / "target", {"train": 6, "test": 5}, classes=ODD, noise=240)
-    out = finished(words(trained, data, trained.parent / "adapted", epochs=2, strategy="lp-ft:share=0.5"))
-    victim = next((data / "test" / ODD[0]).iterdir())
-    assert victim.exists()
-    return out
+    return finished(words(trained, data, trained.parent / "adapted", epochs=2, strategy="lp-ft:share=0.5"))
 
 
 @pytest.fixture(scope="module")
@@ -241,15 +239,15 @@ def rows_of(train: Sequence[float], val: Sequence[float]) -> tuple[list[Any], li
 
 def test_training_beside_validation_is_put_into_words() -> None:
     train, val = rows_of([0.1] * 20 + [0.9] * 10, [0.6, 0.7, 0.5])
-    said = training.meaning(train, val, "accuracy", 20)
+    said = meaning(train, val, "accuracy", 20)
     assert "at 90.0 %" in said and "best at step 20 with 70.0 %" in said and "clearly worse at the end (50.0 %)" in said
     train, val = rows_of([0.9], [0.6, 0.7, 0.695])
-    assert "no sign" in training.meaning(train, val, "accuracy", 20), "within the intervals"
-    assert "nothing to compare" in training.meaning(train, [], "accuracy", 20)
+    assert "no sign" in meaning(train, val, "accuracy", 20), "within the intervals"
+    assert "nothing to compare" in meaning(train, [], "accuracy", 20)
     curves = {"a": [{"epoch": 1.0, "loss": 0.5, "val_loss": 0.6}, {"epoch": 2.0, "loss": 0.1, "val_loss": 0.4}]}
-    assert "about as well" in training.gap(curves, {"a": 1}, "epoch")
-    assert "0.4, 4 times as much" in training.gap(curves, {"a": 2}, "epoch")
-    assert "no images were set aside" in training.gap({"a": [{"epoch": 1.0, "loss": 0.5}]}, {"a": 1}, "epoch")
+    assert "about as well" in gap(curves, {"a": 1}, "epoch")
+    assert "0.4, 4 times as much" in gap(curves, {"a": 2}, "epoch")
+    assert "no images were set aside" in gap({"a": [{"epoch": 1.0, "loss": 0.5}]}, {"a": 1}, "epoch")
 
 
 # ---- features -------------------------------------------------------------------------------------------------------
@@ -287,14 +285,14 @@ def test_principal_directions_are_those_of_the_covariance() -> None:
 
 def test_outputs_after_each_step_are_those_of_gradient_descent() -> None:
     with in_float64():
-        model = models.functional(nn.Linear(3, 2).double())
+        model = models.functional(nn.Sequential(nn.Linear(3, 2)).double())
         maml = algorithms.maml(model, inner_lr=0.5)
         meta, state = maml.init(0)
         x, y = torch.randn(4, 3, generator=torch.Generator().manual_seed(0)).double(), torch.tensor([0, 1, 1, 0])
         task = Episode(x[:2], y[:2], x, y, torch.arange(2), torch.tensor(0))
         with torch.no_grad():
             outputs = outputs_of(maml, meta, state, task, ways=2, steps=2, norm="transductive")
-    weight, bias = (meta[name].numpy().copy() for name in ("weight", "bias"))
+    weight, bias = (meta[name].numpy().copy() for name in ("0.weight", "0.bias"))
     for step in range(3):
         np.testing.assert_allclose(outputs[step].numpy(), x.numpy() @ weight.T + bias, atol=1e-12)
         logits = x[:2].numpy() @ weight.T + bias
@@ -566,10 +564,8 @@ def contrast(one: str, other: str) -> float:
 def test_all_text_has_the_contrast_that_wcag_asks_for_in_light_and_dark_and_print() -> None:
     assert contrast("#000", "#ffffff") == pytest.approx(21) and contrast("#777777", "#ffffff") < 4.5
     css = (FOLDER / "page.css").read_text()
-    schemes = [
-        dict(re.findall(r"--([a-z]+): (#[0-9a-f]{3,6})", part))
-        for part in re.findall(r":root \{(.*?)\}", css, re.DOTALL)
-    ]
+    roots = re.findall(r":root \{(.*?)\}", css, re.DOTALL)
+    schemes = [dict(re.findall(r"--([a-z]+): (#[0-9a-f]{3,6})", root)) for root in roots]
     assert len(schemes) == 3
     for scheme, (ink, ground) in itertools.product(
         schemes,

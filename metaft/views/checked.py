@@ -31,8 +31,10 @@ _OF_CLASSES = {
 _OF_NUMBERS = {"mae": NUMBER, "rmse": NUMBER, "r2": NUMBER, "predictions": LIST}
 
 
-def check(result: Mapping[str, Any], file: str) -> None:
+def check(result: Any, file: str) -> None:
     """Raises CheckpointError, naming the file and the first key, for a result that is no run's, or a damaged one."""
+    if not isinstance(result, dict):
+        raise CheckpointError(f"{file} is no table of values")
     command = result.get("command")
     if command == "meta_train":
         _need(result, _META_TRAIN, file)
