@@ -55,7 +55,7 @@ def browsed(page: Path, width: int, folder: Path, *words: str) -> tuple[str, str
 def test_nothing_overlaps_is_empty_or_wider_than_the_screen(
     of: str, width: int, pages: dict[str, Path], tmp_path: Path
 ) -> None:
-    page = shutil.copy(pages[of], tmp_path / "page.html")
+    page = Path(shutil.copy(pages[of], tmp_path / "page.html"))
     around = tmp_path / "around.html"
     frame = f'<iframe src="{page.name}" style="border:0;width:{width}px;height:900px"></iframe>'
     around.write_text(f"<!DOCTYPE html><body>{frame}<script>{MEASURE}</script>", encoding="utf-8")
