@@ -17,6 +17,7 @@ COMMANDS = {
     "adapt": "fine-tune an initialisation to your images",
     "compare": "put finished runs beside one another",
     "predict": "label images with what adapt made",
+    "look": "make a page of pictures and tables on a run or a start",
     "export": "write what adapt made as a file that runs without metaft",
 }
 

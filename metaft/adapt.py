@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from metaft import look
 from metaft.cli import StopSignals, check_unchanged, fresh_folder, in_one, of_run, settings, stopped_at_once
 from metaft.config import AdaptConfig, Init, to_toml
 from metaft.errors import MetaftError
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from metaft.runs.folder import RunFolder
 
 # What may change when a run goes on: how it is computed, over how many draws, and where the user's own things lie.
-RESUMABLE = ("device", "seeds", "data_root", "plugin")
+RESUMABLE = ("device", "seeds", "data_root", "plugin", "report")
 
 
 @dataclasses.dataclass(frozen=True, init=False)
@@ -214,6 +215,8 @@ def finish(folder: RunFolder, setup: Setup, position: Position, device: str) -> 
     print(text)
     print(f"\n{listed(pictures)}")
     print(f"result:   {folder.result}, {folder.path / 'report.txt'}")
+    if setup.config.output.report is not False:
+        look.at_end(folder.path, module=module)
     if module is None:
         print(f"next:     python -m metaft.predict {shlex.quote(str(folder.path))} IMAGE_OR_FOLDER...")
     print(plainly(result))

@@ -223,6 +223,19 @@ class CompareConfig(Settings):
     ] = None  # fmt: skip
 
 
+@dataclasses.dataclass(frozen=True, init=False)
+class LookConfig(Settings):
+    """Make a page of pictures, tables and words on a run or a start."""
+
+    image_size: ImageSize = None
+    out: Annotated[
+        str | None,
+        Option(
+            "The page's file (auto: RUN/report.html, of a start look-START.html here).", metavar="FILE", stored=False
+        ),
+    ] = None
+
+
 def read_toml(path: Path) -> dict[str, Any]:
     """A flat TOML file as plain data; hyphens in keys count as underscores.
 

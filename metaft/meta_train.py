@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from metaft import look
 from metaft.cli import StopSignals, check_unchanged, fresh_folder, in_ranks, settings
 from metaft.config import Init, MetaTrainConfig, to_toml
 from metaft.dist.ranks import ALONE, Ranks
@@ -43,6 +44,7 @@ RESUMABLE = (
     "test_episodes",
     "data_root",
     "plugin",
+    "report",
 )
 
 
@@ -123,7 +125,8 @@ def run(
     folder = ranks.on_first(create)
     from_python = brought(dataset=dataset, module=module, init=init, loss=loss)
     with _held(folder, "out", from_python, ranks):
-        return _train_and_test(folder, parts, sources, None, from_python, ranks)
+        result = _train_and_test(folder, parts, sources, None, from_python, ranks)
+        return _with_page(result, folder, parts, module, ranks)
 
 
 @steady()
@@ -214,7 +217,17 @@ def _resume(
         if flat(config) != flat(before) or parts.config.data.dataset != before.data.dataset:
             write_atomically(folder.config, to_toml(parts.config).encode())
     from_python = brought(dataset=dataset, module=module, init=init, loss=loss)
-    return _train_and_test(folder, parts, sources, snapshot, from_python, ranks)
+    result = _train_and_test(folder, parts, sources, snapshot, from_python, ranks)
+    return _with_page(result, folder, parts, module, ranks)
+
+
+def _with_page(
+    result: dict[str, Any], folder: RunFolder, parts: Parts, module: nn.Module | None, ranks: Ranks
+) -> dict[str, Any]:
+    """The result, when the run's page is written; no rank ends before the first one is done with it."""
+    if parts.config.output.report is not False:
+        ranks.on_first(lambda: look.at_end(folder.path, module=module))
+    return result
 
 
 def _sources(parts: Parts) -> tuple[Source, Source, Source]:

@@ -650,6 +650,9 @@ class Output(Group):
             stored=False,
         ),
     ] = None
+    report: Annotated[
+        bool | None, Option("Write report.html into it at the end, a page of pictures and tables (auto: on).")
+    ] = None
 
 
 @dataclasses.dataclass(frozen=True)

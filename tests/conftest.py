@@ -28,6 +28,14 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _no_pages() -> Iterator[None]:
+    """Runs write no page at their end, which takes longer than they do; test_look.py has those that do."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("metaft.look.at_end", lambda *_, **__: None)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _no_compile_pool() -> Iterator[None]:
     """End the threads that torch.compile keeps for its next call: beside them no test that follows could fork."""

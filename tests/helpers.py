@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from metaft import adapt, choose, compare, evaluate, export, meta_train, models, predict
+from metaft import adapt, choose, compare, evaluate, export, look, meta_train, models, predict
 from metaft.config import MetaTrainConfig, Settled
 from metaft.inputs import ImageInputs
 from metaft.runs.folder import RunFolder
@@ -26,7 +26,7 @@ from metaft.tasks.sinusoid import SinusoidTasks
 
 COMMANDS: dict[str, Any] = {
     "meta_train": meta_train, "evaluate": evaluate, "adapt": adapt, "predict": predict, "export": export,
-    "choose": choose, "compare": compare,
+    "choose": choose, "compare": compare, "look": look,
 }  # fmt: skip
 
 SINUSOID: dict[str, Any] = {

@@ -32,6 +32,7 @@ BASE: dict[str, str] = {
     "evaluate": "{run}",
     "adapt": "--init {run} --data folder:{target}",
     "predict": "{adapted} {picture}",
+    "look": "{run} --out page.html",
     "choose": "--data folder:{target} --starts {run} --only --out out",
     "compare": "{adapted} {again}",
     "export": "{adapted} --format torch-export --out out",
@@ -200,6 +201,8 @@ PATHS: dict[tuple[str, str], tuple[str, dict[str, str]]] = {
     ("export", "pictures"): ("", {**NOT_THERE, "empty": "{empty}", "folder of texts": "{texts}", "cut": "{broken}"}),
     ("export", "data_root"): ("", {**NOT_THERE, "a file": "{file}"}),
     ("export", "out"): ("", {**NO_PLACE, "a file": "{file}", "full": "{squares}"}),
+    ("look", "run"): ("", {**NOT_THERE, **NO_FOLDER}),
+    ("look", "out"): ("", {**NO_PLACE, "a folder": "{empty}"}),
     ("predict", "csv"): ("", {**NOT_THERE, "a folder": "{empty}"}),
 }
 

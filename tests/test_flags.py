@@ -19,6 +19,7 @@ from metaft.config import (
     CompareConfig,
     EvaluateConfig,
     ExportConfig,
+    LookConfig,
     MetaTrainConfig,
     PredictConfig,
     Settled,
@@ -31,7 +32,16 @@ from metaft.options import Group, Option, Settings, flat, from_mapping, options
 from metaft.runs.checkpoint import load
 from metaft.settings import InnerMethod, Recipe, TaskSettings
 
-CONFIGS = [MetaTrainConfig, EvaluateConfig, AdaptConfig, PredictConfig, ExportConfig, ChooseConfig, CompareConfig]
+CONFIGS = [
+    MetaTrainConfig,
+    EvaluateConfig,
+    AdaptConfig,
+    PredictConfig,
+    ExportConfig,
+    ChooseConfig,
+    CompareConfig,
+    LookConfig,
+]
 
 
 def given(command: str, *argv: str) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -79,7 +80,7 @@ def products(model: nn.Module) -> dict[str, LowRank]:
 def test_it_begins_as_the_start_and_is_at_the_end_what_it_was_unmerged(kind: str) -> None:
     begun, x = start(kind)
     model = adapted(kind)
-    assert torch.equal(model["body"](x), begun(x))
+    assert torch.equal(model.get_submodule("body")(x), begun(x))
     unmerged = moved(model)["body"](x)
     assert (unmerged - begun(x)).abs().max() > 0.1
     kept = copy.deepcopy(model)["body"](x)
@@ -99,7 +100,7 @@ def test_what_is_added_is_of_the_rank_scaled_and_the_products_alone_train(kind: 
     parts = products(model)
     learning = {name for name, p in model.named_parameters() if p.requires_grad}
     assert learning == {f"{name}.{factor}" for name in parts for factor in "AB"}
-    model["body"](x).square().sum().backward()
+    model.get_submodule("body")(x).square().sum().backward()
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters() if p.requires_grad)
     factors = {name: (part.A.detach().clone(), part.B.detach().clone()) for name, part in parts.items()}
     merged = dict(named("lora").finish(model).named_parameters())
@@ -116,7 +117,7 @@ def test_what_is_added_is_of_the_rank_scaled_and_the_products_alone_train(kind: 
 def test_a_grouped_convolution_is_a_dense_one_of_blocks() -> None:
     begun, x = start("grouped")
     model = moved(adapted("grouped"))
-    product, conv = *products(model).values(), begun[0]
+    product, conv = *products(model).values(), begun.get_submodule("0")
     assert isinstance(conv, nn.Conv2d) and conv.bias is not None
     dense = torch.zeros(9, 6, 3, 3, dtype=torch.float64)
     for out in range(9):
@@ -126,14 +127,16 @@ def test_a_grouped_convolution_is_a_dense_one_of_blocks() -> None:
                 row = sum(product.B[group, out % 3, r] * product.A[group, r, 9 * channel + place] for r in range(RANK))
                 weight = conv.weight[out, channel, place // 3, place % 3] + ALPHA / RANK * row
                 dense[out, 2 * group + channel, place // 3, place % 3] = weight.detach()
-    torch.testing.assert_close(model["body"](x), F.conv2d(x, dense, conv.bias).flatten(1), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(
+        model.get_submodule("body")(x), F.conv2d(x, dense, conv.bias).flatten(1), rtol=1e-10, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("training", [True, False])
 def test_packed_attention_computes_with_what_is_added(training: bool) -> None:
     """It reads its weights itself, without calling a layer, and has a fast path of its own in evaluation."""
     begun, x = start("packed attention")
-    attention = begun[0].attention
+    attention = begun.get_submodule("0").attention
     model = moved(adapted("packed attention")).train(training)
     out, packed = products(model).values()
     with torch.no_grad():
@@ -143,7 +146,7 @@ def test_packed_attention_computes_with_what_is_added(training: bool) -> None:
         mixed = (q @ k.transpose(-1, -2) / math.sqrt(2)).softmax(-1) @ v
         last = attention.out_proj.weight + ALPHA / RANK * out.B[0] @ out.A[0]
         wanted = F.linear(mixed.transpose(1, 2).flatten(2), last, attention.out_proj.bias).flatten(1)
-        torch.testing.assert_close(model["body"](x), wanted, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(model.get_submodule("body")(x), wanted, rtol=1e-10, atol=1e-12)
 
 
 def test_what_is_left_is_named() -> None:
@@ -199,7 +202,7 @@ def test_no_product_is_wider_than_its_weight() -> None:
 @pytest.mark.parametrize("strategy", ["lora:rank=2", 'lp-ft:then="lora:rank=2"'])
 def test_a_fit_goes_on_from_a_checkpoint_and_keeps_the_layers_it_began_with(strategy: str) -> None:
     recipe, (images, labels), val = Recipe(epochs=3, batch_size=8, lr=0.02), toy(21), toy(9, seed=3)
-    states: list[dict[str, Any]] = []
+    states: list[Mapping[str, Any]] = []
     more: dict[str, Any] = {"strategy": named(strategy), "val_examples": val[0], "val_labels": val[1], "seed": 3}
     whole = fit(body(), INPUTS, images, labels, CLASSES, recipe, on_epoch=states.append, **more)
     for state in states:

@@ -18,7 +18,8 @@ from PIL import Image
 
 from metaft import plots
 from metaft.plots.grid import RIGHT, WRONG, displayable, episode_figure
-from metaft.plots.lines import curves_figure, regression_figure, steps_figure
+from metaft.plots.lines import curves_figure, steps_figure
+from metaft.plots.regression import regression_figure
 from metaft.types import Episode
 
 Rows = list[dict[str, Any]]

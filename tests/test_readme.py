@@ -17,6 +17,7 @@ from metaft.config import (
     CompareConfig,
     EvaluateConfig,
     ExportConfig,
+    LookConfig,
     MetaTrainConfig,
     PredictConfig,
 )
@@ -53,7 +54,16 @@ def test_the_example_runs_and_is_short(capsys: pytest.CaptureFixture[str]) -> No
 
 @pytest.mark.parametrize("page", ["README.md", "docs/running.md", "docs/adapting.md"])
 def test_every_option_named_on_a_page_exists(page: str) -> None:
-    every = (MetaTrainConfig, EvaluateConfig, AdaptConfig, PredictConfig, ExportConfig, ChooseConfig, CompareConfig)
+    every = (
+        MetaTrainConfig,
+        EvaluateConfig,
+        AdaptConfig,
+        PredictConfig,
+        ExportConfig,
+        ChooseConfig,
+        CompareConfig,
+        LookConfig,
+    )
     known = {name.replace("_", "-") for c in every for name in options(c)}
     known |= {
         f"no-{name.replace('_', '-')}" for c in every for name, field in options(c).items() if bool in field.types

@@ -20,7 +20,8 @@ from metaft.finetune.study import read
 from metaft.inputs.base import Examples
 from metaft.runs.folder import RunFolder
 from metaft.starts.names import in_full
-from metaft.targets import load
+from metaft.targets import Target, load
+from metaft.targets.draws import Rows
 
 
 class Pictures(NamedTuple):
@@ -38,6 +39,16 @@ class Pictures(NamedTuple):
 
 def of_folder(run: RunFolder, classifier: Predictor, data_root: str | None) -> Pictures:
     """Those of the run's own data, of its first draw. Raises DataError or MetaftError where they are not to be had."""
+    target, rows, whole = data_of(run, classifier, data_root)
+    train = torch.from_numpy(rows.train)
+    test = train if whole else torch.from_numpy(rows.test)
+    parts = [Part(target.examples, part) for part in (test, train)]
+    return Pictures(parts[0], target.labels[test], parts[1], whole)
+
+
+def data_of(run: RunFolder, classifier: Predictor, data_root: str | None) -> tuple[Target, Rows, bool]:
+    """(the run's own data, the images of its first draw, whether the classifier was trained on all of them, for want of
+    a test part). Raises DataError or MetaftError where they are not to be had, or changed."""
     config = in_full(of_run(AdaptConfig, run.config, "run"))
     if data_root is not None:
         config = dataclasses.replace(config, data_root=data_root)
@@ -56,11 +67,7 @@ def of_folder(run: RunFolder, classifier: Predictor, data_root: str | None) -> P
     if digest_of_data(target) != header["data_sha256"]:
         raise DataError(f"data: the images of {target.name} changed since {run.path} began")
     setup = Setup(config, (), target, header.get("folds", 1) == 1)
-    rows = rows_of(setup, 0, None if setup.folds > 1 else 0)
-    train = torch.from_numpy(rows.train)
-    test = train if setup.folds > 1 else torch.from_numpy(rows.test)
-    parts = [Part(target.examples, part) for part in (test, train)]
-    return Pictures(parts[0], target.labels[test], parts[1], setup.folds > 1)
+    return target, rows_of(setup, 0, None if setup.folds > 1 else 0), setup.folds > 1
 
 
 def of_files(files: Sequence[Path], classifier: Predictor) -> Pictures:

@@ -11,7 +11,8 @@ from metaft.support.drawing import quiet
 with quiet():
     from metaft.plots.confusion import confusion
     from metaft.plots.grid import episode, mistakes
-    from metaft.plots.lines import curves, learning, regression_episode, steps
+    from metaft.plots.lines import curves, learning, steps
+    from metaft.plots.regression import regression_episode
     from metaft.plots.reliability import calibration
     from metaft.plots.robust import robust
     from metaft.plots.scatter import scatter

@@ -209,7 +209,7 @@ def _code_points() -> frozenset[int]:
     return frozenset(get_font(findfont(FONT)).get_charmap())
 
 
-def _letter(n: int) -> str:
+def letter(n: int) -> str:
     """A, B, ... Z, and numbers from 27 on."""
     return chr(ord("A") + n) if n < 26 else str(n + 1)
 
@@ -241,7 +241,7 @@ def _canvas(layout: _Layout, caption: str) -> tuple[Figure, Axes]:
 def _name_row(axes: Axes, layout: _Layout, n: int, name: str | None) -> None:
     y = n * layout.pitch + 0.5
     right = layout.names - 0.07 / layout.cell
-    axes.text(right, y, _letter(n), fontsize=11, fontweight="bold", ha="right", va="center", family=FONT)
+    axes.text(right, y, letter(n), fontsize=11, fontweight="bold", ha="right", va="center", family=FONT)
     if name is None:
         return
     # A space lets "alphabet/character" break after its slash.
@@ -264,6 +264,6 @@ def _draw_verdict(axes: Axes, x: float, y: float, *, predicted: int, label: int)
     side = 1 - 2 * _MARGIN
     axes.add_patch(Rectangle((x + _MARGIN, y + _MARGIN), side, side, fill=False, ec=colour, lw=2.2, ls=style))
     axes.text(
-        x + 0.5, y + 0.98, _letter(predicted), color=colour, fontsize=9, fontweight="normal" if right else "bold",
+        x + 0.5, y + 0.98, letter(predicted), color=colour, fontsize=9, fontweight="normal" if right else "bold",
         ha="center", va="top", family=FONT,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Line charts: training and validation curves, the metric against the inner step, and one regression task."""
+"""Line charts: training and validation curves, and the metric against the inner step."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
-from torch import Tensor
 
 from metaft.objective import figure_of
-from metaft.plots.style import BLACK, BLUE, GREY, LOOKS, PURPLE, SKY, VERMILLION, YELLOW, decorate, percent, save
+from metaft.plots.style import BLACK, BLUE, GREY, LOOKS, VERMILLION, YELLOW, decorate, percent, save
 from metaft.types import NORMS
 
 Row = Mapping[str, Any]
@@ -24,7 +23,6 @@ _NAMES = {"accuracy": "accuracy", "mse": "mean squared error"}
 _OTHER_LOOK = (VERMILLION, "--", "s")
 _LOOKS = {"inductive": _OTHER_LOOK}
 _USUAL_LOOK = (BLUE, "-", "o")
-_PREDICTION_LOOKS = ((SKY, "--"), (VERMILLION, "-"), (BLUE, "-."), (PURPLE, ":"))
 
 
 def curves(path: Path, train: Sequence[Row], val: Sequence[Row], metric: str, *, best_step: int | None = None) -> None:
@@ -57,24 +55,29 @@ def learning(
     save(learning_figure(starts, x_label, kept or {}), path)
 
 
-def regression_episode(
-    path: Path,
-    support_x: Tensor,
-    support_y: Tensor,
-    grid_x: Tensor,
-    true_y: Tensor,
-    predictions: Mapping[str, Tensor],
-) -> None:
-    """One regression task: the true curve, the support points, and each named prediction over `grid_x`.
-
-    Give the predictions in the order of adaptation ("before", "after 1 step", ...). All tensors are [n] or [n, 1].
-    """
-    save(regression_figure(support_x, support_y, grid_x, true_y, predictions), path)
-
-
 def curves_figure(train: Sequence[Row], val: Sequence[Row], metric: str, best_step: int | None = None) -> Figure:
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
+    _draw_curves(left, right, train, val, metric, best_step)
+    return figure
+
+
+def curves_apart(
+    train: Sequence[Row], val: Sequence[Row], metric: str, best_step: int | None = None
+) -> tuple[Figure, Figure]:
+    """The same as two figures, for where there is no room beside one another."""
+    figures = _narrow(), _narrow()
+    _draw_curves(figures[0].subplots(), figures[1].subplots(), train, val, metric, best_step)
+    return figures
+
+
+def _narrow() -> Figure:
+    return Figure(figsize=(4.6, 3.4), layout="constrained")
+
+
+def _draw_curves(
+    left: Axes, right: Axes, train: Sequence[Row], val: Sequence[Row], metric: str, best_step: int | None
+) -> None:
     _training(left, train, "loss")
     _training(right, train, metric)
     series = _series([row["step"] for row in val], val, metric)
@@ -87,18 +90,36 @@ def curves_figure(train: Sequence[Row], val: Sequence[Row], metric: str, best_st
     for axes, label in ((left, "training loss"), (right, _NAMES.get(metric, metric))):
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         decorate(axes, "meta-step", label)
-    return figure
 
 
 _VALIDATED = {"val_accuracy": "validation accuracy", "val_rmse": "validation RMSE"}
 
 
 def learning_figure(starts: Mapping[str, Sequence[Row]], x_label: str, kept: Mapping[str, int]) -> Figure:
-    there = {key for rows in starts.values() for row in rows for key in row}
-    figure_of, title = next(((k, v) for k, v in _VALIDATED.items() if k in there), ("", ""))
-    validated = figure_of != ""
+    validated = _validated(starts)[0] != ""
     figure = Figure(figsize=(9 if validated else 5.4, 3.6), layout="constrained")
-    panels = list(np.atleast_1d(figure.subplots(1, 2 if validated else 1)))
+    _draw_learning(list(np.atleast_1d(figure.subplots(1, 2 if validated else 1))), starts, x_label, kept)
+    return figure
+
+
+def learning_apart(starts: Mapping[str, Sequence[Row]], x_label: str, kept: Mapping[str, int]) -> list[Figure]:
+    """The same as one figure for the loss and, where there is validation, one for what it measures."""
+    figures = [_narrow() for _ in range(1 + (_validated(starts)[0] != ""))]
+    _draw_learning([figure.subplots() for figure in figures], starts, x_label, kept)
+    return figures
+
+
+def _validated(starts: Mapping[str, Sequence[Row]]) -> tuple[str, str]:
+    """(the key of what validation measures, its name), both empty where there is none."""
+    there = {key for rows in starts.values() for row in rows for key in row}
+    return next(((k, v) for k, v in _VALIDATED.items() if k in there), ("", ""))
+
+
+def _draw_learning(
+    panels: Sequence[Axes], starts: Mapping[str, Sequence[Row]], x_label: str, kept: Mapping[str, int]
+) -> None:
+    figure_of, title = _validated(starts)
+    validated = figure_of != ""
     for (name, rows), (colour, style, marker) in zip(starts.items(), itertools.cycle(LOOKS), strict=False):
         epochs = [row["epoch"] for row in rows]
         look = {"color": colour, "ls": style, "lw": 1.6, "marker": marker, "ms": 3.5, "label": f"{name} start"}
@@ -124,7 +145,6 @@ def learning_figure(starts: Mapping[str, Sequence[Row]], x_label: str, kept: Map
     for axes, label in zip(panels, ("loss" if validated else "training loss", title), strict=False):
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         decorate(axes, x_label, label)
-    return figure
 
 
 def _log_scale(axes: Axes, values: Sequence[float]) -> None:
@@ -160,27 +180,6 @@ def steps_figure(test: Row) -> Figure:
             axes.set_ylim(bottom=0.0)
     decorate(axes, "inner step", _NAMES.get(metric, metric))
     axes.set_title(f"{task}: mean of {first['episodes']:,} tasks, 95% CI", fontsize=10)
-    return figure
-
-
-def regression_figure(
-    support_x: Tensor, support_y: Tensor, grid_x: Tensor, true_y: Tensor, predictions: Mapping[str, Tensor]
-) -> Figure:
-    figure = Figure(figsize=(5.4, 3.8), layout="constrained")
-    axes = figure.subplots()
-    x = _flat(grid_x)
-    order = np.argsort(x, kind="stable")
-    axes.plot(x[order], _flat(true_y)[order], color=BLACK, lw=1.4, label="truth")
-    for i, (name, y) in enumerate(predictions.items()):
-        colour, style = _PREDICTION_LOOKS[i % len(_PREDICTION_LOOKS)]
-        axes.plot(x[order], _flat(y)[order], color=colour, ls=style, lw=1.8, label=name)
-    axes.plot(
-        _flat(support_x), _flat(support_y), ls="", marker="o", ms=7, mfc=YELLOW, mec=BLACK, mew=0.9, zorder=5,
-        label="support points",
-    )  # fmt: skip
-    decorate(axes, "x", "y", legend=False)
-    # A sine leaves no corner free: the legend stands outside the axes.
-    figure.legend(loc="outside upper center", ncols=3, frameon=False, fontsize=9)
     return figure
 
 
@@ -295,7 +294,3 @@ def _running_mean(values: np.ndarray, window: int) -> np.ndarray:
 def _number(value: float | None) -> float:
     """JSON has no NaN: a figure that does not exist is null there."""
     return math.nan if value is None else float(value)
-
-
-def _flat(values: Tensor) -> np.ndarray:
-    return values.detach().cpu().double().flatten().numpy()

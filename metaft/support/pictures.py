@@ -19,7 +19,7 @@ def drawn(pictures: Mapping[Path, Callable[[], object]]) -> list[Path]:
     done: list[Path] = []
     failed: list[str] = []
     for path, draw in pictures.items():
-        why = _missed(draw)
+        why = missed(draw)
         if why is None:
             done.append(path)
         else:
@@ -41,8 +41,8 @@ def listed(paths: list[Path]) -> str:
     return "pictures: " + (", ".join(map(str, paths)) or "none")
 
 
-def _missed(draw: Callable[[], object]) -> str | None:
-    """Why a picture cannot be drawn, or None where it is."""
+def missed(draw: Callable[[], object]) -> str | None:
+    """Why a picture, or a page of them, cannot be drawn, or None where it is."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of letters that a font lacks, or of axes without an extent

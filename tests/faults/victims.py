@@ -218,10 +218,12 @@ def _run(module: str, argv: list[str], plan: Plan, environment: dict[str, str], 
     faulthandler.enable()
     import torch
 
+    from metaft import look
     from metaft.finetune import report as finetune_report
     from metaft.runs import report
 
     torch.set_num_threads(1)
+    look.at_end = lambda *_, **__: None  # type: ignore[assignment]
     report.draw_pictures = finetune_report.draw_pictures = lambda *_: []  # type: ignore[assignment]
     moments = Moments(plan.kill_at)
     _befall(plan)

@@ -1,0 +1,25 @@
+"""What there is to see of a run or a start: one file per view."""
+
+from __future__ import annotations
+
+from metaft.views.base import Viewed
+from metaft.views.calibration import calibration
+from metaft.views.confusion import confusion
+from metaft.views.episode import episode
+from metaft.views.features import features
+from metaft.views.mistakes import mistakes
+from metaft.views.structure import structure
+from metaft.views.training import training
+
+__all__ = ["VIEWS"]
+
+VIEWS: dict[str, Viewed] = {
+    "training": Viewed("Loss and accuracy", training),
+    "episode": Viewed("A task step by step", episode, slow=True),
+    "calibration": Viewed("Calibration", calibration),
+    "confusion": Viewed("Confusion", confusion),
+    "mistakes": Viewed("Mistakes", mistakes, slow=True),
+    "features": Viewed("Features", features, slow=True),
+    "structure": Viewed("Structure", structure),
+}
+"""In their order on a page."""

@@ -1,0 +1,82 @@
+"""Whether what a run wrote is what views take it for, before any of them reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from metaft.errors import CheckpointError
+from metaft.objective import figure_of
+from metaft.types import NORMS
+
+TEXT, WHOLE, NUMBER, LIST, TABLE = (str,), (int,), (int, float, type(None)), (list,), (dict,)
+"""JSON has no NaN: a figure that does not exist is null there."""
+
+_RUN = {"version": TEXT, "seed": WHOLE, "device": TEXT, "environment": TABLE, "seconds": NUMBER}
+_META_TRAIN = {
+    **_RUN, "dataset": TEXT, "algorithm": TEXT, "ways": WHOLE, "shots": WHOLE, "iterations": WHOLE, "best_step": WHOLE,
+    "engine": TEXT, "test": TABLE,
+}  # fmt: skip
+_TEST = {"ways": WHOLE, "shots": WHOLE, "query_shots": WHOLE, "eval_seed": WHOLE, "inner_steps": WHOLE, "split": TEXT}
+_ADAPT = {
+    **_RUN, "init": TEXT, "init_about": TABLE, "data": TEXT, "classes": LIST, "method": TEXT, "train_images": WHOLE,
+    "val_images": WHOLE, "test_images": WHOLE, "folds": WHOLE, "notes": LIST, "starts": LIST, "gains": LIST,
+    "last_seed": WHOLE,
+}  # fmt: skip
+_START = {"name": TEXT, "mean": TABLE, "epochs": WHOLE, "kept_epoch": NUMBER}
+_OF_CLASSES = {
+    "accuracy": NUMBER, "balanced_accuracy": NUMBER, "macro_f1": NUMBER, "calibration_error": NUMBER,
+    "calibration": LIST, "confusion": LIST, "per_class": LIST,
+}  # fmt: skip
+_OF_NUMBERS = {"mae": NUMBER, "rmse": NUMBER, "r2": NUMBER, "predictions": LIST}
+
+
+def check(result: Any, file: str) -> None:
+    """Raises CheckpointError, naming the file and the first key, for a result that is no run's, or a damaged one."""
+    if not isinstance(result, dict):
+        raise CheckpointError(f"{file} is no table of values")
+    command = result.get("command")
+    if command == "meta_train":
+        _need(result, _META_TRAIN, file)
+        test = result["test"]
+        _need(test, _TEST, f"{file}: test")
+        for norm in NORMS:
+            _need(test, {norm: TABLE}, f"{file}: test")
+            figures = test[norm]
+            _need(figures, {"episodes": WHOLE, "ci95": NUMBER, "ci95_per_step": LIST}, f"{file}: test.{norm}")
+            name = next((key for key in figures if f"{key}_per_step" in figures and key != "ci95"), None)
+            if name is None or name != figure_of(figures):
+                raise CheckpointError(f"{file}: test.{norm} holds no figure of its own")
+            steps = test["inner_steps"] + 1
+            for key in (f"{name}_per_step", "ci95_per_step"):
+                if len(figures[key]) != steps or not all(isinstance(value, NUMBER) for value in figures[key]):
+                    raise CheckpointError(f"{file}: test.{norm}.{key} has no {steps} numbers")
+        return
+    if command != "adapt":
+        raise CheckpointError(f"{file}: it is the result of {command!r}, and not of meta_train or adapt")
+    _need(result, _ADAPT, file)
+    if not result["starts"]:
+        raise CheckpointError(f"{file}: 'starts' is empty")
+    figures, classes = _OF_CLASSES if result["classes"] else _OF_NUMBERS, len(result["classes"])
+    for number, start in enumerate(result["starts"]):
+        where = f"{file}: starts[{number}]"
+        _need(start, {**_START, **figures}, where)
+        _need(start["mean"], {"accuracy" if classes else "rmse": NUMBER, "ci95": NUMBER, "draws": WHOLE}, where)
+        if classes:
+            rows = start["confusion"]
+            if len(rows) != classes or any(not isinstance(row, list) or len(row) != classes for row in rows):
+                raise CheckpointError(f"{where}: confusion has no {classes} rows of {classes} counts")
+            if len(start["per_class"]) != classes:
+                raise CheckpointError(f"{where}: per_class has no {classes} rows")
+    if len(result["gains"]) != len(result["starts"]) - 1:
+        raise CheckpointError(f"{file}: 'gains' are not one for each of the other starts")
+
+
+def _need(value: Any, keys: Mapping[str, tuple[type, ...]], where: str) -> None:
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{where} is no table of values")
+    for key, kinds in keys.items():
+        if key not in value:
+            raise CheckpointError(f"{where} lacks {key!r}, which a run writes")
+        if not isinstance(value[key], kinds) or (isinstance(value[key], bool) and bool not in kinds):
+            raise CheckpointError(f"{where} has {key} = {str(value[key])[:40]!r}, which no run writes")
