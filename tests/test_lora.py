@@ -136,7 +136,7 @@ def test_a_grouped_convolution_is_a_dense_one_of_blocks() -> None:
 def test_packed_attention_computes_with_what_is_added(training: bool) -> None:
     """It reads its weights itself, without calling a layer, and has a fast path of its own in evaluation."""
     begun, x = start("packed attention")
-    attention = begun.get_submodule("0").attention
+    attention: Any = begun.get_submodule("0").attention
     model = moved(adapted("packed attention")).train(training)
     out, packed = products(model).values()
     with torch.no_grad():
