@@ -5,7 +5,7 @@ VENV ?= .venv
 # Folder of the demo's run, and its number of meta-steps: fewer than the command's own 1500, for a short demo.
 OUT ?= runs/demo
 ITERATIONS ?= 1000
-# Further arguments for pytest, e.g. ARGS="-m 'not slow' -k plots".
+# Further arguments for pytest, e.g. ARGS="-k plots".
 ARGS ?=
 # Processes that share out the test files; 0 runs them here, one after another.
 JOBS ?= 2
@@ -14,7 +14,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-faults lint format types check clean
+.PHONY: help install demo test test-slow test-faults lint format types check clean
 
 help: ## this list
 	@awk -F ': .*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -30,8 +30,11 @@ endif
 	$(BIN)/python -m metaft.meta_train --ways 5 --shots 1 --out $(OUT) --iterations $(ITERATIONS)
 	$(BIN)/python -m metaft.adapt --init $(OUT) --data glyphs:Hebrew --shots-per-class 5 --out $(OUT)-adapted
 
-test: $(INSTALLED) ## run all tests, the slow ones and the docstrings' examples too
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+test: $(INSTALLED) ## run the tests and the docstrings' examples, but for the slow ones: under 10 minutes on two slow cores
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m 'not slow' $(ARGS)
+
+test-slow: $(INSTALLED) ## run the slow ones: whole runs, processes of their own, compilers
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m slow $(ARGS)
 
 test-faults: $(INSTALLED) ## kill, starve and damage runs for real, in full: 15 to 25 minutes (docs/reliability.md)
 	METAFT_FAULTS=full $(BIN)/python -m pytest tests/faults tests/test_fuzz.py tests/test_bad_input.py \
@@ -48,7 +51,7 @@ format: $(INSTALLED) ## mend what `make lint` can mend by itself
 types: $(INSTALLED) ## check types
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-check: lint types test ## all of the above checks
+check: lint types test test-slow ## all of the above checks
 
 clean: ## remove caches, built files and the demo's run; other runs and $(VENV) stay
 	rm -rf build dist *.egg-info .pytest_cache .hypothesis .ruff_cache runs/demo runs/demo-adapted

@@ -83,7 +83,7 @@ def one(data: str, shots: int, start: str, seed: int, size: int | None) -> dict[
     scored = measured(first.start, first.target, shots_per_class=shots, seed=seed)
     fitted = fit_one(setup, first, rows, 0, "cpu")
     classifier = Classifier(fitted.body, fitted.head, first.target.inputs, first.target.class_names)
-    figures = test(classifier, first.target, rows.test, SMALLER, stays=False)
+    figures = test(classifier, first.target, rows.test, SMALLER, stays=False, bounds=(), should_stop=lambda: None)
     return {**{of: scored[of] for of in SCORES}, "accuracy": figures["accuracy"]}
 
 

@@ -153,6 +153,7 @@ def test_every_published_member_is_in_the_table() -> None:
 @every_row
 @every_norm
 @every_model
+@pytest.mark.slow
 def test_batched_equals_looped(row: Row, norm: Norm, model_name: str) -> None:
     """In float64: float32 would hide that PyTorch's own batch norm is wrong at second order under vmap."""
     algorithm = row.build(scenarios.model(model_name, dropout=row.dropout), norm)

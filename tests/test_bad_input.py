@@ -335,6 +335,7 @@ TOGETHER = [
 
 
 @pytest.mark.parametrize(("command", "line", "parts"), TOGETHER, ids=[f"{row[0]} {row[1]}" for row in TOGETHER])
+@pytest.mark.slow
 def test_options_that_do_not_go_together_likewise(
     command: str, line: str, parts: list[str], paths: dict[str, Path], in_tmp: Path, capsys: Text
 ) -> None:

@@ -193,6 +193,7 @@ def test_what_is_timed_must_be_what_was_checked(tmp_path: Path, monkeypatch: pyt
 
 
 @pytest.mark.usefixtures("_here")
+@pytest.mark.slow
 def test_what_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     plant(monkeypatch, "learn2learn", plain_loop.make)
     monkeypatch.setitem(sys.modules, "higher", None)  # importing it then fails as if it were not there
@@ -232,6 +233,7 @@ def test_what_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     assert out.with_suffix(".png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_run_as_a_command(in_tmp: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Real processes, from another folder."""
     words = ["--workload", "tiny", "--peers", "--allocator", "default", "--threads", "1", "--seconds", "0.1"]
@@ -315,6 +317,7 @@ def test_end_to_end_draws_real_episodes_and_moves_the_parameters(tmp_path: Path)
 
 
 @pytest.mark.skipif(meters.resident_mib() is None, reason="no /proc here")
+@pytest.mark.slow
 def test_meters() -> None:
     """In a process of its own: this one has memory from other tests to give out again."""
     code = (
@@ -385,6 +388,7 @@ def test_a_parameter_without_gradient_is_an_error() -> None:
         child.whole({name: p for name, p in params.items() if name != "head.bias"}, workload, Options())
 
 
+@pytest.mark.slow
 def test_scaling_writes_every_axis_with_its_floor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scaling, "AXES", {"meta_batch": (2, 4), "threads": (1, 2)})
     out = tmp_path / "scaling.json"
@@ -399,6 +403,7 @@ def test_scaling_writes_every_axis_with_its_floor(tmp_path: Path, monkeypatch: p
     assert out.with_suffix(".png").read_bytes()[:4] == b"\x89PNG"
 
 
+@pytest.mark.slow
 def test_ranks_take_turns_and_are_compared_with_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     turns: list[int] = []
 
@@ -451,6 +456,7 @@ def test_bad_options_of_scaling(argv: list[str], message: str, capsys: pytest.Ca
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_evaluation_times_what_agrees(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

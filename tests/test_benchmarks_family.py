@@ -83,6 +83,7 @@ def test_unicorn_maml_of_one_output_is_maml() -> None:
 
 @pytest.mark.filterwarnings("ignore::metaft.MetaftWarning")  # at the strength of its paper, undamped
 @pytest.mark.parametrize("name", sinusoid.members()[0])
+@pytest.mark.slow
 def test_every_member_with_an_inner_loop_learns_curves(name: str) -> None:
     """The training loss of a fixed meta-batch goes down."""
     from metaft import outer
@@ -112,6 +113,7 @@ def test_every_member_with_an_inner_loop_learns_curves(name: str) -> None:
     assert losses[-1] < 0.9 * losses[0]
 
 
+@pytest.mark.slow
 def test_the_sinusoid_table_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Text) -> None:
     monkeypatch.setattr(sinusoid, "WIDTH", 4)
     out = tmp_path / "curves.json"

@@ -39,6 +39,7 @@ def test_rank_correlation() -> None:
     assert transfer.mean([1.0, 2.0]) == 1.5 and transfer.mean([1.0, None]) is None
 
 
+@pytest.mark.slow
 def test_accuracy_is_that_of_adapt_and_a_second_call_goes_on(
     in_tmp: Path, capsys: Text, monkeypatch: pytest.MonkeyPatch
 ) -> None:

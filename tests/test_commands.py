@@ -723,6 +723,7 @@ def test_a_module_of_ones_own_is_recorded_as_such_whatever_model_says(tmp_path: 
         evaluate.run(tmp_path / "r", dataset=pool())
 
 
+@pytest.mark.slow
 def test_a_resume_that_is_refused_for_its_data_leaves_the_run_as_it_was(in_tmp: Path, capsys: Text) -> None:
     squares = write_folder(in_tmp / "squares")
     assert meta_train.main(options(IMAGES, dataset="folder:squares", image_size=8, iterations=1, out="run")) == 0
@@ -768,6 +769,7 @@ def test_classes_that_were_trained_on_are_counted_and_said(image_runs: dict[str,
 
 
 @pytest.mark.usefixtures("_no_pictures")
+@pytest.mark.slow
 def test_the_next_command_is_one_that_runs(in_tmp: Path, squares: Path, capsys: Text):
     argv = options(IMAGES, dataset=f"folder:{squares}", image_size=8, out="a run's")
     assert meta_train.main(argv) == 0
@@ -786,6 +788,7 @@ def test_a_run_with_a_module_says_that_the_module_is_needed_again(in_tmp: Path, 
 
 
 @pytest.mark.usefixtures("_no_pictures")
+@pytest.mark.slow
 def test_a_module_killed_before_its_first_step_goes_on_from_the_weights_it_began_with(tmp_path: Path):
     """The weights of a module are the user's: another call may bring other ones."""
     config = images(model=None)

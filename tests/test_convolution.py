@@ -279,6 +279,7 @@ def test_on_a_cpu_nothing_is_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.usefixtures("float64_runs")
+@pytest.mark.slow
 def test_a_run_trains_in_the_forms_it_chose_and_goes_on_in_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -79,6 +79,7 @@ def looped_once(name: str, model: str, norm: str) -> tuple[algorithms.Algorithm,
 )
 @pytest.mark.filterwarnings("ignore::metaft.MetaftWarning")  # iMAML's, of small models' curvature
 @pytest.mark.parametrize(("name", "spec"), CASES)
+@pytest.mark.slow
 def test_engines_agree_in_float64(name: str, model: str, norm: str, spec: tuple[str, int, int | None]) -> None:
     algorithm, data, expected = looped_once(name, model, norm)
     engine_name, threads, chunk = spec
@@ -89,6 +90,7 @@ def test_engines_agree_in_float64(name: str, model: str, norm: str, spec: tuple[
 
 @pytest.mark.filterwarnings("ignore::metaft.MetaftWarning")  # iMAML's, of small models' curvature
 @pytest.mark.parametrize("name", sorted(algorithms.ALGORITHMS))
+@pytest.mark.slow
 def test_what_is_traced_to_be_compiled_agrees_in_float64(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every member's function survives the tracing, which is ours; what is compiled of it is the compiler's."""
     monkeypatch.setattr(torch, "compile", lambda graph, **_: graph)
@@ -345,6 +347,7 @@ def test_a_signal_to_all_processes_is_the_parents_to_answer(processes: engines.P
 
 
 @needs_fork
+@pytest.mark.slow
 def test_a_program_that_forgets_to_close_ends_all_the_same() -> None:
     code = (
         "import torch; from metaft import engines\n"
@@ -383,6 +386,7 @@ def test_no_process_is_left() -> None:
 
 @needs_fork
 @pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs /proc")
+@pytest.mark.slow
 def test_workers_end_with_a_parent_that_is_killed() -> None:
     code = (
         "import torch, time; from metaft import engines\n"

@@ -29,6 +29,7 @@ def test_the_best_come_first_and_of_equal_ones_the_earlier() -> None:
     assert best_steps("mse", rows, "transductive", "mse") == [1, 5, 2, 4]
 
 
+@pytest.mark.slow
 def test_the_best_checkpoints_are_kept_also_by_a_run_that_was_stopped(in_tmp: Path, capsys: Any) -> None:
     write_folder(in_tmp / "data")
     words = options(IMAGES, dataset="folder:data", image_size=8, iterations=8, eval_every=1, eval_episodes=6)

@@ -56,6 +56,7 @@ def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("_no_pictures", "own_algorithms")
+@pytest.mark.slow
 def test_new_algorithm(in_tmp: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_example("new_algorithm", "--iterations", "2", "--episodes", "4") == 0
     said = capsys.readouterr().out
@@ -104,6 +105,7 @@ def test_custom_dataset(in_tmp: Path, capsys: pytest.CaptureFixture[str]) -> Non
 
 
 @pytest.mark.usefixtures("_no_pictures")
+@pytest.mark.slow
 def test_compare_algorithms(in_tmp: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_folder(in_tmp / "data")
     names = ("protonet", "matching-net")
@@ -193,12 +195,14 @@ def test_omniglot_says_what_is_wrong_in_one_line(in_tmp: Path, capsys: pytest.Ca
     assert not said.out
 
 
+@pytest.mark.slow
 def test_custom_model(in_tmp: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_example("custom_model", "--iterations", "2", "--episodes", "4") == 0
     assert "transductive" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("method", ["finetune", "inner"])
+@pytest.mark.slow
 def test_runs_of_one_kind_are_lines_of_their_own(method: str, in_tmp: Path) -> None:
     write_folder(in_tmp / "data")
     for seed in (0, 1):
@@ -215,6 +219,7 @@ def test_runs_of_one_kind_are_lines_of_their_own(method: str, in_tmp: Path) -> N
     assert sorted({row["start"] for row in rows}) == sorted([*learned, *random])
 
 
+@pytest.mark.slow
 def test_adapt_notmnist(in_tmp: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_folder(in_tmp / "data")
     for name, algorithm in (("one", "maml"), ("two", "protonet")):

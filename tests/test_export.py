@@ -97,6 +97,7 @@ def of(head: nn.Module, *, channels: int = 3, double: bool = False) -> Classifie
 
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("kind", ["linear", "cosine", "prototype", "double", "grey"])
+@pytest.mark.slow
 def test_a_file_is_the_classifier_at_any_batch(format: str, kind: str, tmp_path: Path) -> None:
     from metaft.finetune import heads
 

@@ -620,6 +620,7 @@ def through_a_file(state: dict[str, Any]) -> dict[str, Any]:
     ],
     ids=["stopped early", "frozen", "without validation"],
 )
+@pytest.mark.slow
 def test_it_resumes_to_the_same_bits_from_every_epoch(changes: dict[str, Any]) -> None:
     states: list[dict[str, Any]] = []
     whole = tune(on_epoch=states.append, **changes)

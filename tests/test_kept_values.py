@@ -167,6 +167,7 @@ def test_a_run_keeps_what_is_frozen_and_carries_it(
 
 
 @pytest.mark.usefixtures("_no_pictures")
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_with_the_frozen_values_it_began_with(tmp_path: Path) -> None:
     config = images(model=None)
     whole = dataclasses.replace(config, out=str(tmp_path / "whole"))
@@ -238,6 +239,7 @@ def test_adapting_keeps_what_the_run_kept(method: str, data: Path, tmp_path: Pat
 
 
 @pytest.mark.usefixtures("_no_pictures")
+@pytest.mark.slow
 def test_adapting_a_head_that_is_more_than_a_linear_layer(data: Path, tmp_path: Path) -> None:
     """Training takes such a module, so the inner method stores the head as it is, or says why it cannot."""
 

@@ -123,6 +123,7 @@ def test_every_member_is_the_same_in_any_mode(name: str) -> None:
 
 
 @pytest.mark.parametrize("engine", ["vmap", "processes"])
+@pytest.mark.slow
 def test_every_engine_is_the_same_in_any_mode(engine: str) -> None:
     expected = in_python("maml", "mlp", engine)
     for mode in WHOLE:
@@ -184,6 +185,7 @@ def run_of(result: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("mode", sorted(WHOLE))
+@pytest.mark.slow
 def test_training_and_evaluation_are_the_same_in_any_mode(mode: str, tmp_path: Path) -> None:
     def both(out: Path) -> Any:
         trained = run_of(meta_train.run(sinusoid(out)))
@@ -208,6 +210,7 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("mode", sorted(WHOLE))
 @pytest.mark.parametrize(("method", "head"), [("finetune", "cosine"), ("inner", None)])
+@pytest.mark.slow
 def test_adapting_and_predicting_are_the_same_in_any_mode(
     mode: str, method: Any, head: Any, tmp_path: Path, target: Path, trained: Path
 ) -> None:

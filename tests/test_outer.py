@@ -16,6 +16,7 @@ from metaft.errors import MetaftError
 from metaft.types import Params
 
 
+@pytest.mark.slow
 def test_64_tasks_over_two_threads_equal_serial_to_the_bit_twenty_times() -> None:
     """functional_call swaps weights inside a module while it runs: a module shared by threads gives wrong numbers."""
     module = models.Conv4(3, scenarios.SHAPE, width=4)

@@ -229,6 +229,7 @@ def test_neither_folders_nor_sockets_nor_links_in_a_circle_are_replaced(
 
 
 @pytest.mark.parametrize("line", ["{command} | cat > out", "{command} > out", "{command} 2> out", "{command} >> out"])
+@pytest.mark.slow
 def test_stdout_by_its_name_keeps_what_was_printed(line: str, tmp_path: Path) -> None:
     (tmp_path / "out").write_text("first\n" if ">>" in line else "")
     name = "err" if "2>" in line else "out"
@@ -249,6 +250,7 @@ def test_results_hold_paths_that_are_no_text(tmp_path: Path) -> None:
     assert json.loads(run.result.read_text(encoding="utf-8"))["run"] == str(run.path)
 
 
+@pytest.mark.slow
 def test_class_names_that_are_no_text_or_in_no_font_are_read_tested_and_drawn(in_tmp: Path) -> None:
     odd = os.fsdecode(b"\xe9x")
     write_folder(in_tmp / "data")

@@ -101,6 +101,7 @@ def test_the_console_script_is_the_module():
 
 
 @pytest.mark.parametrize("kind", ["curves", "pictures"])
+@pytest.mark.slow
 def test_a_whole_run_leaves_the_global_state_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str):
     """Random generators, threads, grad mode, default type: as the user's process had them; and none of it matters."""
     if kind == "pictures":

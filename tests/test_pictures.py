@@ -428,6 +428,7 @@ def test_skip_bad_goes_on_without_them_and_a_run_keeps_it(init: Path, tmp_path: 
     assert adapt.main(["--config", str(tmp_path / "c.toml"), "--out", str(tmp_path / "p")]) == 0
 
 
+@pytest.mark.slow
 def test_meta_training_and_evaluation_skip_them_too(tmp_path: Path, capsys: Text) -> None:
     data = write_folder(tmp_path / "d")
     whole = shutil.copytree(data, tmp_path / "whole")

@@ -63,6 +63,7 @@ def test_the_confusion_matrix_has_true_classes_in_rows() -> None:
 
 
 @pytest.mark.parametrize("classes", [2, 10, 25, 26, 45, 128])
+@pytest.mark.slow
 def test_class_names_of_a_confusion_matrix_do_not_overlap(classes: int, tmp_path: Path) -> None:
     names = [f"a rather long name of a class, {i}" for i in range(classes)]
     counts = np.eye(classes, dtype=int) * 3
@@ -79,6 +80,7 @@ def test_class_names_of_a_confusion_matrix_do_not_overlap(classes: int, tmp_path
 
 
 @pytest.mark.parametrize("classes", [2, 25, 45, 61, 130])
+@pytest.mark.slow
 def test_a_confusion_matrix_lies_within_its_figure(classes: int) -> None:
     names = LONG[:classes] if classes <= len(LONG) else [f"{LONG[i % 72]} {i}" for i in range(classes)]
     counts = np.full((classes, classes), 123)
@@ -94,6 +96,7 @@ def test_a_confusion_matrix_lies_within_its_figure(classes: int) -> None:
         assert min(float(label.get_fontsize()) for label in labels) >= 4.5
 
 
+@pytest.mark.slow
 def test_every_name_of_a_thinned_axis_stands_at_its_class() -> None:
     axes = drawn(confusion_figure(np.eye(300, dtype=int).tolist(), [str(i) for i in range(300)])).axes[0]
     for at, labels in ((axes.get_xticks(), axes.get_xticklabels()), (axes.get_yticks(), axes.get_yticklabels())):
@@ -232,6 +235,7 @@ def test_captions_of_neighbours_do_not_overlap() -> None:
 
 
 @pytest.mark.parametrize("names", [LONG, [f"class_{i}_with_{'underscores_' * 3}{i}" for i in range(72)]])
+@pytest.mark.slow
 def test_captions_of_long_names_stay_within_their_cells_and_tell_the_classes_apart(names: list[str]) -> None:
     labels = torch.arange(72)
     figure = mistakes_figure(

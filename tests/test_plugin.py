@@ -185,6 +185,7 @@ def test_a_plugin_that_moved_is_named_again(mine: Path, forget: Forget, capsys: 
     assert evaluate.main([str(path), "--episodes", "2"]) == 0
 
 
+@pytest.mark.slow
 def test_adapting_needs_the_plugin_for_the_inner_loop_alone(mine: Path, forget: Forget, capsys: Text) -> None:
     """Fine-tuning takes the parameters alone, so it runs no code of the run, and none of those it looks through."""
     squares, target = write_folder(mine.with_name("squares")), write_target(mine.with_name("target"), {".": 3})

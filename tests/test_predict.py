@@ -563,6 +563,7 @@ def test_no_paths_and_a_lone_path_have_no_labels(run: Path) -> None:
         metaft.load(run).label("a.png")
 
 
+@pytest.mark.slow
 def test_names_that_are_not_utf_8(run: Path, data: Path, tmp_path: Path) -> None:
     """Linux allows any bytes in a name. A real process, since the test's own stdout takes anything."""
     odd = tmp_path / os.fsdecode(b"caf\xe9.png")

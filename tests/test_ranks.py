@@ -403,6 +403,7 @@ def test_ranks_give_the_meta_gradient_of_one_process(member: str, dtype: torch.d
 
 
 @pytest.mark.parametrize("episodes", [2, 13, 40])
+@pytest.mark.slow
 def test_episodes_and_scores_are_those_of_one_process(episodes: int):
     """Also where some ranks have none, and where the last chunk is cut short."""
     source = scenarios.noise_pool().source(ways=3, shots=1, query_shots=4)

@@ -89,6 +89,7 @@ def test_no_members_step_looks_at_a_value_or_brings_one(name: str, norm: str) ->
         ("reptile", {"keep_moments": True, "inner_steps": 3, "inner_optimizer": "adam"}, {"outer_schedule": "linear"}),
     ],
 )
+@pytest.mark.slow
 def test_no_option_makes_it_do_so(name: str, hyper: Mapping[str, Any], changes: dict[str, Any]) -> None:
     assert not found_in(algorithms.build(name, scenarios.model("conv4-pool", dtype=torch.float32), hyper), **changes)
 

@@ -240,6 +240,7 @@ def test_maml_plus_plus_with_every_switch_off_is_maml(
     assert scenarios.relative_error(adapted(member, task, 5).params, adapted(maml, task, 5).params) == 0
 
 
+@pytest.mark.slow
 def test_runs_of_maml_plus_plus_with_every_switch_off_are_mamls(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

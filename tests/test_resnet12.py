@@ -199,6 +199,7 @@ def test_inner_steps_drop_and_predictions_do_not() -> None:
 # --- as a user would ---
 
 
+@pytest.mark.slow
 def test_pretrain_then_meta_train_then_fine_tune(in_tmp: Path) -> None:
     small = ["--ways", "3", "--shots", "1", "--query-shots", "2", "--test-query-shots", "2", "--iterations", "2"]
     small += ["--eval-episodes", "2", "--test-episodes", "2", "--meta-batch", "2"]

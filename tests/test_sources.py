@@ -480,6 +480,7 @@ def test_download_goes_through_torchvision_and_fails_in_one_line(
 
 @needs_omniglot
 @pytest.mark.parametrize(("split", "sizes"), [("finn", [1100, 100, 423]), ("vinyals", [4112, 688, 1692])])
+@pytest.mark.slow
 def test_the_real_omniglot(split: str, sizes: list[int]) -> None:
     pool = omniglot(REAL.parent, split)
     assert pool.images.shape == (32460, 1, 28, 28)

@@ -313,6 +313,7 @@ def test_a_start_is_fine_tuned_beside_chance_and_a_file_gets_the_logits_that_eva
     assert torch.allclose(alone, together, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_file_of_the_training_part_gets_the_logits_that_evaluation_had(
     weights: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -336,6 +337,7 @@ def test_a_file_of_the_training_part_gets_the_logits_that_evaluation_had(
     assert torch.equal(classifier.logits(torch.cat([classifier.read(name) for name in names])), logits)
 
 
+@pytest.mark.slow
 def test_a_further_start_is_compared_on_the_same_pictures(weights: Path, photos: Path, tmp_path: Path):
     init, other = f"file:{weights}:arch={ARCH}", f"file:{weights}:arch=torchvision/{ARCH}"
     argv = ["--init", init, "--compare", other, "--data", f"folder:{photos}", "--image-size", "32", "--epochs", "2"]
@@ -364,6 +366,7 @@ def test_a_frozen_backbone_stays_to_the_bit_and_its_statistics_too(weights: Path
     assert not torch.equal(moved["body.conv1.0.weight"], before["body.conv1.0.weight"])
 
 
+@pytest.mark.slow
 def test_meta_training_goes_on_from_weights_and_adapt_from_that(weights: Path, photos: Path, tmp_path: Path):
     root = tmp_path / "classes"
     for i in range(12):
@@ -391,6 +394,7 @@ def test_meta_training_goes_on_from_weights_and_adapt_from_that(weights: Path, p
         assert len(metaft.load(out).class_names) == 3
 
 
+@pytest.mark.slow
 def test_a_run_from_weights_that_was_stopped_ends_with_the_same_bytes(weights: Path, in_tmp: Path):
     root = Path("classes").absolute()
     for i in range(12):
@@ -409,6 +413,7 @@ def test_a_run_from_weights_that_was_stopped_ends_with_the_same_bytes(weights: P
     assert all(torch.equal(whole[name], stopped[name]) for name in whole)
 
 
+@pytest.mark.slow
 def test_a_file_that_changed_since_a_run_began_is_refused(weights: Path, photos: Path, in_tmp: Path, capsys):
     shutil.copy(weights, "w.pth")
     argv = ["--init", f"file:w.pth:arch={ARCH}", "--data", f"folder:{photos}", "--image-size", "32", "--epochs", "1"]
@@ -499,6 +504,7 @@ def test_the_models_of_the_library_are_known_by_a_colon():
     assert published.LIBRARIES.keys() == {"torchvision", "timm"}
 
 
+@pytest.mark.slow
 def test_the_head_of_published_weights_trains_unless_more_is_asked_for(weights: Path, photos: Path, in_tmp: Path):
     argv = [
         "--init",
@@ -545,6 +551,7 @@ def test_what_published_weights_cannot_do_is_one_line(
     one_line(capsys, said)
 
 
+@pytest.mark.slow
 def test_size_and_normalisation_are_for_the_weights_that_are_compared(
     weights: Path, photos: Path, in_tmp: Path, capsys
 ):

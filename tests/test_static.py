@@ -150,6 +150,7 @@ UPDATES: list[dict[str, Any]] = [
         if name in ("maml", "state") or (i - j) % len(UPDATES) == 0
     ],
 )
+@pytest.mark.slow
 def test_twenty_static_steps_are_twenty_eager_ones_in_float64(name: str, changes: dict[str, Any]) -> None:
     algorithm, config = MEMBERS[name](), settings(**changes)
     (static, rows), (eager, expected) = (walked(algorithm, config, kind=kind) for kind in (StaticSteps, Eager))
@@ -185,6 +186,7 @@ def test_what_a_member_cautions_of_is_warned_of() -> None:
         walked(calm, settings(iterations=3))
 
 
+@pytest.mark.slow
 def test_tasks_in_chunks_are_all_tasks_at_once() -> None:
     algorithm, config = MEMBERS["maml"](), settings()
     (whole, rows), (parts, same) = (walked(algorithm, config, chunk=chunk) for chunk in (None, 3))
@@ -192,6 +194,7 @@ def test_tasks_in_chunks_are_all_tasks_at_once() -> None:
     assert apart(parts.meta, whole.meta) < 1e-11
 
 
+@pytest.mark.slow
 def test_what_recording_computes_is_undone() -> None:
     def record(step: Callable[[], None]) -> Callable[[], None]:
         for _ in range(5):  # more than a stretch has

@@ -59,6 +59,7 @@ def test_nearest_neighbour_in_pixels() -> None:
 
 
 @pytest.mark.parametrize("name", ["maml", "protonet"])
+@pytest.mark.slow
 def test_noise_scores_one_over_ways_in_both_modes(name: str) -> None:
     """A leak of query labels into the adaptation would show as more than chance."""
     source = scenarios.noise_pool().source(ways=4, shots=1, query_shots=4)
@@ -105,6 +106,7 @@ def test_summary_is_a_mean_over_tasks_of_the_last_step() -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads resident memory from /proc")
+@pytest.mark.slow
 def test_evaluation_leaves_memory_flat() -> None:
     """A graph that is kept from one inner step or episode to the next would add about 1 MB per episode here."""
     source = scenarios.noise_pool().source(ways=5, shots=1, query_shots=10)

@@ -173,6 +173,7 @@ def test_validations_come_on_time_and_at_the_protocol(tmp_path: Path):
 
 
 @pytest.mark.parametrize("rotate", [False, True])
+@pytest.mark.slow
 def test_each_part_of_a_run_draws_its_own_classes_by_its_own_seed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rotate: bool
 ):
@@ -195,6 +196,7 @@ def test_each_part_of_a_run_draws_its_own_classes_by_its_own_seed(
     assert asked[5:] == [test, test], "scores, and pixel nearest neighbour on the same episodes"
 
 
+@pytest.mark.slow
 def test_batch_norm_reaches_the_algorithm(tmp_path: Path):
     ends = {}
     for norm in ("transductive", "inductive"):
@@ -274,6 +276,7 @@ def checks(monkeypatch: pytest.MonkeyPatch, allowed: float) -> list[int]:
     return asked
 
 
+@pytest.mark.slow
 def test_stopped_at_any_safe_point_and_resumed_it_ends_with_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -303,6 +306,7 @@ def test_stopped_at_any_safe_point_and_resumed_it_ends_with_the_same_bytes(
     ],
     ids=["sgd", "protonet", "threads", "state"],
 )
+@pytest.mark.slow
 def test_stopped_again_and_again_it_ends_with_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: MetaTrainConfig, dataset: Any
 ):
@@ -407,6 +411,7 @@ def power_cuts(tmp_path: Path, config: MetaTrainConfig, every: int) -> None:
     assert resumed > 0.8 * disk.count / every
 
 
+@pytest.mark.slow
 def test_cut_off_at_moments_of_the_disk_it_ends_with_the_same_bytes(tmp_path: Path):
     """Between the two renames of a checkpoint, between best and last, in the middle of a row, ..."""
     power_cuts(tmp_path, sinusoid(eval_episodes=4, test_episodes=4), every=7)
@@ -431,6 +436,7 @@ def test_cut_off_between_the_two_renames_the_former_checkpoint_is_found(
     assert remains(folder.path) == remains(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_threads_and_their_number_leave_no_trace(tmp_path: Path):
     for threads in (1, 2, 3):
         run(images(tmp_path / str(threads), threads=threads, task_chunk=2, meta_batch=5), dataset=pool())
@@ -445,6 +451,7 @@ def test_threads_and_their_number_leave_no_trace(tmp_path: Path):
         assert untimed(json.loads(one.result.read_text())) == untimed(json.loads(other.result.read_text()))
 
 
+@pytest.mark.slow
 def test_a_run_writes_down_how_it_maps_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """So that a resume has the same bits wherever it is, and `--engine tune` is asked once."""
     run(images(tmp_path / "auto", threads=2, meta_batch=5), dataset=pool())
@@ -495,6 +502,7 @@ def test_resume_of_a_finished_run_repeats_the_meta_test_alone(tmp_path: Path, mo
     assert remains(tmp_path / "r") == before
 
 
+@pytest.mark.slow
 def test_the_config_that_began_a_run_serves_to_resume_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """From Python, with fields left open that the run folder has settled, and data of one's own."""
     config = images(tmp_path / "r", query_shots=None, test_query_shots=3, model=None)

@@ -237,6 +237,7 @@ def test_no_picture_of_the_test_part_is_trained_on(place: str, tmp_path: Path) -
         unlabelled(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_named_set_without_its_labels() -> None:
     found = load("unlabelled:glyphs")
     assert isinstance(found, UnlabelledPool)
@@ -251,6 +252,7 @@ def test_a_named_set_without_its_labels() -> None:
             load("unlabelled:glyphs", **given)
 
 
+@pytest.mark.slow
 def test_a_run_without_labels_is_stopped_resumed_and_tested(in_tmp: Path, capsys: Any) -> None:
     write_folder(in_tmp / "data")  # has train/, val/ and test/: the labels of training are hidden
     words = options(IMAGES, dataset="unlabelled:data", image_size=8, iterations=2, out="run", algorithm="protonet")
@@ -266,6 +268,7 @@ def test_a_run_without_labels_is_stopped_resumed_and_tested(in_tmp: Path, capsys
     one_line(capsys, "dataset: unlabelled: ", "nowhere does not exist")
 
 
+@pytest.mark.slow
 def test_it_learns_without_labels() -> None:
     """On glyphs, whose test scripts have labels."""
     from metaft import algorithms, models, outer

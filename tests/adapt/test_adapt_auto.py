@@ -49,6 +49,7 @@ def auto(data: Path, *more: str, minutes: float = 5, out: str = "out") -> list[s
     return [*argv, *more, "--out", out]
 
 
+@pytest.mark.slow
 def test_it_chooses_the_start_and_how_it_trains(at_hand: Path, data: Path, capsys: Text) -> None:
     assert adapt.main(auto(data)) == 0
     result = result_of(at_hand / "out")
@@ -75,6 +76,7 @@ def test_a_start_that_is_named_is_not_chosen(at_hand: Path, data: Path, runs: di
     assert tried == [(strategy, 0.01) for strategy in ("head", "full", "lp-ft", "last:blocks=2")], "each once"
 
 
+@pytest.mark.slow
 def test_no_image_of_the_test_part_is_read_before_the_choice(
     at_hand: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -289,6 +291,7 @@ def test_half_of_the_time_is_for_starts(
 
 
 @pytest.mark.parametrize("after", [0, 1, 3, 7, 8])
+@pytest.mark.slow
 def test_a_resume_ranks_nothing_again_and_knows_what_was_tried(
     after: int, at_hand: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -341,6 +344,7 @@ def test_where_all_diverge_the_fit_says_so(at_hand: Path, data: Path, runs: dict
     assert "loss is" in capsys.readouterr().err.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_every_choice_is_in_the_report_and_the_kept_classifier_s_first(at_hand: Path, data: Path) -> None:
     assert adapt.main(auto(data / "train")) == 0
     result = result_of(at_hand / "out")
@@ -362,6 +366,7 @@ def test_minutes_that_draws_share_are_for_no_further_draws(at_hand: Path, data: 
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_without_a_test_part_it_says_what_the_start_was_chosen_on(at_hand: Path, data: Path) -> None:
     assert adapt.main(auto(data / "train", "--seeds", "1")) == 0
     notes = result_of(at_hand / "out")["notes"]

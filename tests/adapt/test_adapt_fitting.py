@@ -304,6 +304,7 @@ def test_a_head_alone_takes_six_hundred_steps_unless_epochs_are_given(images: in
     assert of_whole(dataclasses.replace(alone, epochs=7), images).epochs == 7
 
 
+@pytest.mark.slow
 def test_what_is_compared_with_a_head_has_the_epochs_of_its_own(
     runs: dict[str, Path], data: Path, tmp_path: Path, fits: list[Seen]
 ) -> None:

@@ -103,6 +103,7 @@ def test_the_losses_along_the_inner_loop(name: str, runs: dict[str, Path], data:
 
 @pytest.mark.parametrize("name", ["maml", "fomaml", "anil", "meta-sgd", "maml++", "meta-curvature"])
 @pytest.mark.parametrize("classes", [2, 5])
+@pytest.mark.slow
 def test_with_another_number_of_classes_each_starts_from_the_mean_head_row(
     name: str, classes: int, runs: dict[str, Path], tmp_path: Path
 ) -> None:

@@ -175,6 +175,7 @@ def test_warnings_of_numbers() -> None:
     assert under.startswith("under-fitted")
 
 
+@pytest.mark.slow
 def test_the_command_learns_numbers_and_predict_gives_them(
     runs: dict[str, Path], table: Path, tmp_path: Path, capsys: Text, monkeypatch: pytest.MonkeyPatch
 ) -> None:

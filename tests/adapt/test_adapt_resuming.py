@@ -65,6 +65,7 @@ INT, TERM = signal.SIGINT, signal.SIGTERM
         (3, None, TERM, 4, 12),
     ],
 )
+@pytest.mark.slow
 def test_stopped_by_a_signal_and_resumed_it_ends_with_the_same_bytes(
     fit: int,
     step: int | None,
@@ -93,6 +94,7 @@ def test_stopped_by_a_signal_and_resumed_it_ends_with_the_same_bytes(
 
 
 @pytest.mark.parametrize("method", ["finetune", "inner"])
+@pytest.mark.slow
 def test_killed_at_any_moment_and_resumed_it_ends_with_the_same_bytes(
     method: str, runs: dict[str, Path], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
