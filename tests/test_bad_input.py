@@ -306,6 +306,7 @@ def test_a_bad_option_is_one_line_status_2_and_writes_nothing(
 TOGETHER = [
     # command, words, what the line holds
     ("compare", "--markdown --latex", ["latex", "not both"]),
+    ("adapt", "--strategy lora --extra l2-sp", ["extra", "l2-sp", "--strategy lora leaves"]),
     ("meta_train", "--engine tune --task-chunk 4", ["task_chunk", "--engine tune", "4"]),
     ("meta_train", "--ways 7", ["ways = 7", "6 classes"]),
     ("meta_train", "--test-ways 4", ["test_ways", "4 ways", "3 in training"]),

@@ -120,6 +120,18 @@ def test_draws_are_paired_by_their_seeds(tmp_path: Path) -> None:
     assert compared.table(alone)[1][-4:] == ["10", "50.00 %", "1", ""]
 
 
+def test_images_set_aside_for_validation_do_not_make_another_test(tmp_path: Path) -> None:
+    one, two = (
+        adapted(tmp_path / "one", [0.5, 0.6]),
+        adapted(tmp_path / "two", [0.7, 0.75], train_images=8, val_images=2),
+    )
+    (difference,) = comparing.differences(*comparing.opened([one, two]))
+    assert difference.paired == 2
+    three = adapted(tmp_path / "three", [0.5, 0.6], train_images=12)
+    (difference,) = comparing.differences(*comparing.opened([one, three]))
+    assert difference.value is None and difference.why == "other tests: labelled_images differ"
+
+
 @pytest.mark.parametrize(
     ("values", "measure", "said"),
     [

@@ -152,7 +152,7 @@ def _number(value: float | None) -> float | None:
 
 SAME = {
     "meta_train": ("split_hash", "test.split", "test.ways", "test.shots", "test.query_shots", "test.rotated"),
-    "adapt": ("data", "classes", "train_images", "val_images", "test_images", "folds"),
+    "adapt": ("data", "classes", "labelled_images", "test_images", "folds"),
 }
 """What has to be equal for two tests to be of the same tasks, or of the same images."""
 
@@ -186,6 +186,8 @@ def _difference(name: str, first: Finished, other: Finished, unlike: Sequence[st
 def _at(result: Result, name: str) -> Any:
     """A value by its path, "test.ways"; None where there is none."""
     value: Any = result
+    if name == "labelled_images":  # some may be set aside for validation: that is for each run to say
+        return result["train_images"] + result["val_images"]
     for key in name.split("."):
         value = value.get(key) if isinstance(value, Mapping) else None
     return value

@@ -16,7 +16,7 @@ from metaft.errors import NonFiniteError
 from metaft.finetune.examples import Part, Prepared, like_of
 from metaft.finetune.features import evaluating, features_of, takes_alone
 from metaft.finetune.fit import fit
-from metaft.finetune.recipes import CLIPPED, PROBED_FIRST, epochs_of
+from metaft.finetune.recipes import CLIPPED, PROBED_FIRST, epochs_of, on_features
 from metaft.inputs import Inputs
 from metaft.settings import RATE, RATE_OF_HEAD, RATE_OF_PUBLISHED, Recipe
 from metaft.targets.draws import distinct, grouped_fold, strata
@@ -71,8 +71,10 @@ def candidates_of(recipe: Recipe, *, published: bool, images: int, many: bool = 
         more = [*at(full, RATE / 3, 3 * RATE), *(candidate for each in others for candidate in at(each, RATE))]
         return [*dict.fromkeys([*head, *at(full, RATE), *(more if many else ())])]
     fastest = max(RATES_OF_MOVING)
+    # Where images change from epoch to epoch its many epochs of the head alone are passes through everything.
+    probed = [PROBED_FIRST] if on_features(recipe) else []
     more = [
-        *at(like(dataclasses.replace(PROBED_FIRST, clip_norm=CLIPPED)), RATE_OF_PUBLISHED),
+        *(c for each in probed for c in at(like(dataclasses.replace(each, clip_norm=CLIPPED)), RATE_OF_PUBLISHED)),
         *at(like(dataclasses.replace(MOVING, epochs=2 * MOVING.passes)), fastest),
         *at(like(dataclasses.replace(MOVING, strategy="last:blocks=2")), fastest),
         *at(like(Recipe(strategy="full", schedule="cosine", clip_norm=CLIPPED)), RATE_OF_PUBLISHED),

@@ -10,6 +10,7 @@ from metaft import schedules
 from metaft.errors import MetaftError
 from metaft.finetune import extras, optim, strategies
 from metaft.finetune.strategies import CHOSEN
+from metaft.finetune.strategies.base import unchanged
 from metaft.inputs import Inputs
 from metaft.models.architecture import is_published
 from metaft.options import flat
@@ -125,7 +126,13 @@ def _check(recipe: Recipe) -> None:
     check_numbers(recipe)
     if recipe.trains != CHOSEN:
         made_for("strategy", recipe.trains, strategies.named)
-    extras.all_named(recipe.extra)
+    about_start = [
+        text for text, extra in zip(recipe.extra, extras.all_named(recipe.extra), strict=True) if extra.of_start
+    ]
+    if about_start and recipe.trains != CHOSEN and strategies.named(recipe.trains).prepare is not unchanged:
+        raise MetaftError(
+            f"extra: {about_start[0]} is about a start's weights, which --strategy {recipe.trains} leaves as they are"
+        )
     made_for("optimizer", recipe.optimizer, optim.named)
     made_for("schedule", recipe.anneals, schedules.make)
 

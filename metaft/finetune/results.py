@@ -48,7 +48,8 @@ def result_of(folder: RunFolder, setup: Setup, position: Position, device: str) 
         label = contender.label
         curve = [r for r in position.rows if (r["draw"], r["start"], r.get("fold", 0)) == (0, label, 0)]
         more: dict[str, Any] = {"shape": list(contender.target.inputs.shape)}
-        changed = contender.recipe is not None and bool(contender.recipe.extra)
+        recipe = contender.recipe
+        changed = recipe is not None and bool(recipe.extra or recipe.label_smoothing)
         more["warnings"] = warnings_of(column[0], curve, len(target.class_names), changed=changed)
         entries.append(entry(label, column) | more)
     if setup.folds > 1 and "chosen" in position.fits[0]:  # of the classifier that is kept, which no fold has

@@ -132,11 +132,12 @@ def _of_fine_tuning(subject: Subject, layers: list[Layer]) -> tuple[dict[str, st
         return {}, f"What the strategy trained is not shown: {error}."
     model = nn.ModuleDict({"body": subject.classifier.body, "head": subject.classifier.head})
     prepared = strategy.prepare(copied(model), 0)
-    epochs = int(chosen.get("epochs") or result["starts"][0]["epochs"] or 1)
+    ran = int(result["starts"][0]["epochs"] or 1)
+    epochs = int(chosen.get("epochs") or result.get("epochs") or ran)  # which rates go by; patience may end it before
     images = result.get("batch_size", 32) * result.get("accumulate", 1)
     per_epoch = max(1, math.ceil(result["train_images"] / images))
-    steps = max(1, epochs * per_epoch)
-    at = sorted({round(i * (steps - 1) / (_SAMPLES - 1)) for i in range(_SAMPLES)})
+    steps, last = max(1, epochs * per_epoch), min(epochs, ran) * per_epoch - 1
+    at = sorted({round(i * last / (_SAMPLES - 1)) for i in range(_SAMPLES)})
     rates = [strategy.rates(groups_of(prepared), step, steps, per_epoch) for step in at]
     states = {layer.path: _state([_factor(r, layer.path) for r in rates], at, steps) for layer in layers}
     return states, f"The strategy is {text}."

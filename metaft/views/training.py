@@ -132,7 +132,8 @@ def _of_fine_tuning(subject: Subject) -> View | Missing:
     parts: list[Part] = []
     images = f"{result['train_images']} training images, {result['val_images']} to validate"
     of = Of(images, "as each fit trains", f"{what}s of the first draw")
-    said = gap(curves, kept, what)
+    changed = bool(result.get("extra")) or bool(result.get("label_smoothing"))
+    said = gap(curves, kept, what, changed=changed)
     for figure, title in zip(learning_apart(curves, what, kept), ("Loss", "Validation"), strict=False):
         parts.append(chart(title, figure, f"{title} of {', '.join(curves)} against the {what}. {said}", of))
     parts.append(_table_of_starts(result))
@@ -140,8 +141,11 @@ def _of_fine_tuning(subject: Subject) -> View | Missing:
     return View(" ".join([said, *warned]), parts)
 
 
-def gap(curves: Mapping[str, Sequence[Mapping[str, Any]]], kept: Mapping[str, Any], what: str) -> str:
-    """What training and validation loss say of each other at the epoch that was kept, for the first start."""
+def gap(
+    curves: Mapping[str, Sequence[Mapping[str, Any]]], kept: Mapping[str, Any], what: str, *, changed: bool = False
+) -> str:
+    """What training and validation loss say of each other at the epoch that was kept, for the first start: nothing
+    where the training loss was `changed`."""
     name, rows = next(iter(curves.items()))
     row = next((row for row in rows if row["epoch"] == kept[name]), rows[-1])
     loss, val = row["loss"], row.get("val_loss")
@@ -150,6 +154,10 @@ def gap(curves: Mapping[str, Sequence[Mapping[str, Any]]], kept: Mapping[str, An
     said = f"At the {what} that is kept, {row['epoch']:g}, the training loss of the {name} start is {loss:.3g}"
     if val is None:
         return said + "; no images were set aside for validation, so the test alone says how new images fare."
+    if changed:
+        return said + (
+            f" and the validation loss {val:.3g}, which cannot be compared: extras or smoothing change the first alone."
+        )
     if val > 2 * loss:
         return said + (
             f" and the validation loss {val:.3g}, {val / max(loss, 1e-12):.3g} times as much: it knows its own images "
