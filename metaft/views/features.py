@@ -6,7 +6,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from metaft.after.pictures import data_of
 from metaft.errors import MetaftError
 from metaft.finetune.examples import Part
 from metaft.inputs import Inputs
@@ -29,10 +28,9 @@ def features(subject: Subject) -> View | Missing:
         return Missing("it is of a target, which metaft.adapt fine-tunes to")
     if not subject.result["classes"]:
         return Missing("labels are numbers")
-    classifier, folder = subject.classifier, subject.folder
-    assert folder is not None
+    classifier = subject.classifier
     try:
-        target, rows, seen = data_of(folder, classifier, None)
+        target, rows, seen = subject.images
     except MetaftError:
         return Missing("the run's images are not at hand, or changed since")
     part = rows.train if seen else rows.test

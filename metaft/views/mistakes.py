@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from metaft.after.pictures import data_of
 from metaft.errors import MetaftError
 from metaft.finetune.examples import Part
 from metaft.support.names import short_names
@@ -21,10 +20,9 @@ def mistakes(subject: Subject) -> View | Missing:
         return Missing("a classifier makes mistakes, and metaft.adapt makes one")
     if not subject.result["classes"]:
         return Missing("labels are numbers")
-    classifier, folder = subject.classifier, subject.folder
-    assert folder is not None
+    classifier = subject.classifier
     try:
-        target, rows, seen = data_of(folder, classifier, None)
+        target, rows, seen = subject.images
     except MetaftError:
         return Missing("the run's images are not at hand, or changed since")
     if seen:

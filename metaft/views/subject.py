@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from metaft.after.pictures import data_of
 from metaft.cli import of_run
 from metaft.config import AdaptConfig, MetaTrainConfig, read_toml
 from metaft.errors import CheckpointError, MetaftError
@@ -35,6 +36,7 @@ from metaft.starts.names import is_run, label_of
 from metaft.starts.open import open_start
 from metaft.starts.run import from_run
 from metaft.support.paths import absolute, local
+from metaft.targets import Rows, Target
 from metaft.tasks.folder import inputs_of
 from metaft.views.checked import check
 
@@ -83,6 +85,12 @@ class Subject:
         assert self.folder is not None
         with _as_run():
             return classifier.load(self.folder.path, module=self.module)
+
+    @functools.cached_property
+    def images(self) -> tuple[Target, Rows, bool]:
+        """Of an adapt run, as `data_of` gives them: read once for all views. Raises MetaftError likewise."""
+        assert self.folder is not None
+        return data_of(self.folder, self.classifier, None)
 
     @functools.cached_property
     def rows(self) -> list[dict[str, Any]]:
