@@ -18,7 +18,17 @@ from PIL import Image
 from torch import Tensor
 
 from metaft import adapt, choose, compare, evaluate, export, look, meta_train, models, predict
-from metaft.config import MetaTrainConfig, Settled
+from metaft.config import (
+    AdaptConfig,
+    ChooseConfig,
+    CompareConfig,
+    EvaluateConfig,
+    ExportConfig,
+    LookConfig,
+    MetaTrainConfig,
+    PredictConfig,
+    Settled,
+)
 from metaft.inputs import ImageInputs
 from metaft.runs.folder import RunFolder
 from metaft.tasks.pool import ClassPool
@@ -28,6 +38,18 @@ COMMANDS: dict[str, Any] = {
     "meta_train": meta_train, "evaluate": evaluate, "adapt": adapt, "predict": predict, "export": export,
     "choose": choose, "compare": compare, "look": look,
 }  # fmt: skip
+
+CONFIGS = [
+    MetaTrainConfig,
+    EvaluateConfig,
+    AdaptConfig,
+    PredictConfig,
+    ExportConfig,
+    ChooseConfig,
+    CompareConfig,
+    LookConfig,
+]
+"""The settings of each command."""
 
 SINUSOID: dict[str, Any] = {
     "dataset": "sinusoid",

@@ -10,18 +10,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import pytest
-from helpers import COMMANDS
+from helpers import COMMANDS, CONFIGS
 
 from metaft import meta_train
 from metaft.config import (
     AdaptConfig,
-    ChooseConfig,
-    CompareConfig,
-    EvaluateConfig,
-    ExportConfig,
-    LookConfig,
     MetaTrainConfig,
-    PredictConfig,
     Settled,
     read_toml,
     to_toml,
@@ -31,17 +25,6 @@ from metaft.flags import flag, parse
 from metaft.options import Group, Option, Settings, flat, from_mapping, options
 from metaft.runs.checkpoint import load
 from metaft.settings import InnerMethod, Recipe, TaskSettings
-
-CONFIGS = [
-    MetaTrainConfig,
-    EvaluateConfig,
-    AdaptConfig,
-    PredictConfig,
-    ExportConfig,
-    ChooseConfig,
-    CompareConfig,
-    LookConfig,
-]
 
 
 def given(command: str, *argv: str) -> dict[str, Any]:

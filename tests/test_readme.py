@@ -7,19 +7,12 @@ import shutil
 from pathlib import Path
 
 import pytest
-from helpers import write_folder
+from helpers import CONFIGS, write_folder
 
 import metaft
 from metaft import adapt
 from metaft.config import (
     AdaptConfig,
-    ChooseConfig,
-    CompareConfig,
-    EvaluateConfig,
-    ExportConfig,
-    LookConfig,
-    MetaTrainConfig,
-    PredictConfig,
 )
 from metaft.options import options
 
@@ -54,19 +47,9 @@ def test_the_example_runs_and_is_short(capsys: pytest.CaptureFixture[str]) -> No
 
 @pytest.mark.parametrize("page", ["README.md", "docs/running.md", "docs/adapting.md"])
 def test_every_option_named_on_a_page_exists(page: str) -> None:
-    every = (
-        MetaTrainConfig,
-        EvaluateConfig,
-        AdaptConfig,
-        PredictConfig,
-        ExportConfig,
-        ChooseConfig,
-        CompareConfig,
-        LookConfig,
-    )
-    known = {name.replace("_", "-") for c in every for name in options(c)}
+    known = {name.replace("_", "-") for c in CONFIGS for name in options(c)}
     known |= {
-        f"no-{name.replace('_', '-')}" for c in every for name, field in options(c).items() if bool in field.types
+        f"no-{name.replace('_', '-')}" for c in CONFIGS for name, field in options(c).items() if bool in field.types
     }
     text = (README.parent / page).read_text(encoding="utf-8")
     others = r"#SBATCH.*|torchrun (.*\\\n)*.*?(?= -m metaft)"  # a scheduler's, and torchrun's up to the module
