@@ -92,7 +92,8 @@ def run(name: str, args: argparse.Namespace, rest: Sequence[str]) -> Path:
 def table(rows: Sequence[str], runs: Sequence[Finished]) -> list[list[str]]:
     by_name = dict(zip(rows, runs, strict=True))
     probe = next(start for start in runs[0].result["starts"] if start["name"] == "probe")
-    lines = [["row", *(f"above `{name}`" for name in BESIDE), "above the probe", "accuracy", "trained of the backbone", "seconds", "n"]]
+    above = [*(f"above `{name}`" for name in BESIDE), "above the probe"]
+    lines = [["row", *above, "accuracy", "trained of the backbone", "seconds", "n"]]
     lines.append(["the probe", "", "", "", interval(probe["mean"]["accuracy"], probe["mean"]["ci95"]), "", "", ""])
     for name, finished in by_name.items():
         above = ["" if name == other else gain(by_name[other], finished) for other in BESIDE]

@@ -843,7 +843,7 @@ def test_help_lists_every_field(command: Any, capsys: Text):
 
 # ---- real processes -----------------------------------------------------------------------------------------------
 
-LONG = {**SINUSOID, "iterations": 300, "checkpoint_every": 7, "eval_every": 40, "log_every": 9}
+LONG = {**SINUSOID, "iterations": 150, "checkpoint_every": 7, "eval_every": 40, "log_every": 9}
 
 
 def start(out: Path) -> subprocess.Popen[str]:
