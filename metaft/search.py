@@ -169,17 +169,17 @@ def _begun(space: Mapping[str, Any], config: SearchConfig, origin: str, stack: c
     values = {name: value for name, value in space.items() if name != "command"}
     asked = made(command, OVER[command].settings, values, origin=origin)
     check_searched(asked, origin)
+    name = f"search-{command}-{config.method}-{config.search_seed}"
+    out = fresh_folder(Path("runs") / name) if config.out is None else local(config.out)
+    if (out / JOURNAL).exists():
+        raise MetaftError(f"out: {out} is a search already; go on with --resume {out}, or choose another --out")
+    check_new(out)
     with stopped_at_once("stopped; nothing was written"):
         asked = in_full(asked)
         measure = OVER[command].measure(asked)
         header = {"method": config.method, "seed": config.search_seed, "trials": config.trials, "measure": measure}
         method = method_of(asked, header)
         notes = OVER[command].check(settings_of(asked, method.ask(0)), asked)
-    name = f"search-{command}-{config.method}-{config.search_seed}"
-    out = fresh_folder(Path("runs") / name) if config.out is None else local(config.out)
-    if (out / JOURNAL).exists():
-        raise MetaftError(f"out: {out} is a search already; go on with --resume {out}, or choose another --out")
-    check_new(out)
     try:
         out.mkdir(parents=True)
     except OSError as error:

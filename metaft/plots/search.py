@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from metaft.plots.style import BLACK, BLUE, GREY, VERMILLION, YELLOW, decorate, percent, save
+from metaft.plots.style import BLACK, BLUE, GREY, VERMILLION, YELLOW, decorate, log_ticks, percent, save
 
 Row = Mapping[str, Any]
 
@@ -67,11 +67,11 @@ def settings_figure(rows: Sequence[Row], measure: str, logs: Mapping[str, bool],
     figure = Figure(figsize=(0.6 + 3.3 * columns, 3.2 * lines), layout="constrained")
     panels = figure.subplots(lines, columns, squeeze=False, sharey=True).flatten()
     done = [row for row in rows if row["value"] is not None]
-    for axes, (name, log) in zip(panels, logs.items(), strict=False):
+    for number, (axes, (name, log)) in enumerate(zip(panels, logs.items(), strict=False)):
         _panel(axes, name, done, log, best)
         if measure == "accuracy" and done:
             percent(axes)
-        decorate(axes, name, f"validation {measure}", legend=False)
+        decorate(axes, name, "" if number % columns else f"validation {measure}", legend=False)
     for axes in panels[len(logs) :]:
         axes.remove()
     figure.suptitle(f"{len(done)} trials; the star is the best one", fontsize=10)
@@ -91,3 +91,6 @@ def _panel(axes: Axes, name: str, rows: Sequence[Row], log: bool, best: int) -> 
         axes.set_xlim(-0.5, len(words) - 0.5)
     elif log:
         axes.set_xscale("log")
+        log_ticks(axes.xaxis, at, (1, 3))
+    elif all(isinstance(value, int) for value in at):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))

@@ -18,7 +18,7 @@ from typing import Any
 from metaft.errors import CheckpointError
 from metaft.runs.checkpoint import write_atomically
 from metaft.runs.folder import append_row, read_rows, write_rows
-from metaft.trials.base import Values
+from metaft.trials.methods.base import Values
 
 Told = Mapping[str, Any]
 """A line of what a trial came to: "told", "value" and "loss" (null where it failed), "status" and "message" of its

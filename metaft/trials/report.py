@@ -106,7 +106,8 @@ def text(search: Search, result: Mapping[str, Any]) -> str:
     said += [f"validation {measure} {figure}, {of}" + (f"; {failed} failed" if failed else "")]
     ci95 = best["test"]["ci95"]
     around = "" if ci95 is None else f" ± {figure_words(measure, ci95)} (95 % interval)"
-    said += [f"test {measure} {figure_words(measure, best['test'][measure])}{around}, of this trial alone; nothing was chosen on it"]
+    test = f"{figure_words(measure, best['test'][measure])}{around}"
+    said += [f"test {measure} {test}, of this trial alone; nothing was chosen on it"]
     return "\n".join([*said, *(f"note: {note}" for note in search.journal.search["notes"])])
 
 

@@ -11,9 +11,9 @@ from metaft.errors import CheckpointError
 from metaft.options import flat
 from metaft.runs.checkpoint import write_atomically
 from metaft.runs.folder import RunFolder, read_rows
-from metaft.trials import METHODS
-from metaft.trials.base import Method
 from metaft.trials.journal import Journal, Told
+from metaft.trials.methods import METHODS
+from metaft.trials.methods.base import Method
 from metaft.trials.over import OVER, higher_is_better, settings_of
 from metaft.trials.processes import LAUNCH, Trial, run_all
 from metaft.trials.space import Space
@@ -62,9 +62,8 @@ class Search:
         (self.path / "trials").mkdir(exist_ok=True)
 
         def following() -> Trial | None:
-            if limit is not None and time.monotonic() > limit:
-                return None
-            return self._following()
+            late = limit is not None and time.monotonic() > limit
+            return None if late and self._begun else self._following()  # one at least, to come to something
 
         def ended(number: int, status: int) -> None:
             self._ended(number, status)

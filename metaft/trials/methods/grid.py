@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from metaft.errors import MetaftError
-from metaft.trials.base import Values
+from metaft.trials.methods.base import Values
 from metaft.trials.space import Dimension, Space
 
 

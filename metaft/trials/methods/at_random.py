@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from metaft.sampler import Stream, raw_words, uniform
-from metaft.trials.base import Values
+from metaft.trials.methods.base import Values
 from metaft.trials.space import Space
 
 

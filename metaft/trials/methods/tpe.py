@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from metaft.errors import MetaftError
-from metaft.trials.base import Values
+from metaft.trials.methods.base import Values
 from metaft.trials.space import Choices, Dimension, Space
 
 
