@@ -149,7 +149,7 @@ def _to_go_on(space: Mapping[str, Any] | None, config: SearchConfig) -> Path | N
     if config.auto_resume and config.out is None:
         raise MetaftError("auto_resume: give --out too, the folder of the search to go on with")
     out = None if config.out is None else local(config.out)
-    return out if out is not None and config.auto_resume and (out / JOURNAL).exists() else None
+    return out if out is not None and config.auto_resume and os.path.exists(out / JOURNAL) else None
 
 
 JOURNAL, LOCK = "journal.jsonl", ".metaft.lock"
@@ -171,7 +171,7 @@ def _begun(space: Mapping[str, Any], config: SearchConfig, origin: str, stack: c
     check_searched(asked, origin)
     name = f"search-{command}-{config.method}-{config.search_seed}"
     out = fresh_folder(Path("runs") / name) if config.out is None else local(config.out)
-    if (out / JOURNAL).exists():
+    if os.path.exists(out / JOURNAL):
         raise MetaftError(f"out: {out} is a search already; go on with --resume {out}, or choose another --out")
     check_new(out)
     with stopped_at_once("stopped; nothing was written"):
@@ -201,7 +201,7 @@ def _again(
     from metaft.trials.space import made
 
     path = path.absolute()
-    if not (path / JOURNAL).exists():
+    if not os.path.exists(path / JOURNAL):
         raise CheckpointError(f"resume: {path} is no folder of a search: it has no {JOURNAL}")
     stack.enter_context(held(path / LOCK, f"resume: {path}"))
     journal = Journal(path / JOURNAL)

@@ -185,7 +185,7 @@ def _is_searched(name: str, space: Space) -> bool:
     return any(dimension.name == name for dimension in space.searched)
 
 
-_PLACES = dict.fromkeys(("data_root", "download", "device", "out", "report", "plugin", "skip_bad"), COMPUTED)
+_PLACES = dict.fromkeys(("data_root", "device", "out", "report", "plugin", "skip_bad"), COMPUTED)
 
 OVER: dict[str, Over] = {
     "adapt": Over(
@@ -207,7 +207,9 @@ OVER: dict[str, Over] = {
         MetaTrainConfig,
         {
             **_PLACES,
-            **dict.fromkeys(("engine", "threads", "task_chunk", "inner_checkpoint", "checkpoint_every"), COMPUTED),
+            **dict.fromkeys(
+                ("download", "engine", "threads", "task_chunk", "inner_checkpoint", "checkpoint_every"), COMPUTED
+            ),
             **dict.fromkeys(("dataset", "split", "rotate", "batch_norm", "eval_every", "eval_episodes"), JUDGED),
             **dict.fromkeys(("eval_seed", "eval_modes", "test_ways", "test_shots", "test_query_shots"), JUDGED),
             **dict.fromkeys(("keep_best", "log_every", "test_episodes"), BESIDE),
