@@ -224,6 +224,42 @@ class CompareConfig(Settings):
 
 
 @dataclasses.dataclass(frozen=True, init=False)
+class SearchConfig(Settings):
+    """Try settings of a command, judge them on validation alone, and keep the best."""
+
+    method: Annotated[
+        Literal["grid", "random", "tpe"],
+        Option(
+            "What is tried next: all combinations in turn, random ones, or what Optuna's TPE proposes (the extra "
+            "search)."
+        ),
+    ] = "random"
+    trials: Annotated[int | None, Option("How many to run (auto: 20; of a grid all).", at_least=1)] = None
+    workers: Annotated[int, Option("Trials at once, each with its share of the cores.", at_least=1)] = 1
+    budget_minutes: Annotated[
+        float | None,
+        Option(
+            "No trial begins after so many minutes of this call; those that run are finished (auto: no limit).",
+            above=0,
+            at_most=100_000,
+            metavar="MINUTES",
+        ),
+    ] = None
+    search_seed: Annotated[
+        int, Option("Seed of what is tried; --seed is that of each trial, the same in all.", at_least=0)
+    ] = 0
+    out: Annotated[
+        str | None, Option("A new folder (auto: runs/search-COMMAND-METHOD-SEED).", metavar="FOLDER", stored=False)
+    ] = None
+    resume: Annotated[
+        str | None, Option("Folder of a search to go on with; its own settings apply.", metavar="FOLDER")
+    ] = None
+    auto_resume: Annotated[
+        bool, Option("Go on with the search in --out where there is one already, and start it where there is none.")
+    ] = False
+
+
+@dataclasses.dataclass(frozen=True, init=False)
 class LookConfig(Settings):
     """Make a page of pictures, tables and words on a run or a start."""
 

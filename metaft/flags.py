@@ -185,6 +185,8 @@ def _positionals(known: Mapping[str, Field], words: Sequence[str]) -> dict[str, 
     for name, field in known.items():
         if not field.option.positional:
             continue
+        if not rest and field.open:
+            continue
         if not rest:
             raise MetaftError(f"{name}: {field.option.metavar} is missing: {field.option.help}")
         taken = len(rest) if _kind(field) is not str else 1

@@ -374,6 +374,7 @@ class StartSettings(Group):
         bool | None,
         Option("Logistic regression on the start's own features beside it (auto: on, but for a random start)."),
     ] = None
+    random: Annotated[bool | None, Option("A random start beside it (auto: on).")] = None
     image_size: ImageSize = None
     init_norm: Norm = None
 

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from metaft import adapt, choose, compare, evaluate, export, look, meta_train, models, predict
+from metaft import adapt, choose, compare, evaluate, export, look, meta_train, models, predict, search
 from metaft.config import (
     AdaptConfig,
     ChooseConfig,
@@ -27,6 +27,7 @@ from metaft.config import (
     LookConfig,
     MetaTrainConfig,
     PredictConfig,
+    SearchConfig,
     Settled,
 )
 from metaft.inputs import ImageInputs
@@ -36,7 +37,7 @@ from metaft.tasks.sinusoid import SinusoidTasks
 
 COMMANDS: dict[str, Any] = {
     "meta_train": meta_train, "evaluate": evaluate, "adapt": adapt, "predict": predict, "export": export,
-    "choose": choose, "compare": compare, "look": look,
+    "choose": choose, "compare": compare, "look": look, "search": search,
 }  # fmt: skip
 
 CONFIGS = [
@@ -48,6 +49,7 @@ CONFIGS = [
     ChooseConfig,
     CompareConfig,
     LookConfig,
+    SearchConfig,
 ]
 """The settings of each command."""
 

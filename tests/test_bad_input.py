@@ -35,14 +35,16 @@ BASE: dict[str, str] = {
     "look": "{run} --out page.html",
     "choose": "--data folder:{target} --starts {run} --only --out out",
     "compare": "{adapted} {again}",
+    "search": "{space.toml} --dataset sinusoid --out out",
     "export": "{adapted} --format torch-export --out out",
 }
 """A good command line, to which one bad option is added. What is in braces is a path, see `paths`."""
 
 ZERO = ("dropout", "inner_steps", "test_inner_steps", "inner_lr", "seed", "eval_seed", "label_smoothing", "ema")
+ZERO += ("search_seed",)
 """Numbers that may be 0; none may be below it."""
 
-POSITIONAL = ("run", "runs", "images")
+POSITIONAL = ("run", "runs", "images", "space")
 
 
 class Row(NamedTuple):
@@ -203,6 +205,9 @@ PATHS: dict[tuple[str, str], tuple[str, dict[str, str]]] = {
     ("export", "out"): ("", {**NO_PLACE, "a file": "{file}", "full": "{squares}"}),
     ("look", "run"): ("", {**NOT_THERE, **NO_FOLDER}),
     ("look", "out"): ("", {**NO_PLACE, "a folder": "{empty}"}),
+    ("search", "space"): ("", {**NOT_THERE, "a folder": "{empty}", "not TOML": "{garbage}"}),
+    ("search", "resume"): ("", {**NOT_THERE, **NO_FOLDER, "of adapt": "{adapted}"}),
+    ("search", "out"): ("", {**NO_PLACE, "a file": "{file}", "full": "{squares}"}),
     ("predict", "csv"): ("", {**NOT_THERE, "a folder": "{empty}"}),
 }
 
@@ -221,6 +226,8 @@ def of_words(command: str, option: str) -> Iterator[Row]:
         base = "" if option in ("config", "resume") or (command, option) == ("meta_train", "data_root") else None
         if option == "run":
             argv, base = (path, "{picture}") if command == "predict" else (path,), ""
+        elif option == "space":
+            argv, base = (path,), ""
         elif option in ("runs", "images"):
             argv, base = (path,), "{adapted}"
         yield Row(command, option, kind, argv, (path,), base)
@@ -258,6 +265,7 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]
     (base / "file").write_text("")
     (base / "garbage").write_bytes(b"\xff = [")
     (base / "plugin.py").write_text("1 / 0")
+    (base / "space.toml").write_text('command = "meta_train"\nouter_lr = [0.1, 0.01]\n')
     for name, like in (("broken", target), ("texts", target), ("again", adapted)):
         shutil.copytree(like, base / name)
     for number, file in enumerate(sorted((base / "broken").rglob("*.png"))):

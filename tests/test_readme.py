@@ -45,7 +45,7 @@ def test_the_example_runs_and_is_short(capsys: pytest.CaptureFixture[str]) -> No
     assert "transductive" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/running.md", "docs/adapting.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/running.md", "docs/adapting.md", "docs/search.md"])
 def test_every_option_named_on_a_page_exists(page: str) -> None:
     known = {name.replace("_", "-") for c in CONFIGS for name in options(c)}
     known |= {

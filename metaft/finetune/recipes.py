@@ -35,11 +35,11 @@ CLIPPED = 1.0
 def settled(recipe: Recipe, start: Start, *, resumed: bool = False) -> Recipe:
     """With strategy, rate and patience where they are left open: of published weights the head alone, which is soon
     done and loses nothing of them, and without patience, since all images are worth more to train on than one in five
-    of so few is as a judge. A `resumed` one is settled as it was when it began. Raises MetaftError as `_check` does."""
+    of so few is as a judge. A `resumed` one is settled as it was when it began. Raises MetaftError as `check` does."""
     is_librarys = is_published(start.architecture["name"])
     if is_librarys and recipe.strategy is None and recipe.freeze == "none":
         recipe = dataclasses.replace(recipe, strategy="head")
-    _check(recipe)
+    check(recipe)
     if of_chance(recipe) != recipe and start.meta is None:
         (text, *_) = (text for text in recipe.extra if extras.named(text).of_start)
         raise MetaftError(f"extra: {text} is about what a start knows, and a random one knows nothing")
@@ -118,7 +118,7 @@ def of_whole(recipe: Recipe, images: int) -> Recipe:
     return lasting(dataclasses.replace(recipe, freeze="none", strategy="full", epochs=epochs, lr=lr), images)
 
 
-def _check(recipe: Recipe) -> None:
+def check(recipe: Recipe) -> None:
     """Raises MetaftError for a strategy, extra, optimiser or schedule that there is not, two strategies, and what goes
     with classes alone where labels are numbers."""
     if recipe.freeze == "backbone" and recipe.trains != "head":
