@@ -657,7 +657,7 @@ class Output(Group):
         int | None,
         Option(
             "Keep so many snapshots of what trains, evenly over training, for metaft.look --landscape; 200 MB at most "
-            "(auto: 25 where they take 20 MB or less).",
+            "(auto: 25 where they take 30 MB or less).",
             one_of=(0, 5, 10, 15, 20, 25),
         ),
     ] = None  # fmt: skip

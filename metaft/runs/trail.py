@@ -20,8 +20,9 @@ from metaft.types import Params
 MOST, FEWEST = 25, 3
 """Snapshots that there are at most, and with which a path begins to be one."""
 
-BYTES, SMALL = 200_000_000, 20_000_000
-"""That those of a run may take, and up to which they are kept without being asked for: 25 of Conv-4 take 11 million."""
+BYTES, SMALL = 200_000_000, 30_000_000
+"""That those of a run may take, and up to which they are kept without being asked for: 25 of Conv-4 take
+11 million."""
 
 
 def kept(done: int, every: int, most: int) -> range:

@@ -31,7 +31,7 @@ from metaft.views.images import chart
 from metaft.views.planes import Plane, Projected, filter_normalised, principal_plane, span, surface
 from metaft.views.subject import Subject
 
-GRID, IMAGES, TASKS = 21, 64, 4
+GRID, IMAGES, TASKS = 17, 64, 4
 """Points along an axis, and what a loss is of: images of a fine-tuning, tasks of a meta-training."""
 
 
