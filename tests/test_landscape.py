@@ -247,7 +247,8 @@ def test_a_run_is_the_same_bytes_with_and_without_snapshots(curve: Path) -> None
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.import_module("metaft.views.landscape"), "GRID", 3)
+    for name, value in (("GRID", 2), ("IMAGES", 6)):
+        monkeypatch.setattr(importlib.import_module("metaft.views.landscape"), name, value)
 
 
 @pytest.fixture(scope="module")
@@ -301,7 +302,7 @@ def test_the_loss_of_meta_training_is_that_of_its_validation(curve: Path) -> Non
         ),
         (
             "adapted",
-            ["The path of the random start", "A random plane through the end", "The path of the random (2) start"],
+            ["The path of the random start", "A random plane through the end", "The path of the none start"],
         ),
     ],
 )
@@ -321,7 +322,7 @@ def test_a_page_has_the_landscape_where_it_is_asked_for(
         if row[1] is not None:
             assert sum(row[2:5]) == pytest.approx(1), "along both directions and in neither is all there is"  # type: ignore[arg-type]
     if fixture == "adapted":
-        assert pictures[-1].title == "random and random (2) in one plane"
+        assert pictures[-1].title == "random and none in one plane"
     assert "landscape" in capsys.readouterr().err, "there is a progress bar"
 
 
