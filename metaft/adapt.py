@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from metaft.runs.folder import RunFolder
 
 # What may change when a run goes on: how it is computed, over how many draws, and where the user's own things lie.
-RESUMABLE = ("device", "seeds", "data_root", "plugin", "report")
+RESUMABLE = ("device", "seeds", "data_root", "plugin", "report", "snapshots")
 
 
 @dataclasses.dataclass(frozen=True, init=False)

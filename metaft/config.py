@@ -264,6 +264,9 @@ class LookConfig(Settings):
     """Make a page of pictures, tables and words on a run or a start."""
 
     image_size: ImageSize = None
+    landscape: Annotated[
+        bool, Option("Draw the path of training over its loss too, in planes through the parameters; takes minutes.")
+    ] = False
     out: Annotated[
         str | None,
         Option(

@@ -65,6 +65,9 @@ def run(word: Path | str, config: LookConfig | None = None, *, module: nn.Module
     config = config or LookConfig()
     with stopped_at_once("stopped; nothing was written"):
         subject = open_subject(str(word), image_size=config.image_size, module=module)
+        if config.landscape and subject.command == "start":
+            raise MetaftError(f"landscape: it is of training, and {subject.name} is a start; name a run")
+        subject.landscape = config.landscape
         beside = Path(f"look-{file_name(subject.name)}.html") if subject.folder is None else subject.folder.path / PAGE
         out = beside if config.out is None else local(config.out)
         check_writable(out, "out", out.parent)

@@ -45,6 +45,7 @@ RESUMABLE = (
     "data_root",
     "plugin",
     "report",
+    "snapshots",
 )
 
 

@@ -654,6 +654,14 @@ class Output(Group):
     report: Annotated[
         bool | None, Option("Write report.html into it at the end, a page of pictures and tables (auto: on).")
     ] = None
+    snapshots: Annotated[
+        int | None,
+        Option(
+            "Keep so many snapshots of what trains, evenly over training, for metaft.look --landscape; 200 MB at most "
+            "(auto: 25 where they take 30 MB or less).",
+            one_of=(0, 5, 10, 15, 20, 25),
+        ),
+    ] = None  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)

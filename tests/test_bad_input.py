@@ -40,8 +40,10 @@ BASE: dict[str, str] = {
 }
 """A good command line, to which one bad option is added. What is in braces is a path, see `paths`."""
 
-ZERO = ("dropout", "inner_steps", "test_inner_steps", "inner_lr", "seed", "eval_seed", "label_smoothing", "ema")
-ZERO += ("search_seed",)
+ZERO = (
+    "dropout", "inner_steps", "test_inner_steps", "inner_lr", "seed", "eval_seed", "label_smoothing", "ema",
+    "snapshots", "search_seed",
+)  # fmt: skip
 """Numbers that may be 0; none may be below it."""
 
 POSITIONAL = ("run", "runs", "images", "space")

@@ -107,6 +107,7 @@ def test_a_run_folder_holds_what_it_should(curve: Path):
         *("config.toml", "metrics.jsonl", "timing.jsonl", "episodes.jsonl", "result.json"),
         *(f"checkpoints/{name}.safetensors" for name in ("best", "last", "previous")),
         *(f"plots/{name}.png" for name in ("curves", "episode", "steps")),
+        *(f"snapshots/meta-{step:08d}.safetensors" for step in (0, 2, 4, 6)),
     }
     assert all((curve / name).stat().st_size > 0 for name in names)
 

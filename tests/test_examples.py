@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import scenarios
 import torch
-from helpers import images, sinusoid, write_folder
+from helpers import images, meta_trained, one_thread, sinusoid, write_folder
 
 from metaft import MetaTrainConfig, engines, meta_train, outer
 from metaft.types import NORMS, Params
@@ -37,14 +37,14 @@ def run_example(name: str, *argv: str) -> int | str | None:
 def test_every_example_is_tried() -> None:
     assert {path.stem for path in EXAMPLES.glob("*.py")} == {
         "adapt_notmnist", "compare_algorithms", "custom_dataset", "custom_model", "new_algorithm", "omniglot",
-        "omniglot_runs", "sinusoid",
+        "omniglot_runs", "picture", "sinusoid",
     }  # fmt: skip
 
 
 @pytest.mark.usefixtures("own_algorithms")
 def test_the_examples_are_short() -> None:
     for path in EXAMPLES.glob("*.py"):
-        limit = 80 if path.stem != "adapt_notmnist" else 133
+        limit = {"adapt_notmnist": 133, "picture": 90}.get(path.stem, 80)
         assert len(path.read_text(encoding="utf-8").splitlines()) < limit, path.name
     member = inspect.getsource(runpy.run_path(str(EXAMPLES / "new_algorithm.py"))["sign_maml"])
     assert len(member.splitlines()) <= 40
@@ -252,3 +252,12 @@ def test_adapt_notmnist(in_tmp: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert capsys.readouterr().err.startswith("adapt_notmnist: init: ")
     assert run_example("adapt_notmnist", *words, "--init", "nowhere") == 2
     assert "no run folder or start 'nowhere'" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_picture_of_the_readme(in_tmp: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with one_thread():
+        meta_trained(in_tmp / "run", write_folder(in_tmp / "squares"))
+        assert run_example("picture", "run", "--out", "picture.png") == 0
+    assert Path("picture.png").read_bytes().startswith(b"\x89PNG")
+    assert "picture.png: " in capsys.readouterr().out

@@ -45,7 +45,13 @@ def test_the_example_runs_and_is_short(capsys: pytest.CaptureFixture[str]) -> No
     assert "transductive" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/running.md", "docs/adapting.md", "docs/search.md"])
+PAGES = [
+    "README.md", "docs/running.md", "docs/adapting.md", "docs/search.md", "docs/comparison.md",
+    "docs/guides/my-photos.md", "docs/guides/new-algorithm.md",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_every_option_named_on_a_page_exists(page: str) -> None:
     known = {name.replace("_", "-") for c in CONFIGS for name in options(c)}
     known |= {

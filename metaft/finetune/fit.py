@@ -29,6 +29,7 @@ from metaft.models.blocks import blocks_of
 from metaft.models.handed import copied
 from metaft.models.stored import with_stored_moments
 from metaft.runs.checkpoint import under
+from metaft.runs.trail import Trail
 from metaft.sampler import Stream, raw_words
 from metaft.settings import Recipe
 
@@ -77,6 +78,7 @@ def fit(
     should_stop: Callable[[], None] = lambda: None,
     resume: Mapping[str, Any] | None = None,
     on_epoch: Callable[[Mapping[str, Any]], None] | None = None,
+    trail: Trail | None = None,
 ) -> Fitted:
     """Fine-tune a copy of `body` (features [n, D] out, EpisodeNorm inside) and a fresh head on raw examples [n, ...],
     which go to the body's device batch by batch. `labels` [n] are int64 of so many `classes`, or numbers where that is
@@ -89,7 +91,8 @@ def fit(
     to the first in which the body moves are on features that were computed once, where those do not depend on the
     batch. With validation examples the epoch of the lowest validation loss is kept (inductively, as the result will
     predict) and training stops after `patience` epochs without a better one; without `each_epoch` they judge the last
-    epoch alone, and neither happens. `on_epoch` gets a copy of all that `resume` needs for the same bits. Raises
+    epoch alone, and neither happens. `on_epoch` gets a copy of all that `resume` needs for the same bits, and `trail`
+    keeps some of what moves in any epoch, from before the first on. Raises
     NonFiniteError where the training or validation loss is not finite; that of the last step, which no loss has seen,
     shows in the result alone.
     """
@@ -104,7 +107,7 @@ def fit(
     val = val if val is not None and len(val) else None
     per_epoch = len(batches_of(len(train), recipe.images_per_step, seed, 0))
     steps = recipe.passes * per_epoch
-    model, groups, begun, still = _start(
+    model, groups, begun, still = started(
         body, train, labels, outcome, recipe, seed, strategy, per_epoch, None if known is None else known[0]
     )
     # A parameter is a group of the optimiser by itself: its rate may change with every step.
@@ -123,6 +126,9 @@ def fit(
         optim.put_moments(optimizer, resume["adam"], strategy.rates(groups, 0, steps, per_epoch))
         curve, best = resume["curve"], (resume["best_loss"], resume["best"])
         average = resume.get("average", {})
+    watched = _watched(model, strategy, groups, recipe.passes, per_epoch)
+    if trail is not None:
+        trail.visit(len(curve), watched)
     judge = "val_loss" if val is not None and each_epoch else "loss"  # of what a schedule may follow
     settled = _settled(strategy, groups, recipe.passes, per_epoch)
     stayed = recipe.augment == "none" and not any(extra.of_inputs for extra in extras)
@@ -171,9 +177,13 @@ def fit(
             if row["val_loss"] < best[0]:
                 best = (row["val_loss"], _values(judged, still))
         curve.append(row)
+        if trail is not None:
+            trail.visit(len(curve), watched)
         if on_epoch is not None:
             state = {"adam": optim.moments_of(optimizer), "curve": curve, "average": average}
             on_epoch({**_copied(state), "model": _values(model, still), "best_loss": best[0], "best": best[1]})
+    if trail is not None:
+        trail.visit(len(curve), watched, last=True)
     if kept := best[1] or average:
         model.load_state_dict(kept)
     moved = _moved(strategy, groups, recipe.passes, per_epoch, range(len(curve)))
@@ -226,7 +236,7 @@ def _learning(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
 
 
-def _start(
+def started(
     body: nn.Module,
     train: Prepared,
     labels: Tensor,
@@ -288,6 +298,12 @@ def _moved(strategy: Strategy, groups: Groups, epochs: int, per_epoch: int, some
     steps = [step for epoch in some for step in (epoch * per_epoch, (epoch + 1) * per_epoch - 1)]
     moved = {n for i in steps for n, rate in strategy.rates(groups, i, epochs * per_epoch, per_epoch).items() if rate}
     return moved & {name for group in groups[:-1] for name in group}
+
+
+def _watched(model: nn.Module, strategy: Strategy, groups: Groups, epochs: int, per_epoch: int) -> dict[str, Tensor]:
+    """The parameters that move in any epoch, by name: those of the head, and what the strategy has move below it."""
+    moving = _moved(strategy, groups, epochs, per_epoch, range(epochs)) | set(groups[-1])
+    return {name: p for name, p in model.named_parameters() if name in moving}
 
 
 def _stale(curve: list[dict[str, float]], patience: int) -> bool:

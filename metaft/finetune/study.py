@@ -30,6 +30,7 @@ from metaft.models.architecture import is_published
 from metaft.runs import checkpoint
 from metaft.runs.checkpoint import write_atomically
 from metaft.runs.folder import RunFolder, append_row
+from metaft.runs.trail import Trail
 from metaft.starts.base import body
 from metaft.targets import Target
 from metaft.targets.draws import Rows
@@ -98,8 +99,10 @@ def study(
 
             begun = journal.position.current
             fitted = fit_one(
-                setup, contender, rows, draw, device, resume=begun, should_stop=should_stop, on_epoch=on_epoch
-            )
+                setup, contender, rows, draw, device,
+                resume=begun, should_stop=should_stop, on_epoch=on_epoch,
+                trail=trail_for(run, setup, planned[number]),
+            )  # fmt: skip
             classifier = Classifier(fitted.body, fitted.head, target.inputs, target.class_names)
             advice = FEWER if contender.recipe is None else SMALLER
             stays = contender.probe or (contender.recipe is not None and contender.recipe.trains == "head")
@@ -127,6 +130,27 @@ def tag_of(setup: Setup, fit: Planned) -> dict[str, Any]:
     """What tells a fit's figures and epochs from those of others."""
     folds = {} if setup.folds == 1 else {"fold": "all" if fit.fold is None else fit.fold}
     return {"draw": fit.draw, "start": fit.contender.label, **folds}
+
+
+def followed(setup: Setup) -> list[Planned]:
+    """The fits whose trail is kept: those of the first draw that gradients train, where there are folds of the first
+    one, in the order of the contenders, by whose number each is named."""
+    first = None if setup.folds == 1 else 0
+    return [
+        one
+        for one in setup.fits
+        if (one.draw, one.fold) == (0, first) and not one.contender.probe and one.contender.recipe is not None
+    ]
+
+
+def trail_for(run: RunFolder, setup: Setup, planned: Planned) -> Trail | None:
+    fits = followed(setup)
+    for number, one in enumerate(fits):
+        if (one.draw, one.fold, one.contender.label) == (planned.draw, planned.fold, planned.contender.label):
+            about = {"start": one.contender.label}
+            asked = setup.config.output.snapshots
+            return Trail(run.snapshots, str(number), asked=asked, trails=len(fits), about=about)
+    return None
 
 
 class Journal:
@@ -278,6 +302,7 @@ def fit_one(
     resume: Mapping[str, Any] | None = None,
     should_stop: Callable[[], None] = lambda: None,
     on_epoch: Callable[[Mapping[str, Any]], None] | None = None,
+    trail: Trail | None = None,
 ) -> Fitted:
     """A contender fitted to the images of one draw, as its recipe says, which chooses nothing any more."""
     config, start, target, recipe = setup.config, contender.start, contender.target, contender.recipe
@@ -295,7 +320,7 @@ def fit_one(
         body(start, seed).to(device),
         target.inputs, Part(target.examples, train), labels, classes, recipe,
         val_examples=Part(target.examples, val), val_labels=target.labels[val],
-        seed=seed, should_stop=should_stop, resume=resume, on_epoch=on_epoch,
+        seed=seed, should_stop=should_stop, resume=resume, on_epoch=on_epoch, trail=trail,
     )  # fmt: skip
 
 

@@ -40,6 +40,9 @@ from metaft.tasks.sinusoid import Sinusoid
 from metaft.testing import task_scores
 from metaft.types import SPLITS, Dataset, Episode, Loss, Params, Source, Split
 
+UNSEEN = ("out", "snapshots")
+"""Settings that no checkpoint holds: where the run is, which may move, and what is kept beside its checkpoints."""
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Parts:
@@ -261,8 +264,7 @@ def header(parts: Parts, engine: Engine, ranks: int = 1) -> dict[str, Any]:
     """The plain data that every checkpoint of a run on so many processes carries."""
     return {
         "version": __version__,
-        # Not where the folder is: it may move, and a resumed run must end with the same bytes.
-        "config": {k: v for k, v in flat(parts.config).items() if v is not None and k != "out"},
+        "config": {k: v for k, v in flat(parts.config).items() if v is not None and k not in UNSEEN},
         "architecture": dict(parts.model.architecture),
         "dataset": parts.dataset.name,
         "split_hash": parts.dataset.split_hash,

@@ -27,15 +27,22 @@ from metaft.support.paths import stream_at, to_replace
 FORMAT = 1
 
 
-def save(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
-    """Write a checkpoint: to a temporary file, synced, then renamed, so that `path` is always a whole one.
+def save(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any], *, sync: bool = True) -> None:
+    """Write a checkpoint: to a temporary file, synced, then renamed, so that `path` is always a whole one. Without
+    `sync` it is written right there, and is whole if nothing ends the process: for what nobody goes on with.
 
     Raises CheckpointError where the file cannot be written; a checkpoint that was there stays.
     """
     tensors = {name: t.detach().to("cpu").contiguous().clone() for name, t in sorted(tensors.items())}
     text = json.dumps({"format": FORMAT, **header}, sort_keys=True)
     data = safetensors.torch.save(tensors, metadata={"metaft": f"{digest(text, tensors)} {text}"})
-    write_atomically(path, data)
+    if sync:
+        write_atomically(path, data)
+        return
+    try:
+        path.write_bytes(data)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be written ({error.strerror})") from None
 
 
 def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

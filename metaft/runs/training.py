@@ -22,9 +22,13 @@ from metaft.outer.update import Outer
 from metaft.runs import checkpoint
 from metaft.runs.folder import RunFolder, append_row, cut_back, read_rows
 from metaft.runs.snapshot import Snapshot, save_snapshot, tensors_of
+from metaft.runs.trail import Trail
 from metaft.support.progress import Progress
 from metaft.testing import score_episodes, summarise
 from metaft.types import NORMS, Loss, Norm, Params, Source
+
+META = "meta"
+"""The name of the trail of a meta-training."""
 
 
 class Eager:
@@ -131,6 +135,7 @@ class _Loop:
         self._run, self._config, self._algorithm, self._start = run, config, algorithm, start
         self._ranks, self._steps, self._bar = ranks, steps, bar
         self._name = figure_name(algorithm.loss)
+        self._trail = Trail(run.snapshots, META, asked=config.output.snapshots, every=config.output.log_every)
         self.position = start.position
         self.saved_step = start.position.step
         """The last step of which a checkpoint is kept."""
@@ -151,6 +156,7 @@ class _Loop:
         """A run that is killed before its first step must begin with the same parameters."""
         if self._ranks.rank == 0 and not self._run.last.exists():
             save_snapshot(self._run, self.snapshot())
+            self._trail.visit(self.position.step, self._steps.meta)
 
     def write_snapshot(self, to: Path | None = None) -> None:
         if self._ranks.rank == 0:
@@ -176,6 +182,8 @@ class _Loop:
         row = dict(zip(logged(self._algorithm), means, strict=True))
         self._log({"kind": "train", "step": step, **row})
         self.position = dataclasses.replace(self.position, window=())
+        if self._ranks.rank == 0:
+            self._trail.visit(step, self._steps.meta)
         self._bar.update(step, **_shown(self._name, row["loss"], row[self._name]))
 
     def validate(self, engine: Engine, source: Source, should_stop: Callable[[], None]) -> None:

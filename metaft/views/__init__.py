@@ -7,6 +7,7 @@ from metaft.views.calibration import calibration
 from metaft.views.confusion import confusion
 from metaft.views.episode import episode
 from metaft.views.features import features
+from metaft.views.landscape import landscape
 from metaft.views.mistakes import mistakes
 from metaft.views.structure import structure
 from metaft.views.training import training
@@ -15,6 +16,7 @@ __all__ = ["VIEWS"]
 
 VIEWS: dict[str, Viewed] = {
     "training": Viewed("Loss and accuracy", training),
+    "landscape": Viewed("Gradient descent", landscape),
     "episode": Viewed("A task step by step", episode, slow=True),
     "calibration": Viewed("Calibration", calibration),
     "confusion": Viewed("Confusion", confusion),

@@ -69,6 +69,8 @@ class Subject:
     """The user's own, where the run was made with one."""
     opened: Start | None = None
     """A start that is looked at."""
+    landscape: bool = False
+    """Whether the view of that name is wanted, which takes minutes."""
 
     @functools.cached_property
     def start(self) -> Start:

@@ -1,0 +1,113 @@
+"""The fits of an adapt run again, for their training loss at any values of what they moved."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from metaft.errors import CheckpointError
+from metaft.finetune import strategies
+from metaft.finetune.batches import batches_of
+from metaft.finetune.choose import SETTLED
+from metaft.finetune.examples import Part, Prepared, like_of
+from metaft.finetune.extras import Batch, Origin, composed
+from metaft.finetune.fit import started
+from metaft.finetune.outcomes import outcome_of
+from metaft.finetune.setup import Planned, Setup, rows_of
+from metaft.finetune.strategies import CHOSEN
+from metaft.finetune.study import Position, followed
+from metaft.models.norm import EpisodeNorm
+from metaft.runs.folder import RunFolder
+from metaft.runs.trail import Waypoint, read_trail
+from metaft.settings import Recipe
+from metaft.starts.base import body
+from metaft.types import Params
+
+
+class Retraced(NamedTuple):
+    """One fit of a run, where it went, and its loss."""
+
+    label: str
+    waypoints: list[Waypoint]
+    loss: Callable[[Params], float]
+    """The training loss of some of its images at such values."""
+    images: int
+    mode: str
+    """How they are normalised."""
+    still: dict[str, Tensor]
+    """What stays, by which two fits are told to be of one model."""
+
+
+def retraced(run: RunFolder, setup: Setup, position: Position, *, most: int) -> list[Retraced]:
+    """The fits of which there are snapshots, each with its loss on at most so many of the images that it trained on.
+
+    Raises CheckpointError where snapshots are damaged or of another model.
+    """
+    found = []
+    for number, planned in enumerate(followed(setup)):
+        waypoints = read_trail(run.snapshots, str(number))
+        if waypoints:
+            found.append(_retraced(setup, position, planned, waypoints, most))
+    return found
+
+
+def _retraced(setup: Setup, position: Position, planned: Planned, waypoints: list[Waypoint], most: int) -> Retraced:
+    start, target = planned.contender.start, planned.contender.target
+    recipe, seed = _recipe(planned, position), setup.config.draws.seed
+    rows = torch.from_numpy(rows_of(setup, 0, planned.fold).train)
+    examples, labels = Part(target.examples, rows), target.labels[rows]
+    backbone = body(start, seed)
+    like = like_of(backbone)
+    train, outcome = Prepared(examples, target.inputs, like), outcome_of(recipe, labels, len(target.class_names), like)
+    per_epoch = len(batches_of(len(train), recipe.images_per_step, seed, 0))
+    model, *_ = started(
+        backbone, train, labels, outcome, recipe, seed, strategies.named(recipe.trains), per_epoch, None
+    )  # fmt: skip
+    model.eval()  # dropout of the backbone's own is left out
+    some = torch.from_numpy(np.linspace(0, len(train) - 1, min(most, len(train))).round().astype(np.int64))
+    batch = Batch(train[some], outcome.prepared(labels)[some], some, 0)
+    moving = waypoints[-1].params
+    parameters = dict(model.named_parameters())
+    for waypoint in waypoints:
+        if any(k not in parameters or v.shape != parameters[k].shape for k, v in waypoint.params.items()):
+            raise CheckpointError(f"snapshots: those of {planned.contender.label} are not of this run's model")
+    still = {k: v.detach().clone() for k, v in model.state_dict().items() if k not in moving}
+    if not any(name.startswith("body.") for name in moving):
+        batch = _of_features(model, batch)
+    objective = composed((), Origin({}, seed, len(target.class_names), target.inputs), outcome.loss)
+
+    @torch.no_grad()
+    def loss(params: Params) -> float:
+        for name, value in params.items():
+            parameters[name].copy_(value)
+        return float(objective(model, batch))
+
+    alone = not any(isinstance(part, EpisodeNorm) for part in model.modules())
+    mode = "each image by itself" if alone else "the images as one batch, as in training"
+    return Retraced(planned.contender.label, waypoints, loss, len(some), mode, still)
+
+
+@torch.no_grad()
+def _of_features(model: nn.Module, batch: Batch) -> Batch:
+    """The batch as the head takes it, in a model whose body has nothing left to do."""
+    features = model.get_submodule("body")(batch.x)
+    model.set_submodule("body", nn.Identity())
+    return batch._replace(x=features)
+
+
+def _recipe(planned: Planned, position: Position) -> Recipe:
+    """With what was chosen for that fit in the place of `--strategy chosen`."""
+    recipe = planned.contender.recipe
+    assert recipe is not None
+    if recipe.trains != CHOSEN:
+        return recipe
+    here = {"draw": planned.draw, "start": planned.contender.label}
+    if planned.fold is not None:
+        here["fold"] = planned.fold
+    made = next(fit["chosen"] for fit in position.fits if {k: fit.get(k) for k in here} == here)
+    return dataclasses.replace(recipe, **{k: made[k] for k in SETTLED if k in made})

@@ -1,0 +1,315 @@
+"""Gradient descent: where training went, in planes through the space of its parameters, and its loss on them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from metaft.config import AdaptConfig
+from metaft.errors import MetaftError
+from metaft.finetune.retraced import Retraced, retraced
+from metaft.finetune.setup import prepared
+from metaft.finetune.study import read
+from metaft.inner import at_step
+from metaft.metrics import loss_value
+from metaft.plots.landscape import landscape_figure
+from metaft.runs.assemble import Parts, fill
+from metaft.runs.opened import open_run
+from metaft.runs.snapshot import Snapshot
+from metaft.runs.trail import FEWEST, read_trail
+from metaft.runs.training import META
+from metaft.starts.none import OWN
+from metaft.support.progress import Progress
+from metaft.testing import ordinary
+from metaft.types import Episode, Params
+from metaft.views.base import Column, Missing, Of, Part, Table, View
+from metaft.views.images import chart
+from metaft.views.planes import Plane, Projected, filter_normalised, principal_plane, span, surface
+from metaft.views.subject import Subject
+
+GRID, IMAGES, TASKS = 17, 64, 4
+"""Points along an axis, and what a loss is of: images of a fine-tuning, tasks of a meta-training."""
+
+
+class Scene(NamedTuple):
+    """One picture that is to be computed."""
+
+    title: str
+    plane: Plane
+    loss: Callable[[Params], float]
+    around: np.ndarray
+    """Points [n, 2] that are to be seen."""
+    axes: tuple[str, str]
+    paths: Mapping[str, np.ndarray]
+    marks: Mapping[str, tuple[float, float]]
+    says: str
+    """What is drawn, for those who cannot see it."""
+    of: Of
+    projected: Projected | None = None
+
+
+def landscape(subject: Subject) -> View | Missing:
+    if subject.command == "start":
+        return Missing("a start is not trained here")
+    if not subject.landscape:
+        return Missing("it takes minutes: python -m metaft.look RUN --landscape draws it")
+    try:
+        scenes, notes = _of_meta_training(subject) if subject.command == "meta_train" else _of_fine_tuning(subject)
+    except MetaftError as error:
+        return Missing(f"the run's data, or what else it was made with, are not at hand or changed ({error})")
+    if not scenes:
+        return Missing("; ".join(note.rstrip(".") for note in notes))
+    bar = Progress("landscape", GRID * GRID * len(scenes), "point")
+    try:
+        drawn = [_drawn(scene, bar) for scene in scenes]
+    finally:
+        bar.close()
+    rows = [_row(scene, losses) for scene, (_, losses) in zip(scenes, drawn, strict=True)]
+    columns = [Column("plane"), Column("points"), Column("along the first", ".1%"), Column("along the second", ".1%")]
+    columns += [Column("in neither", ".3%"), Column("lowest loss", ".4g"), Column("highest loss", ".4g")]
+    parts: list[Part] = [part for part, _ in drawn]
+    return View(_said(subject, scenes, notes), [*parts, Table("What the planes hold", columns, rows)])
+
+
+def _said(subject: Subject, scenes: Sequence[Scene], notes: Sequence[str]) -> str:
+    said = "Grey lines join parameters of equal loss; each small mark is a snapshot, the large one the end. "
+    if any(scene.projected for scene in scenes):
+        said += (
+            "The plane of a path is that of its first two principal directions, unscaled; what lies in neither "
+            "direction is not seen, and the loss is that of the plane. "
+        )
+    said += (
+        "In the random plane each filter of a direction is as long as the filter where training ended; biases, scales "
+        "and shifts stay. "
+    )
+    what = "meta-parameters" if subject.command == "meta_train" else "parameters that fine-tuning moved"
+    said += f"All {what} are looked at; stored statistics and all else are those of the end."
+    return " ".join([said, *notes])
+
+
+def _drawn(scene: Scene, bar: Progress) -> tuple[Part, np.ndarray]:
+    xs, ys = span(scene.around, GRID)
+    with torch.no_grad():
+        losses = surface(scene.loss, scene.plane, xs, ys, lambda: bar.update(bar.done + 1))
+    figure = landscape_figure(xs, ys, losses, scene.axes, scene.paths, scene.marks)
+    return chart(scene.title, figure, scene.says, scene.of), losses
+
+
+def _row(scene: Scene, losses: np.ndarray) -> list[str | int | float | None]:
+    finite = losses[np.isfinite(losses)]
+    ends = [float(finite.min()), float(finite.max())] if finite.size else [None, None]
+    count = sum(len(path) for path in scene.paths.values())
+    if scene.projected is None:
+        return [scene.title, None, None, None, None, *ends]
+    return [scene.title, count, *scene.projected.shares, scene.projected.residual, *ends]
+
+
+def _path_scene(
+    title: str, projected: Projected, paths: Mapping[str, np.ndarray], loss: Callable[[Params], float], of: Of,
+    marks: Mapping[str, tuple[float, float]] | None = None,
+) -> Scene:  # fmt: skip
+    first, second = (f"{100 * share:.1f} %" for share in projected.shares)
+    axes = (f"first direction, {first} of the squared distance", f"second, {second}")
+    says = (
+        f"{title}: {', '.join(f'{name} in {len(path)} points' for name, path in paths.items())}, over the contours of "
+        f"the loss; {100 * projected.residual:.3g} % of the squared distance is not in the plane"
+    )
+    around = np.concatenate([*paths.values(), *(np.array([mark]) for mark in (marks or {}).values())])
+    return Scene(title, projected.plane, loss, around, axes, paths, marks or {}, says, of, projected)
+
+
+def _random_scene(end: Params, names: Sequence[str], loss: Callable[[Params], float], of: Of) -> Scene | None:
+    """None where no parameter is a filter."""
+    plane = filter_normalised(end, names)
+    if not plane.first:
+        return None
+    corners = np.array([[-1.0, -1.0], [1.0, 1.0]]) / 1.5  # which the margin makes 1
+    title = "A random plane through the end"
+    axes = ("first random direction, in lengths of the filters", "second")
+    says = f"{title}: contours of the loss in two filter-normalised directions, from -1 to 1"
+    return Scene(title, plane, loss, corners, axes, {}, {"end": (0.0, 0.0)}, says, of)
+
+
+# ---- meta-training --------------------------------------------------------------------------------------------------
+
+
+def _of_meta_training(subject: Subject) -> tuple[list[Scene], list[str]]:
+    assert subject.folder is not None
+    parts, best = subject.assembled
+    last = fill(parts, open_run(subject.folder.path, which="last")[2])
+    c = parts.config
+    scenes: list[Scene] = []
+    notes: list[str] = []
+    tasks = _tasks(parts, "val")
+    queries = sum(len(task.query_y) for task in tasks)
+    loss = _meta_loss(parts, last, tasks)
+    how = f"{len(tasks)} fixed validation tasks, {queries} queries, after {c.test.test_inner_steps} inner steps"
+    of = Of(how, c.learner.batch_norm, f"meta-step {last.position.step:,}")
+    trail = read_trail(subject.folder.snapshots, META)
+    steps = {waypoint.step: waypoint.params for waypoint in trail} | {last.position.step: last.meta}
+    projected = principal_plane([*steps.values()], last.meta) if len(steps) >= FEWEST else None
+    if projected is None:
+        notes.append(_no_path(len(trail), "meta_train"))
+    else:
+        marks = {}
+        if best.position.step != last.position.step:
+            marks = {f"best on validation, step {best.position.step:,}": _onto(projected.plane, best.meta)}
+        of_path = of._replace(step=f"{len(steps)} meta-steps, 0 to {last.position.step:,}")
+        scenes.append(
+            _path_scene("The path of meta-training", projected, {"snapshots": projected.points}, loss, of_path, marks)
+        )
+    scene = _random_scene(last.meta, [*parts.model.params.keys() & last.meta.keys()], loss, of)
+    scenes += [scene] if scene else []
+    inner = _inner_scene(parts, best)
+    if isinstance(inner, str):
+        notes.append(inner)
+    else:
+        scenes.append(inner)
+    return scenes, notes
+
+
+def _tasks(parts: Parts, split: str) -> list[Episode]:
+    c = parts.config
+    source = parts.dataset.source(
+        ways=c.test.test_ways, shots=c.test.test_shots, query_shots=c.test.test_query_shots, rotate=c.data.rotate,
+        splits=(split,),  # type: ignore[reportArgumentType]
+    )  # fmt: skip
+    batch = ordinary(source.episodes(c.test.eval_seed, split, range(TASKS)))  # type: ignore[reportArgumentType]
+    return [Episode(*(t[i] for t in batch)) for i in range(TASKS)]
+
+
+def _meta_loss(
+    parts: Parts, snapshot: Snapshot, tasks: Sequence[Episode], steps: int | None = None
+) -> Callable[[Params], float]:
+    """The mean loss of the tasks' queries after `steps` inner steps (None: as many as in the meta-test)."""
+    algorithm, c = parts.algorithm, parts.config
+    steps, norm = c.test.test_inner_steps if steps is None else steps, c.learner.batch_norm
+
+    @torch.no_grad()
+    def loss(meta: Params) -> float:
+        values = []
+        for task in tasks:
+            fast = algorithm.adapt(
+                {**snapshot.meta, **meta}, snapshot.state, task.support_x, task.support_y, task.key,
+                ways=c.test.test_ways, steps=steps, moments=norm == "inductive",
+            )  # fmt: skip
+            values.append(float(loss_value(algorithm.loss, algorithm.predict(fast, task.query_x, norm), task.query_y)))
+        return sum(values) / len(values)
+
+    return loss
+
+
+def _inner_scene(parts: Parts, best: Snapshot) -> Scene | str:
+    """The ways of a few test tasks from the one initialisation; a sentence where there are none."""
+    c, algorithm, name = parts.config, parts.algorithm, parts.algorithm.name
+    steps = c.test.test_inner_steps
+    if steps == 0:
+        return f"{name} has no inner steps, so there are no inner paths."
+    tasks = _tasks(parts, "test")
+    paths: list[list[Params]] = []
+    with torch.no_grad():
+        for task in tasks:
+            every = algorithm.adapt(
+                best.meta, best.state, task.support_x, task.support_y, task.key, ways=c.test.test_ways, steps=steps,
+                trajectory=True, moments=False,
+            )  # fmt: skip
+            paths.append([at_step(every, step).params for step in range(steps + 1)])
+    begin = paths[0][0]
+    moving = [k for k, v in begin.items() if any(not torch.equal(v, path[-1][k]) for path in paths)]
+    known = {k for k in moving if k in best.meta and best.meta[k].shape == begin[k].shape}
+    if set(moving) != known or any(not torch.equal(path[0][k], begin[k]) for path in paths for k in moving):
+        return f"Each task of {name} begins with a head of its own, so inner paths have no start in common."
+    origin = {k: begin[k] for k in moving}
+    points = [{k: p[k] for k in moving} for path in paths for p in path[1:]]
+    projected = principal_plane(points, origin) if moving else None
+    if projected is None:
+        return f"The inner loop of {name} moved in fewer than two directions, so there is no plane of its paths."
+    ends = np.split(projected.points, len(paths))
+    named = {f"task {i + 1}": np.concatenate([np.zeros((1, 2)), end]) for i, end in enumerate(ends)}
+    of = Of(
+        f"the queries of {len(tasks)} test tasks, no further inner steps", c.learner.batch_norm,
+        f"inner steps 0 to {steps} at meta-step {best.position.step:,}",
+    )  # fmt: skip
+    loss = _meta_loss(parts, best, tasks, 0)
+    return _path_scene(
+        "Inner paths from one initialisation", projected, named, loss, of, {"initialisation": (0.0, 0.0)}
+    )
+
+
+def _onto(plane: Plane, params: Params) -> tuple[float, float]:
+    """Where a point's projection lies."""
+    away = {k: params[k].double() - plane.origin[k].double() for k in plane.first}
+    a, b = (sum(float((away[k] * d[k].double()).sum()) for k in d) for d in (plane.first, plane.second))
+    return a, b
+
+
+def _no_path(snapshots: int, command: str) -> str:
+    said = "no snapshots of its training" if snapshots == 0 else f"{snapshots} snapshots, of no two directions"
+    return (
+        f"There is no path: the run has {said}; python -m metaft.{command} --config RUN/config.toml --snapshots 25 "
+        "--out NEW trains it again with some."
+    )
+
+
+# ---- fine-tuning ----------------------------------------------------------------------------------------------------
+
+
+def _of_fine_tuning(subject: Subject) -> tuple[list[Scene], list[str]]:
+    assert subject.folder is not None and isinstance(subject.config, AdaptConfig)
+    if subject.result["method"] == "inner":
+        return [], ["the run's own inner loop is in the page of that run"]
+    position, header = read(subject.folder)
+    values = "keep" if header["init"] == OWN else "seed"
+    setup = prepared(subject.config, subject.module, values, header)
+    fits = retraced(subject.folder, setup, position, most=IMAGES)
+    if not fits:
+        return [], [_no_path(0, "adapt")]
+    scenes: list[Scene] = []
+    notes: list[str] = []
+    for fit in fits:
+        points, end = [w.params for w in fit.waypoints], fit.waypoints[-1]
+        projected = principal_plane(points, end.params) if len(points) >= FEWEST else None
+        of = _of_fit(fit)
+        if projected is None:
+            notes.append(f"The {fit.label} start has {len(points)} snapshots, too few or in too few directions.")
+        else:
+            title = f"The path of the {fit.label} start"
+            scenes.append(_path_scene(title, projected, {fit.label: projected.points}, fit.loss, of))
+        if fit is fits[0]:
+            random = _random_scene(end.params, [*end.params], fit.loss, of._replace(step=f"epoch {end.step}"))
+            scenes += [random] if random else []
+    first = fits[0]
+    for other in fits[1:]:
+        joint = _joint(first, other)
+        if joint is None:
+            notes.append(f"{first.label} and {other.label} are not the same model, so no plane holds both.")
+        else:
+            scenes.append(joint)
+    return scenes, notes
+
+
+def _of_fit(fit: Retraced) -> Of:
+    images = f"{fit.images} training images of the first draw, as they are and without extras"
+    return Of(images, fit.mode, f"{len(fit.waypoints)} epochs, 0 to {fit.waypoints[-1].step}")
+
+
+def _joint(one: Retraced, other: Retraced) -> Scene | None:
+    """Both paths in the plane of all their points; None where the models are not the same but for what moves."""
+    a, b = one.waypoints[-1].params, other.waypoints[-1].params
+    alike = a.keys() == b.keys() and all(a[k].shape == b[k].shape for k in a)
+    if not alike or one.still.keys() != other.still.keys():
+        return None
+    if not all(torch.equal(v, other.still[k]) for k, v in one.still.items()):
+        return None
+    points = [w.params for w in itertools.chain(one.waypoints, other.waypoints)]
+    projected = principal_plane(points, a)
+    if projected is None:
+        return None
+    count = len(one.waypoints)
+    paths = {one.label: projected.points[:count], other.label: projected.points[count:]}
+    of = _of_fit(one)._replace(step=f"epochs 0 to {one.waypoints[-1].step} and 0 to {other.waypoints[-1].step}")
+    return _path_scene(f"{one.label} and {other.label} in one plane", projected, paths, one.loss, of)
