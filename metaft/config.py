@@ -22,13 +22,13 @@ from metaft.settings import (
     EpisodeSettings,
     EvaluateCompute,
     EvaluateData,
+    FittingOutput,
     ImageSize,
     InnerMethod,
     InnerSettings,
     LearnerSettings,
     MetaTestSettings,
     OuterSettings,
-    Output,
     Recipe,
     SettledData,
     SettledLearner,
@@ -135,7 +135,7 @@ class AdaptConfig(Settings):
     inner: InnerMethod
     draws: Draws
     compute: Device
-    output: Output
+    output: FittingOutput
 
     def __init__(self, **given: Any) -> None:
         super().__init__(**given)

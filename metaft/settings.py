@@ -656,6 +656,16 @@ class Output(Group):
 
 
 @dataclasses.dataclass(frozen=True)
+class FittingOutput(Output):
+    """Run folder."""
+
+    log_every: Annotated[
+        int,
+        Option("Steps per row of updates.jsonl; more where measuring would take over 2 % of the time.", at_least=1),
+    ] = 10
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainingOutput(Output):
     """Run folder."""
 
