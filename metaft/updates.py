@@ -136,6 +136,7 @@ def row(
 
 # ---- dead units -----------------------------------------------------------------------------------------------------
 
+_PRODUCTS = {F.conv1d, F.conv2d, F.conv3d, F.linear}
 _RELU = {F.relu, F.relu6, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_}
 
 
@@ -175,13 +176,26 @@ def dead_units(run: Callable[[], object], params: Mapping[str, Tensor]) -> dict[
     return {layer: rounded(float(share)) for layer, share in shares.items()}
 
 
-def flops_of(run: Callable[[], object]) -> int:
-    """FLOPs of what `run` passes through: its convolutions and matrix products."""
-    from torch.utils.flop_counter import FlopCounterMode
+class _Count(TorchFunctionMode):
+    """Adds up what convolutions and linear layers do; `torch.utils.flop_counter` looks at every operation for that."""
 
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func in _PRODUCTS and len(args) > 1:
+            weight = args[1]
+            self.flops += 2 * weight.numel() * result.numel() // len(weight)  # once at each place of each image
+        return result
+
+
+def flops_of(run: Callable[[], object]) -> int:
+    """FLOPs of the convolutions and linear layers that `run` passes through."""
+    with torch.no_grad(), _Count() as count:
         run()
-    return counter.get_total_flops()
+    return count.flops
 
 
 # ---- as a page shows them -------------------------------------------------------------------------------------------

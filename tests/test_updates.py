@@ -181,6 +181,13 @@ def test_dead_units_are_those_that_are_0_for_all_examples_and_places() -> None:
     assert torch.relu(torch.tensor(-1.0)) == 0 and not any(part._forward_hooks for part in model.modules())
 
 
+def test_operations_are_those_of_their_formulas() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 6, 3, stride=2, padding=1), nn.Conv2d(6, 6, 3, padding=1, groups=6))
+    expected = 2 * 7 * 5 * 4 * (6 * 3 * 9 + 6 * 9)
+    assert updates.flops_of(lambda: model(torch.zeros(7, 3, 9, 8))) == expected
+    assert updates.flops_of(lambda: nn.Linear(5, 4)(torch.zeros(7, 3, 5))) == 2 * 7 * 3 * 5 * 4
+
+
 def test_inner_steps_are_those_of_gradient_descent() -> None:
     x, y = torch.randn(4, 3, generator=torch.Generator().manual_seed(0)).double(), torch.tensor([0, 1, 1, 0])
     maml = algorithms.maml(models.functional(nn.Sequential(nn.Linear(3, 2)).double()), inner_lr=0.5)
