@@ -228,6 +228,14 @@ class LookConfig(Settings):
     """Make a page of pictures, tables and words on a run or a start."""
 
     image_size: ImageSize = None
+    explain: Annotated[
+        tuple[str, ...],
+        Option(
+            "Show what in these images their labels rest on, of an adapt run: Grad-CAM, and with the extra explain "
+            "integrated gradients.",
+            metavar="IMAGE|FOLDER...",
+        ),
+    ] = ()
     out: Annotated[
         str | None,
         Option(

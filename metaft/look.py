@@ -59,12 +59,14 @@ def run(word: Path | str, config: LookConfig | None = None, *, module: nn.Module
     """
     from metaft.runs.checkpoint import write_atomically
     from metaft.runs.folder import file_name
+    from metaft.views.explained import readings_of
     from metaft.views.page import page
     from metaft.views.subject import open_subject
 
     config = config or LookConfig()
     with stopped_at_once("stopped; nothing was written"):
         subject = open_subject(str(word), image_size=config.image_size, module=module)
+        subject.explain = readings_of(subject, config.explain)
         beside = Path(f"look-{file_name(subject.name)}.html") if subject.folder is None else subject.folder.path / PAGE
         out = beside if config.out is None else local(config.out)
         check_writable(out, "out", out.parent)

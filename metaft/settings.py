@@ -660,9 +660,12 @@ class FittingOutput(Output):
     """Run folder."""
 
     log_every: Annotated[
-        int,
-        Option("Steps per row of updates.jsonl; more where measuring would take over 2 % of the time.", at_least=1),
-    ] = 10
+        int | None,
+        Option(
+            "Steps per row of updates.jsonl; more where measuring would take over 2 % of the time (auto: 10).",
+            at_least=1,
+        ),
+    ] = None
 
 
 @dataclasses.dataclass(frozen=True)

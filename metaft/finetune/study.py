@@ -40,6 +40,9 @@ from metaft.targets.draws import Rows
 TABLES = ("per_class", "confusion", "calibration", "predictions")
 """Figures that are kept of the first draw alone."""
 
+LOG_EVERY = 10
+"""Steps per row of updates.jsonl, where `--log-every` says nothing else."""
+
 SAVE_EVERY = 5.0  # seconds; a killed run loses at most these
 
 
@@ -321,7 +324,7 @@ def fit_one(
         target.inputs, Part(target.examples, train), labels, classes, recipe,
         val_examples=Part(target.examples, val), val_labels=target.labels[val],
         seed=seed, should_stop=should_stop, resume=resume, on_epoch=on_epoch, on_update=on_update,
-        log_every=config.output.log_every,
+        log_every=config.output.log_every or LOG_EVERY,
     )  # fmt: skip
 
 

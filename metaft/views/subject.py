@@ -21,6 +21,7 @@ from metaft.config import AdaptConfig, MetaTrainConfig, read_toml
 from metaft.errors import CheckpointError, MetaftError
 from metaft.finetune import classifier
 from metaft.finetune.classifier import Classifier
+from metaft.inputs import Reading
 from metaft.models.architecture import build, filled, is_of
 from metaft.models.blocks import blocks_of
 from metaft.models.functional import probe_of
@@ -69,6 +70,8 @@ class Subject:
     """The user's own, where the run was made with one."""
     opened: Start | None = None
     """A start that is looked at."""
+    explain: tuple[Reading, ...] = ()
+    """Images whose labels are to be explained."""
 
     @functools.cached_property
     def start(self) -> Start:
