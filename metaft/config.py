@@ -22,13 +22,13 @@ from metaft.settings import (
     EpisodeSettings,
     EvaluateCompute,
     EvaluateData,
+    FittingOutput,
     ImageSize,
     InnerMethod,
     InnerSettings,
     LearnerSettings,
     MetaTestSettings,
     OuterSettings,
-    Output,
     Recipe,
     SettledData,
     SettledLearner,
@@ -135,7 +135,7 @@ class AdaptConfig(Settings):
     inner: InnerMethod
     draws: Draws
     compute: Device
-    output: Output
+    output: FittingOutput
 
     def __init__(self, **given: Any) -> None:
         super().__init__(**given)
@@ -267,6 +267,14 @@ class LookConfig(Settings):
     landscape: Annotated[
         bool, Option("Draw the path of training over its loss too, in planes through the parameters; takes minutes.")
     ] = False
+    explain: Annotated[
+        tuple[str, ...],
+        Option(
+            "Show what in these images their labels rest on, of an adapt run: Grad-CAM, and with the extra explain "
+            "integrated gradients.",
+            metavar="IMAGE|FOLDER...",
+        ),
+    ] = ()
     out: Annotated[
         str | None,
         Option(

@@ -665,6 +665,19 @@ class Output(Group):
 
 
 @dataclasses.dataclass(frozen=True)
+class FittingOutput(Output):
+    """Run folder."""
+
+    log_every: Annotated[
+        int | None,
+        Option(
+            "Steps per row of updates.jsonl; more where measuring would take over 2 % of the time (auto: 10).",
+            at_least=1,
+        ),
+    ] = None
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainingOutput(Output):
     """Run folder."""
 

@@ -294,6 +294,7 @@ def adapted(path: Path) -> dict[str, Any]:
         "classifier": run.classifier.read_bytes(),
         "last": run.last.read_bytes(),
         "metrics": run.metrics.read_bytes(),
+        "updates": run.updates.read_bytes() if run.updates.exists() else b"",
         "config": run.config.read_bytes(),
         "result": timeless(json.loads(run.result.read_text(encoding="utf-8"))),
         "report": re.sub(r", in \d+:\d+(:\d+)?$", "", report, flags=re.MULTILINE),
@@ -331,6 +332,7 @@ def remains(path: Path) -> dict[str, Any]:
         "last": run.last.read_bytes(),
         "best": run.best.read_bytes(),
         "metrics": run.metrics.read_bytes(),
+        "updates": run.updates.read_bytes() if run.updates.exists() else b"",
         "config": run.config.read_bytes(),
         "result": untimed(json.loads(run.result.read_text())),
     }

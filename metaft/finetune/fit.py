@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from metaft import schedules
+from metaft import schedules, updates
 from metaft.errors import NonFiniteError
 from metaft.finetune import heads, optim, strategies
 from metaft.finetune.augment import of_epoch
@@ -32,6 +32,7 @@ from metaft.runs.checkpoint import under
 from metaft.runs.trail import Trail
 from metaft.sampler import Stream, raw_words
 from metaft.settings import Recipe
+from metaft.types import Params
 
 SMALLER = "try a smaller --lr"
 
@@ -79,6 +80,8 @@ def fit(
     resume: Mapping[str, Any] | None = None,
     on_epoch: Callable[[Mapping[str, Any]], None] | None = None,
     trail: Trail | None = None,
+    log_every: int = 10,
+    on_update: Callable[[Mapping[str, Any]], None] | None = None,
 ) -> Fitted:
     """Fine-tune a copy of `body` (features [n, D] out, EpisodeNorm inside) and a fresh head on raw examples [n, ...],
     which go to the body's device batch by batch. `labels` [n] are int64 of so many `classes`, or numbers where that is
@@ -91,8 +94,9 @@ def fit(
     to the first in which the body moves are on features that were computed once, where those do not depend on the
     batch. With validation examples the epoch of the lowest validation loss is kept (inductively, as the result will
     predict) and training stops after `patience` epochs without a better one; without `each_epoch` they judge the last
-    epoch alone, and neither happens. `on_epoch` gets a copy of all that `resume` needs for the same bits, and `trail`
-    keeps some of what moves in any epoch, from before the first on. Raises
+    epoch alone, and neither happens. `on_epoch` gets a copy of all that `resume` needs for the same bits, `trail`
+    keeps some of what moves in any epoch, from before the first on, and `on_update` gets every `log_every` steps, or
+    fewer (see `metaft.updates`), how far the step moved each layer. Raises
     NonFiniteError where the training or validation loss is not finite; that of the last step, which no loss has seen,
     shows in the result alone.
     """
@@ -117,6 +121,7 @@ def fit(
     alone = nn.ModuleDict({"body": nn.Identity(), "head": model.get_submodule("head")})  # on features
     features = Features(model.get_submodule("body"), train, val, begun, None if known is None else known[1])
     curve: list[dict[str, float]] = []
+    apart: dict[bool, int] = {}  # steps between two of which `on_update` is told, of the whole model and of its head
     best = (math.inf, {})
     average = {} if recipe.ema is None else _values(model, still)
     judged = model if recipe.ema is None else copied(model)
@@ -137,7 +142,7 @@ def fit(
     for epoch in range(len(curve), recipe.passes):
         if recipe.patience is not None and _stale(curve[settled:], recipe.patience):
             break
-        total, change = 0.0, of_epoch(recipe.augment, len(train), seed, epoch)
+        total, x, change = 0.0, None, of_epoch(recipe.augment, len(train), seed, epoch)
         batches = batches_of(len(train), recipe.images_per_step, seed, epoch)
         stayed = stayed and (bool(still) or _stays(strategy, groups, recipe.passes, per_epoch, [epoch]))
         computed = features.train if stayed else None
@@ -153,7 +158,8 @@ def fit(
                     loss = objective(alone, Batch(computed[rows.to(computed.device)], y, rows, epoch))
                 else:
                     raw = examples[rows] if change is None else change(examples[rows].to(like.device), rows)
-                    loss = objective(model, Batch(train.prepare(raw), y, rows, epoch))
+                    x = train.prepare(raw)
+                    loss = objective(model, Batch(x, y, rows, epoch))
                 if len(rows) < len(batch):  # its share of the step's mean
                     loss = loss * (outcome.weight(y) / outcome.weight(targets[torch.from_numpy(batch)]))
                 if loss.requires_grad:
@@ -161,7 +167,16 @@ def fit(
                 total += float(loss.detach()) * len(batch)
             if recipe.clip_norm is not None:
                 nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_norm)
+            before = {}
+            if on_update is not None:
+                if (whole := computed is None) not in apart:
+                    apart[whole] = _apart(log_every, recipe, model if whole else alone, x if whole else None)
+                if updates.due(step + 1, apart[whole]):
+                    before = updates.copied({n: model.get_parameter(n) for n, rate in rates.items() if rate})
             optimizer.step()
+            if on_update is not None and before:
+                row = _updated(step + 1, model, before, origin.params, x if computed is None else None)
+                on_update({"epoch": epoch + 1, **row})
             if recipe.ema is not None:
                 follow(average, model.state_dict(), recipe.ema, step, still)
             should_stop()
@@ -192,6 +207,30 @@ def fit(
     model = strategy.finish(model)
     stored, head = _stored(model.get_submodule("body"), train), outcome.finished(model.get_submodule("head"))
     return Fitted(stored, head, curve, trained)
+
+
+def _apart(log_every: int, recipe: Recipe, model: nn.Module, x: Tensor | None) -> int:
+    """Steps from one whose updates are measured to the next. `x` is a batch of what passes through the body; None where
+    the head alone is passed through, whose FLOPs are those of its weights."""
+    numbers = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    some = None if x is None else x[:2]  # of one alone there may be no moments
+    once = 2.0 * numbers if some is None else updates.flops_of(lambda: _passed(model, some)) / len(some)
+    passes = 0.0 if x is None else once * recipe.batch_size
+    return updates.every(log_every, numbers, 3 * once * recipe.images_per_step, passes)
+
+
+def _passed(model: nn.Module, x: Tensor) -> Tensor:
+    """What a model of "body" and "head" makes of a batch in evaluation, which changes nothing of it."""
+    with evaluating(model):
+        return model.get_submodule("head")(model.get_submodule("body")(x))
+
+
+def _updated(step: int, model: nn.Module, before: Params, start: Params, x: Tensor | None) -> dict[str, Any]:
+    """A row of `updates.jsonl`: what a step made of the parameters that it moved."""
+    after = dict(model.named_parameters())
+    gradient = {name: after[name].grad for name in before}
+    dead = {} if x is None else updates.dead_units(lambda: _passed(model, x), after)
+    return updates.row(step, before, after, start, gradient, dead)
 
 
 def _copied(state: Any) -> Any:

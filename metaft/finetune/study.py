@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,8 @@ from metaft.finetune.strategies import CHOSEN
 from metaft.models.architecture import is_published
 from metaft.runs import checkpoint
 from metaft.runs.checkpoint import write_atomically
-from metaft.runs.folder import RunFolder, append_row
+from metaft.runs.folder import RunFolder, append_row, read_rows
+from metaft.runs.folder import write_rows as write_line_file
 from metaft.runs.trail import Trail
 from metaft.starts.base import body
 from metaft.targets import Target
@@ -37,6 +40,9 @@ from metaft.targets.draws import Rows
 
 TABLES = ("per_class", "confusion", "calibration", "predictions")
 """Figures that are kept of the first draw alone."""
+
+LOG_EVERY = 10
+"""Steps per row of updates.jsonl, where `--log-every` says nothing else."""
 
 SAVE_EVERY = 5.0  # seconds; a killed run loses at most these
 
@@ -98,10 +104,11 @@ def study(
                 progress(number, state["curve"][-1], passes)
 
             begun = journal.position.current
+            measured = draw == 0 and (setup.folds == 1 or fold == 0)  # of which curves are drawn, too
             fitted = fit_one(
-                setup, contender, rows, draw, device,
-                resume=begun, should_stop=should_stop, on_epoch=on_epoch,
+                setup, contender, rows, draw, device, resume=begun, should_stop=should_stop, on_epoch=on_epoch,
                 trail=trail_for(run, setup, planned[number]),
+                on_update=partial(journal.update, tag) if measured else None,
             )  # fmt: skip
             classifier = Classifier(fitted.body, fitted.head, target.inputs, target.class_names)
             advice = FEWER if contender.recipe is None else SMALLER
@@ -159,6 +166,7 @@ class Journal:
     def __init__(self, run: RunFolder, header: Mapping[str, Any], position: Position) -> None:
         self.run, self.header, self.position = run, header, position
         self._clock, self._before = time.monotonic(), (-1, ())
+        self._updates = _known(read_rows(run.updates, ["epoch", "step"]), position)
 
     def epoch(self, number: int, tag: Mapping[str, Any], state: Mapping[str, Any]) -> None:
         """`state` is that of the fit in progress, as `fit` gives it."""
@@ -166,6 +174,10 @@ class Journal:
         self.position = dataclasses.replace(self.position, rows=rows, current=state)
         if time.monotonic() - self._clock > SAVE_EVERY:
             self._keep(number)
+
+    def update(self, tag: Mapping[str, Any], row: Mapping[str, Any]) -> None:
+        """A row of updates.jsonl, which is no part of the position: it changes nothing of the run."""
+        self._updates.append({**tag, **row})
 
     def fit(self, number: int, tag: Mapping[str, Any], seed: int, fitted: Fitted, figures: Mapping[str, Any]) -> None:
         """A fit is done."""
@@ -197,8 +209,22 @@ class Journal:
     def _keep(self, number: int) -> None:
         now = time.monotonic()
         append_row(self.run.timing, {"fit": number, "seconds": now - self._clock}, sync=True)
+        if self._updates:
+            write_line_file(self.run.updates, self._updates)  # before the checkpoint, which may be ahead of no row
         write(self.run, self.position, self.header)
         self._clock = now
+
+
+def _known(rows: Sequence[dict[str, Any]], position: Position) -> list[dict[str, Any]]:
+    """Those rows of updates.jsonl that the position knows: of its fits, and of the epochs of the one in progress."""
+
+    def tag(row: Mapping[str, Any]) -> tuple[Any, ...]:
+        return tuple(row.get(key) for key in ("draw", "start", "fold"))
+
+    done = {tag(fit): math.inf for fit in position.fits}
+    if position.current is not None and position.rows:
+        done[tag(position.rows[-1])] = len(position.current["curve"])
+    return [row for row in rows if row["epoch"] <= done.get(tag(row), 0)]
 
 
 @torch.no_grad()
@@ -303,6 +329,7 @@ def fit_one(
     should_stop: Callable[[], None] = lambda: None,
     on_epoch: Callable[[Mapping[str, Any]], None] | None = None,
     trail: Trail | None = None,
+    on_update: Callable[[Mapping[str, Any]], None] | None = None,
 ) -> Fitted:
     """A contender fitted to the images of one draw, as its recipe says, which chooses nothing any more."""
     config, start, target, recipe = setup.config, contender.start, contender.target, contender.recipe
@@ -320,7 +347,8 @@ def fit_one(
         body(start, seed).to(device),
         target.inputs, Part(target.examples, train), labels, classes, recipe,
         val_examples=Part(target.examples, val), val_labels=target.labels[val],
-        seed=seed, should_stop=should_stop, resume=resume, on_epoch=on_epoch, trail=trail,
+        seed=seed, should_stop=should_stop, resume=resume, on_epoch=on_epoch, on_update=on_update, trail=trail,
+        log_every=config.output.log_every or LOG_EVERY,
     )  # fmt: skip
 
 

@@ -1,6 +1,8 @@
 """The run folder: what one command leaves for the next.
 
     config.toml  metrics.jsonl  timing.jsonl  checkpoints/{last,previous,best}.safetensors  plots/*.png  result.json
+    updates.jsonl: how far steps moved each layer (see metaft.updates), and of metaft.meta_train
+    checkpoints/first.safetensors, from where
     episodes.jsonl of metaft.meta_train: the figures of each episode of the meta-test, by which runs are compared
     classifier.safetensors and report.txt of metaft.adapt
     snapshots/FIT-STEP.safetensors: where training went through, for metaft.look --landscape (`metaft.runs.trail`)
@@ -43,12 +45,14 @@ class RunFolder:
         self.config = path / "config.toml"
         self.metrics = path / "metrics.jsonl"
         self.timing = path / "timing.jsonl"
+        self.updates = path / "updates.jsonl"
         self.lock = path / ".metaft.lock"
         self.job = path / ".metaft.job"
         self.result = path / "result.json"
         self.episodes = path / "episodes.jsonl"
         self.plots = path / "plots"
         self.checkpoints = path / "checkpoints"
+        self.first = self.checkpoints / "first.safetensors"
         self.last = self.checkpoints / "last.safetensors"
         self.previous = self.checkpoints / "previous.safetensors"
         self.best = self.checkpoints / "best.safetensors"
