@@ -653,6 +653,13 @@ class Output(Group):
     report: Annotated[
         bool | None, Option("Write report.html into it at the end, a page of pictures and tables (auto: on).")
     ] = None
+    log: Annotated[
+        Literal["tensorboard"] | None,
+        Option(
+            "Write rows, pictures and settings in another form too: for TensorBoard, into tensorboard/ (with the "
+            "extra of that name)."
+        ),
+    ] = None
 
 
 @dataclasses.dataclass(frozen=True)

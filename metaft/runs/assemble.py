@@ -261,8 +261,8 @@ def header(parts: Parts, engine: Engine, ranks: int = 1) -> dict[str, Any]:
     """The plain data that every checkpoint of a run on so many processes carries."""
     return {
         "version": __version__,
-        # Not where the folder is: it may move, and a resumed run must end with the same bytes.
-        "config": {k: v for k, v in flat(parts.config).items() if v is not None and k != "out"},
+        # Not where the folder is: it may move, and a resumed run must end with the same bytes. Nor where rows go too.
+        "config": {k: v for k, v in flat(parts.config).items() if v is not None and k not in ("out", "log")},
         "architecture": dict(parts.model.architecture),
         "dataset": parts.dataset.name,
         "split_hash": parts.dataset.split_hash,
