@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from metaft.runs.folder import RunFolder
 
 # What may change when a run goes on: how it is computed, over how many draws, and where the user's own things lie.
-RESUMABLE = ("device", "seeds", "data_root", "plugin", "report", "snapshots")
+RESUMABLE = ("device", "seeds", "data_root", "plugin", "report", "snapshots", "log")
 
 
 @dataclasses.dataclass(frozen=True, init=False)
@@ -67,10 +67,12 @@ def run(config: AdaptConfig, *, module: nn.Module | None = None, init: Init = "s
     """
     from metaft.finetune.setup import header, prepared
     from metaft.finetune.study import Position, write
+    from metaft.runs.events import check
     from metaft.runs.folder import RunFolder, file_name
     from metaft.starts.names import label_of
     from metaft.starts.run import RUNS
 
+    check(config.output.log)
     with stopped_at_once("stopped; nothing was written"):
         setup = prepared(config, module, init)
     settled = setup.config
@@ -108,6 +110,7 @@ def _resume(folder: RunFolder, config: AdaptConfig | None, module: nn.Module | N
     from metaft.finetune.setup import header, prepared
     from metaft.finetune.study import Position, read
     from metaft.runs.checkpoint import write_atomically
+    from metaft.runs.events import check
     from metaft.runs.machine import say_what_changed
     from metaft.starts.names import in_full
 
@@ -125,6 +128,7 @@ def _resume(folder: RunFolder, config: AdaptConfig | None, module: nn.Module | N
     data = places.as_run_names(config.target.data, recorded.target.data, config.target.data_root, classes)
     config = dataclasses.replace(config, data=data)
     check_unchanged(config, recorded, path, except_for=RESUMABLE)
+    check(config.output.log)
     setup = prepared(config, module, init, before)
     settled, now = setup.config, header(setup)
     if before is not None:
@@ -157,6 +161,7 @@ def _fit_all(folder: RunFolder, setup: Setup, header: Mapping[str, Any], positio
     from metaft.defaults import device_of
     from metaft.finetune.report import candidate, kind
     from metaft.finetune.study import study
+    from metaft.runs.events import events_of
     from metaft.starts.base import said_of
     from metaft.support.progress import Progress
 
@@ -177,16 +182,19 @@ def _fit_all(folder: RunFolder, setup: Setup, header: Mapping[str, Any], positio
             bar.expect(sum(epochs), sum(epochs[:number]))
         bar.update(sum(epochs[:number]) + int(row["epoch"]), loss=f"{row['loss']:.3f}")
 
-    with StopSignals() as signals:
+    with StopSignals() as signals, events_of(config.output.log, folder) as events:
         try:
             position = study(
                 folder, setup, position, header, device=device, progress=progress,
                 on_candidate=lambda row: bar.say(f"to choose from: {candidate(row)}"),
-                should_stop=lambda: signals.check(f"stopped; go on with: {resume_hint}"),
+                should_stop=lambda: signals.check(f"stopped; go on with: {resume_hint}"), events=events,
             )  # fmt: skip
         finally:
             bar.close()
-        return finish(folder, setup, position, device)
+        result = finish(folder, setup, position, device)
+        if events is not None:
+            events.end(sorted(folder.plots.glob("*.png")), max(int(row["epoch"]) for row in position.rows))
+        return result
 
 
 def finish(folder: RunFolder, setup: Setup, position: Position, device: str) -> dict[str, Any]:

@@ -662,6 +662,13 @@ class Output(Group):
             one_of=(0, 5, 10, 15, 20, 25),
         ),
     ] = None  # fmt: skip
+    log: Annotated[
+        Literal["tensorboard"] | None,
+        Option(
+            "Write rows, pictures and settings in another form too: for TensorBoard, into tensorboard/ (with the "
+            "extra of that name)."
+        ),
+    ] = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -205,6 +205,7 @@ PATHS: dict[tuple[str, str], tuple[str, dict[str, str]]] = {
     ("export", "pictures"): ("", {**NOT_THERE, "empty": "{empty}", "folder of texts": "{texts}", "cut": "{broken}"}),
     ("export", "data_root"): ("", {**NOT_THERE, "a file": "{file}"}),
     ("export", "out"): ("", {**NO_PLACE, "a file": "{file}", "full": "{squares}"}),
+    ("look", "explain"): ("", {**NOT_THERE, "of meta_train": "{file}"}),
     ("look", "run"): ("", {**NOT_THERE, **NO_FOLDER}),
     ("look", "out"): ("", {**NO_PLACE, "a folder": "{empty}"}),
     ("search", "space"): ("", {**NOT_THERE, "a folder": "{empty}", "not TOML": "{garbage}"}),

@@ -31,6 +31,7 @@ from metaft.finetune.strategies import CHOSEN
 from metaft.models.architecture import is_published
 from metaft.runs import checkpoint
 from metaft.runs.checkpoint import write_atomically
+from metaft.runs.events import Events
 from metaft.runs.folder import RunFolder, append_row, read_rows
 from metaft.runs.folder import write_rows as write_line_file
 from metaft.runs.trail import Trail
@@ -78,15 +79,16 @@ def study(
     should_stop: Callable[[], None] = lambda: None,
     progress: Callable[[int, Mapping[str, float], int], None] = lambda number, row, passes: None,
     on_candidate: Callable[[Mapping[str, Any]], None] = lambda row: None,
+    events: Events | None = None,
 ) -> Position:
     """Go on from `position` to the end: for each draw a fit from every start.
 
     The figures of a fit are in the checkpoint as soon as it is done, and the classifier of the first one in the run
     folder. `should_stop` raises to stop, `progress(number of the fit, row, its epochs)` is told of each epoch, and
-    `on_candidate` of each that there is to choose from (see `choose`).
+    `on_candidate` of each that there is to choose from (see `choose`); `events` gets the rows too.
     """
     write_rows(run, position)  # a kill may have come between the checkpoint and them
-    journal = Journal(run, header, position)
+    journal = Journal(run, header, position, events)
     planned = setup.fits
     try:
         for number in range(len(position.fits), len(planned)):
@@ -163,15 +165,19 @@ def trail_for(run: RunFolder, setup: Setup, planned: Planned) -> Trail | None:
 class Journal:
     """Writes a run's position down: after each fit, and within one every `SAVE_EVERY` seconds."""
 
-    def __init__(self, run: RunFolder, header: Mapping[str, Any], position: Position) -> None:
-        self.run, self.header, self.position = run, header, position
+    def __init__(
+        self, run: RunFolder, header: Mapping[str, Any], position: Position, events: Events | None = None
+    ) -> None:
+        self.run, self.header, self.position, self.events = run, header, position, events
         self._clock, self._before = time.monotonic(), (-1, ())
+        self._follow()
         self._updates = _known(read_rows(run.updates, ["epoch", "step"]), position)
 
     def epoch(self, number: int, tag: Mapping[str, Any], state: Mapping[str, Any]) -> None:
         """`state` is that of the fit in progress, as `fit` gives it."""
         rows = self._rows(number, tag, state["curve"])
         self.position = dataclasses.replace(self.position, rows=rows, current=state)
+        self._follow()
         if time.monotonic() - self._clock > SAVE_EVERY:
             self._keep(number)
 
@@ -186,6 +192,7 @@ class Journal:
         trained = {"trained": fitted.trained} if fitted.trained else {}
         done = {**tag, "seed": seed, "epochs": epochs, "kept_epoch": fitted.kept, **trained, **figures, **chosen}
         self.position = Position((*self.position.fits, _as_read(done)), self._rows(number, tag, fitted.curve))
+        self._follow()
         self._keep(number)
 
     def choice(self, number: int, made: Mapping[str, Any]) -> None:
@@ -205,6 +212,10 @@ class Journal:
             rows = self.position.rows
             self._before = number, tuple(row for row in rows if {k: row.get(k) for k in tag} != tag)
         return (*self._before[1], *({**tag, **row} for row in curve))
+
+    def _follow(self) -> None:
+        if self.events is not None:
+            self.events.follow(self.position.rows)
 
     def _keep(self, number: int) -> None:
         now = time.monotonic()

@@ -20,6 +20,7 @@ from metaft.outer import meta_gradient, static
 from metaft.outer.static import Steps, Taken, logged, why_not_finite
 from metaft.outer.update import Outer
 from metaft.runs import checkpoint
+from metaft.runs.events import Events
 from metaft.runs.folder import RunFolder, append_row, cut_back, read_rows
 from metaft.runs.measuring import Measuring
 from metaft.runs.snapshot import Snapshot, save_snapshot, tensors_of
@@ -77,6 +78,7 @@ def train(
     *,
     ranks: Ranks = ALONE,
     should_stop: Callable[[], None] = lambda: None,
+    events: Events | None = None,
 ) -> Snapshot:
     """Train from `start` to the last iteration, writing rows, checkpoints and validations; returns the final state.
 
@@ -84,6 +86,7 @@ def train(
     is asked after every step and chunk of validation, and raises to stop; the checkpoint is then written first. Raises
     NonFiniteError at a loss or gradient that is not finite, with the state before that step saved, and RanksDiffer
     before a validation or checkpoint of parameters that are not the same on all ranks, with nothing of them saved.
+    `events` gets the rows too.
     """
     measuring = Measuring(run, config, algorithm, source, start, ranks)
     steps = _steps(config, engine, algorithm, source, start, ranks, measuring.every)
@@ -92,10 +95,12 @@ def train(
         cut_back(run.metrics, start.position.step - len(start.position.window), start.position.evaluated)
         cut_back(run.timing, start.position.step, start.position.evaluated)
         cut_back(run.updates, start.position.step, start.position.evaluated)
+        if events is not None:
+            events.follow(read_rows(run.metrics))
     bar = Progress(
         "meta-train", config.outer.iterations, "step", done=start.position.step, per_unit=config.task.meta_batch
     )
-    loop = _Loop(run, config, algorithm, start, ranks, steps, measuring, bar)
+    loop = _Loop(run, config, algorithm, start, ranks, steps, measuring, bar, events)
     try:
         loop.write_first()
         while True:
@@ -138,10 +143,11 @@ class _Loop:
         steps: Steps,
         measuring: Measuring,
         bar: Progress,
+        events: Events | None,
     ) -> None:
         self._run, self._config, self._algorithm, self._start = run, config, algorithm, start
         self._ranks, self._steps, self._measuring, self._bar = ranks, steps, measuring, bar
-        self._name = figure_name(algorithm.loss)
+        self._name, self._events = figure_name(algorithm.loss), events
         self._trail = Trail(run.snapshots, META, asked=config.output.snapshots, every=config.output.log_every)
         self.position = start.position
         self.saved_step = start.position.step
@@ -257,6 +263,8 @@ class _Loop:
     def _log(self, row: Mapping[str, Any], *, sync: bool = False) -> None:
         if self._ranks.rank == 0:
             append_row(self._run.metrics, row, sync=sync)
+            if self._events is not None:
+                self._events.row(row)
 
 
 def _steps(

@@ -12,16 +12,8 @@ from metaft.inputs import Reading
 from metaft.inputs.flaws import noted
 from metaft.predict import list_files
 from metaft.support.names import short_names
-from metaft.views.attribution import (
-    GAP,
-    Integrated,
-    enlarged,
-    grad_cam,
-    has_captum,
-    integrated_gradients,
-    laid_over,
-    strengths,
-)
+from metaft.views import attribution
+from metaft.views.attribution import GAP, Integrated
 from metaft.views.base import Explained, Explanation, Missing, Of, Overlay, Part, View
 from metaft.views.images import raw_thumbnail
 from metaft.views.subject import Subject
@@ -72,17 +64,23 @@ def explained(subject: Subject) -> View | Missing:
     cams = _cams(model, x, labels, size)
     names = short_names(classifier.class_names)
     integrated = (
-        [integrated_gradients(model, x[i], black[0], int(labels[i])) for i in range(len(x))] if has_captum() else []
+        [attribution.integrated_gradients(model, x[i], black[0], int(labels[i])) for i in range(len(x))]
+        if attribution.has_captum()
+        else []
     )
     shown: list[Explanation] = []
     for i, reading in enumerate(subject.explain):
         overlays, name = [], names[int(labels[i])]
         if cams is not None:
             overlays.append(
-                Overlay("Grad-CAM", raw_thumbnail(laid_over(raw[i], cams[i]), _SIDE), f"Grad-CAM for {name}")
+                Overlay(
+                    "Grad-CAM", raw_thumbnail(attribution.laid_over(raw[i], cams[i]), _SIDE), f"Grad-CAM for {name}"
+                )
             )
         if integrated:
-            over = raw_thumbnail(laid_over(raw[i], strengths(integrated[i].attributions)), _SIDE)
+            over = raw_thumbnail(
+                attribution.laid_over(raw[i], attribution.strengths(integrated[i].attributions)), _SIDE
+            )
             overlays.append(Overlay("integrated gradients", over, f"integrated gradients for {name}"))
         top = probabilities[i].topk(min(_CLASSES, len(names)))
         classes = [(names[int(k)], float(p)) for p, k in zip(top.values, top.indices, strict=True)]
@@ -95,8 +93,8 @@ def explained(subject: Subject) -> View | Missing:
 
 
 def _cams(model: nn.Module, x: Tensor, labels: Tensor, size: tuple[int, int]) -> Tensor | None:
-    cam = grad_cam(model, x, labels)
-    return None if cam is None else enlarged(cam, size)
+    cam = attribution.grad_cam(model, x, labels)
+    return None if cam is None else attribution.enlarged(cam, size)
 
 
 def _said(cam: bool, integrated: Sequence[Integrated]) -> str:
