@@ -73,15 +73,16 @@ def fit(
     strategy: Strategy | None = None,
     extras: Sequence[Extra] | None = None,
     known: tuple[Tensor, Tensor] | None = None,
+    head: nn.Module | None = None,
     each_epoch: bool = True,
     should_stop: Callable[[], None] = lambda: None,
     resume: Mapping[str, Any] | None = None,
     on_epoch: Callable[[Mapping[str, Any]], None] | None = None,
 ) -> Fitted:
-    """Fine-tune a copy of `body` (features [n, D] out, EpisodeNorm inside) and a fresh head on raw examples [n, ...],
-    which go to the body's device batch by batch. `labels` [n] are int64 of so many `classes`, or numbers where that is
-    0: the head then has one output, and the loss is the squared error. `known` are the features of training and
-    validation examples, where the caller has them.
+    """Fine-tune a copy of `body` (features [n, D] out, EpisodeNorm inside) and a fresh head, or a copy of the `head` that
+    a classifier has, on raw examples [n, ...], which go to the body's device batch by batch. `labels` [n] are int64 of
+    so many `classes`, or numbers where that is 0: the head then has one output, and the loss is the squared error.
+    `known` are the features of training and validation examples, where the caller has them.
 
     `strategy` says what trains and at which rate in each step, `extras` change the loss (None: as the recipe says). The
     rate of a parameter in a step is the recipe's times the schedule's factor times the strategy's. Training batches are
@@ -105,7 +106,7 @@ def fit(
     per_epoch = len(batches_of(len(train), recipe.images_per_step, seed, 0))
     steps = recipe.passes * per_epoch
     model, groups, begun, still = _start(
-        body, train, labels, outcome, recipe, seed, strategy, per_epoch, None if known is None else known[0]
+        body, train, labels, outcome, recipe, seed, strategy, per_epoch, None if known is None else known[0], head
     )
     # A parameter is a group of the optimiser by itself: its rate may change with every step.
     optimizer = optim.named(recipe.optimizer)([(n, p) for n, p in _learning(model) if n not in still], recipe.rate)
@@ -236,16 +237,20 @@ def _start(
     strategy: Strategy,
     per_epoch: int,
     known: Tensor | None,
+    own: nn.Module | None,
 ) -> tuple[nn.Module, Groups, Tensor | None, frozenset[str]]:
-    """A copy of the body and a head that starts from its features, as the strategy wants them, the groups of their
-    parameters, the features, where the strategy put nothing else in the body's place, and the names of the body's
-    parameters, if none of them ever moves."""
+    """A copy of the body and of its `own` head, or a head that starts from its features, as the strategy wants them,
+    the groups of their parameters, the features, where the strategy put nothing else in the body's place, and the names
+    of the body's parameters, if none of them ever moves."""
     body = copied(body)
     # Of a body that needs no moments of these examples, others have use for the features too: they are cached.
     features = known
-    if features is None:
+    if features is None and own is None:
         features = (features_of if takes_alone(body) else in_parts)(_stored(body, train), train)
-    head = outcome.begun(heads.build(recipe.head, features, labels, outcome.outputs, head_seed(seed)))
+    if own is None:
+        head = outcome.begun(heads.build(recipe.head, features, labels, outcome.outputs, head_seed(seed)))
+    else:
+        head = copied(own)
     model = strategy.prepare(nn.ModuleDict({"body": body, "head": head}), seed)
     same_body = model.get_submodule("body") is body
     groups, still = groups_of(model), set()
