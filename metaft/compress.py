@@ -26,9 +26,6 @@ if TYPE_CHECKING:
     from metaft.finetune.study import Position
     from metaft.runs.folder import RunFolder
 
-SETTINGS = "compress.toml"
-"""In the folder that is made, which is an adapt run's besides."""
-
 RESUMABLE = ("data_root", "out")
 
 
@@ -84,6 +81,8 @@ def run(
     from metaft.support.whole import check_new
 
     config, source = config or CompressConfig(), local(path)
+    if config.data_root is not None and not os.path.isdir(local(config.data_root)):
+        raise MetaftError(f"data_root: {config.data_root} is no folder")
     if config.into is None:
         check_installed()
     out = _out(config, source)
@@ -100,7 +99,7 @@ def run(
             raise MetaftError(f"resume: {out} is finished already")
     else:
         folder = RunFolder.create(out, work.run.config.read_text(encoding="utf-8"))
-        write_atomically(folder.path / SETTINGS, to_toml(dataclasses.replace(config, out=None)).encode())
+        write_atomically(folder.compress, to_toml(dataclasses.replace(config, out=None)).encode())
     with folder.held("out"):
         folder.make_folders()
         folder.mend()
@@ -116,9 +115,12 @@ def _out(config: CompressConfig, source: Path) -> Path:
 
 def _recorded(out: Path) -> CompressConfig:
     """The settings of a folder that is gone on with. Raises MetaftError for one that this command did not make."""
-    if not os.path.isfile(out / SETTINGS):
-        raise MetaftError(f"resume: {out} is no folder that metaft.compress made: it has no {SETTINGS}")
-    return from_mapping(CompressConfig, read_toml(out / SETTINGS), origin=str(out / SETTINGS))
+    from metaft.runs.folder import RunFolder
+
+    file = RunFolder(out).compress
+    if not os.path.isfile(file):
+        raise MetaftError(f"resume: {out} is no folder that metaft.compress made: it has no {file.name}")
+    return from_mapping(CompressConfig, read_toml(file), origin=str(file))
 
 
 def _opened(source: Path, config: CompressConfig, module: nn.Module | None, init: Init) -> tuple[Work, dict[str, Any]]:
@@ -134,7 +136,7 @@ def _opened(source: Path, config: CompressConfig, module: nn.Module | None, init
     from metaft.runs.folder import RunFolder
     from metaft.starts.names import in_full
 
-    if source.is_file():
+    if os.path.isfile(source):
         raise MetaftError(f"run: {source} is a classifier alone, without its run's data")
     original = opened_run(lambda: load(source, module=module))
     run = RunFolder.open(source)
@@ -180,12 +182,12 @@ def _student(work: Work, into: str) -> Any:
 
 
 def _check_judged(work: Work) -> None:
-    """Raises MetaftError where nothing is there to choose by, or a step so large that there is none."""
+    """Raises MetaftError where nothing is there to choose by, or to prune."""
     from metaft.after.shrinking import shares_of, tracks_of
 
     tracks_of(work)
     if not shares_of(work):
-        raise MetaftError(f"step: {work.config.step:g} of the channels is more than the network can lose")
+        raise MetaftError(f"run: no layer of {work.run.path} has channels to lose")
 
 
 def _shrink(folder: RunFolder, work: Work, position: Position, header: dict[str, Any]) -> dict[str, Any]:

@@ -17,11 +17,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from metaft import adapt, choose, compare, evaluate, export, look, meta_train, models, predict
+from metaft import adapt, choose, compare, compress, evaluate, export, look, meta_train, models, predict
 from metaft.config import (
     AdaptConfig,
     ChooseConfig,
     CompareConfig,
+    CompressConfig,
     EvaluateConfig,
     ExportConfig,
     LookConfig,
@@ -36,7 +37,7 @@ from metaft.tasks.sinusoid import SinusoidTasks
 
 COMMANDS: dict[str, Any] = {
     "meta_train": meta_train, "evaluate": evaluate, "adapt": adapt, "predict": predict, "export": export,
-    "choose": choose, "compare": compare, "look": look,
+    "choose": choose, "compare": compare, "look": look, "compress": compress,
 }  # fmt: skip
 
 CONFIGS = [
@@ -47,6 +48,7 @@ CONFIGS = [
     ExportConfig,
     ChooseConfig,
     CompareConfig,
+    CompressConfig,
     LookConfig,
 ]
 """The settings of each command."""

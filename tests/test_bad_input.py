@@ -36,10 +36,11 @@ BASE: dict[str, str] = {
     "choose": "--data folder:{target} --starts {run} --only --out out",
     "compare": "{adapted} {again}",
     "export": "{adapted} --format torch-export --out out",
+    "compress": "{adapted} --out out",
 }
 """A good command line, to which one bad option is added. What is in braces is a path, see `paths`."""
 
-ZERO = ("dropout", "inner_steps", "test_inner_steps", "inner_lr", "seed", "eval_seed", "label_smoothing", "ema")
+ZERO = ("dropout", "inner_steps", "test_inner_steps", "inner_lr", "seed", "eval_seed", "label_smoothing", "ema", "points")
 """Numbers that may be 0; none may be below it."""
 
 POSITIONAL = ("run", "runs", "images")
@@ -153,6 +154,7 @@ WORDS: dict[tuple[str, str], list[tuple[str, str]]] = {
         for command in ("adapt", "choose")
     },
     ("choose", "starts"): [("torchvision:resnet19", "'resnet18'"), ("nothing-such", "known are RUN")],
+    ("compress", "into"): [("torchvision:resnet19", "'resnet18'"), ("nothing-such", "known are RUN")],
 }
 
 # ---- paths --------------------------------------------------------------------------------------------------------
@@ -201,6 +203,10 @@ PATHS: dict[tuple[str, str], tuple[str, dict[str, str]]] = {
     ("export", "pictures"): ("", {**NOT_THERE, "empty": "{empty}", "folder of texts": "{texts}", "cut": "{broken}"}),
     ("export", "data_root"): ("", {**NOT_THERE, "a file": "{file}"}),
     ("export", "out"): ("", {**NO_PLACE, "a file": "{file}", "full": "{squares}"}),
+    ("compress", "run"): ("", {**NOT_THERE, **NO_FOLDER, "of meta_train": "{run}"}),
+    ("compress", "into"): ("", {**NOT_THERE, **NO_FOLDER, "of adapt": "{adapted}"}),
+    ("compress", "data_root"): ("", {**NOT_THERE, "a file": "{file}"}),
+    ("compress", "out"): ("", {**NO_PLACE, "a file": "{file}", "full": "{squares}"}),
     ("look", "run"): ("", {**NOT_THERE, **NO_FOLDER}),
     ("look", "out"): ("", {**NO_PLACE, "a folder": "{empty}"}),
     ("predict", "csv"): ("", {**NOT_THERE, "a folder": "{empty}"}),

@@ -112,14 +112,14 @@ def _prune(model: nn.Module, wide: dict[str, int], share: float, x: Tensor) -> t
     masked = copy.deepcopy(model)
     paths = {layer: path for path, layer in model.named_modules()}
     graph = torch_pruning.DependencyGraph().build_dependency(model, example_inputs=x, verbose=False)
-    importance = torch_pruning.importance.GroupMagnitudeImportance(p=2, normalizer=None)
+    importance = torch_pruning.importance.GroupMagnitudeImportance(p=2)
     groups = []
     roots = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
     for group in graph.get_all_groups(ignored_layers=[model.get_submodule("head")], root_module_types=roots):
         root, function = group[0].dep.target.module, group[0].dep.handler
         surplus = _channels(root) - kept_of(wide[paths[root]], share)
         if surplus > 0 and not any(_is_grouped(dep.target.module) for dep, _ in group):
-            order = torch.argsort(importance(group), stable=True)
+            order = torch.argsort(_finite(importance(group)), stable=True)
             groups.append(_Group(root, function, sorted(order[:surplus].tolist())))
     for layer, function, channels in groups:  # while channels still have their own numbers
         for dep, numbers in graph.get_pruning_group(layer, function, channels):
@@ -132,6 +132,11 @@ def _prune(model: nn.Module, wide: dict[str, int], share: float, x: Tensor) -> t
     for layer, function, channels in groups:
         graph.get_pruning_group(layer, function, channels).prune()
     return masked, len(groups)
+
+
+def _finite(importance: Any) -> Tensor:
+    """Of a group whose weights are all zero a mean of none is left, and any channel is as good as another."""
+    return torch.nan_to_num(importance)
 
 
 def _channels(layer: nn.Module) -> int:

@@ -79,10 +79,10 @@ def fit(
     resume: Mapping[str, Any] | None = None,
     on_epoch: Callable[[Mapping[str, Any]], None] | None = None,
 ) -> Fitted:
-    """Fine-tune a copy of `body` (features [n, D] out, EpisodeNorm inside) and a fresh head, or a copy of the `head` that
-    a classifier has, on raw examples [n, ...], which go to the body's device batch by batch. `labels` [n] are int64 of
-    so many `classes`, or numbers where that is 0: the head then has one output, and the loss is the squared error.
-    `known` are the features of training and validation examples, where the caller has them.
+    """Fine-tune a copy of `body` (features [n, D] out, EpisodeNorm inside) and a fresh head, or a copy of the `head` of
+    a classifier, on raw examples [n, ...], which go to the body's device batch by batch. `labels` [n] are int64 of so
+    many `classes`, or numbers where that is 0: the head then has one output, and the loss is the squared error. `known`
+    are the features of training and validation examples, where the caller has them.
 
     `strategy` says what trains and at which rate in each step, `extras` change the loss (None: as the recipe says). The
     rate of a parameter in a step is the recipe's times the schedule's factor times the strategy's. Training batches are
@@ -245,12 +245,12 @@ def _start(
     body = copied(body)
     # Of a body that needs no moments of these examples, others have use for the features too: they are cached.
     features = known
-    if features is None and own is None:
-        features = (features_of if takes_alone(body) else in_parts)(_stored(body, train), train)
-    if own is None:
-        head = outcome.begun(heads.build(recipe.head, features, labels, outcome.outputs, head_seed(seed)))
-    else:
+    if own is not None:
         head = copied(own)
+    else:
+        if features is None:
+            features = (features_of if takes_alone(body) else in_parts)(_stored(body, train), train)
+        head = outcome.begun(heads.build(recipe.head, features, labels, outcome.outputs, head_seed(seed)))
     model = strategy.prepare(nn.ModuleDict({"body": body, "head": head}), seed)
     same_body = model.get_submodule("body") is body
     groups, still = groups_of(model), set()
