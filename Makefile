@@ -9,6 +9,8 @@ ITERATIONS ?= 1000
 ARGS ?=
 # Processes that share out the test files; 0 runs them here, one after another.
 JOBS ?= 2
+# What the tests need besides what metaft imports.
+EXTRAS := dev,vision,export,search,explain,tensorboard,compress
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
@@ -61,7 +63,7 @@ clean: ## remove caches, built files and the demo's run; other runs and $(VENV) 
 # A half-made environment (interrupted, or made without pip) is completed rather than trusted.
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(BIN)/python -m pip --version > /dev/null 2>&1 || { $(CHECK_PYTHON) && $(PYTHON) -m venv $(VENV); }
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,vision,export,search,explain,tensorboard]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[$(EXTRAS)]'
 	@touch $@
 
 CHECK_PYTHON = { $(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2> /dev/null || { \

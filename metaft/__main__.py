@@ -19,6 +19,7 @@ COMMANDS = {
     "compare": "put finished runs beside one another",
     "predict": "label images with what adapt made",
     "look": "make a page of pictures and tables on a run or a start",
+    "compress": "make what adapt made smaller and faster",
     "export": "write what adapt made as a file that runs without metaft",
 }
 

@@ -115,6 +115,8 @@ def _resume(folder: RunFolder, config: AdaptConfig | None, module: nn.Module | N
     from metaft.starts.names import in_full
 
     path = folder.path
+    if folder.compress.exists():
+        raise MetaftError(f"resume: {path} is of metaft.compress; go on with that command's own --resume")
     recorded = in_full(of_run(AdaptConfig, folder.config, "resume"))
     given = {} if config is None else {k: v for k, v in flat(config).items() if v is not None}
     if config is not None and config.recipe is not None:

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 from metaft.errors import MetaftError
 from metaft.options import Option, Settings, flat, options
 from metaft.settings import (
+    LARGEST,
     Compute,
     DataSettings,
     Device,
@@ -205,6 +206,45 @@ class ExportConfig(Settings):
         str | None, Option("Where the run's data lie, if they moved (auto: $METAFT_DATA).", metavar="PATH")
     ] = None
     out: Annotated[str | None, Option("A new folder (auto: RUN/FORMAT).", metavar="FOLDER", stored=False)] = None
+
+
+@dataclasses.dataclass(frozen=True, init=False)
+class CompressConfig(Settings):
+    """Make the classifier that an adapt run left smaller and faster."""
+
+    stored = True
+
+    latency: Annotated[
+        float,
+        Option("Seconds for one picture to come down to, as a share of the original's.", above=0, below=1),
+    ] = 0.75
+    points: Annotated[
+        float,
+        Option("Percentage points of the accuracy on validation images that may be lost.", at_least=0, at_most=100),
+    ] = 2.0
+    step: Annotated[
+        float,
+        Option("Share of the original's channels that each step takes out of every layer.", above=0, below=1),
+    ] = 0.1
+    into: Annotated[
+        str | None,
+        Option(
+            "Prune nothing, and have the classifier teach this start, as --init of metaft.adapt names it.",
+            metavar="START",
+        ),
+    ] = None
+    epochs: Annotated[
+        int | None,
+        Option("Passes over the training images after each step (auto: 10; with --into 40).", at_least=1),
+    ] = None
+    lr: Annotated[
+        float | None,
+        Option("Learning rate of these (auto: as metaft.adapt --strategy full).", above=0, at_most=LARGEST),
+    ] = None
+    data_root: Annotated[
+        str | None, Option("Where the run's data lie, if they moved (auto: $METAFT_DATA).", metavar="PATH")
+    ] = None
+    out: Annotated[str | None, Option("A new folder (auto: RUN/compressed).", metavar="FOLDER", stored=False)] = None
 
 
 @dataclasses.dataclass(frozen=True, init=False)

@@ -17,11 +17,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from metaft import adapt, choose, compare, evaluate, export, look, meta_train, models, predict, search
+from metaft import adapt, choose, compare, compress, evaluate, export, look, meta_train, models, predict, search
 from metaft.config import (
     AdaptConfig,
     ChooseConfig,
     CompareConfig,
+    CompressConfig,
     EvaluateConfig,
     ExportConfig,
     LookConfig,
@@ -37,7 +38,7 @@ from metaft.tasks.sinusoid import SinusoidTasks
 
 COMMANDS: dict[str, Any] = {
     "meta_train": meta_train, "evaluate": evaluate, "adapt": adapt, "predict": predict, "export": export,
-    "choose": choose, "compare": compare, "look": look, "search": search,
+    "choose": choose, "compare": compare, "look": look, "search": search, "compress": compress,
 }  # fmt: skip
 
 CONFIGS = [
@@ -48,6 +49,7 @@ CONFIGS = [
     ExportConfig,
     ChooseConfig,
     CompareConfig,
+    CompressConfig,
     LookConfig,
     SearchConfig,
 ]

@@ -37,12 +37,13 @@ BASE: dict[str, str] = {
     "compare": "{adapted} {again}",
     "search": "{space.toml} --dataset sinusoid --out out",
     "export": "{adapted} --format torch-export --out out",
+    "compress": "{adapted} --out out",
 }
 """A good command line, to which one bad option is added. What is in braces is a path, see `paths`."""
 
 ZERO = (
     "dropout", "inner_steps", "test_inner_steps", "inner_lr", "seed", "eval_seed", "label_smoothing", "ema",
-    "snapshots", "search_seed",
+    "snapshots", "search_seed", "points",
 )  # fmt: skip
 """Numbers that may be 0; none may be below it."""
 
@@ -157,6 +158,7 @@ WORDS: dict[tuple[str, str], list[tuple[str, str]]] = {
         for command in ("adapt", "choose")
     },
     ("choose", "starts"): [("torchvision:resnet19", "'resnet18'"), ("nothing-such", "known are RUN")],
+    ("compress", "into"): [("torchvision:resnet19", "'resnet18'"), ("nothing-such", "known are RUN")],
 }
 
 # ---- paths --------------------------------------------------------------------------------------------------------
@@ -206,6 +208,10 @@ PATHS: dict[tuple[str, str], tuple[str, dict[str, str]]] = {
     ("export", "data_root"): ("", {**NOT_THERE, "a file": "{file}"}),
     ("export", "out"): ("", {**NO_PLACE, "a file": "{file}", "full": "{squares}"}),
     ("look", "explain"): ("", {**NOT_THERE, "of meta_train": "{file}"}),
+    ("compress", "run"): ("", {**NOT_THERE, **NO_FOLDER, "of meta_train": "{run}"}),
+    ("compress", "into"): ("", {**NOT_THERE, **NO_FOLDER, "of adapt": "{adapted}"}),
+    ("compress", "data_root"): ("", {**NOT_THERE, "a file": "{file}"}),
+    ("compress", "out"): ("", {**NO_PLACE, "a file": "{file}", "full": "{squares}"}),
     ("look", "run"): ("", {**NOT_THERE, **NO_FOLDER}),
     ("look", "out"): ("", {**NO_PLACE, "a folder": "{empty}"}),
     ("search", "space"): ("", {**NOT_THERE, "a folder": "{empty}", "not TOML": "{garbage}"}),

@@ -75,6 +75,7 @@ def fit(
     strategy: Strategy | None = None,
     extras: Sequence[Extra] | None = None,
     known: tuple[Tensor, Tensor] | None = None,
+    head: nn.Module | None = None,
     each_epoch: bool = True,
     should_stop: Callable[[], None] = lambda: None,
     resume: Mapping[str, Any] | None = None,
@@ -83,10 +84,10 @@ def fit(
     log_every: int = 10,
     on_update: Callable[[Mapping[str, Any]], None] | None = None,
 ) -> Fitted:
-    """Fine-tune a copy of `body` (features [n, D] out, EpisodeNorm inside) and a fresh head on raw examples [n, ...],
-    which go to the body's device batch by batch. `labels` [n] are int64 of so many `classes`, or numbers where that is
-    0: the head then has one output, and the loss is the squared error. `known` are the features of training and
-    validation examples, where the caller has them.
+    """Fine-tune a copy of `body` (features [n, D] out, EpisodeNorm inside) and a fresh head, or a copy of the `head` of
+    a classifier, on raw examples [n, ...], which go to the body's device batch by batch. `labels` [n] are int64 of so
+    many `classes`, or numbers where that is 0: the head then has one output, and the loss is the squared error. `known`
+    are the features of training and validation examples, where the caller has them.
 
     `strategy` says what trains and at which rate in each step, `extras` change the loss (None: as the recipe says). The
     rate of a parameter in a step is the recipe's times the schedule's factor times the strategy's. Training batches are
@@ -112,7 +113,7 @@ def fit(
     per_epoch = len(batches_of(len(train), recipe.images_per_step, seed, 0))
     steps = recipe.passes * per_epoch
     model, groups, begun, still = started(
-        body, train, labels, outcome, recipe, seed, strategy, per_epoch, None if known is None else known[0]
+        body, train, labels, outcome, recipe, seed, strategy, per_epoch, None if known is None else known[0], head
     )
     # A parameter is a group of the optimiser by itself: its rate may change with every step.
     optimizer = optim.named(recipe.optimizer)([(n, p) for n, p in _learning(model) if n not in still], recipe.rate)
@@ -285,16 +286,20 @@ def started(
     strategy: Strategy,
     per_epoch: int,
     known: Tensor | None,
+    own: nn.Module | None = None,
 ) -> tuple[nn.Module, Groups, Tensor | None, frozenset[str]]:
-    """A copy of the body and a head that starts from its features, as the strategy wants them, the groups of their
-    parameters, the features, where the strategy put nothing else in the body's place, and the names of the body's
-    parameters, if none of them ever moves."""
+    """A copy of the body and of its `own` head, or a head that starts from its features, as the strategy wants them,
+    the groups of their parameters, the features, where the strategy put nothing else in the body's place, and the names
+    of the body's parameters, if none of them ever moves."""
     body = copied(body)
     # Of a body that needs no moments of these examples, others have use for the features too: they are cached.
     features = known
-    if features is None:
-        features = (features_of if takes_alone(body) else in_parts)(_stored(body, train), train)
-    head = outcome.begun(heads.build(recipe.head, features, labels, outcome.outputs, head_seed(seed)))
+    if own is not None:
+        head = copied(own)
+    else:
+        if features is None:
+            features = (features_of if takes_alone(body) else in_parts)(_stored(body, train), train)
+        head = outcome.begun(heads.build(recipe.head, features, labels, outcome.outputs, head_seed(seed)))
     model = strategy.prepare(nn.ModuleDict({"body": body, "head": head}), seed)
     same_body = model.get_submodule("body") is body
     groups, still = groups_of(model), set()

@@ -6,6 +6,7 @@
     episodes.jsonl of metaft.meta_train: the figures of each episode of the meta-test, by which runs are compared
     classifier.safetensors and report.txt of metaft.adapt
     snapshots/FIT-STEP.safetensors: where training went through, for metaft.look --landscape (`metaft.runs.trail`)
+    compress.toml and steps/*.safetensors of metaft.compress, whose folder is an adapt run's besides
     .metaft.lock while a command writes to it; .metaft.job: the launch by torchrun that began it
 
 metrics.jsonl holds no clock time, so that a resumed run ends with the same bytes as one that was never stopped;
@@ -58,6 +59,7 @@ class RunFolder:
         self.best = self.checkpoints / "best.safetensors"
         self.classifier = path / "classifier.safetensors"
         self.snapshots = path / "snapshots"
+        self.compress = path / "compress.toml"
 
     def kept(self, step: int) -> Path:
         """The checkpoint of `--keep-best` of that step."""
