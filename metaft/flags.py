@@ -204,4 +204,4 @@ def _hint(word: str, known: Mapping[str, Field]) -> str:
         return suggest(word, flags)
     setting = word.lstrip("-").replace("-", "_")
     of_one = f"; what only some algorithms have is given as --hyper {setting}=VALUE"
-    return suggest(word, flags, cutoff=0.72) or of_one  # else "--loss" would be near to "--shots"
+    return suggest(word, flags, cutoff=0.75) or of_one  # else "--loss" would be near to "--log"

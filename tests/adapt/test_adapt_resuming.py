@@ -222,8 +222,8 @@ def test_a_resumed_run_keeps_its_settings(copy: Path, capsys: Text, changes: lis
     assert contents(copy) == before
 
 
-def test_every_setting_but_five_is_kept() -> None:
-    assert set(adapt.RESUMABLE) == {"device", "seeds", "data_root", "plugin", "report"}
+def test_every_setting_but_seven_is_kept() -> None:
+    assert set(adapt.RESUMABLE) == {"device", "seeds", "data_root", "plugin", "report", "snapshots", "log"}
     assert set(adapt.RESUMABLE) < options(AdaptConfig).keys()
 
 
