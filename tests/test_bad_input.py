@@ -40,7 +40,17 @@ BASE: dict[str, str] = {
 }
 """A good command line, to which one bad option is added. What is in braces is a path, see `paths`."""
 
-ZERO = ("dropout", "inner_steps", "test_inner_steps", "inner_lr", "seed", "eval_seed", "label_smoothing", "ema", "points")
+ZERO = (
+    "dropout",
+    "inner_steps",
+    "test_inner_steps",
+    "inner_lr",
+    "seed",
+    "eval_seed",
+    "label_smoothing",
+    "ema",
+    "points",
+)
 """Numbers that may be 0; none may be below it."""
 
 POSITIONAL = ("run", "runs", "images")
