@@ -22,8 +22,8 @@ from metaft.support.output import steady
 if TYPE_CHECKING:
     from torch import nn
 
+    from metaft.finetune.journal import Position
     from metaft.finetune.setup import Setup
-    from metaft.finetune.study import Position
     from metaft.runs.folder import RunFolder
 
 # What may change when a run goes on: how it is computed, over how many draws, and where the user's own things lie.
@@ -65,8 +65,8 @@ def run(config: AdaptConfig, *, module: nn.Module | None = None, init: Init = "s
     with beside those. Parameters with requires_grad=False stay as they are. Raises MetaftError for settings, data or a
     run that do not fit together, or a module that cannot be trained, before anything is written.
     """
+    from metaft.finetune.journal import Position, write
     from metaft.finetune.setup import header, prepared
-    from metaft.finetune.study import Position, write
     from metaft.runs.folder import RunFolder, file_name
     from metaft.starts.names import label_of
     from metaft.starts.run import RUNS
@@ -104,9 +104,9 @@ def resume_run(
 
 
 def _resume(folder: RunFolder, config: AdaptConfig | None, module: nn.Module | None, init: Init) -> dict[str, Any]:
+    from metaft.finetune.journal import Position, read
     from metaft.finetune.recipes import as_settled
     from metaft.finetune.setup import header, prepared
-    from metaft.finetune.study import Position, read
     from metaft.runs.checkpoint import write_atomically
     from metaft.runs.machine import say_what_changed
     from metaft.starts.names import in_full

@@ -10,12 +10,13 @@ import torch
 
 from metaft._version import __version__
 from metaft.finetune import extras
+from metaft.finetune.journal import Position, seconds
 from metaft.finetune.numbers import FIGURES, pooled_numbers
 from metaft.finetune.robust import pooled_curve
 from metaft.finetune.scores import mean_t95, pooled
 from metaft.finetune.setup import Setup, rows_of
 from metaft.finetune.strategies import CHOSEN
-from metaft.finetune.study import TABLES, Position, draws_differ, seconds
+from metaft.finetune.study import TABLES, draws_differ
 from metaft.finetune.warned import warnings_of
 from metaft.options import flat
 from metaft.runs.folder import RunFolder, read_rows
