@@ -80,7 +80,7 @@ def run(config: AdaptConfig, *, module: nn.Module | None = None, init: Init = "s
     folder = RunFolder.create(path, to_toml(dataclasses.replace(settled, out=None)))
     with folder.held("out"):
         position, head = Position(), header(setup)
-        if setup.ranked:  # which a resume does not rank again
+        if setup.ranked or setup.range_test:  # which a resume does not look for again
             write(folder, position, head)
         return _fit_all(folder, setup, head, position)
 
@@ -112,15 +112,16 @@ def _resume(folder: RunFolder, config: AdaptConfig | None, module: nn.Module | N
     from metaft.starts.names import in_full
 
     path = folder.path
-    recorded = in_full(of_run(AdaptConfig, folder.config, "resume"))
-    given = {} if config is None else {k: v for k, v in flat(config).items() if v is not None}
-    if config is not None and config.recipe is not None:
-        recipe = config.recipe if recorded.recipe is None else as_settled(config.recipe, recorded.recipe)
-        given = {k: v for k, v in given.items() if k not in options(Recipe)} | {"recipe": recipe}
-    config = in_full(dataclasses.replace(recorded, **{**given, "out": None}))
     folder.make_folders()
     folder.mend()
     position, before = read(folder) if folder.last.exists() else (Position(), None)
+    recorded = in_full(of_run(AdaptConfig, folder.config, "resume"))
+    given = {} if config is None else {k: v for k, v in flat(config).items() if v is not None}
+    if config is not None and config.recipe is not None:
+        recipe, searched = config.recipe, "range_test" in (before or {})
+        recipe = recipe if recorded.recipe is None else as_settled(recipe, recorded.recipe, searched=searched)
+        given = {k: v for k, v in given.items() if k not in options(Recipe)} | {"recipe": recipe}
+    config = in_full(dataclasses.replace(recorded, **{**given, "out": None}))
     classes = (before or {}).get("classes", ())
     data = places.as_run_names(config.target.data, recorded.target.data, config.target.data_root, classes)
     config = dataclasses.replace(config, data=data)

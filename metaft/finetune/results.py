@@ -65,6 +65,7 @@ def result_of(folder: RunFolder, setup: Setup, position: Position, device: str) 
         "classes": list(target.class_names),
         "method": config.method,
         **({} if config.auto is None else {"auto": config.auto, "ranked": list(setup.ranked)}),
+        **({} if setup.range_test is None else {"range_test": setup.range_test}),
         **({"inner_steps": config.inner.inner_steps} if config.recipe is None else recipe_of(config.recipe)),
         "seed": config.draws.seed,
         "last_seed": config.draws.seed + config.draws.seeds - 1,
