@@ -22,8 +22,8 @@ from metaft.support.output import steady
 if TYPE_CHECKING:
     from torch import nn
 
+    from metaft.finetune.journal import Position
     from metaft.finetune.setup import Setup
-    from metaft.finetune.study import Position
     from metaft.runs.folder import RunFolder
 
 # What may change when a run goes on: how it is computed, over how many draws, and where the user's own things lie.
@@ -65,8 +65,8 @@ def run(config: AdaptConfig, *, module: nn.Module | None = None, init: Init = "s
     with beside those. Parameters with requires_grad=False stay as they are. Raises MetaftError for settings, data or a
     run that do not fit together, or a module that cannot be trained, before anything is written.
     """
+    from metaft.finetune.journal import Position, write
     from metaft.finetune.setup import header, prepared
-    from metaft.finetune.study import Position, write
     from metaft.runs.events import check
     from metaft.runs.folder import RunFolder, file_name
     from metaft.starts.names import label_of
@@ -82,7 +82,7 @@ def run(config: AdaptConfig, *, module: nn.Module | None = None, init: Init = "s
     folder = RunFolder.create(path, to_toml(dataclasses.replace(settled, out=None)))
     with folder.held("out"):
         position, head = Position(), header(setup)
-        if setup.ranked:  # which a resume does not rank again
+        if setup.ranked or setup.range_test:  # which a resume does not look for again
             write(folder, position, head)
         return _fit_all(folder, setup, head, position)
 
@@ -106,9 +106,9 @@ def resume_run(
 
 
 def _resume(folder: RunFolder, config: AdaptConfig | None, module: nn.Module | None, init: Init) -> dict[str, Any]:
+    from metaft.finetune.journal import Position, read
     from metaft.finetune.recipes import as_settled
     from metaft.finetune.setup import header, prepared
-    from metaft.finetune.study import Position, read
     from metaft.runs.checkpoint import write_atomically
     from metaft.runs.events import check
     from metaft.runs.machine import say_what_changed
@@ -117,15 +117,16 @@ def _resume(folder: RunFolder, config: AdaptConfig | None, module: nn.Module | N
     path = folder.path
     if folder.compress.exists():
         raise MetaftError(f"resume: {path} is of metaft.compress; go on with that command's own --resume")
-    recorded = in_full(of_run(AdaptConfig, folder.config, "resume"))
-    given = {} if config is None else {k: v for k, v in flat(config).items() if v is not None}
-    if config is not None and config.recipe is not None:
-        recipe = config.recipe if recorded.recipe is None else as_settled(config.recipe, recorded.recipe)
-        given = {k: v for k, v in given.items() if k not in options(Recipe)} | {"recipe": recipe}
-    config = in_full(dataclasses.replace(recorded, **{**given, "out": None}))
     folder.make_folders()
     folder.mend()
     position, before = read(folder) if folder.last.exists() else (Position(), None)
+    recorded = in_full(of_run(AdaptConfig, folder.config, "resume"))
+    given = {} if config is None else {k: v for k, v in flat(config).items() if v is not None}
+    if config is not None and config.recipe is not None:
+        recipe, searched = config.recipe, "range_test" in (before or {})
+        recipe = recipe if recorded.recipe is None else as_settled(recipe, recorded.recipe, searched=searched)
+        given = {k: v for k, v in given.items() if k not in options(Recipe)} | {"recipe": recipe}
+    config = in_full(dataclasses.replace(recorded, **{**given, "out": None}))
     classes = (before or {}).get("classes", ())
     data = places.as_run_names(config.target.data, recorded.target.data, config.target.data_root, classes)
     config = dataclasses.replace(config, data=data)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from metaft.after.shrinking import Work
-    from metaft.finetune.study import Position
+    from metaft.finetune.journal import Position
     from metaft.runs.folder import RunFolder
 
 RESUMABLE = ("data_root", "out")
@@ -75,7 +75,7 @@ def run(
     numbers, or whose network cannot be pruned.
     """
     from metaft.after.pruning import check_installed, check_prunable
-    from metaft.finetune.study import Position, read
+    from metaft.finetune.journal import Position, read
     from metaft.runs.checkpoint import write_atomically
     from metaft.runs.folder import RunFolder
     from metaft.support.whole import check_new
@@ -130,8 +130,8 @@ def _opened(source: Path, config: CompressConfig, module: nn.Module | None, init
     from metaft.after.shrinking import Work
     from metaft.finetune.choose import SETTLED
     from metaft.finetune.classifier import load
+    from metaft.finetune.journal import read
     from metaft.finetune.setup import digest_of, digest_of_data, prepared, rows_of
-    from metaft.finetune.study import read
     from metaft.runs import checkpoint
     from metaft.runs.folder import RunFolder
     from metaft.starts.names import in_full

@@ -134,7 +134,7 @@ def _metavar(field: Field) -> str:
         return field.option.metavar
     if field.choices:
         return "{" + ",".join(map(str, field.choices)) + "}"
-    return {int: "N", float: "X"}.get(_kind(field), "TEXT")
+    return "|".join([{int: "N", float: "X"}.get(_kind(field), "TEXT"), *field.words])
 
 
 def _kind(field: Field) -> Any:
@@ -159,12 +159,13 @@ def _read(field: Field, text: str) -> Any:
         if text not in field.choices:
             raise wrong_choice(field.name, text, field.choices)
         return text
-    if kind not in _NUMBERS:
+    if kind not in _NUMBERS or text in field.words:
         return text
     try:
         return kind(text)
     except ValueError:
-        raise MetaftError(f"{field.name} must be {_NUMBERS[kind]}, got {text!r}") from None
+        wanted = " or ".join([_NUMBERS[kind], *map(repr, field.words)])
+        raise MetaftError(f"{field.name} must be {wanted}, got {text!r}") from None
 
 
 def _check_switches(known: Mapping[str, Field], argv: Sequence[str]) -> None:

@@ -382,6 +382,9 @@ class StartSettings(Group):
 EPOCHS = 40
 """Of a fit, where nothing else is asked for."""
 
+AUTO = "auto"
+"""What `--lr` says where a range test is to find the rate."""
+
 PATIENCE = 10
 """Epochs, where validation images are set aside."""
 
@@ -416,10 +419,11 @@ class Recipe(Group):
         ),
     ] = None
     lr: Annotated[
-        float | None,
+        float | Literal["auto"] | None,
         Option(
-            "Learning rate (auto: 0.003; 0.01 of a head alone on a run's features; 0.0001 where published weights "
-            "move, 0.001 where few numbers of them do: bitfit, lora).",
+            "Learning rate, or auto: found by a range test on the training images (without it: 0.003; 0.01 of a head "
+            "alone on a run's features; 0.0001 where published weights move, 0.001 where few numbers of them do: "
+            "bitfit, lora).",
             above=0,
             at_most=LARGEST,
         ),
@@ -507,6 +511,7 @@ class Recipe(Group):
     @property
     def rate(self) -> float:
         """The learning rate where none is given, of a start that is no library's."""
+        assert self.lr != AUTO, "a range test has found it by now"
         return RATE if self.lr is None else self.lr
 
     @property

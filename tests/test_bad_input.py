@@ -151,6 +151,7 @@ WORDS: dict[tuple[str, str], list[tuple[str, str]]] = {
         *[("cosin", "did you mean 'cosine'"), ("step:every=0", "above 0"), ("", "''"), ("plateau", "steps alone")],
     ],
     ("adapt", "schedule"): [("cosin", "did you mean 'cosine'"), ("cosine:warmup=1", "below 1, got 1.0"), ("", "''")],
+    ("adapt", "lr"): [("autp", "'auto'")],
     ("adapt", "compare"): [("torchvision:resnet19", "'resnet18'"), ("nothing-such", "known are RUN")],
     ("adapt", "init"): [("", "none"), ("efficientnet", "did you mean"), ("torchvision:resnet19", "'resnet18'")],
     **{
@@ -324,6 +325,7 @@ TOGETHER = [
     # command, words, what the line holds
     ("compare", "--markdown --latex", ["latex", "not both"]),
     ("adapt", "--strategy lora --extra l2-sp", ["extra", "l2-sp", "--strategy lora leaves"]),
+    ("adapt", "--strategy chosen --lr auto", ["lr", "auto", "rates of its own"]),
     ("meta_train", "--engine tune --task-chunk 4", ["task_chunk", "--engine tune", "4"]),
     ("meta_train", "--ways 7", ["ways = 7", "6 classes"]),
     ("meta_train", "--test-ways 4", ["test_ways", "4 ways", "3 in training"]),

@@ -19,9 +19,9 @@ from metaft import look, meta_train
 from metaft.config import LookConfig
 from metaft.engines import engine
 from metaft.finetune.fit import fit
+from metaft.finetune.journal import read
 from metaft.finetune.retraced import retraced
 from metaft.finetune.setup import prepared
-from metaft.finetune.study import read
 from metaft.inputs import ImageInputs
 from metaft.plots.landscape import landscape_figure
 from metaft.runs import checkpoint, trail

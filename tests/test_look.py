@@ -36,7 +36,7 @@ from metaft import adapt, algorithms, look, meta_train, models
 from metaft.config import LookConfig
 from metaft.defaults import hyper
 from metaft.finetune import strategies
-from metaft.finetune.fit import groups_of
+from metaft.finetune.phases import groups_of
 from metaft.look import at_end as at_end
 from metaft.models.architecture import build
 from metaft.starts.base import Start

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from metaft import adapt, algorithms, meta_train, models, updates
 from metaft.errors import Interrupted
-from metaft.finetune import study
+from metaft.finetune import journal, study
 from metaft.finetune.fit import fit
 from metaft.inputs import ImageInputs
 from metaft.runs import training
@@ -282,7 +282,7 @@ def test_fine_tuning_is_the_same_with_and_without_and_after_a_stop(
     assert adapt.main(fine) == 0
     expected = adapted(tmp_path / "run")
     assert steps_in(tmp_path / "run") == [1, 2, 4, 6, 8]
-    monkeypatch.setattr(study, "SAVE_EVERY", -1.0)
+    monkeypatch.setattr(journal, "SAVE_EVERY", -1.0)
     real, left = study.fit, iter(range(5))
 
     def stopped(*given: Any, **more: Any) -> Any:

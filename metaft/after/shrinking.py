@@ -23,9 +23,10 @@ from metaft.finetune.extras import all_named
 from metaft.finetune.extras.distil import of_classifier
 from metaft.finetune.fit import Fitted, fit
 from metaft.finetune.heads import kind
+from metaft.finetune.journal import Journal, Position
 from metaft.finetune.recipes import of_chance, settled
 from metaft.finetune.setup import Setup
-from metaft.finetune.study import Journal, Position, fit_one
+from metaft.finetune.study import fit_one
 from metaft.models.architecture import build
 from metaft.models.narrowed import sizes_of, widths_of
 from metaft.runs.folder import RunFolder

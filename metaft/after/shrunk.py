@@ -15,9 +15,9 @@ from metaft.after.pictures import Pictures
 from metaft.after.shrinking import Work, file_of, judged, label_of, network, ratio_of, recovery, tracks_of
 from metaft.finetune.classifier import Classifier
 from metaft.finetune.examples import Part
+from metaft.finetune.journal import Position, seconds
 from metaft.finetune.results import entry, gain, recipe_of, views
 from metaft.finetune.scores import scores
-from metaft.finetune.study import Position, seconds
 from metaft.models.functional import probe_of
 from metaft.runs.folder import RunFolder, read_rows
 from metaft.runs.machine import where_measured

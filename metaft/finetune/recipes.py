@@ -14,7 +14,7 @@ from metaft.finetune.strategies.base import unchanged
 from metaft.inputs import Inputs
 from metaft.models.architecture import is_published
 from metaft.options import flat
-from metaft.settings import PATIENCE, RATE, RATE_OF_FEW, RATE_OF_HEAD, RATE_OF_PUBLISHED, Recipe
+from metaft.settings import AUTO, PATIENCE, RATE, RATE_OF_FEW, RATE_OF_HEAD, RATE_OF_PUBLISHED, Recipe
 from metaft.spec import made_for
 from metaft.starts.base import Start
 
@@ -58,12 +58,14 @@ def settled(recipe: Recipe, start: Start, *, resumed: bool = False) -> Recipe:
     return dataclasses.replace(recipe, lr=of_published if is_librarys else RATE)
 
 
-def as_settled(given: Recipe, own: Recipe) -> Recipe:
+def as_settled(given: Recipe, own: Recipe, *, searched: bool) -> Recipe:
     """A recipe that is given to go on with a run, with the run's `own` settings where it left them open: they are what
-    `settled` made of the same words."""
+    `settled` made of the same words. `searched` says that the run found its rate by a range test."""
     left = {name: getattr(own, name) for name, value in flat(given).items() if value is None}
     if (given.strategy, given.epochs, own.strategy) == ("lp-ft", None, PROBED_FIRST.strategy):
         left["strategy"] = own.strategy
+    if given.lr == AUTO and searched:
+        left["lr"] = own.lr
     return dataclasses.replace(given, **left)
 
 
@@ -124,6 +126,8 @@ def check(recipe: Recipe) -> None:
     if recipe.freeze == "backbone" and recipe.trains != "head":
         raise MetaftError(f"freeze: backbone is --strategy head, and --strategy {recipe.trains} is given")
     check_numbers(recipe)
+    if recipe.lr == AUTO and recipe.trains == CHOSEN:
+        raise MetaftError("lr: auto is for one strategy, and what is chosen among several has rates of its own to try")
     if recipe.trains != CHOSEN:
         made_for("strategy", recipe.trains, strategies.named)
     about_start = [

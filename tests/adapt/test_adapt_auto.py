@@ -22,13 +22,14 @@ from metaft import adapt
 from metaft.config import AdaptConfig, read_toml
 from metaft.errors import MetaftError, NonFiniteError
 from metaft.finetune import choose as choosing
-from metaft.finetune import ranking, report, study
+from metaft.finetune import deciding, journal, ranking, report, study
 from metaft.finetune.choose import Choice, candidates_of, choose
 from metaft.finetune.contenders import Images
+from metaft.finetune.deciding import time_to_choose
 from metaft.finetune.examples import Part
 from metaft.finetune.fit import Fitted, fit
+from metaft.finetune.journal import Position
 from metaft.finetune.setup import prepared
-from metaft.finetune.study import Position, time_to_choose
 from metaft.inputs import ImageInputs
 from metaft.runs import checkpoint
 from metaft.settings import Recipe
@@ -312,7 +313,7 @@ def test_a_resume_ranks_nothing_again_and_knows_what_was_tried(
     after: int, at_hand: Path, data: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Stopped before the first candidate, after some of the seven, after all and after the choice."""
-    real, tries, calls = study.Journal.choice, [0], [0]
+    real, tries, calls = journal.Journal.choice, [0], [0]
 
     def stopping(*args: Any) -> None:
         real(*args)
@@ -330,8 +331,8 @@ def test_a_resume_ranks_nothing_again_and_knows_what_was_tried(
         return fit(*args, **more)
 
     with monkeypatch.context() as patch:
-        patch.setattr(study, "candidates_of", first)
-        patch.setattr(study.Journal, "choice", stopping)
+        patch.setattr(deciding, "candidates_of", first)
+        patch.setattr(journal.Journal, "choice", stopping)
         assert adapt.main(auto(data)) == 143
     monkeypatch.setattr("metaft.finetune.setup.ranked", lambda *_, **__: pytest.fail("ranked again"))
     monkeypatch.setattr(choosing, "fit", counted)
