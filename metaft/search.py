@@ -33,6 +33,7 @@ from metaft.settings import (
 )
 from metaft.support.output import steady
 from metaft.support.paths import local
+from metaft.support.places import shown
 
 if TYPE_CHECKING:
     from metaft.trials.journal import Told
@@ -179,14 +180,15 @@ def _begun(space: Mapping[str, Any], config: SearchConfig, origin: str, stack: c
         measure = OVER[command].measure(asked)
         header = {"method": config.method, "seed": config.search_seed, "trials": config.trials, "measure": measure}
         method = method_of(asked, header)
-        notes = OVER[command].check(settings_of(asked, method.ask(0)), asked)
+        checked = OVER[command].check(settings_of(asked, method.ask(0)), asked)
     try:
         out.mkdir(parents=True)
     except OSError as error:
         raise MetaftError(f"out: cannot make {out} ({error.strerror})") from None
     out = out.absolute()
     stack.enter_context(held(out / LOCK, f"out: {out}"))
-    journal = Journal.begin(out / JOURNAL, {"space": asked.plain(), **header, "notes": notes})
+    more = {"notes": list(checked.notes), "chosen": dict(checked.chosen)}
+    journal = Journal.begin(out / JOURNAL, {"space": asked.plain(), **header, **more})
     return Search(out, journal, asked)
 
 
@@ -235,7 +237,7 @@ def _searched(search: Search, config: SearchConfig) -> dict[str, Any]:
     told, journal, measure = search.journal.told, search.journal, search.measure
     print(
         f"{search.space.command} · {journal.search['method']} over {', '.join(d.name for d in search.space.searched)} "
-        f"· {search.trials} trials, {config.workers} at once · folder {search.path}",
+        f"· {search.trials} trials, {config.workers} at once · folder {shown(str(search.path))}",
         file=sys.stderr,
     )
     bar = Progress("search", search.trials, "trial", done=len(told))
@@ -245,10 +247,10 @@ def _searched(search: Search, config: SearchConfig) -> dict[str, Any]:
         figure = f"validation {measure} {figure_words(measure, row['value'])}"
         figure = row["message"] if row["value"] is None else figure
         bar.say(f"trial {number}: {figure} · {values_words(journal.asked[number])}")
-        shown = {} if not best else {"best": f"{figure_words(measure, told[best[0]]['value'])} (trial {best[0]})"}
-        bar.update(len(told), **shown)
+        latest = {} if not best else {"best": f"{figure_words(measure, told[best[0]]['value'])} (trial {best[0]})"}
+        bar.update(len(told), **latest)
 
-    hint = f"stopped, with all kept; go on with: {PROG} --resume {shlex.quote(os.path.relpath(search.path))}"
+    hint = f"stopped, with all kept; go on with: {PROG} --resume {shlex.quote(shown(str(search.path)))}"
     with StopSignals(message=hint) as signals:
         try:
             search.run(
@@ -282,11 +284,12 @@ def finish(search: Search) -> dict[str, Any]:
     write_atomically(table, f"{said}\n".encode(errors="backslashreplace"))
     pictures = draw_pictures(search)
     print(said)
-    print(f"\n{listed(pictures)}")
-    print(f"result:   {search.path / 'result.json'}, {table}")
+    print(f"\n{listed([Path(shown(str(path))) for path in pictures])}")
+    print(f"result:   {shown(str(search.path / 'result.json'))}, {shown(str(table))}")
     if len(told) < search.trials:
-        print(f"the time is up after {len(told)} of {search.trials} trials; more: {PROG} --resume {search.path}")
-    print(f"next:     python -m metaft.{search.space.command} --config {shlex.quote(str(toml))}")
+        again = f"{PROG} --resume {shlex.quote(shown(str(search.path)))}"
+        print(f"the time is up after {len(told)} of {search.trials} trials; more: {again}")
+    print(f"next:     python -m metaft.{search.space.command} --config {shlex.quote(shown(str(toml)))}")
     return result
 
 

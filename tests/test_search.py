@@ -290,7 +290,7 @@ def begun(path: Path, method: str = "random", trials: int | None = 4, **values: 
     """A search of stubs, which is not checked."""
     space = space_of(**{"data": "glyphs:Hebrew", "lr": LR, "epochs": [1, 5], **values})
     path.mkdir()
-    search = {"method": method, "seed": 0, "trials": trials, "measure": "accuracy", "notes": []}
+    search = {"method": method, "seed": 0, "trials": trials, "measure": "accuracy", "notes": [], "chosen": {}}
     return opened(path, Journal.begin(path / "journal.jsonl", {"space": space.plain(), **search}))
 
 
@@ -347,6 +347,15 @@ def test_equal_values_are_told_apart_by_the_loss_and_then_by_the_number(tmp_path
     assert search.order() == [1, 2, 0, 3]
     search.measure = "rmse"
     assert search.order() == [3, 1, 2, 0]
+
+
+def test_what_was_chosen_once_is_chosen_for_all_trials(tmp_path: Path) -> None:
+    search = begun(tmp_path / "s")
+    search.journal.search["chosen"] = {"init": "none"}
+    search.journal.write({"asked": 0, "values": {"lr": 0.5, "epochs": 1}})
+    again = Search(search.path, search.journal, space_of(data="glyphs:Hebrew", lr=LR, epochs=[1, 5]))
+    (tmp_path / "best.toml").write_text(again.toml(0))
+    assert read_toml(tmp_path / "best.toml") == {"data": "glyphs:Hebrew", "init": "none", "lr": 0.5, "epochs": 1}
 
 
 def test_a_killed_trial_goes_on_once(tmp_path: Path) -> None:
@@ -551,18 +560,23 @@ ROWS: list[dict[str, Any]] = [
 ]
 
 
+def points(line: Any) -> list[list[float]]:
+    return np.asarray(line.get_xydata()).tolist()
+
+
 def test_pictures_have_the_best_so_far_and_each_setting() -> None:
     first, second = history_figure(ROWS, "accuracy", higher=True).axes
-    assert first.lines[1].get_xydata().tolist() == [[1, 0.5], [3, 0.5], [4, 0.7]]
-    assert list(second.lines[1].get_xdata()) == pytest.approx([400 / 60, 10, 15])
-    assert second.get_xlabel() == "minutes" and list(first.lines[2].get_xdata()) == [2]
-    assert list(history_figure(ROWS, "rmse", higher=False).axes[0].lines[1].get_ydata()) == [0.5, 0.4, 0.4]
+    assert points(first.lines[1]) == [[1, 0.5], [3, 0.5], [4, 0.7]]
+    assert [x for x, _ in points(second.lines[1])] == pytest.approx([400 / 60, 10, 15])
+    assert second.get_xlabel() == "minutes" and [x for x, _ in points(first.lines[2])] == [2]
+    lowest = history_figure(ROWS, "rmse", higher=False).axes[0].lines[1]
+    assert [y for _, y in points(lowest)] == [0.5, 0.4, 0.4]
     panels = settings_figure(ROWS, "accuracy", {"lr": True, "head": False, "epochs": False}, best=3).axes
     assert [panel.get_xlabel() for panel in panels] == ["lr", "head", "epochs"]
     assert panels[0].get_xscale() == "log" and panels[1].get_xscale() == "linear"
-    assert list(panels[0].lines[0].get_xdata()) == [0.1, 0.3, 0.4]
+    assert [x for x, _ in points(panels[0].lines[0])] == [0.1, 0.3, 0.4]
     assert [label.get_text() for label in panels[1].get_xticklabels()] == ["cosine", "linear"]
-    assert [panel.lines[1].get_xydata().tolist() for panel in panels] == [[[0.4, 0.7]], [[1, 0.7]], [[6, 0.7]]]
+    assert [points(panel.lines[1]) for panel in panels] == [[[0.4, 0.7]], [[1, 0.7]], [[6, 0.7]]]
 
 
 def test_the_table_has_the_best_first_and_what_failed_last(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import types
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -33,6 +34,15 @@ class Validated(NamedTuple):
     """By which equal values are told apart: the less, the better."""
 
 
+class Checked(NamedTuple):
+    """What was seen before a search begins."""
+
+    notes: tuple[str, ...] = ()
+    """On how its figures are to be read."""
+    chosen: Mapping[str, Any] = types.MappingProxyType({})
+    """Settings that were left open, and that trials are not to choose one by one."""
+
+
 class Over(NamedTuple):
     """A command."""
 
@@ -41,9 +51,8 @@ class Over(NamedTuple):
     """Option -> why."""
     beside: Mapping[str, Any]
     """How a trial's settings differ from those of a run by itself: without what it is not judged by."""
-    check: Callable[[Any, Space], list[str]]
-    """Notes on how its figures are to be read. Raises MetaftError where a trial could not be judged: (its settings,
-    the space)."""
+    check: Callable[[Any, Space], Checked]
+    """Of (the settings of a trial, the space). Raises MetaftError where it could not be judged."""
     measure: Callable[[Space], str]
     """What is validated: "accuracy", "mse" or "rmse"."""
     validated: Callable[[RunFolder], Validated]
@@ -60,7 +69,7 @@ def higher_is_better(measure: str) -> bool:
 # ---- adapt --------------------------------------------------------------------------------------------------------
 
 
-def _check_adapt(config: AdaptConfig, space: Space) -> list[str]:
+def _check_adapt(config: AdaptConfig, space: Space) -> Checked:
     from metaft.finetune.setup import prepared, rows_of
 
     for name, wanted in (("method", "finetune"), ("auto", None)):
@@ -81,11 +90,12 @@ def _check_adapt(config: AdaptConfig, space: Space) -> list[str]:
             f"patience: a search needs validation images, and {few}; give --patience 10 (with 10 or more images of "
             "each class) or data with a val/ part"
         )
+    notes: tuple[str, ...] = ()
     if "all" in setup.target.parts and (setup.folds > 1 or config.draws.seeds > 1):
         each = "folds" if setup.folds > 1 else "draws"
         note = f"there is no test part of its own: what one of the {each} tests others validated, so the test's figure"
-        return [f"{note} is a little too good"]
-    return []
+        notes = (f"{note} is a little too good",)
+    return Checked(notes, {} if _all("init", space) else {"init": setup.start.name})
 
 
 def _words(config: AdaptConfig, name: str, value: Any) -> None:
@@ -124,7 +134,7 @@ def _tested_adapt(run: RunFolder) -> Figure:
 # ---- meta_train ---------------------------------------------------------------------------------------------------
 
 
-def _check_meta_train(config: MetaTrainConfig, space: Space) -> list[str]:
+def _check_meta_train(config: MetaTrainConfig, space: Space) -> Checked:
     from metaft import algorithms, inner_augment, inner_optim
     from metaft.runs.assemble import assemble
 
@@ -142,7 +152,7 @@ def _check_meta_train(config: MetaTrainConfig, space: Space) -> list[str]:
         for value in _all(name, space):
             check(value)
     assemble(config)
-    return []
+    return Checked()
 
 
 def _measure_meta_train(space: Space) -> str:

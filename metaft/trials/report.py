@@ -72,7 +72,7 @@ def result_of(search: Search, tested: Figure) -> dict[str, Any]:
         "command": "search",
         "version": __version__,
         "over": search.space.command,
-        **{k: v for k, v in journal.search.items() if k not in ("space", "trials")},
+        **{k: v for k, v in journal.search.items() if k not in ("space", "trials", "chosen")},
         "space": search.space.plain(),
         "trials": [
             {"number": n, "values": journal.asked[n], **{k: v for k, v in row.items() if k != "told"}}

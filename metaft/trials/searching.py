@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from metaft.errors import CheckpointError
+from metaft.errors import CheckpointError, MetaftError
 from metaft.options import flat
 from metaft.runs.checkpoint import write_atomically
 from metaft.runs.folder import RunFolder, read_rows
@@ -26,7 +26,8 @@ class Search:
     """A search in its folder. Raises CheckpointError for a journal that is damaged."""
 
     def __init__(self, path: Path, journal: Journal, space: Space) -> None:
-        self.path, self.journal, self.space = path, journal, space
+        self.path, self.journal = path, journal
+        self.space = space = space._replace(fixed={**space.fixed, **journal.search["chosen"]})
         self.over, self.measure = OVER[space.command], journal.search["measure"]
         self.method = method_of(space, journal.search)
         for what, number in journal.events:
@@ -99,8 +100,8 @@ class Search:
         if status == 0:
             try:
                 figure = self.over.validated(folder)
-            except (CheckpointError, KeyError, TypeError, StopIteration) as error:
-                message = str(error) if isinstance(error, CheckpointError) else f"its rows are damaged: {error!r}"
+            except (MetaftError, KeyError, TypeError, StopIteration) as error:
+                message = str(error) if isinstance(error, MetaftError) else f"its rows are damaged: {error!r}"
         else:
             message = _last_words(folder.path.with_suffix(".log")) or "it said nothing"
             message = f"killed by signal {-status}" if status < 0 else message
