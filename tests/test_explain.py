@@ -114,9 +114,9 @@ def test_integrated_gradients_of_a_linear_model_are_weight_times_change() -> Non
     model = drawn(nn.Sequential(nn.Flatten(), nn.Linear(60, 3)))
     black = torch.full_like(X[0], -0.5)
     found = integrated_gradients(model, X[0], black, 2)
-    expected = model[1].weight[2].view(2, 6, 5) * (X[0] - black)
+    expected = model.get_parameter("1.weight")[2].detach().view(2, 6, 5) * (X[0] - black)
     # captum weighs its steps in float32, 2^-24 each.
-    torch.testing.assert_close(found.attributions, expected.detach(), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(found.attributions, expected, rtol=1e-6, atol=1e-6)
     assert found.gap < 1e-6 and found.steps == STEPS[0]
     assert found.total == pytest.approx(float(expected.sum()))
 

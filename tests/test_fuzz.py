@@ -21,6 +21,7 @@ from PIL import Image
 from metaft import adapt, meta_train, targets
 from metaft.config import AdaptConfig, EvaluateConfig, MetaTrainConfig, PredictConfig, read_toml
 from metaft.errors import DataError, MetaftError
+from metaft.finetune import journal
 from metaft.finetune.classifier import load
 from metaft.inputs.listing import list_below
 from metaft.inputs.reading import open_image

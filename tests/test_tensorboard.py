@@ -49,7 +49,7 @@ def _one_picture(monkeypatch: pytest.MonkeyPatch) -> None:
 def events_in(run: Path) -> list[Any]:
     """What is in the event file, in order."""
     from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
-    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.compat.proto.event_pb2 import Event  # type: ignore[reportAttributeAccessIssue]
 
     (file,) = (run / "tensorboard").iterdir()
     return [Event.FromString(raw) for raw in RawEventFileLoader(str(file)).Load()]

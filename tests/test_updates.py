@@ -94,7 +94,7 @@ def rows_of_fit(**changes: Any) -> tuple[list[Any], Tensor, Tensor, Tensor, Tens
     inputs = ImageInputs(1, 2, 2)
     body = nn.Sequential(nn.Flatten(), nn.Linear(4, 4, bias=False)).double()
     with torch.no_grad():
-        body[1].weight.copy_(torch.eye(4))
+        body.get_parameter("1.weight").copy_(torch.eye(4))
     fitted = fit(body, inputs, pictures, labels, 3, recipe, log_every=2, on_update=rows.append)
     return rows, inputs(pictures).double().flatten(1), labels, *fitted.head.parameters()  # type: ignore[return-value]
 
@@ -158,7 +158,7 @@ class Dying(nn.Module):
             self.first.weight.zero_()
             self.first.bias.copy_(torch.tensor([-1.0, -1, -1, 1, 1, 1, 1, -5]))
             self.first.weight[7, 0] = 1
-            self.conv.bias.copy_(torch.tensor([-1e3, 1e3]))
+            self.get_parameter("conv.bias").copy_(torch.tensor([-1e3, 1e3]))
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = torch.relu(self.first(x))
@@ -175,7 +175,8 @@ def test_dead_units_are_those_that_are_0_for_all_examples_and_places() -> None:
     assert updates.dead_units(lambda: model(x), dict(model.named_parameters()))["first"] == 4 / 8
 
     def both() -> None:
-        model(x), model(x + 6)
+        model(x)
+        model(x + 6)
 
     assert updates.dead_units(both, dict(model.named_parameters()))["first"] == 3 / 8, "alive in one of two passes"
     assert torch.relu(torch.tensor(-1.0)) == 0 and not any(part._forward_hooks for part in model.modules())
