@@ -8,6 +8,7 @@ import math
 import os
 import random
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -183,13 +184,15 @@ def bowl(values: Mapping[str, Any]) -> float:
 OPTUNA = {"lr": LR, "epochs": {"low": 1, "high": 10}, "head": ["linear", "cosine", "prototype"]}
 
 
-def test_tpe_is_optunas_with_the_same_seed() -> None:
+@pytest.mark.parametrize("sign", [1, -1])
+def test_tpe_is_optunas_with_the_same_seed(sign: int) -> None:
+    """The lowest of a figure, and the highest of what is it with the other sign."""
     optuna = pytest.importorskip("optuna")
-    tpe, tried = METHODS["tpe"](space_of(**OPTUNA), 5, False), []
+    tpe, tried = METHODS["tpe"](space_of(**OPTUNA), 5, sign < 0), []
     for number in range(20):
         values = tpe.ask(number)
         tried.append(dict(values))
-        tpe.tell(number, None if number % 6 == 5 else bowl(values))
+        tpe.tell(number, None if number % 6 == 5 else sign * bowl(values))
 
     def objective(trial: Any) -> float:
         lr, epochs = trial.suggest_float("lr", 1e-4, 1.0, log=True), trial.suggest_int("epochs", 1, 10)
@@ -362,6 +365,20 @@ def test_a_killed_trial_goes_on_once(tmp_path: Path) -> None:
     search = go_on(begun(tmp_path / "s", "grid", None, lr=[0.02], epochs=[4, 1]))
     assert [search.journal.told[n]["status"] for n in (0, 1)] == [0, 0]
     assert work(search, 0) == ["0", "1", "2"]
+
+
+def test_a_command_stops_when_the_search_has_ended() -> None:
+    code = (
+        "import sys, time, types; from metaft.trials import worker; fake = types.ModuleType('metaft.fake');"
+        "fake.main = lambda argv: print(*argv, flush=True) or time.sleep(60); sys.modules['metaft.fake'] = fake;"
+        "worker.main(['fake', 'a', 'b'])"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert process.stdout is not None and process.stdin is not None
+    assert process.stdout.readline() == b"a b\n" and process.poll() is None
+    process.stdin.close()
+    assert process.wait(30) == -signal.SIGTERM
+    process.stdout.close()
 
 
 def test_a_trial_that_is_killed_each_time_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
