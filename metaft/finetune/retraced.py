@@ -20,7 +20,8 @@ from metaft.finetune.fit import started
 from metaft.finetune.outcomes import outcome_of
 from metaft.finetune.setup import Planned, Setup, rows_of
 from metaft.finetune.strategies import CHOSEN
-from metaft.finetune.study import Position, followed
+from metaft.finetune.study import Position
+from metaft.finetune.trails import followed
 from metaft.models.norm import EpisodeNorm
 from metaft.runs.folder import RunFolder
 from metaft.runs.trail import Waypoint, read_trail
