@@ -19,7 +19,7 @@ from metaft.finetune.journal import Position
 from metaft.finetune.lessons import Labelled
 from metaft.finetune.setup import Planned, Setup, rows_of
 from metaft.finetune.strategies import CHOSEN
-from metaft.finetune.study import followed
+from metaft.finetune.trails import followed
 from metaft.finetune.training import begin
 from metaft.models.norm import EpisodeNorm
 from metaft.runs.folder import RunFolder

@@ -23,6 +23,7 @@ from metaft.finetune.probe import probe
 from metaft.finetune.robust import bounds_of, robust_curve
 from metaft.finetune.scores import scores
 from metaft.finetune.setup import Planned, Setup, rows_of
+from metaft.finetune.trails import trail_for
 from metaft.runs.events import Events
 from metaft.runs.folder import RunFolder
 from metaft.runs.trail import Trail
@@ -113,27 +114,6 @@ def tag_of(setup: Setup, fit: Planned) -> dict[str, Any]:
     """What tells a fit's figures and epochs from those of others."""
     folds = {} if setup.folds == 1 else {"fold": "all" if fit.fold is None else fit.fold}
     return {"draw": fit.draw, "start": fit.contender.label, **folds}
-
-
-def followed(setup: Setup) -> list[Planned]:
-    """The fits whose trail is kept: those of the first draw that gradients train, where there are folds of the first
-    one, in the order of the contenders, by whose number each is named."""
-    first = None if setup.folds == 1 else 0
-    return [
-        one
-        for one in setup.fits
-        if (one.draw, one.fold) == (0, first) and not one.contender.probe and one.contender.recipe is not None
-    ]
-
-
-def trail_for(run: RunFolder, setup: Setup, planned: Planned) -> Trail | None:
-    fits = followed(setup)
-    for number, one in enumerate(fits):
-        if (one.draw, one.fold, one.contender.label) == (planned.draw, planned.fold, planned.contender.label):
-            about = {"start": one.contender.label}
-            asked = setup.config.output.snapshots
-            return Trail(run.snapshots, str(number), asked=asked, trails=len(fits), about=about)
-    return None
 
 
 @torch.no_grad()

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -28,28 +27,12 @@ from metaft.testing import ordinary
 from metaft.types import Episode, Params
 from metaft.views.base import Column, Missing, Of, Part, Table, View
 from metaft.views.images import chart
-from metaft.views.planes import Plane, Projected, filter_normalised, principal_plane, span, surface
+from metaft.views.planes import principal_plane, span, surface
+from metaft.views.scenes import Scene, onto, path_scene, random_scene
 from metaft.views.subject import Subject
 
 GRID, IMAGES, TASKS = 17, 64, 4
 """Points along an axis, and what a loss is of: images of a fine-tuning, tasks of a meta-training."""
-
-
-class Scene(NamedTuple):
-    """One picture that is to be computed."""
-
-    title: str
-    plane: Plane
-    loss: Callable[[Params], float]
-    around: np.ndarray
-    """Points [n, 2] that are to be seen."""
-    axes: tuple[str, str]
-    paths: Mapping[str, np.ndarray]
-    marks: Mapping[str, tuple[float, float]]
-    says: str
-    """What is drawn, for those who cannot see it."""
-    of: Of
-    projected: Projected | None = None
 
 
 def landscape(subject: Subject) -> View | Missing:
@@ -108,32 +91,6 @@ def _row(scene: Scene, losses: np.ndarray) -> list[str | int | float | None]:
     return [scene.title, count, *scene.projected.shares, scene.projected.residual, *ends]
 
 
-def _path_scene(
-    title: str, projected: Projected, paths: Mapping[str, np.ndarray], loss: Callable[[Params], float], of: Of,
-    marks: Mapping[str, tuple[float, float]] | None = None,
-) -> Scene:  # fmt: skip
-    first, second = (f"{100 * share:.1f} %" for share in projected.shares)
-    axes = (f"first direction, {first} of the squared distance", f"second, {second}")
-    says = (
-        f"{title}: {', '.join(f'{name} in {len(path)} points' for name, path in paths.items())}, over the contours of "
-        f"the loss; {100 * projected.residual:.3g} % of the squared distance is not in the plane"
-    )
-    around = np.concatenate([*paths.values(), *(np.array([mark]) for mark in (marks or {}).values())])
-    return Scene(title, projected.plane, loss, around, axes, paths, marks or {}, says, of, projected)
-
-
-def _random_scene(end: Params, names: Sequence[str], loss: Callable[[Params], float], of: Of) -> Scene | None:
-    """None where no parameter is a filter."""
-    plane = filter_normalised(end, names)
-    if not plane.first:
-        return None
-    corners = np.array([[-1.0, -1.0], [1.0, 1.0]]) / 1.5  # which the margin makes 1
-    title = "A random plane through the end"
-    axes = ("first random direction, in lengths of the filters", "second")
-    says = f"{title}: contours of the loss in two filter-normalised directions, from -1 to 1"
-    return Scene(title, plane, loss, corners, axes, {}, {"end": (0.0, 0.0)}, says, of)
-
-
 # ---- meta-training --------------------------------------------------------------------------------------------------
 
 
@@ -157,12 +114,12 @@ def _of_meta_training(subject: Subject) -> tuple[list[Scene], list[str]]:
     else:
         marks = {}
         if best.position.step != last.position.step:
-            marks = {f"best on validation, step {best.position.step:,}": _onto(projected.plane, best.meta)}
+            marks = {f"best on validation, step {best.position.step:,}": onto(projected.plane, best.meta)}
         of_path = of._replace(step=f"{len(steps)} meta-steps, 0 to {last.position.step:,}")
         scenes.append(
-            _path_scene("The path of meta-training", projected, {"snapshots": projected.points}, loss, of_path, marks)
+            path_scene("The path of meta-training", projected, {"snapshots": projected.points}, loss, of_path, marks)
         )
-    scene = _random_scene(last.meta, [*parts.model.params.keys() & last.meta.keys()], loss, of)
+    scene = random_scene(last.meta, [*parts.model.params.keys() & last.meta.keys()], loss, of)
     scenes += [scene] if scene else []
     inner = _inner_scene(parts, best)
     if isinstance(inner, str):
@@ -235,16 +192,7 @@ def _inner_scene(parts: Parts, best: Snapshot) -> Scene | str:
         f"inner steps 0 to {steps} at meta-step {best.position.step:,}",
     )  # fmt: skip
     loss = _meta_loss(parts, best, tasks, 0)
-    return _path_scene(
-        "Inner paths from one initialisation", projected, named, loss, of, {"initialisation": (0.0, 0.0)}
-    )
-
-
-def _onto(plane: Plane, params: Params) -> tuple[float, float]:
-    """Where a point's projection lies."""
-    away = {k: params[k].double() - plane.origin[k].double() for k in plane.first}
-    a, b = (sum(float((away[k] * d[k].double()).sum()) for k in d) for d in (plane.first, plane.second))
-    return a, b
+    return path_scene("Inner paths from one initialisation", projected, named, loss, of, {"initialisation": (0.0, 0.0)})
 
 
 def _no_path(snapshots: int, command: str) -> str:
@@ -278,9 +226,9 @@ def _of_fine_tuning(subject: Subject) -> tuple[list[Scene], list[str]]:
             notes.append(f"The {fit.label} start has {len(points)} snapshots, too few or in too few directions.")
         else:
             title = f"The path of the {fit.label} start"
-            scenes.append(_path_scene(title, projected, {fit.label: projected.points}, fit.loss, of))
+            scenes.append(path_scene(title, projected, {fit.label: projected.points}, fit.loss, of))
         if fit is fits[0]:
-            random = _random_scene(end.params, [*end.params], fit.loss, of._replace(step=f"epoch {end.step}"))
+            random = random_scene(end.params, [*end.params], fit.loss, of._replace(step=f"epoch {end.step}"))
             scenes += [random] if random else []
     first = fits[0]
     for other in fits[1:]:
@@ -312,4 +260,4 @@ def _joint(one: Retraced, other: Retraced) -> Scene | None:
     count = len(one.waypoints)
     paths = {one.label: projected.points[:count], other.label: projected.points[count:]}
     of = _of_fit(one)._replace(step=f"epochs 0 to {one.waypoints[-1].step} and 0 to {other.waypoints[-1].step}")
-    return _path_scene(f"{one.label} and {other.label} in one plane", projected, paths, one.loss, of)
+    return path_scene(f"{one.label} and {other.label} in one plane", projected, paths, one.loss, of)

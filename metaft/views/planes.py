@@ -58,11 +58,15 @@ def principal_plane(points: Sequence[Params], origin: Params) -> Projected | Non
         sign = -1.0 if along[0] < 0 else 1.0
         weights = sign * vector / np.sqrt(value)
         columns.append(sign * along)
-        directions.append(
-            {k: sum(w * d[k] for w, d in zip(weights.tolist(), differences, strict=True)).to(origin[k]) for k in names}  # type: ignore[union-attr]
-        )
+        directions.append(_combined(differences, weights.tolist(), origin))
     shares = (float(first / total), float(second / total))
     return Projected(Plane(origin, *directions), np.stack(columns, 1), shares, max(0.0, 1 - sum(shares)))
+
+
+def _combined(differences: Sequence[Params], weights: Sequence[float], origin: Params) -> Params:
+    """Their weighted sum, in the origin's types."""
+    pairs = list(zip(weights, differences, strict=True))
+    return {k: torch.stack([w * d[k] for w, d in pairs]).sum(0).to(origin[k]) for k in differences[0]}
 
 
 def filter_normalised(origin: Params, names: Sequence[str], seed: int = 0) -> Plane:
