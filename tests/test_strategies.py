@@ -23,7 +23,7 @@ from metaft.finetune import optim
 from metaft.finetune.examples import Prepared
 from metaft.finetune.extras import Batch, Extra, Objective, Origin, composed, plain_loss
 from metaft.finetune.features import features_of
-from metaft.finetune.fit import Fitted, fit, groups_of
+from metaft.finetune.fit import Fitted, fit, flatten, groups_of, unflatten
 from metaft.finetune.optim import put_moments
 from metaft.finetune.probe import probe
 from metaft.finetune.strategies import AFTER_HEAD, STRATEGIES, Groups, Strategy, every, named
@@ -610,6 +610,24 @@ def test_frozen_values_stay_to_the_bit_and_a_resume_goes_on_alike(strategy: str,
         again = fit(body(), INPUTS, images, labels, CLASSES, recipe, resume=copy.deepcopy(state), **more)
         assert same(bits(again), bits(whole)) and again.curve == whole.curve
     assert whole.curve
+
+
+@pytest.mark.parametrize(("text", "ema"), [("bitfit", 0.9), ("lora:rank=2", None), ("head", 0.5), ("full", None)])
+def test_a_checkpoint_holds_what_trains_and_no_backbone_that_stays(text: str, ema: float | None) -> None:
+    (images, labels), val = toy(21), toy(9, seed=3)
+    recipe = Recipe(epochs=3, batch_size=8, lr=0.01, ema=ema)
+    states: list[Mapping[str, Any]] = []
+    more: dict[str, Any] = {"strategy": named(text), "val_examples": val[0], "val_labels": val[1]}
+    whole = fit(body(), INPUTS, images, labels, CLASSES, recipe, on_epoch=states.append, **more)
+    weights = {name for name, p in body().named_parameters() if p.dim() > 1}
+    for state in states:
+        tensors, plain = flatten(state)
+        left = {name.partition("/body.")[2].replace(".parametrizations.weight.original", ".weight") for name in tensors}
+        assert weights & left == (weights if text == "full" else set())
+        assert {"model", "best", *(["average"] if ema else [])} <= {name.partition("/")[0] for name in tensors}
+        for read in (unflatten(tensors, plain), unflatten(*flatten(unflatten(tensors, plain)))):
+            again = fit(body(), INPUTS, images, labels, CLASSES, recipe, resume=read, **more)
+            assert same(bits(again), bits(whole)) and again.curve == whole.curve
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "adamw:weight_decay=0.5", "sgd:momentum=0.9,weight_decay=0.5"])

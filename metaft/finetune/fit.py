@@ -119,11 +119,14 @@ def fit(
     average = {} if recipe.ema is None else _values(model, still)
     judged = model if recipe.ema is None else copied(model)
     if resume is not None:
-        resume = dict(_copied(resume))  # an optimiser would go on to write into the tensors that it is given
-        model.load_state_dict(resume["model"])
+        # Copied, since an optimiser would go on to write into the tensors that it is given.
+        resume = dict(_copied({k: v for k, v in resume.items() if k != "begun"}))
+        model.load_state_dict(_whole(resume["model"], origin.params))
         optim.put_moments(optimizer, resume["adam"], strategy.rates(groups, 0, steps, per_epoch))
-        curve, best = resume["curve"], (resume["best_loss"], resume["best"])
-        average = resume.get("average", {})
+        curve, best = resume["curve"], (resume["best_loss"], {})
+        if math.isfinite(best[0]):
+            best = (best[0], _whole(resume["best"], origin.params))
+        average = {} if recipe.ema is None else _whole(resume["average"], origin.params)
     judge = "val_loss" if val is not None and each_epoch else "loss"  # of what a schedule may follow
     settled = _settled(strategy, groups, recipe.passes, per_epoch)
     stayed = recipe.augment == "none" and not any(extra.of_inputs for extra in extras)
@@ -173,8 +176,9 @@ def fit(
                 best = (row["val_loss"], _values(judged, still))
         curve.append(row)
         if on_epoch is not None:
-            state = {"adam": optim.moments_of(optimizer), "curve": curve, "average": average}
-            on_epoch({**_copied(state), "model": _values(model, still), "best_loss": best[0], "best": best[1]})
+            state = _copied({"adam": optim.moments_of(optimizer), "curve": curve, "average": average})
+            state |= {"model": _values(model, still), "best_loss": best[0], "best": best[1], "begun": origin.params}
+            on_epoch(state)
     if kept := best[1] or average:
         model.load_state_dict(kept)
     moved = _moved(strategy, groups, recipe.passes, per_epoch, range(len(curve)))
@@ -195,15 +199,29 @@ def _values(model: nn.Module, still: Collection[str]) -> dict[str, Tensor]:
     return {k: v if k in still else v.detach().clone() for k, v in model.state_dict().items()}
 
 
+def _moved_from(begun: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The values without the backbone's parameters that are what a fit began with, to the bit: a resume begins with
+    them too, and a checkpoint need not hold a backbone that stays."""
+    of_body = {name for name in values if name.startswith("body.") and name in begun}
+    return {k: v for k, v in values.items() if k not in of_body or not torch.equal(v, begun[k])}
+
+
+def _whole(values: Mapping[str, Tensor], begun: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse. Older checkpoints have all values."""
+    return {**{k: v.clone() for k, v in begun.items() if k.startswith("body.")}, **values}
+
+
 def flatten(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What `fit` gives `on_epoch`, as named tensors and plain data, for a checkpoint."""
-    tensors = {f"{part}/{k}": v for part in PARTS for k, v in state[part].items()}
+    """What `fit` gives `on_epoch`, as named tensors and plain data, for a checkpoint, which need not hold a backbone
+    that stays: whoever resumes has what the fit began with ("begun"; a state that was read and goes on has none)."""
+    begun = state.get("begun", {})
+    tensors = {f"{part}/{k}": v for part in PARTS for k, v in _moved_from(begun, state[part]).items()}
     tensors |= {f"adam/{name}/{slot}": v for name, slots in state["adam"].items() for slot, v in slots.items()}
     return tensors, {"curve": state["curve"], "best_loss": state["best_loss"]}
 
 
 def unflatten(tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> dict[str, Any]:
-    """The inverse of `flatten`."""
+    """The inverse of `flatten`, but for what did not move."""
     adam: dict[str, dict[str, Tensor]] = {}
     for key, value in under(tensors, "adam").items():
         name, _, slot = key.rpartition("/")
