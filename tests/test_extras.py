@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from metaft.errors import MetaftError
 from metaft.finetune.classifier import Classifier, load, save
+from metaft.finetune.dropout import dropped
 from metaft.finetune.extras import EXTRAS, Batch, Origin, all_named, composed, in_full, named, plain_loss
 from metaft.finetune.extras.cutmix import boxes, edges
 from metaft.finetune.extras.distil import divergence
@@ -347,6 +348,19 @@ def test_a_student_follows_its_teacher_by_the_share(teacher: Path) -> None:
     value = composed((named(f"distil:teacher={teacher},t=3,share=0.25"),), origin)(model, batch)
     assert float(value.detach()) == pytest.approx(0.75 * plain + 0.25 * kl, abs=1e-9)
     assert all(p.grad is None for p in known.parameters())
+
+
+def test_dropout_leaves_the_same_features_out_of_what_follows_the_teacher(teacher: Path) -> None:
+    model, batch, origin = case()
+    known = load(teacher).double()
+    with torch.no_grad():
+        kept = dropped(model.get_submodule("body")(batch.x), batch, origin.seed, 0.5)
+        student, wanted = model.get_submodule("head")(kept), known.head(known.body(batch.x))
+        right = float(divergence(student, wanted, 2.0))
+    follow = composed((named(f"distil:teacher={teacher},share=1"),), origin, dropout=0.5)
+    assert float(follow(model.train(), batch).detach()) == pytest.approx(right, abs=1e-12)
+    whole = float(follow(model.eval(), batch).detach())
+    assert whole != pytest.approx(right, rel=1e-3), "in evaluation nothing is left out"
 
 
 def test_a_teacher_is_of_the_same_classes_and_inputs(teacher: Path) -> None:

@@ -27,6 +27,7 @@ from metaft.finetune.fit import Fitted, fit
 from metaft.finetune.optim import put_moments
 from metaft.finetune.phases import groups_of
 from metaft.finetune.probe import probe
+from metaft.finetune.states import flatten, unflatten
 from metaft.finetune.strategies import AFTER_HEAD, STRATEGIES, Groups, Strategy, every, named
 from metaft.finetune.strategies.bitfit import is_bias
 from metaft.models import EpisodeNorm
@@ -611,6 +612,24 @@ def test_frozen_values_stay_to_the_bit_and_a_resume_goes_on_alike(strategy: str,
         again = fit(body(), INPUTS, images, labels, CLASSES, recipe, resume=copy.deepcopy(state), **more)
         assert same(bits(again), bits(whole)) and again.curve == whole.curve
     assert whole.curve
+
+
+@pytest.mark.parametrize(("text", "ema"), [("bitfit", 0.9), ("lora:rank=2", None), ("head", 0.5), ("full", None)])
+def test_a_checkpoint_holds_what_trains_and_no_backbone_that_stays(text: str, ema: float | None) -> None:
+    (images, labels), val = toy(21), toy(9, seed=3)
+    recipe = Recipe(epochs=3, batch_size=8, lr=0.01, ema=ema)
+    states: list[Mapping[str, Any]] = []
+    more: dict[str, Any] = {"strategy": named(text), "val_examples": val[0], "val_labels": val[1]}
+    whole = fit(body(), INPUTS, images, labels, CLASSES, recipe, on_epoch=states.append, **more)
+    weights = {name for name, p in body().named_parameters() if p.dim() > 1}
+    for state in states:
+        tensors, plain = flatten(state)
+        left = {name.partition("/body.")[2].replace(".parametrizations.weight.original", ".weight") for name in tensors}
+        assert weights & left == (weights if text == "full" else set())
+        assert {"model", "best", *(["average"] if ema else [])} <= {name.partition("/")[0] for name in tensors}
+        for read in (unflatten(tensors, plain), unflatten(*flatten(unflatten(tensors, plain)))):
+            again = fit(body(), INPUTS, images, labels, CLASSES, recipe, resume=read, **more)
+            assert same(bits(again), bits(whole)) and again.curve == whole.curve
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "adamw:weight_decay=0.5", "sgd:momentum=0.9,weight_decay=0.5"])

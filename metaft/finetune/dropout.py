@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from metaft import keyed
 from metaft.finetune.extras.base import Batch
@@ -21,3 +21,12 @@ def dropped(features: Tensor, batch: Batch, seed: int, share: float) -> Tensor:
     words = torch.func.vmap(lambda key: keyed.words(key, count=features.shape[1]))(keys)
     kept = (words >= share * 2.0**32).to(features)
     return features * kept / (1 - share)
+
+
+def outputs(model: nn.Module, batch: Batch, seed: int, share: float) -> Tensor:
+    """What a model of "body" and "head" makes of a batch, without this `share` of its features while it is in training
+    mode: the same ones in each pass of a step."""
+    features = model.get_submodule("body")(batch.x)
+    if share and model.training:
+        features = dropped(features, batch, seed, share)
+    return model.get_submodule("head")(features)

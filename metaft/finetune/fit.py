@@ -20,7 +20,7 @@ from metaft.finetune.extras import Extra, all_named
 from metaft.finetune.features import evaluating, in_parts, takes_alone
 from metaft.finetune.lessons import Labelled, turns
 from metaft.finetune.measuring import Measuring
-from metaft.finetune.states import cloned, values_of
+from metaft.finetune.states import cloned, values_of, whole
 from metaft.finetune.strategies import Strategy
 from metaft.finetune.training import begin, stored
 from metaft.inputs import Inputs
@@ -106,11 +106,14 @@ def fit(
     average = {} if recipe.ema is None else values_of(model, still)
     judged = model if recipe.ema is None else copied(model)
     if resume is not None:
-        resume = dict(cloned(resume))  # an optimiser would go on to write into the tensors that it is given
-        model.load_state_dict(resume["model"])
+        # Copied, since an optimiser would go on to write into the tensors that it is given.
+        resume = dict(cloned({k: v for k, v in resume.items() if k != "begun"}))
+        model.load_state_dict(whole(resume["model"], training.start))
         optim.put_moments(optimizer, resume["adam"], strategy.rates(training.groups, 0, steps, training.per_epoch))
-        curve, best = resume["curve"], (resume["best_loss"], resume["best"])
-        average = resume.get("average", {})
+        curve, best = resume["curve"], (resume["best_loss"], {})
+        if math.isfinite(best[0]):
+            best = (best[0], whole(resume["best"], training.start))
+        average = {} if recipe.ema is None else whole(resume["average"], training.start)
     moving = phases.moved(*when, range(recipe.passes)) | set(training.groups[-1])
     watched = {name: p for name, p in model.named_parameters() if name in moving}
     if trail is not None:
@@ -151,8 +154,9 @@ def fit(
         if trail is not None:
             trail.visit(len(curve), watched)
         if on_epoch is not None:
-            state = {"adam": optim.moments_of(optimizer), "curve": curve, "average": average}
-            on_epoch({**cloned(state), "model": values_of(model, still), "best_loss": best[0], "best": best[1]})
+            state = cloned({"adam": optim.moments_of(optimizer), "curve": curve, "average": average})
+            state |= {"model": values_of(model, still), "best_loss": best[0], "best": best[1], "begun": training.start}
+            on_epoch(state)
     if trail is not None:
         trail.visit(len(curve), watched, last=True)
     if kept := best[1] or average:

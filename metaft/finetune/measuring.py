@@ -21,7 +21,6 @@ class Measuring:
 
     def __init__(self, training: Training, log_every: int, tell: Callable[[Mapping[str, Any]], None]) -> None:
         self._training, self._log_every, self._tell = training, log_every, tell
-        self._start = {name: p.detach().clone() for name, p in training.model.named_parameters()}
         self._apart: dict[bool, int] = {}
         """Steps between two of which it tells, by whether the head alone is passed through."""
 
@@ -44,7 +43,7 @@ class Measuring:
         if not on_features:
             x = self._last_inputs(turn)
             dead = updates.dead_units(lambda: _passed(model, x), now)
-        self._tell({"epoch": epoch + 1, **updates.row(step + 1, before, now, self._start, gradient, dead)})
+        self._tell({"epoch": epoch + 1, **updates.row(step + 1, before, now, self._training.start, gradient, dead)})
 
     def _steps_apart(self, turn: Turn, on_features: bool) -> int:
         """Where the head alone is passed through, its FLOPs are those of its weights."""

@@ -21,6 +21,7 @@ from metaft.models.handed import copied
 from metaft.models.stored import with_stored_moments
 from metaft.sampler import Stream, raw_words
 from metaft.settings import Recipe
+from metaft.types import Params
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -37,6 +38,8 @@ class Training:
     optimizer: torch.optim.Optimizer
     lesson: Lesson
     per_epoch: int
+    start: Params
+    """What the parameters were before the first step."""
 
     @property
     def steps(self) -> int:
@@ -112,7 +115,7 @@ def begin(
         composed(extras, origin, outcome.loss, recipe.dropout),
         Features(model.get_submodule("body"), train, val, features if same_body else None, known[1]),
     )  # fmt: skip
-    return Training(recipe, strategy, model, groups, frozenset(still), optimizer, lesson, per_epoch)
+    return Training(recipe, strategy, model, groups, frozenset(still), optimizer, lesson, per_epoch, origin.params)
 
 
 def first_features(body: nn.Module, train: Prepared) -> Tensor:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metaft.errors import MetaftError
-from metaft.finetune.dropout import dropped
+from metaft.finetune.dropout import outputs
 from metaft.finetune.extras.adversarial import adversarial
 from metaft.finetune.extras.base import Batch, Extra, Objective, Origin
 from metaft.finetune.extras.cutmix import cutmix
@@ -62,10 +62,7 @@ def plain_loss(
     seed: int = 0,
 ) -> Tensor:
     """The loss of a batch's outputs and labels, with dropout before the head while the model is in training mode."""
-    features = model.get_submodule("body")(batch.x)
-    if dropout and model.training:
-        features = dropped(features, batch, seed, dropout)
-    return loss(model.get_submodule("head")(features), batch.y)
+    return loss(outputs(model, batch, seed, dropout), batch.y)
 
 
 def composed(
@@ -77,5 +74,5 @@ def composed(
     """The loss as these extras change it, the first one first."""
     objective: Objective = partial(plain_loss, loss=loss, dropout=dropout, seed=origin.seed)
     for extra in extras:
-        objective = extra.wrap(objective, origin)
+        objective = extra.wrap(objective, origin._replace(dropout=dropout))
     return objective

@@ -37,6 +37,8 @@ class Origin(NamedTuple):
     """0: labels are numbers."""
     inputs: Inputs | None = None
     """What made `Batch.x` of raw examples."""
+    dropout: float = 0.0
+    """The share of the features before the head that a pass in training leaves out."""
 
 
 Objective = Callable[[nn.Module, Batch], Tensor]

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metaft.errors import MetaftError
+from metaft.finetune.dropout import outputs
 from metaft.finetune.extras.base import Batch, Extra, Objective, Origin
 from metaft.inputs import Inputs
 
@@ -40,8 +41,8 @@ def following(objective: Objective, origin: Origin, *, teacher: Classifier, t: f
     def of(model: nn.Module, batch: Batch) -> Tensor:
         with torch.no_grad():
             wanted = teacher.head(teacher.body(batch.x))
-        outputs = model.get_submodule("head")(model.get_submodule("body")(batch.x))
-        return (1 - share) * objective(model, batch) + share * divergence(outputs, wanted, t)
+        student = outputs(model, batch, origin.seed, origin.dropout)
+        return (1 - share) * objective(model, batch) + share * divergence(student, wanted, t)
 
     return of
 
