@@ -60,6 +60,7 @@ def fit(
     recipe: Recipe,
     *,
     seed: int = 0,
+    order: int | None = None,
     val_examples: Examples | None = None,
     val_labels: Tensor | None = None,
     strategy: Strategy | None = None,
@@ -75,6 +76,8 @@ def fit(
     0: the head then has one output, and the loss is the squared error. `known` are the features of training and
     validation examples, where the caller has them.
 
+    The head is drawn by `seed`; the order of the examples, and what becomes of them, by `order` (None: by `seed` too).
+
     `strategy` says what trains and at which rate in each step, `extras` change the loss (None: as the recipe says). The
     rate of a parameter in a step is the recipe's times the schedule's factor times the strategy's. Training batches are
     normalised with their own statistics; the result with those of all training examples, stored at the end. Epochs up
@@ -89,8 +92,9 @@ def fit(
     extras = all_named(recipe.extra) if extras is None else extras
     schedule = schedules.make(recipe.anneals)
     given = Labelled(inputs, examples, labels, classes, val_examples, val_labels, known)
-    training = begin(body, given, recipe, strategy, extras, seed)
+    training = begin(body, given, recipe, strategy, extras, seed, order)
     model, optimizer, lesson, still = training.model, training.optimizer, training.lesson, training.still
+    drawn = seed if order is None else order
     val, steps, when = lesson.val, training.steps, (strategy, training.groups, recipe.passes, training.per_epoch)
     curve: list[dict[str, float]] = []
     best = (math.inf, {})
@@ -113,7 +117,7 @@ def fit(
         total = 0.0
         stayed = stayed and (bool(still) or phases.stays(*when, [epoch]))
         lowered = schedules.lowered(schedule, [row[judge] for row in curve[settled:]])
-        for number, turn in enumerate(turns(len(lesson.train), recipe, seed, epoch, training.per_epoch)):
+        for number, turn in enumerate(turns(len(lesson.train), recipe, drawn, epoch, training.per_epoch)):
             step = epoch * training.per_epoch + number
             lr = recipe.rate * lowered * schedule(step, steps)
             total += training.step(turn, training.rates(step), lr, on_features=stayed)
