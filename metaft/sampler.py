@@ -29,6 +29,7 @@ class Stream(enum.IntEnum):
     LOW_RANK = 8
     EXTRAS = 9
     SEARCH = 10
+    SOUPS = 11
 
 
 def raw_words(

@@ -494,6 +494,14 @@ class Recipe(Group):
             below=1,
         ),
     ] = None
+    soup: Annotated[
+        int | None,
+        Option(
+            "Train the start so many times, with other orders and changes of the images, and keep the average of those "
+            "that validation images say are better together (auto: one fit).",
+            at_least=2,
+        ),
+    ] = None
     label_smoothing: Annotated[
         float,
         Option("This share of each training label is spread over all classes.", at_least=0, below=1),

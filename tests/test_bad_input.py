@@ -326,6 +326,8 @@ TOGETHER = [
     ("compare", "--markdown --latex", ["latex", "not both"]),
     ("adapt", "--strategy lora --extra l2-sp", ["extra", "l2-sp", "--strategy lora leaves"]),
     ("adapt", "--strategy chosen --lr auto", ["lr", "auto", "rates of its own"]),
+    ("adapt", "--soup 2", ["soup", "fewer than 10 images", "2"]),
+    ("adapt", "--soup 2 --auto 1", ["soup", "still to be chosen", "2"]),
     ("meta_train", "--engine tune --task-chunk 4", ["task_chunk", "--engine tune", "4"]),
     ("meta_train", "--ways 7", ["ways = 7", "6 classes"]),
     ("meta_train", "--test-ways 4", ["test_ways", "4 ways", "3 in training"]),

@@ -161,6 +161,8 @@ def contenders_of(
     yield Contender(start.label, start, images.of(start), config.recipe)
     if start.meta is not None and config.start.probe is not False:
         yield Contender(PROBE, start, images.of(start), None, probe=True)
+    if config.recipe is not None:  # others are single fits
+        config = dataclasses.replace(config, recipe=dataclasses.replace(config.recipe, soup=None))
     labels = {start.label, PROBE, RANDOM}
     for other, name in zip(others, config.start.compare, strict=True):
         label = _another(names.label_of(name), labels)

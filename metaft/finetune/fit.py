@@ -62,6 +62,7 @@ def fit(
     recipe: Recipe,
     *,
     seed: int = 0,
+    order: int | None = None,
     val_examples: Examples | None = None,
     val_labels: Tensor | None = None,
     strategy: Strategy | None = None,
@@ -81,6 +82,8 @@ def fit(
     many `classes`, or numbers where that is 0: the head then has one output, and the loss is the squared error. `known`
     are the features of training and validation examples, where the caller has them.
 
+    The head is drawn by `seed`; the order of the examples, and what becomes of them, by `order` (None: by `seed` too).
+
     `strategy` says what trains and at which rate in each step, `extras` change the loss (None: as the recipe says). The
     rate of a parameter in a step is the recipe's times the schedule's factor times the strategy's. Training batches are
     normalised with their own statistics; the result with those of all training examples, stored at the end. Epochs up
@@ -97,8 +100,9 @@ def fit(
     extras = all_named(recipe.extra) if extras is None else extras
     schedule = schedules.make(recipe.anneals)
     given = Labelled(inputs, examples, labels, classes, val_examples, val_labels, known)
-    training = begin(body, given, recipe, strategy, extras, seed, head)
+    training = begin(body, given, recipe, strategy, extras, seed, order, own=head)
     model, optimizer, lesson, still = training.model, training.optimizer, training.lesson, training.still
+    drawn = seed if order is None else order
     val, steps, when = lesson.val, training.steps, (strategy, training.groups, recipe.passes, training.per_epoch)
     measuring = None if on_update is None else Measuring(training, log_every, on_update)
     curve: list[dict[str, float]] = []
@@ -129,7 +133,7 @@ def fit(
         total = 0.0
         stayed = stayed and (bool(still) or phases.stays(*when, [epoch]))
         lowered = schedules.lowered(schedule, [row[judge] for row in curve[settled:]])
-        for number, turn in enumerate(turns(len(lesson.train), recipe, seed, epoch, training.per_epoch)):
+        for number, turn in enumerate(turns(len(lesson.train), recipe, drawn, epoch, training.per_epoch)):
             step = epoch * training.per_epoch + number
             rates, lr = training.rates(step), recipe.rate * lowered * schedule(step, steps)
             before = {} if measuring is None else measuring.before(step, turn, rates, on_features=stayed)

@@ -37,6 +37,8 @@ class Position:
     chosen: Mapping[str, Any] | None = None
     """What `--strategy chosen` chose for that fit, see `metaft.finetune.choose`, or under "tried" what it knows of the
     first candidates."""
+    singles: tuple[Mapping[str, Any], ...] = ()
+    """Figures of the fits of `--soup` that are done for that fit; their values lie beside the checkpoint."""
 
 
 class Journal:
@@ -46,13 +48,14 @@ class Journal:
         self, run: RunFolder, header: Mapping[str, Any], position: Position, events: Events | None = None
     ) -> None:
         self.run, self.header, self.position, self.events = run, header, position, events
-        self._clock, self._before = time.monotonic(), (-1, ())
+        self._clock = time.monotonic()
+        self._before: tuple[Mapping[str, Any], tuple[Mapping[str, Any], ...]] = ({}, ())
         self._follow()
         self._updates = _known(read_rows(run.updates, ["epoch", "step"]), position)
 
     def epoch(self, number: int, tag: Mapping[str, Any], state: Mapping[str, Any]) -> None:
         """`state` is that of the fit in progress, as `fit` gives it."""
-        rows = self._rows(number, tag, state["curve"])
+        rows = self._rows(tag, state["curve"])
         self.position = dataclasses.replace(self.position, rows=rows, current=state)
         self._follow()
         if time.monotonic() - self._clock > SAVE_EVERY:
@@ -68,9 +71,20 @@ class Journal:
         chosen = {} if self.position.chosen is None else {"chosen": self.position.chosen}
         trained = {"trained": fitted.trained} if fitted.trained else {}
         done = {**tag, "seed": seed, "epochs": epochs, "kept_epoch": fitted.kept, **trained, **figures, **chosen}
-        self.position = Position((*self.position.fits, _as_read(done)), self._rows(number, tag, fitted.curve))
+        self.position = Position((*self.position.fits, _as_read(done)), self._rows(tag, fitted.curve))
         self._follow()
         self._keep(number)
+
+    def single(self, number: int, figures: Mapping[str, Any], values: Mapping[str, torch.Tensor]) -> None:
+        """One of the fits of a soup is done."""
+        checkpoint.save(self.run.single(len(self.position.singles)), values, {"single": figures["seed"]})
+        singles = (*self.position.singles, _as_read(figures))
+        self.position = dataclasses.replace(self.position, current=None, singles=singles)
+        self._keep(number)
+
+    def values_of_singles(self) -> list[dict[str, torch.Tensor]]:
+        """Of those that are done. Raises CheckpointError."""
+        return [checkpoint.load(self.run.single(number))[0] for number in range(len(self.position.singles))]
 
     def choice(self, number: int, made: Mapping[str, Any]) -> None:
         """What was chosen for the fit that is next, or what is known of the candidates; a resume goes on from it."""
@@ -82,12 +96,10 @@ class Journal:
         if self.position.current is not None:
             self._keep(len(self.position.fits))
 
-    def _rows(
-        self, number: int, tag: Mapping[str, Any], curve: Sequence[Mapping[str, float]]
-    ) -> tuple[Mapping[str, Any], ...]:
-        if self._before[0] != number:
+    def _rows(self, tag: Mapping[str, Any], curve: Sequence[Mapping[str, float]]) -> tuple[Mapping[str, Any], ...]:
+        if self._before[0] != tag:
             rows = self.position.rows
-            self._before = number, tuple(row for row in rows if {k: row.get(k) for k in tag} != tag)
+            self._before = tag, tuple(row for row in rows if {k: row.get(k) for k in tag} != tag)
         return (*self._before[1], *({**tag, **row} for row in curve))
 
     def _follow(self) -> None:
@@ -119,6 +131,7 @@ def write(run: RunFolder, position: Position, header: Mapping[str, Any]) -> None
     """The checkpoint, and metrics.jsonl from the same position. Raises CheckpointError."""
     tensors, plain = ({}, None) if position.current is None else flatten(position.current)
     state = {"fits": position.fits, "rows": position.rows, "current": plain, "chosen": position.chosen}
+    state |= {"singles": position.singles} if position.singles else {}
     run.save_last(tensors, {**header, **state})
     write_rows(run, position)
 
@@ -137,7 +150,9 @@ def read(run: RunFolder) -> tuple[Position, Mapping[str, Any]]:
     """The last checkpoint: a position, and the header. Raises CheckpointError, and says which other one is good."""
     tensors, header = run.load(run.last, _load, lambda loaded: f"after {len(loaded[1]['rows'])} epochs")
     current = None if header["current"] is None else unflatten(tensors, header["current"])
-    return Position(tuple(header["fits"]), tuple(header["rows"]), current, header.get("chosen")), header
+    return Position(
+        tuple(header["fits"]), tuple(header["rows"]), current, header.get("chosen"), tuple(header.get("singles", ()))
+    ), header
 
 
 def _load(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

@@ -43,6 +43,11 @@ def settled(recipe: Recipe, start: Start, *, resumed: bool = False) -> Recipe:
     if of_chance(recipe) != recipe and start.meta is None:
         (text, *_) = (text for text in recipe.extra if extras.named(text).of_start)
         raise MetaftError(f"extra: {text} is about what a start knows, and a random one knows nothing")
+    if recipe.soup is not None and start.meta is None:
+        raise MetaftError(
+            f"soup: fits of a random start end far from one another, where an average means nothing (given "
+            f"{recipe.soup})"
+        )
     if recipe.patience is None and not is_librarys:
         recipe = dataclasses.replace(recipe, patience=PATIENCE)
     if recipe.trains == CHOSEN:  # what is left open is what there is to choose
@@ -126,6 +131,8 @@ def check(recipe: Recipe) -> None:
     if recipe.freeze == "backbone" and recipe.trains != "head":
         raise MetaftError(f"freeze: backbone is --strategy head, and --strategy {recipe.trains} is given")
     check_numbers(recipe)
+    if recipe.soup is not None and recipe.trains == CHOSEN:
+        raise MetaftError(f"soup: it is of fits by one strategy, and it is still to be chosen (given {recipe.soup})")
     if recipe.lr == AUTO and recipe.trains == CHOSEN:
         raise MetaftError("lr: auto is for one strategy, and what is chosen among several has rates of its own to try")
     if recipe.trains != CHOSEN:
@@ -143,7 +150,7 @@ def check(recipe: Recipe) -> None:
 
 def check_numbers(recipe: Recipe) -> None:
     """Raises MetaftError for what goes with classes alone where labels are numbers."""
-    for field, needed in (("head", "linear"), ("balance", "none"), ("label_smoothing", 0.0)):
+    for field, needed in (("head", "linear"), ("balance", "none"), ("label_smoothing", 0.0), ("soup", None)):
         if recipe.loss == "mse" and (value := getattr(recipe, field)) != needed:
             raise MetaftError(f"{field}: {value} is for classes, and --loss mse for numbers")
     for text, extra in zip(recipe.extra, extras.all_named(recipe.extra), strict=True):

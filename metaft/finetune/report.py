@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from metaft.finetune import extras
+from metaft.finetune import extras, soup
 from metaft.finetune.classifier import Classifier
 from metaft.finetune.examples import Part
 from metaft.finetune.numbers import FIGURES
@@ -35,6 +35,8 @@ def text(result: Mapping[str, Any]) -> str:
     lines = [f"{what}{val}, {r['test_images']} to test", f"{_how(r)}, from {_init(r)}, in {duration(r['seconds'])}"]
     lines += what_trained(r["starts"][0].get("trained"))
     lines += [] if "range_test" not in r else [said_of(r["range_test"])]
+    if "soup" in (first := r["starts"][0]):
+        lines.append(soup.said_of(first["soup"], first["mean"]["accuracy"]))
     lines += _ranked(r.get("ranked"))
     lines += _choice(r["starts"][0].get("chosen"), prudent="auto" in r)
     lines += _other_choices(r.get("choices", ()))

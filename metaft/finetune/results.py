@@ -15,6 +15,7 @@ from metaft.finetune.numbers import FIGURES, pooled_numbers
 from metaft.finetune.robust import pooled_curve
 from metaft.finetune.scores import mean_t95, pooled
 from metaft.finetune.setup import Setup, rows_of
+from metaft.finetune.soup import summary
 from metaft.finetune.strategies import CHOSEN
 from metaft.finetune.study import TABLES, draws_differ
 from metaft.finetune.warned import warnings_of
@@ -55,6 +56,8 @@ def result_of(folder: RunFolder, setup: Setup, position: Position, device: str) 
         entries.append(entry(label, column) | more)
     if setup.folds > 1 and "chosen" in position.fits[0]:  # of the classifier that is kept, which no fold has
         entries[0]["chosen"] = position.fits[0]["chosen"]
+    if "soup" in columns[0][0]:
+        entries[0]["soup"] = summary(columns[0])
     gains = [gain(labels[0], label, columns[0], column) for label, column in zip(labels[1:], columns[1:], strict=True)]
     return {
         "command": "adapt",

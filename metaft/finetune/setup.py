@@ -37,7 +37,7 @@ from metaft.starts.base import Start, body, constants
 from metaft.starts.none import OWN
 from metaft.support import paths, places
 from metaft.targets import Target
-from metaft.targets.draws import Rows
+from metaft.targets.draws import VALIDATION_FROM, Rows
 
 GLYPH_SHOTS = 5
 
@@ -162,6 +162,7 @@ def prepared(
         target.rows(shots_per_class=config.target.shots_per_class, seed=config.draws.seed + draw)
     trained = len(rows_of(setup, 0).train)
     if config.recipe is not None:
+        _check_soup(setup, config.recipe.soup)
         config = dataclasses.replace(config, recipe=lasting(config.recipe, trained))
         device = device_of(config.compute.device)
         config, test = searched(config, start, target, rows_of(setup, 0).train, device)
@@ -174,6 +175,19 @@ def prepared(
     for contender in known:
         _check_strategy(contender)
     return setup._replace(contenders=tuple(known))
+
+
+def _check_soup(setup: Setup, soup: int | None) -> None:
+    """Raises MetaftError for a soup of which no images could decide what goes into it, or that would not be tested."""
+    if soup is None:
+        return
+    if setup.folds > 1:
+        raise MetaftError(f"soup: without a test part there are folds, and it is for one draw (given {soup})")
+    if len(rows_of(setup, 0).val) == 0:
+        raise MetaftError(
+            f"soup: validation images decide what goes into it, and a class has fewer than {VALIDATION_FROM} images to "
+            f"set some aside from (given {soup})"
+        )
 
 
 def _check_strategy(contender: Contender) -> None:
@@ -214,7 +228,8 @@ def rows_of(setup: Setup, draw: int, fold: int | None = 0) -> Rows:
     # The inner loop, a choice by cross-validation and a recipe without patience have no use for a validation part, and
     # train on it too; one that the data come with judges all but the first two.
     recipe = config.recipe
-    judged = recipe is not None and (recipe.patience is not None or "val" in target.parts)
+    asked = recipe is not None and (recipe.patience is not None or recipe.soup is not None)
+    judged = asked or (recipe is not None and "val" in target.parts)
     validate = judged and recipe is not None and recipe.trains != CHOSEN
     if setup.folds > 1:
         return target.rows_of_fold(fold, seed=config.draws.seed + draw, validate=validate)

@@ -8,8 +8,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from metaft.errors import CheckpointError, NonFiniteError
+from metaft.finetune import heads
+from metaft.finetune import soup as soups
 from metaft.finetune.classifier import Classifier, save
 from metaft.finetune.contenders import Contender
 from metaft.finetune.deciding import decided
@@ -24,6 +27,7 @@ from metaft.finetune.robust import bounds_of, robust_curve
 from metaft.finetune.scores import scores
 from metaft.finetune.setup import Planned, Setup, rows_of
 from metaft.finetune.trails import trail_for
+from metaft.runs.checkpoint import under
 from metaft.runs.events import Events
 from metaft.runs.folder import RunFolder
 from metaft.runs.trail import Trail
@@ -80,13 +84,21 @@ def study(
                 journal.epoch(number, tag, state)
                 progress(number, state["curve"][-1], passes)
 
-            begun = journal.position.current
-            measured = draw == 0 and (setup.folds == 1 or fold == 0)  # of which curves are drawn, too
-            fitted = fit_one(
-                setup, contender, rows, draw, device, resume=begun, should_stop=should_stop, on_epoch=on_epoch,
-                trail=trail_for(run, setup, planned[number]),
-                on_update=partial(journal.update, tag) if measured else None,
-            )  # fmt: skip
+            soup: dict[str, Any] = {}
+            if contender.recipe is not None and contender.recipe.soup is not None:
+                fitted, made = soup_of(
+                    setup, contender, rows, draw, device, journal, number, tag, should_stop=should_stop,
+                    progress=progress,
+                )  # fmt: skip
+                soup = {"soup": made}
+            else:
+                begun = journal.position.current
+                measured = draw == 0 and (setup.folds == 1 or fold == 0)  # of which curves are drawn, too
+                fitted = fit_one(
+                    setup, contender, rows, draw, device, resume=begun, should_stop=should_stop, on_epoch=on_epoch,
+                    trail=trail_for(run, setup, planned[number]),
+                    on_update=partial(journal.update, tag) if measured else None,
+                )  # fmt: skip
             classifier = Classifier(fitted.body, fitted.head, target.inputs, target.class_names)
             advice = FEWER if contender.recipe is None else SMALLER
             stays = contender.probe or (contender.recipe is not None and contender.recipe.trains == "head")
@@ -100,7 +112,9 @@ def study(
                 save(run.classifier, classifier, start.architecture, {"init": start.name, "data": target.name})
             if draw > 0 and setup.folds == 1:  # the first draw's tables are enough; those of folds are added up
                 figures = {k: v for k, v in figures.items() if k not in TABLES}
-            journal.fit(number, tag, setup.config.draws.seed + draw, fitted, figures)
+            journal.fit(number, tag, setup.config.draws.seed + draw, fitted, figures | soup)
+            for left in range(contender.recipe.soup or 0 if contender.recipe is not None else 0):
+                run.single(left).unlink(missing_ok=True)
             should_stop()
     except CheckpointError:  # the disk refuses; trying once more would hide why
         raise
@@ -153,6 +167,63 @@ def test(
     return figures
 
 
+def soup_of(
+    setup: Setup,
+    contender: Contender,
+    rows: Rows,
+    draw: int,
+    device: str,
+    journal: Journal,
+    number: int,
+    tag: Mapping[str, Any],
+    *,
+    should_stop: Callable[[], None],
+    progress: Callable[[int, Mapping[str, float], int], None],
+) -> tuple[Fitted, dict[str, Any]]:
+    """The fits of a contender that differ in `order_of` alone, and their greedy soup; what they were each. The curve is
+    that of the fit that was best on validation; those of all are in the journal under names of their own."""
+    recipe, seed = contender.recipe, setup.config.draws.seed + draw
+    assert recipe is not None and recipe.soup is not None
+    head: nn.Module | None = None
+    for which in range(len(journal.position.singles), recipe.soup):
+        label, before = {**tag, "start": f"{tag['start']}, fit {which + 1}"}, which * recipe.passes
+
+        def on_epoch(
+            state: Mapping[str, Any], label: Mapping[str, Any] = label, before: int = before, of: int = recipe.soup
+        ) -> None:
+            journal.epoch(number, label, state)
+            row = state["curve"][-1]
+            progress(number, {**row, "epoch": before + row["epoch"]}, recipe.passes * of)
+
+        order = soups.order_of(seed, which)
+        fitted = fit_one(
+            setup, contender, rows, draw, device, order=order, resume=journal.position.current,
+            should_stop=should_stop, on_epoch=on_epoch,
+        )  # fmt: skip
+        head = fitted.head
+        made = Classifier(fitted.body, fitted.head, contender.target.inputs, contender.target.class_names)
+        row = {"seed": order, "epochs": len(fitted.curve), "kept_epoch": fitted.kept, "trained": fitted.trained}
+        row |= {"val_accuracy": soups.judged(made, contender, rows.val)}
+        row |= {"accuracy": soups.judged(made, contender, rows.test), "curve": fitted.curve}
+        journal.single(number, row, soups.values_of(fitted))
+    singles, values = journal.position.singles, journal.values_of_singles()
+    if head is None:  # all of them were done before a resume
+        head = heads.filled(recipe.head, under(values[0], "head"))
+
+    def classifier_of(some: soups.Values) -> Classifier:
+        assert head is not None
+        return soups.filled(some, contender, rows, head, seed, device)
+
+    soup = soups.greedy(
+        values, [row["val_accuracy"] for row in singles],
+        lambda some: soups.judged(classifier_of(some), contender, rows.val),
+    )  # fmt: skip
+    classifier, best = classifier_of(soup.values), singles[soup.taken[0]]
+    shown = [{k: v for k, v in row.items() if k not in ("curve", "trained")} for row in singles]
+    about = {"fits": shown, "taken": list(soup.taken), "val_accuracy": soup.accuracy}
+    return Fitted(classifier.body, classifier.head, list(best["curve"]), best["trained"]), about
+
+
 def fit_one(
     setup: Setup,
     contender: Contender,
@@ -160,6 +231,7 @@ def fit_one(
     draw: int,
     device: str,
     *,
+    order: int | None = None,
     resume: Mapping[str, Any] | None = None,
     should_stop: Callable[[], None] = lambda: None,
     on_epoch: Callable[[Mapping[str, Any]], None] | None = None,
@@ -182,6 +254,6 @@ def fit_one(
         body(start, seed).to(device),
         target.inputs, Part(target.examples, train), labels, classes, recipe,
         val_examples=Part(target.examples, val), val_labels=target.labels[val],
-        seed=seed, should_stop=should_stop, resume=resume, on_epoch=on_epoch, on_update=on_update, trail=trail,
-        log_every=config.output.log_every or LOG_EVERY,
+        seed=seed, order=order, should_stop=should_stop, resume=resume, on_epoch=on_epoch, on_update=on_update,
+        trail=trail, log_every=config.output.log_every or LOG_EVERY,
     )  # fmt: skip

@@ -79,11 +79,14 @@ def begin(
     strategy: Strategy,
     extras: Sequence[Extra],
     seed: int,
+    order: int | None = None,
+    *,
     own: nn.Module | None = None,
 ) -> Training:
     """A copy of the body and of its `own` head, or a fresh one that starts from its features, as the strategy wants
-    them, before the first step."""
-    like = like_of(body)
+    them, before the first step. The head and what a strategy puts in are drawn by `seed`, what extras do by `order`
+    (None: by it too)."""
+    like, drawn = like_of(body), seed if order is None else order
     train, labels = Prepared(given.examples, given.inputs, like), given.labels.to(like.device)
     outcome = outcome_of(recipe, labels, given.classes, like)
     val = None if given.val_examples is None else Prepared(given.val_examples, given.inputs, like)
@@ -109,7 +112,7 @@ def begin(
             model.get_parameter(name).requires_grad_(False)
     # A parameter is a group of the optimiser by itself: its rate may change with every step.
     optimizer = optim.named(recipe.optimizer)([(n, p) for n, p in learning(model) if n not in still], recipe.rate)
-    origin = Origin({n: p.detach().clone() for n, p in model.named_parameters()}, seed, given.classes, given.inputs)
+    origin = Origin({n: p.detach().clone() for n, p in model.named_parameters()}, drawn, given.classes, given.inputs)
     lesson = Lesson(
         train, val, given.val_labels, outcome, outcome.prepared(labels), model,
         composed(extras, origin, outcome.loss, recipe.dropout),

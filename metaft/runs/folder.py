@@ -65,6 +65,10 @@ class RunFolder:
         """The checkpoint of `--keep-best` of that step."""
         return self.checkpoints / f"kept-{step}.safetensors"
 
+    def single(self, number: int) -> Path:
+        """What one of the fits of `--soup` left, until the soup is made."""
+        return self.checkpoints / f"single-{number}.safetensors"
+
     def all_kept(self) -> dict[int, Path]:
         """Those that there are, by step."""
         found = {int(path.stem.removeprefix("kept-")): path for path in self.checkpoints.glob("kept-*.safetensors")}
