@@ -39,8 +39,10 @@ def history_figure(rows: Sequence[Row], measure: str, *, higher: bool) -> Figure
             )  # fmt: skip
         if measure == "accuracy" and done:
             percent(axes)
-        decorate(axes, label, f"validation {measure}")
+        decorate(axes, label, f"validation {measure}", legend=False)
     figure.axes[0].xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    names = figure.axes[0].get_legend_handles_labels()
+    figure.legend(*names, loc="outside lower center", ncols=3, fontsize=9, frameon=False)  # where no trial can be
     figure.suptitle(f"{len(rows)} trials", fontsize=10)
     return figure
 
