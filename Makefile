@@ -9,6 +9,8 @@ ITERATIONS ?= 1000
 ARGS ?=
 # Processes that share out the test files; 0 runs them here, one after another.
 JOBS ?= 2
+# What the tests need besides what metaft imports.
+EXTRAS := dev,vision,export,search,explain,tensorboard,compress
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
@@ -38,6 +40,7 @@ test-slow: $(INSTALLED) ## run the slow ones: whole runs, processes of their own
 
 test-faults: $(INSTALLED) ## kill, starve and damage runs for real, in full: 15 to 25 minutes (docs/reliability.md)
 	METAFT_FAULTS=full $(BIN)/python -m pytest tests/faults tests/test_fuzz.py tests/test_bad_input.py \
+	  tests/test_engines.py::test_compiled_agrees_in_float64 \
 	  tests/test_training.py::test_cut_off_at_every_moment_of_the_disk_it_ends_with_the_same_bytes $(ARGS)
 
 lint: $(INSTALLED) ## check style and layout
@@ -60,7 +63,7 @@ clean: ## remove caches, built files and the demo's run; other runs and $(VENV) 
 # A half-made environment (interrupted, or made without pip) is completed rather than trusted.
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(BIN)/python -m pip --version > /dev/null 2>&1 || { $(CHECK_PYTHON) && $(PYTHON) -m venv $(VENV); }
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,vision,export]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[$(EXTRAS)]'
 	@touch $@
 
 CHECK_PYTHON = { $(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2> /dev/null || { \

@@ -125,6 +125,7 @@ def measure(row: Row, budget: Budget) -> dict[str, Any] | None:
     config.parent.mkdir(parents=True, exist_ok=True)
     config.write_text(to_toml(settled(row, budget)), encoding="utf-8")
     words = ["metaft.meta_train", "--config", str(config), "--out", str(path), "--auto-resume"]
+    words.append("--no-report")  # `metaft.look` makes the page of a run that is wanted
     if command(words, budget.minutes) not in (0, 128 + signal.SIGTERM):  # of a finished run it says what came out
         raise MetaftError(f"{row.name}: training failed, see above")
     run = RunFolder(path)

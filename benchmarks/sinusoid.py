@@ -126,7 +126,7 @@ def config_of(name: str, shots: int, settings: Settings, out: Path) -> MetaTrain
         meta_batch=META_BATCH, width=WIDTH, inner_steps=1, inner_lr=INNER_LR,
         iterations=settings.iterations, outer_optimizer="adam", outer_lr=OUTER_LR, outer_schedule="constant",
         seed=settings.seed, eval_seed=EVAL_SEED, test_inner_steps=STEPS, test_episodes=settings.episodes,
-        device="cpu", engine="vmap", out=str(out),
+        device="cpu", engine="vmap", out=str(out), report=False,
     )  # fmt: skip
     return dataclasses.replace(of_paper, **own.get("settings", {}))
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -46,7 +47,8 @@ def drawn(subject: Subject) -> Figure:
     own = outputs.softmax(-1)[:, rows, list(range(source.ways))].numpy()
     support, query = displayable(task.support_x, task.query_x)
     figure = Figure(figsize=(10, 3.1), layout="constrained")
-    left, middle, right = figure.subfigures(1, 3, width_ratios=(1.1, 4, 3.6))
+    panels: Any = figure.subfigures(1, 3, width_ratios=(1.1, 4, 3.6))
+    left, middle, right = panels
 
     left.suptitle("one example\nof each class", fontsize=10)
     for k, axes in enumerate(left.subplots(source.ways, 1, squeeze=False)[:, 0]):

@@ -15,9 +15,11 @@ COMMANDS = {
     "evaluate": "meta-test a finished run",
     "choose": "rank what your images could begin with",
     "adapt": "fine-tune an initialisation to your images",
+    "search": "try settings of adapt or meta_train, and keep the best",
     "compare": "put finished runs beside one another",
     "predict": "label images with what adapt made",
     "look": "make a page of pictures and tables on a run or a start",
+    "compress": "make what adapt made smaller and faster",
     "export": "write what adapt made as a file that runs without metaft",
 }
 

@@ -22,12 +22,12 @@ from metaft.support.output import steady
 if TYPE_CHECKING:
     from torch import nn
 
+    from metaft.finetune.journal import Position
     from metaft.finetune.setup import Setup
-    from metaft.finetune.study import Position
     from metaft.runs.folder import RunFolder
 
 # What may change when a run goes on: how it is computed, over how many draws, and where the user's own things lie.
-RESUMABLE = ("device", "seeds", "data_root", "plugin", "report", "snapshots")
+RESUMABLE = ("device", "seeds", "data_root", "plugin", "report", "snapshots", "log")
 
 
 @dataclasses.dataclass(frozen=True, init=False)
@@ -65,12 +65,14 @@ def run(config: AdaptConfig, *, module: nn.Module | None = None, init: Init = "s
     with beside those. Parameters with requires_grad=False stay as they are. Raises MetaftError for settings, data or a
     run that do not fit together, or a module that cannot be trained, before anything is written.
     """
+    from metaft.finetune.journal import Position, write
     from metaft.finetune.setup import header, prepared
-    from metaft.finetune.study import Position, write
+    from metaft.runs.events import check
     from metaft.runs.folder import RunFolder, file_name
     from metaft.starts.names import label_of
     from metaft.starts.run import RUNS
 
+    check(config.output.log)
     with stopped_at_once("stopped; nothing was written"):
         setup = prepared(config, module, init)
     settled = setup.config
@@ -80,7 +82,7 @@ def run(config: AdaptConfig, *, module: nn.Module | None = None, init: Init = "s
     folder = RunFolder.create(path, to_toml(dataclasses.replace(settled, out=None)))
     with folder.held("out"):
         position, head = Position(), header(setup)
-        if setup.ranked:  # which a resume does not rank again
+        if setup.ranked or setup.range_test:  # which a resume does not look for again
             write(folder, position, head)
         return _fit_all(folder, setup, head, position)
 
@@ -104,27 +106,32 @@ def resume_run(
 
 
 def _resume(folder: RunFolder, config: AdaptConfig | None, module: nn.Module | None, init: Init) -> dict[str, Any]:
+    from metaft.finetune.journal import Position, read
     from metaft.finetune.recipes import as_settled
     from metaft.finetune.setup import header, prepared
-    from metaft.finetune.study import Position, read
     from metaft.runs.checkpoint import write_atomically
+    from metaft.runs.events import check
     from metaft.runs.machine import say_what_changed
     from metaft.starts.names import in_full
 
     path = folder.path
-    recorded = in_full(of_run(AdaptConfig, folder.config, "resume"))
-    given = {} if config is None else {k: v for k, v in flat(config).items() if v is not None}
-    if config is not None and config.recipe is not None:
-        recipe = config.recipe if recorded.recipe is None else as_settled(config.recipe, recorded.recipe)
-        given = {k: v for k, v in given.items() if k not in options(Recipe)} | {"recipe": recipe}
-    config = in_full(dataclasses.replace(recorded, **{**given, "out": None}))
+    if folder.compress.exists():
+        raise MetaftError(f"resume: {path} is of metaft.compress; go on with that command's own --resume")
     folder.make_folders()
     folder.mend()
     position, before = read(folder) if folder.last.exists() else (Position(), None)
+    recorded = in_full(of_run(AdaptConfig, folder.config, "resume"))
+    given = {} if config is None else {k: v for k, v in flat(config).items() if v is not None}
+    if config is not None and config.recipe is not None:
+        recipe, searched = config.recipe, "range_test" in (before or {})
+        recipe = recipe if recorded.recipe is None else as_settled(recipe, recorded.recipe, searched=searched)
+        given = {k: v for k, v in given.items() if k not in options(Recipe)} | {"recipe": recipe}
+    config = in_full(dataclasses.replace(recorded, **{**given, "out": None}))
     classes = (before or {}).get("classes", ())
     data = places.as_run_names(config.target.data, recorded.target.data, config.target.data_root, classes)
     config = dataclasses.replace(config, data=data)
     check_unchanged(config, recorded, path, except_for=RESUMABLE)
+    check(config.output.log)
     setup = prepared(config, module, init, before)
     settled, now = setup.config, header(setup)
     if before is not None:
@@ -157,6 +164,7 @@ def _fit_all(folder: RunFolder, setup: Setup, header: Mapping[str, Any], positio
     from metaft.defaults import device_of
     from metaft.finetune.report import candidate, kind
     from metaft.finetune.study import study
+    from metaft.runs.events import events_of
     from metaft.starts.base import said_of
     from metaft.support.progress import Progress
 
@@ -177,16 +185,19 @@ def _fit_all(folder: RunFolder, setup: Setup, header: Mapping[str, Any], positio
             bar.expect(sum(epochs), sum(epochs[:number]))
         bar.update(sum(epochs[:number]) + int(row["epoch"]), loss=f"{row['loss']:.3f}")
 
-    with StopSignals() as signals:
+    with StopSignals() as signals, events_of(config.output.log, folder) as events:
         try:
             position = study(
                 folder, setup, position, header, device=device, progress=progress,
                 on_candidate=lambda row: bar.say(f"to choose from: {candidate(row)}"),
-                should_stop=lambda: signals.check(f"stopped; go on with: {resume_hint}"),
+                should_stop=lambda: signals.check(f"stopped; go on with: {resume_hint}"), events=events,
             )  # fmt: skip
         finally:
             bar.close()
-        return finish(folder, setup, position, device)
+        result = finish(folder, setup, position, device)
+        if events is not None:
+            events.end(sorted(folder.plots.glob("*.png")), max(int(row["epoch"]) for row in position.rows))
+        return result
 
 
 def finish(folder: RunFolder, setup: Setup, position: Position, device: str) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 from metaft.errors import MetaftError
 from metaft.options import Option, Settings, flat, options
 from metaft.settings import (
+    LARGEST,
     Compute,
     DataSettings,
     Device,
@@ -22,13 +23,13 @@ from metaft.settings import (
     EpisodeSettings,
     EvaluateCompute,
     EvaluateData,
+    FittingOutput,
     ImageSize,
     InnerMethod,
     InnerSettings,
     LearnerSettings,
     MetaTestSettings,
     OuterSettings,
-    Output,
     Recipe,
     SettledData,
     SettledLearner,
@@ -135,7 +136,7 @@ class AdaptConfig(Settings):
     inner: InnerMethod
     draws: Draws
     compute: Device
-    output: Output
+    output: FittingOutput
 
     def __init__(self, **given: Any) -> None:
         super().__init__(**given)
@@ -208,6 +209,45 @@ class ExportConfig(Settings):
 
 
 @dataclasses.dataclass(frozen=True, init=False)
+class CompressConfig(Settings):
+    """Make the classifier that an adapt run left smaller and faster."""
+
+    stored = True
+
+    latency: Annotated[
+        float,
+        Option("Seconds for one picture to come down to, as a share of the original's.", above=0, below=1),
+    ] = 0.75
+    points: Annotated[
+        float,
+        Option("Percentage points of the accuracy on validation images that may be lost.", at_least=0, at_most=100),
+    ] = 2.0
+    step: Annotated[
+        float,
+        Option("Share of the original's channels that each step takes out of every layer.", above=0, below=1),
+    ] = 0.1
+    into: Annotated[
+        str | None,
+        Option(
+            "Prune nothing, and have the classifier teach this start, as --init of metaft.adapt names it.",
+            metavar="START",
+        ),
+    ] = None
+    epochs: Annotated[
+        int | None,
+        Option("Passes over the training images after each step (auto: 10; with --into 40).", at_least=1),
+    ] = None
+    lr: Annotated[
+        float | None,
+        Option("Learning rate of these (auto: as metaft.adapt --strategy full).", above=0, at_most=LARGEST),
+    ] = None
+    data_root: Annotated[
+        str | None, Option("Where the run's data lie, if they moved (auto: $METAFT_DATA).", metavar="PATH")
+    ] = None
+    out: Annotated[str | None, Option("A new folder (auto: RUN/compressed).", metavar="FOLDER", stored=False)] = None
+
+
+@dataclasses.dataclass(frozen=True, init=False)
 class CompareConfig(Settings):
     """Put finished runs beside one another."""
 
@@ -224,6 +264,42 @@ class CompareConfig(Settings):
 
 
 @dataclasses.dataclass(frozen=True, init=False)
+class SearchConfig(Settings):
+    """Try settings of a command, judge them on validation alone, and keep the best."""
+
+    method: Annotated[
+        Literal["grid", "random", "tpe"],
+        Option(
+            "What is tried next: all combinations in turn, random ones, or what Optuna's TPE proposes (the extra "
+            "search)."
+        ),
+    ] = "random"
+    trials: Annotated[int | None, Option("How many to run (auto: 20; of a grid all).", at_least=1)] = None
+    workers: Annotated[int, Option("Trials at once, each with its share of the cores.", at_least=1)] = 1
+    budget_minutes: Annotated[
+        float | None,
+        Option(
+            "No trial begins after so many minutes of this call; those that run are finished (auto: no limit).",
+            above=0,
+            at_most=100_000,
+            metavar="MINUTES",
+        ),
+    ] = None
+    search_seed: Annotated[
+        int, Option("Seed of what is tried; --seed is that of each trial, the same in all.", at_least=0)
+    ] = 0
+    out: Annotated[
+        str | None, Option("A new folder (auto: runs/search-COMMAND-METHOD-SEED).", metavar="FOLDER", stored=False)
+    ] = None
+    resume: Annotated[
+        str | None, Option("Folder of a search to go on with; its own settings apply.", metavar="FOLDER")
+    ] = None
+    auto_resume: Annotated[
+        bool, Option("Go on with the search in --out where there is one already, and start it where there is none.")
+    ] = False
+
+
+@dataclasses.dataclass(frozen=True, init=False)
 class LookConfig(Settings):
     """Make a page of pictures, tables and words on a run or a start."""
 
@@ -231,6 +307,14 @@ class LookConfig(Settings):
     landscape: Annotated[
         bool, Option("Draw the path of training over its loss too, in planes through the parameters; takes minutes.")
     ] = False
+    explain: Annotated[
+        tuple[str, ...],
+        Option(
+            "Show what in these images their labels rest on, of an adapt run: Grad-CAM, and with the extra explain "
+            "integrated gradients.",
+            metavar="IMAGE|FOLDER...",
+        ),
+    ] = ()
     out: Annotated[
         str | None,
         Option(

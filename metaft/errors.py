@@ -51,6 +51,12 @@ class OutputLost(MetaftError):
     status = 1
 
 
+class TrialsFailed(MetaftError):
+    """No trial of a search came to a figure; exit status 1, since the input was well-formed."""
+
+    status = 1
+
+
 class RankLost(MetaftError):
     """Another process of the job died, or did not answer in time; exit status 1, since the input was well-formed."""
 

@@ -134,7 +134,7 @@ def _metavar(field: Field) -> str:
         return field.option.metavar
     if field.choices:
         return "{" + ",".join(map(str, field.choices)) + "}"
-    return {int: "N", float: "X"}.get(_kind(field), "TEXT")
+    return "|".join([{int: "N", float: "X"}.get(_kind(field), "TEXT"), *field.words])
 
 
 def _kind(field: Field) -> Any:
@@ -159,12 +159,13 @@ def _read(field: Field, text: str) -> Any:
         if text not in field.choices:
             raise wrong_choice(field.name, text, field.choices)
         return text
-    if kind not in _NUMBERS:
+    if kind not in _NUMBERS or text in field.words:
         return text
     try:
         return kind(text)
     except ValueError:
-        raise MetaftError(f"{field.name} must be {_NUMBERS[kind]}, got {text!r}") from None
+        wanted = " or ".join([_NUMBERS[kind], *map(repr, field.words)])
+        raise MetaftError(f"{field.name} must be {wanted}, got {text!r}") from None
 
 
 def _check_switches(known: Mapping[str, Field], argv: Sequence[str]) -> None:
@@ -185,6 +186,8 @@ def _positionals(known: Mapping[str, Field], words: Sequence[str]) -> dict[str, 
     for name, field in known.items():
         if not field.option.positional:
             continue
+        if not rest and field.open:
+            continue
         if not rest:
             raise MetaftError(f"{name}: {field.option.metavar} is missing: {field.option.help}")
         taken = len(rest) if _kind(field) is not str else 1
@@ -202,4 +205,4 @@ def _hint(word: str, known: Mapping[str, Field]) -> str:
         return suggest(word, flags)
     setting = word.lstrip("-").replace("-", "_")
     of_one = f"; what only some algorithms have is given as --hyper {setting}=VALUE"
-    return suggest(word, flags, cutoff=0.72) or of_one  # else "--loss" would be near to "--shots"
+    return suggest(word, flags, cutoff=0.75) or of_one  # else "--loss" would be near to "--log"

@@ -59,6 +59,7 @@ def run(word: Path | str, config: LookConfig | None = None, *, module: nn.Module
     """
     from metaft.runs.checkpoint import write_atomically
     from metaft.runs.folder import file_name
+    from metaft.views.explained import readings_of
     from metaft.views.page import page
     from metaft.views.subject import open_subject
 
@@ -68,6 +69,7 @@ def run(word: Path | str, config: LookConfig | None = None, *, module: nn.Module
         if config.landscape and subject.command == "start":
             raise MetaftError(f"landscape: it is of training, and {subject.name} is a start; name a run")
         subject.landscape = config.landscape
+        subject.explain = readings_of(subject, config.explain)
         beside = Path(f"look-{file_name(subject.name)}.html") if subject.folder is None else subject.folder.path / PAGE
         out = beside if config.out is None else local(config.out)
         check_writable(out, "out", out.parent)

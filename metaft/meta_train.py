@@ -46,6 +46,7 @@ RESUMABLE = (
     "plugin",
     "report",
     "snapshots",
+    "log",
 )
 
 
@@ -110,8 +111,10 @@ def run(
     """
     from metaft.runs.assemble import assemble
     from metaft.runs.compute import with_engine
+    from metaft.runs.events import check
     from metaft.runs.folder import RunFolder, file_name
 
+    ranks.on_first(lambda: check(config.output.log))
     parts = ranks.in_turn(lambda: assemble(config, dataset=dataset, module=module, init=init, loss=loss))
     sources = _sources(parts)
     parts = with_engine(parts, sources[0], ranks)
@@ -187,6 +190,7 @@ def _resume(
     from metaft.runs.assemble import assemble
     from metaft.runs.checkpoint import write_atomically
     from metaft.runs.compute import with_engine
+    from metaft.runs.events import check
     from metaft.runs.starting import check_split, reopened, resumed_settings
     from metaft.starts.names import in_full
 
@@ -195,6 +199,7 @@ def _resume(
     classes = snapshot and snapshot.header.get("classes")
     config = resumed_settings(before, config, dataset, classes or {})
     check_unchanged(config, before, folder.path, except_for=RESUMABLE)
+    ranks.on_first(lambda: check(config.output.log))
     if (
         snapshot is not None
         and config.outer.iterations is not None
@@ -276,6 +281,7 @@ def _train_and_test(
 ) -> dict[str, Any]:
     from metaft.models.convolution import by_key, forms
     from metaft.runs.compute import engine_for
+    from metaft.runs.events import events_of
     from metaft.runs.finish import finish
     from metaft.runs.starting import start_of
     from metaft.runs.training import train
@@ -286,6 +292,7 @@ def _train_and_test(
     with (
         StopSignals(ranks, stop) as signals,
         engine_for(parts) as mapped,
+        events_of(None if ranks.rank else c.output.log, run) as events,
     ):
         start, chosen = start_of(run, parts, mapped, sources[0], snapshot, ranks)
         print(
@@ -299,8 +306,14 @@ def _train_and_test(
             signals.check(stop)
 
         with forms(by_key(chosen) if chosen else None):
-            train(run, c, parts.algorithm, mapped, sources[0], sources[1], start, ranks=ranks, should_stop=should_stop)
-        return finish(run, parts, mapped, sources[2], from_python=from_python, ranks=ranks, should_stop=should_stop)
+            train(
+                run, c, parts.algorithm, mapped, sources[0], sources[1], start, ranks=ranks, should_stop=should_stop,
+                events=events,
+            )  # fmt: skip
+        result = finish(run, parts, mapped, sources[2], from_python=from_python, ranks=ranks, should_stop=should_stop)
+        if events is not None:
+            events.end(sorted(run.plots.glob("*.png")), c.outer.iterations)
+        return result
 
 
 if __name__ == "__main__":

@@ -62,8 +62,14 @@ class Field:
 
     @property
     def choices(self) -> tuple[Any, ...]:
+        """All that there is to choose from, where that is a list."""
+        return self.option.one_of or (self.words if _only_words(self.types) else ())
+
+    @property
+    def words(self) -> tuple[Any, ...]:
+        """Those that it may be, by themselves or beside numbers."""
         literal = next((kind for kind in self.types if typing.get_origin(kind) is Literal), None)
-        return self.option.one_of if literal is None else typing.get_args(literal)
+        return () if literal is None else typing.get_args(literal)
 
     @property
     def open(self) -> bool:
@@ -106,11 +112,23 @@ def _check_type(name: str, value: Any, kinds: tuple[Any, ...]) -> None:
         if typing.get_origin(kind) is Literal:
             if value in typing.get_args(kind) or (value is None and types.NoneType in kinds):
                 return
-            raise wrong_choice(name, value, typing.get_args(kind))
-        if type(value) is (typing.get_origin(kind) or kind) or (kind is float and type(value) is int):
+            if _only_words(kinds):
+                raise wrong_choice(name, value, typing.get_args(kind))
+        elif type(value) is (typing.get_origin(kind) or kind) or (kind is float and type(value) is int):
             return
-    wanted = " or ".join("nothing" if kind is types.NoneType else kind.__name__ for kind in kinds)
+    wanted = " or ".join(_called(kind) for kind in kinds)
     raise MetaftError(f"{name} must be {wanted}, got {value!r} ({type(value).__name__})")
+
+
+def _only_words(kinds: tuple[Any, ...]) -> bool:
+    """Whether a value is a word of a list, or left open."""
+    return all(kind is types.NoneType or typing.get_origin(kind) is Literal for kind in kinds)
+
+
+def _called(kind: Any) -> str:
+    if typing.get_origin(kind) is Literal:
+        return " or ".join(map(repr, typing.get_args(kind)))
+    return "nothing" if kind is types.NoneType else kind.__name__
 
 
 def wrong_choice(name: str, value: Any, choices: tuple[Any, ...]) -> MetaftError:

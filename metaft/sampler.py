@@ -28,6 +28,7 @@ class Stream(enum.IntEnum):
     CONTEXT = 7
     LOW_RANK = 8
     EXTRAS = 9
+    SEARCH = 10
 
 
 def raw_words(

@@ -374,12 +374,16 @@ class StartSettings(Group):
         bool | None,
         Option("Logistic regression on the start's own features beside it (auto: on, but for a random start)."),
     ] = None
+    random: Annotated[bool | None, Option("A random start beside it (auto: on).")] = None
     image_size: ImageSize = None
     init_norm: Norm = None
 
 
 EPOCHS = 40
 """Of a fit, where nothing else is asked for."""
+
+AUTO = "auto"
+"""What `--lr` says where a range test is to find the rate."""
 
 PATIENCE = 10
 """Epochs, where validation images are set aside."""
@@ -415,10 +419,11 @@ class Recipe(Group):
         ),
     ] = None
     lr: Annotated[
-        float | None,
+        float | Literal["auto"] | None,
         Option(
-            "Learning rate (auto: 0.003; 0.01 of a head alone on a run's features; 0.0001 where published weights "
-            "move, 0.001 where few numbers of them do: bitfit, lora).",
+            "Learning rate, or auto: found by a range test on the training images (without it: 0.003; 0.01 of a head "
+            "alone on a run's features; 0.0001 where published weights move, 0.001 where few numbers of them do: "
+            "bitfit, lora).",
             above=0,
             at_most=LARGEST,
         ),
@@ -506,6 +511,7 @@ class Recipe(Group):
     @property
     def rate(self) -> float:
         """The learning rate where none is given, of a start that is no library's."""
+        assert self.lr != AUTO, "a range test has found it by now"
         return RATE if self.lr is None else self.lr
 
     @property
@@ -661,6 +667,26 @@ class Output(Group):
             one_of=(0, 5, 10, 15, 20, 25),
         ),
     ] = None  # fmt: skip
+    log: Annotated[
+        Literal["tensorboard"] | None,
+        Option(
+            "Write rows, pictures and settings in another form too: for TensorBoard, into tensorboard/ (with the "
+            "extra of that name)."
+        ),
+    ] = None
+
+
+@dataclasses.dataclass(frozen=True)
+class FittingOutput(Output):
+    """Run folder."""
+
+    log_every: Annotated[
+        int | None,
+        Option(
+            "Steps per row of updates.jsonl; more where measuring would take over 2 % of the time (auto: 10).",
+            at_least=1,
+        ),
+    ] = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,16 +17,18 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from metaft import adapt, choose, compare, evaluate, export, look, meta_train, models, predict
+from metaft import adapt, choose, compare, compress, evaluate, export, look, meta_train, models, predict, search
 from metaft.config import (
     AdaptConfig,
     ChooseConfig,
     CompareConfig,
+    CompressConfig,
     EvaluateConfig,
     ExportConfig,
     LookConfig,
     MetaTrainConfig,
     PredictConfig,
+    SearchConfig,
     Settled,
 )
 from metaft.inputs import ImageInputs
@@ -36,7 +38,7 @@ from metaft.tasks.sinusoid import SinusoidTasks
 
 COMMANDS: dict[str, Any] = {
     "meta_train": meta_train, "evaluate": evaluate, "adapt": adapt, "predict": predict, "export": export,
-    "choose": choose, "compare": compare, "look": look,
+    "choose": choose, "compare": compare, "look": look, "search": search, "compress": compress,
 }  # fmt: skip
 
 CONFIGS = [
@@ -47,7 +49,9 @@ CONFIGS = [
     ExportConfig,
     ChooseConfig,
     CompareConfig,
+    CompressConfig,
     LookConfig,
+    SearchConfig,
 ]
 """The settings of each command."""
 
@@ -292,6 +296,7 @@ def adapted(path: Path) -> dict[str, Any]:
         "classifier": run.classifier.read_bytes(),
         "last": run.last.read_bytes(),
         "metrics": run.metrics.read_bytes(),
+        "updates": run.updates.read_bytes() if run.updates.exists() else b"",
         "config": run.config.read_bytes(),
         "result": timeless(json.loads(run.result.read_text(encoding="utf-8"))),
         "report": re.sub(r", in \d+:\d+(:\d+)?$", "", report, flags=re.MULTILINE),
@@ -329,6 +334,7 @@ def remains(path: Path) -> dict[str, Any]:
         "last": run.last.read_bytes(),
         "best": run.best.read_bytes(),
         "metrics": run.metrics.read_bytes(),
+        "updates": run.updates.read_bytes() if run.updates.exists() else b"",
         "config": run.config.read_bytes(),
         "result": untimed(json.loads(run.result.read_text())),
     }

@@ -35,17 +35,19 @@ BASE: dict[str, str] = {
     "look": "{run} --out page.html",
     "choose": "--data folder:{target} --starts {run} --only --out out",
     "compare": "{adapted} {again}",
+    "search": "{space.toml} --dataset sinusoid --out out",
     "export": "{adapted} --format torch-export --out out",
+    "compress": "{adapted} --out out",
 }
 """A good command line, to which one bad option is added. What is in braces is a path, see `paths`."""
 
 ZERO = (
     "dropout", "inner_steps", "test_inner_steps", "inner_lr", "seed", "eval_seed", "label_smoothing", "ema",
-    "snapshots",
+    "snapshots", "search_seed", "points",
 )  # fmt: skip
 """Numbers that may be 0; none may be below it."""
 
-POSITIONAL = ("run", "runs", "images")
+POSITIONAL = ("run", "runs", "images", "space")
 
 
 class Row(NamedTuple):
@@ -149,6 +151,7 @@ WORDS: dict[tuple[str, str], list[tuple[str, str]]] = {
         *[("cosin", "did you mean 'cosine'"), ("step:every=0", "above 0"), ("", "''"), ("plateau", "steps alone")],
     ],
     ("adapt", "schedule"): [("cosin", "did you mean 'cosine'"), ("cosine:warmup=1", "below 1, got 1.0"), ("", "''")],
+    ("adapt", "lr"): [("autp", "'auto'")],
     ("adapt", "compare"): [("torchvision:resnet19", "'resnet18'"), ("nothing-such", "known are RUN")],
     ("adapt", "init"): [("", "none"), ("efficientnet", "did you mean"), ("torchvision:resnet19", "'resnet18'")],
     **{
@@ -156,6 +159,7 @@ WORDS: dict[tuple[str, str], list[tuple[str, str]]] = {
         for command in ("adapt", "choose")
     },
     ("choose", "starts"): [("torchvision:resnet19", "'resnet18'"), ("nothing-such", "known are RUN")],
+    ("compress", "into"): [("torchvision:resnet19", "'resnet18'"), ("nothing-such", "known are RUN")],
 }
 
 # ---- paths --------------------------------------------------------------------------------------------------------
@@ -204,8 +208,16 @@ PATHS: dict[tuple[str, str], tuple[str, dict[str, str]]] = {
     ("export", "pictures"): ("", {**NOT_THERE, "empty": "{empty}", "folder of texts": "{texts}", "cut": "{broken}"}),
     ("export", "data_root"): ("", {**NOT_THERE, "a file": "{file}"}),
     ("export", "out"): ("", {**NO_PLACE, "a file": "{file}", "full": "{squares}"}),
+    ("look", "explain"): ("", {**NOT_THERE, "of meta_train": "{file}"}),
+    ("compress", "run"): ("", {**NOT_THERE, **NO_FOLDER, "of meta_train": "{run}"}),
+    ("compress", "into"): ("", {**NOT_THERE, **NO_FOLDER, "of adapt": "{adapted}"}),
+    ("compress", "data_root"): ("", {**NOT_THERE, "a file": "{file}"}),
+    ("compress", "out"): ("", {**NO_PLACE, "a file": "{file}", "full": "{squares}"}),
     ("look", "run"): ("", {**NOT_THERE, **NO_FOLDER}),
     ("look", "out"): ("", {**NO_PLACE, "a folder": "{empty}"}),
+    ("search", "space"): ("", {**NOT_THERE, "a folder": "{empty}", "not TOML": "{garbage}"}),
+    ("search", "resume"): ("", {**NOT_THERE, **NO_FOLDER, "of adapt": "{adapted}"}),
+    ("search", "out"): ("", {**NO_PLACE, "a file": "{file}", "full": "{squares}"}),
     ("predict", "csv"): ("", {**NOT_THERE, "a folder": "{empty}"}),
 }
 
@@ -224,6 +236,8 @@ def of_words(command: str, option: str) -> Iterator[Row]:
         base = "" if option in ("config", "resume") or (command, option) == ("meta_train", "data_root") else None
         if option == "run":
             argv, base = (path, "{picture}") if command == "predict" else (path,), ""
+        elif option == "space":
+            argv, base = (path,), ""
         elif option in ("runs", "images"):
             argv, base = (path,), "{adapted}"
         yield Row(command, option, kind, argv, (path,), base)
@@ -261,6 +275,7 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]
     (base / "file").write_text("")
     (base / "garbage").write_bytes(b"\xff = [")
     (base / "plugin.py").write_text("1 / 0")
+    (base / "space.toml").write_text('command = "meta_train"\nouter_lr = [0.1, 0.01]\n')
     for name, like in (("broken", target), ("texts", target), ("again", adapted)):
         shutil.copytree(like, base / name)
     for number, file in enumerate(sorted((base / "broken").rglob("*.png"))):
@@ -310,6 +325,7 @@ TOGETHER = [
     # command, words, what the line holds
     ("compare", "--markdown --latex", ["latex", "not both"]),
     ("adapt", "--strategy lora --extra l2-sp", ["extra", "l2-sp", "--strategy lora leaves"]),
+    ("adapt", "--strategy chosen --lr auto", ["lr", "auto", "rates of its own"]),
     ("meta_train", "--engine tune --task-chunk 4", ["task_chunk", "--engine tune", "4"]),
     ("meta_train", "--ways 7", ["ways = 7", "6 classes"]),
     ("meta_train", "--test-ways 4", ["test_ways", "4 ways", "3 in training"]),

@@ -104,8 +104,8 @@ def check_result(result: dict[str, Any], figure: str, episodes: int, steps: int)
 def test_a_run_folder_holds_what_it_should(curve: Path):
     names = {str(p.relative_to(curve)) for p in curve.rglob("*") if p.is_file()}
     assert names == {
-        *("config.toml", "metrics.jsonl", "timing.jsonl", "episodes.jsonl", "result.json"),
-        *(f"checkpoints/{name}.safetensors" for name in ("best", "last", "previous")),
+        *("config.toml", "metrics.jsonl", "timing.jsonl", "updates.jsonl", "episodes.jsonl", "result.json"),
+        *(f"checkpoints/{name}.safetensors" for name in ("first", "best", "last", "previous")),
         *(f"plots/{name}.png" for name in ("curves", "episode", "steps")),
         *(f"snapshots/meta-{step:08d}.safetensors" for step in (0, 2, 4, 6)),
     }
@@ -844,7 +844,7 @@ def test_help_lists_every_field(command: Any, capsys: Text):
 
 # ---- real processes -----------------------------------------------------------------------------------------------
 
-LONG = {**SINUSOID, "iterations": 300, "checkpoint_every": 7, "eval_every": 40, "log_every": 9}
+LONG = {**SINUSOID, "iterations": 150, "checkpoint_every": 7, "eval_every": 40, "log_every": 9}
 
 
 def start(out: Path) -> subprocess.Popen[str]:

@@ -29,6 +29,9 @@ from metaft.errors import MetaftError
 from metaft.outer import tuning
 from metaft.types import Params
 
+FULL = os.environ.get("METAFT_FAULTS") == "full"
+"""Whether what takes minutes is run too (`make test-faults`)."""
+
 needs_fork = pytest.mark.skipif(not workers.available(), reason="this system cannot fork")
 
 ENGINES = [
@@ -100,7 +103,7 @@ def test_what_is_traced_to_be_compiled_agrees_in_float64(name: str, monkeypatch:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what the compiler itself imports
 @pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="needs a C++ compiler")
-@pytest.mark.parametrize("name", ["maml", "protonet"])
+@pytest.mark.parametrize("name", ["maml", "protonet"] if FULL else ["protonet"])  # maml's takes a minute to compile
 def test_compiled_agrees_in_float64(name: str) -> None:
     """With one inner step, which a second derivative goes through already: each more is as long to compile again."""
     agrees_compiled(name, inner_steps=1)

@@ -52,7 +52,8 @@ def test_the_examples_are_short() -> None:
 
 @pytest.fixture
 def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("metaft.runs.report.draw_pictures", lambda *_: [])
+    for kind in ("runs", "finetune"):
+        monkeypatch.setattr(f"metaft.{kind}.report.draw_pictures", lambda *_: [])
 
 
 @pytest.mark.usefixtures("_no_pictures", "own_algorithms")
@@ -195,12 +196,14 @@ def test_omniglot_says_what_is_wrong_in_one_line(in_tmp: Path, capsys: pytest.Ca
     assert not said.out
 
 
+@pytest.mark.usefixtures("_no_pictures")
 @pytest.mark.slow
 def test_custom_model(in_tmp: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_example("custom_model", "--iterations", "2", "--episodes", "4") == 0
     assert "transductive" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("_no_pictures")
 @pytest.mark.parametrize("method", ["finetune", "inner"])
 @pytest.mark.slow
 def test_runs_of_one_kind_are_lines_of_their_own(method: str, in_tmp: Path) -> None:
@@ -219,6 +222,7 @@ def test_runs_of_one_kind_are_lines_of_their_own(method: str, in_tmp: Path) -> N
     assert sorted({row["start"] for row in rows}) == sorted([*learned, *random])
 
 
+@pytest.mark.usefixtures("_no_pictures")
 @pytest.mark.slow
 def test_adapt_notmnist(in_tmp: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_folder(in_tmp / "data")

@@ -26,7 +26,8 @@ from metaft.finetune import heads
 from metaft.finetune.augment import augmented
 from metaft.finetune.classifier import Classifier
 from metaft.finetune.examples import Part, Prepared
-from metaft.finetune.fit import Fitted, fit, head_seed
+from metaft.finetune.fit import Fitted, fit
+from metaft.finetune.training import head_seed
 from metaft.inputs import ImageInputs
 from metaft.inputs.base import at_most
 from metaft.models import Conv4, EpisodeNorm, initialise

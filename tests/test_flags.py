@@ -69,6 +69,8 @@ def test_what_is_given_is_taken_and_nothing_else(argv: list[str], expected: dict
         ("evaluate", ["--", "--r"], {"run": "--r"}),
         ("predict", ["r", "a", "--top", "2", "b"], {"run": "r", "images": ("a", "b"), "top": 2}),
         ("predict", ["--top", "2", "r", "--", "-a.png", "b"], {"run": "r", "images": ("-a.png", "b"), "top": 2}),
+        ("search", ["s", "--trials", "2"], {"space": "s", "trials": 2}),
+        ("search", ["--resume", "r"], {"resume": "r"}),
     ],
     ids=str,
 )

@@ -21,7 +21,7 @@ from PIL import Image
 from metaft import adapt, meta_train, targets
 from metaft.config import AdaptConfig, EvaluateConfig, MetaTrainConfig, PredictConfig, read_toml
 from metaft.errors import DataError, MetaftError
-from metaft.finetune import study
+from metaft.finetune import journal
 from metaft.finetune.classifier import load
 from metaft.inputs.listing import list_below
 from metaft.inputs.reading import open_image
@@ -167,7 +167,7 @@ def read_everything(path: Path) -> None:
         with only_ours():
             open_run(path, which=which)
     with only_ours():
-        study.read(run)
+        journal.read(run)
     with only_ours(), pytest.MonkeyPatch.context() as patch:
         patch.setattr("warnings.warn", lambda *_, **__: None)
         load(path)

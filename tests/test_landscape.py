@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import re
 import shutil
 from collections.abc import Iterator
@@ -19,9 +20,9 @@ from metaft import look, meta_train
 from metaft.config import LookConfig
 from metaft.engines import engine
 from metaft.finetune.fit import fit
+from metaft.finetune.journal import read
 from metaft.finetune.retraced import retraced
 from metaft.finetune.setup import prepared
-from metaft.finetune.study import read
 from metaft.inputs import ImageInputs
 from metaft.plots.landscape import landscape_figure
 from metaft.runs import checkpoint, trail
@@ -80,7 +81,7 @@ def test_path_and_contours_of_a_quadratic_are_exact() -> None:
         torch.testing.assert_close(flat(projected.plane.at(a, b)), w, rtol=0, atol=1e-9)
     for step, (a, b) in enumerate(projected.points):  # eigen-coordinates shrink by 1 - rate * value in each step
         away = [c * (1 - 0.2 * v) ** step - c * (1 - 0.2 * v) ** 20 for c, v in zip((2.0, -5.0), VALUES, strict=True)]
-        assert np.hypot(a, b) == pytest.approx(np.hypot(*away), abs=1e-9)
+        assert np.hypot(a, b) == pytest.approx(math.hypot(*away), abs=1e-9)
 
     def loss(params: Params) -> float:
         away = flat(params) - minimum

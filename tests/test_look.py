@@ -36,7 +36,7 @@ from metaft import adapt, algorithms, look, meta_train, models
 from metaft.config import LookConfig
 from metaft.defaults import hyper
 from metaft.finetune import strategies
-from metaft.finetune.fit import groups_of
+from metaft.finetune.phases import groups_of
 from metaft.look import at_end as at_end
 from metaft.models.architecture import build
 from metaft.starts.base import Start
@@ -340,9 +340,15 @@ def titles(html: str) -> list[str]:
 @pytest.mark.parametrize(
     ("fixture", "shown"),
     [
-        ("trained", ["Loss and accuracy", "A task step by step", "Structure"]),
-        ("adapted", ["Loss and accuracy", "Calibration", "Confusion", "Mistakes", "Features", "Structure"]),
-        ("curve", ["Loss and accuracy", "A task step by step", "Structure"]),
+        (
+            "trained",
+            ["Loss and accuracy", "A task step by step", "Parameter updates", "Updates in a task", "Structure"],
+        ),
+        (
+            "adapted",
+            ["Loss and accuracy", "Calibration", "Confusion", "Mistakes", "Features", "Parameter updates", "Structure"],
+        ),
+        ("curve", ["Loss and accuracy", "A task step by step", "Parameter updates", "Updates in a task", "Structure"]),
         ("none", ["Structure"]),
     ],
 )
@@ -403,7 +409,7 @@ def test_a_page_names_no_place_but_those_that_the_runs_files_name(adapted: Path,
 def test_the_pages_views_leave_what_takes_long_to_look(adapted: Path) -> None:
     views, missing = seen(open_subject(str(adapted)), slow=False)
     slow = {viewed.title for viewed in VIEWS.values() if viewed.slow}
-    assert slow == {"A task step by step", "Mistakes", "Features"}
+    assert slow == {"A task step by step", "Mistakes", "Features", "Updates in a task", "Why an image got its label"}
     assert not slow & {title for _, title, _ in views}
     assert all("metaft.look" in why for title, why in missing if title in slow)
 
@@ -432,6 +438,16 @@ def test_without_its_images_views_of_them_say_so(adapted: Path, in_tmp: Path) ->
     for key in ("mistakes", "features"):
         left = VIEWS[key].of(subject)
         assert isinstance(left, Missing) and "not at hand" in left.why and "/none" not in left.why
+
+
+def test_runs_without_what_older_ones_lack_say_so(trained: Path, in_tmp: Path) -> None:
+    run = shutil.copytree(trained, in_tmp / "copy")
+    (run / "updates.jsonl").unlink()
+    (run / "checkpoints/first.safetensors").unlink()
+    subject = open_subject(str(run))
+    left, inner = VIEWS["updates"].of(subject), VIEWS["inner-updates"].of(subject)
+    assert isinstance(left, Missing) and "no updates.jsonl" in left.why
+    assert isinstance(inner, View) and "was not kept" in inner.caption and len(inner.parts) == 2
 
 
 # ---- what is refused ------------------------------------------------------------------------------------------------
@@ -470,6 +486,10 @@ def _rows(run: Path) -> None:
     (run / "metrics.jsonl").write_text('{"step": 1}\n{"loss": }\n{}\n')
 
 
+def _updates(run: Path) -> None:
+    (run / "updates.jsonl").write_text('{"step": 1, "start": "x", "layers": {"a": {"weights": "much"}}}\n')
+
+
 def _weights(run: Path) -> None:
     for file in [*run.glob("*.safetensors"), *run.glob("checkpoints/best*")]:
         file.write_bytes(file.read_bytes()[:-9])
@@ -482,7 +502,7 @@ def _settings(run: Path) -> None:
 DAMAGE: list[tuple[Callable[[Path], None], str]] = [
     (_unfinished, "not finished"), (_garbled, "not JSON"), (_foreign, "'benchmark'"), (_list, "no table"),
     (_lacking, "lacks"), (_of_another_type, "seed = 'zero'"), (_rows, "metrics.jsonl"), (_weights, "damaged"),
-    (_settings, "unknown field"),
+    (_settings, "unknown field"), (_updates, "updates.jsonl"),
 ]  # fmt: skip
 
 

@@ -15,8 +15,9 @@ from test_finetune import CLASSES, INPUTS, bits, body, same, toy
 from torch import Tensor, nn
 
 from metaft.errors import MetaftError
-from metaft.finetune.fit import fit, flatten, unflatten
+from metaft.finetune.fit import fit
 from metaft.finetune.report import what_trained
+from metaft.finetune.states import flatten, unflatten
 from metaft.finetune.strategies import named
 from metaft.finetune.strategies.lora import LowRank, places, stays
 from metaft.settings import Recipe

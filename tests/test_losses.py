@@ -16,8 +16,9 @@ from torch import nn
 from metaft.finetune.averaged import decay_of, follow
 from metaft.finetune.dropout import dropped
 from metaft.finetune.extras import Batch
-from metaft.finetune.fit import Fitted, fit, flatten, unflatten
+from metaft.finetune.fit import Fitted, fit
 from metaft.finetune.outcomes import class_loss
+from metaft.finetune.states import flatten, unflatten
 from metaft.settings import Recipe
 
 WEIGHTS = torch.tensor([0.5, 1.0, 3.0], dtype=torch.float64)

@@ -182,7 +182,7 @@ def test_what_holds_no_classifier_is_refused_with_what_to_do(init: Path, run: Pa
         (init, f"make one with: python -m metaft.adapt --init {re.escape(str(init))}"),
         (tmp_path / "early", r"did metaft\.adapt finish there"),
         (data, "is not a run folder"),
-        (tmp_path / "nowhere", r"nowhere.*(does not exist|No such file)"),
+        (tmp_path / "nowhere", r"^there is no run .*nowhere"),
         (run / "checkpoints/last.safetensors", "holds no classifier"),
         (run / "report.txt", "damaged or not a metaft checkpoint"),
         (tmp_path / "damaged.safetensors", r"damaged\.safetensors: damaged or edited"),
@@ -409,7 +409,7 @@ def named(tmp_path_factory: pytest.TempPathFactory, init: Path, run: Path, data:
 
 
 BAD = [
-    (["/none/x", "{picture}"], ["/none/x", "No such file"]),
+    (["/none/x", "{picture}"], ["run: there is no run /none/x"]),
     (["{init}", "{picture}"], ["{init} holds no classifier", "python -m metaft.adapt --init {init}"]),
     (["{data}", "{picture}"], ["{data} is not a run folder"]),
     (["{early}", "{picture}"], ["{early} holds no classifier", "did metaft.adapt finish there"]),

@@ -46,8 +46,8 @@ def test_the_example_runs_and_is_short(capsys: pytest.CaptureFixture[str]) -> No
 
 
 PAGES = [
-    "README.md", "docs/running.md", "docs/adapting.md", "docs/comparison.md", "docs/guides/my-photos.md",
-    "docs/guides/new-algorithm.md",
+    "README.md", "docs/running.md", "docs/adapting.md", "docs/search.md", "docs/comparison.md",
+    "docs/guides/my-photos.md", "docs/guides/new-algorithm.md",
 ]  # fmt: skip
 
 

@@ -23,8 +23,9 @@ from metaft.finetune import optim
 from metaft.finetune.examples import Prepared
 from metaft.finetune.extras import Batch, Extra, Objective, Origin, composed, plain_loss
 from metaft.finetune.features import features_of
-from metaft.finetune.fit import Fitted, fit, groups_of
+from metaft.finetune.fit import Fitted, fit
 from metaft.finetune.optim import put_moments
+from metaft.finetune.phases import groups_of
 from metaft.finetune.probe import probe
 from metaft.finetune.strategies import AFTER_HEAD, STRATEGIES, Groups, Strategy, every, named
 from metaft.finetune.strategies.bitfit import is_bias

@@ -110,7 +110,7 @@ def _opened(path: Path, label: str) -> Finished:
         raise CheckpointError(f"runs: {run.result} is of no command that leaves runs: {result['command']!r}")
     config = flat(of_run(kind, run.config, "runs"))
     try:
-        figures = _FIGURES[KINDS[kind]](run, result)
+        figures = FIGURES[KINDS[kind]](run, result)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise CheckpointError(f"runs: {run.result} is damaged: {error!r}") from None
     return Finished(label, KINDS[kind], config, result, read_rows(run.metrics), figures)
@@ -138,10 +138,11 @@ def _of_target(run: RunFolder, result: Result) -> dict[str, Figure]:
     return {name: Figure(float(mean[name]), _number(mean["ci95"]), each)}
 
 
-_FIGURES: dict[str, Callable[[RunFolder, Result], dict[str, Figure]]] = {
+FIGURES: dict[str, Callable[[RunFolder, Result], dict[str, Figure]]] = {
     "meta_train": _of_meta_test,
     "adapt": _of_target,
 }
+"""Of a finished run, by its command."""
 
 
 def _number(value: float | None) -> float | None:

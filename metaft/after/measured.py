@@ -24,14 +24,18 @@ ROUNDS, SECONDS = (3, 21), 4.0
 MANY = 64
 
 
-def rows_of(models: Mapping[str, tuple[Predictor, Path]], pictures: Pictures) -> list[dict[str, Any]]:
+def rows_of(
+    models: Mapping[str, tuple[Predictor, Path]],
+    pictures: Pictures,
+    timed: Sequence[Mapping[str, Any]] | None = None,
+) -> list[dict[str, Any]]:
     """One for each model, the first of which the others are compared with: "model", "bytes", "sha256", "agreement" (the
     share of pictures with the same label), "accuracy" and "macro_f1" (or "rmse" of numbers) where there are labels,
     "change" of the accuracy with its paired 95 % half-width, and under "seconds" quartiles for one picture and for
-    64."""
+    64, measured now unless they are `timed`, as `latencies` gives them."""
     names = [*models]
     logits = {name: model.logits(pictures.test) for name, (model, _) in models.items()}
-    timed = latencies([model for model, _ in models.values()], pictures)
+    timed = latencies([model for model, _ in models.values()], pictures) if timed is None else timed
     rows = []
     for name, (model, path) in models.items():
         row: dict[str, Any] = {
@@ -87,18 +91,26 @@ def _quartiles(values: Sequence[float]) -> dict[str, Any]:
 
 
 def text(rows: Sequence[Mapping[str, Any]], *, seen: bool, threads: int) -> str:
-    """A table for people."""
+    """A table for people; of what was compressed (see `metaft.after.shrunk`) with what there is more of it."""
+    smaller = "parameters" in rows[0]
     numbers = "off" in rows[0]
     known = ("rmse" if numbers else "accuracy") in rows[0]
-    head = ["model", "MB", "ms for 1 (quartiles)", f"ms for {MANY} (quartiles)"]
+    head = ["model", "MB", *(["parameters", "MFLOPs"] if smaller else [])]
+    head += ["ms for 1 (quartiles)", f"ms for {MANY} (quartiles)"]
+    head += ["of its time", "validation", "points lost"] if smaller else []
     head += ["off by"] if numbers else ["same label"]
     head += (["RMSE"] if numbers else ["accuracy", "change", "macro F1"]) if known else []
     lines = [head]
     for row in rows:
         cells = [row["model"], f"{row['bytes'] / 1e6:.2f}"]
+        cells += [f"{row['parameters']:,}", f"{row['flops'] / 1e6:.1f}"] if smaller else []
         for of in row["seconds"].values():
             low, high = (1000 * value for value in of["quartiles"])
             cells.append(f"{1000 * of['median']:.1f} ({low:.1f}-{high:.1f})")
+        if smaller:
+            validation = row["validation"]
+            lost = "" if row is rows[0] else f"{validation['points']:.1f}"
+            cells += [f"{row['latency']:.2f}", f"{100 * validation['accuracy']:.1f} %", lost]
         cells.append(f"{row['off']:.2g}" if numbers else f"{100 * row['agreement']:.1f} %")
         if known and numbers:
             cells.append(f"{row['rmse']:.4g}")

@@ -15,8 +15,8 @@ from metaft.config import AdaptConfig
 from metaft.errors import DataError, MetaftError
 from metaft.finetune.classifier import Predictor
 from metaft.finetune.examples import Part
+from metaft.finetune.journal import read
 from metaft.finetune.setup import Setup, digest_of_data, located, rows_of
-from metaft.finetune.study import read
 from metaft.inputs.base import Examples
 from metaft.runs.folder import RunFolder
 from metaft.starts.names import in_full

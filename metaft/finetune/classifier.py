@@ -145,6 +145,8 @@ def load(run: Path | str, *, module: nn.Module | None = None, device: str | torc
     Raises CheckpointError where there is no classifier, or a damaged one, or not of this architecture.
     """
     path = local(run)
+    if not os.path.lexists(path):
+        raise CheckpointError(f"there is no run {path}, and no classifier's file of this name")
     if os.path.isdir(path):
         folder = RunFolder.open(path)
         if not folder.classifier.exists():

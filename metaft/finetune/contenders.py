@@ -172,7 +172,7 @@ def contenders_of(
             recipe = of_whole(recipe, trained)
         recipe = _for(other, images, recipe)
         yield Contender(label, other, images.of(other), recipe)
-    if start.meta is not None:
+    if start.meta is not None and config.start.random is not False:
         chance = scratch(start, lambda: images.small(config.start.image_size).inputs)
         recipe = config.recipe
         if is_published(start.architecture["name"]):  # whose rates and epochs are not those of a random start

@@ -14,7 +14,7 @@ from metaft.finetune.strategies.base import unchanged
 from metaft.inputs import Inputs
 from metaft.models.architecture import is_published
 from metaft.options import flat
-from metaft.settings import PATIENCE, RATE, RATE_OF_FEW, RATE_OF_HEAD, RATE_OF_PUBLISHED, Recipe
+from metaft.settings import AUTO, PATIENCE, RATE, RATE_OF_FEW, RATE_OF_HEAD, RATE_OF_PUBLISHED, Recipe
 from metaft.spec import made_for
 from metaft.starts.base import Start
 
@@ -35,11 +35,11 @@ CLIPPED = 1.0
 def settled(recipe: Recipe, start: Start, *, resumed: bool = False) -> Recipe:
     """With strategy, rate and patience where they are left open: of published weights the head alone, which is soon
     done and loses nothing of them, and without patience, since all images are worth more to train on than one in five
-    of so few is as a judge. A `resumed` one is settled as it was when it began. Raises MetaftError as `_check` does."""
+    of so few is as a judge. A `resumed` one is settled as it was when it began. Raises MetaftError as `check` does."""
     is_librarys = is_published(start.architecture["name"])
     if is_librarys and recipe.strategy is None and recipe.freeze == "none":
         recipe = dataclasses.replace(recipe, strategy="head")
-    _check(recipe)
+    check(recipe)
     if of_chance(recipe) != recipe and start.meta is None:
         (text, *_) = (text for text in recipe.extra if extras.named(text).of_start)
         raise MetaftError(f"extra: {text} is about what a start knows, and a random one knows nothing")
@@ -58,12 +58,14 @@ def settled(recipe: Recipe, start: Start, *, resumed: bool = False) -> Recipe:
     return dataclasses.replace(recipe, lr=of_published if is_librarys else RATE)
 
 
-def as_settled(given: Recipe, own: Recipe) -> Recipe:
+def as_settled(given: Recipe, own: Recipe, *, searched: bool) -> Recipe:
     """A recipe that is given to go on with a run, with the run's `own` settings where it left them open: they are what
-    `settled` made of the same words."""
+    `settled` made of the same words. `searched` says that the run found its rate by a range test."""
     left = {name: getattr(own, name) for name, value in flat(given).items() if value is None}
     if (given.strategy, given.epochs, own.strategy) == ("lp-ft", None, PROBED_FIRST.strategy):
         left["strategy"] = own.strategy
+    if given.lr == AUTO and searched:
+        left["lr"] = own.lr
     return dataclasses.replace(given, **left)
 
 
@@ -118,12 +120,14 @@ def of_whole(recipe: Recipe, images: int) -> Recipe:
     return lasting(dataclasses.replace(recipe, freeze="none", strategy="full", epochs=epochs, lr=lr), images)
 
 
-def _check(recipe: Recipe) -> None:
+def check(recipe: Recipe) -> None:
     """Raises MetaftError for a strategy, extra, optimiser or schedule that there is not, two strategies, and what goes
     with classes alone where labels are numbers."""
     if recipe.freeze == "backbone" and recipe.trains != "head":
         raise MetaftError(f"freeze: backbone is --strategy head, and --strategy {recipe.trains} is given")
     check_numbers(recipe)
+    if recipe.lr == AUTO and recipe.trains == CHOSEN:
+        raise MetaftError("lr: auto is for one strategy, and what is chosen among several has rates of its own to try")
     if recipe.trains != CHOSEN:
         made_for("strategy", recipe.trains, strategies.named)
     about_start = [

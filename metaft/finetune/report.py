@@ -12,6 +12,7 @@ from metaft.finetune import extras
 from metaft.finetune.classifier import Classifier
 from metaft.finetune.examples import Part
 from metaft.finetune.numbers import FIGURES
+from metaft.finetune.range_test import said_of
 from metaft.finetune.robust import under_attack
 from metaft.finetune.words import called
 from metaft.runs.folder import RunFolder, read_rows
@@ -33,6 +34,7 @@ def text(result: Mapping[str, Any]) -> str:
     val = f", {r['val_images']} to validate" if r["val_images"] else ""
     lines = [f"{what}{val}, {r['test_images']} to test", f"{_how(r)}, from {_init(r)}, in {duration(r['seconds'])}"]
     lines += what_trained(r["starts"][0].get("trained"))
+    lines += [] if "range_test" not in r else [said_of(r["range_test"])]
     lines += _ranked(r.get("ranked"))
     lines += _choice(r["starts"][0].get("chosen"), prudent="auto" in r)
     lines += _other_choices(r.get("choices", ()))
@@ -279,8 +281,10 @@ def draw_pictures(
     rows = [row for row in read_rows(run.metrics) if row["draw"] == 0 and row.get("fold", 0) == 0]
     kept = {start["name"]: start["kept_epoch"] for start in result["starts"]}
     curves = {name: [row for row in rows if row["start"] == name] for name in kept if name != "probe"}
-    stems = ("confusion", "learning", "mistakes", "calibration")
-    confusion, learning, mistakes, calibration = (run.plots / f"{stem}.png" for stem in stems)
+    stems = ("confusion", "learning", "mistakes", "calibration", "range_test")
+    confusion, learning, mistakes, calibration, rates = (run.plots / f"{stem}.png" for stem in stems)
+    test_of_rates = result.get("range_test")
+    search = {rates: lambda: plotting().range_test(rates, test_of_rates)} if test_of_rates else {}
     if not target.class_names:
         scatter = run.plots / "scatter.png"
         pairs = {_row(start): (start["predictions"], start["rmse"]) for start in result["starts"]}
@@ -288,6 +292,7 @@ def draw_pictures(
             {
                 scatter: lambda: plotting().scatter(scatter, pairs),
                 learning: lambda: _draw_learning(learning, result, curves, kept),
+                **search,
             }
         )
     curve = run.plots / "robust.png"
@@ -298,6 +303,7 @@ def draw_pictures(
         {
             confusion: lambda: plotting().confusion(confusion, result["confusion"], target.class_names),
             learning: lambda: _draw_learning(learning, result, curves, kept),
+            **search,
             **some,
             **attack,
             calibration: lambda: plotting().calibration(calibration, _calibrations(result)),

@@ -10,12 +10,13 @@ import torch
 
 from metaft._version import __version__
 from metaft.finetune import extras
+from metaft.finetune.journal import Position, seconds
 from metaft.finetune.numbers import FIGURES, pooled_numbers
 from metaft.finetune.robust import pooled_curve
 from metaft.finetune.scores import mean_t95, pooled
 from metaft.finetune.setup import Setup, rows_of
 from metaft.finetune.strategies import CHOSEN
-from metaft.finetune.study import TABLES, Position, draws_differ, seconds
+from metaft.finetune.study import TABLES, draws_differ
 from metaft.finetune.warned import warnings_of
 from metaft.options import flat
 from metaft.runs.folder import RunFolder, read_rows
@@ -64,6 +65,7 @@ def result_of(folder: RunFolder, setup: Setup, position: Position, device: str) 
         "classes": list(target.class_names),
         "method": config.method,
         **({} if config.auto is None else {"auto": config.auto, "ranked": list(setup.ranked)}),
+        **({} if setup.range_test is None else {"range_test": setup.range_test}),
         **({"inner_steps": config.inner.inner_steps} if config.recipe is None else recipe_of(config.recipe)),
         "seed": config.draws.seed,
         "last_seed": config.draws.seed + config.draws.seeds - 1,

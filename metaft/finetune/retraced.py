@@ -12,16 +12,15 @@ from torch import Tensor, nn
 
 from metaft.errors import CheckpointError
 from metaft.finetune import strategies
-from metaft.finetune.batches import batches_of
 from metaft.finetune.choose import SETTLED
-from metaft.finetune.examples import Part, Prepared, like_of
+from metaft.finetune.examples import Part
 from metaft.finetune.extras import Batch, Origin, composed
-from metaft.finetune.fit import started
-from metaft.finetune.outcomes import outcome_of
+from metaft.finetune.journal import Position
+from metaft.finetune.lessons import Labelled
 from metaft.finetune.setup import Planned, Setup, rows_of
 from metaft.finetune.strategies import CHOSEN
-from metaft.finetune.study import Position
-from metaft.finetune.trails import followed
+from metaft.finetune.study import followed
+from metaft.finetune.training import begin
 from metaft.models.norm import EpisodeNorm
 from metaft.runs.folder import RunFolder
 from metaft.runs.trail import Waypoint, read_trail
@@ -61,17 +60,13 @@ def _retraced(setup: Setup, position: Position, planned: Planned, waypoints: lis
     start, target = planned.contender.start, planned.contender.target
     recipe, seed = _recipe(planned, position), setup.config.draws.seed
     rows = torch.from_numpy(rows_of(setup, 0, planned.fold).train)
-    examples, labels = Part(target.examples, rows), target.labels[rows]
-    backbone = body(start, seed)
-    like = like_of(backbone)
-    train, outcome = Prepared(examples, target.inputs, like), outcome_of(recipe, labels, len(target.class_names), like)
-    per_epoch = len(batches_of(len(train), recipe.images_per_step, seed, 0))
-    model, *_ = started(
-        backbone, train, labels, outcome, recipe, seed, strategies.named(recipe.trains), per_epoch, None
-    )  # fmt: skip
+    given = Labelled(target.inputs, Part(target.examples, rows), target.labels[rows], len(target.class_names))
+    training = begin(body(start, seed), given, recipe, strategies.named(recipe.trains), (), seed)
+    model, lesson = training.model, training.lesson
+    train, outcome = lesson.train, lesson.outcome
     model.eval()  # dropout of the backbone's own is left out
     some = torch.from_numpy(np.linspace(0, len(train) - 1, min(most, len(train))).round().astype(np.int64))
-    batch = Batch(train[some], outcome.prepared(labels)[some], some, 0)
+    batch = Batch(train[some], lesson.targets[some], some, 0)
     moving = waypoints[-1].params
     parameters = dict(model.named_parameters())
     for waypoint in waypoints:

@@ -20,6 +20,7 @@ from metaft.errors import DataError, MetaftError, no_such
 from metaft.finetune import extras, strategies
 from metaft.finetune.contenders import Contender, Images, chosen, contenders_of, newest, opened, other
 from metaft.finetune.inner import check_inner
+from metaft.finetune.range_test import searched
 from metaft.finetune.ranking import at_hand, ranked
 from metaft.finetune.recipes import check_numbers, lasting, settled
 from metaft.finetune.robust import bounds_of
@@ -68,6 +69,8 @@ class Setup(NamedTuple):
     """Whether each draw has a test part of its own."""
     ranked: tuple[Mapping[str, Any], ...] = ()
     """With --auto and without --init the starts at hand, the best first; see `metaft.finetune.ranking`."""
+    range_test: Mapping[str, Any] | None = None
+    """What led to the rate with --lr auto; see `metaft.finetune.range_test`."""
 
     @property
     def start(self) -> Start:
@@ -160,7 +163,9 @@ def prepared(
     trained = len(rows_of(setup, 0).train)
     if config.recipe is not None:
         config = dataclasses.replace(config, recipe=lasting(config.recipe, trained))
-        setup = setup._replace(config=config)
+        device = device_of(config.compute.device)
+        config, test = searched(config, start, target, rows_of(setup, 0).train, device)
+        setup = setup._replace(config=config, range_test=test or (begun or {}).get("range_test"))
     others = [other(name, images, config.start) for name in compare]
     contenders = contenders_of(
         config, start, others, images, trained=trained, whole="compared_sha256" in (begun or {"compared_sha256": []})
@@ -294,6 +299,7 @@ def header(setup: Setup) -> dict[str, Any]:
     teachers = [digest_of_run(extra.run) for extra in given if extra.run is not None]
     return {
         **({} if config.auto is None else {"ranked": list(setup.ranked)}),
+        **({} if setup.range_test is None else {"range_test": setup.range_test}),
         "version": __version__,
         "init": start.name,
         "init_sha256": digest_of(start),

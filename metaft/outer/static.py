@@ -29,6 +29,7 @@ from metaft.metrics import figure_name
 from metaft.outer import task_grad_of
 from metaft.outer.update import clipped, outer_lr
 from metaft.types import Params, Source, Static
+from metaft.updates import together
 
 _BETAS, _EPS = (0.9, 0.999), 1e-8
 _STRETCH_BYTES = 1 << 28
@@ -52,6 +53,10 @@ class Steps(Protocol):
 
     def moments(self) -> Params:
         """The outer optimiser's tensors, named as in a checkpoint."""
+        ...
+
+    def gradient(self) -> Params:
+        """The meta-gradient of the last step taken, as the outer optimiser got it."""
         ...
 
     def advance(self, step: int) -> Taken:
@@ -96,7 +101,8 @@ def obstacle(algorithm: Algorithm, source: Source, meta: Params, ranks: Ranks) -
 
 
 class StaticSteps:
-    """`Steps` over tensors that stay in place; `record` turns the step into what runs it (default: by the device)."""
+    """`Steps` over tensors that stay in place. `record` turns the step into what runs it (default: by the device);
+    `every` is that of `metaft.updates`, None where nothing is measured."""
 
     def __init__(
         self,
@@ -106,6 +112,7 @@ class StaticSteps:
         source: Source,
         start: Begun,
         *,
+        every: int | None = None,
         record: Callable[[Callable[[], None]], Callable[[], None]] | None = None,
     ) -> None:
         assert isinstance(source, Static)
@@ -113,6 +120,7 @@ class StaticSteps:
         self._function = task_grad_of(algorithm)
         self._size = source.ways * (source.shots + source.query_shots)
         self._flat = torch.cat([p.detach().reshape(-1) for p in start.meta.values()])
+        self._grad = torch.zeros_like(self._flat)
         self._device = self._flat.device
         self.meta = self._named(self._flat, start.meta)
         self.state = {name: value.detach().clone() for name, value in start.state.items()}
@@ -121,7 +129,8 @@ class StaticSteps:
         self._updates = max((int(v) for k, v in start.optimizer.items() if k.endswith("/step")), default=0)
         self._at = torch.zeros(1, dtype=torch.int64, device=self._device)
         self._alive = torch.ones((), dtype=torch.bool, device=self._device)
-        self._most = self._stretch(0)
+        self._every = every
+        self._most = self._to_next(0)
         self._logged = logged(algorithm)
         self._log = torch.zeros(0)
         self._table: Any = None
@@ -137,6 +146,9 @@ class StaticSteps:
         tensors = {f"{name}/{slot}": each[name] for slot, each in parts.items() for name in self.meta}
         count = {f"{name}/step": torch.tensor(float(self._updates)) for name in self.meta} if self._adam else {}
         return {**tensors, **count}
+
+    def gradient(self) -> Params:
+        return self._named(self._grad, self.meta)
 
     def advance(self, step: int) -> Taken:
         count = self._send(step)
@@ -163,6 +175,11 @@ class StaticSteps:
         return Taken(tuple(tuple(row[:-1]) for row in rows[:good]), failure)
 
     def _stretch(self, step: int) -> int:
+        """Steps from this one that are taken together; one whose updates are measured is by itself."""
+        most = self._to_next(step)
+        return most if self._every is None else together(step, self._every, most)
+
+    def _to_next(self, step: int) -> int:
         """Steps from this one to the next row, validation or checkpoint."""
         c = self._config
         every = (c.output.log_every, c.test.eval_every, c.output.checkpoint_every)
@@ -233,6 +250,7 @@ class StaticSteps:
         total: TaskGrad = self._engine.sum(self._function, (self.meta, self.state, knobs), gather(drawn))
         tasks = self._config.task.meta_batch
         (grad,) = clipped([torch.cat([total.grads[name].reshape(-1) for name in self.meta]) / tasks], self._config)
+        self._grad.copy_(grad)
         shown = [total.metrics[name] / tasks for name in self._logged]
         # From the first step that is not finite on nothing changes any more, until the host has read so.
         self._alive &= shown[0].isfinite() & grad.isfinite().all()

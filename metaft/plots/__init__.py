@@ -12,12 +12,13 @@ with quiet():
     from metaft.plots.confusion import confusion
     from metaft.plots.grid import episode, mistakes
     from metaft.plots.lines import curves, learning, steps
+    from metaft.plots.range_test import range_test
     from metaft.plots.regression import regression_episode
     from metaft.plots.reliability import calibration
     from metaft.plots.robust import robust
     from metaft.plots.scatter import scatter
 
 __all__ = [
-    "calibration", "confusion", "curves", "episode", "learning", "mistakes", "regression_episode", "robust", "scatter",
-    "steps",
+    "calibration", "confusion", "curves", "episode", "learning", "mistakes", "range_test", "regression_episode",
+    "robust", "scatter", "steps",
 ]  # fmt: skip

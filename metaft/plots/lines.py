@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import MaxNLocator
 
 from metaft.objective import figure_of
-from metaft.plots.style import BLACK, BLUE, GREY, LOOKS, VERMILLION, YELLOW, decorate, percent, save
+from metaft.plots.style import BLACK, BLUE, GREY, LOOKS, VERMILLION, YELLOW, decorate, log_ticks, percent, save
 from metaft.types import NORMS
 
 Row = Mapping[str, Any]
@@ -152,10 +152,7 @@ def _log_scale(axes: Axes, values: Sequence[float]) -> None:
     if not values or min(values) <= 0 or max(values) <= 10 * min(values):
         return
     axes.set_yscale("log")
-    axes.yaxis.set_minor_formatter(NullFormatter())
-    if max(values) <= 1000 * min(values):
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    log_ticks(axes.yaxis, values)
 
 
 def steps_figure(test: Row) -> Figure:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart. Nothing rests on colour alone all the same.
 BLACK, SKY, GREEN, YELLOW = "#000000", "#56B4E9", "#009E73", "#F0E442"
@@ -48,6 +50,14 @@ def percent(axes: Axes, *, whole: bool = False) -> None:
     axes.yaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:.4g}%"))
     low, high = axes.get_ylim()
     axes.set_ylim((0.0, 1.01) if whole else (low, min(high, 1.01)))
+
+
+def log_ticks(axis: Axis, values: Sequence[float], between: Sequence[float] = (1, 2, 5)) -> None:
+    """Of a logarithmic axis: up to three decades with the numbers `between` the powers of ten."""
+    axis.set_minor_formatter(NullFormatter())
+    if max(values) <= 1000 * min(values):
+        axis.set_major_locator(LogLocator(subs=between))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
 def save(figure: Figure, path: Path) -> None:

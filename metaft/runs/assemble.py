@@ -40,7 +40,7 @@ from metaft.tasks.sinusoid import Sinusoid
 from metaft.testing import task_scores
 from metaft.types import SPLITS, Dataset, Episode, Loss, Params, Source, Split
 
-UNSEEN = ("out", "snapshots")
+UNSEEN = ("out", "snapshots", "log")
 """Settings that no checkpoint holds: where the run is, which may move, and what is kept beside its checkpoints."""
 
 

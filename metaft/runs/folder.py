@@ -1,9 +1,12 @@
 """The run folder: what one command leaves for the next.
 
     config.toml  metrics.jsonl  timing.jsonl  checkpoints/{last,previous,best}.safetensors  plots/*.png  result.json
+    updates.jsonl: how far steps moved each layer (see metaft.updates), and of metaft.meta_train
+    checkpoints/first.safetensors, from where
     episodes.jsonl of metaft.meta_train: the figures of each episode of the meta-test, by which runs are compared
     classifier.safetensors and report.txt of metaft.adapt
     snapshots/FIT-STEP.safetensors: where training went through, for metaft.look --landscape (`metaft.runs.trail`)
+    compress.toml and steps/*.safetensors of metaft.compress, whose folder is an adapt run's besides
     .metaft.lock while a command writes to it; .metaft.job: the launch by torchrun that began it
 
 metrics.jsonl holds no clock time, so that a resumed run ends with the same bytes as one that was never stopped;
@@ -43,17 +46,20 @@ class RunFolder:
         self.config = path / "config.toml"
         self.metrics = path / "metrics.jsonl"
         self.timing = path / "timing.jsonl"
+        self.updates = path / "updates.jsonl"
         self.lock = path / ".metaft.lock"
         self.job = path / ".metaft.job"
         self.result = path / "result.json"
         self.episodes = path / "episodes.jsonl"
         self.plots = path / "plots"
         self.checkpoints = path / "checkpoints"
+        self.first = self.checkpoints / "first.safetensors"
         self.last = self.checkpoints / "last.safetensors"
         self.previous = self.checkpoints / "previous.safetensors"
         self.best = self.checkpoints / "best.safetensors"
         self.classifier = path / "classifier.safetensors"
         self.snapshots = path / "snapshots"
+        self.compress = path / "compress.toml"
 
     def kept(self, step: int) -> Path:
         """The checkpoint of `--keep-best` of that step."""

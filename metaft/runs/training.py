@@ -20,7 +20,9 @@ from metaft.outer import meta_gradient, static
 from metaft.outer.static import Steps, Taken, logged, why_not_finite
 from metaft.outer.update import Outer
 from metaft.runs import checkpoint
+from metaft.runs.events import Events
 from metaft.runs.folder import RunFolder, append_row, cut_back, read_rows
+from metaft.runs.measuring import Measuring
 from metaft.runs.snapshot import Snapshot, save_snapshot, tensors_of
 from metaft.runs.trail import Trail
 from metaft.support.progress import Progress
@@ -45,6 +47,9 @@ class Eager:
 
     def moments(self) -> Params:
         return self._outer.moments()
+
+    def gradient(self) -> Params:
+        return {name: p.grad for name, p in self.meta.items() if p.grad is not None}
 
     def advance(self, step: int) -> Taken:
         first = step * self._config.task.meta_batch
@@ -73,6 +78,7 @@ def train(
     *,
     ranks: Ranks = ALONE,
     should_stop: Callable[[], None] = lambda: None,
+    events: Events | None = None,
 ) -> Snapshot:
     """Train from `start` to the last iteration, writing rows, checkpoints and validations; returns the final state.
 
@@ -80,16 +86,21 @@ def train(
     is asked after every step and chunk of validation, and raises to stop; the checkpoint is then written first. Raises
     NonFiniteError at a loss or gradient that is not finite, with the state before that step saved, and RanksDiffer
     before a validation or checkpoint of parameters that are not the same on all ranks, with nothing of them saved.
+    `events` gets the rows too.
     """
-    steps = _steps(config, engine, algorithm, source, start, ranks)
+    measuring = Measuring(run, config, algorithm, source, start, ranks)
+    steps = _steps(config, engine, algorithm, source, start, ranks, measuring.every)
     if ranks.rank == 0:
         # A row of training that the checkpoint's window still holds will be written again.
         cut_back(run.metrics, start.position.step - len(start.position.window), start.position.evaluated)
         cut_back(run.timing, start.position.step, start.position.evaluated)
+        cut_back(run.updates, start.position.step, start.position.evaluated)
+        if events is not None:
+            events.follow(read_rows(run.metrics))
     bar = Progress(
         "meta-train", config.outer.iterations, "step", done=start.position.step, per_unit=config.task.meta_batch
     )
-    loop = _Loop(run, config, algorithm, start, ranks, steps, bar)
+    loop = _Loop(run, config, algorithm, start, ranks, steps, measuring, bar, events)
     try:
         loop.write_first()
         while True:
@@ -130,11 +141,13 @@ class _Loop:
         start: Snapshot,
         ranks: Ranks,
         steps: Steps,
+        measuring: Measuring,
         bar: Progress,
+        events: Events | None,
     ) -> None:
         self._run, self._config, self._algorithm, self._start = run, config, algorithm, start
-        self._ranks, self._steps, self._bar = ranks, steps, bar
-        self._name = figure_name(algorithm.loss)
+        self._ranks, self._steps, self._measuring, self._bar = ranks, steps, measuring, bar
+        self._name, self._events = figure_name(algorithm.loss), events
         self._trail = Trail(run.snapshots, META, asked=config.output.snapshots, every=config.output.log_every)
         self.position = start.position
         self.saved_step = start.position.step
@@ -155,7 +168,9 @@ class _Loop:
     def write_first(self) -> None:
         """A run that is killed before its first step must begin with the same parameters."""
         if self._ranks.rank == 0 and not self._run.last.exists():
-            save_snapshot(self._run, self.snapshot())
+            first = self.snapshot()
+            save_snapshot(self._run, first, to=self._run.first)
+            save_snapshot(self._run, first)
             self._trail.visit(self.position.step, self._steps.meta)
 
     def write_snapshot(self, to: Path | None = None) -> None:
@@ -211,11 +226,15 @@ class _Loop:
 
     def advance(self) -> None:
         """Take the next meta-step, or a stretch of them. Raises NonFiniteError, with what came before it taken."""
-        taken = self._steps.advance(self.position.step)
+        step = self.position.step
+        before = self._measuring.before(step + 1, self._steps.meta)
+        taken = self._steps.advance(step)
         window = (*self.position.window, *taken.window)
         self.position = dataclasses.replace(self.position, step=self.position.step + len(taken.window), window=window)
         if taken.failure is not None:
             raise _not_finite(taken.failure, self.position.step, self._run)
+        if before is not None:
+            self._measuring.write(step + 1, before, self._steps)
 
     def check_ranks(self) -> None:
         """Raises RanksDiffer where parameters are not the same on all ranks."""
@@ -244,15 +263,23 @@ class _Loop:
     def _log(self, row: Mapping[str, Any], *, sync: bool = False) -> None:
         if self._ranks.rank == 0:
             append_row(self._run.metrics, row, sync=sync)
+            if self._events is not None:
+                self._events.row(row)
 
 
 def _steps(
-    config: Settled, engine: Engine, algorithm: Algorithm, source: Source, start: Snapshot, ranks: Ranks
+    config: Settled,
+    engine: Engine,
+    algorithm: Algorithm,
+    source: Source,
+    start: Snapshot,
+    ranks: Ranks,
+    every: int | None = None,
 ) -> Steps:
     if engine.whole_steps:
         obstacle = static.obstacle(algorithm, source, start.meta, ranks)
         if obstacle is None:
-            return static.StaticSteps(config, engine, algorithm, source, start)
+            return static.StaticSteps(config, engine, algorithm, source, start, every=every)
         if ranks.rank == 0:
             text = f"engine {engine.name}: {obstacle}; steps are taken as with vmap"
             warnings.warn(text, MetaftWarning, stacklevel=3)

@@ -115,7 +115,34 @@ class Mistakes(NamedTuple):
     of: Of
 
 
-Part = str | Table | Picture | Drawing | Episode | Mistakes
+class Overlay(NamedTuple):
+    """An image under what a method says of it."""
+
+    name: str
+    image: str
+    alt: str
+
+
+class Explanation(NamedTuple):
+    """One image, and what its label rests on."""
+
+    image: str
+    file: str
+    classes: Sequence[tuple[str, float]]
+    """The most probable, with their probabilities."""
+    overlays: Sequence[Overlay]
+    note: str
+
+
+class Explained(NamedTuple):
+    """Images, each with what its label rests on."""
+
+    title: str
+    explanations: Sequence[Explanation]
+    of: Of
+
+
+Part = str | Table | Picture | Drawing | Episode | Mistakes | Explained
 """Text is a paragraph."""
 
 

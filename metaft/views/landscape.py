@@ -10,9 +10,9 @@ import torch
 
 from metaft.config import AdaptConfig
 from metaft.errors import MetaftError
+from metaft.finetune.journal import read
 from metaft.finetune.retraced import Retraced, retraced
 from metaft.finetune.setup import prepared
-from metaft.finetune.study import read
 from metaft.inner import at_step
 from metaft.metrics import loss_value
 from metaft.plots.landscape import landscape_figure

@@ -12,7 +12,7 @@ from metaft import algorithms, models, plugin
 from metaft.defaults import hyper
 from metaft.errors import MetaftError
 from metaft.finetune import strategies
-from metaft.finetune.fit import groups_of
+from metaft.finetune.phases import groups_of
 from metaft.models.architecture import build, is_of
 from metaft.models.handed import copied
 from metaft.objective import figure_of

@@ -21,6 +21,7 @@ from metaft.config import AdaptConfig, MetaTrainConfig, read_toml
 from metaft.errors import CheckpointError, MetaftError
 from metaft.finetune import classifier
 from metaft.finetune.classifier import Classifier
+from metaft.inputs import Reading
 from metaft.models.architecture import build, filled, is_of
 from metaft.models.blocks import blocks_of
 from metaft.models.functional import probe_of
@@ -71,6 +72,8 @@ class Subject:
     """A start that is looked at."""
     landscape: bool = False
     """Whether the view of that name is wanted, which takes minutes."""
+    explain: tuple[Reading, ...] = ()
+    """Images whose labels are to be explained."""
 
     @functools.cached_property
     def start(self) -> Start:

@@ -6,10 +6,12 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from metaft.finetune.range_test import said_of
 from metaft.finetune.words import called
 from metaft.objective import figure_of
 from metaft.options import flat
 from metaft.plots.lines import curves_apart, learning_apart, steps_figure
+from metaft.plots.range_test import range_test_figure
 from metaft.types import NORMS
 from metaft.views.base import Cell, Column, Missing, Of, Part, Table, View
 from metaft.views.images import chart
@@ -136,9 +138,17 @@ def _of_fine_tuning(subject: Subject) -> View | Missing:
     said = gap(curves, kept, what, changed=changed)
     for figure, title in zip(learning_apart(curves, what, kept), ("Loss", "Validation"), strict=False):
         parts.append(chart(title, figure, f"{title} of {', '.join(curves)} against the {what}. {said}", of))
+    if "range_test" in result:
+        parts.append(_range_test(result["range_test"], images))
     parts.append(_table_of_starts(result))
     warned = [f"{called(start)}: {warning}." for start in result["starts"] for warning in start.get("warnings", ())]
     return View(" ".join([said, *warned]), parts)
+
+
+def _range_test(test: Mapping[str, Any], images: str) -> Part:
+    of = Of(images, "as the fit trains", f"{len(test['rates'])} steps from the start, of a fit that is thrown away")
+    said = f"Training loss against the learning rate, which grows in each step. {said_of(test)}"
+    return chart("Range test of the rate", range_test_figure(test), said, of)
 
 
 def gap(

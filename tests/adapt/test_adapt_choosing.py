@@ -20,7 +20,7 @@ from metaft import adapt
 from metaft.config import AdaptConfig
 from metaft.errors import NonFiniteError
 from metaft.finetune import choose as choosing
-from metaft.finetune import report, study
+from metaft.finetune import deciding, journal, report, study
 from metaft.finetune.choose import candidates_of, choose
 from metaft.finetune.examples import Part
 from metaft.finetune.fit import Fitted, fit
@@ -155,7 +155,7 @@ def test_the_report_says_the_schedule_that_was_chosen(
         seen.append(args[5])
         return fit(*args, **more)
 
-    monkeypatch.setattr(study, "candidates_of", only_moving)
+    monkeypatch.setattr(deciding, "candidates_of", only_moving)
     monkeypatch.setattr(study, "fit", look)
     assert adapt.main(words(runs["maml"], data, tmp_path / "o", strategy="chosen", epochs=3, lr=None)) == 0
     made = result_of(tmp_path / "o")["starts"][0]["chosen"]
@@ -249,9 +249,9 @@ def test_what_is_left_open_from_published_weights(monkeypatch: pytest.MonkeyPatc
     lp_ft = Recipe(strategy="lp-ft")
     for asked in (Recipe(), Recipe(strategy="full"), lp_ft, dataclasses.replace(lp_ft, epochs=3)):
         own = settled(asked, Librarys)  # type: ignore[arg-type]
-        assert as_settled(asked, own) == own, "the words that began a run go on with it"
-        assert as_settled(dataclasses.replace(asked, lr=0.5), own) != own
-    assert as_settled(Recipe(strategy="lp-ft"), Recipe(strategy="lp-ft:share=0.5")).strategy == "lp-ft"
+        assert as_settled(asked, own, searched=False) == own, "the words that began a run go on with it"
+        assert as_settled(dataclasses.replace(asked, lr=0.5), own, searched=False) != own
+    assert as_settled(Recipe(strategy="lp-ft"), Recipe(strategy="lp-ft:share=0.5"), searched=False).strategy == "lp-ft"
     assert of(Runs) == ("full", 0.003, None, "constant", None, 10)
     assert of(Runs, strategy="lp-ft") == ("lp-ft", 0.003, None, "constant", None, 10)
 
@@ -272,23 +272,23 @@ def test_a_resume_does_not_choose_again_and_ends_with_the_same_bytes(
     after: int, runs: dict[str, Path], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert adapt.main(chosen(runs, data, tmp_path / "whole")) == 0
-    epochs, real, calls = [0], study.Journal.epoch, [0]
+    epochs, real, calls = [0], journal.Journal.epoch, [0]
 
-    def count(self: study.Journal, *args: Any) -> None:
+    def count(self: journal.Journal, *args: Any) -> None:
         real(self, *args)
         epochs[0] += 1
         if epochs[0] == after:
             os.kill(os.getpid(), signal.SIGTERM)
 
     with monkeypatch.context() as patch:
-        patch.setattr(study.Journal, "epoch", count)
+        patch.setattr(journal.Journal, "epoch", count)
         assert adapt.main(chosen(runs, data, tmp_path / "stopped")) == 143
 
     def counted(*args: Any, **more: Any) -> choosing.Choice:
         calls[0] += 1
         return choose(*args, **more)
 
-    monkeypatch.setattr(study, "choose", counted)
+    monkeypatch.setattr(deciding, "choose", counted)
     assert adapt.main(["--resume", str(tmp_path / "stopped")]) == 0
     assert calls[0] == (1 if after == 1 else calls[0])
     for name in ("metrics.jsonl", "classifier.safetensors"):

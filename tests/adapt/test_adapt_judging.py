@@ -70,6 +70,18 @@ def test_a_probe_stands_beside_the_start_and_the_first_one_is_the_classifier(
     assert "The probe, a logistic regression on the same start's features, gets" in last
 
 
+def test_a_start_without_a_random_one_is_compared_with_nothing(
+    data: Path, runs: dict[str, Path], tmp_path: Path, capsys: Text
+) -> None:
+    assert adapt.main(words(runs["maml"], data, tmp_path / "both")) == 0
+    capsys.readouterr()
+    assert adapt.main(["--no-random", *words(runs["maml"], data, tmp_path / "alone")]) == 0
+    said, both, result = capsys.readouterr().out, result_of(tmp_path / "both"), result_of(tmp_path / "alone")
+    assert [start["name"] for start in result["starts"]] == ["meta-learned"] and result["gains"] == []
+    assert result["accuracy"] == both["accuracy"] and result["scratch"] is None
+    assert said.rstrip().endswith("of 100 new images get the right label from the meta-learned start by strategy full.")
+
+
 def test_a_random_start_has_no_probe(data: Path, tmp_path: Path, capsys: Text) -> None:
     argv = ["--init", "none", "--data", f"folder:{data}", "--epochs", "1", "--out", str(tmp_path / "o")]
     assert adapt.main(argv) == 0

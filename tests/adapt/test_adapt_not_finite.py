@@ -21,7 +21,7 @@ from helpers import (
 
 import metaft
 from metaft import adapt
-from metaft.finetune import study
+from metaft.finetune import journal, study
 from metaft.runs.folder import RunFolder, read_rows
 
 
@@ -92,7 +92,7 @@ def test_fits_that_were_done_before_a_loss_that_is_not_finite_stay(
     monkeypatch.setattr(study, "fit", fit)
     assert adapt.main([*settings, "--out", str(out)]) == 1
     assert capsys.readouterr().err.splitlines()[-1].startswith("metaft: error: epoch ")
-    assert len(study.read(RunFolder(out))[0].fits) == 3
+    assert len(journal.read(RunFolder(out))[0].fits) == 3
     with pytest.warns(UserWarning, match=r"has no result\.json"):
         assert metaft.load(out).class_names == TARGET
     monkeypatch.setattr(study, "fit", real)

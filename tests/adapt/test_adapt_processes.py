@@ -37,9 +37,9 @@ def _one_thread() -> Iterator[None]:
 def test_without_any_argument(in_tmp: Path, runs: dict[str, Path], capsys: Text) -> None:
     """The newest run that takes glyphs, the built-in target and every default, in a process of its own."""
     glyphs = options(IMAGES, dataset="glyphs", iterations=4, eval_every=4, test_episodes=2)
+    assert meta_train.main([*glyphs, "--out", str(in_tmp / "made")]) == 0
     for name, age in (("old", 500), ("new", 100)):
-        assert meta_train.main([*glyphs, "--seed", str(age), "--out", str(in_tmp / "made" / name)]) == 0
-        put(in_tmp / "made" / name, in_tmp / "runs" / name, age)
+        put(in_tmp / "made", in_tmp / "runs" / name, age)
     for name in ("curve", "colour", "maml"):
         put(runs[name], in_tmp / "runs" / name, 10)
     done = subprocess.run(
@@ -71,14 +71,14 @@ def test_without_any_argument(in_tmp: Path, runs: dict[str, Path], capsys: Text)
 def test_stopped_for_real_and_resumed_it_ends_with_the_same_bytes(
     runs: dict[str, Path], data: Path, tmp_path: Path
 ) -> None:
-    long = {"seeds": 2, "epochs": 40, "patience": 40}
+    long = {"seeds": 2, "epochs": 20, "patience": 20}
     assert adapt.main(words(runs["maml"], data, tmp_path / "whole", **long)) == 0
     expected = adapted(tmp_path / "whole")
     out = tmp_path / "stopped"
     argv = [sys.executable, "-m", "metaft.adapt", *words(runs["maml"], data, out, **long)]
     process = subprocess.Popen(argv, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT)
     until = time.monotonic() + 60
-    while len(read_rows(out / "metrics.jsonl")) < 80:
+    while len(read_rows(out / "metrics.jsonl")) < 40:
         assert time.monotonic() < until, "the run did not get there in a minute"
         assert process.poll() is None, "the run ended before it could be stopped"
         time.sleep(0.002)

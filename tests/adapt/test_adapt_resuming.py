@@ -26,7 +26,7 @@ from PIL import Image
 
 from metaft import adapt
 from metaft.config import AdaptConfig, read_toml
-from metaft.finetune import study
+from metaft.finetune import journal, study
 from metaft.options import options
 
 
@@ -107,7 +107,7 @@ def test_killed_at_any_moment_and_resumed_it_ends_with_the_same_bytes(
         moments.append(tmp_path / f"{len(moments):02d}")
         shutil.copytree(out, moments[-1])
 
-    monkeypatch.setattr(study, "SAVE_EVERY", -1.0)  # every epoch
+    monkeypatch.setattr(journal, "SAVE_EVERY", -1.0)  # every epoch
     monkeypatch.setattr(os, "replace", replace)
     argv = inner_words(runs["maml"], data, out) if method == "inner" else words(runs["maml"], data, out, epochs=2)
     assert adapt.main(argv) == 0
@@ -222,8 +222,8 @@ def test_a_resumed_run_keeps_its_settings(copy: Path, capsys: Text, changes: lis
     assert contents(copy) == before
 
 
-def test_every_setting_but_five_is_kept() -> None:
-    assert set(adapt.RESUMABLE) == {"device", "seeds", "data_root", "plugin", "report"}
+def test_every_setting_but_seven_is_kept() -> None:
+    assert set(adapt.RESUMABLE) == {"device", "seeds", "data_root", "plugin", "report", "snapshots", "log"}
     assert set(adapt.RESUMABLE) < options(AdaptConfig).keys()
 
 
@@ -233,7 +233,7 @@ def test_a_damaged_last_checkpoint_is_refused_and_the_previous_one_offered(
     """The command that it prints is run as it stands; the run then ends as if nothing had happened."""
     settings, expected = whole
     out = tmp_path / "a run's"
-    monkeypatch.setattr(study, "SAVE_EVERY", -1.0)
+    monkeypatch.setattr(journal, "SAVE_EVERY", -1.0)
     stop_at(monkeypatch, 1, 9)
     assert adapt.main([*settings, "--out", str(out)]) == 143
     last = out / "checkpoints/last.safetensors"

@@ -18,7 +18,7 @@ from victims import DONE, FULL
 
 from metaft import adapt, evaluate, meta_train, predict
 from metaft.errors import CheckpointError
-from metaft.finetune import study
+from metaft.finetune import journal, study
 from metaft.finetune.classifier import load
 from metaft.runs import checkpoint
 from metaft.runs.folder import RunFolder
@@ -45,7 +45,7 @@ def adapted(tmp_path_factory: pytest.TempPathFactory, trained: Path, target: Pat
     with one_thread(), pytest.MonkeyPatch.context() as patch:
         finished(words(trained, target, out, epochs=1))
         assert checkpoint.load(RunFolder(out).last)[0] == {}
-        patch.setattr(study, "SAVE_EVERY", -1.0)
+        patch.setattr(journal, "SAVE_EVERY", -1.0)
         patch.setattr(study, "test", lambda *_, **__: 1 / 0)  # after the fit, and before it is done
         with pytest.raises(ZeroDivisionError):
             adapt.main(["--resume", str(out), "--seeds", "2"])
@@ -106,7 +106,7 @@ def test_of_an_adapt_run(harm: Callable[[bytes], list[bytes]], adapted: Path) ->
     run = RunFolder(adapted)
     epochs = len(checkpoint.load(run.previous)[1]["rows"])
     good = f"previous.safetensors after {epochs} epochs is good, to use it: cp "
-    refused(run.last, harm, lambda: study.read(run), good)
+    refused(run.last, harm, lambda: journal.read(run), good)
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,12 @@ from torch import Tensor, nn
 from metaft.errors import MetaftError
 from metaft.finetune.extras.base import Batch, Extra, Objective, Origin
 from metaft.inputs import Inputs
+
+if TYPE_CHECKING:
+    from metaft.finetune.classifier import Classifier
+
+T, SHARE = 2.0, 0.5
+"""The temperature, and how much of the loss is the teacher's."""
 
 
 def divergence(student: Tensor, teacher: Tensor, t: float) -> Tensor:
@@ -26,11 +33,13 @@ def followed(objective: Objective, origin: Origin, *, teacher: str, t: float, sh
     from metaft.finetune.classifier import load
 
     like = next(iter(origin.params.values()))
-    model_of = load(teacher).to(like)
+    return following(objective, origin, teacher=load(teacher).to(like), t=t, share=share)
 
+
+def following(objective: Objective, origin: Origin, *, teacher: Classifier, t: float, share: float) -> Objective:
     def of(model: nn.Module, batch: Batch) -> Tensor:
         with torch.no_grad():
-            wanted = model_of.head(model_of.body(batch.x))
+            wanted = teacher.head(teacher.body(batch.x))
         outputs = model.get_submodule("head")(model.get_submodule("body")(batch.x))
         return (1 - share) * objective(model, batch) + share * divergence(outputs, wanted, t)
 
@@ -60,7 +69,7 @@ def check(teacher: str, inputs: Inputs, class_names: Sequence[str]) -> None:
         )
 
 
-def distil(*, teacher: str, t: float = 2.0, share: float = 0.5) -> Extra:
+def distil(*, teacher: str, t: float = T, share: float = SHARE) -> Extra:
     """(1 - share) loss + share t^2 KL(teacher || student) at temperature t (Hinton et al. 2015,
     https://arxiv.org/abs/1503.02531). The teacher is the folder of an adapt run of the same classes and inputs, and
     sees what the student sees. A step costs a second pass of the student."""
@@ -72,3 +81,8 @@ def distil(*, teacher: str, t: float = 2.0, share: float = 0.5) -> Extra:
         partial(followed, teacher=teacher, t=t, share=share), "following a teacher",
         of_classes=True, check=partial(check, teacher), run=Path(teacher),
     )  # fmt: skip
+
+
+def of_classifier(teacher: Classifier) -> Extra:
+    """The same of a classifier that is at hand, of the same classes and inputs."""
+    return Extra(partial(following, teacher=teacher, t=T, share=SHARE), "following a teacher", of_classes=True)

@@ -1,0 +1,223 @@
+"""Structured pruning: whole channels of a classifier are taken out, with all that was computed from or for them.
+
+Which channels of which layers go together (over residual additions, depthwise convolutions, normalisation and whatever
+flattens maps) is found by torch-pruning's dependency graph (Fang et al. 2023, DepGraph,
+https://arxiv.org/abs/2301.12900). Of each such group go those with the smallest squared norm of all weights that they
+tie together, the mean over the group's layers (the same, section 3.3, with p = 2). It needs no data, so that folds of a
+cross-validation, which have other images, come to layers of the same widths, and gradients of a few images per class,
+which other measures go by, would say little. Each group keeps the same share, since norms of different layers have
+different scales.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import warnings
+from collections import OrderedDict
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from metaft.errors import MetaftError
+from metaft.finetune import heads
+from metaft.finetune.classifier import Classifier
+from metaft.models.functional import probe_of
+from metaft.models.stored import StoredNorm
+
+BLOCK, BLOCKED_FROM = 8, 32
+"""Layers of so many channels or more keep a multiple of so many: kernels compute in vectors, and are hardly faster at
+what lies between."""
+
+CLOSE = 1e-6
+"""Of the largest logit, in float64: how far a pruned network may be from the whole one in which what reads those
+channels is zero."""
+
+
+def check_installed() -> None:
+    """Raises MetaftError where torch-pruning is missing."""
+    if importlib.util.find_spec("torch_pruning") is None:
+        raise MetaftError("run: to prune needs torch-pruning, not installed; pip install 'metaft[compress]'")
+
+
+def kept_of(channels: int, share: float) -> int:
+    """How many of a layer's channels a share of them is, at least one.
+
+    >>> kept_of(24, 0.7), kept_of(64, 0.7), kept_of(3, 0.1)
+    (17, 48, 1)
+    """
+    block = BLOCK if channels >= BLOCKED_FROM else 1
+    return max(block, block * int(share * channels / block + 0.5))
+
+
+def pruned(classifier: Classifier, original: Classifier, share: float) -> Classifier:
+    """A copy with this share of the channels that `original` has in each group; classes and inputs stay.
+
+    Raises MetaftError, naming `run`, for a network with layers that nobody can prune, of which nothing is left to
+    prune, or of which the dependencies were not understood: what comes out is compared with the whole network in which
+    the same channels are read as zero.
+    """
+    check_prunable(classifier)
+    dtype = next(classifier.parameters()).dtype
+    model = _traced(classifier)
+    wide = {path: _channels(layer) for path, layer in _traced(original).named_modules()}
+    x = probe_of(classifier.inputs.shape, torch.float64)
+    try:
+        with warnings.catch_warnings(), torch.enable_grad():
+            warnings.simplefilter("ignore")  # of what a tracer meets
+            masked, count = _prune(model, wide, share, x)
+        with torch.no_grad():
+            found, expected = model(x), masked(x)
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever a tracer meets in a module that is not made for it
+        why = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+        raise MetaftError(f"run: the network cannot be pruned ({why})") from error
+    if not count:
+        raise MetaftError(f"run: at {share:g} of the channels there is nothing to prune in the network")
+    if not torch.allclose(found, expected, rtol=0, atol=CLOSE * max(1.0, float(expected.abs().max()))):
+        raise MetaftError("run: the network cannot be pruned: it computes with its channels in a way that is not seen")
+    body, surrogate = _untraced(model).to(dtype).children()
+    return Classifier(body, _with_columns(classifier.head, surrogate), classifier.inputs, classifier.class_names)
+
+
+def check_prunable(classifier: Classifier) -> None:
+    """Raises MetaftError, naming `run`, for a backbone with parameters that no rule of pruning is about."""
+    for path, layer in classifier.body.named_modules():
+        known = isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, StoredNorm))
+        if not known and next(layer.parameters(recurse=False), None) is not None:
+            raise MetaftError(
+                "run: channels are pruned of convolutions, linear layers and batch normalisation, and the backbone "
+                f"has {path!r} ({type(layer).__name__}); take a smaller start, which it teaches: --into START"
+            )
+
+
+class _Group(NamedTuple):
+    """Channels that go together."""
+
+    layer: Any
+    prune: Any
+    """torch-pruning's function for that layer."""
+    channels: list[int]
+    """Those to take out."""
+
+
+def _prune(model: nn.Module, wide: dict[str, int], share: float, x: Tensor) -> tuple[nn.Module, int]:
+    """Prune in place; returns a copy of the whole model in which what is pruned is read as zero, and how many groups
+    lost any channels."""
+    import torch_pruning
+
+    masked = copy.deepcopy(model)
+    paths = {layer: path for path, layer in model.named_modules()}
+    graph = torch_pruning.DependencyGraph().build_dependency(model, example_inputs=x, verbose=False)
+    importance = torch_pruning.importance.GroupMagnitudeImportance(p=2)
+    groups = []
+    roots = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+    for group in graph.get_all_groups(ignored_layers=[model.get_submodule("head")], root_module_types=roots):
+        root, function = group[0].dep.target.module, group[0].dep.handler
+        surplus = _channels(root) - kept_of(wide[paths[root]], share)
+        if surplus > 0 and not any(_is_grouped(dep.target.module) for dep, _ in group):
+            order = torch.argsort(_finite(importance(group)), stable=True)
+            groups.append(_Group(root, function, sorted(order[:surplus].tolist())))
+    for layer, function, channels in groups:  # while channels still have their own numbers
+        for dep, numbers in graph.get_pruning_group(layer, function, channels):
+            target = dep.target.module
+            reads = (
+                isinstance(target, roots) and not _is_depthwise(target) and graph.is_in_channel_pruning_fn(dep.handler)
+            )
+            if reads:
+                masked.get_submodule(paths[target]).get_parameter("weight").data[:, numbers] = 0
+    for layer, function, channels in groups:
+        graph.get_pruning_group(layer, function, channels).prune()
+    return masked, len(groups)
+
+
+def _finite(importance: Any) -> Tensor:
+    """Of a group whose weights are all zero a mean of none is left, and any channel is as good as another."""
+    return torch.nan_to_num(importance)
+
+
+def _channels(layer: nn.Module) -> int:
+    """That a layer gives, 0 where it is none of those that a group begins with."""
+    if isinstance(layer, nn.modules.conv._ConvNd):
+        return layer.out_channels
+    return layer.out_features if isinstance(layer, nn.Linear) else 0
+
+
+def _is_depthwise(layer: Any) -> bool:
+    return isinstance(layer, nn.modules.conv._ConvNd) and 1 < layer.groups == layer.in_channels == layer.out_channels
+
+
+def _is_grouped(layer: Any) -> bool:
+    """Whether a convolution has groups of several channels, whose widths would have to stay alike."""
+    return isinstance(layer, nn.modules.conv._ConvNd) and layer.groups > 1 and not _is_depthwise(layer)
+
+
+# ---- in the form that a tracer takes --------------------------------------------------------------------------------
+
+
+class _Norm(nn.BatchNorm2d):
+    """A StoredNorm as the layer that torch-pruning knows."""
+
+    def __init__(self, stored: StoredNorm) -> None:
+        super().__init__(len(stored.mean), stored.eps, affine=stored.weight is not None)
+        self.weight, self.bias = stored.weight, stored.bias  # pyright: ignore[reportAttributeAccessIssue]
+        self.running_mean, self.running_var = stored.mean.clone(), stored.var.clone()
+        self.then = nn.Identity() if stored.then is None else stored.then
+        self.of = [stored]  # in a list, so that it is no part of the module
+
+    def forward(self, input: Tensor) -> Tensor:
+        x = F.batch_norm(input, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
+        return self.then(x)
+
+    def stored(self) -> StoredNorm:
+        (stored,) = self.of
+        assert self.running_mean is not None and self.running_var is not None
+        stored.weight, stored.bias, stored.mean, stored.var = (
+            self.weight,
+            self.bias,
+            self.running_mean,
+            self.running_var,
+        )
+        return stored
+
+
+def _traced(classifier: Classifier) -> nn.Module:
+    """A copy of "body" and "head" in float64, with layers that torch-pruning knows."""
+    columns = _columns(classifier.head)
+    head: nn.Module = classifier.head
+    if not isinstance(head, nn.Linear):
+        with torch.device("meta"):  # the constructor would draw from the global generator
+            head = nn.Linear(columns.shape[1], len(columns), bias=False)
+        head.weight = nn.Parameter(columns)  # pyright: ignore[reportAttributeAccessIssue]
+    model = copy.deepcopy(nn.Sequential(OrderedDict(body=classifier.body, head=head))).double().requires_grad_(True)
+    for path, layer in list(model.named_modules(remove_duplicate=False)):
+        if isinstance(layer, StoredNorm):
+            model.set_submodule(path, _Norm(layer).double())
+    return model.eval()
+
+
+def _untraced(model: nn.Module) -> nn.Module:
+    """The inverse, in place."""
+    for path, layer in list(model.named_modules(remove_duplicate=False)):
+        if isinstance(layer, _Norm):
+            model.set_submodule(path, layer.stored())
+    return model
+
+
+def _columns(head: nn.Module) -> Tensor:
+    """The parameter of a head that has a column for each feature."""
+    names = {heads.Prototype: "points", heads.Matching: "support"}
+    return head.get_parameter(names.get(type(head), "weight")).detach()
+
+
+def _with_columns(head: nn.Module, surrogate: nn.Module) -> nn.Module:
+    """The head with the columns that are left."""
+    if isinstance(head, nn.Linear):
+        return surrogate
+    head = copy.deepcopy(head)
+    name = {heads.Prototype: "points", heads.Matching: "support"}.get(type(head), "weight")
+    setattr(head, name, nn.Parameter(surrogate.get_parameter("weight").detach()))
+    return head

@@ -1,0 +1,461 @@
+"""`metaft.compress`: pruned against closed forms, the file that comes out of it, and the command."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers import (
+    ONE_PASS,
+    finished,
+    meta_trained,
+    one_line,
+    one_thread,
+    same,
+    timeless,
+    words,
+    write_folder,
+    write_target,
+)  # fmt: skip
+from torch import Tensor, nn
+
+import metaft
+from metaft import adapt, compress, predict
+from metaft.after import formats, shrinking, shrunk
+from metaft.config import CompressConfig
+from metaft.errors import Interrupted, MetaftError
+from metaft.finetune import heads
+from metaft.finetune.classifier import Classifier, load
+from metaft.inputs import ImageInputs
+from metaft.models.architecture import build
+from metaft.models.head import body_of
+from metaft.models.narrowed import narrowed, sizes_of, widths_of
+from metaft.models.norm import EpisodeNorm
+from metaft.models.stored import StoredNorm, empty_stored
+from metaft.runs import checkpoint
+from metaft.targets.draws import Rows
+
+Text = pytest.CaptureFixture[str]
+
+pytestmark = pytest.mark.skipif(
+    not formats.is_there("torch_pruning"), reason="the extra compress is not installed"
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    with one_thread():
+        yield
+
+
+# ---- pruning --------------------------------------------------------------------------------------------------------
+
+
+class Mobile(nn.Module):
+    """A depthwise convolution between two others, and a sum with what came in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.wide = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 12, 1, bias=False)
+        self.deep = nn.Conv2d(12, 12, 3, padding=1, groups=12, bias=False)
+        self.thin = nn.Conv2d(12, 8, 1)
+        self.norms = nn.ModuleList(EpisodeNorm(n) for n in (8, 12, 12, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norms[0](self.stem(x)).relu()
+        y = self.norms[1](self.wide(x)).relu()
+        y = self.norms[2](self.deep(y)).relu()
+        return (x + self.norms[3](self.thin(y))).mean((2, 3))
+
+
+def of_name(name: str, side: int = 16) -> nn.Module:
+    architecture = {"name": name, "ways": 3, "shape": [3, side, side], "width": 8, "norm": "keep"}
+    return body_of(*build(architecture, None if ":" in name else 0))
+
+
+def classifier_of(body: nn.Module, side: int = 16, head: str = "linear") -> Classifier:
+    """In float64, with values of its own everywhere."""
+    generator = torch.Generator().manual_seed(0)
+    body = empty_stored(body).double().eval()
+    with torch.no_grad():
+        for layer in body.modules():
+            if isinstance(layer, StoredNorm):
+                layer.mean.copy_(torch.randn(layer.mean.shape, generator=generator) / 4)
+                layer.var.copy_(torch.rand(layer.var.shape, generator=generator) + 0.5)
+                assert layer.weight is not None and layer.bias is not None
+                layer.weight.copy_(torch.rand(layer.weight.shape, generator=generator) + 0.5)
+                layer.bias.copy_(torch.randn(layer.bias.shape, generator=generator) / 4)
+        features = body(torch.randn(9, 3, side, side, generator=generator).double())
+    top = heads.build(head, features, torch.arange(9) % 3, 3, seed=1)
+    return Classifier(body, top, ImageInputs(3, side, side), ("a", "b", "c"))
+
+
+@torch.no_grad()
+def without(classifier: Classifier, share: float) -> None:
+    """The first channels of each layer, as many as are to go, are zero, wherever they are made, and read."""
+    from metaft.after.pruning import kept_of
+
+    def first(n: int) -> int:
+        return n - kept_of(n, share)
+
+    for layer in classifier.body.modules():
+        if isinstance(layer, nn.Conv2d):
+            layer.weight[: first(layer.out_channels)] = 0
+            if layer.groups == 1 and layer.in_channels > 3:
+                layer.weight[:, : first(layer.in_channels)] = 0
+            if layer.bias is not None:
+                layer.bias[: first(layer.out_channels)] = 0
+        elif isinstance(layer, StoredNorm):
+            assert layer.weight is not None and layer.bias is not None
+            for values in (layer.weight, layer.bias, layer.mean):
+                values[: first(len(values))] = 0
+
+
+def pictures(n: int = 5, side: int = 16) -> Tensor:
+    return torch.from_numpy(np.random.default_rng(0).integers(0, 256, (n, 3, side, side), np.uint8))
+
+
+LIBRARYS = [
+    pytest.param("torchvision:resnet18", marks=pytest.mark.slow),
+    pytest.param("timm:tf_efficientnet_lite0", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize("name", ["own", "conv4", "resnet12", *LIBRARYS])
+def test_what_computes_nothing_is_pruned_first_and_changes_nothing(name: str) -> None:
+    """Over sums, depthwise convolutions and normalisation; and only then what does."""
+    from metaft.after.pruning import pruned
+
+    side = 32 if ":" in name else 16
+    classifier = classifier_of(Mobile() if name == "own" else of_name(name, side), side)
+    without(classifier, 0.5)
+    before = {path: sizes_of(layer) for path, layer in classifier.named_modules()}
+    small, raw = pruned(classifier, classifier, 0.5), pictures(side=side)
+    torch.testing.assert_close(small.logits(raw), classifier.logits(raw), rtol=1e-9, atol=1e-9)
+    assert {path: sizes_of(layer) for path, layer in classifier.named_modules()} == before, "and it stays as it is"
+    after = {path: sizes_of(layer) for path, layer in small.named_modules()}
+    for path, sizes in after.items():
+        for key in {"out_channels", "features"} & sizes.keys():
+            assert sizes[key] == pytest.approx(before[path][key] / 2, abs=4), path
+    assert small.head.get_parameter("weight").shape[0] == 3, "classes are none of it"
+    assert len(small.head.get_parameter("weight").T) < len(classifier.head.get_parameter("weight").T)
+
+
+@pytest.mark.parametrize("head", ["cosine", "prototype"])
+def test_heads_that_are_no_linear_layer_lose_columns(head: str) -> None:
+    from metaft.after.pruning import pruned
+
+    classifier = classifier_of(Mobile(), head=head)
+    small = pruned(classifier, classifier, 0.5)
+    assert type(small.head) is type(classifier.head)
+    name = {"cosine": "weight", "prototype": "points"}[head]
+    columns = classifier.head.get_parameter(name).T.tolist()
+    left = small.head.get_parameter(name).T.tolist()
+    assert len(left) == 4 and all(column in columns for column in left)
+    assert small.logits(pictures()).isfinite().all()
+
+
+def test_shares_are_of_the_original_s_channels() -> None:
+    from metaft.after.pruning import kept_of, pruned
+
+    classifier = classifier_of(Mobile())
+    twice = pruned(pruned(classifier, classifier, 0.75), classifier, 0.5)
+    assert sizes_of(twice.body.get_submodule("deep")) == {"in_channels": 6, "out_channels": 6, "groups": 6}
+    assert [kept_of(n, 0.5) for n in (1, 3, 31, 32, 40, 100)] == [1, 2, 16, 16, 24, 48]
+    with pytest.raises(MetaftError, match=r"run: at 0\.5 of the channels there is nothing to prune"):
+        pruned(twice, classifier, 0.5)
+
+
+class Flipped(Mobile):
+    """What a tracer takes for an operation on each channel by itself."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norms[0](self.stem(x)).relu().flip(1)
+        return self.norms[3](self.thin(self.norms[1](self.wide(x)).relu())).mean((2, 3))
+
+
+class Gated(Mobile):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Parameter(torch.ones(8))
+
+
+class Branching(Mobile):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).view(-1, 8)
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        (Flipped, "in a way that is not seen"),
+        (Gated, r"the backbone has 'Gated' \(Gated\)|has '' \(Gated\)"),
+        (Branching, r"cannot be pruned \(RuntimeError"),
+    ],
+)
+def test_what_is_not_understood_is_refused(kind: Callable[[], nn.Module], said: str) -> None:
+    from metaft.after.pruning import pruned
+
+    classifier = classifier_of(kind())
+    with pytest.raises(MetaftError, match=f"run: .*({said})"):
+        pruned(classifier, classifier, 0.5)
+
+
+def test_widths_are_built_again() -> None:
+    architecture = {"name": "conv4", "ways": 3, "shape": [1, 16, 16], "width": 8}
+    whole, _ = build(architecture, 0)
+    conv = next(path for path, layer in whole.named_modules() if isinstance(layer, nn.Conv2d))
+    widths = {conv: {"in_channels": 1, "out_channels": 5, "groups": 1}}
+    assert widths_of(whole, whole) == {}
+    small, _ = build({**architecture, "widths": widths}, None)
+    assert widths_of(small, whole) == widths
+    assert small.get_submodule(conv).get_parameter("weight").shape == (5, 1, 3, 3)
+    deep = {"deep": {"in_channels": 5, "out_channels": 5, "groups": 5}, "norms.2": {"features": 5}}
+    for body in (Mobile(), empty_stored(Mobile())):
+        module = narrowed(body, deep)
+        assert (
+            widths_of(module, Mobile()) == deep and module.get_submodule("deep").get_parameter("weight").shape[1] == 1
+        )
+    still = Mobile().requires_grad_(False)
+    assert not narrowed(still, deep).get_parameter("deep.weight").requires_grad
+
+
+# ---- the command ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("small ü")
+
+
+@pytest.fixture(scope="module")
+def maml(base: Path) -> Path:
+    return meta_trained(base / "maml", write_folder(base / "squares"), width=8)
+
+
+@pytest.fixture(scope="module")
+def data(base: Path) -> Path:
+    return write_target(base / "target", {"train": 5, "test": 4}, noise=60)
+
+
+@pytest.fixture(scope="module")
+def run(base: Path, maml: Path, data: Path) -> Path:
+    return finished(words(maml, data, base / "run", epochs=8, lr=0.05))
+
+
+def by_size(models: Sequence[Any], pictures: Any) -> list[dict[str, Any]]:
+    """In the place of a clock."""
+    sizes = [float(sum(p.numel() for p in model.parameters())) for model in models]
+    return [{key: {"median": n, "quartiles": [n, n], "n": 3} for key in ("1", "64")} for n in sizes]
+
+
+@pytest.fixture(autouse=True)
+def _by_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shrinking, "latencies", by_size)
+
+
+STEPS = ["--step", "0.25", "--epochs", "2", "--latency", "0.4"]
+
+
+@pytest.fixture(scope="module")
+def small(base: Path, run: Path) -> Path:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shrinking, "latencies", by_size)
+        assert compress.main([str(run), *STEPS, "--points", "100", "--out", str(base / "small")]) == 0
+    return base / "small"
+
+
+def test_what_is_written(small: Path, run: Path, data: Path, tmp_path: Path, capsys: Text) -> None:
+    result = json.loads((small / "result.json").read_text(encoding="utf-8"))
+    first, *steps = result["compressed"]["steps"]
+    assert [row["share"] for row in (first, *steps)] == [1, 0.75, 0.5], "up to the one that is fast enough"
+    assert steps[0]["latency"] > 0.4 >= steps[1]["latency"] == steps[1]["parameters"] / first["parameters"]
+    assert first["flops"] > steps[0]["flops"] > steps[1]["flops"] and first["bytes"] > steps[1]["bytes"]
+    assert {row["validation"]["held"] for row in (first, *steps)} == {15}, "each training image once"
+    trained = json.loads((run / "result.json").read_text(encoding="utf-8"))
+    assert first["accuracy"] == trained["accuracy"] == result["starts"][1]["accuracy"]
+    assert result["accuracy"] == steps[1]["accuracy"] and result["compressed"]["kept"] == "50 % of channels"
+    assert result["gains"][0]["mean"] == pytest.approx(steps[1]["change"])
+    assert "kept: 50 % of channels" in (small / "report.txt").read_text(encoding="utf-8")
+    classifier = metaft.load(small)
+    again = load(small / "steps/2.safetensors")
+    assert same(classifier.state_dict(), again.state_dict())
+    tensors, header = checkpoint.load(small / "classifier.safetensors")
+    assert {size["out_channels"] for size in header["architecture"]["widths"].values() if "out_channels" in size} == {4}
+    assert same(checkpoint.under(tensors, "body"), classifier.body.state_dict())
+    assert predict.main([str(small), str(data / "test")]) == 0
+    said = [line.split("\t")[1] for line in capsys.readouterr().out.splitlines()]
+    assert said == classifier.label(sorted((data / "test").rglob("*.png")))
+
+
+def test_an_export_of_it_is_the_same_classifier(small: Path, tmp_path: Path) -> None:
+    from metaft import export
+    from metaft.after.exported import open_exported
+    from metaft.config import ExportConfig
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("metaft.after.measured.SECONDS", 0.0)
+        export.run(small, ExportConfig(format="torch-export", out=str(tmp_path / "o")))
+    raw = torch.randint(0, 256, (3, 1, 8, 8), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    found = open_exported(tmp_path / "o/model.pt2").logits(raw)
+    torch.testing.assert_close(found, metaft.load(small).logits(raw), rtol=ONE_PASS, atol=ONE_PASS)
+
+
+def test_a_page_of_it(small: Path, tmp_path: Path) -> None:
+    from metaft.views.subject import open_subject
+    from metaft.views.training import training
+
+    subject = open_subject(str(small))
+    assert "50 % of channels" in str(training(subject))
+    layers = {path: sizes_of(layer) for path, layer in subject.built.module.named_modules()}
+    assert 4 in {sizes.get("out_channels") for sizes in layers.values()}
+
+
+def test_stopped_and_resumed_it_ends_alike_and_computes_nothing_twice(
+    small: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Text
+) -> None:
+    argv = [str(run), *STEPS, "--points", "100", "--out", str(tmp_path / "o")]
+    calls, fits = [0], []
+    judged, fit_it = shrinking.judged, shrinking._fitted
+
+    def killed(*args: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == 6:  # the network of the second fold of the first step is a file already
+            raise Interrupted("stopped", 15)
+        return judged(*args)
+
+    def noted(*args: Any) -> Any:
+        fits.append((args[2], args[4].fold))
+        return fit_it(*args)
+
+    monkeypatch.setattr(shrinking, "_fitted", noted)
+    with monkeypatch.context() as patch:
+        patch.setattr(shrinking, "judged", killed)
+        assert compress.main(argv) == 143
+    done = len(fits)
+    assert fits[-1] == (1, 2) and not (tmp_path / "o/result.json").exists()
+    capsys.readouterr()
+    assert compress.main([*argv, "--points", "3", "--resume"]) == 2
+    one_line(capsys, "points: a resumed run keeps its settings", "100.0", "3.0")
+    assert compress.main([str(run), "--out", str(tmp_path / "o"), "--resume"]) == 0
+    assert fits[done - 1 : done + 1] == [(1, 2), (1, 2)] and len(fits) == 3 + 8 + 1
+    for name in ("classifier.safetensors", "metrics.jsonl", "steps/1-fold-2.safetensors", "config.toml"):
+        assert (tmp_path / "o" / name).read_bytes() == (small / name).read_bytes(), name
+    mine, theirs = (json.loads((folder / "result.json").read_text()) for folder in (tmp_path / "o", small))
+    assert timeless(mine) == timeless(theirs)
+    capsys.readouterr()
+    assert compress.main([*argv, "--resume"]) == 2
+    one_line(capsys, "resume: ", "is finished already")
+
+
+def test_a_fit_in_progress_goes_on(small: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A signal in the first epoch of a step; the checkpoint has the fit's state."""
+    argv = [str(run), *STEPS, "--points", "100", "--out", str(tmp_path / "o")]
+    seen = [0]
+
+    def check(self: Any, message: str) -> None:
+        seen[0] += 1
+        if seen[0] == 30 + 1:
+            raise Interrupted(message, 15)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("metaft.cli.StopSignals.check", check)
+        assert compress.main(argv) == 143
+    assert checkpoint.load(tmp_path / "o/checkpoints/last.safetensors")[1]["rows"]
+    assert compress.main([*argv, "--resume"]) == 0
+    for name in ("classifier.safetensors", "metrics.jsonl"):
+        assert (tmp_path / "o" / name).read_bytes() == (small / name).read_bytes(), name
+
+
+def test_where_there_is_a_validation_part_it_judges(base: Path, maml: Path, tmp_path: Path, capsys: Text) -> None:
+    target = write_target(tmp_path / "t", {"train": 5, "val": 2, "test": 2}, noise=60)
+    adapted = finished(words(maml, target, tmp_path / "r", epochs=4, lr=0.05))
+    argv = [str(adapted), "--step", "0.5", "--epochs", "1", "--latency", "0.01", "--out", str(tmp_path / "o")]
+    capsys.readouterr()
+    assert compress.main(argv) == 0
+    said = capsys.readouterr()
+    result = json.loads((tmp_path / "o/result.json").read_text(encoding="utf-8"))
+    assert [row["validation"]["held"] for row in result["compressed"]["steps"]] == [6, 6]
+    assert sorted(p.name for p in (tmp_path / "o/steps").iterdir()) == ["1.safetensors"], "no folds"
+    assert any(line.startswith("latency: ") for line in result["compressed"]["unmet"])
+    assert "metaft: note: not reached: latency: 0." in said.err and "0.01 was asked for" in said.out
+
+
+def test_a_smaller_start_is_taught(run: Path, base: Path, tmp_path: Path) -> None:
+    tiny = meta_trained(tmp_path / "tiny", base / "squares", width=3)
+    argv = [str(run), "--into", str(tiny), "--epochs", "2", "--out", str(tmp_path / "o")]
+    assert compress.main(argv) == 0
+    result = json.loads((tmp_path / "o/result.json").read_text(encoding="utf-8"))
+    first, second = result["compressed"]["steps"]
+    assert second["model"] == result["starts"][0]["name"] == "meta-learned"
+    assert second["parameters"] < first["parameters"] and second["validation"]["held"] == 15
+    conv = next(layer for layer in metaft.load(tmp_path / "o").modules() if isinstance(layer, nn.Conv2d))
+    assert conv.out_channels == 3
+    assert "was taught by" in result["notes"][0]
+
+
+def test_without_a_test_part_figures_are_of_what_was_held_back(maml: Path, tmp_path: Path, capsys: Text) -> None:
+    adapted = finished(words(maml, write_target(tmp_path / "t", {".": 4}, noise=60), tmp_path / "r", epochs=3))
+    argv = [str(adapted), "--step", "0.5", "--epochs", "1", "--latency", "0.5", "--out", str(tmp_path / "o")]
+    assert compress.main(argv) == 0
+    result = json.loads((tmp_path / "o/result.json").read_text(encoding="utf-8"))
+    for start, row in zip(result["starts"][::-1], result["compressed"]["steps"], strict=True):
+        assert start["accuracy"] == row["validation"]["accuracy"] and "accuracy" not in row
+        assert sum(map(sum, start["confusion"])) == 12
+
+
+def rows(*figures: tuple[float, float]) -> list[dict[str, Any]]:
+    return [{"latency": latency, "validation": {"points": points}} for latency, points in figures]
+
+
+def test_the_step_that_is_kept() -> None:
+    whole = (1.0, 0.0)
+    assert shrunk.kept_of(rows(whole, (0.9, 0.0), (0.8, 2.0), (0.7, 2.5)), 2.0) == 2, "the fastest within the points"
+    assert shrunk.kept_of(rows(whole, (0.8, -1.0), (0.9, 0.0)), 2.0) == 1
+    assert shrunk.kept_of(rows(whole, (0.9, 4.0), (0.8, 3.0), (0.7, 3.0)), 2.0) == 3, "the one that lost least"
+    fast, slow = rows((0.7, 2.5), (0.8, 1.0))
+    assert [line[:8] for line in shrunk.unmet(slow, 0.75, 2.0)] == ["latency:"]
+    assert shrunk.unmet(fast, 0.75, 2.0) == ["points: 2.5 are lost on validation, and at most 2 were asked for"]
+    assert shrunk.unmet(rows((0.75, 2.0))[0], 0.75, 2.0) == []
+
+
+def test_folds_share_no_image_and_keep_duplicates_together(run: Path, base: Path) -> None:
+    work, _ = compress._opened(run, CompressConfig(), None, "seed")
+    target = work.target
+    kept, *folds = shrinking.tracks_of(work)
+    assert len(folds) == 3 and not len(kept.held)
+    assert sorted(np.concatenate([fold.held for fold in folds]).tolist()) == sorted(work.rows.train.tolist())
+    for fold in folds:
+        assert not set(fold.train.tolist()) & set(fold.held.tolist())
+        assert len(fold.train) + len(fold.held) == len(work.rows.train)
+        assert set(target.labels[torch.from_numpy(fold.train)].tolist()) == {0, 1, 2}
+    one = Rows(work.rows.train[:1], np.empty(0, np.int64), work.rows.test)
+    with pytest.raises(MetaftError, match="run: a class has one image"):
+        shrinking.tracks_of(work._replace(rows=one))
+
+
+# ---- what is refused ------------------------------------------------------------------------------------------------
+
+
+def test_what_is_refused_is_one_line(
+    run: Path, small: Path, maml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Text
+) -> None:
+    def refuse(argv: list[str], *parts: object) -> None:
+        capsys.readouterr()
+        assert compress.main([*argv, "--out", str(tmp_path / "o")]) == 2
+        one_line(capsys, *parts)
+        assert not (tmp_path / "o").exists()
+
+    refuse([str(run / "classifier.safetensors")], "run: ", "alone, without its run's data")
+    refuse([str(small)], "run: ", "is compressed already")
+    refuse([str(run), "--resume"], "resume: ", "no folder that metaft.compress made")
+    capsys.readouterr()
+    assert adapt.main(["--resume", str(small)]) == 2
+    one_line(capsys, f"resume: {small} is of metaft.compress")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    refuse([str(run)], "run: to prune needs torch-pruning, not installed; pip install 'metaft[compress]'")
