@@ -51,7 +51,7 @@ def drawn(subject: Subject) -> Figure:
     left, middle, right = panels
 
     left.suptitle("one example\nof each class", fontsize=10)
-    for k, axes in enumerate(left.subplots(source.ways, 1)):
+    for k, axes in enumerate(left.subplots(source.ways, 1, squeeze=False)[:, 0]):
         image(axes, support[int((task.support_y == k).nonzero()[0])], letter(k))
     middle.suptitle(f"new images: how sure of the right class,\nbefore and after {steps} inner steps", fontsize=10)
     grid = middle.subplots(source.ways, 2, width_ratios=(1, 7))

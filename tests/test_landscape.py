@@ -130,7 +130,12 @@ def test_a_random_plane_is_as_long_as_the_filters_and_leaves_what_is_none() -> N
     assert abs(float(cosine)) < 0.6
     moved = plane.at(0.5, 0.0)
     assert moved["other"] is origin["other"] and not torch.equal(moved["conv"], origin["conv"])
-    assert torch.equal(filter_normalised(origin, ["conv"]).first["conv"], plane.first["conv"])
+    for names in (["conv", "bias", "zero"], ["zero", "conv"]):
+        assert torch.equal(filter_normalised(origin, names).first["conv"], plane.first["conv"])
+    one, other = (filter_normalised(origin, names) for names in (["conv", "other"], ["other", "conv"]))
+    assert torch.equal(one.first["other"], other.first["other"]) and torch.equal(
+        one.second["conv"], other.second["conv"]
+    )
 
 
 def test_a_loss_that_is_not_finite_is_left_white() -> None:

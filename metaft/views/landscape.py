@@ -119,7 +119,7 @@ def _of_meta_training(subject: Subject) -> tuple[list[Scene], list[str]]:
         scenes.append(
             path_scene("The path of meta-training", projected, {"snapshots": projected.points}, loss, of_path, marks)
         )
-    scene = random_scene(last.meta, [*parts.model.params.keys() & last.meta.keys()], loss, of)
+    scene = random_scene(last.meta, [name for name in parts.model.params if name in last.meta], loss, of)
     scenes += [scene] if scene else []
     inner = _inner_scene(parts, best)
     if isinstance(inner, str):

@@ -77,7 +77,7 @@ def filter_normalised(origin: Params, names: Sequence[str], seed: int = 0) -> Pl
 
     def direction() -> Params:
         drawn: Params = {}
-        for name in names:
+        for name in sorted(names):  # so that the same names are the same plane
             weight = origin[name].double().cpu()
             if weight.dim() < 2:
                 continue
