@@ -58,7 +58,8 @@ def test_every_option_named_on_a_page_exists(page: str) -> None:
         f"no-{name.replace('_', '-')}" for c in CONFIGS for name, field in options(c).items() if bool in field.types
     }
     text = (README.parent / page).read_text(encoding="utf-8")
-    others = r"#SBATCH.*|torchrun (.*\\\n)*.*?(?= -m metaft)"  # a scheduler's, and torchrun's up to the module
+    # A scheduler's, TensorBoard's, and torchrun's up to the module.
+    others = r"#SBATCH.*|tensorboard --logdir|torchrun (.*\\\n)*.*?(?= -m metaft)"
     named = set(re.findall(r"--([a-z][a-z0-9-]*)", re.sub(others, "", text)))
     torchruns = {"nproc-per-node", "max-restarts", "rdzv-id"}  # in sentences
     assert named - known <= {"help", "resume", "config", "auto-resume"} | torchruns

@@ -18,6 +18,7 @@ from metaft.finetune.setup import Setup, rows_of
 from metaft.finetune.soup import summary
 from metaft.finetune.strategies import CHOSEN
 from metaft.finetune.study import TABLES, draws_differ
+from metaft.finetune.taught import seen_by_teachers
 from metaft.finetune.warned import warnings_of
 from metaft.options import flat
 from metaft.runs.folder import RunFolder, read_rows
@@ -212,6 +213,7 @@ def notes(setup: Setup, rows: Rows) -> list[str]:
         )
     said += _duplicates(target, rows)
     said += _dropped(setup)
+    said += seen_by_teachers(setup)
     recipe = config.recipe
     if recipe is not None and recipe.accumulate > 1 and start.norm == "adapt" and recipe.trains != "head":
         said.append(

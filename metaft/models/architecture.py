@@ -11,7 +11,6 @@ from torch import nn
 from metaft import models
 from metaft.models.functional import linear, prepared
 from metaft.models.handed import copied, taken
-from metaft.models.narrowed import narrowed
 from metaft.models.stored import kept_statistics
 from metaft.types import Params
 
@@ -46,7 +45,7 @@ def build(
             # laid out pixel by pixel are not asked for; a CPU's convolutions of them are 1.4 to 1.8 times as fast.
             kept_statistics(whole, unseen=True).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         built, head = prepared(whole, published.HEAD)
-        narrowed(built, architecture.get("widths", {}))
+        built = _narrowed(built, architecture)
         if seed is not None:
             models.initialise(built.get_submodule(head), seed)
         return built, head
@@ -64,8 +63,16 @@ def build(
             with torch.device("meta"):  # the constructor would draw from the global generator
                 new = nn.Linear(old.in_features, outputs, bias=old.bias is not None, dtype=old.weight.dtype)
             built.set_submodule(head, new.to_empty(device="cpu"))
-    narrowed(built, architecture.get("widths", {}))
+    built = _narrowed(built, architecture)
     return built if seed is None else models.initialise(built, seed), head
+
+
+def _narrowed(module: nn.Module, architecture: Mapping[str, Any]) -> nn.Module:
+    if "widths" not in architecture:
+        return module
+    from metaft.models.narrowed import narrowed  # few are pruned
+
+    return narrowed(module, architecture["widths"])
 
 
 def is_published(name: str) -> bool:
