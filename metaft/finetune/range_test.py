@@ -27,13 +27,14 @@ from metaft.targets import Target
 LOWEST, HIGHEST, STEPS = 1e-6, 10.0, 100
 """The rates of the test, and how many."""
 
-STEPS_OF_DECADE = (STEPS - 1) / math.log10(HIGHEST / LOWEST)
-
 WINDOW = 15
-"""Steps, about a decade, that a slope is fitted to: batches differ."""
+"""Steps, about a decade, that a loss is the mean of: batches differ, and the mean around a step does not lag behind."""
+
+DONE = 0.9
+"""Share of its whole fall by which the loss is to have fallen at the rate that is taken."""
 
 FALLS = 0.05
-"""Share of the first loss by which it has to fall over a decade of rates, or it does not fall at all."""
+"""Share of the first loss by which it has to fall, or it does not fall at all."""
 
 DIVERGED = 4.0
 """Times the first loss, beyond which higher rates tell nothing more."""
@@ -48,13 +49,14 @@ def range_test(
     should_stop: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """The loss of `STEPS` steps of a fit whose rate grows by the same factor in each (Smith 2017,
-    https://arxiv.org/abs/1506.01186, section 3.3), and the rate to train at: that at which the loss falls fastest
-    against the logarithm of the rate.
+    https://arxiv.org/abs/1506.01186, section 3.3), and the rate to train at: the lowest at which `DONE` of the whole
+    fall of the loss is behind.
 
-    The rate of the lowest loss, from which others go down by a factor, tells little of few images: a fit knows them by
-    heart by then, and its loss stays at nothing up to rates at which a fit from the start never would. For gradient
-    descent on a quadratic of curvature c, at rates that grow by a factor g, the loss is about exp(-2 c r / log g); it
-    falls fastest at r = log g / 2 c, well below the 2 / c from which it diverges.
+    Neither that of the lowest loss nor that of the steepest fall is taken, which tell little of few images: a fit knows
+    them by heart on the way, so that its loss stays at nothing up to rates at which a fit from the start never would,
+    and falls the fastest at rates of which so short a fit as theirs needs many times the steps. For gradient descent on
+    a quadratic of curvature c, at rates that grow by a factor g, the loss is about exp(-2 c r / (g - 1)): nine tenths
+    are gone at r = log 10 (g - 1) / 2 c = 0.2 / c, a tenth of the 2 / c from which it diverges.
 
     Body, head, batches, losses and clipping are those of `fit` by the same arguments. What moves, and at which factors
     of the rate, is what the strategy moves in its last step, when most of it has set in. Nothing that a fit works with
@@ -67,15 +69,16 @@ def range_test(
     training = begin(body, given, recipe, strategies.named(recipe.trains), all_named(recipe.extra), seed)
     rates = np.geomspace(LOWEST, HIGHEST, STEPS)
     losses = _losses(training, rates, seed, should_stop)
-    slopes = slopes_of(losses)
-    steepest = int(np.argmin(slopes)) if slopes else 0
-    if not slopes or -slopes[steepest] * STEPS_OF_DECADE < FALLS * losses[0]:
+    smoothed = smooth(losses)
+    first, low = (float(np.mean(losses[: WINDOW // 2 + 1])), min(smoothed)) if losses else (0.0, 0.0)
+    if first - low <= FALLS * first:
         raise MetaftError(
             f"lr: auto finds none, since the loss fell at no rate from {LOWEST:g} to {HIGHEST:g}; give a number"
         )
+    taken = next(i for i, loss in enumerate(smoothed) if loss <= first - DONE * (first - low))
     return {
-        "rates": rates[: len(losses)].tolist(), "losses": losses, "smoothed": smooth(losses),
-        "rate": float(f"{rates[steepest + WINDOW // 2]:.1e}"),
+        "rates": rates[: len(losses)].tolist(), "losses": losses, "smoothed": smoothed,
+        "rate": float(f"{rates[taken]:.1e}"),
     }  # fmt: skip
 
 
@@ -104,16 +107,6 @@ def _on_features(training: Training) -> bool:
     recipe = training.recipe
     changed = recipe.augment != "none" or any(extra.of_inputs for extra in all_named(recipe.extra))
     return bool(training.still) and not changed
-
-
-def slopes_of(losses: Sequence[float]) -> list[float]:
-    """By how much a loss grows from one step to the next: the slopes of straight lines through `WINDOW` of them each,
-    by least squares; the first is of the first `WINDOW`."""
-    if len(losses) < WINDOW:
-        return []
-    places = np.arange(WINDOW) - WINDOW // 2
-    windows = np.lib.stride_tricks.sliding_window_view(np.asarray(losses, dtype=float), WINDOW)
-    return (windows @ places / (places @ places)).tolist()
 
 
 def smooth(losses: Sequence[float]) -> list[float]:
@@ -145,6 +138,6 @@ def searched(
 def said_of(test: Mapping[str, Any]) -> str:
     """What a report says of a test."""
     return (
-        f"rate: {test['rate']:g}, at which the loss fell fastest in a range test of {len(test['rates'])} steps on the "
-        "training images of the first draw"
+        f"rate: {test['rate']:g}, at which nine tenths of the fall of the loss are behind in a range test of "
+        f"{len(test['rates'])} steps on the training images of the first draw"
     )

@@ -21,7 +21,7 @@ def range_test_figure(test: Mapping[str, Any]) -> Figure:
     axes = figure.subplots()
     axes.plot(test["rates"], test["losses"], color=GREY, alpha=0.6, lw=0.9, label="loss before each step")
     axes.plot(test["rates"], test["smoothed"], color=BLACK, lw=1.6, label="mean around each")
-    axes.axvline(test["rate"], color=BLUE, ls="--", lw=1.4, label=f"falls fastest: {test['rate']:.2g}")
+    axes.axvline(test["rate"], color=BLUE, ls="--", lw=1.4, label=f"nine tenths of the fall: {test['rate']:.2g}")
     axes.set_xscale("log")
     # What comes after the rise is of no interest, and would press the rest flat.
     low, first = min(test["smoothed"]), test["losses"][0]
