@@ -10,8 +10,8 @@ from metaft.cli import of_run
 from metaft.config import AdaptConfig
 from metaft.errors import MetaftError
 from metaft.finetune import extras
+from metaft.finetune.journal import read
 from metaft.finetune.setup import Setup, digest_of_data, rows_of
-from metaft.finetune.study import read
 from metaft.runs.folder import RunFolder
 from metaft.starts.names import in_full
 
