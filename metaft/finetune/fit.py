@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from metaft import schedules, updates
+from metaft import schedules
 from metaft.errors import NonFiniteError
 from metaft.finetune import heads, optim, strategies
 from metaft.finetune.augment import of_epoch
@@ -21,6 +21,7 @@ from metaft.finetune.batches import batches_of, cut
 from metaft.finetune.examples import Prepared, like_of
 from metaft.finetune.extras import Batch, Extra, Origin, all_named, composed
 from metaft.finetune.features import Features, evaluating, features_of, in_parts, takes_alone
+from metaft.finetune.measuring import Measuring
 from metaft.finetune.outcomes import Outcome, outcome_of
 from metaft.finetune.strategies import Groups, Strategy
 from metaft.inputs import Inputs
@@ -31,7 +32,6 @@ from metaft.models.stored import with_stored_moments
 from metaft.runs.checkpoint import under
 from metaft.sampler import Stream, raw_words
 from metaft.settings import Recipe
-from metaft.types import Params
 
 SMALLER = "try a smaller --lr"
 
@@ -115,10 +115,10 @@ def fit(
     optimizer = optim.named(recipe.optimizer)([(n, p) for n, p in _learning(model) if n not in still], recipe.rate)
     origin = Origin({n: p.detach().clone() for n, p in model.named_parameters()}, seed, classes, inputs)
     objective = composed(extras, origin, outcome.loss, recipe.dropout)
+    measuring = Measuring(model, recipe, origin.params, log_every, on_update)
     alone = nn.ModuleDict({"body": nn.Identity(), "head": model.get_submodule("head")})  # on features
     features = Features(model.get_submodule("body"), train, val, begun, None if known is None else known[1])
     curve: list[dict[str, float]] = []
-    apart: dict[bool, int] = {}  # steps between two of which `on_update` is told, of the whole model and of its head
     best = (math.inf, {})
     average = {} if recipe.ema is None else _values(model, still)
     judged = model if recipe.ema is None else copied(model)
@@ -136,7 +136,8 @@ def fit(
     for epoch in range(len(curve), recipe.passes):
         if recipe.patience is not None and _stale(curve[settled:], recipe.patience):
             break
-        total, x, change = 0.0, None, of_epoch(recipe.augment, len(train), seed, epoch)
+        total, change = 0.0, of_epoch(recipe.augment, len(train), seed, epoch)
+        x: Tensor | None = None  # of a batch that passes through the body
         batches = batches_of(len(train), recipe.images_per_step, seed, epoch)
         stayed = stayed and (bool(still) or _stays(strategy, groups, recipe.passes, per_epoch, [epoch]))
         computed = features.train if stayed else None
@@ -161,16 +162,9 @@ def fit(
                 total += float(loss.detach()) * len(batch)
             if recipe.clip_norm is not None:
                 nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_norm)
-            before = {}
-            if on_update is not None:
-                if (whole := computed is None) not in apart:
-                    apart[whole] = _apart(log_every, recipe, model if whole else alone, x if whole else None)
-                if updates.due(step + 1, apart[whole]):
-                    before = updates.copied({n: model.get_parameter(n) for n, rate in rates.items() if rate})
+            before = measuring.before(step + 1, rates, x)
             optimizer.step()
-            if on_update is not None and before:
-                row = _updated(step + 1, model, before, origin.params, x if computed is None else None)
-                on_update({"epoch": epoch + 1, **row})
+            measuring.after(step + 1, epoch + 1, before, x)
             if recipe.ema is not None:
                 follow(average, model.state_dict(), recipe.ema, step, still)
             should_stop()
@@ -197,30 +191,6 @@ def fit(
     model = strategy.finish(model)
     stored, head = _stored(model.get_submodule("body"), train), outcome.finished(model.get_submodule("head"))
     return Fitted(stored, head, curve, trained)
-
-
-def _apart(log_every: int, recipe: Recipe, model: nn.Module, x: Tensor | None) -> int:
-    """Steps from one whose updates are measured to the next. `x` is a batch of what passes through the body; None where
-    the head alone is passed through, whose FLOPs are those of its weights."""
-    numbers = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    some = None if x is None else x[:2]  # of one alone there may be no moments
-    once = 2.0 * numbers if some is None else updates.flops_of(lambda: _passed(model, some)) / len(some)
-    passes = 0.0 if x is None else once * recipe.batch_size
-    return updates.every(log_every, numbers, 3 * once * recipe.images_per_step, passes)
-
-
-def _passed(model: nn.Module, x: Tensor) -> Tensor:
-    """What a model of "body" and "head" makes of a batch in evaluation, which changes nothing of it."""
-    with evaluating(model):
-        return model.get_submodule("head")(model.get_submodule("body")(x))
-
-
-def _updated(step: int, model: nn.Module, before: Params, start: Params, x: Tensor | None) -> dict[str, Any]:
-    """A row of `updates.jsonl`: what a step made of the parameters that it moved."""
-    after = dict(model.named_parameters())
-    gradient = {name: after[name].grad for name in before}
-    dead = {} if x is None else updates.dead_units(lambda: _passed(model, x), after)
-    return updates.row(step, before, after, start, gradient, dead)
 
 
 def _copied(state: Any) -> Any:
