@@ -46,10 +46,11 @@ class Measuring:
         self._tell({"epoch": epoch + 1, **updates.row(step + 1, before, now, self._training.start, gradient, dead)})
 
     def _steps_apart(self, turn: Turn, on_features: bool) -> int:
-        """Where the head alone is passed through, its FLOPs are those of its weights."""
+        """By all parameters that are passed through, those too that a strategy moves later: a resume finds the same.
+        Where the head alone is passed through, its FLOPs are those of its weights."""
         recipe, lesson = self._training.recipe, self._training.lesson
         model = lesson.alone if on_features else lesson.model
-        numbers = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        numbers = sum(p.numel() for p in model.parameters())
         once, passes = 2.0 * numbers, 0.0
         if not on_features:
             some = self._last_inputs(turn)[:2]  # of one alone there may be no moments
