@@ -409,7 +409,9 @@ def test_a_page_names_no_place_but_those_that_the_runs_files_name(adapted: Path,
 def test_the_pages_views_leave_what_takes_long_to_look(adapted: Path) -> None:
     views, missing = seen(open_subject(str(adapted)), slow=False)
     slow = {viewed.title for viewed in VIEWS.values() if viewed.slow}
-    assert slow == {"A task step by step", "Mistakes", "Features", "Updates in a task"}
+    assert slow == {
+        "A task step by step", "Mistakes", "Features", "Updates in a task", "Why an image got its label",
+    }  # fmt: skip
     assert not slow & {title for _, title, _ in views}
     assert all("metaft.look" in why for title, why in missing if title in slow)
 
