@@ -12,7 +12,7 @@ import pytest
 import torch
 from helpers import adapted, write_target
 from test_finetune import CLASSES, INPUTS, bits, body, same, toy
-from torch import Tensor
+from torch import Tensor, nn
 
 from metaft import adapt, load
 from metaft.config import AdaptConfig
@@ -102,7 +102,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_target(tmp_path_factory.mktemp("data") / "d", {"train": 10, "test": 4})
 
 
-def module() -> Conv4:
+def module() -> nn.Module:
     return initialise(Conv4(3, (1, 8, 8), 4, "stride"), 1)
 
 
