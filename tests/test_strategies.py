@@ -582,9 +582,14 @@ def test_the_rate_of_each_parameter_is_the_formula_in_every_step_also_after_unfr
 
     monkeypatch.setattr(optim, "set_rates", look)
     recipe, (images, labels) = Recipe(epochs=4, batch_size=8, lr=0.02, schedule="cosine:warmup=0.25"), toy(21)
-    fit(body(), INPUTS, images, labels, CLASSES, recipe, strategy=STRATEGIES[strategy]())
+    states: list[dict[str, Any]] = []
+    made = STRATEGIES[strategy]()
+    fit(body(), INPUTS, images, labels, CLASSES, recipe, strategy=made, on_epoch=states.append)
     groups = groups_of(nn.ModuleDict({"body": body(), "head": nn.Linear(3, 2)}))
     assert len(seen) == STEPS
+    fit(body(), INPUTS, images, labels, CLASSES, recipe, strategy=made, resume=states[1])
+    assert seen[STEPS:] == seen[2 * PER_EPOCH : STEPS]
+    del seen[STEPS:]
     for step, rates in enumerate(seen):
         factor = (step + 1) / 3 if step < 3 else 0.5 * (1 + math.cos(math.pi * (step - 3) / 9))
         wanted = {k: 0.02 * factor * f for k, f in STRATEGIES[strategy]().rates(groups, step, STEPS, PER_EPOCH).items()}
