@@ -74,7 +74,7 @@ class Events:
 
     def row(self, row: Mapping[str, Any]) -> None:
         """The numbers of a row of `metrics.jsonl`."""
-        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[reportAttributeAccessIssue]
 
         step, numbers = scalars_of(row)
         self._rows += 1
@@ -90,7 +90,7 @@ class Events:
     def end(self, pictures: Sequence[Path], step: int) -> None:
         """The pictures of a run that is over."""
         from PIL import Image
-        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[reportAttributeAccessIssue]
 
         for path in pictures:
             try:
@@ -109,7 +109,7 @@ class Events:
             self._file = None
 
     def _write(self, **what: Any) -> None:
-        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.event_pb2 import Event  # type: ignore[reportAttributeAccessIssue]
 
         if self._file is None:
             return
