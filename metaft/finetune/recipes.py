@@ -63,7 +63,7 @@ def settled(recipe: Recipe, start: Start, *, resumed: bool = False) -> Recipe:
     return dataclasses.replace(recipe, lr=of_published if is_librarys else RATE)
 
 
-def as_settled(given: Recipe, own: Recipe, *, searched: bool) -> Recipe:
+def as_settled(given: Recipe, own: Recipe, *, searched: bool = False) -> Recipe:
     """A recipe that is given to go on with a run, with the run's `own` settings where it left them open: they are what
     `settled` made of the same words. `searched` says that the run found its rate by a range test."""
     left = {name: getattr(own, name) for name, value in flat(given).items() if value is None}
