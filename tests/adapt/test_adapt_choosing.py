@@ -249,9 +249,9 @@ def test_what_is_left_open_from_published_weights(monkeypatch: pytest.MonkeyPatc
     lp_ft = Recipe(strategy="lp-ft")
     for asked in (Recipe(), Recipe(strategy="full"), lp_ft, dataclasses.replace(lp_ft, epochs=3)):
         own = settled(asked, Librarys)  # type: ignore[arg-type]
-        assert as_settled(asked, own, searched=False) == own, "the words that began a run go on with it"
-        assert as_settled(dataclasses.replace(asked, lr=0.5), own, searched=False) != own
-    assert as_settled(Recipe(strategy="lp-ft"), Recipe(strategy="lp-ft:share=0.5"), searched=False).strategy == "lp-ft"
+        assert as_settled(asked, own) == own, "the words that began a run go on with it"
+        assert as_settled(dataclasses.replace(asked, lr=0.5), own) != own
+    assert as_settled(Recipe(strategy="lp-ft"), Recipe(strategy="lp-ft:share=0.5")).strategy == "lp-ft"
     assert of(Runs) == ("full", 0.003, None, "constant", None, 10)
     assert of(Runs, strategy="lp-ft") == ("lp-ft", 0.003, None, "constant", None, 10)
 
