@@ -12,13 +12,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from metaft import adapt
 from metaft.after.comparing import Finished, differences, opened
-from metaft.finetune import setup
 from metaft.support.tables import markdown
 
 MEMBERS: dict[str, list[str]] = {
@@ -59,21 +58,9 @@ def main() -> int:
     parser.add_argument("--runs", type=Path, default=Path("runs/members"))
     args = parser.parse_args(argv[: len(argv) - len(rest) - 1] if rest else argv)
     rows = list(dict.fromkeys([*BESIDE, *args.rows]))
-    with without_random():
-        folders = [run(name, args, rest) for name in rows]
+    folders = [run(name, args, rest) for name in rows]
     print(markdown(table(rows, opened(folders))))
     return 0
-
-
-@contextlib.contextmanager
-def without_random() -> Iterator[None]:
-    """`metaft.adapt` compares with a random start always, which is right for one run and wasted on twenty."""
-    every = setup.contenders_of
-    setup.contenders_of = lambda *a, **k: (each for each in every(*a, **k) if each.label != "random")
-    try:
-        yield
-    finally:
-        setup.contenders_of = every
 
 
 def run(name: str, args: argparse.Namespace, rest: Sequence[str]) -> Path:
@@ -81,7 +68,7 @@ def run(name: str, args: argparse.Namespace, rest: Sequence[str]) -> Path:
     out = args.runs / "".join(letter if letter.isalnum() or letter == "-" else "_" for letter in name)
     if not (out / "result.json").exists():
         argv = ["--init", args.init, "--data", args.data, "--shots-per-class", args.shots, *MEMBERS[name], *rest]
-        argv += ["--seeds", str(args.draws), "--no-report", "--auto-resume", "--out", str(out)]
+        argv += ["--seeds", str(args.draws), "--no-random", "--no-report", "--auto-resume", "--out", str(out)]
         with contextlib.redirect_stdout(sys.stderr):
             status = adapt.main(argv)
         if status:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 import metaft
-from benchmarks.members import interval, without_random
+from benchmarks.members import interval
 from metaft import adapt, targets
 from metaft.finetune.classifier import Classifier
 from metaft.finetune.scores import mean_t95
@@ -65,8 +65,7 @@ def main() -> int:
     parser.add_argument("--init", default="efficientnet-lite0")
     parser.add_argument("--runs", type=Path, default=Path("runs/shifted"))
     args = parser.parse_args(argv[: len(argv) - len(rest) - 1] if rest else argv)
-    with without_random():
-        draws = [of_draw(seed, args, rest) for seed in range(args.draws)]
+    draws = [of_draw(seed, args, rest) for seed in range(args.draws)]
     print(markdown(table(draws)))
     return 0
 
@@ -95,7 +94,16 @@ def run(name: str, seed: int, args: argparse.Namespace, rest: Sequence[str]) -> 
     out = args.runs / f"{name}-{seed}"
     if not (out / "result.json").exists():
         argv = ["--init", args.init, "--data", args.data, "--shots-per-class", str(args.shots), "--seed", str(seed)]
-        argv += ["--strategy", STRATEGIES[name], *rest, "--no-report", "--auto-resume", "--out", str(out)]
+        argv += [
+            "--strategy",
+            STRATEGIES[name],
+            *rest,
+            "--no-random",
+            "--no-report",
+            "--auto-resume",
+            "--out",
+            str(out),
+        ]
         with contextlib.redirect_stdout(sys.stderr):
             status = adapt.main(argv)
         if status:
