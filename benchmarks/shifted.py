@@ -94,16 +94,8 @@ def run(name: str, seed: int, args: argparse.Namespace, rest: Sequence[str]) -> 
     out = args.runs / f"{name}-{seed}"
     if not (out / "result.json").exists():
         argv = ["--init", args.init, "--data", args.data, "--shots-per-class", str(args.shots), "--seed", str(seed)]
-        argv += [
-            "--strategy",
-            STRATEGIES[name],
-            *rest,
-            "--no-random",
-            "--no-report",
-            "--auto-resume",
-            "--out",
-            str(out),
-        ]
+        argv += ["--strategy", STRATEGIES[name], *rest, "--no-random", "--no-report"]
+        argv += ["--auto-resume", "--out", str(out)]
         with contextlib.redirect_stdout(sys.stderr):
             status = adapt.main(argv)
         if status:
