@@ -84,7 +84,7 @@ def tune(strategy: str, start: nn.Module | None = None, **more: Any) -> Fitted:
 
 
 def states_of(strategy: str, **more: Any) -> list[dict[str, Any]]:
-    states: list[dict[str, Any]] = []
+    states: list[Mapping[str, Any]] = []
     tune(strategy, on_epoch=states.append, **more)
     return states
 
@@ -582,7 +582,7 @@ def test_the_rate_of_each_parameter_is_the_formula_in_every_step_also_after_unfr
 
     monkeypatch.setattr(optim, "set_rates", look)
     recipe, (images, labels) = Recipe(epochs=4, batch_size=8, lr=0.02, schedule="cosine:warmup=0.25"), toy(21)
-    states: list[dict[str, Any]] = []
+    states: list[Mapping[str, Any]] = []
     made = STRATEGIES[strategy]()
     fit(body(), INPUTS, images, labels, CLASSES, recipe, strategy=made, on_epoch=states.append)
     groups = groups_of(nn.ModuleDict({"body": body(), "head": nn.Linear(3, 2)}))
@@ -776,7 +776,7 @@ def test_an_extra_changes_the_loss_and_extras_compose() -> None:
     free, pulled, twice = (tune("full", extras=extras) for extras in ((), (decay(10),), (decay(5), decay(5))))
     assert distance(pulled) < 0.5 * distance(free)
     assert twice.curve[0]["loss"] == pytest.approx(pulled.curve[0]["loss"], rel=1e-4)
-    states: list[dict[str, Any]] = []
+    states: list[Mapping[str, Any]] = []
     tune("full", extras=(decay(10),), on_epoch=states.append)
     assert same(bits(tune("full", extras=(decay(10),), resume=states[1])), bits(pulled))
 
