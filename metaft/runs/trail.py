@@ -6,6 +6,7 @@ without, and a disk that refuses one ends no run.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -73,6 +74,8 @@ class Trail:
                     path.unlink()
         except (CheckpointError, OSError) as error:
             self._refused = True  # said once
+            with contextlib.suppress(OSError):
+                self._file(step).unlink(missing_ok=True)  # it may be half there
             print(f"metaft: note: no more snapshots for --landscape ({error})", file=sys.stderr)
 
     def _file(self, step: int) -> Path:

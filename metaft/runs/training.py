@@ -171,6 +171,7 @@ class _Loop:
             first = self.snapshot()
             save_snapshot(self._run, first, to=self._run.first)
             save_snapshot(self._run, first)
+        if self._ranks.rank == 0:  # where a run goes on, too: it may have ended before this one was whole
             self._trail.visit(self.position.step, self._steps.meta)
 
     def write_snapshot(self, to: Path | None = None) -> None:
