@@ -92,7 +92,7 @@ def run(
         work, header = _opened(source, config, module, init)
         if config.into is None:
             check_prunable(work.original)
-        _check_judged(work)
+        _check_judged(work, begun=resume)
     if resume:
         folder = RunFolder.open(out)
         if folder.result.exists():
@@ -181,13 +181,24 @@ def _student(work: Work, into: str) -> Any:
     return start
 
 
-def _check_judged(work: Work) -> None:
-    """Raises MetaftError where nothing is there to choose by, or to prune."""
+def _check_judged(work: Work, *, begun: bool) -> None:
+    """Raises MetaftError where nothing is there to choose by, nothing or no way to prune, or nothing to gain."""
+    from metaft.after.pruning import pruned
     from metaft.after.shrinking import shares_of, tracks_of
+    from metaft.starts.base import body
 
     tracks_of(work)
-    if not shares_of(work):
+    shares = shares_of(work)
+    if not shares:
         raise MetaftError(f"run: no layer of {work.run.path} has channels to lose")
+    if work.student is None and not begun:
+        pruned(work.original, work.original, shares[0])
+    if work.student is not None:
+        mine, theirs = (
+            sum(p.numel() for p in module.parameters()) for module in (body(work.student, 0), work.original.body)
+        )
+        if mine >= theirs:
+            raise MetaftError(f"into: {work.config.into} has {mine:,} parameters, no fewer than the run's {theirs:,}")
 
 
 def _shrink(folder: RunFolder, work: Work, position: Position, header: dict[str, Any]) -> dict[str, Any]:

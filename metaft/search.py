@@ -7,7 +7,7 @@ import dataclasses
 import os
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -37,7 +37,10 @@ from metaft.support.places import shown
 
 if TYPE_CHECKING:
     from metaft.trials.journal import Told
+    from metaft.trials.methods.base import Method
+    from metaft.trials.over import Checked
     from metaft.trials.searching import Search
+    from metaft.trials.space import Space
 
 
 @dataclasses.dataclass(frozen=True, init=False)
@@ -153,6 +156,9 @@ def _to_go_on(space: Mapping[str, Any] | None, config: SearchConfig) -> Path | N
     return out if out is not None and config.auto_resume and os.path.exists(out / JOURNAL) else None
 
 
+TRIED = 5
+"""Trials whose settings are looked at before a search begins, until those of one go together."""
+
 JOURNAL, LOCK = "journal.jsonl", ".metaft.lock"
 
 
@@ -164,25 +170,26 @@ def _begun(space: Mapping[str, Any], config: SearchConfig, origin: str, stack: c
     from metaft.trials.journal import Journal
     from metaft.trials.over import OVER, check_searched, in_full, settings_of
     from metaft.trials.searching import Search, method_of
-    from metaft.trials.space import made
+    from metaft.trials.space import command_of, made
 
-    command = space.get("command", "adapt")
-    values = {name: value for name, value in space.items() if name != "command"}
+    values = dict(space)
+    command = command_of(values, OVER, origin)
     asked = made(command, OVER[command].settings, values, origin=origin)
     check_searched(asked, origin)
     name = f"search-{command}-{config.method}-{config.search_seed}"
     out = fresh_folder(Path("runs") / name) if config.out is None else local(config.out)
     if os.path.exists(out / JOURNAL):
         raise MetaftError(f"out: {out} is a search already; go on with --resume {out}, or choose another --out")
-    check_new(out)
+    if not (config.auto_resume and _is_just_made(out)):
+        check_new(out)
     with stopped_at_once("stopped; nothing was written"):
         asked = in_full(asked)
         measure = OVER[command].measure(asked)
         header = {"method": config.method, "seed": config.search_seed, "trials": config.trials, "measure": measure}
         method = method_of(asked, header)
-        checked = OVER[command].check(settings_of(asked, method.ask(0)), asked)
+        checked = _first_that_goes_together(OVER[command].check, asked, method, settings_of)
     try:
-        out.mkdir(parents=True)
+        out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise MetaftError(f"out: cannot make {out} ({error.strerror})") from None
     out = out.absolute()
@@ -190,6 +197,26 @@ def _begun(space: Mapping[str, Any], config: SearchConfig, origin: str, stack: c
     more = {"notes": list(checked.notes), "chosen": dict(checked.chosen)}
     journal = Journal.begin(out / JOURNAL, {"space": asked.plain(), **header, **more})
     return Search(out, journal, asked)
+
+
+def _is_just_made(out: Path) -> bool:
+    """Whether a search was killed there before it had written anything."""
+    return out.is_dir() and {*os.listdir(out)} <= {LOCK}
+
+
+def _first_that_goes_together(
+    check: Callable[[Any, Space], Checked], space: Space, method: Method, settings_of: Callable[..., Settings]
+) -> Checked:
+    """What is seen of the first trial whose values go together, of the first few: another fails by itself. Raises what
+    is wrong with the very first, where none is."""
+    wrong: MetaftError | None = None
+    for number in range(TRIED if method.size is None else min(TRIED, method.size)):
+        try:
+            return check(settings_of(space, method.ask(number)), space)
+        except MetaftError as error:  # noqa: PERF203
+            wrong = wrong or error
+    assert wrong is not None, "every method has a first trial"
+    raise wrong
 
 
 def _again(
@@ -200,7 +227,7 @@ def _again(
     from metaft.trials.journal import Journal
     from metaft.trials.over import OVER, in_full
     from metaft.trials.searching import Search
-    from metaft.trials.space import made
+    from metaft.trials.space import command_of, made
 
     path = path.absolute()
     if not os.path.exists(path / JOURNAL):
@@ -210,10 +237,11 @@ def _again(
 
     def read(values: Mapping[str, Any], origin: str) -> Any:
         values = dict(values)
-        command = values.pop("command", "adapt")
+        command = command_of(values, OVER, origin)
         return in_full(made(command, OVER[command].settings, values, origin=origin))
 
-    own = read(journal.search["space"], str(path / JOURNAL))
+    with journal.read_whole():
+        own = read(journal.search["space"], str(path / JOURNAL))
     if space is not None and read(space, origin).plain() != own.plain():
         raise MetaftError(f"space: the search in {path} is of another one than {origin}; take another --out")
     for name, mine, theirs in (

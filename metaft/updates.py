@@ -45,7 +45,7 @@ def every(log_every: int, numbers: int, flops: float, passes: float = 0.0) -> in
     more FLOPs. It hangs on no clock, so that a resume measures the same steps.
 
     >>> every(10, numbers=1000, flops=1e9), every(10, numbers=1000, flops=192e3), every(100, numbers=1, flops=1e9)
-    (10, 70, 100)
+    (20, 70, 100)
     """
     cost = (_MEASURING * numbers + passes) / max(_UPDATING * numbers + flops, 1.0)
     return log_every * math.ceil(max(_APART, cost / SHARE) / log_every)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from metaft.cli import KINDS, of_run
+from metaft.config import read_toml
 from metaft.errors import CheckpointError, MetaftError
 from metaft.finetune.scores import mean_t95
 from metaft.metrics import mean_ci95
@@ -109,6 +110,8 @@ def _opened(path: Path, label: str) -> Finished:
     if kind is None:
         raise CheckpointError(f"runs: {run.result} is of no command that leaves runs: {result['command']!r}")
     config = flat(of_run(kind, run.config, "runs"))
+    if run.compress.exists():  # what else it was made by
+        config |= {f"compress {name}": value for name, value in read_toml(run.compress).items()}
     try:
         figures = FIGURES[KINDS[kind]](run, result)
     except (KeyError, TypeError, AttributeError, ValueError) as error:

@@ -77,12 +77,12 @@ class Work(NamedTuple):
 
 
 def tracks_of(work: Work) -> list[Track]:
-    """The run's own classifier, judged by its validation part, or beside it those of folds, where there is none. Raises
-    MetaftError where a class has a single image to train on."""
-    train, val, _ = work.rows
-    if len(val):
-        return [Track(None, train, val)]
-    target = work.target
+    """The run's own classifier, judged by its validation part, or beside it those of folds, where there is none, or no
+    test part either, whose place the folds take then. Raises MetaftError where a class has a single image."""
+    own, val, test = work.rows
+    if len(val) and len(test):
+        return [Track(None, own, val)]
+    target, train = work.target, np.sort(np.concatenate([own, val]))
     labels, groups = target.labels.numpy()[train], target.groups[train]
     folds = min(FOLDS, int(distinct(labels, np.unique(groups, return_inverse=True)[1], len(target.class_names)).min()))
     if folds < 2:
@@ -91,7 +91,7 @@ def tracks_of(work: Work) -> list[Track]:
     places = np.array([first[group] for group in groups.tolist()])
     parts = [grouped_fold(labels, places, folds, number, work.seed) for number in range(folds)]
     folded = [Track(i, train[rest], train[held]) for i, (rest, held) in enumerate(parts, 1)]
-    return [Track(None, train, val), *folded]
+    return [Track(None, own, val[:0]), *folded]
 
 
 def shares_of(work: Work) -> list[float]:

@@ -211,6 +211,9 @@ def notes(setup: Setup, rows: Rows) -> list[str]:
             f"one start is chosen for all {'folds' if setup.folds > 1 else 'draws'}, on images that "
             f"{'each of them' if setup.folds > 1 else 'those after the first'} may test; strategies and rates are not"
         )
+    if setup.range_test and (setup.folds > 1 or ("all" in target.parts and config.draws.seeds > 1)):
+        each = "fold, which the others test" if setup.folds > 1 else "draw, which later ones may test"
+        said.append(f"the rate was found on images that train in the first {each}")
     said += _duplicates(target, rows)
     said += _dropped(setup)
     said += seen_by_teachers(setup)

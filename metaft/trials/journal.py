@@ -11,6 +11,7 @@ values; what it was about lies in the trial's own run folder, which goes on or i
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -56,12 +57,22 @@ class Journal:
         elif row.get("asked") == len(self.asked) and isinstance(row.get("values"), dict):
             self.asked[row["asked"]] = row["values"]
             self.events.append(("asked", row["asked"]))
-        elif row.get("told") in self.asked.keys() - self.told.keys() and "value" in row:
+        elif isinstance(row.get("told"), int) and row["told"] in self.asked.keys() - self.told.keys():
+            if not {"value", "loss", "at"} <= row.keys() or not isinstance(row["value"], (int, float, type(None))):
+                return False
             self.told[row["told"]] = row
             self.events.append(("told", row["told"]))
         else:
             return False
         return True
+
+    @contextlib.contextmanager
+    def read_whole(self) -> Iterator[None]:
+        """Whatever is missing in it, or of another kind, is a CheckpointError."""
+        try:
+            yield
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+            raise CheckpointError(f"{self.path} is damaged: {error!r}") from None
 
     def write(self, row: Mapping[str, Any]) -> None:
         """One row more, which is on the disk when this returns."""

@@ -75,12 +75,14 @@ def _check_adapt(config: AdaptConfig, space: Space) -> Checked:
     for name, wanted in (("method", "finetune"), ("auto", None)):
         if getattr(config, name) != wanted:
             raise MetaftError(f"{name}: its trials would have no validation images (given {getattr(config, name)!r})")
+    if any(value is not None for value in _all("soup", space)):
+        raise MetaftError("soup: what goes into one is chosen on the validation images that would judge it")
     for strategy in _all("strategy", space):
         if strategy == "chosen":
             raise MetaftError("strategy: 'chosen' chooses by itself, on all images that there are to train on")
     for name in ("strategy", "schedule", "optimizer", "extra"):
         for value in _all(name, space):
-            _words(config, name, value)
+            _words(name, value)
     setup = prepared(config, None, "seed")
     if not len(rows_of(setup, 0).val):
         few = "a class has fewer than 10 images to train on, so none are set aside for validation"
@@ -98,12 +100,12 @@ def _check_adapt(config: AdaptConfig, space: Space) -> Checked:
     return Checked(notes, {} if _all("init", space) else {"init": setup.start.name})
 
 
-def _words(config: AdaptConfig, name: str, value: Any) -> None:
-    """Raises MetaftError for a choice that no trial could be run with."""
+def _words(name: str, value: Any) -> None:
+    """Raises MetaftError for a choice that no trial could be run with, whatever its other settings are."""
     from metaft.finetune.recipes import check
     from metaft.settings import Recipe
 
-    check(dataclasses.replace(config.recipe or Recipe(), **{name: value}))
+    check(dataclasses.replace(Recipe(), **{name: value}))
 
 
 def _measure_adapt(space: Space) -> str:
@@ -141,7 +143,8 @@ def _check_meta_train(config: MetaTrainConfig, space: Space) -> Checked:
     for name in ("ways", "shots"):
         if _is_searched(name, space) and f"test_{name}" not in space.fixed:
             raise MetaftError(f"{name}: trials are validated with as many unless test_{name} is given, which is to be")
-    load(config.learner.plugin, config.learner.algorithm)
+    for algorithm in _all("algorithm", space) or (config.learner.algorithm,):
+        load(config.learner.plugin, algorithm)
     checks: dict[str, Callable[[Any], object]] = {
         "algorithm": lambda text: algorithms.read(text),
         "outer_schedule": lambda text: made_for("outer_schedule", text, schedules.of_steps, own="schedule"),

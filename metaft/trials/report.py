@@ -97,8 +97,8 @@ def text(search: Search, result: Mapping[str, Any]) -> str:
     said = [tables.aligned(lines[: SHOWN + 1])]
     said += [f"... and {count - SHOWN} more, see result.json"] if count > SHOWN else []
     loss = best["validation"]["loss"]
-    ties = [n for n, row in search.journal.told.items() if row["value"] == best["validation"][measure]]
-    how = "the lowest loss of those" if len(ties) > 1 and loss is not None else "the first of those"
+    ties = [row["loss"] for row in search.journal.told.values() if row["value"] == best["validation"][measure]]
+    how = "the lowest loss of those" if loss is not None and ties.count(loss) == 1 else "the first of those"
     tied = "" if len(ties) == 1 else f", as {len(ties) - 1} more; it is {how}"
     of = f"the best of {count - failed} on validation, hence partly the luckiest{tied}"
     figure = figure_words(measure, best["validation"][measure])

@@ -27,6 +27,11 @@ class Search:
 
     def __init__(self, path: Path, journal: Journal, space: Space) -> None:
         self.path, self.journal = path, journal
+        with journal.read_whole():
+            self._replay(space)
+
+    def _replay(self, space: Space) -> None:
+        journal = self.journal
         self.space = space = space._replace(fixed={**space.fixed, **journal.search["chosen"]})
         self.over, self.measure = OVER[space.command], journal.search["measure"]
         self.method = method_of(space, journal.search)
@@ -92,7 +97,7 @@ class Search:
 
         values = self.journal.asked[number]
         settings = flat(settings_of(self.space, values))
-        said = {name: settings[name] for name in (*self.space.fixed, *values)}
+        said = {name: settings[name] for name in (*self.space.fixed, *values) if settings[name] is not None}
         return tomli_w.dumps({**said, **{k: v for k, v in self.over.beside.items() if beside and k not in said}})
 
     def _ended(self, number: int, status: int) -> None:

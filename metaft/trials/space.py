@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -119,10 +119,15 @@ def read(path: Path, commands: Mapping[str, type[Settings]]) -> tuple[str, dict[
         values = read_toml(path)
     except MetaftError as error:
         raise MetaftError(f"space: {str(error).removeprefix('config: ')}") from None
+    return command_of(values, commands, str(path)), values
+
+
+def command_of(values: dict[str, Any], commands: Collection[str], origin: str) -> str:
+    """Taken out of the values. Raises MetaftError where there is no such command."""
     command = values.pop("command", "adapt")
-    if command not in commands:
-        raise no_such(f"{path}: command", command, commands)
-    return command, values
+    if command not in [*commands]:
+        raise no_such(f"{origin}: command", str(command), commands)
+    return command
 
 
 def made(command: str, settings: type[Settings], values: Mapping[str, Any], *, origin: str) -> Space:

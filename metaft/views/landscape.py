@@ -196,10 +196,10 @@ def _inner_scene(parts: Parts, best: Snapshot) -> Scene | str:
 
 
 def _no_path(snapshots: int, command: str) -> str:
-    said = "no snapshots of its training" if snapshots == 0 else f"{snapshots} snapshots, of no two directions"
+    said = "no snapshots of its training" if snapshots == 0 else f"{snapshots} snapshots, too few for two directions"
     return (
-        f"There is no path: the run has {said}; python -m metaft.{command} --config RUN/config.toml --snapshots 25 "
-        "--out NEW trains it again with some."
+        f"There is no path: the run has {said}; python -m metaft.{command} --snapshots 25 --out NEW, with --config and "
+        "the config.toml of its folder, trains it again with some, where three of them take 200 MB or less."
     )
 
 
@@ -210,6 +210,8 @@ def _of_fine_tuning(subject: Subject) -> tuple[list[Scene], list[str]]:
     assert subject.folder is not None and isinstance(subject.config, AdaptConfig)
     if subject.result["method"] == "inner":
         return [], ["the run's own inner loop is in the page of that run"]
+    if subject.folder.compress.exists():
+        return [], ["a classifier that was made smaller leaves no snapshots on its way"]
     position, header = read(subject.folder)
     values = "keep" if header["init"] == OWN else "seed"
     setup = prepared(subject.config, subject.module, values, header)

@@ -185,10 +185,10 @@ def of_folder(folder: RunFolder, *, module: nn.Module | None = None) -> Subject:
         kind = next((kind for kind, cls in COMMANDS.items() if values and values.keys() <= options(cls).keys()), None)
         if kind is None:
             raise CheckpointError(f"{path} is no run of meta_train or adapt")
-        raise CheckpointError(
-            f"{path} is not finished, it has no result.json; go on with: python -m metaft.{kind} --resume "
-            f"{shlex.quote(str(path))}"
-        )
+        on = f"{kind} --resume {shlex.quote(str(path))}"
+        if folder.compress.exists():
+            on = f"compress RUN --out {shlex.quote(str(path))} --resume"
+        raise CheckpointError(f"{path} is not finished, it has no result.json; go on with: python -m metaft.{on}")
     try:
         result = json.loads(folder.result.read_text(encoding="utf-8"))
     except OSError as error:

@@ -36,19 +36,28 @@ def updates_of_training(subject: Subject) -> View | Missing:
     names, figures = by_layer(rows)
     steps = [row["step"] for row in rows]
     of = Of(f"{len(steps)} of its steps, each measured by itself", "as training computes", _span(steps))
+    seen, mode = "one task's support images, before any inner step", "transductive"
+    if subject.command == "adapt":
+        seen, mode = "the last images that went through at once", "as evaluation computes"
+    of_dead = Of(f"{len(steps)} of its steps, each of {seen}", mode, _span(steps))
     parts: list[Part] = []
     for key, title, log, share in _PICTURES:
         values = figures[key]
         if not np.isfinite(values).any():
             continue
+        dead = key == "dead"
         shown = [i for i in range(len(names)) if np.isfinite(values[i]).any()]
         drawn = values[shown]
         figure = layers_figure(
             [names[i] for i in shown], steps, drawn, title, x_label=_step(subject), log=log, share=share,
-            limits=(0.0, 1.0) if key == "dead" else None,
+            limits=(0.0, 1.0) if dead else None,
         )  # fmt: skip
         ends = f"{_said(np.nanmin(drawn), share)} to {_said(np.nanmax(drawn), share)}"
-        parts.append(chart(title, figure, f"{title} of {len(shown)} layers in {len(steps)} steps: {ends}", of))
+        parts.append(
+            chart(
+                title, figure, f"{title} of {len(shown)} layers in {len(steps)} steps: {ends}", of_dead if dead else of
+            )
+        )
     parts.append(_table(rows))
     return View(meaning(rows), parts)
 
@@ -57,7 +66,7 @@ _PICTURES = (
     ("update", "Update over weights", True, True),
     ("gradient", "Norm of the gradient", True, False),
     ("moved", "Distance from the start over weights", False, True),
-    ("dead", "Units that are 0 in the whole batch", False, True),
+    ("dead", "Units that are 0 for all images looked at", False, True),
 )
 """(key, title, whether colours are of its logarithm, whether it is a share)."""
 
@@ -102,15 +111,18 @@ def by_layer(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], dict[str, np
     group = updates.grouped(order, MOST)
     names = list(dict.fromkeys(group[name] for name in order))
     values = {key: np.full((len(names), len(rows)), math.nan) for key in (*updates.FIGURES, "moved")}
-    begun: dict[str, float] = {}
+    begun: dict[str, float] = {}  # of each layer: those of a group may begin to move one after the other
     for k, row in enumerate(rows):
         for i, name in enumerate(names):
             parts = [own for layer, own in row["layers"].items() if group[layer] == name]
             if not parts:
                 continue
             found = updates.joined(parts)
-            begun.setdefault(name, found["weights"] or 0.0)
-            found["moved"] = (found["distance"] or 0.0) / begun[name] if begun[name] > 0 else None
+            layers = [layer for layer in row["layers"] if group[layer] == name]
+            for layer in layers:
+                begun.setdefault(layer, row["layers"][layer]["weights"])
+            weighed = math.hypot(*(begun[layer] for layer in layers))
+            found["moved"] = (found["distance"] or 0.0) / weighed if weighed > 0 else None
             for key in values:
                 values[key][i, k] = math.nan if (value := found[key]) is None else value
     return names, values
@@ -149,7 +161,7 @@ def _of_dead(names: Sequence[str], dead: np.ndarray) -> str:
     listed = ", ".join(f"{percent(last[i])} behind {names[i]}" for i in some[:_FEW])
     more = f" and less in {len(some) - _FEW} more" if len(some) > _FEW else ""
     return (
-        f"Units that are 0 for a whole batch get no gradient from it: in the last one that was measured {listed}{more}."
+        f"Units that are 0 for all images get no gradient from them: in the last step that was measured {listed}{more}."
     )
 
 

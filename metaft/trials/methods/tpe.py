@@ -63,9 +63,10 @@ def _distribution(optuna: Any, dimension: Dimension) -> Any:
     if isinstance(dimension, Choices):
         return optuna.distributions.CategoricalDistribution(range(len(dimension.values)))
     d = dimension
+    high = d.high if d.values is None or d.log else d.values[-1]  # the last step that there is: Optuna would warn
     if d.whole:
-        return optuna.distributions.IntDistribution(int(d.low), int(d.high), log=d.log, step=int(d.step or 1))
-    return optuna.distributions.FloatDistribution(d.low, d.high, log=d.log, step=d.step)
+        return optuna.distributions.IntDistribution(int(d.low), int(high), log=d.log, step=int(d.step or 1))
+    return optuna.distributions.FloatDistribution(d.low, high, log=d.log, step=d.step)
 
 
 def _value(dimension: Dimension, proposed: Any) -> Any:
