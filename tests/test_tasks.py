@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import itertools
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import adapted, write_target
 from test_finetune import CLASSES, INPUTS, bits, body, same, toy
 from torch import Tensor
 
+from metaft import adapt, load
+from metaft.config import AdaptConfig
 from metaft.errors import MetaftError
 from metaft.finetune import strategies
 from metaft.finetune.fit import Fitted, fit
+from metaft.finetune.journal import Journal
 from metaft.finetune.lessons import Labelled, Turn, turns
 from metaft.finetune.states import flatten, unflatten
 from metaft.finetune.tasks import TASKS, Given, named, orders_of
@@ -232,3 +238,125 @@ def test_a_head_alone_is_what_it_is_without_others() -> None:
     [(theirs, head)] = made.further
     torch.testing.assert_close(head.state_dict(), alone.head.state_dict())
     assert same(dict(theirs.state_dict()), dict(alone.body.state_dict()))
+
+
+# Runs
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Two targets, of three classes and of two, and one without a test part."""
+    folder = tmp_path_factory.mktemp("data")
+    return {
+        "first": write_target(folder / "first", {"train": 4, "test": 3}),
+        "second": write_target(folder / "second", {"train": 3, "test": 3}, classes=("x", "y")),
+        "whole": write_target(folder / "whole", {".": 4}, classes=("x", "y")),
+        "many": write_target(folder / "many", {"train": 10, "test": 1}, classes=("x", "y")),
+    }
+
+
+def run(data: dict[str, Path], out: Path, **changes: Any) -> dict[str, Any]:
+    settings: dict[str, Any] = {
+        "data": f"folder:{data['first']}", "also": (f"folder:{data['second']}",), "init": "none", "image_size": 8,
+        "epochs": 2, "lr": 0.05, "batch_size": 8, "seeds": 2, "device": "cpu", "report": False, "tasks": "uncertainty",
+        "out": str(out),
+    }  # fmt: skip
+    return adapt.run(AdaptConfig(**{k: v for k, v in {**settings, **changes}.items() if v is not None}))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_pictures() -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("metaft.finetune.report.draw_pictures", lambda *_: [])
+        yield
+
+
+@pytest.fixture(scope="module")
+def done(data: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "done"
+    run(data, out)
+    return out
+
+
+def test_a_run_has_a_classifier_and_a_paired_gain_for_each_target(done: Path, data: dict[str, Path]) -> None:
+    result = json.loads((done / "result.json").read_text())
+    assert [start["name"] for start in result["starts"]] == ["random", "alone"]
+    [second] = result["also"]
+    assert (second["classes"], second["train_images"], second["test_images"]) == (["x", "y"], 6, 6)
+    assert second["gain"]["draws"] == 2
+    difference = second["together"]["mean"]["accuracy"] - second["alone"]["mean"]["accuracy"]
+    assert second["gain"]["mean"] == pytest.approx(difference)
+    assert len(result["starts"][0]["trained"]["log_variances"]) == 2
+    for file, name, accuracy in (
+        ("classifier.safetensors", "first", result["starts"][0]["accuracy"]),
+        (second["file"], "second", second["together"]["accuracy"]),
+    ):
+        pictures = sorted((data[name] / "test").rglob("*.png"))
+        labels = load(done / file).label(pictures)
+        right = [label == picture.parent.name for label, picture in zip(labels, pictures, strict=True)]
+        assert sum(right) / len(right) == pytest.approx(accuracy), file
+    said = (done / "report.txt").read_text()
+    assert "2 targets on one backbone (uncertainty, losses weighted at the end by" in said
+    assert "classifier-2.safetensors" in said
+
+
+def test_alone_is_a_run_of_that_target(done: Path, data: dict[str, Path], tmp_path: Path) -> None:
+    result = json.loads((done / "result.json").read_text())
+    alone = run({**data, "first": data["second"]}, tmp_path / "r", also=(), tasks=None)
+    assert alone["starts"][0]["mean"] == result["also"][0]["alone"]["mean"]
+    assert "also" not in alone
+
+
+def test_a_run_goes_on_from_anywhere(done: Path, data: dict[str, Path], tmp_path: Path) -> None:
+    for epoch in (1, 3):
+        out = tmp_path / str(epoch)
+        seen = iter(range(epoch))
+        with pytest.MonkeyPatch.context() as patch:
+            wrapped = Journal.epoch
+
+            def stop(self: Journal, *given: Any, wrapped: Any = wrapped, seen: Any = seen) -> None:
+                wrapped(self, *given)
+                if next(seen, None) is None:
+                    raise RuntimeError("stopped")
+
+            patch.setattr(Journal, "epoch", stop)
+            with pytest.raises(RuntimeError, match="stopped"):
+                run(data, out)
+        adapt.resume_run(out)
+        assert adapted(out) == adapted(done)
+        assert (out / "classifier-2.safetensors").read_bytes() == (done / "classifier-2.safetensors").read_bytes()
+
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"method": "inner", **dict.fromkeys(("epochs", "lr", "batch_size"), None)}, "method"),
+    ({"auto": 1.0, "lr": None}, "auto"),
+    ({"strategy": "chosen", "lr": None}, "strategy"),
+    ({"lr": "auto"}, "lr"),
+    ({"soup": 2}, "soup"),
+    ({"snapshots": 5}, "snapshots"),
+    ({"robust": ("2/255",)}, "robust"),
+    ({"compare": ("none",)}, "compare"),
+    ({"extra": ("mixup",)}, "extra"),
+    ({"loss": "mse"}, "loss"),
+]
+
+
+@pytest.mark.parametrize(("changes", "option"), REFUSED, ids=[row[1] for row in REFUSED])
+def test_what_several_targets_do_not_go_with_is_said(changes: dict[str, Any], option: str, tmp_path: Path) -> None:
+    none = {"first": tmp_path / "a", "second": tmp_path / "b"}
+    with pytest.raises(MetaftError, match=rf"^also: several targets do not go with --{option} yet \(given .+\)$"):
+        run(none, tmp_path / "r", **changes)
+    assert not (tmp_path / "r").exists()
+
+
+def test_targets_that_do_not_fit_together_are_refused(data: dict[str, Path], tmp_path: Path) -> None:
+    for changes, said in (
+        ({"also": ()}, r"^tasks: it is for several targets.*\(given uncertainty\)$"),
+        ({"also": (f"folder:{data['first']}",)}, r"^also: 'folder:.*first' is given twice"),
+        ({"also": (f"folder:{data['whole']}",)}, r"^also: without a test part there are folds.*whole"),
+        ({"also": (f"folder:{data['many']}",)}, r"^also: .*first has no images to validate with"),
+        ({"also": ("folder:gone",)}, r"^also: .*gone"),
+    ):
+        with pytest.raises(MetaftError, match=said):
+            run(data, tmp_path / "r", **changes)
+    assert not (tmp_path / "r").exists()
