@@ -211,8 +211,8 @@ def test_a_fit_goes_on_to_the_same_bytes(way: str) -> None:
         assert resumed.curve == whole.curve
     assert ("log_variances" in whole.trained) == TASKS[way].weighs
     last = whole.curve[-1]
-    assert last["loss"] == last["loss_1"] + last["loss_2"]
-    assert last["val_loss"] == last["val_loss_1"] + last["val_loss_2"]
+    assert last["loss_sum"] == last["loss"] + last["loss_2"]
+    assert whole.kept == min(whole.curve, key=lambda row: row["val_loss"] + row["val_loss_2"])["epoch"]
 
 
 @pytest.mark.parametrize("strategy", ["head", "full", "lora:rank=2", "lp-ft:share=0.5"])
@@ -298,6 +298,7 @@ def test_a_run_has_a_classifier_and_a_paired_gain_for_each_target(done: Path, da
     said = (done / "report.txt").read_text()
     assert "2 targets on one backbone (uncertainty, losses weighted at the end by" in said
     assert "classifier-2.safetensors" in said
+    assert "A model of this target alone gets" in said
 
 
 def test_alone_is_a_run_of_that_target(done: Path, data: dict[str, Path], tmp_path: Path) -> None:

@@ -175,7 +175,7 @@ def contenders_of(
     model of each alone."""
     yield Contender(start.label, start, images.of(start), config.recipe, others=further)
     for which, target in enumerate((images.of(start), *further) if further else ()):
-        label = f"{ALONE} on {which + 1}" if which else ALONE
+        label = _another(f"{ALONE} on {which + 1}" if which else ALONE, {start.label})
         yield Contender(label, start, target, config.recipe, which=which)
     if start.meta is not None and config.start.probe is not False:
         yield Contender(PROBE, start, images.of(start), None, probe=True)

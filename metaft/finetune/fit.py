@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -52,7 +53,7 @@ class Fitted:
     def kept(self) -> int:
         """The epoch whose parameters these are: that of the lowest validation loss, or the last."""
         validated = [row for row in self.curve if "val_loss" in row]
-        return int(min(validated, key=lambda row: row["val_loss"])["epoch"] if validated else self.curve[-1]["epoch"])
+        return int(min(validated, key=partial(of_all, "val_loss"))["epoch"] if validated else self.curve[-1]["epoch"])
 
 
 # Above 60 lines: the one loop, to be seen whole.
@@ -89,8 +90,9 @@ def fit(
 
     With further targets (`also`) there is one backbone, and a head for each, drawn as it is alone. A step is on a batch
     of each, as `together` says, a name in `metaft.finetune.tasks`; an epoch is one of the target that has the
-    most steps, and the others are gone through again. Losses of the curve are sums over the targets, each one's under
-    "loss_1", "loss_2", ... and "val_loss_1", ...; validation is where all have examples for it, and by the sum.
+    most steps, and the others are gone through again. The curve has the losses of the first target under their usual
+    names, those of further ones under "loss_2", ..., "val_loss_2", ..., and "loss_sum" and "val_loss_sum", by which the
+    epoch is judged. Validation is where all have examples for it.
 
     The head is drawn by `seed`; the order of the examples, and what becomes of them, by `order` (None: by `seed` too).
 
@@ -144,7 +146,7 @@ def fit(
             break
         totals, seen = np.zeros(len(lessons)), np.zeros(len(lessons), np.int64)
         stayed = stayed and (bool(still) or phases.stays(*when, [epoch]))
-        lowered = schedules.lowered(schedule, [row[judge] for row in curve[settled:]])
+        lowered = schedules.lowered(schedule, [of_all(judge, row) for row in curve[settled:]])
         by_lesson = [turns(len(lesson.train), recipe, drawn, epoch, training.per_epoch) for lesson in lessons]
         for number, now in enumerate(zip(*by_lesson, strict=True)):
             step = epoch * training.per_epoch + number
@@ -164,10 +166,11 @@ def fit(
         if validates and (each_epoch or epoch + 1 == recipe.passes):
             judged.load_state_dict(average or model.state_dict())
             row |= _validated(judged, lessons, still, stayed)
-            if not math.isfinite(row["val_loss"]):
-                raise NonFiniteError(f"epoch {epoch + 1}: the validation loss is {row['val_loss']}; {SMALLER}")
-            if row["val_loss"] < best[0]:
-                best = (row["val_loss"], values_of(judged, still))
+            val_loss = of_all("val_loss", row)
+            if not math.isfinite(val_loss):
+                raise NonFiniteError(f"epoch {epoch + 1}: the validation loss is {val_loss}; {SMALLER}")
+            if val_loss < best[0]:
+                best = (val_loss, values_of(judged, still))
         curve.append(row)
         if trail is not None:
             trail.visit(len(curve), watched)
@@ -195,9 +198,15 @@ def _finished(model: nn.Module, lesson: Lesson) -> tuple[nn.Module, nn.Module]:
 
 
 def _summed(name: str, losses: Sequence[float]) -> dict[str, float]:
-    """One target's, or the sum of several and each by itself."""
-    each = {f"{name}_{number}": loss for number, loss in enumerate(losses, 1)}
-    return {name: sum(losses[1:], losses[0]), **(each if len(losses) > 1 else {})}
+    """One target's, and of several each by itself and their sum."""
+    first, *others = losses
+    row = {name: first, **{f"{name}_{number}": loss for number, loss in enumerate(others, 2)}}
+    return {**row, f"{name}_sum": sum(losses)} if others else row
+
+
+def of_all(name: str, row: Mapping[str, float]) -> float:
+    """A loss of a curve's row: of several targets their sum."""
+    return row.get(f"{name}_sum", row[name])
 
 
 def _validated(judged: nn.Module, lessons: Sequence[Lesson], still: Collection[str], stayed: bool) -> dict[str, float]:
@@ -215,7 +224,7 @@ def _validated(judged: nn.Module, lessons: Sequence[Lesson], still: Collection[s
 
 def _stale(curve: list[dict[str, float]], patience: int) -> bool:
     """Whether the lowest validation loss is `patience` epochs old."""
-    losses = [row["val_loss"] for row in curve if "val_loss" in row]
+    losses = [of_all("val_loss", row) for row in curve if "val_loss" in row]
     return bool(losses) and len(losses) - 1 - int(np.argmin(losses)) >= patience
 
 

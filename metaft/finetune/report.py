@@ -58,8 +58,7 @@ def _further(r: Mapping[str, Any]) -> list[str]:
     """What came out for each target of several; the first one's figures are those of the whole report."""
     if not r.get("also"):
         return []
-    first, own = r["starts"][0], next(gain for gain in r["gains"] if gain["over"] == ALONE)
-    alone = next(start for start in r["starts"] if start["name"] == ALONE)
+    (first, alone, *_), (own, *_) = r["starts"], r["gains"]
     rows = [(r["data"], r["classes"], first, alone, own, "classifier.safetensors")]
     rows += [(a["data"], a["classes"], a["together"], a["alone"], a["gain"], a["file"]) for a in r["also"]]
     weights = first.get("trained", {}).get("log_variances")
@@ -201,7 +200,7 @@ def _number_figures(r: Mapping[str, Any]) -> list[str]:
 
 def _row(start: Mapping[str, Any]) -> str:
     """What a start's row of figures is called."""
-    return start["name"] if start["name"] == "probe" else f"{called(start)} start"
+    return start["name"] if start["name"] in ("probe", ALONE) else f"{called(start)} start"
 
 
 def _init(r: Mapping[str, Any]) -> str:

@@ -246,6 +246,11 @@ def notes(setup: Setup, rows: Rows) -> list[str]:
     said += _duplicates(target, rows)
     said += _dropped(setup)
     said += seen_by_teachers(setup)
+    if setup.further and config.recipe is not None and config.recipe.trains == "head":
+        said.append(
+            "the head alone trains, so that targets share nothing that learns; --strategy full or lp-ft moves the "
+            "backbone"
+        )
     recipe = config.recipe
     if recipe is not None and recipe.accumulate > 1 and start.norm == "adapt" and recipe.trains != "head":
         said.append(

@@ -109,8 +109,8 @@ def prepared(
     together.
     """
     device_of(config.compute.device)
-    _check_method(config)
     check_also(config)
+    _check_method(config)
     if bounds_of(config.robust) and config.recipe is not None and config.recipe.loss == "mse":
         raise MetaftError(f"robust: accuracy is of classes, and --loss mse for numbers (given {config.robust[0]!r})")
     _check_values(config, module, values)
