@@ -157,6 +157,10 @@ def test_a_step_is_on_the_gradients_of_each_target(way: str, accumulate: int) ->
     targets = labelled(16), labelled(16, 1, OTHER)
     changes = {"batch_size": 8, "accumulate": accumulate}
     together = begun(way, *targets, **changes)
+    s = torch.tensor([0.5, -0.3], dtype=torch.float64) * TASKS[way].weighs
+    if TASKS[way].weighs:
+        for values in (together.model.get_parameter("tasks.s").data, together.start["tasks.s"]):
+            values.copy_(s)
     joint = stepped(together, first_turn(together), first_turn(together, 1))
     moved, losses = [], []
     for which, target in enumerate(targets):
@@ -168,7 +172,7 @@ def test_a_step_is_on_the_gradients_of_each_target(way: str, accumulate: int) ->
         losses.append(total / len(turn.batch))
     shared = [name for name in moved[0] if name.startswith("body.")]
     gradients = torch.stack([-torch.cat([each[name].flatten() for name in shared]) / 0.1 for each in moved])
-    combined = TASKS[way].combine(given(gradients, gradients.new_tensor(losses))._replace(orders=orders_of(2, 3, 0)))
+    combined = TASKS[way].combine(given(gradients, gradients.new_tensor(losses), s)._replace(orders=orders_of(2, 3, 0)))
     torch.testing.assert_close(torch.cat([joint[name].flatten() for name in shared]), -0.1 * combined.shared)
     torch.testing.assert_close(joint["head.weight"], combined.factors[0] * moved[0]["head.weight"])
     torch.testing.assert_close(joint["also.0.weight"], combined.factors[1] * moved[1]["head.weight"])
