@@ -142,6 +142,8 @@ def _resume(folder: RunFolder, config: AdaptConfig | None, module: nn.Module | N
             raise MetaftError(f"compare: a start that {path} compares changed since it began")
         if before.get("teachers_sha256") != now.get("teachers_sha256"):
             raise MetaftError(f"extra: the teacher of {path} changed since it began")
+        if before.get("also_sha256") != now.get("also_sha256"):
+            raise MetaftError(f"also: images of {path} changed since it began")
         say_what_changed(before["environment"], now["environment"])
         begun = len(position.fits) + (position.current is not None)
         folds = before.get("folds", 1)

@@ -148,6 +148,8 @@ def _opened(source: Path, config: CompressConfig, module: nn.Module | None, init
         raise MetaftError(f"run: {source} is compressed already; name the run that it came from")
     position, before = read(run)
     settings = in_full(of_run(AdaptConfig, run.config, "run"))
+    if settings.also:
+        raise MetaftError(f"run: {source} is of several targets, and compress is for one yet")
     root = settings.target.data_root if config.data_root is None else config.data_root
     settings = dataclasses.replace(settings, compare=(), probe=None, data_root=root, device="cpu")
     setup = prepared(settings, module, init, before)

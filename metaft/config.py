@@ -131,6 +131,21 @@ class AdaptConfig(Settings):
             metavar="EPS",
         ),
     ] = ()
+    also: Annotated[
+        tuple[str, ...],
+        Option(
+            "Further targets, as --data names them: one backbone for all, a head and a classifier for each, beside a "
+            "model of each alone.",
+            metavar="DATA",
+        ),
+    ] = ()
+    tasks: Annotated[
+        Literal["sum", "uncertainty", "pcgrad"] | None,
+        Option(
+            "With --also, the loss of a step: the sum of the targets' losses, weighted by learned uncertainties, or "
+            "with gradients that conflict projected (auto: sum)."
+        ),
+    ] = None
     recipe: Recipe | None = None
     """None where nothing of it is given, and for the inner loop."""
     inner: InnerMethod

@@ -30,6 +30,7 @@ class Stream(enum.IntEnum):
     EXTRAS = 9
     SEARCH = 10
     SOUPS = 11
+    TASKS = 12
 
 
 def raw_words(

@@ -145,6 +145,7 @@ WORDS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("", "''"),
     ],
     ("adapt", "robust"): [("2/x", "such as 2/255"), ("0", "above 0"), ("2", "at most 1"), ("", "''")],
+    ("adapt", "also"): [("glyph:x", "did you mean 'glyphs'"), ("", "''")],
     ("adapt", "extra"): [("mixap", "did you mean 'mixup'"), ("l2-sp:alpha=-1", "at least 0, got -1.0"), ("", "''")],
     ("adapt", "optimizer"): [("adm", "did you mean 'adam'"), ("sgd:momentum=2", "below 1, got 2.0"), ("", "''")],
     ("meta_train", "outer_schedule"): [
@@ -350,6 +351,8 @@ TOGETHER = [
     ("adapt", "--method inner --init none", ["method", "none"]),
     ("adapt", "--shots-per-class 9", ["shots_per_class = 9", "3 images"]),
     ("adapt", "--data glyphs:Hebrwe --init none", ["data", "'Hebrwe'", "did you mean 'Hebrew'"]),
+    ("adapt", "--tasks pcgrad", ["tasks", "--also", "pcgrad"]),
+    ("adapt", "--also glyphs:Hebrew --auto 1", ["also", "--auto", "1"]),
     ("adapt", "--data glyphs:Hebrew", ["data", "[1, 28, 28]", "[1, 8, 8]"]),
     ("export", "--int8", ["int8", "torch-export"]),
     ("predict", "--top 4", ["top must be at most the 3 classes", "4"]),
@@ -382,6 +385,7 @@ OTHER |= {
     "compare": "none",
     "extra": "mixup",
     "robust": "2/255",
+    "also": "glyphs:Greek",
     "label_smoothing": 0.5,
     "ema": 0.5,
 }

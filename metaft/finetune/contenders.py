@@ -25,6 +25,9 @@ from metaft.starts.run import newest_run
 from metaft.targets import Target
 from metaft.tasks.folder import inputs_of
 
+ALONE = "alone"
+"""The label of a model of the first target alone, where there are several."""
+
 PROBE = "probe"
 """The label of logistic regression on the start's features."""
 
@@ -47,6 +50,10 @@ class Contender(NamedTuple):
     """None: the run's own inner loop, or the probe."""
     probe: bool = False
     """Whether it is logistic regression on the start's features."""
+    which: int = 0
+    """The number of its target among those of the run, of which the first is 0."""
+    others: tuple[Target, ...] = ()
+    """Further targets that it is trained on too."""
 
 
 class Images:
@@ -153,12 +160,23 @@ def newest(images: Images) -> str:
 
 
 def contenders_of(
-    config: AdaptConfig, start: Start, others: Sequence[Start], images: Images, *, trained: int, whole: bool
+    config: AdaptConfig,
+    start: Start,
+    others: Sequence[Start],
+    images: Images,
+    *,
+    trained: int,
+    whole: bool,
+    further: tuple[Target, ...] = (),
 ) -> Iterator[Contender]:
     """The start, those that it is to be compared with, and chance, which has the whole of an architecture train
     whatever else does: frozen random features are nothing to be better than. Older runs did not (`whole` False).
-    `trained` is on how many images."""
-    yield Contender(start.label, start, images.of(start), config.recipe)
+    `trained` is on how many images. With `further` targets the start is trained on all of them, and beside it stands a
+    model of each alone."""
+    yield Contender(start.label, start, images.of(start), config.recipe, others=further)
+    for which, target in enumerate((images.of(start), *further) if further else ()):
+        label = _another(f"{ALONE} on {which + 1}" if which else ALONE, {start.label})
+        yield Contender(label, start, target, config.recipe, which=which)
     if start.meta is not None and config.start.probe is not False:
         yield Contender(PROBE, start, images.of(start), None, probe=True)
     if config.recipe is not None:  # others are single fits

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,12 +14,12 @@ from torch import Tensor, nn
 
 from metaft import schedules
 from metaft.errors import NonFiniteError
-from metaft.finetune import optim, phases, strategies
+from metaft.finetune import optim, phases, strategies, tasks
 from metaft.finetune.averaged import follow
 from metaft.finetune.examples import Prepared
 from metaft.finetune.extras import Extra, all_named
 from metaft.finetune.features import evaluating, in_parts, takes_alone
-from metaft.finetune.lessons import Labelled, turns
+from metaft.finetune.lessons import Labelled, Lesson, turns
 from metaft.finetune.measuring import Measuring
 from metaft.finetune.states import cloned, values_of, whole
 from metaft.finetune.strategies import Strategy
@@ -43,13 +44,16 @@ class Fitted:
     "val_rmse"."""
     trained: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """Of the backbone, where gradients trained it: "numbers" that moved in some step, "of" how many it has, and the
-    names of weights that the strategy had to leave ("stays")."""
+    names of weights that the strategy had to leave ("stays"); of several targets with learned weights the
+    "log_variances" of their losses."""
+    further: tuple[tuple[nn.Module, nn.Module], ...] = ()
+    """Backbone and head of each further target; backbones differ in moments of the examples alone."""
 
     @property
     def kept(self) -> int:
         """The epoch whose parameters these are: that of the lowest validation loss, or the last."""
         validated = [row for row in self.curve if "val_loss" in row]
-        return int(min(validated, key=lambda row: row["val_loss"])["epoch"] if validated else self.curve[-1]["epoch"])
+        return int(min(validated, key=partial(of_all, "val_loss"))["epoch"] if validated else self.curve[-1]["epoch"])
 
 
 # Above 60 lines: the one loop, to be seen whole.
@@ -69,6 +73,8 @@ def fit(
     extras: Sequence[Extra] | None = None,
     known: tuple[Tensor, Tensor] | None = None,
     head: nn.Module | None = None,
+    also: Sequence[Labelled] = (),
+    together: str = "sum",
     each_epoch: bool = True,
     should_stop: Callable[[], None] = lambda: None,
     resume: Mapping[str, Any] | None = None,
@@ -81,6 +87,12 @@ def fit(
     a classifier, on raw examples [n, ...], which go to the body's device batch by batch. `labels` [n] are int64 of so
     many `classes`, or numbers where that is 0: the head then has one output, and the loss is the squared error. `known`
     are the features of training and validation examples, where the caller has them.
+
+    With further targets (`also`) there is one backbone, and a head for each, drawn as it is alone. A step is on a batch
+    of each, as `together` says, a name in `metaft.finetune.tasks`; an epoch is one of the target that has the
+    most steps, and the others are gone through again. The curve has the losses of the first target under their usual
+    names, those of further ones under "loss_2", ..., "val_loss_2", ..., and "loss_sum" and "val_loss_sum", by which the
+    epoch is judged. Validation is where all have examples for it.
 
     The head is drawn by `seed`; the order of the examples, and what becomes of them, by `order` (None: by `seed` too).
 
@@ -100,10 +112,12 @@ def fit(
     extras = all_named(recipe.extra) if extras is None else extras
     schedule = schedules.make(recipe.anneals)
     given = Labelled(inputs, examples, labels, classes, val_examples, val_labels, known)
-    training = begin(body, given, recipe, strategy, extras, seed, order, own=head)
-    model, optimizer, lesson, still = training.model, training.optimizer, training.lesson, training.still
+    way = tasks.named(together) if also else None
+    training = begin(body, given, recipe, strategy, extras, seed, order, own=head, also=also, tasks=way)
+    model, optimizer, lessons, still = training.model, training.optimizer, training.lessons, training.still
     drawn = seed if order is None else order
-    val, steps, when = lesson.val, training.steps, (strategy, training.groups, recipe.passes, training.per_epoch)
+    steps, when = training.steps, (strategy, training.groups, recipe.passes, training.per_epoch)
+    validates = all(lesson.val is not None and lesson.val_labels is not None for lesson in lessons)
     measuring = None if on_update is None else Measuring(training, log_every, on_update)
     curve: list[dict[str, float]] = []
     best = (math.inf, {})
@@ -122,7 +136,7 @@ def fit(
     watched = {name: p for name, p in model.named_parameters() if name in moving}
     if trail is not None:
         trail.visit(len(curve), watched)
-    judge = "val_loss" if val is not None and each_epoch else "loss"  # of what a schedule may follow
+    judge = "val_loss" if validates and each_epoch else "loss"  # of what a schedule may follow
     settled = phases.settled(*when)
     stayed = recipe.augment == "none" and not any(extra.of_inputs for extra in extras)
     # Features are those of the start, as long as this is true.
@@ -130,30 +144,33 @@ def fit(
     for epoch in range(len(curve), recipe.passes):
         if recipe.patience is not None and _stale(curve[settled:], recipe.patience):
             break
-        total = 0.0
+        totals, seen = np.zeros(len(lessons)), np.zeros(len(lessons), np.int64)
         stayed = stayed and (bool(still) or phases.stays(*when, [epoch]))
-        lowered = schedules.lowered(schedule, [row[judge] for row in curve[settled:]])
-        for number, turn in enumerate(turns(len(lesson.train), recipe, drawn, epoch, training.per_epoch)):
+        lowered = schedules.lowered(schedule, [of_all(judge, row) for row in curve[settled:]])
+        by_lesson = [turns(len(lesson.train), recipe, drawn, epoch, training.per_epoch) for lesson in lessons]
+        for number, now in enumerate(zip(*by_lesson, strict=True)):
             step = epoch * training.per_epoch + number
             rates, lr = training.rates(step), recipe.rate * lowered * schedule(step, steps)
-            before = {} if measuring is None else measuring.before(step, turn, rates, on_features=stayed)
-            total += training.step(turn, rates, lr, on_features=stayed)
+            before = {} if measuring is None else measuring.before(step, now[0], rates, on_features=stayed)
+            orders = () if way is None else tasks.orders_of(len(lessons), drawn, step)
+            totals += training.step(now, rates, lr, on_features=stayed, orders=orders)
+            seen += [len(turn.batch) for turn in now]
             if measuring is not None:
-                measuring.after(step, epoch, turn, before, on_features=stayed)
+                measuring.after(step, epoch, now[0], before, on_features=stayed)
             if recipe.ema is not None:
                 follow(average, model.state_dict(), recipe.ema, step, still)
             should_stop()
-        if not math.isfinite(total):
-            raise NonFiniteError(f"epoch {epoch + 1}: the training loss is {total}; {SMALLER}")
-        row = {"epoch": float(epoch + 1), "loss": total / len(lesson.train)}
-        if val is not None and lesson.val_labels is not None and (each_epoch or epoch + 1 == recipe.passes):
+        if not math.isfinite(totals.sum()):
+            raise NonFiniteError(f"epoch {epoch + 1}: the training loss is {totals.sum()}; {SMALLER}")
+        row = {"epoch": float(epoch + 1), **_summed("loss", (totals / seen).tolist())}
+        if validates and (each_epoch or epoch + 1 == recipe.passes):
             judged.load_state_dict(average or model.state_dict())
-            outputs = _outputs(judged, lesson.train, val, lesson.features.val if stayed else None)
-            row |= lesson.outcome.validated(outputs, lesson.outcome.prepared(lesson.val_labels))
-            if not math.isfinite(row["val_loss"]):
-                raise NonFiniteError(f"epoch {epoch + 1}: the validation loss is {row['val_loss']}; {SMALLER}")
-            if row["val_loss"] < best[0]:
-                best = (row["val_loss"], values_of(judged, still))
+            row |= _validated(judged, lessons, still, stayed)
+            val_loss = of_all("val_loss", row)
+            if not math.isfinite(val_loss):
+                raise NonFiniteError(f"epoch {epoch + 1}: the validation loss is {val_loss}; {SMALLER}")
+            if val_loss < best[0]:
+                best = (val_loss, values_of(judged, still))
         curve.append(row)
         if trail is not None:
             trail.visit(len(curve), watched)
@@ -168,23 +185,52 @@ def fit(
     moved = phases.moved(*when, range(len(curve)))
     trained: dict[str, Any] = {"numbers": sum(model.get_parameter(name).numel() for name in moved)}
     trained |= {"of": sum(p.numel() for p in body.parameters()), "stays": strategy.stays(body)}
-    model = strategy.finish(model)
+    if way is not None and way.weighs:
+        trained["log_variances"] = model.get_parameter("tasks.s").tolist()
+    first, *others = [_finished(strategy.finish(lesson.model), lesson) for lesson in lessons]
+    return Fitted(*first, curve, trained, tuple(others))
+
+
+def _finished(model: nn.Module, lesson: Lesson) -> tuple[nn.Module, nn.Module]:
+    """Backbone and head as they predict."""
     finished = lesson.outcome.finished(model.get_submodule("head"))
-    return Fitted(stored(model.get_submodule("body"), lesson.train), finished, curve, trained)
+    return stored(model.get_submodule("body"), lesson.train), finished
+
+
+def _summed(name: str, losses: Sequence[float]) -> dict[str, float]:
+    """One target's, and of several each by itself and their sum."""
+    first, *others = losses
+    row = {name: first, **{f"{name}_{number}": loss for number, loss in enumerate(others, 2)}}
+    return {**row, f"{name}_sum": sum(losses)} if others else row
+
+
+def of_all(name: str, row: Mapping[str, float]) -> float:
+    """A loss of a curve's row: of several targets their sum."""
+    return row.get(f"{name}_sum", row[name])
+
+
+def _validated(judged: nn.Module, lessons: Sequence[Lesson], still: Collection[str], stayed: bool) -> dict[str, float]:
+    """Of validation examples, as the result would predict them; all but the losses of the first target alone."""
+    rows = []
+    for number, lesson in enumerate(lessons):
+        assert lesson.val is not None and lesson.val_labels is not None
+        # Of a body that never moves each target has one, with its own moments.
+        body = (lesson.model if still else judged).get_submodule("body")
+        head = judged.get_submodule(f"also.{number - 1}" if number else "head")
+        outputs = _outputs(body, head, lesson.train, lesson.val, lesson.features.val if stayed else None)
+        rows.append(lesson.outcome.validated(outputs, lesson.outcome.prepared(lesson.val_labels)))
+    return {**rows[0], **_summed("val_loss", [row["val_loss"] for row in rows])}
 
 
 def _stale(curve: list[dict[str, float]], patience: int) -> bool:
     """Whether the lowest validation loss is `patience` epochs old."""
-    losses = [row["val_loss"] for row in curve if "val_loss" in row]
+    losses = [of_all("val_loss", row) for row in curve if "val_loss" in row]
     return bool(losses) and len(losses) - 1 - int(np.argmin(losses)) >= patience
 
 
 @torch.no_grad()
-def _outputs(model: nn.Module, train: Prepared, val: Prepared, features: Tensor | None) -> Tensor:
-    """Of validation examples, as the result would predict them."""
-    if features is None:
-        features = _evaluated(model.get_submodule("body"), train, val)
-    return model.get_submodule("head")(features)
+def _outputs(body: nn.Module, head: nn.Module, train: Prepared, val: Prepared, features: Tensor | None) -> Tensor:
+    return head(_evaluated(body, train, val) if features is None else features)
 
 
 def _evaluated(body: nn.Module, train: Prepared, val: Prepared) -> Tensor:

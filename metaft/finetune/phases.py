@@ -11,9 +11,10 @@ from metaft.models.blocks import blocks_of
 
 
 def groups_of(model: nn.Module) -> Groups:
-    """Names of the parameters that can learn, block by block from the input to the head, which is one group."""
+    """Names of the parameters that can learn, block by block from the input to the head, which is one group (of
+    several targets all heads together)."""
     body = tuple(tuple(f"body.{name}" for name in block) for block in blocks_of(model.get_submodule("body")))
-    return (*body, tuple(name for name, _ in learning(model) if name.startswith("head.")))
+    return (*body, tuple(name for name, _ in learning(model) if not name.startswith("body.")))
 
 
 def learning(model: nn.Module) -> list[tuple[str, nn.Parameter]]:

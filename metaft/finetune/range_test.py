@@ -92,7 +92,8 @@ def _losses(training: Training, rates: np.ndarray, seed: int, should_stop: Calla
             step = epoch * per_epoch + number
             if step == len(rates):
                 break
-            loss = training.step(turn, factors, float(rates[step]), on_features=on_features) / len(turn.batch)
+            [total] = training.step([turn], factors, float(rates[step]), on_features=on_features)
+            loss = total / len(turn.batch)
             should_stop()
             if not math.isfinite(loss):
                 return losses

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from math import exp
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 
 from metaft.finetune import extras, soup
 from metaft.finetune.classifier import Classifier
+from metaft.finetune.contenders import ALONE
 from metaft.finetune.examples import Part
 from metaft.finetune.numbers import FIGURES
 from metaft.finetune.range_test import said_of
@@ -34,6 +36,7 @@ def text(result: Mapping[str, Any]) -> str:
     val = f", {r['val_images']} to validate" if r["val_images"] else ""
     lines = [f"{what}{val}, {r['test_images']} to test", f"{_how(r)}, from {_init(r)}, in {duration(r['seconds'])}"]
     lines += what_trained(r["starts"][0].get("trained"))
+    lines += _further(r)
     lines += [] if "range_test" not in r else [said_of(r["range_test"])]
     if "soup" in (first := r["starts"][0]):
         lines.append(soup.said_of(first["soup"], first["mean"]["accuracy"]))
@@ -49,6 +52,30 @@ def text(result: Mapping[str, Any]) -> str:
     lines += _suspects(r["suspects"])
     lines += _table(r["per_class"], _mistaken(short_names(r["classes"]), r["confusion"]))
     return "\n".join(lines)
+
+
+def _further(r: Mapping[str, Any]) -> list[str]:
+    """What came out for each target of several; the first one's figures are those of the whole report."""
+    if not r.get("also"):
+        return []
+    (first, alone, *_), (own, *_) = r["starts"], r["gains"]
+    rows = [(r["data"], r["classes"], first, alone, own, "classifier.safetensors")]
+    rows += [(a["data"], a["classes"], a["together"], a["alone"], a["gain"], a["file"]) for a in r["also"]]
+    weights = first.get("trained", {}).get("log_variances")
+    learned = (
+        "" if weights is None else f", losses weighted at the end by {', '.join(f'{exp(-s):.3g}' for s in weights)}"
+    )
+    lines = [f"{len(rows)} targets on one backbone ({r['tasks']}{learned}), beside a model of each alone:"]
+    for data, classes, together, by_itself, gained, file in rows:
+        both = " and ".join(
+            f"{_ci_if_any(each['mean']['accuracy'], each['mean']['ci95'])} % {how}"
+            for each, how in ((together, "together"), (by_itself, "alone"))
+        )
+        lines.append(
+            f"  {shown(data)} ({kind(classes)}, {file}): right {both}, "
+            f"gain {_ci_if_any(gained['mean'], gained['ci95'])} points"
+        )
+    return lines
 
 
 def kind(classes: Sequence[str]) -> str:
@@ -173,7 +200,7 @@ def _number_figures(r: Mapping[str, Any]) -> list[str]:
 
 def _row(start: Mapping[str, Any]) -> str:
     """What a start's row of figures is called."""
-    return start["name"] if start["name"] == "probe" else f"{called(start)} start"
+    return start["name"] if start["name"] in ("probe", ALONE) else f"{called(start)} start"
 
 
 def _init(r: Mapping[str, Any]) -> str:
@@ -243,6 +270,11 @@ def _over(gain: str, start: Mapping[str, Any], others: Sequence[Mapping[str, Any
 
 def _ci(value: float, ci95: float) -> str:
     return f"{100 * value:.2f} ± {100 * ci95:.2f}"
+
+
+def _ci_if_any(value: float, ci95: float | None) -> str:
+    """Of one draw there is no interval."""
+    return f"{100 * value:.2f}" if ci95 is None else _ci(value, ci95)
 
 
 def _table(rows: Sequence[Mapping[str, Any]], mistaken: Sequence[str]) -> list[str]:

@@ -44,6 +44,10 @@ def result_of(folder: RunFolder, setup: Setup, position: Position, device: str) 
         for number, fit in enumerate(position.fits)
     ]
     draws = by_draw(fits, len(contenders), setup.folds, target.class_names)
+    also = further(folder, setup, list(zip(*draws, strict=True)))
+    first = [number for number, contender in enumerate(contenders) if contender.which == 0]
+    contenders = [contenders[number] for number in first]
+    draws = [[{k: v for k, v in draw[number].items() if k != "also"} for number in first] for draw in draws]
     columns = list(zip(*draws, strict=True))
     labels = [contender.label for contender in contenders]
     entries = []
@@ -81,6 +85,7 @@ def result_of(folder: RunFolder, setup: Setup, position: Position, device: str) 
         "val_images_per_class": _per_class(target, rows.val),
         "test_images": len(rows.test) if setup.folds == 1 else len(target.labels),
         "folds": setup.folds,
+        **({"tasks": config.tasks or "sum", "also": also} if also else {}),
         "notes": notes(setup, rows),
         "starts": entries,
         "choices": [
@@ -92,6 +97,33 @@ def result_of(folder: RunFolder, setup: Setup, position: Position, device: str) 
         **(views(entries, gains, draws) if target.class_names else number_views(entries)),
         "seconds": round(seconds(timing), 3),
     }
+
+
+def further(folder: RunFolder, setup: Setup, columns: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
+    """Of each further target: its images, the fit that it shares with the others ("together") beside that of it
+    "alone", which are entries as "starts" has them, and the paired gain."""
+    rows = []
+    for which, target in enumerate(setup.further, 1):
+        number = next(n for n, contender in enumerate(setup.contenders) if contender.which == which)
+        label, alone = setup.contenders[number].label, columns[number]
+        mine = [{**fit["also"][which - 1], **{k: fit[k] for k in _OF_FIT}} for fit in columns[0]]
+        parts = rows_of(setup, 0, which=which)
+        rows.append({
+            "data": target.name,
+            "classes": list(target.class_names),
+            "file": folder.of_target(which + 1).name,
+            "train_images": len(parts.train),
+            "val_images": len(parts.val),
+            "test_images": len(parts.test),
+            "together": entry(setup.start.label, mine),
+            "alone": entry(label, alone),
+            "gain": gain(setup.start.label, label, mine, alone),
+        })  # fmt: skip
+    return rows
+
+
+_OF_FIT = ("seed", "epochs", "kept_epoch")
+"""Of a fit of several targets, what is the same for each."""
 
 
 def by_draw(
@@ -217,6 +249,11 @@ def notes(setup: Setup, rows: Rows) -> list[str]:
     said += _duplicates(target, rows)
     said += _dropped(setup)
     said += seen_by_teachers(setup)
+    if setup.further and config.recipe is not None and config.recipe.trains == "head":
+        said.append(
+            "the head alone trains, so that targets share nothing that learns; --strategy full or lp-ft moves the "
+            "backbone"
+        )
     recipe = config.recipe
     if recipe is not None and recipe.accumulate > 1 and start.norm == "adapt" and recipe.trains != "head":
         said.append(

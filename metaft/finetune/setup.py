@@ -18,6 +18,7 @@ from metaft.config import AdaptConfig, Init, of_other_method
 from metaft.defaults import check_steps, device_of
 from metaft.errors import DataError, MetaftError, no_such
 from metaft.finetune import extras, strategies
+from metaft.finetune.also import check_also, check_parts, check_validation, further_of
 from metaft.finetune.contenders import Contender, Images, chosen, contenders_of, newest, opened, other
 from metaft.finetune.inner import check_inner
 from metaft.finetune.range_test import searched
@@ -71,6 +72,8 @@ class Setup(NamedTuple):
     """With --auto and without --init the starts at hand, the best first; see `metaft.finetune.ranking`."""
     range_test: Mapping[str, Any] | None = None
     """What led to the rate with --lr auto; see `metaft.finetune.range_test`."""
+    further: tuple[Target, ...] = ()
+    """Those of `--also`, as the start takes them."""
 
     @property
     def start(self) -> Start:
@@ -106,6 +109,7 @@ def prepared(
     together.
     """
     device_of(config.compute.device)
+    check_also(config)
     _check_method(config)
     if bounds_of(config.robust) and config.recipe is not None and config.recipe.loss == "mse":
         raise MetaftError(f"robust: accuracy is of classes, and --loss mse for numbers (given {config.robust[0]!r})")
@@ -141,6 +145,7 @@ def prepared(
     target = images.of(start)
     start = start if start.name == OWN else dataclasses.replace(start, name=named)
     named = start.name
+    further = further_of(config, start)
     _check_probe(config, start)
     if config.robust and target.inputs.kind != "image":
         raise MetaftError(f"robust: it is for pictures, and inputs are {target.inputs.kind}")
@@ -157,9 +162,13 @@ def prepared(
     left = flat(config)
     config = dataclasses.replace(config, **{k: v for k, v in open_values.items() if left[k] is None})
     one_part = "all" not in target.parts or config.target.shots_per_class is not None or old_folds(begun)
-    setup = Setup(config, (), target, one_part, rows)
+    if further:
+        check_parts((target, *further), config.target.shots_per_class)
+    setup = Setup(config, (), target, one_part, rows, further=further)
     for draw in range(config.draws.seeds if setup.folds == 1 else 0):  # a class may have too few images
-        target.rows(shots_per_class=config.target.shots_per_class, seed=config.draws.seed + draw)
+        for each in (target, *further):
+            each.rows(shots_per_class=config.target.shots_per_class, seed=config.draws.seed + draw)
+    check_validation((target, *further), [rows_of(setup, 0, which=which) for which in range(1 + len(further))])
     trained = len(rows_of(setup, 0).train)
     if config.recipe is not None:
         _check_soup(setup, config.recipe.soup)
@@ -169,7 +178,13 @@ def prepared(
         setup = setup._replace(config=config, range_test=test or (begun or {}).get("range_test"))
     others = [other(name, images, config.start) for name in compare]
     contenders = contenders_of(
-        config, start, others, images, trained=trained, whole="compared_sha256" in (begun or {"compared_sha256": []})
+        config,
+        start,
+        others,
+        images,
+        trained=trained,
+        whole="compared_sha256" in (begun or {"compared_sha256": []}),
+        further=further,
     )
     known = [contender for contender in contenders if begun is None or contender.label in begun["starts"]]
     for contender in known:
@@ -222,9 +237,10 @@ def _ranked(config: AdaptConfig, images: Images) -> list[dict[str, Any]]:
     )
 
 
-def rows_of(setup: Setup, draw: int, fold: int | None = 0) -> Rows:
-    """The images of one draw, and of one of its folds where it has any (None: all, without a test)."""
-    config, target = setup.config, setup.target
+def rows_of(setup: Setup, draw: int, fold: int | None = 0, which: int = 0) -> Rows:
+    """The images of one draw, and of one of its folds where it has any (None: all, without a test), of one of the
+    targets."""
+    config, target = setup.config, (setup.target, *setup.further)[which]
     # The inner loop, a choice by cross-validation and a recipe without patience have no use for a validation part, and
     # train on it too; one that the data come with judges all but the first two.
     recipe = config.recipe
@@ -320,6 +336,7 @@ def header(setup: Setup) -> dict[str, Any]:
         "init_sha256": digest_of(start),
         "compared_sha256": [digest_of(contender.start) for contender in contenders[1:] if contender.start.meta],
         **({"teachers_sha256": teachers} if teachers else {}),
+        **({"also_sha256": [digest_of_data(each) for each in setup.further]} if setup.further else {}),
         "data": target.name,
         "data_sha256": digest_of_data(target),
         "classes": list(target.class_names),

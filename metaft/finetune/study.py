@@ -21,6 +21,7 @@ from metaft.finetune.features import features_of
 from metaft.finetune.fit import SMALLER, Fitted, fit
 from metaft.finetune.inner import FEWER, inner
 from metaft.finetune.journal import Journal, Position, write_rows
+from metaft.finetune.lessons import Labelled
 from metaft.finetune.numbers import number_scores
 from metaft.finetune.probe import probe
 from metaft.finetune.robust import bounds_of, robust_curve
@@ -74,7 +75,7 @@ def study(
             draw, fold, contender = planned[number]
             start, target, tag = contender.start, contender.target, tag_of(setup, planned[number])
 
-            rows = rows_of(setup, draw, fold)
+            rows = rows_of(setup, draw, fold, contender.which)
             contender = decided(setup, contender, rows, draw, device, journal, should_stop, on_candidate)
             passes = 1 if contender.recipe is None else contender.recipe.passes
 
@@ -110,8 +111,13 @@ def study(
                 )
             if number == 0:
                 save(run.classifier, classifier, start.architecture, {"init": start.name, "data": target.name})
+            also = [
+                _of_further(run, setup, contender, fitted, draw, which, stays=stays, should_stop=should_stop)
+                for which in range(1, 1 + len(contender.others))
+            ]
             if draw > 0 and setup.folds == 1:  # the first draw's tables are enough; those of folds are added up
-                figures = {k: v for k, v in figures.items() if k not in TABLES}
+                figures, *also = [{k: v for k, v in each.items() if k not in TABLES} for each in (figures, *also)]
+            figures |= {"also": also} if also else {}
             journal.fit(number, tag, setup.config.draws.seed + draw, fitted, figures | soup)
             for left in range(contender.recipe.soup or 0 if contender.recipe is not None else 0):
                 run.single(left).unlink(missing_ok=True)
@@ -122,6 +128,28 @@ def study(
         journal.interrupted()
         raise
     return journal.position
+
+
+def _of_further(
+    run: RunFolder,
+    setup: Setup,
+    contender: Contender,
+    fitted: Fitted,
+    draw: int,
+    which: int,
+    *,
+    stays: bool,
+    should_stop: Callable[[], None],
+) -> dict[str, Any]:
+    """What a fit of several targets comes to on a further one, whose classifier is kept beside that of the first."""
+    target, (body, head) = contender.others[which - 1], fitted.further[which - 1]
+    classifier = Classifier(body, head, target.inputs, target.class_names)
+    rows = rows_of(setup, draw, which=which)
+    figures = test(classifier, target, rows.test, SMALLER, stays=stays, bounds=(), should_stop=should_stop)
+    if draw == 0:
+        about = {"init": contender.start.name, "data": target.name}
+        save(run.of_target(which + 1), classifier, contender.start.architecture, about)
+    return figures
 
 
 def tag_of(setup: Setup, fit: Planned) -> dict[str, Any]:
@@ -250,10 +278,18 @@ def fit_one(
             start, target.examples[train], labels, classes,
             seed=seed, steps=config.inner.inner_steps, device=device,
         )  # fmt: skip
+    also = []
+    for which, other in enumerate(contender.others, 1):
+        theirs = rows_of(setup, draw, which=which)
+        some, judging = torch.from_numpy(theirs.train), torch.from_numpy(theirs.val)
+        also.append(Labelled(
+            other.inputs, Part(other.examples, some), other.labels[some], len(other.class_names),
+            Part(other.examples, judging), other.labels[judging],
+        ))  # fmt: skip
     return fit(
         body(start, seed).to(device),
         target.inputs, Part(target.examples, train), labels, classes, recipe,
         val_examples=Part(target.examples, val), val_labels=target.labels[val],
         seed=seed, order=order, should_stop=should_stop, resume=resume, on_epoch=on_epoch, on_update=on_update,
-        trail=trail, log_every=config.output.log_every or LOG_EVERY,
+        also=also, together=config.tasks or "sum", trail=trail, log_every=config.output.log_every or LOG_EVERY,
     )  # fmt: skip

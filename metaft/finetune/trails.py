@@ -9,12 +9,16 @@ from metaft.runs.trail import Trail
 
 def followed(setup: Setup) -> list[Planned]:
     """The fits whose trail is kept: those of the first draw that gradients train, where there are folds of the first
-    one, in the order of the contenders, by whose number each is named."""
+    one, in the order of the contenders, by whose number each is named. Of several targets the first alone."""
     first = None if setup.folds == 1 else 0
     return [
         one
         for one in setup.fits
-        if (one.draw, one.fold) == (0, first) and not one.contender.probe and one.contender.recipe is not None
+        if (one.draw, one.fold) == (0, first)
+        and not one.contender.probe
+        and one.contender.recipe is not None
+        and not one.contender.others
+        and not one.contender.which
     ]
 
 

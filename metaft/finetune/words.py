@@ -63,6 +63,8 @@ def _instead(start: Mapping[str, Any], r: Mapping[str, Any]) -> str:
     """The beginning of the sentence on another start."""
     if start["name"] == "probe":
         return f"The probe, a {'logistic' if r['classes'] else 'ridge'} regression on the same start's features, gets"
+    if start["name"] == "alone" and r.get("also"):
+        return "A model of this target alone gets"
     if start["name"] == "random":
         return f"A random start{'' if r['method'] == 'inner' else ', all of it trained,'} gets"
     return f"The {called(start)} start gets"

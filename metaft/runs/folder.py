@@ -4,7 +4,7 @@
     updates.jsonl: how far steps moved each layer (see metaft.updates), and of metaft.meta_train
     checkpoints/first.safetensors, from where
     episodes.jsonl of metaft.meta_train: the figures of each episode of the meta-test, by which runs are compared
-    classifier.safetensors and report.txt of metaft.adapt
+    classifier.safetensors and report.txt of metaft.adapt; classifier-2.safetensors, ... of further targets
     snapshots/FIT-STEP.safetensors: where training went through, for metaft.look --landscape (`metaft.runs.trail`)
     compress.toml and steps/*.safetensors of metaft.compress, whose folder is an adapt run's besides
     .metaft.lock while a command writes to it; .metaft.job: the launch by torchrun that began it
@@ -68,6 +68,10 @@ class RunFolder:
     def single(self, number: int) -> Path:
         """What one of the fits of `--soup` left, until the soup is made."""
         return self.checkpoints / f"single-{number}.safetensors"
+
+    def of_target(self, number: int) -> Path:
+        """The classifier of one of the targets of metaft.adapt, of 1, 2, ..."""
+        return self.classifier if number == 1 else self.path / f"classifier-{number}.safetensors"
 
     def all_kept(self) -> dict[int, Path]:
         """Those that there are, by step."""

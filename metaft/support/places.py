@@ -45,6 +45,8 @@ def in_full(config: Config) -> Config:
         name = values.get(field)
         if name is not None:
             changed[field] = named_in_full(name)
+    if values.get("also"):
+        changed["also"] = tuple(map(named_in_full, values["also"]))
     if values.get("data_root"):
         changed["data_root"] = str(absolute(values["data_root"]))
     return dataclasses.replace(config, **changed)

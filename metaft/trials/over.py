@@ -206,7 +206,7 @@ OVER: dict[str, Over] = {
         {
             **_PLACES,
             **dict.fromkeys(("data", "shots_per_class", "seeds", "loss", "method", "auto"), JUDGED),
-            **dict.fromkeys(("compare", "probe", "random", "robust"), BESIDE),
+            **dict.fromkeys(("compare", "probe", "random", "robust", "also", "tasks"), BESIDE),
             "seed": LUCK,
             "inner_steps": "it is of --method inner, which has no validation",
         },
