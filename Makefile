@@ -36,7 +36,7 @@ test: $(INSTALLED) ## run the tests and the docstrings' examples, but for the sl
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m 'not slow' $(ARGS)
 
 test-slow: $(INSTALLED) ## run the slow ones: whole runs, processes of their own, compilers
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m slow $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m slow $(ARGS)
 
 test-faults: $(INSTALLED) ## kill, starve and damage runs for real, in full: 15 to 25 minutes (docs/reliability.md)
 	METAFT_FAULTS=full $(BIN)/python -m pytest tests/faults tests/test_fuzz.py tests/test_bad_input.py \

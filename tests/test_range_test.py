@@ -53,10 +53,10 @@ def test_of_gradient_descent_on_a_quadratic_it_is_the_rate_of_the_closed_form(
     loss is exp(-2 c r / (g - 1)) as long as r c is small, of which nine tenths are gone at r = log 10 (g - 1) / 2 c."""
     curvature, values = 40.0, {"w": 3.0}
 
-    def step(self: Any, turn: Any, rates: Any, lr: float, *, on_features: bool) -> float:
+    def step(self: Any, turns: Any, rates: Any, lr: float, *, on_features: bool) -> list[float]:
         loss = curvature / 2 * values["w"] ** 2
         values["w"] *= 1 - lr * curvature
-        return loss * len(turn.batch)
+        return [loss * len(turn.batch) for turn in turns]
 
     monkeypatch.setattr(module.Training, "step", step)
     monkeypatch.setattr(module, "WINDOW", 1)
@@ -90,9 +90,9 @@ def test_its_first_loss_is_that_of_the_fit_and_what_moves_is_what_the_strategy_m
     seen: list[dict[str, float]] = []
     real = module.Training.step
 
-    def look(self: Any, turn: Any, rates: Any, lr: float, *, on_features: bool) -> float:
+    def look(self: Any, turns: Any, rates: Any, lr: float, **more: Any) -> list[float]:
         seen.append({name: factor * lr for name, factor in rates.items()})
-        return real(self, turn, rates, lr, on_features=on_features)
+        return real(self, turns, rates, lr, **more)
 
     monkeypatch.setattr(module.Training, "step", look)
     recipe = Recipe(epochs=2, batch_size=21, strategy="lp-ft:share=0.5")
@@ -104,10 +104,10 @@ def test_its_first_loss_is_that_of_the_fit_and_what_moves_is_what_the_strategy_m
 
 
 def test_a_loss_that_falls_nowhere_leads_to_no_rate(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module.Training, "step", lambda self, turn, rates, lr, **_: (1 + lr) * len(turn.batch))
+    monkeypatch.setattr(module.Training, "step", lambda self, turns, rates, lr, **_: [(1 + lr) * len(turns[0].batch)])
     with pytest.raises(MetaftError, match=r"^lr: auto finds none, since the loss fell at no rate from 1e-06 to 10"):
         range_test(body(), GIVEN, RECIPE)
-    monkeypatch.setattr(module.Training, "step", lambda *_, **__: float("nan"))
+    monkeypatch.setattr(module.Training, "step", lambda *_, **__: [float("nan")])
     with pytest.raises(MetaftError, match=r"^lr: auto finds none"):
         range_test(body(), GIVEN, RECIPE)
 

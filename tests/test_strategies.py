@@ -83,7 +83,7 @@ def tune(strategy: str, start: nn.Module | None = None, **more: Any) -> Fitted:
     return fit(start or body(), INPUTS, images, labels, CLASSES, recipe, strategy=named(strategy), **more)
 
 
-def states_of(strategy: str, **more: Any) -> list[dict[str, Any]]:
+def states_of(strategy: str, **more: Any) -> list[Mapping[str, Any]]:
     states: list[Mapping[str, Any]] = []
     tune(strategy, on_epoch=states.append, **more)
     return states

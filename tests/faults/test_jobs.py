@@ -277,6 +277,7 @@ def test_a_launch_of_the_same_id_leaves_what_the_one_before_it_made(count: int, 
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not FULL, reason="three starts of two processes: make test-faults")
 def test_torchrun_restarts_a_job_twice_and_stops_it(
     started: tuple[Path, subprocess.Popen[str]], whole: tuple[dict[str, Any], list[str]]
 ) -> None:

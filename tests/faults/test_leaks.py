@@ -23,9 +23,9 @@ RUNS: dict[str, dict[str, Any]] = {
 }
 """Conv-4 takes the fused operation of CPUs, on the engines that are meant for it."""
 
-ENGINES = {"mlp": ["processes", "threads", "vmap", "graph"], "conv4": ["processes"]}
+ENGINES = {"mlp": ["vmap"], "conv4": ["processes"]}
 if FULL:
-    ENGINES = {"mlp": [*ENGINES["mlp"], "compiled"], "conv4": [*ENGINES["conv4"], "threads"]}
+    ENGINES = {"mlp": ["processes", "threads", "vmap", "graph", "compiled"], "conv4": ["processes", "threads"]}
 ROWS = [(model, engine) for model, engines in ENGINES.items() for engine in engines]
 
 
