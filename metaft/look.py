@@ -46,6 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _command(argv: Sequence[str]) -> None:
     given = parse(Arguments, argv, prog="python -m metaft.look")
+    if given.get("explain") == ():
+        raise MetaftError("explain: name an image or a folder of images")
     run(given.pop("run"), LookConfig(**given))
 
 

@@ -241,16 +241,17 @@ def _again(
         return in_full(made(command, OVER[command].settings, values, origin=origin))
 
     with journal.read_whole():
+        begun = {key: journal.search[key] for key in ("method", "seed", "trials")}
         own = read(journal.search["space"], str(path / JOURNAL))
     if space is not None and read(space, origin).plain() != own.plain():
         raise MetaftError(f"space: the search in {path} is of another one than {origin}; take another --out")
     for name, mine, theirs in (
-        ("method", config.method, journal.search["method"]),
-        ("search_seed", config.search_seed, journal.search["seed"]),
+        ("method", config.method, begun["method"]),
+        ("search_seed", config.search_seed, begun["seed"]),
     ):
         if mine != theirs and mine != options(SearchConfig)[name].default:
             raise MetaftError(f"{name}: the search in {path} has {theirs!r}, given {mine!r}")
-    if config.trials is not None and config.trials != journal.search["trials"]:
+    if config.trials is not None and config.trials != begun["trials"]:
         if config.trials < len(journal.asked):
             raise MetaftError(f"trials must be at least the {len(journal.asked)} already begun, got {config.trials}")
         journal.write({"trials": config.trials})

@@ -25,9 +25,9 @@ from helpers import (
 from torch import Tensor, nn
 
 import metaft
-from metaft import adapt, compress, predict
+from metaft import adapt, compress, look, predict
 from metaft.after import formats, shrinking, shrunk
-from metaft.config import CompressConfig
+from metaft.config import CompressConfig, LookConfig
 from metaft.errors import Interrupted, MetaftError
 from metaft.finetune import heads
 from metaft.finetune.classifier import Classifier, load
@@ -291,6 +291,9 @@ def test_what_is_written(small: Path, run: Path, data: Path, tmp_path: Path, cap
     assert predict.main([str(small), str(data / "test")]) == 0
     said = [line.split("\t")[1] for line in capsys.readouterr().out.splitlines()]
     assert said == classifier.label(sorted((data / "test").rglob("*.png")))
+    html = look.run(small, LookConfig(out=str(tmp_path / "page.html"), landscape=True)).read_text(encoding="utf-8")
+    assert "python -m metaft.compress RUN --latency 0.4 " in html
+    assert "a classifier that was made smaller leaves no snapshots" in html
 
 
 def test_an_export_of_it_is_the_same_classifier(small: Path, tmp_path: Path) -> None:
@@ -434,7 +437,12 @@ def test_folds_share_no_image_and_keep_duplicates_together(run: Path, base: Path
         assert not set(fold.train.tolist()) & set(fold.held.tolist())
         assert len(fold.train) + len(fold.held) == len(work.rows.train)
         assert set(target.labels[torch.from_numpy(fold.train)].tolist()) == {0, 1, 2}
-    one = Rows(work.rows.train[:1], np.empty(0, np.int64), work.rows.test)
+    train, none = work.rows.train, np.empty(0, np.int64)
+    kept, *folds = shrinking.tracks_of(work._replace(rows=Rows(train[3:], train[:3], none)))
+    assert kept.train.tolist() == train[3:].tolist(), "without a test part, too, but for the folds"
+    assert not len(kept.held)
+    assert sorted(np.concatenate([fold.held for fold in folds]).tolist()) == sorted(train.tolist())
+    one = Rows(work.rows.train[:1], none, work.rows.test)
     with pytest.raises(MetaftError, match="run: a class has one image"):
         shrinking.tracks_of(work._replace(rows=one))
 
@@ -453,6 +461,7 @@ def test_what_is_refused_is_one_line(
 
     refuse([str(run / "classifier.safetensors")], "run: ", "alone, without its run's data")
     refuse([str(small)], "run: ", "is compressed already")
+    refuse([str(run), "--into", "none"], "into: none has ", "no fewer than the run's")
     refuse([str(run), "--resume"], "resume: ", "no folder that metaft.compress made")
     capsys.readouterr()
     assert adapt.main(["--resume", str(small)]) == 2

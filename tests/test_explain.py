@@ -198,6 +198,7 @@ def test_what_cannot_be_explained_is_one_line_and_status_2(run: Path, in_tmp: Pa
         (str(run), [pictures(run)[0], "broken.png"], "broken.png"),
         (str(run), ["many"], "at most 24 images, got 25"),
         ("none", pictures(run)[:1], "has no classifier"),
+        (str(run), [], "name an image"),
     ]
     capsys.readouterr()
     for word, images, said in cases:

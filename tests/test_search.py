@@ -274,7 +274,12 @@ def test_a_journal_that_is_cut_at_any_byte_is_what_was_whole(tmp_path: Path, mon
 
 
 @pytest.mark.parametrize(
-    "row", [told(1), told(0), {"asked": 2, "values": {}}, {"asked": 0, "values": {}}, {"asked": 1}, {}], ids=str
+    "row",
+    [
+        *(told(1), told(0), {"asked": 2, "values": {}}, {"asked": 0, "values": {}}, {"asked": 1}, {}),
+        *({"told": []}, {"told": 1, "value": 0.5}, {**told(1), "value": "x"}),
+    ],
+    ids=str,
 )
 def test_a_line_that_cannot_come_there_is_damage(tmp_path: Path, row: dict[str, Any]) -> None:
     journal = Journal.begin(tmp_path / "j", {})
@@ -284,6 +289,15 @@ def test_a_line_that_cannot_come_there_is_damage(tmp_path: Path, row: dict[str, 
         file.write(json.dumps(row) + "\n")
     with pytest.raises(CheckpointError, match=r"j, line 4: not what comes there"):
         Journal(tmp_path / "j")
+
+
+@pytest.mark.parametrize("lost", ["space", "method", "seed", "trials", "measure", "chosen"])
+def test_a_journal_that_lacks_something_is_damage(tmp_path: Path, capsys: Text, lost: str) -> None:
+    journal = begun(tmp_path / "s").journal
+    del journal.search[lost]
+    Journal.begin(journal.path, journal.search)
+    assert search.main(["--resume", str(tmp_path / "s")]) == 2
+    one_line(capsys, "journal.jsonl is damaged", lost)
 
 
 # ---- trials in processes of their own ----------------------------------------------------------------------------
@@ -519,6 +533,7 @@ def test_images_of_validation_choose_and_those_of_the_test_do_not(in_tmp: Path, 
         ("--strategy heda", ["strategy", "'heda'"]),
         ("--strategy chosen", ["strategy", "'chosen'"]),
         ("--shots-per-class 3", ["patience", "fewer than 10 images"]),
+        ("--soup 2", ["soup: "]),
         ("--method tpo", ["method", "'tpe'"]),
         ("--resume x", ["space", "--resume"]),
         ("--auto-resume", ["auto_resume", "--out"]),
@@ -531,6 +546,17 @@ def test_what_no_trial_can_be_judged_by_is_one_line(in_tmp: Path, capsys: Text, 
     assert search.main(["s.toml", "--data", "folder:data", *more.split()]) == 2
     one_line(capsys, *parts)
     assert sorted(p.name for p in in_tmp.iterdir()) == ["data", "s.toml"]
+
+
+@pytest.mark.usefixtures("_here")
+def test_a_first_trial_whose_settings_do_not_go_together_ends_no_search(in_tmp: Path) -> None:
+    write_target(in_tmp / "data", {"train": 10, "test": 2})
+    Path("s.toml").write_text('init = "none"\nstrategy = ["full", "head"]\nfreeze = ["backbone", "none"]\nepochs = 1\n')
+    Path("s").mkdir()  # as a search that was killed at once leaves it
+    words = ["--data", "folder:data", "--method", "grid", "--out", "s", "--auto-resume", "--probe", "None"]
+    assert search.main(["s.toml", *words]) == 0
+    rows = json.loads(Path("s/result.json").read_text())["trials"]
+    assert [row["number"] for row in rows if row["value"] is None] == [0]
 
 
 def test_tasks_of_validation_are_not_searched(in_tmp: Path, capsys: Text) -> None:

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+from metaft.config import read_toml
 from metaft.errors import MetaftError
 from metaft.finetune.words import plainly as of_adapting
 from metaft.options import flat, options
@@ -98,7 +99,8 @@ def _ran(subject: Subject) -> Table:
         facts |= {str(k): str(v) for k, v in subject.start.about.items()}
         return Table("What it is", [Column("what"), Column("value")], [[*pair] for pair in facts.items()])
     machine = r["environment"]
-    facts = {"command": f"python -m metaft.{r['command']}", "metaft": r["version"], "PyTorch": machine.get("torch")}
+    command = "compress" if _is_compressed(subject) else r["command"]
+    facts = {"command": f"python -m metaft.{command}", "metaft": r["version"], "PyTorch": machine.get("torch")}
     if subject.command == "meta_train":
         facts |= {
             "data": r["dataset"], "class split": r.get("class_split"), "digest of the class split": r.get("split_hash"),
@@ -119,6 +121,11 @@ def _ran(subject: Subject) -> Table:
     }
     rows: list[list[Cell]] = [[k, str(v)] for k, v in facts.items() if v not in (None, "")]
     return Table("What was run", [Column("what"), Column("value")], rows)
+
+
+def _is_compressed(subject: Subject) -> bool:
+    """Whether metaft.compress made the folder, which is an adapt run's besides."""
+    return subject.folder is not None and subject.folder.compress.exists()
 
 
 def _method(r: Any) -> str:
@@ -156,6 +163,11 @@ def _repeat(subject: Subject) -> list[Line]:
         ),
         Line("and run them into a new folder:", f"python -m metaft.{kind} --config config.toml --out NEW_FOLDER"),
     ]
+    if _is_compressed(subject):  # of whose folder config.toml is that of the run it was made of
+        given = read_toml(subject.folder.compress)
+        flags = " ".join(f"--{name.replace('_', '-')} {shlex.quote(str(value))}" for name, value in given.items())
+        said[2] = Line("run them into a new folder:", f"python -m metaft.{kind} --config config.toml --out RUN")
+        said.insert(3, Line("and make that run smaller:", f"python -m metaft.compress RUN {flags} --out NEW_FOLDER"))
     if brought := _brought(subject):
         said.insert(0, Line(f"This run was handed {brought} in Python, which has to be handed over again there."))
     if kind == "adapt":
