@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from metaft.config import AdaptConfig
-from metaft.errors import DataError, MetaftError
+from metaft.errors import MetaftError
 from metaft.finetune.contenders import Images
 from metaft.finetune.strategies import CHOSEN
 from metaft.settings import AUTO, Recipe
@@ -52,8 +52,8 @@ def further_of(config: AdaptConfig, start: Start) -> tuple[Target, ...]:
     """The further targets as the start takes them. Raises MetaftError, naming `also`, where it cannot."""
     try:
         return tuple(Images(dataclasses.replace(config.target, data=name)).of(start) for name in config.also)
-    except DataError as error:
-        raise DataError(f"also: {str(error).removeprefix('data: ')}") from None
+    except MetaftError as error:  # no such kind of data, or what DataError is about
+        raise type(error)(f"also: {str(error).removeprefix('data: ')}") from None
 
 
 def check_parts(targets: Sequence[Target], shots: int | None) -> None:
