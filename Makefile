@@ -40,7 +40,8 @@ test-slow: $(INSTALLED) ## run the slow ones: whole runs, processes of their own
 
 test-faults: $(INSTALLED) ## kill, starve and damage runs for real, in full: 15 to 25 minutes (docs/reliability.md)
 	METAFT_FAULTS=full $(BIN)/python -m pytest tests/faults tests/test_fuzz.py tests/test_bad_input.py \
-	  tests/test_engines.py::test_compiled_agrees_in_float64 \
+	  tests/test_engines.py::test_compiled_agrees_in_float64 tests/test_benchmarks.py tests/test_benchmarks_family.py \
+	  tests/test_gpu_benchmark.py \
 	  tests/test_training.py::test_cut_off_at_every_moment_of_the_disk_it_ends_with_the_same_bytes $(ARGS)
 
 lint: $(INSTALLED) ## check style and layout

@@ -233,6 +233,7 @@ def test_what_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     assert out.with_suffix(".png").stat().st_size > 10_000
 
 
+@pytest.mark.skipif(os.environ.get("METAFT_FAULTS") != "full", reason="takes half a minute: make test-faults")
 @pytest.mark.slow
 def test_run_as_a_command(in_tmp: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Real processes, from another folder."""
@@ -456,6 +457,7 @@ def test_bad_options_of_scaling(argv: list[str], message: str, capsys: pytest.Ca
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.skipif(os.environ.get("METAFT_FAULTS") != "full", reason="takes half a minute: make test-faults")
 @pytest.mark.slow
 def test_evaluation_times_what_agrees(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

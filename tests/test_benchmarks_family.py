@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -154,6 +155,7 @@ def test_a_row_of_other_settings_is_not_taken_for_one_of_these(tmp_path: Path, c
     assert "holds a row of cavia with other settings than it has now" in capsys.readouterr().err
 
 
+@pytest.mark.skipif(os.environ.get("METAFT_FAULTS") != "full", reason="takes half a minute: make test-faults")
 @pytest.mark.slow
 def test_rows_in_processes_of_their_own(tmp_path: Path, capsys: Text) -> None:
     out = tmp_path / "curves.json"
@@ -203,6 +205,7 @@ def test_every_member_takes_the_workload(name: str) -> None:
         assert any(not torch.equal(own[k], grads[k]) for k in own)
 
 
+@pytest.mark.skipif(os.environ.get("METAFT_FAULTS") != "full", reason="takes half a minute: make test-faults")
 @pytest.mark.slow
 def test_costs_of_the_family(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Text) -> None:
     monkeypatch.setattr(family, "BASE", WORKLOADS["tiny"])
