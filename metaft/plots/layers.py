@@ -10,6 +10,8 @@ from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
+from metaft.plots.style import log_ticks
+
 _TICKS = 6
 """Steps that are named, at most."""
 
@@ -50,6 +52,8 @@ def layers_figure(
     bar = figure.colorbar(image, ax=axes, location="top", aspect=40, pad=0.02)
     bar.set_label(label, fontsize=9)
     bar.ax.tick_params(labelsize=8, which="both")
+    if log:
+        log_ticks(bar.ax.xaxis, [low, high])
     if share:
         bar.ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.3g}%"))
     return figure
