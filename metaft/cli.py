@@ -95,14 +95,15 @@ def _taken_up(kind: type[Config], config: Config) -> tuple[Config, Path | None]:
 def of_run(config: type[Config], file: Path, field: str) -> Config:
     """The settings in a run folder's `config.toml`. Raises MetaftError, naming `field`, for another command's run."""
     values = read_toml(file)
-    for other, kind in KINDS.items():
+    for kind, other in CONFIGS.items():
         if values.keys() <= options(other).keys() and not values.keys() <= options(config).keys():
-            raise MetaftError(f"{field}: {file.parent} is a run of metaft.{kind}, not of metaft.{KINDS[config]}")
+            own = next(name for name, settings in CONFIGS.items() if settings is config)
+            raise MetaftError(f"{field}: {file.parent} is a run of metaft.{kind}, not of metaft.{own}")
     return from_mapping(config, values, origin=str(file))
 
 
-KINDS: dict[type[Settings], str] = {MetaTrainConfig: "meta_train", AdaptConfig: "adapt"}
-"""The commands that leave run folders."""
+CONFIGS: dict[str, type[Settings]] = {"meta_train": MetaTrainConfig, "adapt": AdaptConfig}
+"""The commands that leave run folders, and the settings of each."""
 
 
 def check_unchanged(config: Settings, own: Settings, path: Path, *, except_for: Iterable[str]) -> None:

@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from metaft.cli import StopSignals, fresh_folder, in_one, stopped_at_once
-from metaft.config import AdaptConfig, MetaTrainConfig, SearchConfig
+from metaft.cli import CONFIGS, StopSignals, fresh_folder, in_one, stopped_at_once
+from metaft.config import SearchConfig
 from metaft.errors import CheckpointError, MetaftError, TrialsFailed
 from metaft.flags import parse
 from metaft.options import Option, Settings, options
@@ -87,9 +87,6 @@ class OverMetaTrain(Arguments):
 ARGUMENTS: dict[str, type[Arguments]] = {"adapt": OverAdapt, "meta_train": OverMetaTrain}
 """With the options of the command whose settings are searched."""
 
-SETTINGS: dict[str, type[Settings]] = {"adapt": AdaptConfig, "meta_train": MetaTrainConfig}
-"""Of these commands."""
-
 PROG = "python -m metaft.search"
 
 
@@ -115,7 +112,7 @@ def _command(argv: Sequence[str]) -> None:
     given = parse(ARGUMENTS[command], argv, prog=PROG)
     given.pop("space")
     own = {name: given.pop(name) for name in options(SearchConfig) if name in given}
-    searched = {dimension.name for dimension in made(command, SETTINGS[command], values, origin=str(file)).searched}
+    searched = {dimension.name for dimension in made(command, CONFIGS[command], values, origin=str(file)).searched}
     for name, value in given.items():
         options(ARGUMENTS[command])[name].check(value)
         if name in searched:
@@ -174,7 +171,7 @@ def _begun(space: Mapping[str, Any], config: SearchConfig, origin: str, stack: c
 
     values = dict(space)
     command = command_of(values, OVER, origin)
-    asked = made(command, OVER[command].settings, values, origin=origin)
+    asked = made(command, CONFIGS[command], values, origin=origin)
     check_searched(asked, origin)
     name = f"search-{command}-{config.method}-{config.search_seed}"
     out = fresh_folder(Path("runs") / name) if config.out is None else local(config.out)
@@ -238,7 +235,7 @@ def _again(
     def read(values: Mapping[str, Any], origin: str) -> Any:
         values = dict(values)
         command = command_of(values, OVER, origin)
-        return in_full(made(command, OVER[command].settings, values, origin=origin))
+        return in_full(made(command, CONFIGS[command], values, origin=origin))
 
     with journal.read_whole():
         begun = {key: journal.search[key] for key in ("method", "seed", "trials")}

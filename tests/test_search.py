@@ -20,6 +20,7 @@ import pytest
 from helpers import SINUSOID, one_line, write_target
 
 from metaft import adapt, meta_train, search
+from metaft.cli import CONFIGS
 from metaft.config import AdaptConfig, MetaTrainConfig, SearchConfig, read_toml
 from metaft.errors import CheckpointError, Interrupted, MetaftError, TrialsFailed
 from metaft.plots.search import history_figure, settings_figure
@@ -112,14 +113,14 @@ def test_what_is_no_space_is_one_line(values: dict[str, Any], parts: list[str]) 
 @pytest.mark.parametrize("command", OVER)
 def test_what_trials_are_judged_by_is_not_searched(command: str) -> None:
     over = OVER[command]
-    assert over.not_searched.keys() <= search.options(over.settings).keys()
+    assert over.not_searched.keys() <= search.options(CONFIGS[command]).keys()
     for name in ("seed", "out", "device"):
         with pytest.raises(MetaftError, match=rf"^s: {name}: it cannot be searched"):
             check_searched(Space(command, {}, (Choices(name, (1, 2)),)), "s")
     with pytest.raises(MetaftError, match=r"^s: out: .*'x'"):
         check_searched(Space(command, {"out": "x"}, ()), "s")
     for name in ("data", "shots_per_class", "dataset", "split", "eval_seed", "test_shots"):
-        assert (name in over.not_searched) == (name in search.options(over.settings))
+        assert (name in over.not_searched) == (name in search.options(CONFIGS[command]))
 
 
 # ---- what is tried ------------------------------------------------------------------------------------------------
@@ -637,5 +638,5 @@ def test_the_table_has_the_best_first_and_what_failed_last(tmp_path: Path) -> No
 
 
 def test_the_settings_are_those_of_the_commands() -> None:
-    assert {name: over.settings for name, over in OVER.items()} == search.SETTINGS
-    assert {"adapt": AdaptConfig, "meta_train": MetaTrainConfig} == search.SETTINGS
+    assert OVER.keys() == search.ARGUMENTS.keys() == CONFIGS.keys()
+    assert {"adapt": AdaptConfig, "meta_train": MetaTrainConfig} == CONFIGS

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from metaft.cli import KINDS, of_run
+from metaft.cli import CONFIGS, of_run
 from metaft.config import read_toml
 from metaft.errors import CheckpointError, MetaftError
 from metaft.finetune.scores import mean_t95
@@ -106,17 +106,17 @@ def _opened(path: Path, label: str) -> Finished:
     except CheckpointError as error:
         raise CheckpointError(f"runs: {error}") from None
     result = run.read_result("runs")
-    kind = next((config for config, name in KINDS.items() if name == result["command"]), None)
-    if kind is None:
-        raise CheckpointError(f"runs: {run.result} is of no command that leaves runs: {result['command']!r}")
-    config = flat(of_run(kind, run.config, "runs"))
+    kind = result["command"]
+    if kind not in [*CONFIGS]:
+        raise CheckpointError(f"runs: {run.result} is of no command that leaves runs: {kind!r}")
+    config = flat(of_run(CONFIGS[kind], run.config, "runs"))
     if run.compress.exists():  # what else it was made by
         config |= {f"compress {name}": value for name, value in read_toml(run.compress).items()}
     try:
-        figures = FIGURES[KINDS[kind]](run, result)
+        figures = FIGURES[kind](run, result)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise CheckpointError(f"runs: {run.result} is damaged: {error!r}") from None
-    return Finished(label, KINDS[kind], config, result, read_rows(run.metrics), figures)
+    return Finished(label, kind, config, result, read_rows(run.metrics), figures)
 
 
 def _of_meta_test(run: RunFolder, result: Result) -> dict[str, Figure]:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from metaft import schedules
 from metaft.after.comparing import FIGURES, Figure
+from metaft.cli import CONFIGS
 from metaft.config import AdaptConfig, MetaTrainConfig, read_toml
 from metaft.errors import CheckpointError, MetaftError
 from metaft.objective import figure_of
@@ -46,7 +47,6 @@ class Checked(NamedTuple):
 class Over(NamedTuple):
     """A command."""
 
-    settings: type[Settings]
     not_searched: Mapping[str, str]
     """Option -> why."""
     beside: Mapping[str, Any]
@@ -202,7 +202,6 @@ _PLACES = dict.fromkeys(("data_root", "device", "out", "report", "plugin", "skip
 
 OVER: dict[str, Over] = {
     "adapt": Over(
-        AdaptConfig,
         {
             **_PLACES,
             **dict.fromkeys(("data", "shots_per_class", "seeds", "loss", "method", "auto"), JUDGED),
@@ -217,7 +216,6 @@ OVER: dict[str, Over] = {
         _tested_adapt,
     ),
     "meta_train": Over(
-        MetaTrainConfig,
         {
             **_PLACES,
             **dict.fromkeys(
@@ -250,7 +248,7 @@ def check_searched(space: Space, origin: str) -> None:
 def settings_of(space: Space, values: Mapping[str, Any]) -> Settings:
     """The settings of a trial, with absolute paths. Raises MetaftError for values that do not go together."""
     lists = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}  # as a journal has them
-    return names.in_full(OVER[space.command].settings(**{**space.fixed, **lists}))
+    return names.in_full(CONFIGS[space.command](**{**space.fixed, **lists}))
 
 
 def in_full(space: Space) -> Space:
@@ -262,7 +260,7 @@ def in_full(space: Space) -> Space:
             return names.named_in_full(value)
         return tuple(map(extras.in_full, value)) if name == "extra" else value
 
-    config = flat(names.in_full(OVER[space.command].settings(**space.fixed)))
+    config = flat(names.in_full(CONFIGS[space.command](**space.fixed)))
     fixed = {name: full(name, config[name]) for name in space.fixed}
     if fixed.get("plugin"):
         fixed["plugin"] = load(fixed["plugin"], config.get("algorithm", "maml"))

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+from metaft.cli import CONFIGS
 from metaft.config import read_toml
 from metaft.errors import MetaftError
 from metaft.finetune.words import plainly as of_adapting
@@ -16,7 +17,7 @@ from metaft.runs.words import plainly as of_meta_training
 from metaft.support.progress import duration
 from metaft.views import VIEWS
 from metaft.views.base import Cell, Column, Missing, Part, Table, View
-from metaft.views.subject import COMMANDS, Subject
+from metaft.views.subject import Subject
 from metaft.views.template import included, rendered
 
 
@@ -139,7 +140,7 @@ def _settings(subject: Subject) -> Table:
     """Each option that has a value, with its help line."""
     if subject.config is None:
         return Table("Settings", [], [])
-    known = options(COMMANDS[subject.command])
+    known = options(CONFIGS[subject.command])
     rows: list[list[Cell]] = [
         [name, ", ".join(map(str, value)) if isinstance(value, tuple) else str(value), known[name].option.help]
         for name, value in flat(subject.config).items()

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from metaft.after.pictures import data_of
-from metaft.cli import of_run
-from metaft.config import AdaptConfig, MetaTrainConfig, read_toml
+from metaft.cli import CONFIGS, of_run
+from metaft.config import read_toml
 from metaft.errors import CheckpointError, MetaftError
 from metaft.finetune import classifier
 from metaft.finetune.classifier import Classifier
@@ -40,8 +40,6 @@ from metaft.support.paths import absolute, local
 from metaft.targets import Rows, Target
 from metaft.tasks.folder import inputs_of
 from metaft.views.checked import check
-
-COMMANDS: dict[str, type[Settings]] = {"meta_train": MetaTrainConfig, "adapt": AdaptConfig}
 
 
 class Built(NamedTuple):
@@ -182,7 +180,7 @@ def of_folder(folder: RunFolder, *, module: nn.Module | None = None) -> Subject:
     path = folder.path
     values = read_toml(folder.config)
     if not folder.result.exists():
-        kind = next((kind for kind, cls in COMMANDS.items() if values and values.keys() <= options(cls).keys()), None)
+        kind = next((kind for kind, cls in CONFIGS.items() if values and values.keys() <= options(cls).keys()), None)
         if kind is None:
             raise CheckpointError(f"{path} is no run of meta_train or adapt")
         on = f"{kind} --resume {shlex.quote(str(path))}"
@@ -197,7 +195,7 @@ def of_folder(folder: RunFolder, *, module: nn.Module | None = None) -> Subject:
         raise CheckpointError(f"{folder.result}: not JSON ({error})") from None
     check(result, str(folder.result))
     command = result["command"]
-    config = of_run(COMMANDS[command], folder.config, "run")
+    config = of_run(CONFIGS[command], folder.config, "run")
     return Subject(absolute(path).name, command, folder, config, result, module)
 
 
