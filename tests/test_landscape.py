@@ -33,7 +33,7 @@ from metaft.testing import score_episodes
 from metaft.types import Params
 from metaft.views import VIEWS
 from metaft.views.base import Missing, Picture, Table, View
-from metaft.views.landscape import _meta_loss, _tasks
+from metaft.views.landscape import TASKS, _meta_loss
 from metaft.views.planes import filter_normalised, principal_plane, span, surface
 from metaft.views.subject import open_subject
 
@@ -279,8 +279,8 @@ def test_the_loss_of_a_fit_is_the_one_that_it_was_trained_with(adapted: Path) ->
 
 
 def test_the_loss_of_meta_training_is_that_of_its_validation(curve: Path) -> None:
-    parts, best = open_subject(str(curve)).assembled
-    tasks = _tasks(parts, "val")
+    subject = open_subject(str(curve))
+    (parts, best), tasks = subject.assembled, subject.tasks("val", TASKS)
     found = _meta_loss(parts, best, tasks)(best.meta)
     c = parts.config
     source = parts.dataset.source(ways=1, shots=5, query_shots=5)

@@ -16,7 +16,6 @@ from metaft.plots.regression import regression_figure
 from metaft.plots.task import task_figure
 from metaft.runs.assemble import Parts
 from metaft.support.names import short_names
-from metaft.testing import ordinary
 from metaft.types import Episode as Task
 from metaft.types import Norm, Params
 from metaft.views.base import Episode, Missing, Of, Part, Query, View
@@ -32,17 +31,15 @@ def episode(subject: Subject) -> View | Missing:
         return Missing("it is of meta-training, whose tasks adapt step by step")
     try:
         parts, best = subject.assembled
-        c = parts.config
-        source = parts.dataset.source(
-            ways=c.test.test_ways, shots=c.test.test_shots, query_shots=c.test.test_query_shots, rotate=c.data.rotate,
-            splits=("test",),
-        )  # fmt: skip
-        task = Task(*(t[0] for t in ordinary(source.episodes(c.test.eval_seed, "test", [0]))))
+        [task] = subject.tasks("test", 1)
     except MetaftError:
         return Missing("the run's data, or what else it was made with, are not at hand")
+    c = parts.config
     steps, norm = c.test.test_inner_steps, c.learner.batch_norm
     with torch.no_grad():
-        outputs = outputs_of(parts.algorithm, best.meta, best.state, task, ways=source.ways, steps=steps, norm=norm)
+        outputs = outputs_of(
+            parts.algorithm, best.meta, best.state, task, ways=c.test.test_ways, steps=steps, norm=norm
+        )
     of = Of(
         f"1 task, {len(task.query_y)} queries", norm, f"inner steps 0 to {steps} at meta-step {best.position.step:,}"
     )

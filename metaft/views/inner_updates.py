@@ -13,7 +13,6 @@ from metaft.errors import CheckpointError, MetaftError
 from metaft.plots.layers import layers_figure, limits_of
 from metaft.runs.assemble import fill
 from metaft.runs.snapshot import load_snapshot
-from metaft.testing import ordinary
 from metaft.types import Episode, Params
 from metaft.views.base import Missing, Of, Part, View
 from metaft.views.images import chart
@@ -30,14 +29,10 @@ def inner_updates(subject: Subject) -> View | Missing:
         return Missing("it is of meta-training, whose tasks take inner steps")
     try:
         parts, best = subject.assembled
-        c = parts.config
-        source = parts.dataset.source(
-            ways=c.test.test_ways, shots=c.test.test_shots, query_shots=c.test.test_query_shots, rotate=c.data.rotate,
-            splits=("val",),
-        )  # fmt: skip
-        task = Episode(*(t[0] for t in ordinary(source.episodes(c.test.eval_seed, "val", [0]))))
+        [task] = subject.tasks("val", 1)
     except MetaftError:
         return Missing("the run's data, or what else it was made with, are not at hand")
+    c = parts.config
     steps = c.test.test_inner_steps
     if steps == 0:
         return Missing("its tasks take no inner steps")
@@ -46,7 +41,7 @@ def inner_updates(subject: Subject) -> View | Missing:
     with contextlib.suppress(CheckpointError):  # of an earlier version, as the caption says
         stages = {"before": fill(parts, load_snapshot(subject.folder.first)), **stages}
     paths = {
-        stage: inner_paths(parts.algorithm, s.meta, s.state, task, ways=source.ways, steps=steps)
+        stage: inner_paths(parts.algorithm, s.meta, s.state, task, ways=c.test.test_ways, steps=steps)
         for stage, s in stages.items()
     }
     if not any(paths.values()):
@@ -56,7 +51,7 @@ def inner_updates(subject: Subject) -> View | Missing:
         drawn = {stage: _values(own, number) for stage, own in paths.items() if own}
         limits = limits_of(np.concatenate([values.ravel() for _, values in drawn.values()]), log=log)
         for stage, (names, values) in drawn.items():
-            at = list(range(1 - number, steps + 1)) if number == 0 else list(range(steps + 1))
+            at = list(range(1 - number, steps + 1))
             of = Of("1 validation task", c.learner.batch_norm, f"{_when(stage, best.position.step)}, each inner step")
             head = f"{title}, {stage} meta-training"
             figure = layers_figure(names, at, values, title, x_label="inner step", log=log, share=True, limits=limits)

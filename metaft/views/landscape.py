@@ -23,7 +23,6 @@ from metaft.runs.trail import FEWEST, read_trail
 from metaft.runs.training import META
 from metaft.starts.none import OWN
 from metaft.support.progress import Progress
-from metaft.testing import ordinary
 from metaft.types import Episode, Params
 from metaft.views.base import Column, Missing, Of, Part, Table, View
 from metaft.views.images import chart
@@ -101,7 +100,7 @@ def _of_meta_training(subject: Subject) -> tuple[list[Scene], list[str]]:
     c = parts.config
     scenes: list[Scene] = []
     notes: list[str] = []
-    tasks = _tasks(parts, "val")
+    tasks = subject.tasks("val", TASKS)
     queries = sum(len(task.query_y) for task in tasks)
     loss = _meta_loss(parts, last, tasks)
     how = f"{len(tasks)} fixed validation tasks, {queries} queries, after {c.test.test_inner_steps} inner steps"
@@ -121,22 +120,12 @@ def _of_meta_training(subject: Subject) -> tuple[list[Scene], list[str]]:
         )
     scene = random_scene(last.meta, [name for name in parts.model.params if name in last.meta], loss, of)
     scenes += [scene] if scene else []
-    inner = _inner_scene(parts, best)
+    inner = _inner_scene(parts, best, subject.tasks("test", TASKS))
     if isinstance(inner, str):
         notes.append(inner)
     else:
         scenes.append(inner)
     return scenes, notes
-
-
-def _tasks(parts: Parts, split: str) -> list[Episode]:
-    c = parts.config
-    source = parts.dataset.source(
-        ways=c.test.test_ways, shots=c.test.test_shots, query_shots=c.test.test_query_shots, rotate=c.data.rotate,
-        splits=(split,),  # type: ignore[reportArgumentType]
-    )  # fmt: skip
-    batch = ordinary(source.episodes(c.test.eval_seed, split, range(TASKS)))  # type: ignore[reportArgumentType]
-    return [Episode(*(t[i] for t in batch)) for i in range(TASKS)]
 
 
 def _meta_loss(
@@ -160,13 +149,12 @@ def _meta_loss(
     return loss
 
 
-def _inner_scene(parts: Parts, best: Snapshot) -> Scene | str:
+def _inner_scene(parts: Parts, best: Snapshot, tasks: Sequence[Episode]) -> Scene | str:
     """The ways of a few test tasks from the one initialisation; a sentence where there are none."""
     c, algorithm, name = parts.config, parts.algorithm, parts.algorithm.name
     steps = c.test.test_inner_steps
     if steps == 0:
         return f"{name} has no inner steps, so there are no inner paths."
-    tasks = _tasks(parts, "test")
     paths: list[list[Params]] = []
     with torch.no_grad():
         for task in tasks:

@@ -39,6 +39,8 @@ from metaft.starts.run import from_run
 from metaft.support.paths import absolute, local
 from metaft.targets import Rows, Target
 from metaft.tasks.folder import inputs_of
+from metaft.testing import ordinary
+from metaft.types import Episode, Split
 from metaft.views.checked import check
 
 
@@ -120,6 +122,18 @@ class Subject:
             config, module=self.module, snapshot=snapshot, classes=snapshot.header.get("classes"), loss=None
         )
         return parts, fill(parts, snapshot)
+
+    def tasks(self, split: Split, count: int) -> list[Episode]:
+        """The first `count` tasks of a split as a meta-training run is tested: the same each time. Raises as
+        `assembled` does."""
+        parts, _ = self.assembled
+        c = parts.config
+        source = parts.dataset.source(
+            ways=c.test.test_ways, shots=c.test.test_shots, query_shots=c.test.test_query_shots, rotate=c.data.rotate,
+            splits=(split,),
+        )  # fmt: skip
+        batch = ordinary(source.episodes(c.test.eval_seed, split, range(count)))
+        return [Episode(*(t[i] for t in batch)) for i in range(count)]
 
     @functools.cached_property
     def built(self) -> Built:
