@@ -19,7 +19,7 @@ from metaft.finetune.averaged import follow
 from metaft.finetune.examples import Prepared
 from metaft.finetune.extras import Extra, all_named
 from metaft.finetune.features import evaluating, in_parts, takes_alone
-from metaft.finetune.lessons import Labelled, Lesson, turns
+from metaft.finetune.lessons import Labelled, Lesson, as_they_are, turns
 from metaft.finetune.measuring import Measuring
 from metaft.finetune.states import cloned, values_of, whole
 from metaft.finetune.strategies import Strategy
@@ -29,6 +29,7 @@ from metaft.inputs.base import Examples
 from metaft.models.handed import copied
 from metaft.runs.trail import Trail
 from metaft.settings import Recipe
+from metaft.types import Params
 
 SMALLER = "try a smaller --lr"
 
@@ -132,15 +133,15 @@ def fit(
         if math.isfinite(best[0]):
             best = (best[0], whole(resume["best"], training.start))
         average = {} if recipe.ema is None else whole(resume["average"], training.start)
-    moving = phases.moved(*when, range(recipe.passes)) | set(training.groups[-1])
-    watched = {name: p for name, p in model.named_parameters() if name in moving}
+    watched: Params = {}
     if trail is not None:
+        moving = phases.moved(*when, range(recipe.passes)) | set(training.groups[-1])
+        watched = {name: p for name, p in model.named_parameters() if name in moving}
         trail.visit(len(curve), watched)
     judge = "val_loss" if validates and each_epoch else "loss"  # of what a schedule may follow
     settled = phases.settled(*when)
-    stayed = recipe.augment == "none" and not any(extra.of_inputs for extra in extras)
     # Features are those of the start, as long as this is true.
-    stayed = stayed and phases.stays(*when, range(len(curve)))
+    stayed = as_they_are(recipe, extras) and phases.stays(*when, range(len(curve)))
     for epoch in range(len(curve), recipe.passes):
         if recipe.patience is not None and _stale(curve[settled:], recipe.patience):
             break

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from metaft.finetune.augment import Change, of_epoch
 from metaft.finetune.batches import batches_of
 from metaft.finetune.examples import Prepared
-from metaft.finetune.extras import Batch, Objective
+from metaft.finetune.extras import Batch, Extra, Objective
 from metaft.finetune.features import Features
 from metaft.finetune.outcomes import Outcome
 from metaft.inputs import Inputs
@@ -84,6 +84,11 @@ class Lesson:
         """Of some of a turn's batch in the mean over all of it."""
         weight = self.outcome.weight
         return weight(self.targets[rows.to(self.targets.device)]) / weight(self.targets[torch.from_numpy(turn.batch)])
+
+
+def as_they_are(recipe: Recipe, extras: Sequence[Extra]) -> bool:
+    """Whether images reach the model unchanged, so that one epoch's features serve the next."""
+    return recipe.augment == "none" and not any(extra.of_inputs for extra in extras)
 
 
 def turns(images: int, recipe: Recipe, seed: int, epoch: int, per_epoch: int) -> Iterator[Turn]:

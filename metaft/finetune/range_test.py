@@ -17,7 +17,7 @@ from metaft.errors import MetaftError
 from metaft.finetune import strategies
 from metaft.finetune.examples import Part
 from metaft.finetune.extras import all_named
-from metaft.finetune.lessons import Labelled, turns
+from metaft.finetune.lessons import Labelled, as_they_are, turns
 from metaft.finetune.training import Training, begin
 from metaft.settings import AUTO, Recipe
 from metaft.starts.base import Start
@@ -105,9 +105,7 @@ def _losses(training: Training, rates: np.ndarray, seed: int, should_stop: Calla
 
 def _on_features(training: Training) -> bool:
     """Whether nothing below the head moves, nor any image changes."""
-    recipe = training.recipe
-    changed = recipe.augment != "none" or any(extra.of_inputs for extra in all_named(recipe.extra))
-    return bool(training.still) and not changed
+    return bool(training.still) and as_they_are(training.recipe, all_named(training.recipe.extra))
 
 
 def smooth(losses: Sequence[float]) -> list[float]:
