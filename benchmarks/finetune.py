@@ -9,18 +9,18 @@ result.json alone. Further words go to every run: `-- --image-size 96 --epochs 1
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
-from metaft import adapt
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # to be run as a file, too
+
+from benchmarks.adapted import apart, finished
 
 
 def main() -> int:
-    argv = sys.argv[1:]
-    rest = argv[argv.index("--") + 1 :] if "--" in argv else []
+    own, rest = apart(sys.argv[1:])
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0])
     parser.add_argument("--data", nargs="+", required=True, metavar="NAME=DATA")
     parser.add_argument("--shots", nargs="+", default=["1", "5", "20"], metavar="K", help="images per class, or all")
@@ -28,7 +28,7 @@ def main() -> int:
     parser.add_argument("--init", default="efficientnet-lite0")
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--runs", type=Path, default=Path("runs/finetune"))
-    args = parser.parse_args(argv[: len(argv) - len(rest) - 1] if rest else argv)
+    args = parser.parse_args(own)
     print("| data | images per class | strategy | start | probe | random | gain over the probe | seconds per fit | n |")
     print("|---|---|---|---|---|---|---|---|---|")
     for named in args.data:
@@ -44,13 +44,8 @@ def row(name: str, data: str, shots: str, strategy: str, args: argparse.Namespac
     words = "-".join(word.lstrip("-") for word in rest)
     stem = "-".join(filter(None, (Path(args.init).name, name, shots, strategy, words, str(args.seeds))))
     out = args.runs / "".join(letter if letter.isalnum() or letter in "-.=" else "_" for letter in stem)
-    if not (out / "result.json").exists():
-        argv = ["--init", args.init, "--data", data, "--strategy", strategy, "--seeds", str(args.seeds), *rest]
-        argv += [] if shots == "all" else ["--shots-per-class", shots]
-        with contextlib.redirect_stdout(sys.stderr):
-            status = adapt.main([*argv, "--auto-resume", "--out", str(out)])
-        if status:
-            raise SystemExit(status)
+    argv = ["--init", args.init, "--data", data, "--strategy", strategy, "--seeds", str(args.seeds), *rest]
+    finished(out, argv if shots == "all" else [*argv, "--shots-per-class", shots])
     result: dict[str, Any] = json.loads((out / "result.json").read_text(encoding="utf-8"))
     starts = {start["name"]: start for start in result["starts"]}
     first = result["starts"][0]

@@ -10,13 +10,14 @@ changes, is left out of these runs. Further words go to every run.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from metaft import adapt
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # to be run as a file, too
+
+from benchmarks.adapted import apart, finished
 from metaft.after.comparing import Finished, differences, opened
 from metaft.support.tables import markdown
 
@@ -47,8 +48,7 @@ BESIDE = ("head", "full")
 
 
 def main() -> int:
-    argv = sys.argv[1:]
-    rest = argv[argv.index("--") + 1 :] if "--" in argv else []
+    own, rest = apart(sys.argv[1:])
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0])
     parser.add_argument("--data", required=True)
     parser.add_argument("--shots", default="20", help="images per class")
@@ -56,7 +56,7 @@ def main() -> int:
     parser.add_argument("--rows", nargs="+", default=list(MEMBERS), choices=list(MEMBERS), metavar="ROW")
     parser.add_argument("--init", default="efficientnet-lite0")
     parser.add_argument("--runs", type=Path, default=Path("runs/members"))
-    args = parser.parse_args(argv[: len(argv) - len(rest) - 1] if rest else argv)
+    args = parser.parse_args(own)
     rows = list(dict.fromkeys([*BESIDE, *args.rows]))
     folders = [run(name, args, rest) for name in rows]
     print(markdown(table(rows, opened(folders))))
@@ -66,14 +66,8 @@ def main() -> int:
 def run(name: str, args: argparse.Namespace, rest: Sequence[str]) -> Path:
     """The folder of a row's run, which is finished. Raises SystemExit where it fails."""
     out = args.runs / "".join(letter if letter.isalnum() or letter == "-" else "_" for letter in name)
-    if not (out / "result.json").exists():
-        argv = ["--init", args.init, "--data", args.data, "--shots-per-class", args.shots, *MEMBERS[name], *rest]
-        argv += ["--seeds", str(args.draws), "--no-random", "--no-report", "--auto-resume", "--out", str(out)]
-        with contextlib.redirect_stdout(sys.stderr):
-            status = adapt.main(argv)
-        if status:
-            raise SystemExit(status)
-    return out
+    argv = ["--init", args.init, "--data", args.data, "--shots-per-class", args.shots, *MEMBERS[name], *rest]
+    return finished(out, [*argv, "--seeds", str(args.draws), "--no-random", "--no-report"])
 
 
 def table(rows: Sequence[str], runs: Sequence[Finished]) -> list[list[str]]:
@@ -82,11 +76,11 @@ def table(rows: Sequence[str], runs: Sequence[Finished]) -> list[list[str]]:
     above = [*(f"above `{name}`" for name in BESIDE), "above the probe"]
     lines = [["row", *above, "accuracy", "trained of the backbone", "seconds", "n"]]
     lines.append(["the probe", "", "", "", interval(probe["mean"]["accuracy"], probe["mean"]["ci95"]), "", "", ""])
-    for name, finished in by_name.items():
-        above = ["" if name == other else gain(by_name[other], finished) for other in BESIDE]
-        of_probe = next(each for each in finished.result["gains"] if each["over"] == "probe")
-        figure = next(iter(finished.figures.values()))
-        start: dict[str, Any] = finished.result["starts"][0]
+    for name, one in by_name.items():
+        above = ["" if name == other else gain(by_name[other], one) for other in BESIDE]
+        of_probe = next(each for each in one.result["gains"] if each["over"] == "probe")
+        figure = next(iter(one.figures.values()))
+        start: dict[str, Any] = one.result["starts"][0]
         trained = start["trained"]["numbers"] if start.get("trained") else 0
         lines.append(
             [

@@ -13,7 +13,6 @@ share of the way from the run of `head` to that of `lp-ft`. Further words go to 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import copy
 import json
 import sys
@@ -24,8 +23,12 @@ import torch
 from torch import Tensor
 
 import metaft
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # to be run as a file, too
+
+from benchmarks.adapted import apart, finished
 from benchmarks.members import interval
-from metaft import adapt, targets
+from metaft import targets
 from metaft.finetune.classifier import Classifier
 from metaft.finetune.scores import mean_t95
 from metaft.support.tables import markdown
@@ -56,15 +59,14 @@ def blurred(raw: Tensor, deviation: float) -> Tensor:
 
 
 def main() -> int:
-    argv = sys.argv[1:]
-    rest = argv[argv.index("--") + 1 :] if "--" in argv else []
+    own, rest = apart(sys.argv[1:])
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0])
     parser.add_argument("--data", required=True)
     parser.add_argument("--shots", type=int, default=20, help="images per class")
     parser.add_argument("--draws", type=int, default=10)
     parser.add_argument("--init", default="efficientnet-lite0")
     parser.add_argument("--runs", type=Path, default=Path("runs/shifted"))
-    args = parser.parse_args(argv[: len(argv) - len(rest) - 1] if rest else argv)
+    args = parser.parse_args(own)
     draws = [of_draw(seed, args, rest) for seed in range(args.draws)]
     print(markdown(table(draws)))
     return 0
@@ -91,16 +93,9 @@ def of_draw(seed: int, args: argparse.Namespace, rest: Sequence[str]) -> dict[st
 
 def run(name: str, seed: int, args: argparse.Namespace, rest: Sequence[str]) -> Path:
     """The folder of a finished run. Raises SystemExit where it fails."""
-    out = args.runs / f"{name}-{seed}"
-    if not (out / "result.json").exists():
-        argv = ["--init", args.init, "--data", args.data, "--shots-per-class", str(args.shots), "--seed", str(seed)]
-        argv += ["--strategy", STRATEGIES[name], *rest, "--no-random", "--no-report"]
-        argv += ["--auto-resume", "--out", str(out)]
-        with contextlib.redirect_stdout(sys.stderr):
-            status = adapt.main(argv)
-        if status:
-            raise SystemExit(status)
-    return out
+    argv = ["--init", args.init, "--data", args.data, "--shots-per-class", str(args.shots), "--seed", str(seed)]
+    argv += ["--strategy", STRATEGIES[name], *rest, "--no-random", "--no-report"]
+    return finished(args.runs / f"{name}-{seed}", argv)
 
 
 def between(start: Classifier, tuned: Classifier, share: float) -> Classifier:
