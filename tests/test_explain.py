@@ -108,6 +108,8 @@ def test_maps_are_laid_over_the_image_as_bright_as_they_are_strong() -> None:
 
 # ---- integrated gradients -------------------------------------------------------------------------------------------
 
+FIRST = 32  # steps before any piece is halved
+
 
 @needs_captum
 def test_integrated_gradients_of_a_linear_model_are_weight_times_change() -> None:
@@ -117,7 +119,7 @@ def test_integrated_gradients_of_a_linear_model_are_weight_times_change() -> Non
     expected = model.get_parameter("1.weight")[2].detach().view(2, 6, 5) * (X[0] - black)
     # captum weighs its steps in float32, 2^-24 each.
     torch.testing.assert_close(found.attributions, expected, rtol=1e-6, atol=1e-6)
-    assert found.gap < 1e-6 and found.steps == STEPS[0]
+    assert found.gap < 1e-6 and found.steps == FIRST
     assert found.total == pytest.approx(float(expected.sum()))
 
 
@@ -132,13 +134,41 @@ class Steep(nn.Module):
         return torch.sigmoid(self.rate * (x.flatten(1).mean(1, keepdim=True) - 0.37))
 
 
+class Jump(nn.Module):
+    """A logit whose change no gradient shows."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean = x.flatten(1).mean(1, keepdim=True)
+        return (mean > 0.37).to(x.dtype) + 0 * mean
+
+
 @needs_captum
-def test_steps_are_raised_until_the_attributions_add_up_or_it_is_said_that_they_do_not() -> None:
+def test_a_product_s_parts_get_half_of_it_each() -> None:
+    class Product(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.flatten(1)[:, :2].prod(1, keepdim=True)
+
+    x = torch.tensor([[[3.0, 5.0, 7.0]]]).double()
+    found = integrated_gradients(Product(), x, torch.zeros_like(x), 0)
+    torch.testing.assert_close(found.attributions, torch.tensor([[[7.5, 7.5, 0.0]]]).double())
+
+
+@needs_captum
+@pytest.mark.parametrize("rate", [400.0, 1e6])
+def test_the_way_is_halved_where_it_is_steep_until_the_attributions_add_up(rate: float) -> None:
     one, black = torch.ones(1, 2, 2).double(), torch.zeros(1, 2, 2).double()
-    found = integrated_gradients(Steep(400.0), one, black, 0)
-    assert found.steps > STEPS[0] and found.gap <= GAP
-    hopeless = integrated_gradients(Steep(1e6), one, black, 0)
-    assert hopeless.steps == STEPS[-1] and hopeless.gap > GAP
+    one[0, 0, 0] = 3.0
+    found = integrated_gradients(Steep(rate), one, black, 0)
+    assert FIRST < found.steps < STEPS / 4 and found.gap <= GAP
+    # By symmetry the logit's change is shared out by how far each pixel goes.
+    torch.testing.assert_close(found.attributions, found.total * one / one.sum(), rtol=2 * GAP, atol=0)
+
+
+@needs_captum
+def test_it_ends_and_says_by_how_much_where_no_steps_would_do() -> None:
+    one, black = torch.ones(1, 2, 2).double(), torch.zeros(1, 2, 2).double()
+    found = integrated_gradients(Jump(), one, black, 0)
+    assert STEPS - 8 <= found.steps <= STEPS and found.gap == 1.0
 
 
 # ---- the page -------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from metaft.inputs import Reading
 from metaft.inputs.flaws import noted
 from metaft.predict import list_files
 from metaft.support.names import short_names
+from metaft.support.progress import Progress
 from metaft.views import attribution
 from metaft.views.attribution import GAP, Integrated
 from metaft.views.base import Explained, Explanation, Missing, Of, Overlay, Part, View
@@ -21,6 +22,7 @@ from metaft.views.subject import Subject
 MOST = 24
 """Images of one page."""
 _SIDE, _CLASSES = 160, 3
+_PATIENCE = 3.0  # seconds before it is shown how far it is
 
 
 def readings_of(subject: Subject, words: Sequence[str]) -> tuple[Reading, ...]:
@@ -63,11 +65,7 @@ def explained(subject: Subject) -> View | Missing:
     size = (raw.shape[-2], raw.shape[-1])
     cams = _cams(model, x, labels, size)
     names = short_names(classifier.class_names)
-    integrated = (
-        [attribution.integrated_gradients(model, x[i], black[0], int(labels[i])) for i in range(len(x))]
-        if attribution.has_captum()
-        else []
-    )
+    integrated = _integrated(model, x, black[0], labels) if attribution.has_captum() else []
     shown: list[Explanation] = []
     for i, reading in enumerate(subject.explain):
         overlays, name = [], names[int(labels[i])]
@@ -95,6 +93,18 @@ def explained(subject: Subject) -> View | Missing:
 def _cams(model: nn.Module, x: Tensor, labels: Tensor, size: tuple[int, int]) -> Tensor | None:
     cam = attribution.grad_cam(model, x, labels)
     return None if cam is None else attribution.enlarged(cam, size)
+
+
+def _integrated(model: nn.Module, x: Tensor, black: Tensor, labels: Tensor) -> list[Integrated]:
+    bar = Progress("explain", len(x), "image", after=_PATIENCE)
+    found: list[Integrated] = []
+    try:
+        for image, label in zip(x, labels.tolist(), strict=True):
+            found.append(attribution.integrated_gradients(model, image, black, label))
+            bar.update(len(found), steps=str(found[-1].steps))
+    finally:
+        bar.close()
+    return found
 
 
 def _said(cam: bool, integrated: Sequence[Integrated]) -> str:
