@@ -18,6 +18,7 @@ from metaft.options import Option, from_mapping
 from metaft.support.modes import in_usual_modes
 from metaft.support.output import steady
 from metaft.support.paths import local
+from metaft.support.places import check_root
 
 if TYPE_CHECKING:
     from torch import nn
@@ -81,8 +82,7 @@ def run(
     from metaft.support.whole import check_new
 
     config, source = config or CompressConfig(), local(path)
-    if config.data_root is not None and not os.path.isdir(local(config.data_root)):
-        raise MetaftError(f"data_root: {config.data_root} is no folder")
+    check_root(config.data_root)
     if config.into is None:
         check_installed()
     out = _out(config, source)

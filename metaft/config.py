@@ -201,6 +201,11 @@ class ChooseConfig(Settings):
     ] = None
 
 
+MovedData = Annotated[
+    str | None, Option("Where the run's data lie, if they moved (auto: $METAFT_DATA).", metavar="PATH")
+]
+
+
 @dataclasses.dataclass(frozen=True, init=False)
 class ExportConfig(Settings):
     """Write the classifier that an adapt run left as a file that runs without metaft."""
@@ -217,9 +222,7 @@ class ExportConfig(Settings):
             metavar="IMAGE|FOLDER...",
         ),
     ] = ()  # fmt: skip
-    data_root: Annotated[
-        str | None, Option("Where the run's data lie, if they moved (auto: $METAFT_DATA).", metavar="PATH")
-    ] = None
+    data_root: MovedData = None
     out: Annotated[str | None, Option("A new folder (auto: RUN/FORMAT).", metavar="FOLDER", stored=False)] = None
 
 
@@ -256,9 +259,7 @@ class CompressConfig(Settings):
         float | None,
         Option("Learning rate of these (auto: as metaft.adapt --strategy full).", above=0, at_most=LARGEST),
     ] = None
-    data_root: Annotated[
-        str | None, Option("Where the run's data lie, if they moved (auto: $METAFT_DATA).", metavar="PATH")
-    ] = None
+    data_root: MovedData = None
     out: Annotated[str | None, Option("A new folder (auto: RUN/compressed).", metavar="FOLDER", stored=False)] = None
 
 
@@ -330,6 +331,7 @@ class LookConfig(Settings):
             metavar="IMAGE|FOLDER...",
         ),
     ] = ()
+    data_root: MovedData = None
     out: Annotated[
         str | None,
         Option(

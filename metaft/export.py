@@ -20,6 +20,7 @@ from metaft.options import Option
 from metaft.support.modes import in_usual_modes
 from metaft.support.output import steady
 from metaft.support.paths import local
+from metaft.support.places import check_root
 from metaft.support.whole import check_new, whole_or_nothing
 
 if TYPE_CHECKING:
@@ -127,8 +128,7 @@ def _pictures(config: ExportConfig, source: Path, classifier: Classifier) -> Pic
     from metaft.predict import list_files
     from metaft.runs.folder import RunFolder
 
-    if config.data_root is not None and not os.path.isdir(local(config.data_root)):
-        raise MetaftError(f"data_root: {config.data_root} is no folder")
+    check_root(config.data_root)
     if config.pictures:
         return of_files(list_files(config.pictures, "pictures")[0], classifier)
     try:

@@ -17,6 +17,7 @@ from metaft.options import Option
 from metaft.support.modes import in_usual_modes
 from metaft.support.output import steady
 from metaft.support.paths import local
+from metaft.support.places import check_root
 
 if TYPE_CHECKING:
     from torch import nn
@@ -70,6 +71,10 @@ def run(word: Path | str, config: LookConfig | None = None, *, module: nn.Module
         subject = open_subject(str(word), image_size=config.image_size, module=module)
         if config.landscape and subject.command == "start":
             raise MetaftError(f"landscape: it is of training, and {subject.name} is a start; name a run")
+        if config.data_root is not None and subject.command == "start":
+            raise MetaftError(f"data_root: {subject.name} is a start, which has no data (given {config.data_root})")
+        check_root(config.data_root)
+        subject.data_root = config.data_root
         subject.landscape = config.landscape
         subject.explain = readings_of(subject, config.explain)
         beside = Path(f"look-{file_name(subject.name)}.html") if subject.folder is None else subject.folder.path / PAGE

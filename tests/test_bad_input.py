@@ -209,6 +209,7 @@ PATHS: dict[tuple[str, str], tuple[str, dict[str, str]]] = {
     ("export", "pictures"): ("", {**NOT_THERE, "empty": "{empty}", "folder of texts": "{texts}", "cut": "{broken}"}),
     ("export", "data_root"): ("", {**NOT_THERE, "a file": "{file}"}),
     ("export", "out"): ("", {**NO_PLACE, "a file": "{file}", "full": "{squares}"}),
+    ("look", "data_root"): ("", {**NOT_THERE, "a file": "{file}"}),
     ("look", "explain"): ("", {**NOT_THERE, "of meta_train": "{file}"}),
     ("compress", "run"): ("", {**NOT_THERE, **NO_FOLDER, "of meta_train": "{run}"}),
     ("compress", "into"): ("", {**NOT_THERE, **NO_FOLDER, "of adapt": "{adapted}"}),

@@ -35,6 +35,7 @@ from torch import nn
 from metaft import adapt, algorithms, look, meta_train, models
 from metaft.config import LookConfig
 from metaft.defaults import hyper
+from metaft.errors import MetaftError
 from metaft.finetune import strategies
 from metaft.finetune.phases import groups_of
 from metaft.look import at_end as at_end
@@ -375,6 +376,21 @@ def test_a_page_holds_all_that_applies_and_needs_nothing_else(
     assert captions and all(re.match(r"n: .+ · mode: .+ · step: .+", caption) for caption in captions)
     assert look.run(of, LookConfig(out="b.html")).read_bytes() == out.read_bytes(), "the same run, the same bytes"
     assert "page:     b.html" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("fixture", "view"), [("trained", "A task step by step"), ("adapted", "Mistakes")])
+def test_data_that_moved_are_found_where_it_is_said_that_they_are(
+    fixture: str, view: str, request: pytest.FixtureRequest, in_tmp: Path
+) -> None:
+    original: Path = request.getfixturevalue(fixture)
+    shutil.copytree(original, "run")
+    config = Path("run/config.toml")
+    config.write_text(config.read_text().replace(str(original.parent), "/gone"))
+    assert view not in titles(look.run("run", LookConfig(out="without.html")).read_text(encoding="utf-8"))
+    html = look.run("run", LookConfig(out="with.html", data_root=str(original.parent))).read_text(encoding="utf-8")
+    assert view in titles(html)
+    with pytest.raises(MetaftError, match=r"^data_root: none is a start, which has no data \(given x\)$"):
+        look.run("none", LookConfig(data_root="x"))
 
 
 def test_names_of_users_are_text_and_nothing_else(adapted: Path, in_tmp: Path) -> None:

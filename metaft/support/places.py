@@ -37,6 +37,12 @@ def parsed(field: str, name: str, members: Mapping[str, Takes]) -> Spec:
         raise MetaftError(f"{field}: {name!r} is a path without a kind of data; write {written!r}") from None
 
 
+def check_root(data_root: str | None) -> None:
+    """Raises MetaftError where `--data-root` is no folder."""
+    if data_root is not None and not os.path.isdir(local(data_root)):
+        raise MetaftError(f"data_root: {data_root} is no folder")
+
+
 def in_full(config: Config) -> Config:
     """Settings with absolute paths, except for `out`, which is only the run's own place."""
     changed: dict[str, Any] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
 
@@ -202,7 +203,10 @@ def _of_fine_tuning(subject: Subject) -> tuple[list[Scene], list[str]]:
         return [], ["a classifier that was made smaller leaves no snapshots on its way"]
     position, header = read(subject.folder)
     values = "keep" if header["init"] == OWN else "seed"
-    setup = prepared(subject.config, subject.module, values, header)
+    config = subject.config
+    if subject.data_root is not None:
+        config = dataclasses.replace(config, data_root=subject.data_root)
+    setup = prepared(config, subject.module, values, header)
     fits = retraced(subject.folder, setup, position, most=IMAGES)
     if not fits:
         return [], [_no_path(0, "adapt")]

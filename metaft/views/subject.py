@@ -74,6 +74,8 @@ class Subject:
     """Whether the view of that name is wanted, which takes minutes."""
     explain: tuple[Reading, ...] = ()
     """Images whose labels are to be explained."""
+    data_root: str | None = None
+    """Where a run's data lie, if they moved."""
 
     @functools.cached_property
     def start(self) -> Start:
@@ -95,7 +97,7 @@ class Subject:
     def images(self) -> tuple[Target, Rows, bool]:
         """Of an adapt run, as `data_of` gives them: read once for all views. Raises MetaftError likewise."""
         assert self.folder is not None
-        return data_of(self.folder, self.classifier, None)
+        return data_of(self.folder, self.classifier, self.data_root)
 
     @functools.cached_property
     def rows(self) -> list[dict[str, Any]]:
@@ -117,7 +119,8 @@ class Subject:
         they are not to be had here."""
         assert self.folder is not None
         _, config, snapshot = open_run(self.folder.path)
-        config = dataclasses.replace(config, device="cpu")  # where each machine has the same figures
+        moved = {} if self.data_root is None else {"data_root": self.data_root}
+        config = dataclasses.replace(config, device="cpu", **moved)  # where each machine has the same figures
         parts = assemble(
             config, module=self.module, snapshot=snapshot, classes=snapshot.header.get("classes"), loss=None
         )
