@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ from metaft.models.norm import EpisodeNorm
 from metaft.models.stored import StoredNorm, empty_stored
 from metaft.runs import checkpoint
 from metaft.targets.draws import Rows
+from metaft.views.base import Missing, Table, View
 
 Text = pytest.CaptureFixture[str]
 
@@ -309,14 +311,48 @@ def test_an_export_of_it_is_the_same_classifier(small: Path, tmp_path: Path) -> 
     torch.testing.assert_close(found, metaft.load(small).logits(raw), rtol=ONE_PASS, atol=ONE_PASS)
 
 
-def test_a_page_of_it(small: Path, tmp_path: Path) -> None:
+def test_a_page_of_it(small: Path, run: Path) -> None:
+    from metaft.views.smaller import smaller
     from metaft.views.subject import open_subject
     from metaft.views.training import training
 
     subject = open_subject(str(small))
+    view = smaller(subject)
+    assert isinstance(view, View) and isinstance(view.parts[1], Table)
+    steps = subject.result["compressed"]["steps"]
+    columns = [column.name for column in view.parts[1].columns]
+    rows: list[dict[str, Any]] = [dict(zip(columns, row, strict=True)) for row in view.parts[1].rows]
+    assert [(row["network"], row["parameters"]) for row in rows] == [(s["model"], s["parameters"]) for s in steps]
+    for row, step in zip(rows, steps, strict=True):
+        lost = rows[0]["validation"] - row["validation"]
+        assert row["points lost"] == pytest.approx(100 * lost) and row["of its time"] == step["latency"]
+        assert row["test"] == step["accuracy"]
+    assert "Asked for were 0.4 of the original's time and at most 100 points" in view.caption
+    assert ("Both are reached" in view.caption) == (not subject.result["compressed"]["unmet"])
+    assert isinstance(smaller(open_subject(str(run))), Missing)
     assert "50 % of channels" in str(training(subject))
     layers = {path: sizes_of(layer) for path, layer in subject.built.module.named_modules()}
     assert 4 in {sizes.get("out_channels") for sizes in layers.values()}
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("steps", 3, "compressed has steps = '3', which no run writes"),
+        ("steps", [{"model": "x"}], r"compressed.steps\[0\] lacks 'share', which a run writes"),
+        ("kept", "y", "compressed: the kept network 'y' is none of its steps"),
+    ],
+)
+def test_a_damaged_table_of_steps_is_said(key: str, value: Any, said: str, small: Path, tmp_path: Path) -> None:
+    from metaft.views.subject import open_subject
+
+    shutil.copytree(small, tmp_path / "small")
+    file = tmp_path / "small/result.json"
+    result = json.loads(file.read_text(encoding="utf-8"))
+    result["compressed"][key] = value
+    file.write_text(json.dumps(result), encoding="utf-8")
+    with pytest.raises(MetaftError, match=said):
+        open_subject(str(tmp_path / "small"))
 
 
 def test_stopped_and_resumed_it_ends_alike_and_computes_nothing_twice(

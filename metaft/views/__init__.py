@@ -11,6 +11,7 @@ from metaft.views.features import features
 from metaft.views.inner_updates import inner_updates
 from metaft.views.landscape import landscape
 from metaft.views.mistakes import mistakes
+from metaft.views.smaller import smaller
 from metaft.views.structure import structure
 from metaft.views.training import training
 from metaft.views.updates import updates_of_training
@@ -19,6 +20,7 @@ __all__ = ["VIEWS"]
 
 VIEWS: dict[str, Viewed] = {
     "training": Viewed("Loss and accuracy", training),
+    "smaller": Viewed("Made smaller", smaller),
     "landscape": Viewed("Gradient descent", landscape),
     "episode": Viewed("A task step by step", episode, slow=True),
     "calibration": Viewed("Calibration", calibration),

@@ -28,6 +28,11 @@ _OF_CLASSES = {
     "accuracy": NUMBER, "balanced_accuracy": NUMBER, "macro_f1": NUMBER, "calibration_error": NUMBER,
     "calibration": LIST, "confusion": LIST, "per_class": LIST,
 }  # fmt: skip
+_COMPRESSED = {"kept": TEXT, "unmet": LIST, "steps": LIST}
+_STEP = {
+    "model": TEXT, "share": NUMBER, "parameters": WHOLE, "flops": WHOLE, "bytes": WHOLE, "latency": (int, float),
+    "validation": TABLE, "agreement": NUMBER,
+}  # fmt: skip
 _OF_NUMBERS = {"mae": NUMBER, "rmse": NUMBER, "r2": NUMBER, "predictions": LIST}
 
 
@@ -70,6 +75,18 @@ def check(result: Any, file: str) -> None:
                 raise CheckpointError(f"{where}: per_class has no {classes} rows")
     if len(result["gains"]) != len(result["starts"]) - 1:
         raise CheckpointError(f"{file}: 'gains' are not one for each of the other starts")
+    if "compressed" in result:
+        _check_compressed(result["compressed"], f"{file}: compressed")
+
+
+def _check_compressed(made: Any, where: str) -> None:
+    _need(made, _COMPRESSED, where)
+    for number, step in enumerate(made["steps"]):
+        _need(step, _STEP, f"{where}.steps[{number}]")
+        held: dict[str, tuple[type, ...]] = {"held": WHOLE, "accuracy": (int, float), "points": (int, float)}
+        _need(step["validation"], held, f"{where}.steps[{number}].validation")
+    if made["kept"] not in [step["model"] for step in made["steps"]]:
+        raise CheckpointError(f"{where}: the kept network {made['kept']!r} is none of its steps")
 
 
 def _need(value: Any, keys: Mapping[str, tuple[type, ...]], where: str) -> None:
