@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -126,6 +127,70 @@ LIBRARYS = [
     pytest.param("torchvision:resnet18", marks=pytest.mark.slow),
     pytest.param("timm:tf_efficientnet_lite0", marks=pytest.mark.slow),
 ]
+
+
+def given_by_norms(body: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """What each normalisation layer gives, before its scale and shift, by its path."""
+    met: dict[str, Tensor] = {}
+    with contextlib.ExitStack() as stack:
+        for path, layer in body.named_modules():
+            if isinstance(layer, StoredNorm):
+
+                def hook(layer: nn.Module, given: tuple[Tensor], path: str = path) -> None:
+                    assert isinstance(layer, StoredNorm)
+                    mean, var, eps = layer.mean, layer.var, layer.eps
+                    met[path] = (given[0] - mean.view(-1, 1, 1)) / (var + eps).sqrt().view(-1, 1, 1)
+
+                stack.callback(layer.register_forward_pre_hook(hook).remove)
+        with torch.no_grad():
+            body(x)
+    return met
+
+
+@pytest.mark.parametrize("name", ["own", "conv4", "resnet12"])
+def test_moments_are_set_so_that_norms_give_the_moments_that_they_gave(name: str) -> None:
+    from metaft.after.pruning import pruned
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        classifier = classifier_of(Mobile() if name == "own" else of_name(name))
+    images, state = classifier.inputs(pictures(32)).double(), classifier.state_dict()
+    held = {key: value.clone() for key, value in state.items()}
+    plain, moved = pruned(classifier, classifier, 0.5), pruned(classifier, classifier, 0.5, images)
+    assert same(classifier.state_dict(), held), "the whole one stays as it is"
+    assert all(torch.equal(a, b) for a, b in zip(moved.parameters(), plain.parameters(), strict=True))
+    before, without, found = (given_by_norms(each.body, images) for each in (classifier, plain, moved))
+    exact, off = [], []
+    for path in before:
+        kept = _columns_of(classifier.body, plain.body, path)
+        var, whole = (each.body.get_submodule(path).get_buffer("var") for each in (moved, classifier))
+        spread = found[path].std((0, 2, 3), correction=0)
+        bounded = spread.lt(1e-3) | (var / whole[kept]).log2().abs().gt(3.99)
+        for of in (lambda t: t.mean((0, 2, 3)), lambda t: t.std((0, 2, 3), correction=0)):
+            expected = of(before[path][:, kept])
+            exact.append((of(found[path]) - expected).abs()[~bounded])
+            off.append((of(without[path]) - expected).abs())
+    assert len(torch.cat(exact)) > 0.7 * len(torch.cat(off))
+    assert torch.cat(exact).max() < 1e-9 and torch.cat(off).max() > 0.01
+
+
+def _columns_of(whole: nn.Module, small: nn.Module, path: str) -> list[int]:
+    """Which channels of the whole one a pruned layer's are: those with its own random shifts."""
+    bias = [layer.get_submodule(path).get_parameter("bias").tolist() for layer in (whole, small)]
+    return [bias[0].index(value) for value in bias[1]]
+
+
+def test_a_channel_that_is_constant_keeps_its_scale() -> None:
+    from metaft.after.pruning import match
+
+    norm = EpisodeNorm(3)
+    moments = [torch.tensor(v).double() for v in ([1.0, 2.0, 3.0], [1.0, 4.0, 9.0])]
+    whole, small = (nn.Sequential(StoredNorm(norm, *moments)).double() for _ in range(2))
+    x = torch.randn(8, 3, 2, 2, generator=torch.Generator().manual_seed(0)).double()
+    x[:, 1] = 5.0
+    match(small, whole, {"0": torch.arange(3)}, x)
+    for name, value in small.state_dict().items():
+        torch.testing.assert_close(value, whole.state_dict()[name], rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", ["own", "conv4", "resnet12", *LIBRARYS])

@@ -11,10 +11,12 @@ different scales.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import importlib.util
 import warnings
 from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -52,8 +54,9 @@ def kept_of(channels: int, share: float) -> int:
     return max(block, block * int(share * channels / block + 0.5))
 
 
-def pruned(classifier: Classifier, original: Classifier, share: float) -> Classifier:
-    """A copy with this share of the channels that `original` has in each group; classes and inputs stay.
+def pruned(classifier: Classifier, original: Classifier, share: float, images: Tensor | None = None) -> Classifier:
+    """A copy with this share of the channels that `original` has in each group; classes and inputs stay. With
+    `images`, as the backbone takes them, its stored moments are matched to those of `classifier` (see `match`).
 
     Raises MetaftError, naming `run`, for a network with layers that nobody can prune, of which nothing is left to
     prune, or of which the dependencies were not understood: what comes out is compared with the whole network in which
@@ -67,19 +70,21 @@ def pruned(classifier: Classifier, original: Classifier, share: float) -> Classi
     try:
         with warnings.catch_warnings(), torch.enable_grad():
             warnings.simplefilter("ignore")  # of what a tracer meets
-            masked, count = _prune(model, wide, share, x)
+            done = _prune(model, wide, share, x)
         with torch.no_grad():
-            found, expected = model(x), masked(x)
+            found, expected = model(x), done.masked(x)
     except MemoryError:
         raise
     except Exception as error:  # whatever a tracer meets in a module that is not made for it
         why = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
         raise MetaftError(f"run: the network cannot be pruned ({why})") from error
-    if not count:
+    if not done.groups:
         raise MetaftError(f"run: at {share:g} of the channels there is nothing to prune in the network")
     if not torch.allclose(found, expected, rtol=0, atol=CLOSE * max(1.0, float(expected.abs().max()))):
         raise MetaftError("run: the network cannot be pruned: it computes with its channels in a way that is not seen")
     body, surrogate = _untraced(model).to(dtype).children()
+    if images is not None:
+        match(body, classifier.body, {path.removeprefix("body."): kept for path, kept in done.left.items()}, images)
     return Classifier(body, _with_columns(classifier.head, surrogate), classifier.inputs, classifier.class_names)
 
 
@@ -94,6 +99,64 @@ def check_prunable(classifier: Classifier) -> None:
             )
 
 
+@torch.no_grad()
+def match(small: nn.Module, whole: nn.Module, left: Mapping[str, Tensor], images: Tensor) -> None:
+    """Set the stored moments of a pruned backbone, in place, so that what each of its normalisation layers gives has,
+    channel by channel over these images, mean and variance of what it gave in the whole one.
+
+    Without the channels that are gone a layer reads other values than those whose moments it holds (Jordan et al. 2023,
+    REPAIR, https://arxiv.org/abs/2211.08403, section 4, reset such statistics of merged networks likewise, to given
+    means and variances). `left` numbers the channels of `whole` that each layer has kept. Layers are set in the order
+    in which the pass meets them, each behind those that are set already.
+    """
+    before: dict[str, tuple[Tensor, Tensor]] = {}
+    with _at_norms(whole, lambda path, layer, moments: before.update({path: moments})):
+        whole(images)
+    layers = dict(whole.named_modules())
+
+    def set_moments(path: str, layer: StoredNorm, moments: tuple[Tensor, Tensor]) -> None:
+        former, kept = layers[path], left[path]
+        assert isinstance(former, StoredNorm)
+        mean, var = (of[kept] for of in before[path])
+        spread = former.var[kept] + former.eps
+        known = (var > _STILL * spread) & (moments[1] > _STILL * spread)
+        ratio = torch.where(known, moments[1] / var.clamp_min(1e-38), 1).clamp(1 / _MOST, _MOST)
+        layer.var.copy_((spread * ratio - layer.eps).clamp_min(0))
+        layer.mean.copy_(moments[0] - (mean - former.mean[kept]) * ratio.sqrt())
+
+    with _at_norms(small, set_moments):
+        small(images)
+
+
+_STILL, _MOST = 1e-6, 16.0  # below which share of its stored variance a channel is constant; bounds of a ratio
+
+
+@contextlib.contextmanager
+def _at_norms(module: nn.Module, see: Callable[[str, StoredNorm, tuple[Tensor, Tensor]], None]) -> Iterator[None]:
+    """Inside, each StoredNorm that is met shows mean and biased variance of its input, before it uses its own."""
+    with contextlib.ExitStack() as stack:
+        for path, layer in module.named_modules():
+            if isinstance(layer, StoredNorm):
+
+                def hook(layer: StoredNorm, inputs: tuple[Tensor], path: str = path) -> None:
+                    axes = [0, *range(2, inputs[0].dim())]
+                    see(path, layer, (inputs[0].mean(axes), inputs[0].var(axes, correction=0)))
+
+                stack.callback(layer.register_forward_pre_hook(hook).remove)
+        yield
+
+
+class _Pruned(NamedTuple):
+    """What was done to a model."""
+
+    masked: nn.Module
+    """A copy of the whole one in which what is pruned is read as zero."""
+    groups: int
+    """How many lost any channels."""
+    left: dict[str, Tensor]
+    """Numbers of the channels that each normalisation layer had before and kept, by its path."""
+
+
 class _Group(NamedTuple):
     """Channels that go together."""
 
@@ -104,9 +167,8 @@ class _Group(NamedTuple):
     """Those to take out."""
 
 
-def _prune(model: nn.Module, wide: dict[str, int], share: float, x: Tensor) -> tuple[nn.Module, int]:
-    """Prune in place; returns a copy of the whole model in which what is pruned is read as zero, and how many groups
-    lost any channels."""
+def _prune(model: nn.Module, wide: dict[str, int], share: float, x: Tensor) -> _Pruned:
+    """Prune in place."""
     import torch_pruning
 
     masked = copy.deepcopy(model)
@@ -121,9 +183,12 @@ def _prune(model: nn.Module, wide: dict[str, int], share: float, x: Tensor) -> t
         if surplus > 0 and not any(_is_grouped(dep.target.module) for dep, _ in group):
             order = torch.argsort(_finite(importance(group)), stable=True)
             groups.append(_Group(root, function, sorted(order[:surplus].tolist())))
+    left = {path: torch.ones(len(layer.of[0].mean)) for layer, path in paths.items() if isinstance(layer, _Norm)}
     for layer, function, channels in groups:  # while channels still have their own numbers
         for dep, numbers in graph.get_pruning_group(layer, function, channels):
             target = dep.target.module
+            if isinstance(target, _Norm):
+                left[paths[target]][numbers] = 0
             reads = (
                 isinstance(target, roots) and not _is_depthwise(target) and graph.is_in_channel_pruning_fn(dep.handler)
             )
@@ -131,7 +196,7 @@ def _prune(model: nn.Module, wide: dict[str, int], share: float, x: Tensor) -> t
                 masked.get_submodule(paths[target]).get_parameter("weight").data[:, numbers] = 0
     for layer, function, channels in groups:
         graph.get_pruning_group(layer, function, channels).prune()
-    return masked, len(groups)
+    return _Pruned(masked, len(groups), {path: kept.nonzero().flatten() for path, kept in left.items()})
 
 
 def _finite(importance: Any) -> Tensor:

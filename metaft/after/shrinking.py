@@ -39,6 +39,9 @@ from metaft.targets.draws import Rows, distinct, grouped_fold
 EPOCHS, EPOCHS_INTO = 10, 40
 """After each step, and of a start that is taught, where nothing else is asked for."""
 
+MATCHED = 128
+"""Training images at most by which the stored moments of what was pruned are set."""
+
 
 class Track(NamedTuple):
     """A classifier that is followed through all steps."""
@@ -195,7 +198,9 @@ def _fitted(
     whole = network(folder, work, 0, track)
     train = torch.from_numpy(track.train)
     if work.student is None:
-        small = pruned(network(folder, work, step - 1, track), whole, share)
+        at = torch.linspace(0, len(train) - 1, min(MATCHED, len(train)), dtype=torch.float64).round().long()
+        images = whole.inputs(target.examples[train[at]]).to(next(whole.parameters()).dtype)
+        small = pruned(network(folder, work, step - 1, track), whole, share, images)
         backbone, head = small.body, small.head
     else:
         backbone, head = body(work.student, work.seed), None
