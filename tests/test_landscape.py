@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import finished, one_line, one_thread, remains, sinusoid, words, write_target
+from helpers import finished, one_line, one_thread, remains, same, sinusoid, words, write_target
 from torch import Tensor, nn
 
 from metaft import look, meta_train
@@ -21,7 +21,7 @@ from metaft.config import LookConfig
 from metaft.engines import engine
 from metaft.finetune.fit import fit
 from metaft.finetune.journal import read
-from metaft.finetune.retraced import retraced
+from metaft.finetune.retraced import Retraced, retraced
 from metaft.finetune.setup import prepared
 from metaft.inputs import ImageInputs
 from metaft.plots.landscape import landscape_figure
@@ -33,7 +33,7 @@ from metaft.testing import score_episodes
 from metaft.types import Params
 from metaft.views import VIEWS
 from metaft.views.base import Missing, Picture, Table, View
-from metaft.views.landscape import TASKS, _meta_loss
+from metaft.views.landscape import TASKS, _joint, _meta_loss
 from metaft.views.planes import filter_normalised, principal_plane, span, surface
 from metaft.views.subject import open_subject
 
@@ -269,7 +269,7 @@ def test_the_loss_of_a_fit_is_the_one_that_it_was_trained_with(adapted: Path) ->
     assert subject.folder is not None and subject.config is not None
     position, header = read(subject.folder)
     setup = prepared(subject.config, None, "seed", header)  # type: ignore[arg-type]
-    fits = retraced(subject.folder, setup, position, most=64)
+    fits = retraced(subject.folder, setup, position, subject.classifier, 4, most=64)
     assert [one.label for one in fits] == header["starts"] and all(len(one.waypoints) == 5 for one in fits)
     for one in fits:
         losses = [row["loss"] for row in subject.rows if row["start"] == one.label]
@@ -308,7 +308,11 @@ def test_the_loss_of_meta_training_is_that_of_its_validation(curve: Path) -> Non
         ),
         (
             "adapted",
-            ["The path of the random start", "A random plane through the end", "The path of the none start"],
+            [
+                "The path of the random start",
+                "A random plane through the end of the random start",
+                "The path of the none start",
+            ],
         ),
     ],
 )
@@ -338,6 +342,53 @@ def test_a_run_without_snapshots_has_its_random_plane_and_says_how_to_get_a_path
     view = VIEWS["landscape"].of(subject)
     assert isinstance(view, View) and "--snapshots 25" in view.caption
     assert "A random plane through the end" in [part.title for part in view.parts if isinstance(part, Picture)]
+
+
+@pytest.mark.parametrize("left", ["1-*", "none"])
+def test_a_start_that_left_no_snapshots_has_the_random_plane_of_its_classifier(
+    left: str, adapted: Path, small: None, in_tmp: Path
+) -> None:
+    shutil.copytree(adapted, "run")
+    for file in Path("run/snapshots").glob("*"):
+        if not file.match(left):
+            file.unlink()
+    subject = open_subject("run")
+    subject.landscape = True
+    view = VIEWS["landscape"].of(subject)
+    assert isinstance(view, View)
+    titles = [part.title for part in view.parts if isinstance(part, Picture)]
+    path = ["The path of the none start"] if left == "1-*" else []
+    assert titles == ["A random plane through the end of the random start", *path]
+    assert "There is no path of the random start: the run has no snapshots of its training" in view.caption
+
+
+def test_the_end_of_a_start_without_snapshots_is_what_its_snapshots_ended_with(adapted: Path, in_tmp: Path) -> None:
+    def first() -> Retraced:
+        subject = open_subject("run")
+        assert subject.folder is not None
+        position, header = read(subject.folder)
+        setup = prepared(subject.config, None, "seed", header)  # type: ignore[arg-type]
+        return retraced(subject.folder, setup, position, subject.classifier, 4, most=64)[0]
+
+    shutil.copytree(adapted, "run")
+    with_them = first()
+    shutil.rmtree("run/snapshots")
+    without = first()
+    assert without.waypoints == [] and without.end.step == with_them.end.step == 4
+    assert same(without.end.params, with_them.end.params)
+    assert without.loss(without.end.params) == with_them.loss(with_them.end.params)
+
+
+def test_two_starts_of_other_values_that_stay_share_no_plane(adapted: Path) -> None:
+    subject = open_subject(str(adapted))
+    assert subject.folder is not None
+    position, header = read(subject.folder)
+    setup = prepared(subject.config, None, "seed", header)  # type: ignore[arg-type]
+    one, other = retraced(subject.folder, setup, position, subject.classifier, 4, most=8)
+    one, other = (fit._replace(still={"body.frozen": torch.ones(2)}) for fit in (one, other))
+    assert _joint(one, other) is not None
+    for still in ({"body.frozen": torch.zeros(2)}, {"body.other": torch.ones(2)}):
+        assert _joint(one, other._replace(still=still)) is None
 
 
 def test_a_damaged_snapshot_and_a_start_are_refused(curve: Path, in_tmp: Path, capsys: Text, small: None) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from metaft.errors import CheckpointError
 from metaft.finetune import strategies
 from metaft.finetune.choose import SETTLED
+from metaft.finetune.classifier import Classifier
 from metaft.finetune.examples import Part
 from metaft.finetune.extras import Batch, Origin, composed
 from metaft.finetune.journal import Position
@@ -34,6 +35,9 @@ class Retraced(NamedTuple):
 
     label: str
     waypoints: list[Waypoint]
+    """Empty where it left none."""
+    end: Waypoint
+    """What it came to: the last of them, or where there are none what the classifier that was kept holds of it."""
     loss: Callable[[Params], float]
     """The training loss of some of its images at such values."""
     images: int
@@ -43,20 +47,33 @@ class Retraced(NamedTuple):
     """What stays, by which two fits are told to be of one model."""
 
 
-def retraced(run: RunFolder, setup: Setup, position: Position, *, most: int) -> list[Retraced]:
-    """The fits of which there are snapshots, each with its loss on at most so many of the images that it trained on.
+def retraced(
+    run: RunFolder, setup: Setup, position: Position, classifier: Classifier, kept: int, *, most: int
+) -> list[Retraced]:
+    """The fits of which there are snapshots, and the first one, of which the run's `classifier` is, `kept` in that
+    epoch: each with its loss on at most so many of the images that it trained on.
 
     Raises CheckpointError where snapshots are damaged or of another model.
     """
     found = []
     for number, planned in enumerate(followed(setup)):
         waypoints = read_trail(run.snapshots, str(number))
-        if waypoints:
-            found.append(_retraced(setup, position, planned, waypoints, most))
+        if waypoints or number == 0:
+            fit = _retraced(setup, position, planned, waypoints, Waypoint(kept, _values_of(classifier)), most)
+            found += [fit] if fit is not None else []
     return found
 
 
-def _retraced(setup: Setup, position: Position, planned: Planned, waypoints: list[Waypoint], most: int) -> Retraced:
+def _values_of(classifier: Classifier) -> Params:
+    """By their names in a fit's model."""
+    parts = {"body": classifier.body, "head": classifier.head}
+    return {f"{part}.{name}": p.detach() for part, module in parts.items() for name, p in module.named_parameters()}
+
+
+def _retraced(
+    setup: Setup, position: Position, planned: Planned, waypoints: list[Waypoint], kept: Waypoint, most: int
+) -> Retraced | None:
+    """None where there are no snapshots, and what was trained is no part of the classifier as it was `kept`."""
     start, target = planned.contender.start, planned.contender.target
     recipe, seed = _recipe(planned, position), setup.config.draws.seed
     rows = torch.from_numpy(rows_of(setup, 0, planned.fold).train)
@@ -67,11 +84,17 @@ def _retraced(setup: Setup, position: Position, planned: Planned, waypoints: lis
     model.eval()  # dropout of the backbone's own is left out
     some = torch.from_numpy(np.linspace(0, len(train) - 1, min(most, len(train))).round().astype(np.int64))
     batch = Batch(train[some], lesson.targets[some], some, 0)
-    moving = waypoints[-1].params
     parameters = dict(model.named_parameters())
     for waypoint in waypoints:
         if any(k not in parameters or v.shape != parameters[k].shape for k, v in waypoint.params.items()):
             raise CheckpointError(f"snapshots: those of {planned.contender.label} are not of this run's model")
+    if waypoints:
+        end = waypoints[-1]
+    else:
+        if any(k not in kept.params or kept.params[k].shape != p.shape for k, p in parameters.items()):
+            return None
+        end = kept._replace(params={k: kept.params[k] for k, p in parameters.items() if _moved(p, kept.params[k])})
+    moving = end.params
     still = {k: v.detach().clone() for k, v in model.state_dict().items() if k not in moving}
     if not any(name.startswith("body.") for name in moving):
         batch = _of_features(model, batch)
@@ -85,7 +108,11 @@ def _retraced(setup: Setup, position: Position, planned: Planned, waypoints: lis
 
     alone = not any(isinstance(part, EpisodeNorm) for part in model.modules())
     mode = "each image by itself" if alone else "the images as one batch, as in training"
-    return Retraced(planned.contender.label, waypoints, loss, len(some), mode, still)
+    return Retraced(planned.contender.label, waypoints, end, loss, len(some), mode, still)
+
+
+def _moved(before: Tensor, after: Tensor) -> bool:
+    return not torch.equal(before.detach(), after)
 
 
 @torch.no_grad()

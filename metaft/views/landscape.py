@@ -34,6 +34,8 @@ from metaft.views.subject import Subject
 GRID, IMAGES, TASKS = 17, 64, 4
 """Points along an axis, and what a loss is of: images of a fine-tuning, tasks of a meta-training."""
 
+INNER = "Inner paths from one initialisation"
+
 
 def landscape(subject: Subject) -> View | Missing:
     if subject.command == "start":
@@ -59,7 +61,12 @@ def landscape(subject: Subject) -> View | Missing:
 
 
 def _said(subject: Subject, scenes: Sequence[Scene], notes: Sequence[str]) -> str:
-    said = "Grey lines join parameters of equal loss; each small mark is a snapshot, the large one the end. "
+    said = (
+        "Grey lines join parameters of equal loss; each small mark is a snapshot or an inner step, the large one the "
+    )
+    said += "end. "
+    if any(scene.title == INNER for scene in scenes):
+        said += "Contours below inner paths are of the mean loss of these tasks: one alone may seem to climb. "
     if any(scene.projected for scene in scenes):
         said += (
             "The plane of a path is that of its first two principal directions, unscaled; what lies in neither "
@@ -69,6 +76,11 @@ def _said(subject: Subject, scenes: Sequence[Scene], notes: Sequence[str]) -> st
         "In the random plane each filter of a direction is as long as the filter where training ended; biases, scales "
         "and shifts stay. "
     )
+    for scene in scenes:
+        if scene.projected:
+            said += (
+                f"{scene.title}: {100 * scene.projected.residual:.3g} % of the squared distance is not in the plane. "
+            )
     what = "meta-parameters" if subject.command == "meta_train" else "parameters that fine-tuning moved"
     said += f"All {what} are looked at; stored statistics and all else are those of the end."
     return " ".join([said, *notes])
@@ -181,14 +193,14 @@ def _inner_scene(parts: Parts, best: Snapshot, tasks: Sequence[Episode]) -> Scen
         f"inner steps 0 to {steps} at meta-step {best.position.step:,}",
     )  # fmt: skip
     loss = _meta_loss(parts, best, tasks, 0)
-    return path_scene("Inner paths from one initialisation", projected, named, loss, of, {"initialisation": (0.0, 0.0)})
+    return path_scene(INNER, projected, named, loss, of, {"initialisation": (0.0, 0.0)})
 
 
-def _no_path(snapshots: int, command: str) -> str:
+def _no_path(snapshots: int, command: str, of: str = "") -> str:
     said = "no snapshots of its training" if snapshots == 0 else f"{snapshots} snapshots, too few for two directions"
     return (
-        f"There is no path: the run has {said}; python -m metaft.{command} --snapshots 25 --out NEW, with --config and "
-        "the config.toml of its folder, trains it again with some, where three of them take 200 MB or less."
+        f"There is no path{of}: the run has {said}; python -m metaft.{command} --snapshots 25 --out NEW, with --config "
+        "and the config.toml of its folder, trains it again with some, where three of them take 200 MB or less."
     )
 
 
@@ -207,25 +219,29 @@ def _of_fine_tuning(subject: Subject) -> tuple[list[Scene], list[str]]:
     if subject.data_root is not None:
         config = dataclasses.replace(config, data_root=subject.data_root)
     setup = prepared(config, subject.module, values, header)
-    fits = retraced(subject.folder, setup, position, most=IMAGES)
+    kept = int(subject.result["starts"][0]["kept_epoch"] or 0)
+    fits = retraced(subject.folder, setup, position, subject.classifier, kept, most=IMAGES)
     if not fits:
         return [], [_no_path(0, "adapt")]
     scenes: list[Scene] = []
     notes: list[str] = []
     for fit in fits:
-        points, end = [w.params for w in fit.waypoints], fit.waypoints[-1]
-        projected = principal_plane(points, end.params) if len(points) >= FEWEST else None
+        points = [w.params for w in fit.waypoints]
+        projected = principal_plane(points, fit.end.params) if len(points) >= FEWEST else None
         of = _of_fit(fit)
         if projected is None:
-            notes.append(f"The {fit.label} start has {len(points)} snapshots, too few or in too few directions.")
+            notes.append(_no_path(len(points), "adapt", f" of the {fit.label} start"))
         else:
             title = f"The path of the {fit.label} start"
             scenes.append(path_scene(title, projected, {fit.label: projected.points}, fit.loss, of))
         if fit is fits[0]:
+            end = fit.end
             random = random_scene(end.params, [*end.params], fit.loss, of._replace(step=f"epoch {end.step}"))
-            scenes += [random] if random else []
+            scenes += (
+                [random._replace(title=f"A random plane through the end of the {fit.label} start")] if random else []
+            )
     first = fits[0]
-    for other in fits[1:]:
+    for other in fits[1:] if first.waypoints else ():
         joint = _joint(first, other)
         if joint is None:
             notes.append(f"{first.label} and {other.label} are not the same model, so no plane holds both.")
@@ -236,7 +252,7 @@ def _of_fine_tuning(subject: Subject) -> tuple[list[Scene], list[str]]:
 
 def _of_fit(fit: Retraced) -> Of:
     images = f"{fit.images} training images of the first draw, as they are and without extras"
-    return Of(images, fit.mode, f"{len(fit.waypoints)} epochs, 0 to {fit.waypoints[-1].step}")
+    return Of(images, fit.mode, f"{len(fit.waypoints)} epochs, 0 to {fit.end.step}")
 
 
 def _joint(one: Retraced, other: Retraced) -> Scene | None:
