@@ -691,7 +691,8 @@ class FittingOutput(Output):
     log_every: Annotated[
         int | None,
         Option(
-            "Steps per row of updates.jsonl; more where measuring would take over 2 % of the time (auto: 10).",
+            "Steps per row of updates.jsonl (auto: as many as measuring takes 2 % of the time with, at least 20, or "
+            "a fifth of a short fit's).",
             at_least=1,
         ),
     ] = None

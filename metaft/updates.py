@@ -33,22 +33,27 @@ SHARE = 0.02
 _MEASURING, _UPDATING = 400.0, 100.0
 """What measuring a number costs, and what the optimiser's update of one costs at least, in FLOPs of a step: both are a
 matter of memory. Measured on one core; a wrong factor of two is within what was left."""
-_APART = 20
-"""Steps between two that are measured, at least: how many operations there are matters where numbers are few."""
+_APART, _LEAST = 20, 5
+"""Steps between two that are measured, at least, since how many operations there are matters where numbers are few; and
+rows for which a short fit, which is over in seconds, may have them closer."""
 _MANY = 100
 """Rows before they become half as many for each doubling of the steps, so that the file stays small."""
 
 
-def every(log_every: int, numbers: int, flops: float, passes: float = 0.0) -> int:
-    """Steps from one that is measured to the next: the first multiple of `log_every` at which measuring takes at most
-    `SHARE` of the computation. A step has so many FLOPs and moves so many numbers; finding dead units takes `passes`
-    more FLOPs. It hangs on no clock, so that a resume measures the same steps.
+def every(log_every: int | None, numbers: int, flops: float, passes: float = 0.0, *, steps: int | None = None) -> int:
+    """Steps from one that is measured to the next: the first multiple of `log_every` (None: any number) at which
+    measuring takes at most `SHARE` of the computation. A step has so many FLOPs and moves so many numbers; finding dead
+    units takes `passes` more FLOPs; there are `steps` in all, where that is known. It hangs on no clock, so that a
+    resume measures the same steps.
 
     >>> every(10, numbers=1000, flops=1e9), every(10, numbers=1000, flops=192e3), every(100, numbers=1, flops=1e9)
     (20, 70, 100)
+    >>> every(None, numbers=1000, flops=1e9, steps=40), every(None, numbers=1000, flops=1e9, steps=400)
+    (8, 20)
     """
     cost = (_MEASURING * numbers + passes) / max(_UPDATING * numbers + flops, 1.0)
-    return log_every * math.ceil(max(_APART, cost / SHARE) / log_every)
+    apart = _APART if steps is None else min(_APART, steps / _LEAST)
+    return (log_every or 1) * math.ceil(max(apart, cost / SHARE, 1.0) / (log_every or 1))
 
 
 def due(step: int, every: int) -> bool:
@@ -140,6 +145,12 @@ _PRODUCTS = {F.conv1d, F.conv2d, F.conv3d, F.linear}
 _RELU = {F.relu, F.relu6, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_}
 
 
+def _is_relu(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """nn.ReLU6 calls `hardtanh` from 0 to 6."""
+    low = kwargs.get("min_val", args[1] if len(args) > 1 else -1.0)
+    return func in _RELU or (func is F.hardtanh and low == 0)
+
+
 class _Watch(TorchFunctionMode):
     """Sees which units of each ReLU are above 0, and whose they are: of the layer whose parameters were used last."""
 
@@ -156,7 +167,7 @@ class _Watch(TorchFunctionMode):
             if isinstance(value, Tensor):
                 self._last = self._layers.get(value.data_ptr(), self._last)
         result = func(*args, **kwargs)
-        if func in _RELU and self._last is not None and result.dim() > 1:
+        if _is_relu(func, args, kwargs) and self._last is not None and result.dim() > 1:
             self._saw(result, *self._last)
         return result
 

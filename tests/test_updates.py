@@ -26,7 +26,7 @@ from metaft.runs.measuring import every
 from metaft.settings import Recipe
 from metaft.types import Episode
 from metaft.views.inner_updates import inner_paths
-from metaft.views.updates import by_layer, meaning
+from metaft.views.updates import _table, by_layer, meaning
 
 pytestmark = pytest.mark.usefixtures("each_step")
 
@@ -68,6 +68,19 @@ def test_what_is_measured_costs_at_most_its_share(
     assert every(config, {"w": torch.zeros(numbers)}) % 7 == 0
 
 
+def test_a_short_fit_has_a_few_rows_as_far_as_they_cost_little_and_one_that_asks_has_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.undo()
+    cheap = {"numbers": 1000, "flops": 1e9}
+    assert [updates.every(None, **cheap, steps=n) for n in (1, 5, 16, 80, 100, 5000)] == [1, 1, 4, 16, 20, 20]
+    dear = updates.every(None, numbers=1000, flops=1e5)
+    assert dear > 20 and updates.every(None, numbers=1000, flops=1e5, steps=16) == dear
+    for asked, steps in ((1, [1, 2, 3, 4, 5, 6]), (3, [1, 3, 6]), (None, [1])):
+        rows, *_ = rows_of_fit(strategy="full", log_every=asked)
+        assert [row["step"] for row in rows] == steps
+
+
 def test_steps_become_fewer_and_one_that_is_measured_is_by_itself() -> None:
     steps = [step for step in range(1, 20_001) if updates.due(step, 10)]
     assert steps[:3] == [1, 10, 20] and len(steps) <= 100 + 50 * math.log2(20_000 / 1000) + 51
@@ -84,7 +97,7 @@ def test_steps_become_fewer_and_one_that_is_measured_is_by_itself() -> None:
 # ---- numbers --------------------------------------------------------------------------------------------------------
 
 
-def rows_of_fit(**changes: Any) -> tuple[list[Any], Tensor, Tensor, Tensor, Tensor]:
+def rows_of_fit(log_every: int | None = 2, **changes: Any) -> tuple[list[Any], Tensor, Tensor, Tensor, Tensor]:
     """(rows, images, labels, and the head's weight and bias) of a linear model that gradient descent fits."""
     generator = torch.Generator().manual_seed(0)
     pictures = torch.randint(0, 256, (12, 1, 2, 2), generator=generator, dtype=torch.uint8)
@@ -95,7 +108,7 @@ def rows_of_fit(**changes: Any) -> tuple[list[Any], Tensor, Tensor, Tensor, Tens
     body = nn.Sequential(nn.Flatten(), nn.Linear(4, 4, bias=False)).double()
     with torch.no_grad():
         body.get_parameter("1.weight").copy_(torch.eye(4))
-    fitted = fit(body, inputs, pictures, labels, 3, recipe, log_every=2, on_update=rows.append)
+    fitted = fit(body, inputs, pictures, labels, 3, recipe, log_every=log_every, on_update=rows.append)
     return rows, inputs(pictures).double().flatten(1), labels, *fitted.head.parameters()  # type: ignore[return-value]
 
 
@@ -180,6 +193,18 @@ def test_dead_units_are_those_that_are_0_for_all_examples_and_places() -> None:
 
     assert updates.dead_units(both, dict(model.named_parameters()))["first"] == 3 / 8, "alive in one of two passes"
     assert torch.relu(torch.tensor(-1.0)) == 0 and not any(part._forward_hooks for part in model.modules())
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("kind", [nn.ReLU, nn.ReLU6])
+def test_dead_units_are_found_behind_modules_too(kind: type[nn.Module], inplace: bool) -> None:
+    model = nn.Sequential(nn.Linear(2, 3), kind(inplace=inplace))
+    with torch.no_grad():
+        model.get_parameter("0.weight").zero_()
+        model.get_parameter("0.bias").copy_(torch.tensor([-1.0, 1.0, 9.0]))
+    x, params = torch.zeros(4, 2), dict(model.named_parameters())
+    assert updates.dead_units(lambda: model(x), params) == {"0": pytest.approx(1 / 3)}
+    assert updates.dead_units(lambda: nn.Hardtanh()(model[0](x)), params) == {}, "it lets values below 0 through"
 
 
 def test_operations_are_those_of_their_formulas() -> None:
@@ -315,7 +340,16 @@ def test_layers_that_are_taken_together_have_the_figures_of_all_their_numbers() 
     both = updates.joined(parts)
     assert both["weights"] == pytest.approx(5) and both["gradient"] == pytest.approx(1)
     assert both["update"] == pytest.approx(math.hypot(0.3, 0.8) / 5) and both["distance"] == pytest.approx(13)
-    assert both["dead"] == 0.5 and updates.joined([{**parts[0], "update": None, "weights": 0.0}])["update"] is None
+    assert both["dead"] == 0.5 and updates.joined([parts[0], {**parts[1], "dead": 0.25}])["dead"] == 0.375
+    assert updates.joined([{**parts[0], "update": None, "weights": 0.0}])["update"] is None
+
+
+def test_the_table_has_the_median_update_and_the_last_one() -> None:
+    def own(update: float | None) -> dict[str, Any]:
+        return {"weights": 2.0, "update": update, "gradient": 1.0, "distance": 3.0}
+
+    table = _table([{"step": k, "layers": {"head": own(update)}} for k, update in enumerate((0.2, 0.1, None, 0.9))])
+    assert list(table.rows) == [["head", 2.0, 0.2, 0.9, 1.0, 3.0, None, 4]]
 
 
 def test_what_moves_the_most_is_named() -> None:

@@ -81,7 +81,7 @@ def fit(
     resume: Mapping[str, Any] | None = None,
     on_epoch: Callable[[Mapping[str, Any]], None] | None = None,
     trail: Trail | None = None,
-    log_every: int = 10,
+    log_every: int | None = None,
     on_update: Callable[[Mapping[str, Any]], None] | None = None,
 ) -> Fitted:
     """Fine-tune a copy of `body` (features [n, D] out, EpisodeNorm inside) and a fresh head, or a copy of the `head` of
@@ -104,10 +104,9 @@ def fit(
     batch. With validation examples the epoch of the lowest validation loss is kept (inductively, as the result will
     predict) and training stops after `patience` epochs without a better one; without `each_epoch` they judge the last
     epoch alone, and neither happens. `on_epoch` gets a copy of all that `resume` needs for the same bits, `trail`
-    keeps some of what moves in any epoch, from before the first on, and `on_update` gets every `log_every` steps, or
-    fewer (see `metaft.updates`), how far the step moved each layer. Raises
-    NonFiniteError where the training or validation loss is not finite; that of the last step, which no loss has seen,
-    shows in the result alone.
+    keeps some of what moves in any epoch, from before the first on, and `on_update` gets every `log_every` steps (None:
+    as few as cost little, see `metaft.updates`) how far the step moved each layer. Raises NonFiniteError where the
+    training or validation loss is not finite; that of the last step, which no loss has seen, shows in the result alone.
     """
     strategy = strategies.named(recipe.trains) if strategy is None else strategy
     extras = all_named(recipe.extra) if extras is None else extras

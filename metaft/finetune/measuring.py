@@ -17,9 +17,9 @@ from metaft.types import Params
 
 
 class Measuring:
-    """Tells of every `log_every` steps, or of fewer (see `metaft.updates`)."""
+    """Tells of every `log_every` steps, or, where that is None, of as many as cost little (see `metaft.updates`)."""
 
-    def __init__(self, training: Training, log_every: int, tell: Callable[[Mapping[str, Any]], None]) -> None:
+    def __init__(self, training: Training, log_every: int | None, tell: Callable[[Mapping[str, Any]], None]) -> None:
         self._training, self._log_every, self._tell = training, log_every, tell
         self._apart: dict[bool, int] = {}
         """Steps between two of which it tells, by whether the head alone is passed through."""
@@ -46,8 +46,10 @@ class Measuring:
         self._tell({"epoch": epoch + 1, **updates.row(step + 1, before, now, self._training.start, gradient, dead)})
 
     def _steps_apart(self, turn: Turn, on_features: bool) -> int:
-        """By all parameters that are passed through, those too that a strategy moves later: a resume finds the same.
-        Where the head alone is passed through, its FLOPs are those of its weights."""
+        """As asked for, or by all parameters that are passed through, those too that a strategy moves later: a resume
+        finds the same. Where the head alone is passed through, its FLOPs are those of its weights."""
+        if self._log_every is not None:
+            return self._log_every
         recipe, lesson = self._training.recipe, self._training.lesson
         model = lesson.alone if on_features else lesson.model
         numbers = sum(p.numel() for p in model.parameters())
@@ -56,7 +58,8 @@ class Measuring:
             some = self._last_inputs(turn)[:2]  # of one alone there may be no moments
             once = updates.flops_of(lambda: _passed(model, some)) / len(some)
             passes = once * recipe.batch_size
-        return updates.every(self._log_every, numbers, 3 * once * recipe.images_per_step, passes)
+        steps = self._training.steps
+        return updates.every(None, numbers, 3 * once * recipe.images_per_step, passes, steps=steps)
 
     def _last_inputs(self, turn: Turn) -> Tensor:
         """The last images that go through the model at once in a step."""

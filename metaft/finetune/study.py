@@ -39,9 +39,6 @@ from metaft.targets.draws import Rows
 TABLES = ("per_class", "confusion", "calibration", "predictions")
 """Figures that are kept of the first draw alone."""
 
-LOG_EVERY = 10
-"""Steps per row of updates.jsonl, where `--log-every` says nothing else."""
-
 
 def draws_differ(setup: Setup) -> bool:
     """Whether other seeds train, validate or test on other images; without anything to draw they do not."""
@@ -291,5 +288,5 @@ def fit_one(
         target.inputs, Part(target.examples, train), labels, classes, recipe,
         val_examples=Part(target.examples, val), val_labels=target.labels[val],
         seed=seed, order=order, should_stop=should_stop, resume=resume, on_epoch=on_epoch, on_update=on_update,
-        also=also, together=config.tasks or "sum", trail=trail, log_every=config.output.log_every or LOG_EVERY,
+        also=also, together=config.tasks or "sum", trail=trail, log_every=config.output.log_every,
     )  # fmt: skip

@@ -142,7 +142,8 @@ def meaning(rows: Sequence[Mapping[str, Any]]) -> str:
     )
     if np.isfinite(update).any():
         high, low = int(np.nanargmax(update)), int(np.nanargmin(update))
-        said += f" {names[high]} moved the most, by {percent(update[high])} of its weights in the median of those steps"
+        when = "in the median of those steps" if len(rows) > 1 else "in the one step that was measured"
+        said += f" {names[high]} moved the most, by {percent(update[high])} of its weights {when}"
         said += f", and {names[low]} the least, by {percent(update[low])}." if low != high else "."
     last = [float(row[np.isfinite(row)][-1]) if np.isfinite(row).any() else -1.0 for row in moved]
     if max(last) >= 0:
