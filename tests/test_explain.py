@@ -13,7 +13,18 @@ from torch import Tensor, nn
 from metaft import look
 from metaft.config import LookConfig
 from metaft.views import VIEWS
-from metaft.views.attribution import GAP, STEPS, enlarged, grad_cam, has_captum, integrated_gradients, laid_over
+from metaft.views.attribution import (
+    FAINT,
+    GAP,
+    STEPS,
+    enlarged,
+    grad_cam,
+    has_captum,
+    integrated_gradients,
+    laid_over,
+    strengths,
+)
+from metaft.views.explained import _of_gap
 
 Text = pytest.CaptureFixture[str]
 
@@ -97,6 +108,25 @@ def test_without_a_map_there_is_no_grad_cam() -> None:
     assert grad_cam(patches.double(), X, CLASSES) is None, "a transformer's convolution cuts patches"
 
 
+def test_attention_over_channels_is_no_transformer() -> None:
+    class ChannelAttention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Conv2d(4, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.fc(x.mean((2, 3), keepdim=True)).sigmoid()
+
+    parts = nn.Conv2d(2, 4, 3), ChannelAttention(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    assert grad_cam(drawn(nn.Sequential(*parts)), X, CLASSES) is not None
+
+
+def test_the_strongest_hundredth_is_as_bright_as_can_be() -> None:
+    strength = strengths(torch.arange(-200.0, 0).view(1, 10, 20))
+    assert float(strength.max()) == 1 and int((strength == 1).sum()) == 2, "of 200 pixels"
+    assert float(strength[0, 2]) == pytest.approx(198 / float(torch.arange(1.0, 201).quantile(0.99)))
+
+
 def test_maps_are_laid_over_the_image_as_bright_as_they_are_strong() -> None:
     whole = enlarged(torch.tensor([[[0.0, 2.0], [0.0, 4.0]]]), (4, 4))
     assert whole.shape == (1, 4, 4) and float(whole.max()) == 1 and float(whole.min()) == 0
@@ -164,11 +194,35 @@ def test_the_way_is_halved_where_it_is_steep_until_the_attributions_add_up(rate:
     torch.testing.assert_close(found.attributions, found.total * one / one.sum(), rtol=2 * GAP, atol=0)
 
 
+class Hill(nn.Module):
+    """A logit that rises by 10 on the way and comes back, but for so much."""
+
+    def __init__(self, left: float) -> None:
+        super().__init__()
+        self.left = left
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean = x.flatten(1).mean(1, keepdim=True)
+        rise, fall = (torch.sigmoid(400 * (mean - at)) for at in (0.37, 0.81))
+        return 10 * (rise - fall) + self.left * mean
+
+
+@needs_captum
+def test_of_a_logit_that_hardly_changes_completeness_is_a_share_of_what_it_changes_on_the_way() -> None:
+    one, black = torch.ones(1, 2, 2).double(), torch.zeros(1, 2, 2).double()
+    found = integrated_gradients(Hill(1e-6), one, black, 0)
+    assert found.gap <= GAP and found.off <= GAP * FAINT * 10.1
+    assert "hardly changes from black" in _of_gap(found) and f"in {found.steps} steps" in _of_gap(found)
+    large = integrated_gradients(Hill(8.0), one, black, 0)
+    assert large.off <= GAP * abs(large.total) and "hardly" not in _of_gap(large)
+
+
 @needs_captum
 def test_it_ends_and_says_by_how_much_where_no_steps_would_do() -> None:
     one, black = torch.ones(1, 2, 2).double(), torch.zeros(1, 2, 2).double()
     found = integrated_gradients(Jump(), one, black, 0)
-    assert STEPS - 8 <= found.steps <= STEPS and found.gap == 1.0
+    assert STEPS - 8 < found.steps <= STEPS and found.gap == found.off == 1.0
+    assert "which is not within 1 %" in _of_gap(found)
 
 
 # ---- the page -------------------------------------------------------------------------------------------------------
@@ -202,7 +256,7 @@ def test_the_page_shows_images_labels_and_what_they_rest_on(
     assert "Why an image got its label" in html and "&lt;b&gt;a" in html and "<b>a" not in html
     assert html.count('alt="Grad-CAM for ') == 2 and html.count('alt="image 0') == 2
     assert html.count('alt="integrated gradients for ') == (2 if captum else 0)
-    assert ("of the logit within" in html) == captum
+    assert ("of the logit, off by" in html) == captum
     assert ("metaft[explain]" in html) != captum
     assert look.run(run, config).read_text(encoding="utf-8") == html, "twice the same"
 

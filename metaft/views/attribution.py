@@ -19,7 +19,9 @@ from metaft.views.layers import without_fast_paths
 
 GAP = 0.01
 """Of completeness, as a share of what the attributions are to add up to."""
-STEPS = 1024
+FAINT = 0.05
+"""Of the largest change of the logit on the way: where the image's is less, completeness is a share of this much."""
+STEPS = 2048
 """Of integrated gradients at most: when they are used up, what has been found is taken, whatever its gap."""
 _PIECES, _NODES = 8, 4  # of the way at first; points of Gauss and Legendre's rule in each piece
 
@@ -34,7 +36,7 @@ def grad_cam(model: nn.Module, x: Tensor, classes: Tensor) -> Tensor | None:
     That is the last one whose map has more than one place, with what follows it and keeps the shape (its normalisation
     and ReLU). None where there is none, and for transformers, whose convolutions only cut an image into patches.
     """
-    if any("attention" in type(part).__name__.lower() for part in model.modules()):
+    if any(_attends(part) for part in model.modules()):
         return None
     kept: dict[str, Tensor] = {}
 
@@ -56,6 +58,15 @@ def grad_cam(model: nn.Module, x: Tensor, classes: Tensor) -> Tensor | None:
     return F.relu((weights * kept["map"].detach()).sum(1))
 
 
+def _attends(part: nn.Module) -> bool:
+    """Whether a part is attention over places, by the names that libraries give its projections."""
+    names = {name.partition(".")[0] for name, _ in part.named_parameters()}
+    return "attention" in type(part).__name__.lower() and not names.isdisjoint(_PROJECTIONS)
+
+
+_PROJECTIONS = ("in_proj_weight", "q_proj_weight", "qkv", "q", "to_q", "to_qkv", "query", "q_proj")
+
+
 class Integrated(NamedTuple):
     """Integrated gradients of one image."""
 
@@ -63,8 +74,11 @@ class Integrated(NamedTuple):
     """Like the image [C, H, W]."""
     total: float
     """What they should add up to: the logit's change from the baseline to the image."""
+    off: float
+    """How far off their sum is."""
     gap: float
-    """How far off their sum is, as a share of that."""
+    """The same as a share of the total, or of a twentieth of the logit's largest change on the way, where that is
+    more."""
     steps: int
 
 
@@ -78,8 +92,9 @@ def integrated_gradients(model: nn.Module, x: Tensor, baseline: Tensor, label: i
 
     The way from the baseline is cut into pieces, each with its own attributions, which add up. Those of a piece should
     come to the change of the logit over it, which two forward passes tell, so how far each is off is known and not
-    estimated: pieces that are off most are halved until all together are within `GAP`. A network of ReLUs bends most
-    near a baseline of one colour, where all places bend at once, and equal steps along the way miss that.
+    estimated: pieces that are off most are halved until all together are within `GAP`, or `STEPS` are used up. A
+    network of ReLUs bends most near a baseline of one colour, where all places bend at once, and equal steps along the
+    way miss that.
     """
     from captum.attr import IntegratedGradients
 
@@ -99,10 +114,12 @@ def integrated_gradients(model: nn.Module, x: Tensor, baseline: Tensor, label: i
                     pieces[piece] = (part, float(part.double().sum()) - change)
             steps += _NODES * len(new)
             total, missing = logits[1.0] - logits[0.0], abs(math.fsum(off for _, off in pieces.values()))
-            gap = missing / abs(total) if total else float(missing > 0)
-            worst = _worst({piece: abs(off) for piece, (_, off) in pieces.items()})
-            if not gap > GAP or steps + 2 * _NODES * len(worst) > STEPS:
-                return Integrated(torch.stack([part for part, _ in pieces.values()]).sum(0), total, gap, steps)
+            whole = max(abs(total), FAINT * max(abs(value - logits[0.0]) for value in logits.values()))
+            gap = missing / whole if whole else float(missing > 0)
+            left = (STEPS - steps) // (2 * _NODES)
+            if not gap > GAP or not left:
+                return Integrated(torch.stack([part for part, _ in pieces.values()]).sum(0), total, missing, gap, steps)
+            worst = _worst({piece: abs(off) for piece, (_, off) in pieces.items()})[:left]
             for piece in worst:
                 del pieces[piece]
             new = [half for low, high in worst for half in ((low, (low + high) / 2), ((low + high) / 2, high))]

@@ -122,13 +122,13 @@ def _said(cam: bool, integrated: Sequence[Integrated]) -> str:
     worst = max(integrated, key=lambda each: each.gap)
     said += (
         " Integrated gradients (Sundararajan et al. 2017) follow the way from a black image; they should add up to the "
-        f"logit's change along it, and are off by {100 * worst.gap:.2g} % of it at most"
+        f"logit's change along it, and are off by {100 * worst.gap:.2g} % at most of it, or of a twentieth of its "
+        "largest change on the way, where that is more"
     )
     return said + (f", which is more than {100 * GAP:.0f} %: take them with care." if worst.gap > GAP else ".")
 
 
 def _of_gap(integrated: Integrated) -> str:
-    return (
-        f"adds up to {integrated.total:+.3g} of the logit within {100 * integrated.gap:.2g} % in {integrated.steps} "
-        f"steps{'' if integrated.gap <= GAP else ', which is not within 1 %'}"
-    )
+    said = f"adds up to {integrated.total:+.3g} of the logit, off by {integrated.off:.2g}, in {integrated.steps} steps"
+    faint = "; the logit hardly changes from black to the image" if integrated.off > GAP * abs(integrated.total) else ""
+    return said + (f", which is not within {100 * GAP:.0f} %" if integrated.gap > GAP else faint)
