@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -81,9 +82,25 @@ def run(word: Path | str, config: LookConfig | None = None, *, module: nn.Module
         out = beside if config.out is None else local(config.out)
         check_writable(out, "out", out.parent)
         html = page(subject, slow=True)
+        kept = _kept(out, html)
         write_atomically(out, html.encode())
+    if kept is not None:
+        print(f"metaft: note: the page that was there shows more, and is kept as {kept}", file=sys.stderr)
     print(f"page:     {out} ({len(html.encode()) / 1e6:.2f} MB), open it in any browser")
     return out
+
+
+def _kept(out: Path, html: str) -> Path | None:
+    """Where a page with sections that the new one lacks was put out of its way: they may have taken minutes."""
+    try:
+        before = out.read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return None
+    if not set(re.findall(r'<section id="([\w-]+)"', before)) - set(re.findall(r'<section id="([\w-]+)"', html)):
+        return None
+    kept = out.with_name(f"{out.stem}-before{out.suffix}")
+    out.replace(kept)
+    return kept
 
 
 def at_end(folder: Path, *, module: nn.Module | None = None) -> Path | None:

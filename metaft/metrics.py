@@ -55,6 +55,16 @@ def mean_ci95(values: Tensor) -> tuple[Tensor, Tensor]:
     return values.mean(0), 1.96 * values.std(0, correction=1) / math.sqrt(n)
 
 
+def beyond_chance(value: float, ci95: float | None) -> bool:
+    """Whether the 95 % interval of a difference leaves 0 out. One without a width tells nothing: that of a single
+    value, or of a few that happen to be equal.
+
+    >>> beyond_chance(0.3, 0.2), beyond_chance(-0.1, 0.2), beyond_chance(0.3, 0.0), beyond_chance(0.3, None)
+    (True, False, False, False)
+    """
+    return ci95 is not None and 0 < ci95 < abs(value)
+
+
 def nearest_neighbour(support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor) -> Tensor:
     """Accuracy of giving each query image the label of the support image nearest in pixels, for one task.
 

@@ -33,7 +33,7 @@ from metaft.testing import score_episodes
 from metaft.types import Params
 from metaft.views import VIEWS
 from metaft.views.base import Missing, Picture, Table, View
-from metaft.views.landscape import TASKS, _joint, _meta_loss
+from metaft.views.landscape import INNER, TASKS, _inner_scene, _joint, _meta_loss
 from metaft.views.planes import filter_normalised, principal_plane, span, surface
 from metaft.views.subject import open_subject
 
@@ -297,6 +297,15 @@ def test_the_loss_of_meta_training_is_that_of_its_validation(curve: Path) -> Non
             steps=2,
         )
     assert found == pytest.approx(float(scores[:, 0, -1].mean()), rel=1e-5)
+
+
+def test_the_loss_below_inner_paths_is_that_of_the_weights_as_they_are(curve: Path) -> None:
+    subject = open_subject(str(curve))
+    (parts, best), tasks = subject.assembled, subject.tasks("test", TASKS)
+    scene = _inner_scene(parts, best, tasks)
+    assert not isinstance(scene, str) and scene.title == INNER
+    without, after = (_meta_loss(parts, best, tasks, steps)({}) for steps in (0, None))
+    assert scene.loss({}) == without != after
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import itertools
 import json
 import math
@@ -43,8 +44,9 @@ from metaft.models.architecture import build
 from metaft.starts.base import Start
 from metaft.types import Episode
 from metaft.views import VIEWS, moves
-from metaft.views.base import Column, Missing, Of, Table, View
+from metaft.views.base import Column, Missing, Of, Picture, Table, View
 from metaft.views.calibration import surely
+from metaft.views.checked import check
 from metaft.views.distances import nearest, own_neighbours, principal
 from metaft.views.episode import outputs_of
 from metaft.views.layers import Layer, blocks_among, layers_of
@@ -243,12 +245,17 @@ def test_training_beside_validation_is_put_into_words() -> None:
     train, val = rows_of([0.1] * 20 + [0.9] * 10, [0.6, 0.7, 0.5])
     said = meaning(train, val, "accuracy", 20)
     assert "at 90.0 %" in said and "best at step 20 with 70.0 %" in said and "clearly worse at the end (50.0 %)" in said
+    assert "(the mean of its last 10 rows)" in said
     train, val = rows_of([0.9], [0.6, 0.7, 0.695])
     assert "no sign" in meaning(train, val, "accuracy", 20), "within the intervals"
+    last = meaning(train, val[:2], "accuracy", 20)
+    assert "(its last row)" in last and "no sign" not in last and "more steps may do better yet" in last
     assert "nothing to compare" in meaning(train, [], "accuracy", 20)
     curves = {"a": [{"epoch": 1.0, "loss": 0.5, "val_loss": 0.6}, {"epoch": 2.0, "loss": 0.1, "val_loss": 0.4}]}
     assert "about as well" in gap(curves, {"a": 1}, "epoch")
     assert "0.4, 4 times as much" in gap(curves, {"a": 2}, "epoch")
+    worse = {"a": [{"epoch": 1.0, "loss": 0.5, "val_loss": 0.9}]}
+    assert "0.9, 1.8 times as much: new images fare worse" in gap(worse, {"a": 1}, "epoch")
     assert "no images were set aside" in gap({"a": [{"epoch": 1.0, "loss": 0.5}]}, {"a": 1}, "epoch")
 
 
@@ -378,10 +385,12 @@ def test_a_page_holds_all_that_applies_and_needs_nothing_else(
     assert "page:     b.html" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("fixture", "view"), [("trained", "A task step by step"), ("adapted", "Mistakes")])
+@pytest.mark.parametrize(("fixture", "key"), [("trained", "episode"), ("adapted", "mistakes")])
 def test_data_that_moved_are_found_where_it_is_said_that_they_are(
-    fixture: str, view: str, request: pytest.FixtureRequest, in_tmp: Path
+    fixture: str, key: str, request: pytest.FixtureRequest, in_tmp: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("metaft.views.page.VIEWS", {key: VIEWS[key]})
+    view = VIEWS[key].title
     original: Path = request.getfixturevalue(fixture)
     shutil.copytree(original, "run")
     config = Path("run/config.toml")
@@ -430,6 +439,27 @@ def test_the_pages_views_leave_what_takes_long_to_look(adapted: Path) -> None:
     assert all("metaft.look" in why for title, why in missing if title in slow)
 
 
+def test_what_a_page_showed_that_the_new_one_lacks_is_kept(adapted: Path, in_tmp: Path, capsys: Text) -> None:
+    look.run(adapted, LookConfig(out="page.html"))
+    whole = Path("page.html").read_text(encoding="utf-8")
+    look.run(adapted, LookConfig(out="page.html"))
+    assert not Path("page-before.html").exists(), "it shows the same"
+    shown = whole.replace('<section id="structure"', '<section id="landscape"></section><section id="structure"')
+    Path("page.html").write_text(shown, encoding="utf-8")
+    look.run(adapted, LookConfig(out="page.html"))
+    assert Path("page.html").read_text(encoding="utf-8") == whole
+    assert Path("page-before.html").read_text(encoding="utf-8") == shown
+    assert "shows more, and is kept as page-before.html" in capsys.readouterr().err
+
+
+def test_how_to_repeat_a_run_names_no_folder_and_its_command_has_its_settings(adapted: Path, trained: Path) -> None:
+    html = page(open_subject(str(adapted)), slow=False)
+    assert "python -m metaft.predict RUN IMAGE_OR_FOLDER" in html and "python -m metaft.look RUN" in html
+    command = re.findall(r"python -m metaft.adapt --init [^<]*", html)[0]
+    assert "--strategy lp-ft:share=0.5" in command and "--epochs 2" in command and "--out" not in command
+    assert "python -m metaft.evaluate RUN" in page(open_subject(str(trained)), slow=False)
+
+
 def test_mistakes_are_the_surest_wrong_ones_with_the_nearest_training_images(adapted: Path) -> None:
     subject = open_subject(str(adapted))
     view = VIEWS["mistakes"].of(subject)
@@ -444,6 +474,22 @@ def test_mistakes_are_the_surest_wrong_ones_with_the_nearest_training_images(ada
         assert mistake.label != mistake.predicted
         distances = [near.distance for near in mistake.neighbours]
         assert distances == sorted(distances) and len(distances) == 3
+
+
+@pytest.mark.parametrize("row", range(0, 18, 6))
+def test_mistakes_whose_nearest_is_of_the_class_that_was_taken_are_counted(
+    row: int, adapted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def all_near(queries: Any, features: Any, count: int) -> Any:
+        return torch.full((len(queries), count), row), torch.zeros(len(queries), count)
+
+    monkeypatch.setattr(importlib.import_module("metaft.views.mistakes"), "nearest", all_near)
+    view = VIEWS["mistakes"].of(open_subject(str(adapted)))
+    assert isinstance(view, View)
+    (shown,) = view.parts
+    mistakes: Any = shown.mistakes  # type: ignore[union-attr]
+    taken = sum(mistake.predicted == mistakes[0].neighbours[0].label for mistake in mistakes)
+    assert f"For {taken} of them the nearest is of the class that it was taken for" in view.caption
 
 
 def test_without_its_images_views_of_them_say_so(adapted: Path, in_tmp: Path) -> None:
@@ -513,6 +559,58 @@ def _weights(run: Path) -> None:
 
 def _settings(run: Path) -> None:
     (run / "config.toml").write_text("lr = 3\nname = 'theirs'\n")
+
+
+def leaves(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The ways to all that a result holds, containers too; of a list the first and the last."""
+    yield path
+    some = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, each in some:
+        if not isinstance(value, list) or key in (0, len(value) - 1):
+            yield from leaves(each, (*path, key))
+
+
+@pytest.mark.parametrize("kind", ["trained", "adapted"])
+def test_whatever_is_wrong_in_a_result_is_said_or_does_not_matter(
+    kind: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run: Path = request.getfixturevalue(kind)
+    file = run / "result.json"
+    original, refused = json.loads(file.read_text()), 0
+    for view, figures in {
+        "training": ("curves_apart", "learning_apart", "steps_figure"), "calibration": ("calibration_figure",),
+        "confusion": ("confusion_figure",),
+    }.items():  # fmt: skip
+        module = importlib.import_module(f"metaft.views.{view}")
+        for name in figures:
+            monkeypatch.setattr(module, name, lambda *_, **__: (None, None))
+        monkeypatch.setattr(module, "chart", lambda title, figure, alt, of: Picture(title, "", alt, 1, of))
+    only = {key: VIEWS[key] for key in ("training", "calibration", "confusion")}
+    monkeypatch.setattr("metaft.views.page.VIEWS", only)
+    skip = {"environment", "about", "draws", "suspects", "episodes_sha256"}
+    for path in [way for way in leaves(original) if way and not skip.intersection(way)]:
+        for by in ("x", None, {}, leaves):
+            result = json.loads(json.dumps(original))
+            holder = result
+            for key in path[:-1]:
+                holder = holder[key]
+            if by is leaves:
+                del holder[path[-1]]
+            else:
+                holder[path[-1]] = by
+            try:
+                check(result, "result.json")
+            except MetaftError:
+                refused += 1
+                continue
+            subject = dataclasses.replace(open_subject(str(run)), result=result)
+            try:
+                page(subject, slow=False)
+            except MetaftError:
+                refused += 1
+            except Exception as error:
+                raise AssertionError(f"{path} = {by}") from error
+    assert refused > 100
 
 
 DAMAGE: list[tuple[Callable[[Path], None], str]] = [

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from metaft.after.comparing import Difference, Finished, differences
-from metaft.metrics import percent
+from metaft.metrics import beyond_chance, percent
 from metaft.support.places import shown
 from metaft.types import NORMS
 
@@ -69,10 +69,13 @@ def cell(difference: Difference, measure: str) -> str:
 
 
 def settings(runs: Sequence[Finished]) -> list[list[str]]:
-    """A line for each setting in which the runs differ, the head first."""
-    names = [name for name in dict.fromkeys(key for run in runs for key in run.config) if name != "out"]
+    """A line for each setting in which the runs differ, the head first, but for what is written beside the result."""
+    names = [name for name in dict.fromkeys(key for run in runs for key in run.config) if name not in _BESIDE]
     lines = [[name, *(_written(run.config.get(name)) for run in runs)] for name in names]
     return [["setting", *(run.label for run in runs)], *(line for line in lines if len(set(line[1:])) > 1)]
+
+
+_BESIDE = frozenset({"out", "report", "snapshots", "log"})
 
 
 def _written(value: Any) -> str:
@@ -105,7 +108,7 @@ def _sure(difference: Difference, measure: str) -> str:
     assert difference.value is not None
     if difference.ci95 is None:
         return "one alone, which tells nothing of the next"
-    if abs(difference.value) <= difference.ci95:
+    if not beyond_chance(difference.value, difference.ci95):
         return "no difference that can be told from chance"
     if measure not in HIGHER_IS_BETTER:  # a figure of the user's own, which only they can judge
         return "a difference, and not by chance"

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from metaft.metrics import beyond_chance
+
 
 def plainly(result: Mapping[str, Any]) -> str:
     """What was gained, in a sentence for each start that the first one is compared with, and what follows from it."""
@@ -74,7 +76,7 @@ def _sure(gain: Mapping[str, Any]) -> str:
     """What a paired interval says of a difference."""
     if gain["ci95"] is None:
         return "one draw, which tells nothing of the next"
-    if abs(gain["mean"]) <= gain["ci95"] or gain["ci95"] == 0:
+    if not beyond_chance(gain["mean"], gain["ci95"]):
         return "no difference that these draws can tell from chance"
     if gain["mean"] > 0:
         return "more than chance"

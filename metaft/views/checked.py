@@ -11,6 +11,7 @@ from metaft.types import NORMS
 
 TEXT, WHOLE, NUMBER, LIST, TABLE = (str,), (int,), (int, float, type(None)), (list,), (dict,)
 """JSON has no NaN: a figure that does not exist is null there."""
+FIGURE = (int, float)
 
 _RUN = {"version": TEXT, "seed": WHOLE, "device": TEXT, "environment": TABLE, "seconds": NUMBER}
 _META_TRAIN = {
@@ -21,13 +22,19 @@ _TEST = {"ways": WHOLE, "shots": WHOLE, "query_shots": WHOLE, "eval_seed": WHOLE
 _ADAPT = {
     **_RUN, "init": TEXT, "init_about": TABLE, "data": TEXT, "classes": LIST, "method": TEXT, "train_images": WHOLE,
     "val_images": WHOLE, "test_images": WHOLE, "folds": WHOLE, "notes": LIST, "starts": LIST, "gains": LIST,
-    "last_seed": WHOLE,
+    "last_seed": WHOLE, "train_images_per_class": (int, type(None)),
 }  # fmt: skip
 _START = {"name": TEXT, "mean": TABLE, "epochs": WHOLE, "kept_epoch": NUMBER}
 _OF_CLASSES = {
-    "accuracy": NUMBER, "balanced_accuracy": NUMBER, "macro_f1": NUMBER, "calibration_error": NUMBER,
+    "accuracy": FIGURE, "balanced_accuracy": NUMBER, "macro_f1": NUMBER, "calibration_error": FIGURE,
     "calibration": LIST, "confusion": LIST, "per_class": LIST,
 }  # fmt: skip
+_ROWS: dict[str, Mapping[str, tuple[type, ...]]] = {
+    "calibration": {"confidence": FIGURE, "accuracy": FIGURE, "images": WHOLE},
+    "per_class": {"class": TEXT, "test_images": WHOLE, "precision": NUMBER, "recall": NUMBER, "f1": NUMBER},
+}
+"""What the rows of a list hold."""
+_GAIN = {"of": TEXT, "over": TEXT, "mean": NUMBER, "ci95": NUMBER, "draws": WHOLE}
 _COMPRESSED = {"kept": TEXT, "unmet": LIST, "steps": LIST}
 _STEP = {
     "model": TEXT, "share": NUMBER, "parameters": WHOLE, "flops": WHOLE, "bytes": WHOLE, "latency": (int, float),
@@ -45,6 +52,12 @@ def check(result: Any, file: str) -> None:
         _need(result, _META_TRAIN, file)
         test = result["test"]
         _need(test, _TEST, f"{file}: test")
+        if "pixel_nearest_neighbour" in test:
+            _need(
+                test["pixel_nearest_neighbour"],
+                {"accuracy": FIGURE, "ci95": NUMBER},
+                f"{file}: test.pixel_nearest_neighbour",
+            )
         for norm in NORMS:
             _need(test, {norm: TABLE}, f"{file}: test")
             figures = test[norm]
@@ -52,6 +65,7 @@ def check(result: Any, file: str) -> None:
             name = next((key for key in figures if f"{key}_per_step" in figures and key != "ci95"), None)
             if name is None or name != figure_of(figures):
                 raise CheckpointError(f"{file}: test.{norm} holds no figure of its own")
+            _need(figures, {name: NUMBER, f"{name}_per_step": LIST}, f"{file}: test.{norm}")
             steps = test["inner_steps"] + 1
             for key in (f"{name}_per_step", "ci95_per_step"):
                 if len(figures[key]) != steps or not all(isinstance(value, NUMBER) for value in figures[key]):
@@ -62,19 +76,31 @@ def check(result: Any, file: str) -> None:
     _need(result, _ADAPT, file)
     if not result["starts"]:
         raise CheckpointError(f"{file}: 'starts' is empty")
+    if result["method"] == "finetune":
+        _need(result, {"strategy": TEXT}, file)
     figures, classes = _OF_CLASSES if result["classes"] else _OF_NUMBERS, len(result["classes"])
     for number, start in enumerate(result["starts"]):
         where = f"{file}: starts[{number}]"
         _need(start, {**_START, **figures}, where)
+        if not _is_list(start.get("warnings", []), TEXT):
+            raise CheckpointError(f"{where}: 'warnings' is no list of texts")
         _need(start["mean"], {"accuracy" if classes else "rmse": NUMBER, "ci95": NUMBER, "draws": WHOLE}, where)
         if classes:
             rows = start["confusion"]
-            if len(rows) != classes or any(not isinstance(row, list) or len(row) != classes for row in rows):
+            if len(rows) != classes or any(not _is_list(row, WHOLE) or len(row) != classes for row in rows):
                 raise CheckpointError(f"{where}: confusion has no {classes} rows of {classes} counts")
+            for key, needed in _ROWS.items():
+                for i, row in enumerate(start[key]):
+                    _need(row, needed, f"{where}.{key}[{i}]")
             if len(start["per_class"]) != classes:
                 raise CheckpointError(f"{where}: per_class has no {classes} rows")
     if len(result["gains"]) != len(result["starts"]) - 1:
         raise CheckpointError(f"{file}: 'gains' are not one for each of the other starts")
+    for i, gain in enumerate(result["gains"]):
+        _need(gain, _GAIN, f"{file}: gains[{i}]")
+    for key in ("notes", "classes"):
+        if not _is_list(result[key], TEXT):
+            raise CheckpointError(f"{file}: {key!r} is no list of texts")
     if "compressed" in result:
         _check_compressed(result["compressed"], f"{file}: compressed")
 
@@ -87,6 +113,10 @@ def _check_compressed(made: Any, where: str) -> None:
         _need(step["validation"], held, f"{where}.steps[{number}].validation")
     if made["kept"] not in [step["model"] for step in made["steps"]]:
         raise CheckpointError(f"{where}: the kept network {made['kept']!r} is none of its steps")
+
+
+def _is_list(value: Any, kinds: tuple[type, ...]) -> bool:
+    return isinstance(value, list) and all(isinstance(each, kinds) and not isinstance(each, bool) for each in value)
 
 
 def _need(value: Any, keys: Mapping[str, tuple[type, ...]], where: str) -> None:

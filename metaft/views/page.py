@@ -101,7 +101,7 @@ def _ran(subject: Subject) -> Table:
         return Table("What it is", [Column("what"), Column("value")], [[*pair] for pair in facts.items()])
     machine = r["environment"]
     command = "compress" if _is_compressed(subject) else r["command"]
-    facts = {"command": f"python -m metaft.{command}", "metaft": r["version"], "PyTorch": machine.get("torch")}
+    facts = {"command": _command_line(subject, command), "metaft": r["version"], "PyTorch": machine.get("torch")}
     if subject.command == "meta_train":
         facts |= {
             "data": r["dataset"], "class split": r.get("class_split"), "digest of the class split": r.get("split_hash"),
@@ -122,6 +122,22 @@ def _ran(subject: Subject) -> Table:
     }
     rows: list[list[Cell]] = [[k, str(v)] for k, v in facts.items() if v not in (None, "")]
     return Table("What was run", [Column("what"), Column("value")], rows)
+
+
+def _command_line(subject: Subject, command: str) -> str:
+    """With the settings that are not the command's own, those too that were left open and have been settled."""
+    words = ["python", "-m", f"metaft.{command}"]
+    if command == "compress" or subject.config is None:
+        return shlex.join(words)
+    usual = flat(CONFIGS[subject.command]())
+    for name, value in flat(subject.config).items():
+        if value != usual.get(name) and value not in (None, ()) and name not in ("out", "report"):
+            flag = name.replace("_", "-")
+            if isinstance(value, bool):
+                words.append(f"--{flag}" if value else f"--no-{flag}")
+            else:
+                words += [f"--{flag}", *(map(str, value) if isinstance(value, (list, tuple)) else [str(value)])]
+    return shlex.join(words)
 
 
 def _is_compressed(subject: Subject) -> bool:
@@ -155,9 +171,12 @@ def _repeat(subject: Subject) -> list[Line]:
     assert subject.folder is not None
     r, kind = subject.result, subject.command
     torch = str(r["environment"].get("torch", "")).partition("+")[0]
-    versions = f"metaft=={r['version']} torch=={torch}" if torch else f"metaft=={r['version']}"
     said = [
-        Line("Install the versions that it was run with:", f"pip install {versions}"),
+        Line(
+            f"In these commands RUN is the folder of this run, {subject.name}. Install metaft {r['version']}"
+            + (" and the PyTorch that it was run with:" if torch else "."),
+            f"pip install torch=={torch}" if torch else "",
+        ),
         Line(
             "Save these settings as config.toml:",
             subject.folder.config.read_text(encoding="utf-8", errors="replace").strip(),
@@ -167,15 +186,15 @@ def _repeat(subject: Subject) -> list[Line]:
     if _is_compressed(subject):  # of whose folder config.toml is that of the run it was made of
         given = read_toml(subject.folder.compress)
         flags = " ".join(f"--{name.replace('_', '-')} {shlex.quote(str(value))}" for name, value in given.items())
-        said[2] = Line("run them into a new folder:", f"python -m metaft.{kind} --config config.toml --out RUN")
-        said.insert(3, Line("and make that run smaller:", f"python -m metaft.compress RUN {flags} --out NEW_FOLDER"))
+        said[2] = Line("run them into a new folder:", f"python -m metaft.{kind} --config config.toml --out WHOLE")
+        said.insert(3, Line("and make that run smaller:", f"python -m metaft.compress WHOLE {flags} --out NEW_FOLDER"))
     if brought := _brought(subject):
         said.insert(0, Line(f"This run was handed {brought} in Python, which has to be handed over again there."))
     if kind == "adapt":
-        said.append(Line("Label images with it:", f"python -m metaft.predict {_quoted(subject)} IMAGE_OR_FOLDER..."))
+        said.append(Line("Label images with it:", "python -m metaft.predict RUN IMAGE_OR_FOLDER..."))
     else:
-        said.append(Line("Test it again:", f"python -m metaft.evaluate {_quoted(subject)}"))
-    said.append(Line("Write this page again:", f"python -m metaft.look {_quoted(subject)}"))
+        said.append(Line("Test it again:", "python -m metaft.evaluate RUN"))
+    said.append(Line("Write this page again:", "python -m metaft.look RUN"))
     return said
 
 

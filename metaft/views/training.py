@@ -91,13 +91,16 @@ def meaning(train: Sequence[Mapping[str, Any]], val: Sequence[Mapping[str, Any]]
     if not last or best is None:
         return "Without a finite validation figure there is nothing to compare training with."
     share, unit = sum(last) / len(last), _unit(metric)
+    over = f"the mean of its last {len(last)} rows" if len(last) > 1 else "its last row"
     said = (
-        f"At its end training is at {unit(share)} on the queries of its own classes; validation, on other classes, was "
+        f"Training is at {unit(share)} ({over}) on the queries of its own classes; validation, on other classes, was "
         f"best at step {best_step:,} with {unit(best[1])}."
     )
     end = points[-1]
+    if end[0] == best_step:
+        return said + " That was the last time it was looked at, so more steps may do better yet."
     worse = (best[1] - end[1]) * (1 if metric == "accuracy" else -1)
-    if end[0] != best_step and worse > math.hypot(best[2], end[2]) > 0:
+    if worse > math.hypot(best[2], end[2]) > 0:
         return said + (
             f" It was clearly worse at the end ({unit(end[1])}): later steps fit the training classes. The best step "
             "is the one that is kept."
@@ -173,6 +176,8 @@ def gap(
             f" and the validation loss {val:.3g}, {val / max(loss, 1e-12):.3g} times as much: it knows its own images "
             "better than new ones, as is usual with few."
         )
+    if val > 1.25 * loss:
+        return said + f" and the validation loss {val:.3g}, {val / loss:.3g} times as much: new images fare worse."
     return said + f" and the validation loss {val:.3g}: new images fare about as well as those it was trained on."
 
 
