@@ -131,9 +131,10 @@ def _opened(source: Path, config: CompressConfig, module: nn.Module | None, init
     from metaft.finetune.choose import SETTLED
     from metaft.finetune.classifier import load
     from metaft.finetune.journal import read
-    from metaft.finetune.setup import digest_of, digest_of_data, prepared, rows_of
+    from metaft.finetune.setup import digest_of_data, prepared, rows_of
     from metaft.runs import checkpoint
     from metaft.runs.folder import RunFolder
+    from metaft.starts.base import digest_of
     from metaft.starts.names import in_full
 
     if os.path.isfile(source):

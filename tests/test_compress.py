@@ -359,7 +359,7 @@ def test_what_is_written(small: Path, run: Path, data: Path, tmp_path: Path, cap
     said = [line.split("\t")[1] for line in capsys.readouterr().out.splitlines()]
     assert said == classifier.label(sorted((data / "test").rglob("*.png")))
     html = look.run(small, LookConfig(out=str(tmp_path / "page.html"), landscape=True)).read_text(encoding="utf-8")
-    assert "python -m metaft.compress RUN --latency 0.4 " in html
+    assert "python -m metaft.compress WHOLE --latency 0.4 " in html
     assert "a classifier that was made smaller leaves no snapshots" in html
 
 

@@ -5,21 +5,24 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import ONE_PASS
+from helpers import ONE_PASS, finished, meta_trained, words, write_folder, write_target
 from test_finetune import CLASSES, INPUTS, bits, body, same, toy
 from torch import Tensor, nn
 
-from metaft.errors import MetaftError
+import metaft
+from metaft.errors import CheckpointError, MetaftError
 from metaft.finetune.fit import fit
 from metaft.finetune.report import what_trained
 from metaft.finetune.states import flatten, unflatten
 from metaft.finetune.strategies import named
 from metaft.finetune.strategies.lora import LowRank, places, stays
+from metaft.runs import checkpoint
 from metaft.settings import Recipe
 
 RANK, ALPHA = 2, 3.0
@@ -219,3 +222,48 @@ def test_a_fit_goes_on_from_a_checkpoint_and_keeps_the_layers_it_began_with(stra
     assert float(loss) == pytest.approx(min(row["val_loss"] for row in whole.curve), abs=ONE_PASS)
     added = sum(2 * (math.prod(begun[n].shape[1:]) + len(begun[n])) for n in weights)
     assert whole.trained == {"numbers": added, "of": sum(p.numel() for p in body().parameters()), "stays": []}
+
+
+# ---- its own file ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    base = tmp_path_factory.mktemp("lora")
+    meta = meta_trained(base / "start", write_folder(base / "squares"))
+    data = write_target(base / "target", {"train": 6, "test": 4})
+    return finished(words(meta, data, base / "run", epochs=2, strategy="lora:rank=2"))
+
+
+@pytest.mark.parametrize("strategy", ["lora:rank=2", 'lp-ft:then="lora:rank=2"'])
+def test_products_are_a_file_of_their_own_that_with_the_start_is_the_classifier(strategy: str, run: Path) -> None:
+    if strategy != "lora:rank=2":
+        start, data = run.parent / "start", run.parent / "target"
+        run = finished(words(start, data, run.parent / "lp", epochs=4, strategy=strategy))
+    whole, again = metaft.load(run), metaft.load(run / "adapter.safetensors")
+    assert same(again.state_dict(), whole.state_dict()), "to the last bit"
+    assert again.class_names == whole.class_names and again.inputs == whole.inputs
+    tensors, header = checkpoint.load(run / "adapter.safetensors")
+    weights = {name for name, value in whole.body.state_dict().items() if value.dim() > 1}
+    assert {name.split("/")[1] for name in tensors if name.startswith("product/")} == weights
+    assert not weights & checkpoint.under(tensors, "body").keys(), "no whole weight is in it"
+    assert set(header["scale"].values()) == {4.0}
+
+
+def test_what_adds_nothing_has_no_such_file(run: Path) -> None:
+    other = finished(words(run.parent / "start", run.parent / "target", run.parent / "head", epochs=1, strategy="head"))
+    assert not (other / "adapter.safetensors").exists()
+
+
+def test_its_start_has_to_be_there_and_the_same(run: Path, tmp_path: Path) -> None:
+    tensors, header = checkpoint.load(run / "adapter.safetensors")
+
+    def refused(said: str, tensors: dict[str, Tensor] = tensors, **changes: Any) -> None:
+        checkpoint.save(tmp_path / "a.safetensors", tensors, {**header, **changes})
+        with pytest.raises(CheckpointError, match=said):
+            metaft.load(tmp_path / "a.safetensors")
+
+    refused("its start cannot be opened: .*none/such", init="/none/such")
+    refused("its start .*start has other values now", init_sha256="0" * 64)
+    refused("not of this start", tensors={k: v for k, v in tensors.items() if not k.endswith("/A")})
+    refused("not of this start", scale={"none": 1.0})

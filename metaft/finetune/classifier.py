@@ -139,7 +139,8 @@ def save(path: Path, classifier: Classifier, architecture: Mapping[str, Any], ab
 
 @in_usual_modes
 def load(run: Path | str, *, module: nn.Module | None = None, device: str | torch.device = "cpu") -> Classifier:
-    """The classifier of an adapt run (or its `classifier.safetensors` alone), in eval mode.
+    """The classifier of an adapt run (or its `classifier.safetensors` alone, or `adapter.safetensors` with the start
+    that it names at hand), in eval mode.
 
     `module` brings the user's own architecture where the run was trained on one. Warns where the run is not finished.
     Raises CheckpointError where there is no classifier, or a damaged one, or not of this architecture.
@@ -166,6 +167,10 @@ def load(run: Path | str, *, module: nn.Module | None = None, device: str | torc
             )
         path = folder.classifier
     tensors, header = checkpoint.load(path)
+    if "adapter" in header:
+        from metaft.finetune.adapter import classifier_of  # which is made of this
+
+        return classifier_of(path, tensors, header).to(device)
     if "classifier" not in header:
         raise CheckpointError(f"checkpoint {path}: holds no classifier; metaft.adapt makes one")
     architecture = header["architecture"]

@@ -23,6 +23,7 @@ from metaft.finetune.lessons import Labelled, Lesson, as_they_are, turns
 from metaft.finetune.measuring import Measuring
 from metaft.finetune.states import cloned, values_of, whole
 from metaft.finetune.strategies import Strategy
+from metaft.finetune.strategies.lora import Product, products_of
 from metaft.finetune.training import begin, stored
 from metaft.inputs import Inputs
 from metaft.inputs.base import Examples
@@ -49,6 +50,9 @@ class Fitted:
     "log_variances" of their losses."""
     further: tuple[tuple[nn.Module, nn.Module], ...] = ()
     """Backbone and head of each further target; backbones differ in moments of the examples alone."""
+
+    products: Mapping[str, Product] = dataclasses.field(default_factory=dict)
+    """What low-rank adaptation added to the backbone, by the names of its weights; none of several targets."""
 
     @property
     def kept(self) -> int:
@@ -187,8 +191,9 @@ def fit(
     trained |= {"of": sum(p.numel() for p in body.parameters()), "stays": strategy.stays(body)}
     if way is not None and way.weighs:
         trained["log_variances"] = model.get_parameter("tasks.s").tolist()
+    products = products_of(model.get_submodule("body")) if len(lessons) == 1 else {}
     first, *others = [_finished(strategy.finish(lesson.model), lesson) for lesson in lessons]
-    return Fitted(*first, curve, trained, tuple(others))
+    return Fitted(*first, curve, trained, tuple(others), products)
 
 
 def _finished(model: nn.Module, lesson: Lesson) -> tuple[nn.Module, nn.Module]:

@@ -29,12 +29,11 @@ from metaft.finetune.strategies import CHOSEN
 from metaft.finetune.strategies.base import unchanged
 from metaft.models.handed import copied
 from metaft.options import flat, options
-from metaft.runs.checkpoint import digest
 from metaft.runs.folder import RunFolder
 from metaft.runs.machine import machine
 from metaft.settings import Recipe, TargetSettings
 from metaft.starts import names
-from metaft.starts.base import Start, body, constants
+from metaft.starts.base import Start, body, digest_of
 from metaft.starts.none import OWN
 from metaft.support import paths, places
 from metaft.targets import Target
@@ -358,8 +357,3 @@ def digest_of_run(path: Path) -> str:
     """Of the classifier that an adapt run left, or of its file alone."""
     file = RunFolder(path).classifier if path.is_dir() else path
     return hashlib.sha256(file.read_bytes()).hexdigest()
-
-
-def digest_of(start: Start) -> str:
-    """Of all values that a start has."""
-    return digest("", {**(start.meta or {}), **constants(start)})

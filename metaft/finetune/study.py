@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from metaft.errors import CheckpointError, NonFiniteError
-from metaft.finetune import heads
+from metaft.finetune import adapter, heads
 from metaft.finetune import soup as soups
 from metaft.finetune.classifier import Classifier, save
 from metaft.finetune.contenders import Contender
@@ -32,7 +32,7 @@ from metaft.runs.checkpoint import under
 from metaft.runs.events import Events
 from metaft.runs.folder import RunFolder
 from metaft.runs.trail import Trail
-from metaft.starts.base import body
+from metaft.starts.base import body, digest_of
 from metaft.targets import Target
 from metaft.targets.draws import Rows
 
@@ -108,6 +108,11 @@ def study(
                 )
             if number == 0:
                 save(run.classifier, classifier, start.architecture, {"init": start.name, "data": target.name})
+                if fitted.products and start.architecture["name"] != "custom":
+                    of = setup.config.start
+                    opened = {"init": of.init, "image_size": of.image_size, "init_norm": of.init_norm}
+                    opened["init_sha256"] = digest_of(start)
+                    adapter.save(run.adapter, classifier, fitted.products, start, opened)
             also = [
                 _of_further(run, setup, contender, fitted, draw, which, stays=stays, should_stop=should_stop)
                 for which in range(1, 1 + len(contender.others))

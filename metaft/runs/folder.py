@@ -58,6 +58,7 @@ class RunFolder:
         self.previous = self.checkpoints / "previous.safetensors"
         self.best = self.checkpoints / "best.safetensors"
         self.classifier = path / "classifier.safetensors"
+        self.adapter = path / "adapter.safetensors"
         self.snapshots = path / "snapshots"
         self.compress = path / "compress.toml"
 

@@ -17,6 +17,7 @@ from metaft.models.architecture import NormOf, build, filled, is_published
 from metaft.models.functional import linear, probe_of
 from metaft.models.handed import said
 from metaft.models.head import body_of, why_apart
+from metaft.runs.checkpoint import digest
 from metaft.types import Params
 
 RANDOM = "random"
@@ -94,6 +95,11 @@ def constants(start: Start) -> Params:
             kept = build(start.architecture, None, module=start.module, norm="keep")[0].named_buffers()
             still |= {k: v for k, v in kept if k not in model.buffers}
     return {f"still/{name}": value for name, value in still.items()}
+
+
+def digest_of(start: Start) -> str:
+    """Of all values that a start has."""
+    return digest("", {**(start.meta or {}), **constants(start)})
 
 
 def said_of(start: Start) -> str:

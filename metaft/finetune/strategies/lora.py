@@ -7,7 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,18 @@ class Place(NamedTuple):
         return len(self.weight) // self.groups, math.prod(self.weight.shape[1:])
 
 
+class Product(NamedTuple):
+    """A [groups, rank, inputs] and B [groups, outputs, rank], of which scale B A is added to a weight."""
+
+    a: Tensor
+    b: Tensor
+    scale: float
+
+
+def added(weight: Tensor, product: Product) -> Tensor:
+    return weight + product.scale * (product.b @ product.a).reshape(weight.shape)
+
+
 class LowRank(nn.Module):
     """W + scale B A, with A [groups, rank, inputs] and B [groups, outputs, rank], which is 0 at first."""
 
@@ -46,7 +58,11 @@ class LowRank(nn.Module):
         self.B = nn.Parameter(a.new_zeros(len(a), outputs, a.shape[1]))
 
     def forward(self, weight: Tensor) -> Tensor:
-        return weight + self.scale * (self.B @ self.A).reshape(weight.shape)
+        return added(weight, self.product)
+
+    @property
+    def product(self) -> Product:
+        return Product(self.A, self.B, self.scale)
 
 
 def rates(groups: Groups, step: int, steps: int, per_epoch: int) -> Mapping[str, float]:
@@ -121,6 +137,17 @@ def merged(model: nn.Module) -> nn.Module:
             parametrize.remove_parametrizations(layer, name, leave_parametrized=False)
             layer.get_parameter(name).copy_(value)  # in the weight's own layout
     return model
+
+
+def products_of(body: nn.Module) -> dict[str, Product]:
+    """Copies of those that are not added yet, by the names that their weights have in the body without them."""
+    found = {}
+    for path, layer in body.named_modules():
+        for name in _products(layer):
+            kinds: Any = layer.parametrizations
+            a, b, scale = kinds[name][0].product
+            found[f"{path}.{name}" if path else name] = Product(a.detach().clone(), b.detach().clone(), scale)
+    return found
 
 
 def _products(layer: nn.Module) -> list[str]:
