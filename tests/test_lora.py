@@ -224,6 +224,35 @@ def test_a_fit_goes_on_from_a_checkpoint_and_keeps_the_layers_it_began_with(stra
     assert whole.trained == {"numbers": added, "of": sum(p.numel() for p in body().parameters()), "stays": []}
 
 
+# ---- beside another implementation ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["linear", "convolution", "conv4"])
+def test_peft_adds_the_same_and_has_the_same_gradients(kind: str) -> None:
+    pytest.importorskip("metaft.support.vision")  # peft's own import of torchvision fails beside a CPU torch
+    peft = pytest.importorskip("peft", reason="needs peft, beside which this is measured")
+    begun, x = start(kind)
+    model = moved(adapted(kind))["body"]
+    ours = products(model)
+    names = [name.partition(".parametrizations")[0] for name in ours]
+    config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=names, lora_dropout=0.0, bias="none")
+    theirs = peft.get_peft_model(begun, config).base_model.model.double()
+    for name, product in zip(names, ours.values(), strict=True):
+        layer = theirs.get_submodule(name)
+        with torch.no_grad():
+            for part, value in ((layer.lora_A, product.A[0]), (layer.lora_B, product.B[0])):
+                part.default.weight.copy_(value.reshape(part.default.weight.shape))
+    found, expected = model(x), theirs(x)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    for output in (found, expected):
+        output.sin().sum().backward()
+    for name, product in zip(names, ours.values(), strict=True):
+        layer = theirs.get_submodule(name)
+        for part, own in ((layer.lora_A, product.A), (layer.lora_B, product.B)):
+            gradient = part.default.weight.grad.reshape(own[0].shape)
+            torch.testing.assert_close(own.grad[0], gradient, rtol=1e-9, atol=1e-9)  # type: ignore[index]
+
+
 # ---- its own file ---------------------------------------------------------------------------------------------------
 
 
