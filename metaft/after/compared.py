@@ -70,12 +70,12 @@ def cell(difference: Difference, measure: str) -> str:
 
 def settings(runs: Sequence[Finished]) -> list[list[str]]:
     """A line for each setting in which the runs differ, the head first, but for what is written beside the result."""
-    names = [name for name in dict.fromkeys(key for run in runs for key in run.config) if name not in _BESIDE]
+    names = [name for name in dict.fromkeys(key for run in runs for key in run.config) if name not in _WRITING]
     lines = [[name, *(_written(run.config.get(name)) for run in runs)] for name in names]
     return [["setting", *(run.label for run in runs)], *(line for line in lines if len(set(line[1:])) > 1)]
 
 
-_BESIDE = frozenset({"out", "report", "snapshots", "log"})
+_WRITING = frozenset({"out", "report", "snapshots", "log", "log_every"})
 
 
 def _written(value: Any) -> str:

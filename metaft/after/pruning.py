@@ -102,7 +102,8 @@ def check_prunable(classifier: Classifier) -> None:
 @torch.no_grad()
 def match(small: nn.Module, whole: nn.Module, left: Mapping[str, Tensor], images: Tensor) -> None:
     """Set the stored moments of a pruned backbone, in place, so that what each of its normalisation layers gives has,
-    channel by channel over these images, mean and variance of what it gave in the whole one.
+    channel by channel over these images, mean and variance of what it gave in the whole one. A channel that hardly
+    varies keeps its scale, none is scaled by more than 4, and a layer that a pass meets twice stays as it is.
 
     Without the channels that are gone a layer reads other values than those whose moments it holds (Jordan et al. 2023,
     REPAIR, https://arxiv.org/abs/2211.08403, section 4, reset such statistics of merged networks likewise, to given
@@ -110,11 +111,19 @@ def match(small: nn.Module, whole: nn.Module, left: Mapping[str, Tensor], images
     in which the pass meets them, each behind those that are set already.
     """
     before: dict[str, tuple[Tensor, Tensor]] = {}
-    with _at_norms(whole, lambda path, layer, moments: before.update({path: moments})):
+    twice: set[str] = set()
+
+    def note(path: str, layer: StoredNorm, moments: tuple[Tensor, Tensor]) -> None:
+        twice.update({path} & before.keys())
+        before[path] = moments
+
+    with _at_norms(whole, note):
         whole(images)
     layers = dict(whole.named_modules())
 
     def set_moments(path: str, layer: StoredNorm, moments: tuple[Tensor, Tensor]) -> None:
+        if path in twice:
+            return
         former, kept = layers[path], left[path]
         assert isinstance(former, StoredNorm)
         mean, var = (of[kept] for of in before[path])
@@ -122,7 +131,8 @@ def match(small: nn.Module, whole: nn.Module, left: Mapping[str, Tensor], images
         known = (var > _STILL * spread) & (moments[1] > _STILL * spread)
         ratio = torch.where(known, moments[1] / var.clamp_min(1e-38), 1).clamp(1 / _MOST, _MOST)
         layer.var.copy_((spread * ratio - layer.eps).clamp_min(0))
-        layer.mean.copy_(moments[0] - (mean - former.mean[kept]) * ratio.sqrt())
+        scale = ((layer.var + layer.eps) / spread).sqrt()
+        layer.mean.copy_(moments[0] - (mean - former.mean[kept]) * scale)
 
     with _at_norms(small, set_moments):
         small(images)

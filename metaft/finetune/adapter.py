@@ -31,9 +31,9 @@ def save(
     start: Start,
     init: Mapping[str, Any],
 ) -> None:
-    """Write products by the names of the weights that they are added to, the head, and what else the classifier has
-    that is not the start's (moments that were stored after training). `init` says how the start is opened: "init",
-    "image_size", "init_norm", and "init_sha256" of its values. Raises CheckpointError."""
+    """Of a start with values of its own: write products by the names of the weights that they are added to, the head,
+    and what else the classifier has that is not the start's (moments that were stored after training). `init` says how
+    the start is opened: "init", "image_size", "init_norm", and "init_sha256" of its values. Raises CheckpointError."""
     begun = body(start, 0).state_dict()
     own = {k: v for k, v in classifier.body.state_dict().items() if k not in products and not _same(v, begun.get(k))}
     tensors = {f"body/{k}": v for k, v in own.items()}
@@ -51,7 +51,7 @@ def save(
 
 
 def _same(value: Tensor, before: Tensor | None) -> bool:
-    return before is not None and before.shape == value.shape and torch.equal(before, value)
+    return before is not None and before.shape == value.shape and torch.equal(before, value.cpu())
 
 
 def classifier_of(path: Path, tensors: Params, header: Mapping[str, Any]) -> Classifier:

@@ -170,6 +170,8 @@ def load(run: Path | str, *, module: nn.Module | None = None, device: str | torc
     if "adapter" in header:
         from metaft.finetune.adapter import classifier_of  # which is made of this
 
+        if module is not None:
+            raise CheckpointError(f"checkpoint {path}: its start is {header['init']}, not a module of your own")
         return classifier_of(path, tensors, header).to(device)
     if "classifier" not in header:
         raise CheckpointError(f"checkpoint {path}: holds no classifier; metaft.adapt makes one")

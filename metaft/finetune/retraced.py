@@ -50,15 +50,15 @@ class Retraced(NamedTuple):
 def retraced(
     run: RunFolder, setup: Setup, position: Position, classifier: Classifier, kept: int, *, most: int
 ) -> list[Retraced]:
-    """The fits of which there are snapshots, and the first one, of which the run's `classifier` is, `kept` in that
-    epoch: each with its loss on at most so many of the images that it trained on.
+    """The fits of which there are snapshots, and the one of which the run's `classifier` is, `kept` in that epoch: each
+    with its loss on at most so many of the images that it trained on.
 
     Raises CheckpointError where snapshots are damaged or of another model.
     """
     found = []
     for number, planned in enumerate(followed(setup)):
         waypoints = read_trail(run.snapshots, str(number))
-        if waypoints or number == 0:
+        if waypoints or planned.contender.label == setup.contenders[0].label:
             fit = _retraced(setup, position, planned, waypoints, Waypoint(kept, _values_of(classifier)), most)
             found += [fit] if fit is not None else []
     return found
@@ -73,10 +73,13 @@ def _values_of(classifier: Classifier) -> Params:
 def _retraced(
     setup: Setup, position: Position, planned: Planned, waypoints: list[Waypoint], kept: Waypoint, most: int
 ) -> Retraced | None:
-    """None where there are no snapshots, and what was trained is no part of the classifier as it was `kept`."""
+    """None where there are no snapshots, and what was trained is no part of the classifier as it was `kept`: of numbers
+    its head is in their unit, and not in that of the loss."""
     start, target = planned.contender.start, planned.contender.target
     recipe, seed = _recipe(planned, position), setup.config.draws.seed
-    rows = torch.from_numpy(rows_of(setup, 0, planned.fold).train)
+    if not waypoints and not target.class_names:
+        return None
+    rows = torch.from_numpy(rows_of(setup, 0, planned.fold if waypoints else None).train)
     given = Labelled(target.inputs, Part(target.examples, rows), target.labels[rows], len(target.class_names))
     training = begin(body(start, seed), given, recipe, strategies.named(recipe.trains), (), seed)
     model, lesson = training.model, training.lesson

@@ -5,6 +5,7 @@
     checkpoints/first.safetensors, from where
     episodes.jsonl of metaft.meta_train: the figures of each episode of the meta-test, by which runs are compared
     classifier.safetensors and report.txt of metaft.adapt; classifier-2.safetensors, ... of further targets
+    adapter.safetensors of metaft.adapt --strategy lora: what it trained, without the start (`metaft.finetune.adapter`)
     snapshots/FIT-STEP.safetensors: where training went through, for metaft.look --landscape (`metaft.runs.trail`)
     compress.toml and steps/*.safetensors of metaft.compress, whose folder is an adapt run's besides
     .metaft.lock while a command writes to it; .metaft.job: the launch by torchrun that began it

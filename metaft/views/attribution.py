@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import itertools
 import math
@@ -118,7 +119,8 @@ def integrated_gradients(model: nn.Module, x: Tensor, baseline: Tensor, label: i
             gap = missing / whole if whole else float(missing > 0)
             left = (STEPS - steps) // (2 * _NODES)
             if not gap > GAP or not left:
-                return Integrated(torch.stack([part for part, _ in pieces.values()]).sum(0), total, missing, gap, steps)
+                whole_way = functools.reduce(torch.add, (part for part, _ in pieces.values()))
+                return Integrated(whole_way, total, missing, gap, steps)
             worst = _worst({piece: abs(off) for piece, (_, off) in pieces.items()})[:left]
             for piece in worst:
                 del pieces[piece]

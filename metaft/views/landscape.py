@@ -225,6 +225,9 @@ def _of_fine_tuning(subject: Subject) -> tuple[list[Scene], list[str]]:
         return [], [_no_path(0, "adapt")]
     scenes: list[Scene] = []
     notes: list[str] = []
+    begun = setup.contenders[0].label
+    if begun not in [fit.label for fit in fits]:
+        notes.append(_no_path(0, "adapt", f" of the {begun} start"))
     for fit in fits:
         points = [w.params for w in fit.waypoints]
         projected = principal_plane(points, fit.end.params) if len(points) >= FEWEST else None
@@ -236,7 +239,8 @@ def _of_fine_tuning(subject: Subject) -> tuple[list[Scene], list[str]]:
             scenes.append(path_scene(title, projected, {fit.label: projected.points}, fit.loss, of))
         if fit is fits[0]:
             end = fit.end
-            random = random_scene(end.params, [*end.params], fit.loss, of._replace(step=f"epoch {end.step}"))
+            when = f"epoch {end.step}" if fit.waypoints else "the classifier that was kept"
+            random = random_scene(end.params, [*end.params], fit.loss, of._replace(step=when))
             scenes += (
                 [random._replace(title=f"A random plane through the end of the {fit.label} start")] if random else []
             )
