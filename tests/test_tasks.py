@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,9 @@ from metaft.finetune.states import flatten, unflatten
 from metaft.finetune.tasks import TASKS, Given, named, orders_of
 from metaft.finetune.training import Training, begin
 from metaft.settings import Recipe
+from metaft.views import VIEWS
+from metaft.views.base import Missing
+from metaft.views.subject import open_subject
 
 OTHER = 2
 """Classes of the second target."""
@@ -303,6 +307,15 @@ def test_a_run_has_a_classifier_and_a_paired_gain_for_each_target(done: Path, da
     assert "2 targets on one backbone (uncertainty, losses weighted at the end by" in said
     assert "classifier-2.safetensors" in said
     assert "A model of this target alone gets" in said
+
+
+def test_without_snapshots_no_plane_takes_the_joint_classifier_for_one_alone(done: Path, tmp_path: Path) -> None:
+    shutil.copytree(done, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run/snapshots", ignore_errors=True)
+    subject = open_subject(str(tmp_path / "run"))
+    subject.landscape = True
+    view = VIEWS["landscape"].of(subject)
+    assert isinstance(view, Missing) and "no snapshots of its training" in view.why
 
 
 def test_alone_is_a_run_of_that_target(done: Path, data: dict[str, Path], tmp_path: Path) -> None:

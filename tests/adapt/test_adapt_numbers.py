@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from adapting import Text, result_of
-from helpers import one_line, words
+from helpers import finished, one_line, words
 from PIL import Image
 from torch import Tensor, nn
 
@@ -29,6 +29,9 @@ from metaft.finetune.report import draw_pictures
 from metaft.finetune.warned import warnings_of_numbers
 from metaft.inputs import ImageInputs
 from metaft.settings import Recipe
+from metaft.views import VIEWS
+from metaft.views.base import Missing
+from metaft.views.subject import open_subject
 
 INPUTS = ImageInputs(1, 4, 4)
 
@@ -310,3 +313,14 @@ def test_a_resume_ends_with_the_same_bytes(
         for name in ("whole", "stopped")
     )
     assert one == other
+
+
+def test_a_run_of_numbers_without_snapshots_has_no_plane_since_its_head_is_in_their_unit(
+    table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("metaft.finetune.report.draw_pictures", lambda *_: [])
+    run = finished(command(Path("none"), f"csv:{table}", tmp_path / "run", epochs=1, snapshots=0))
+    subject = open_subject(str(run))
+    subject.landscape = True
+    view = VIEWS["landscape"].of(subject)
+    assert isinstance(view, Missing) and "no snapshots of its training" in view.why
