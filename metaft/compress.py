@@ -79,7 +79,7 @@ def run(
     from metaft.finetune.journal import Position, read
     from metaft.runs.checkpoint import write_atomically
     from metaft.runs.folder import RunFolder
-    from metaft.support.whole import check_new
+    from metaft.support.whole import check_new, whole_or_nothing
 
     config, source = config or CompressConfig(), local(path)
     check_root(config.data_root)
@@ -98,8 +98,10 @@ def run(
         if folder.result.exists():
             raise MetaftError(f"resume: {out} is finished already")
     else:
-        folder = RunFolder.create(out, work.run.config.read_text(encoding="utf-8"))
-        write_atomically(folder.compress, to_toml(dataclasses.replace(config, out=None)).encode())
+        with whole_or_nothing(out) as new:  # since without compress.toml nobody could go on with it
+            began = RunFolder.create(new, work.run.config.read_text(encoding="utf-8"))
+            write_atomically(began.compress, to_toml(dataclasses.replace(config, out=None)).encode())
+        folder = RunFolder(out)
     with folder.held("out"):
         folder.make_folders()
         folder.mend()

@@ -420,6 +420,22 @@ def test_a_damaged_table_of_steps_is_said(key: str, value: Any, said: str, small
         open_subject(str(tmp_path / "small"))
 
 
+def test_a_kill_before_its_settings_are_written_leaves_no_folder_that_nobody_can_go_on_with(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from metaft.runs.checkpoint import write_atomically
+
+    def killed(path: Path, content: bytes) -> None:
+        if path.name == "compress.toml":
+            raise KeyboardInterrupt
+        write_atomically(path, content)
+
+    monkeypatch.setattr("metaft.runs.checkpoint.write_atomically", killed)
+    with pytest.raises(KeyboardInterrupt):
+        compress.run(run, CompressConfig(out=str(tmp_path / "o")))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_stopped_and_resumed_it_ends_alike_and_computes_nothing_twice(
     small: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Text
 ) -> None:

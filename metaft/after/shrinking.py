@@ -213,15 +213,15 @@ def _fitted(
 
 
 def recovery(work: Work) -> Recipe:
-    """The run's recipe with everything training, for a fixed number of epochs; what is about a start's weights is left
-    out, since they are no longer there."""
+    """The run's recipe with everything training, for a fixed number of epochs, in a single fit; what is about a start's
+    weights is left out, since they are no longer there."""
     start, config = work.student or work.contender.start, work.config
     given = of_chance(work.contender.recipe or Recipe())
     epochs = config.epochs or (EPOCHS if work.student is None else EPOCHS_INTO)
     return settled(
         dataclasses.replace(
             given, strategy="full", freeze="none", epochs=epochs, lr=config.lr, schedule="cosine", patience=None,
-            clip_norm=1.0,
+            clip_norm=1.0, soup=None,
         ),
         start,
     )  # fmt: skip
