@@ -18,7 +18,7 @@ from metaft.finetune.scores import scores
 from metaft.metrics import mean_ci95
 from metaft.support.tables import aligned
 
-ROUNDS, SECONDS = (3, 21), 4.0
+ROUNDS, SECONDS = (3, 101), 4.0
 """At least and at most how often each latency is taken, and how long at most."""
 
 MANY = 64
