@@ -18,7 +18,7 @@ from metaft.config import CompressConfig
 from metaft.errors import MetaftError
 from metaft.finetune.classifier import Classifier, load, save
 from metaft.finetune.contenders import Contender
-from metaft.finetune.examples import Part
+from metaft.finetune.examples import Part, evenly
 from metaft.finetune.extras import all_named
 from metaft.finetune.extras.distil import of_classifier
 from metaft.finetune.fit import Fitted, fit
@@ -198,8 +198,8 @@ def _fitted(
     whole = network(folder, work, 0, track)
     train = torch.from_numpy(track.train)
     if work.student is None:
-        at = torch.linspace(0, len(train) - 1, min(MATCHED, len(train)), dtype=torch.float64).round().long()
-        images = whole.inputs(target.examples[train[at]]).to(next(whole.parameters()).dtype)
+        some = train[torch.from_numpy(evenly(len(train), MATCHED))]
+        images = whole.inputs(target.examples[some]).to(next(whole.parameters()).dtype)
         small = pruned(network(folder, work, step - 1, track), whole, share, images)
         backbone, head = small.body, small.head
     else:

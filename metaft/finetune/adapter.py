@@ -19,7 +19,9 @@ from metaft.finetune.strategies.lora import Product, added
 from metaft.inputs import Inputs, of_header
 from metaft.models.stored import empty_stored
 from metaft.runs import checkpoint
+from metaft.settings import StartSettings
 from metaft.starts.base import Start, body, digest_of
+from metaft.starts.names import takes_size
 from metaft.starts.open import open_start
 from metaft.types import Params
 
@@ -29,11 +31,14 @@ def save(
     classifier: Classifier,
     products: Mapping[str, Product],
     start: Start,
-    init: Mapping[str, Any],
+    given: StartSettings,
 ) -> None:
     """Of a start with values of its own: write products by the names of the weights that they are added to, the head,
-    and what else the classifier has that is not the start's (moments that were stored after training). `init` says how
-    the start is opened: "init", "image_size", "init_norm", and "init_sha256" of its values. Raises CheckpointError."""
+    and what else the classifier has that is not the start's (moments that were stored after training). `given` says how
+    the start is opened: size and normalisation are of published weights, and beside a run meant for what it is compared
+    with. Raises CheckpointError."""
+    assert given.init is not None, "a run's settings have nothing open"
+    size, norm = (given.image_size, given.init_norm) if takes_size(given.init) else (None, None)
     begun = body(start, 0).state_dict()
     own = {k: v for k, v in classifier.body.state_dict().items() if k not in products and not _same(v, begun.get(k))}
     tensors = {f"body/{k}": v for k, v in own.items()}
@@ -45,7 +50,10 @@ def save(
         "scale": {name: product.scale for name, product in products.items()},
         "inputs": classifier.inputs.plain(),
         "class_names": list(classifier.class_names),
-        **init,
+        "init": given.init,
+        "image_size": size,
+        "init_norm": norm,
+        "init_sha256": digest_of(start),
     }
     checkpoint.save(path, tensors, header)
 
@@ -67,8 +75,10 @@ def classifier_of(path: Path, tensors: Params, header: Mapping[str, Any]) -> Cla
         raise CheckpointError(f"checkpoint {path}: its start cannot be opened: {error}") from None
     if digest_of(start) != header["init_sha256"]:
         raise CheckpointError(f"checkpoint {path}: its start {header['init']} has other values now")
-    whole, products = empty_stored(body(start, 0)), checkpoint.under(tensors, "product")
-    state = {**whole.state_dict(), **body(start, 0).state_dict(), **checkpoint.under(tensors, "body")}
+    begun, products = body(start, 0), checkpoint.under(tensors, "product")
+    values = begun.state_dict()
+    whole = empty_stored(begun)
+    state = {**whole.state_dict(), **values, **checkpoint.under(tensors, "body")}
     try:
         for name, scale in header["scale"].items():
             state[name] = added(state[name], Product(products[f"{name}/A"], products[f"{name}/B"], scale))

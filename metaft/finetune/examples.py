@@ -6,11 +6,21 @@ import dataclasses
 import itertools
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from metaft.inputs import Inputs
 from metaft.inputs.base import Examples, at_most
+
+
+def evenly(count: int, most: int) -> np.ndarray:
+    """At most so many of the rows 0 .. count - 1, the first and the last among them.
+
+    >>> evenly(10, 4).tolist(), evenly(3, 9).tolist()
+    ([0, 3, 6, 9], [0, 1, 2])
+    """
+    return np.linspace(0, count - 1, min(most, count)).round().astype(np.int64)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -14,7 +13,7 @@ from metaft.errors import CheckpointError
 from metaft.finetune import strategies
 from metaft.finetune.choose import SETTLED
 from metaft.finetune.classifier import Classifier
-from metaft.finetune.examples import Part
+from metaft.finetune.examples import Part, evenly
 from metaft.finetune.extras import Batch, Origin, composed
 from metaft.finetune.journal import Position
 from metaft.finetune.lessons import Labelled
@@ -85,7 +84,7 @@ def _retraced(
     model, lesson = training.model, training.lesson
     train, outcome = lesson.train, lesson.outcome
     model.eval()  # dropout of the backbone's own is left out
-    some = torch.from_numpy(np.linspace(0, len(train) - 1, min(most, len(train))).round().astype(np.int64))
+    some = torch.from_numpy(evenly(len(train), most))
     batch = Batch(train[some], lesson.targets[some], some, 0)
     parameters = dict(model.named_parameters())
     for waypoint in waypoints:
@@ -96,7 +95,8 @@ def _retraced(
     else:
         if any(k not in kept.params or kept.params[k].shape != p.shape for k, p in parameters.items()):
             return None
-        end = kept._replace(params={k: kept.params[k] for k, p in parameters.items() if _moved(p, kept.params[k])})
+        moved = [k for k, p in parameters.items() if not torch.equal(p, kept.params[k])]
+        end = kept._replace(params={k: kept.params[k] for k in moved})
     moving = end.params
     still = {k: v.detach().clone() for k, v in model.state_dict().items() if k not in moving}
     if not any(name.startswith("body.") for name in moving):
@@ -112,10 +112,6 @@ def _retraced(
     alone = not any(isinstance(part, EpisodeNorm) for part in model.modules())
     mode = "each image by itself" if alone else "the images as one batch, as in training"
     return Retraced(planned.contender.label, waypoints, end, loss, len(some), mode, still)
-
-
-def _moved(before: Tensor, after: Tensor) -> bool:
-    return not torch.equal(before.detach(), after)
 
 
 @torch.no_grad()

@@ -32,8 +32,7 @@ from metaft.runs.checkpoint import under
 from metaft.runs.events import Events
 from metaft.runs.folder import RunFolder
 from metaft.runs.trail import Trail
-from metaft.starts.base import body, digest_of
-from metaft.starts.names import takes_size
+from metaft.starts.base import body
 from metaft.targets import Target
 from metaft.targets.draws import Rows
 
@@ -110,7 +109,7 @@ def study(
             if number == 0:
                 save(run.classifier, classifier, start.architecture, {"init": start.name, "data": target.name})
                 if fitted.products and start.meta is not None and start.architecture["name"] != "custom":
-                    adapter.save(run.adapter, classifier, fitted.products, start, _opened_by(setup))
+                    adapter.save(run.adapter, classifier, fitted.products, start, setup.config.start)
             also = [
                 _of_further(run, setup, contender, fitted, draw, which, stays=stays, should_stop=should_stop)
                 for which in range(1, 1 + len(contender.others))
@@ -128,15 +127,6 @@ def study(
         journal.interrupted()
         raise
     return journal.position
-
-
-def _opened_by(setup: Setup) -> dict[str, Any]:
-    """How the first start is opened again. Size and normalisation are of published weights; beside a run they were
-    meant for what it is compared with."""
-    given = setup.config.start
-    assert given.init is not None, "a run's settings have nothing open"
-    size, norm = (given.image_size, given.init_norm) if takes_size(given.init) else (None, None)
-    return {"init": given.init, "image_size": size, "init_norm": norm, "init_sha256": digest_of(setup.start)}
 
 
 def _of_further(

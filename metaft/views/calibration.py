@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from metaft.finetune.words import called
 from metaft.plots.reliability import calibration_figure
@@ -23,15 +22,11 @@ def calibration(subject: Subject) -> View | Missing:
         return Missing("no test image was predicted")
     name, (bins, error) = next(iter(starts.items()))
     said = surely(bins, error)
-    of = Of(f"{result['test_images']} test images", "each image by itself", f"{_kept(result)} of the first draw")
+    of = Of(f"{result['test_images']} test images", "each image by itself", f"{subject.kept} of the first draw")
     alt = "; ".join(f"{start}: calibration error {100 * e:.1f} %" for start, (_, e) in starts.items())
     columns = [Column("confidence", ".1%"), Column("right", ".1%"), Column("images")]
     table = Table(f"Bins of {name}", columns, [[b["confidence"], b["accuracy"], b["images"]] for b in bins])
     return View(said, [chart("Confidence and accuracy", calibration_figure(starts), alt, of), table])
-
-
-def _kept(result: Mapping[str, Any]) -> str:
-    return f"epoch {result['starts'][0]['kept_epoch']}"
 
 
 def surely(bins: Sequence[Mapping[str, float]], error: float) -> str:

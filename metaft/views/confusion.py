@@ -26,7 +26,7 @@ def confusion(subject: Subject) -> View | Missing:
         said += f" Most often mixed up: {worst}."
     else:
         said += " No test image was labelled wrong."
-    of = Of(f"{result['test_images']} test images", "each image by itself", f"epoch {first['kept_epoch']}")
+    of = Of(f"{result['test_images']} test images", "each image by itself", subject.kept)
     figure = confusion_figure(first["confusion"], names)
     columns = [Column("class"), Column("test images"), *(Column(name, ".1%") for name in ("precision", "recall", "F1"))]
     columns += [Column("most often taken for")]

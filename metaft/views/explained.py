@@ -84,8 +84,7 @@ def explained(subject: Subject) -> View | Missing:
         classes = [(names[int(k)], float(p)) for p, k in zip(top.values, top.indices, strict=True)]
         note = _of_gap(integrated[i]) if integrated else ""
         shown.append(Explanation(raw_thumbnail(raw[i], _SIDE), reading.file.name, classes, overlays, note))
-    step = f"epoch {subject.result['starts'][0]['kept_epoch']}"
-    of = Of(f"{len(shown)} images", "each image by itself", step)
+    of = Of(f"{len(shown)} images", "each image by itself", subject.kept)
     parts: list[Part] = [Explained("Images and what their labels rest on", shown, of)]
     return View(_said(cams is not None, integrated), parts)
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from metaft.errors import MetaftError
-from metaft.finetune.examples import Part
+from metaft.finetune.examples import Part, evenly
 from metaft.inputs import Inputs
 from metaft.plots.embedding import embedding_figure
 from metaft.starts.base import body
@@ -34,7 +34,7 @@ def features(subject: Subject) -> View | Missing:
     except MetaftError:
         return Missing("the run's images are not at hand, or changed since")
     part = rows.train if seen else rows.test
-    part = part[np.linspace(0, len(part) - 1, min(_MOST, len(part))).round().astype(int)]
+    part = part[evenly(len(part), _MOST)]
     if len(part) < 3:
         return Missing(f"there are {len(part)} images to draw")
     examples, train = (Part(target.examples, torch.from_numpy(each)) for each in (part, rows.train))
@@ -51,7 +51,7 @@ def features(subject: Subject) -> View | Missing:
     parts: list[Shown] = []
     for way in ("PCA", "t-SNE") if len(part) >= _FEWEST else ("PCA",):
         for stage, values in stages.items():
-            step = "epoch 0" if stage == "before" else f"epoch {subject.result['starts'][0]['kept_epoch']}"
+            step = "epoch 0" if stage == "before" else subject.kept
             of = Of(f"{len(part)} {kind} images", "each image by itself", step)
             parts.append(_drawn(way, stage, values, labels, names, of))
     shares = ", ".join(f"{100 * own_neighbours(values, labels):.1f} % {stage}" for stage, values in stages.items())

@@ -56,12 +56,8 @@ def mistakes(subject: Subject) -> View | Missing:
         f"the surest, each with the {len(listed[0].neighbours)} training images that are nearest to it in feature "
         f"space (Euclidean distance). For {same} of them the nearest is of the class that it was taken for."
     )
-    of = Of(f"{len(listed)} of {len(wrong)} mistakes", "each image by itself", _step(subject))
+    of = Of(f"{len(listed)} of {len(wrong)} mistakes", "each image by itself", subject.kept)
     return View(said, [Mistakes("The surest mistakes", listed, of)])
-
-
-def _step(subject: Subject) -> str:
-    return f"epoch {subject.result['starts'][0]['kept_epoch']}"
 
 
 def _name(file: str) -> str:

@@ -132,12 +132,16 @@ def _command_line(subject: Subject, command: str) -> str:
     usual = flat(CONFIGS[subject.command]())
     for name, value in flat(subject.config).items():
         if value != usual.get(name) and value not in (None, ()) and name not in ("out", "report"):
-            flag = name.replace("_", "-")
-            if isinstance(value, bool):
-                words.append(f"--{flag}" if value else f"--no-{flag}")
-            else:
-                words += [f"--{flag}", *(map(str, value) if isinstance(value, (list, tuple)) else [str(value)])]
+            words += _flag(name, value)
     return shlex.join(words)
+
+
+def _flag(name: str, value: Any) -> list[str]:
+    """The words of a command line for an option."""
+    flag = name.replace("_", "-")
+    if isinstance(value, bool):
+        return [f"--{flag}" if value else f"--no-{flag}"]
+    return [f"--{flag}", *(map(str, value) if isinstance(value, (list, tuple)) else [str(value)])]
 
 
 def _is_compressed(subject: Subject) -> bool:
@@ -185,7 +189,7 @@ def _repeat(subject: Subject) -> list[Line]:
     ]
     if _is_compressed(subject):  # of whose folder config.toml is that of the run it was made of
         given = read_toml(subject.folder.compress)
-        flags = " ".join(f"--{name.replace('_', '-')} {shlex.quote(str(value))}" for name, value in given.items())
+        flags = shlex.join(word for name, value in given.items() for word in _flag(name, value))
         said[2] = Line("run them into a new folder:", f"python -m metaft.{kind} --config config.toml --out WHOLE")
         said.insert(3, Line("and make that run smaller:", f"python -m metaft.compress WHOLE {flags} --out NEW_FOLDER"))
     if brought := _brought(subject):

@@ -64,7 +64,7 @@ def _step(subject: Subject) -> str:
     if subject.command == "meta_train":
         return f"meta-step {subject.start.about['step']:,}, the best on validation"
     if subject.command == "adapt":
-        return f"epoch {subject.result['starts'][0]['kept_epoch']}, the classifier that was kept"
+        return f"{subject.kept}, the classifier that was kept"
     return "before any"
 
 

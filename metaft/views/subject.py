@@ -126,6 +126,11 @@ class Subject:
         )
         return parts, fill(parts, snapshot)
 
+    @property
+    def kept(self) -> str:
+        """Of an adapt run, which epoch the classifier is of."""
+        return f"epoch {self.result['starts'][0]['kept_epoch']}"
+
     def tasks(self, split: Split, count: int) -> list[Episode]:
         """The first `count` tasks of a split as a meta-training run is tested: the same each time. Raises as
         `assembled` does."""
