@@ -156,6 +156,18 @@ def test_a_run_keeps_the_rate_and_searches_once(
     one_line(capsys, "lr: a resumed run keeps its settings", repr(lr), "'auto'")
 
 
+def test_who_left_the_rate_to_the_test_is_not_told_to_raise_it(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    too_low = {"rate": 1e-9, "rates": [1e-9, 2e-9], "losses": [1.0, 1.0], "smoothed": [1.0, 1.0]}
+    monkeypatch.setattr(module, "range_test", lambda *_, **__: too_low)
+    for name, changes, told in (("found", {}, False), ("given", {"lr": 1e-9}, True)):
+        run = finished(line(data, tmp_path / name, **changes))
+        [start] = json.loads((run / "result.json").read_text())["starts"]
+        [said] = [text for text in start["warnings"] if text.startswith("under-fitted")]
+        assert ("a higher rate" in said) is told, name
+
+
 def test_rates_are_chosen_once_only(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert adapt.main(line(data, tmp_path / "a", strategy="chosen")) == 2
     one_line(capsys, "lr: auto is for one strategy")

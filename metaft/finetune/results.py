@@ -57,7 +57,9 @@ def result_of(folder: RunFolder, setup: Setup, position: Position, device: str) 
         more: dict[str, Any] = {"shape": list(contender.target.inputs.shape)}
         recipe = contender.recipe
         changed = recipe is not None and bool(recipe.extra or recipe.label_smoothing)
-        more["warnings"] = warnings_of(column[0], curve, len(target.class_names), changed=changed)
+        # A random start beside published weights has a rate of its own.
+        searched = setup.range_test is not None and recipe is not None and recipe.lr == setup.range_test["rate"]
+        more["warnings"] = warnings_of(column[0], curve, len(target.class_names), changed=changed, searched=searched)
         entries.append(entry(label, column) | more)
     if setup.folds > 1 and "chosen" in position.fits[0]:  # of the classifier that is kept, which no fold has
         entries[0]["chosen"] = position.fits[0]["chosen"]

@@ -23,22 +23,27 @@ OVER = 3.0
 
 
 def warnings_of(
-    fit: Mapping[str, Any], curve: Sequence[Mapping[str, float]], classes: int, *, changed: bool = False
+    fit: Mapping[str, Any],
+    curve: Sequence[Mapping[str, float]],
+    classes: int,
+    *,
+    changed: bool = False,
+    searched: bool = False,
 ) -> list[str]:
     """In plain words, of the figures of one fit (with "confusion" and "per_class") and the rows of its epochs. Where
     there are no classes, labels are numbers. Where the training loss is `changed` by extras, it tells nothing beside
-    that of chance."""
+    that of chance; where a range test `searched` for the rate, nobody is told to raise it."""
     if classes == 0:
-        return warnings_of_numbers(fit, curve, changed=changed)
-    return [*_of_predictions(fit), *_of_losses(fit, curve, math.log(classes), changed)]
+        return warnings_of_numbers(fit, curve, changed=changed, searched=searched)
+    return [*_of_predictions(fit), *_of_losses(fit, curve, math.log(classes), changed, searched)]
 
 
 def warnings_of_numbers(
-    fit: Mapping[str, Any], curve: Sequence[Mapping[str, float]], *, changed: bool = False
+    fit: Mapping[str, Any], curve: Sequence[Mapping[str, float]], *, changed: bool = False, searched: bool = False
 ) -> list[str]:
     """The same where labels are numbers. Losses are in units of the training labels' variance, which is what their mean
     gets."""
-    said = list(_of_losses(fit, curve, 1.0, changed))
+    said = list(_of_losses(fit, curve, 1.0, changed, searched))
     if len({predicted for _, predicted in fit["predictions"]}) == 1:
         said.insert(0, f"every test image is predicted to be {fit['predictions'][0][1]:.6g}")
     elif fit["r2"] is not None and fit["r2"] <= 0:
@@ -62,17 +67,19 @@ def _of_predictions(fit: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _of_losses(
-    fit: Mapping[str, Any], curve: Sequence[Mapping[str, float]], chance: float, changed: bool
+    fit: Mapping[str, Any], curve: Sequence[Mapping[str, float]], chance: float, changed: bool, searched: bool
 ) -> Iterator[str]:
     row = next((row for row in curve if row["epoch"] == fit["kept_epoch"]), None)
     if row is None or row["epoch"] == 0:
         return
     if not changed and row["loss"] > DIVERGED * chance:
-        yield f"diverged: the training loss is {row['loss']:.2f}, that of chance {chance:.2f}; a smaller --lr may help"
+        smaller = "a smaller --lr than the one that was found" if searched else "a smaller --lr"
+        yield f"diverged: the training loss is {row['loss']:.2f}, that of chance {chance:.2f}; {smaller} may help"
     elif not changed and row["loss"] > UNDER * chance:
+        more = "more epochs" if searched else "more epochs, a higher rate"
         yield (
-            f"under-fitted: the training loss is {row['loss']:.2f}, and that of chance {chance:.2f}; more epochs, a "
-            "higher rate or a strategy that trains more may help"
+            f"under-fitted: the training loss is {row['loss']:.2f}, and that of chance {chance:.2f}; {more} or a "
+            "strategy that trains more may help"
         )
     elif row.get("val_loss", 0.0) > max(OVER * row["loss"], 0.5 * chance):
         yield (

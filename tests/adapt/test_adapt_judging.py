@@ -18,6 +18,7 @@ from torch import nn
 
 import metaft
 from metaft import adapt
+from metaft.finetune.numbers import number_scores
 from metaft.finetune.probe import probe
 from metaft.finetune.scores import calibration, scores
 from metaft.finetune.warned import warnings_of
@@ -134,6 +135,23 @@ def test_warnings_name_what_is_wrong_and_are_silent_where_nothing_is() -> None:
     assert " 25 points" in by_heart and never.startswith("no test image is predicted")
     assert len(said([0, 1, 1, 0], loss=0.01, val_loss=0.02)) == 1, "validation says that it is not"
     assert said([0, 1, 2, 0], loss=0.1, val_loss=0.8)[0].startswith("over-fitted: the validation loss is 0.80")
+
+
+@pytest.mark.parametrize("classes", [3, 0])
+def test_a_rate_that_was_found_is_not_said_to_be_too_low(classes: int) -> None:
+    chance = math.log(3) if classes else 1.0
+    names = tuple("abc"[:classes])
+    figures = scores(np.arange(3), np.eye(3), names) if classes else number_scores(np.arange(3.0), np.arange(3.0) + 0.1)
+
+    def advice(share: float, *, searched: bool) -> str:
+        row = {"epoch": 1.0, "loss": share * chance}
+        [said] = warnings_of({**figures, "kept_epoch": 1}, [row], classes, searched=searched)
+        return said.partition("; ")[2]
+
+    assert advice(0.9, searched=False) == "more epochs, a higher rate or a strategy that trains more may help"
+    assert advice(0.9, searched=True) == "more epochs or a strategy that trains more may help"
+    assert advice(2.0, searched=False) == "a smaller --lr may help"
+    assert advice(2.0, searched=True) == "a smaller --lr than the one that was found may help"
 
 
 def test_a_constant_prediction_is_said_in_result_and_report(
