@@ -40,6 +40,7 @@ from metaft.models.narrowed import narrowed, sizes_of, widths_of
 from metaft.models.norm import EpisodeNorm
 from metaft.models.stored import StoredNorm, empty_stored
 from metaft.runs import checkpoint
+from metaft.runs.folder import RunFolder
 from metaft.targets.draws import Rows
 from metaft.views.base import Missing, Table, View
 
@@ -400,6 +401,38 @@ def test_a_page_of_it(small: Path, run: Path) -> None:
     assert 4 in {sizes.get("out_channels") for sizes in layers.values()}
 
 
+NOT_SET_ASIDE = "none are set aside for validation"
+
+
+def test_its_page_says_by_which_images_it_was_judged(small: Path, run: Path, tmp_path: Path) -> None:
+    from metaft.views.smaller import smaller
+    from metaft.views.subject import of_folder
+    from metaft.views.training import training
+
+    def captions(changes: dict[str, Any], held: int) -> list[str]:
+        shutil.copytree(small, tmp_path / "small", dirs_exist_ok=True)
+        result = json.loads((small / "result.json").read_text(encoding="utf-8")) | changes
+        for step in result["compressed"]["steps"]:
+            step["validation"]["held"] = held
+        (tmp_path / "small/result.json").write_text(json.dumps(result), encoding="utf-8")
+        subject = of_folder(RunFolder(tmp_path / "small"))
+        views = training(subject), smaller(subject)
+        assert all(isinstance(view, View) for view in views)
+        return [view.caption for view in views if isinstance(view, View)]
+
+    for changes, held, judges in (
+        ({}, 15, "15 training images, each held back once in cross-validation"),
+        ({"val_images": 6}, 6, "6 validation images"),
+        ({"val_images": 6, "folds": 3}, 21, "21 training images, each held back once in cross-validation"),
+    ):
+        of_training, of_steps = captions(changes, held)
+        assert of_training.endswith(f"; no epoch was chosen, the network was: by {judges}."), changes
+        assert f"points of its accuracy on {judges}; the network" in of_steps
+    notes = json.loads((small / "result.json").read_text(encoding="utf-8"))["notes"]
+    [about] = [note for note in notes if NOT_SET_ASIDE in note]
+    assert about.startswith("of the original's own fits: a class has fewer than 10 images")
+
+
 @pytest.mark.parametrize(
     ("key", "value", "said"),
     [
@@ -517,6 +550,18 @@ def test_a_smaller_start_is_taught(run: Path, base: Path, tmp_path: Path) -> Non
     conv = next(layer for layer in metaft.load(tmp_path / "o").modules() if isinstance(layer, nn.Conv2d))
     assert conv.out_channels == 3
     assert "was taught by" in result["notes"][0]
+
+
+def test_what_is_judged_by_folds_says_so_whatever_is_set_aside(run: Path) -> None:
+    work, _ = compress._opened(run, CompressConfig(), None, "seed")
+    train, none, row = work.rows.train, np.empty(0, np.int64), rows((0.5, 0.0))[0]
+    for parts, folded in (
+        (work.rows, True),
+        (Rows(train[3:], train[:3], none), True),
+        (Rows(train[3:], train[:3], work.rows.test), False),
+    ):
+        said = " ".join(shrunk._notes(work._replace(rows=parts), row))
+        assert ("3-fold cross-validation of the training images" in said) is folded
 
 
 def test_without_a_test_part_figures_are_of_what_was_held_back(maml: Path, tmp_path: Path, capsys: Text) -> None:

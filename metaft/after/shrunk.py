@@ -114,7 +114,7 @@ def result_of(
         "last_seed": work.seed,
         "device": "cpu",
         "environment": where_measured("cpu", torch.get_num_threads()),
-        "notes": [*_notes(work, rows[kept]), *before["notes"]],
+        "notes": [*_notes(work, rows[kept]), *(f"of the original's own fits: {note}" for note in before["notes"])],
         "starts": entries,
         "choices": [],
         "gains": gains,
@@ -149,9 +149,9 @@ def _notes(work: Work, row: Mapping[str, Any]) -> list[str]:
     how = "was taught by" if work.student is not None else "is what was left of"
     about = f"this classifier {how} that of {work.run.path}, whose settings config.toml has"
     said = [f"{about}; at most {work.config.latency:g} of its time and {work.config.points:g} points were asked for"]
-    if not len(work.rows.val):
+    if folds := len(tracks_of(work)) - 1:
         said.append(
-            f"it was chosen by {len(tracks_of(work)) - 1}-fold cross-validation of the training images: in each fold "
+            f"it was chosen by {folds}-fold cross-validation of the training images: in each fold "
             "the run's recipe was fitted anew, and made smaller alike"
         )
     if work.student is not None and work.student.inputs != work.original.inputs:

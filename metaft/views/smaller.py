@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from metaft.config import CompressConfig, read_toml
 from metaft.options import from_mapping
 from metaft.plots.smaller import smaller_figure
@@ -29,13 +32,21 @@ def smaller(subject: Subject) -> View | Missing:
         ]
         for step in steps
     ]  # fmt: skip
+    judges = judges_of(subject.result)
     said = f"Asked for were {asked.latency:g} of the original's time and at most {asked.points:g} points of its "
-    said += f"accuracy on validation images; the network with {kept} is kept. "
+    said += f"accuracy on {judges}; the network with {kept} is kept. "
     said += " ".join(f"Not reached: {line}." for line in made["unmet"]) or "Both are reached."
-    held = steps[0]["validation"]["held"]
-    of = Of(f"{held} validation images", "each image by itself", f"the original and {len(steps) - 1} smaller ones")
+    of = Of(judges, "each image by itself", f"the original and {len(steps) - 1} smaller ones")
     alt = "; ".join(
         f"{s['model']}: {s['latency']:.2f} of the time, {100 * s['validation']['accuracy']:.1f} %" for s in steps
     )
     picture = chart("Accuracy over time", smaller_figure(steps, kept, asked.latency, asked.points), alt, of)
     return View(said, [picture, Table("All networks", _COLUMNS, rows)])
+
+
+def judges_of(result: Mapping[str, Any]) -> str:
+    """Which images the networks were judged by."""
+    held = result["compressed"]["steps"][0]["validation"]["held"]
+    if result["val_images"] and result["folds"] == 1:
+        return f"{held} validation images"
+    return f"{held} training images, each held back once in cross-validation"

@@ -15,6 +15,7 @@ from metaft.plots.range_test import range_test_figure
 from metaft.types import NORMS
 from metaft.views.base import Cell, Column, Missing, Of, Part, Table, View
 from metaft.views.images import chart
+from metaft.views.smaller import judges_of
 from metaft.views.subject import Subject
 
 _LAST = 10  # rows of training that are taken together as its end
@@ -138,7 +139,8 @@ def _of_fine_tuning(subject: Subject) -> View | Missing:
     images = f"{result['train_images']} training images, {result['val_images']} to validate"
     of = Of(images, "as each fit trains", f"{what}s of the first draw")
     changed = bool(result.get("extra")) or bool(result.get("label_smoothing"))
-    said = gap(curves, kept, what, changed=changed)
+    judges = judges_of(result) if "compressed" in result else None
+    said = gap(curves, kept, what, changed=changed, judges=judges)
     for figure, title in zip(learning_apart(curves, what, kept), ("Loss", "Validation"), strict=False):
         parts.append(chart(title, figure, f"{title} of {', '.join(curves)} against the {what}. {said}", of))
     if "range_test" in result:
@@ -155,16 +157,23 @@ def _range_test(test: Mapping[str, Any], images: str) -> Part:
 
 
 def gap(
-    curves: Mapping[str, Sequence[Mapping[str, Any]]], kept: Mapping[str, Any], what: str, *, changed: bool = False
+    curves: Mapping[str, Sequence[Mapping[str, Any]]],
+    kept: Mapping[str, Any],
+    what: str,
+    *,
+    changed: bool = False,
+    judges: str | None = None,
 ) -> str:
     """What training and validation loss say of each other at the epoch that was kept, for the first start: nothing
-    where the training loss was `changed`."""
+    where the training loss was `changed`. `judges` are images by which whole networks were judged, and no epochs."""
     name, rows = next(iter(curves.items()))
     row = next((row for row in rows if row["epoch"] == kept[name]), rows[-1])
     loss, val = row["loss"], row.get("val_loss")
     if loss is None:
         return f"The loss of the {name} start was not finite."
     said = f"At the {what} that is kept, {row['epoch']:g}, the training loss of the {name} start is {loss:.3g}"
+    if val is None and judges is not None:
+        return said + f"; no {what} was chosen, the network was: by {judges}."
     if val is None:
         return said + "; no images were set aside for validation, so the test alone says how new images fare."
     if changed:
