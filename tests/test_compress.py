@@ -29,7 +29,7 @@ from torch import Tensor, nn
 import metaft
 from metaft import adapt, compress, look, predict
 from metaft.after import formats, shrinking, shrunk
-from metaft.config import CompressConfig, LookConfig
+from metaft.config import AdaptConfig, CompressConfig, LookConfig
 from metaft.errors import Interrupted, MetaftError
 from metaft.finetune import heads
 from metaft.finetune.classifier import Classifier, load
@@ -401,6 +401,37 @@ def test_a_page_of_it(small: Path, run: Path) -> None:
     assert 4 in {sizes.get("out_channels") for sizes in layers.values()}
 
 
+def test_settings_are_those_that_it_was_recovered_by(small: Path, run: Path) -> None:
+    from metaft.after import comparing
+    from metaft.after.settings import settings_of
+    from metaft.finetune.extras import all_named
+    from metaft.views.page import _settings
+    from metaft.views.subject import open_subject
+
+    result = json.loads((small / "result.json").read_text(encoding="utf-8"))
+    assert {name: result[name] for name in ("epochs", "patience", "lr", "schedule", "soup", "clip_norm")} == {
+        "epochs": 2, "patience": None, "lr": 0.003, "schedule": "cosine", "soup": None, "clip_norm": 1.0,
+    }  # fmt: skip
+    [followed] = all_named(result["extra"])
+    assert followed.run == run, "what each step follows is a setting too"
+    begun = AdaptConfig(
+        init="x", data="folder:d", shots_per_class=5, image_size=8, seed=3, seeds=4, robust=("1/255",), epochs=9,
+        patience=7, soup=3, ema=0.9, strategy="head", extra=("l2-sp",),
+    )  # fmt: skip
+    found = settings_of(RunFolder(small), begun, result)
+    same = {"data": "folder:d", "shots_per_class": 5, "image_size": 8, "seed": 3}
+    assert {name: found[name] for name in same} == same
+    for name, value in {"robust": None, "soup": None, "ema": None, "patience": None, "seeds": 1}.items():
+        assert found[name] == value, name
+    for name in ("init", "strategy", "epochs", "extra", "method"):
+        assert found[name] == result[name], name
+    assert (found["compress run"], found["compress step"]) == (str(run), 0.25)
+    whole, made = comparing.opened([run, small])
+    assert (whole.config["epochs"], whole.config["lr"], made.config["epochs"], made.config["lr"]) == (8, 0.05, 2, 0.003)
+    rows = {row[0]: row[1] for row in _settings(open_subject(str(small))).rows}
+    assert (rows["epochs"], rows["lr"], rows["compress latency"]) == ("2", "0.003", "0.4") and "patience" not in rows
+
+
 NOT_SET_ASIDE = "none are set aside for validation"
 
 
@@ -550,6 +581,7 @@ def test_a_smaller_start_is_taught(run: Path, base: Path, tmp_path: Path) -> Non
     conv = next(layer for layer in metaft.load(tmp_path / "o").modules() if isinstance(layer, nn.Conv2d))
     assert conv.out_channels == 3
     assert "was taught by" in result["notes"][0]
+    assert result["init"] == str(tiny), "and not what its teacher began with"
 
 
 def test_what_is_judged_by_folds_says_so_whatever_is_set_aside(run: Path) -> None:

@@ -10,13 +10,12 @@ from typing import Any
 
 import torch
 
+from metaft.after.settings import settings_of
 from metaft.cli import CONFIGS, of_run
-from metaft.config import read_toml
 from metaft.errors import CheckpointError, MetaftError
 from metaft.finetune.scores import mean_t95
 from metaft.metrics import mean_ci95
 from metaft.objective import figure_of
-from metaft.options import flat
 from metaft.runs.folder import RunFolder, read_rows
 from metaft.types import NORMS
 
@@ -109,14 +108,12 @@ def _opened(path: Path, label: str) -> Finished:
     kind = result["command"]
     if kind not in [*CONFIGS]:
         raise CheckpointError(f"runs: {run.result} is of no command that leaves runs: {kind!r}")
-    config = flat(of_run(CONFIGS[kind], run.config, "runs"))
-    if run.compress.exists():  # what else it was made by
-        config |= {f"compress {name}": value for name, value in read_toml(run.compress).items()}
+    config = of_run(CONFIGS[kind], run.config, "runs")
     try:
-        figures = FIGURES[kind](run, result)
+        settings, figures = settings_of(run, config, result), FIGURES[kind](run, result)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise CheckpointError(f"runs: {run.result} is damaged: {error!r}") from None
-    return Finished(label, kind, config, result, read_rows(run.metrics), figures)
+    return Finished(label, kind, settings, result, read_rows(run.metrics), figures)
 
 
 def _of_meta_test(run: RunFolder, result: Result) -> dict[str, Figure]:

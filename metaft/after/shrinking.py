@@ -218,13 +218,14 @@ def recovery(work: Work) -> Recipe:
     start, config = work.student or work.contender.start, work.config
     given = of_chance(work.contender.recipe or Recipe())
     epochs = config.epochs or (EPOCHS if work.student is None else EPOCHS_INTO)
-    return settled(
+    recipe = settled(
         dataclasses.replace(
-            given, strategy="full", freeze="none", epochs=epochs, lr=config.lr, schedule="cosine", patience=None,
-            clip_norm=1.0, soup=None,
+            given, strategy="full", freeze="none", epochs=epochs, lr=config.lr, schedule="cosine", clip_norm=1.0,
+            soup=None,
         ),
         start,
     )  # fmt: skip
+    return dataclasses.replace(recipe, patience=None)  # nothing validates an epoch
 
 
 def _save(folder: RunFolder, work: Work, step: int, track: Track, fitted: Fitted) -> None:

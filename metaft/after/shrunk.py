@@ -15,12 +15,15 @@ from metaft.after.pictures import Pictures
 from metaft.after.shrinking import Work, file_of, judged, label_of, network, ratio_of, recovery, tracks_of
 from metaft.finetune.classifier import Classifier
 from metaft.finetune.examples import Part
+from metaft.finetune.extras import EXTRAS
 from metaft.finetune.journal import Position, seconds
 from metaft.finetune.results import entry, gain, recipe_of, views
 from metaft.finetune.scores import scores
 from metaft.models.functional import probe_of
 from metaft.runs.folder import RunFolder, read_rows
 from metaft.runs.machine import where_measured
+from metaft.spec import Spec, takes, write
+from metaft.support.paths import absolute
 from metaft.views.layers import layers_of
 
 
@@ -103,14 +106,18 @@ def result_of(
     shape = list(work.original.inputs.shape)
     entries = [entry(name, [fit]) | {"shape": shape} for name, fit in zip((label, "original"), pair, strict=True)]
     gains = [gain(label, "original", [pair[0]], [pair[1]])]
-    same = ("init", "init_about", "data", "classes", "seed", "train_images", "val_images", "train_images_per_class")
+    start = work.student or work.contender.start
+    same = ("data", "classes", "seed", "train_images", "val_images", "train_images_per_class")
     same += ("val_images_per_class", "test_images", "folds")
     return {
         "command": "adapt",
         "version": __version__,
+        "init": start.name,
+        "init_about": {k: v for k, v in start.about.items() if k != "classes"},
         **{key: before[key] for key in same},
         "method": "finetune",
         **recipe_of(recovery(work)),
+        "extra": [*recovery(work).extra, _followed(work)],
         "last_seed": work.seed,
         "device": "cpu",
         "environment": where_measured("cpu", torch.get_num_threads()),
@@ -141,6 +148,12 @@ def _figures(folder: RunFolder, work: Work, step: int) -> dict[str, Any]:
     ]
     labels = work.target.labels[torch.cat(parts)].numpy()
     return scores(labels, np.concatenate(found), work.target.class_names)
+
+
+def _followed(work: Work) -> str:
+    """The extra by which all of them follow the original, in a fold that of the fold, as `--extra` would name it."""
+    teacher = (("teacher", str(absolute(work.run.path))),)
+    return write(Spec("distil", None, teacher), takes(EXTRAS["distil"]))
 
 
 def _notes(work: Work, row: Mapping[str, Any]) -> list[str]:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import itertools
 import shlex
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from metaft.after.settings import of_compress, settings_of
 from metaft.cli import CONFIGS
-from metaft.config import read_toml
+from metaft.config import CompressConfig, read_toml
 from metaft.errors import MetaftError
 from metaft.finetune.words import plainly as of_adapting
-from metaft.options import flat, options
+from metaft.options import Field, flat, options
 from metaft.runs.words import plainly as of_meta_training
 from metaft.support.progress import duration
 from metaft.views import VIEWS
@@ -160,13 +161,23 @@ def _settings(subject: Subject) -> Table:
     """Each option that has a value, with its help line."""
     if subject.config is None:
         return Table("Settings", [], [])
+    assert subject.folder is not None
     known = options(CONFIGS[subject.command])
     rows: list[list[Cell]] = [
-        [name, ", ".join(map(str, value)) if isinstance(value, tuple) else str(value), known[name].option.help]
-        for name, value in flat(subject.config).items()
-        if value not in (None, ()) and name != "out"
+        [name, ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value), _help_of(name, known)]
+        for name, value in settings_of(subject.folder, subject.config, subject.result).items()
+        if value not in (None, (), []) and name != "out"
     ]
     return Table("Settings", [Column("option"), Column("value"), Column("what it is")], rows)
+
+
+def _help_of(name: str, known: Mapping[str, Field]) -> str:
+    """What an option is: one of the subject's command, or of metaft.compress, which names no run among its own."""
+    own = of_compress(name)
+    if own is None:
+        return known[name].option.help
+    of = options(CompressConfig)
+    return of[own].option.help if own in of else "The run whose classifier was made smaller."
 
 
 def _repeat(subject: Subject) -> list[Line]:
