@@ -15,8 +15,8 @@ from helpers import adapted, write_target
 from test_finetune import CLASSES, INPUTS, bits, body, same, toy
 from torch import Tensor
 
-from metaft import adapt, load
-from metaft.config import AdaptConfig
+from metaft import adapt, load, look
+from metaft.config import AdaptConfig, LookConfig
 from metaft.errors import MetaftError
 from metaft.finetune import strategies
 from metaft.finetune.fit import Fitted, fit
@@ -27,7 +27,8 @@ from metaft.finetune.tasks import TASKS, Given, named, orders_of
 from metaft.finetune.training import Training, begin
 from metaft.settings import Recipe
 from metaft.views import VIEWS
-from metaft.views.base import Missing
+from metaft.views.base import Missing, Table, View
+from metaft.views.checked import check
 from metaft.views.subject import open_subject
 
 OTHER = 2
@@ -316,6 +317,40 @@ def test_without_snapshots_no_plane_takes_the_joint_classifier_for_one_alone(don
     subject.landscape = True
     view = VIEWS["landscape"].of(subject)
     assert isinstance(view, Missing) and "no snapshots of its training" in view.why
+
+
+def test_the_page_has_each_target_and_says_whose_its_pictures_are(done: Path, tmp_path: Path) -> None:
+    subject = open_subject(str(done))
+    view = VIEWS["targets"].of(subject)
+    assert isinstance(view, View)
+    assert "2 targets" in view.caption and "pictures, are of the first one, folder:" in view.caption
+    [table] = view.parts
+    assert isinstance(table, Table)
+    first, second = table.rows
+    result = subject.result
+    (whole, alone), [further] = result["starts"], result["also"]
+    for row, name, together, by_itself, gain, file in (
+        (first, "first", whole, alone, result["gains"][0], "classifier.safetensors"),
+        (second, "second", further["together"], further["alone"], further["gain"], "classifier-2.safetensors"),
+    ):
+        assert str(row[0]).endswith(name) and row[-1] == file
+        figures = [each[key] for each in (together["mean"], by_itself["mean"]) for key in ("accuracy", "ci95")]
+        assert list(row[3:-1]) == [*figures, gain["mean"], gain["ci95"], 2]
+    assert first[1:3] == [3, 9] and second[1:3] == [2, 6]
+    html = look.run(done, LookConfig(out=str(tmp_path / "page.html"))).read_text(encoding="utf-8")
+    assert html.index('<section id="targets"') < html.index('<section id="training"')
+
+
+@pytest.mark.parametrize("path", [("together", "mean", "accuracy"), ("gain", "ci95"), ("alone",), ("file",)])
+def test_what_a_result_lacks_of_a_target_is_said(path: tuple[str, ...], done: Path) -> None:
+    result = json.loads((done / "result.json").read_text())
+    check(result, "result.json")
+    [holder] = result["also"]
+    for key in path[:-1]:
+        holder = holder[key]
+    del holder[path[-1]]
+    with pytest.raises(MetaftError, match=rf"^result.json: also\[0\].*lacks '{path[-1]}'"):
+        check(result, "result.json")
 
 
 def test_alone_is_a_run_of_that_target(done: Path, data: dict[str, Path], tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from metaft.finetune.contenders import ALONE
 from metaft.finetune.examples import Part
 from metaft.finetune.numbers import FIGURES
 from metaft.finetune.range_test import said_of
+from metaft.finetune.results import of_targets
 from metaft.finetune.robust import under_attack
 from metaft.finetune.words import called
 from metaft.runs.folder import RunFolder, read_rows
@@ -58,15 +59,13 @@ def _further(r: Mapping[str, Any]) -> list[str]:
     """What came out for each target of several; the first one's figures are those of the whole report."""
     if not r.get("also"):
         return []
-    (first, alone, *_), (own, *_) = r["starts"], r["gains"]
-    rows = [(r["data"], r["classes"], first, alone, own, "classifier.safetensors")]
-    rows += [(a["data"], a["classes"], a["together"], a["alone"], a["gain"], a["file"]) for a in r["also"]]
+    rows, first = of_targets(r), r["starts"][0]
     weights = first.get("trained", {}).get("log_variances")
     learned = (
         "" if weights is None else f", losses weighted at the end by {', '.join(f'{exp(-s):.3g}' for s in weights)}"
     )
     lines = [f"{len(rows)} targets on one backbone ({r['tasks']}{learned}), beside a model of each alone:"]
-    for data, classes, together, by_itself, gained, file in rows:
+    for data, classes, _, together, by_itself, gained, file in rows:
         both = " and ".join(
             f"{_ci_if_any(each['mean']['accuracy'], each['mean']['ci95'])} % {how}"
             for each, how in ((together, "together"), (by_itself, "alone"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -122,6 +122,30 @@ def further(folder: RunFolder, setup: Setup, columns: Sequence[Sequence[Mapping[
             "gain": gain(setup.start.label, label, mine, alone),
         })  # fmt: skip
     return rows
+
+
+class OfTarget(NamedTuple):
+    """What a result has of one target."""
+
+    data: str
+    classes: Sequence[str]
+    test_images: int
+    together: Mapping[str, Any]
+    """An entry as "starts" has them, of the fit of all targets."""
+    alone: Mapping[str, Any]
+    """The same of a model of this target alone."""
+    gain: Mapping[str, Any]
+    file: str
+    """Of its classifier."""
+
+
+def of_targets(result: Mapping[str, Any]) -> list[OfTarget]:
+    """All of a run of several, the first one, whose figures are those of the whole result, first."""
+    (first, alone, *_), (own, *_) = result["starts"], result["gains"]
+    row = OfTarget(
+        result["data"], result["classes"], result["test_images"], first, alone, own, "classifier.safetensors"
+    )
+    return [row, *(OfTarget(**{name: each[name] for name in OfTarget._fields}) for each in result["also"])]
 
 
 _OF_FIT = ("seed", "epochs", "kept_epoch")

@@ -13,12 +13,14 @@ from metaft.views.landscape import landscape
 from metaft.views.mistakes import mistakes
 from metaft.views.smaller import smaller
 from metaft.views.structure import structure
+from metaft.views.targets import targets
 from metaft.views.training import training
 from metaft.views.updates import updates_of_training
 
 __all__ = ["VIEWS"]
 
 VIEWS: dict[str, Viewed] = {
+    "targets": Viewed("Targets", targets),
     "training": Viewed("Loss and accuracy", training),
     "smaller": Viewed("Made smaller", smaller),
     "landscape": Viewed("Gradient descent", landscape),

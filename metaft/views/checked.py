@@ -35,6 +35,10 @@ _ROWS: dict[str, Mapping[str, tuple[type, ...]]] = {
 }
 """What the rows of a list hold."""
 _GAIN = {"of": TEXT, "over": TEXT, "mean": NUMBER, "ci95": NUMBER, "draws": WHOLE}
+_ALSO = {
+    "data": TEXT, "classes": LIST, "file": TEXT, "test_images": WHOLE, "together": TABLE, "alone": TABLE, "gain": TABLE,
+}  # fmt: skip
+_MEAN = {"accuracy": NUMBER, "ci95": NUMBER, "draws": WHOLE}
 _COMPRESSED = {"kept": TEXT, "unmet": LIST, "steps": LIST}
 _STEP = {
     "model": TEXT, "share": NUMBER, "parameters": WHOLE, "flops": WHOLE, "bytes": WHOLE, "latency": (int, float),
@@ -84,7 +88,7 @@ def check(result: Any, file: str) -> None:
         _need(start, {**_START, **figures}, where)
         if not _is_list(start.get("warnings", []), TEXT):
             raise CheckpointError(f"{where}: 'warnings' is no list of texts")
-        _need(start["mean"], {"accuracy" if classes else "rmse": NUMBER, "ci95": NUMBER, "draws": WHOLE}, where)
+        _need(start["mean"], _MEAN if classes else {"rmse": NUMBER, "ci95": NUMBER, "draws": WHOLE}, where)
         if classes:
             rows = start["confusion"]
             if len(rows) != classes or any(not _is_list(row, WHOLE) or len(row) != classes for row in rows):
@@ -101,8 +105,23 @@ def check(result: Any, file: str) -> None:
     for key in ("notes", "classes"):
         if not _is_list(result[key], TEXT):
             raise CheckpointError(f"{file}: {key!r} is no list of texts")
+    if "also" in result:
+        _check_also(result, file)
     if "compressed" in result:
         _check_compressed(result["compressed"], f"{file}: compressed")
+
+
+def _check_also(result: Mapping[str, Any], file: str) -> None:
+    _need(result, {"also": LIST, "tasks": TEXT}, file)
+    if result["also"] and not result["gains"]:
+        raise CheckpointError(f"{file}: 'starts' has no model of the first target alone, and there are several")
+    for number, target in enumerate(result["also"]):
+        where = f"{file}: also[{number}]"
+        _need(target, _ALSO, where)
+        for key in ("together", "alone"):
+            _need(target[key], {"mean": TABLE}, f"{where}.{key}")
+            _need(target[key]["mean"], _MEAN, f"{where}.{key}.mean")
+        _need(target["gain"], _GAIN, f"{where}.gain")
 
 
 def _check_compressed(made: Any, where: str) -> None:
