@@ -127,9 +127,13 @@ def _resume(folder: RunFolder, config: AdaptConfig | None, module: nn.Module | N
         recipe = recipe if recorded.recipe is None else as_settled(recipe, recorded.recipe, searched=searched)
         given = {k: v for k, v in given.items() if k not in options(Recipe)} | {"recipe": recipe}
     config = in_full(dataclasses.replace(recorded, **{**given, "out": None}))
-    classes = (before or {}).get("classes", ())
-    data = places.as_run_names(config.target.data, recorded.target.data, config.target.data_root, classes)
-    config = dataclasses.replace(config, data=data)
+    classes = [(before or {}).get("classes", ()), *(before or {}).get("also_classes", [()] * len(config.also))]
+    known = [recorded.target.data, *recorded.also]
+    names = [config.target.data, *config.also]
+    if len(names) == len(known):
+        named = zip(names, known, classes, strict=True)
+        names = [places.as_run_names(name, own, config.target.data_root, of) for name, own, of in named]
+    config = dataclasses.replace(config, data=names[0], also=tuple(names[1:]))
     check_unchanged(config, recorded, path, except_for=RESUMABLE)
     check(config.output.log)
     setup = prepared(config, module, init, before)
@@ -142,8 +146,10 @@ def _resume(folder: RunFolder, config: AdaptConfig | None, module: nn.Module | N
             raise MetaftError(f"compare: a start that {path} compares changed since it began")
         if before.get("teachers_sha256") != now.get("teachers_sha256"):
             raise MetaftError(f"extra: the teacher of {path} changed since it began")
-        if before.get("also_sha256") != now.get("also_sha256"):
-            raise MetaftError(f"also: images of {path} changed since it began")
+        digests = zip(settled.also, before.get("also_sha256", ()), now.get("also_sha256", ()), strict=True)
+        for name, then, today in digests:
+            if then != today:
+                raise MetaftError(f"also: the images of {name} changed since {path} began")
         say_what_changed(before["environment"], now["environment"])
         begun = len(position.fits) + (position.current is not None)
         folds = before.get("folds", 1)
@@ -156,7 +162,7 @@ def _resume(folder: RunFolder, config: AdaptConfig | None, module: nn.Module | N
         if settled.draws.seeds < draws:
             raise MetaftError(f"seeds must be at least the {draws} already begun, got {settled.draws.seeds}")
         print(f"resuming {path} after {len(position.fits)} fits and {len(position.rows)} epochs", file=sys.stderr)
-    if config != recorded or settled.target.data != recorded.target.data:
+    if config != recorded or (settled.target.data, settled.also) != (recorded.target.data, recorded.also):
         folder.result.unlink(missing_ok=True)  # of fewer draws; it would not be this run's
         write_atomically(folder.config, to_toml(settled).encode())
     return _fit_all(folder, setup, now, position)

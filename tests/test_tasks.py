@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import adapted, write_target
+from helpers import adapted, one_line, options, write_target
 from test_finetune import CLASSES, INPUTS, bits, body, same, toy
 from torch import Tensor
 
 from metaft import adapt, load, look
-from metaft.config import AdaptConfig, LookConfig
-from metaft.errors import MetaftError
+from metaft.config import AdaptConfig, LookConfig, read_toml
+from metaft.errors import Interrupted, MetaftError
 from metaft.finetune import strategies
 from metaft.finetune.fit import Fitted, fit
 from metaft.finetune.journal import Journal
@@ -378,6 +378,65 @@ def test_a_run_goes_on_from_anywhere(done: Path, data: dict[str, Path], tmp_path
         adapt.resume_run(out)
         assert adapted(out) == adapted(done)
         assert (out / "classifier-2.safetensors").read_bytes() == (done / "classifier-2.safetensors").read_bytes()
+
+
+@pytest.fixture
+def moved(data: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, list[str]]:
+    """A run that was stopped after an epoch and whose further target moved to new/second, and the words that began
+    it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("METAFT_DATA", raising=False)
+    for name in ("first", "second"):
+        shutil.copytree(data[name], name)
+    words = options({
+        "data": "folder:first", "also": "folder:second", "init": "none", "image_size": 8, "epochs": 2, "lr": 0.05,
+        "batch_size": 8, "seeds": 2, "device": "cpu", "tasks": "uncertainty", "out": "run",
+    })  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        wrapped = Journal.epoch
+
+        def stop(self: Journal, *given: Any) -> None:
+            wrapped(self, *given)
+            raise Interrupted("stopped", 15)
+
+        patch.setattr(Journal, "epoch", stop)
+        assert adapt.main([*words, "--no-report"]) == 143
+    Path("new").mkdir()
+    Path("second").rename("new/second")
+    return tmp_path, [*words, "--no-report"]
+
+
+@pytest.mark.parametrize("root", ["new", "new/second"])
+@pytest.mark.parametrize("again", [False, True], ids=["resume", "auto-resume"])
+def test_a_further_target_that_moved_is_found(
+    root: str, again: bool, moved: tuple[Path, list[str]], done: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, words = moved
+    words = [*words, "--auto-resume"] if again else ["--resume", "run"]
+    capsys.readouterr()
+    assert adapt.main(words) == 2
+    one_line(capsys, f"also: folder {base}/second does not exist; where it moved, --data-root names the folder")
+    assert adapt.main([*words, "--data-root", root]) == 0
+    assert f"{base}/second does not exist; the data are read from {base}/new/second\n" in capsys.readouterr().err
+    assert Path("run/metrics.jsonl").read_bytes() == (done / "metrics.jsonl").read_bytes()
+    assert read_toml(Path("run/config.toml"))["also"] == [f"folder:{base}/new/second"]
+    assert adapt.main(words) == 0, "by now the run knows the place"
+
+
+def test_what_took_the_place_of_a_further_target_is_refused(
+    moved: tuple[Path, list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, _ = moved
+    capsys.readouterr()
+    shutil.copytree("first", "other/second")
+    assert adapt.main(["--resume", "run", "--data-root", "other"]) == 2
+    said = capsys.readouterr().err
+    assert f"metaft: error: also: the images of folder:{base}/other/second changed since run began\n" in said
+    Path("other/second").rename("second")
+    config = AdaptConfig(data=f"folder:{base}/first", also=(f"folder:{base}/x/first",), data_root=str(base))
+    with pytest.raises(MetaftError, match=rf"^also: folder:{base}/x/first is found at {base}/first, as another "):
+        adapt.run(config)
+    assert read_toml(Path("run/config.toml"))["also"] == [f"folder:{base}/second"]
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [

@@ -12,6 +12,7 @@ from metaft.finetune.contenders import Images
 from metaft.finetune.strategies import CHOSEN
 from metaft.settings import AUTO, Recipe
 from metaft.starts.base import Start
+from metaft.support import places
 from metaft.targets import Target
 from metaft.targets.draws import Rows
 
@@ -46,6 +47,22 @@ def _apart(config: AdaptConfig) -> Iterator[tuple[str, Any]]:
     for field, value, refused in words:
         if value == refused:
             yield field, value
+
+
+def further_located(config: AdaptConfig, classes: Sequence[Sequence[str]] = ()) -> tuple[str, ...]:
+    """The names of further targets with the folders of images where they are; `classes` are those that a run knows of
+    each. `config` knows where the first one is. Raises DataError, naming `also`, for one that is nowhere, and
+    MetaftError where two come to one place: they are looked for by their last names."""
+    known = classes or [()] * len(config.also)
+    names = [
+        places.located("also", name, config.target.data_root, of) for name, of in zip(config.also, known, strict=True)
+    ]
+    for number, name in enumerate(names):
+        if name in (config.target.data, *names[:number]):
+            raise MetaftError(
+                f"also: {config.also[number]} is found at {places.path_of(name)[1]}, as another target is"
+            )
+    return tuple(names)
 
 
 def further_of(config: AdaptConfig, start: Start) -> tuple[Target, ...]:

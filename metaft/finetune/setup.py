@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
@@ -16,9 +16,9 @@ from metaft import plugin, targets
 from metaft._version import __version__
 from metaft.config import AdaptConfig, Init, of_other_method
 from metaft.defaults import check_steps, device_of
-from metaft.errors import DataError, MetaftError, no_such
+from metaft.errors import MetaftError, no_such
 from metaft.finetune import extras, strategies
-from metaft.finetune.also import check_also, check_parts, check_validation, further_of
+from metaft.finetune.also import check_also, check_parts, check_validation, further_located, further_of
 from metaft.finetune.contenders import Contender, Images, chosen, contenders_of, newest, opened, other
 from metaft.finetune.inner import check_inner
 from metaft.finetune.range_test import searched
@@ -120,6 +120,7 @@ def prepared(
     if config.auto is not None:
         config = _left_open(config)
     config = dataclasses.replace(config, target=located(config.target, (begun or {}).get("classes", ())))
+    config = dataclasses.replace(config, also=further_located(config, (begun or {}).get("also_classes", ())))
     numbers = config.recipe is not None and config.recipe.loss == "mse"
     if config.recipe is not None and numbers:  # before a start is looked for, which would be said first
         check_numbers(config.recipe)
@@ -297,13 +298,7 @@ def shots_of(target: TargetSettings) -> int | None:
 
 def located(target: TargetSettings, classes: Collection[str] = ()) -> TargetSettings:
     """The settings with the folder of images where it is. Raises DataError."""
-    path = places.folder_of(target.data)
-    if path is None:
-        return target
-    try:
-        return dataclasses.replace(target, data=f"folder:{places.found(path, target.data_root, classes)}")
-    except DataError as error:
-        raise DataError(f"data: folder {error}") from None
+    return dataclasses.replace(target, data=places.located("data", target.data, target.data_root, classes))
 
 
 def _check_method(config: AdaptConfig) -> None:
@@ -335,13 +330,23 @@ def header(setup: Setup) -> dict[str, Any]:
         "init_sha256": digest_of(start),
         "compared_sha256": [digest_of(contender.start) for contender in contenders[1:] if contender.start.meta],
         **({"teachers_sha256": teachers} if teachers else {}),
-        **({"also_sha256": [digest_of_data(each) for each in setup.further]} if setup.further else {}),
+        **_of_further(setup.further),
         "data": target.name,
         "data_sha256": digest_of_data(target),
         "classes": list(target.class_names),
         "starts": [contender.label for contender in contenders],
         "folds": setup.folds,
         "environment": {**machine(device_of(config.compute.device)), "threads": str(torch.get_num_threads())},
+    }
+
+
+def _of_further(further: Sequence[Target]) -> dict[str, Any]:
+    """What a header knows further targets by, where they moved, and whether they changed."""
+    if not further:
+        return {}
+    return {
+        "also_sha256": [digest_of_data(each) for each in further],
+        "also_classes": [list(each.class_names) for each in further],
     }
 
 

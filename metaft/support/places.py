@@ -113,6 +113,18 @@ def found(path: str | os.PathLike[str], data_root: str | None, classes: Collecti
     return place
 
 
+def located(field: str, name: str, data_root: str | None, classes: Collection[str] = ()) -> str:
+    """A name of data with the folder where `found` finds it; other data have no place to be looked for. Raises
+    DataError, naming the field."""
+    path = folder_of(name)
+    if path is None:
+        return name
+    try:
+        return f"folder:{found(path, data_root, classes)}"
+    except DataError as error:
+        raise DataError(f"{field}: folder {error}") from None
+
+
 def as_run_names(name: str, own: str, data_root: str | None, classes: Collection[str] = ()) -> str:
     """A run's `own` name of its data, where `name` is a path that is gone and both are found in one place: the
     command that began a run whose data moved since. Otherwise `name`."""
