@@ -79,7 +79,7 @@ def run(
     from metaft.finetune.journal import Position, read
     from metaft.runs.checkpoint import write_atomically
     from metaft.runs.folder import RunFolder
-    from metaft.support.whole import check_new, whole_or_nothing
+    from metaft.support.whole import whole_or_nothing
 
     config, source = config or CompressConfig(), local(path)
     check_root(config.data_root)
@@ -87,7 +87,7 @@ def run(
         check_installed()
     out = _out(config, source)
     if not resume:
-        check_new(out)
+        _check_new(out)
     with stopped_at_once("stopped; nothing was written"):
         work, header = _opened(source, config, module, init)
         if config.into is None:
@@ -115,11 +115,26 @@ def _out(config: CompressConfig, source: Path) -> Path:
     return source / "compressed" if config.out is None else local(config.out)
 
 
+def _check_new(out: Path) -> None:
+    """Raises MetaftError for a place where there is something, which may be what a kill left to go on with."""
+    from metaft.runs.folder import RunFolder
+    from metaft.support.whole import check_new
+
+    folder = RunFolder(out)
+    if os.path.exists(folder.compress) and not os.path.exists(folder.result):  # of a name that is too long, too
+        raise MetaftError(
+            f"out: {out} is begun and not finished; go on with it by --resume, or name another folder with --out"
+        )
+    check_new(out)
+
+
 def _recorded(out: Path) -> CompressConfig:
     """The settings of a folder that is gone on with. Raises MetaftError for one that this command did not make."""
     from metaft.runs.folder import RunFolder
 
     file = RunFolder(out).compress
+    if not os.path.lexists(out):
+        raise MetaftError(f"resume: {out} does not exist, so there is nothing to go on with; leave --resume away")
     if not os.path.isfile(file):
         raise MetaftError(f"resume: {out} is no folder that metaft.compress made: it has no {file.name}")
     return from_mapping(CompressConfig, read_toml(file), origin=str(file))

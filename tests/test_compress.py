@@ -500,6 +500,42 @@ def test_a_kill_before_its_settings_are_written_leaves_no_folder_that_nobody_can
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_a_kill_at_the_beginning_leaves_is_begun_again_or_gone_on_with(
+    small: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Text
+) -> None:
+    from metaft.runs.checkpoint import write_atomically
+
+    def killed(*given: Any) -> None:
+        if given[0].name in ("compress.toml", "o"):
+            raise KeyboardInterrupt
+        write_atomically(*given)
+
+    out = tmp_path / "o"
+    argv = [str(run), *STEPS, "--points", "100", "--out", str(out)]
+    with monkeypatch.context() as patch:  # before its settings are written, by SIGKILL, after which nothing tidies up
+        patch.setattr("metaft.runs.checkpoint.write_atomically", killed)
+        patch.setattr("metaft.support.whole.shutil.rmtree", lambda *_, **__: None)
+        assert compress.main(argv) == 130
+    [hidden] = tmp_path.iterdir()
+    assert hidden.name.startswith(".o."), "nothing that could be taken for its folder"
+    capsys.readouterr()
+    assert compress.main([*argv, "--resume"]) == 2
+    one_line(capsys, f"resume: {out} does not exist, so there is nothing to go on with; leave --resume away")
+    with monkeypatch.context() as patch:  # before its first checkpoint
+        patch.setattr(compress, "_shrink", lambda folder, *_: killed(folder.path))
+        assert compress.main(argv) == 130
+    assert sorted(p.name for p in out.iterdir()) == ["checkpoints", "compress.toml", "config.toml", "plots"]
+    capsys.readouterr()
+    assert compress.main(argv) == 2
+    one_line(capsys, f"out: {out} is begun and not finished; go on with it by --resume, or name another folder")
+    assert compress.main([*argv, "--resume"]) == 0
+    for name in ("classifier.safetensors", "metrics.jsonl", "config.toml"):
+        assert (out / name).read_bytes() == (small / name).read_bytes(), name
+    capsys.readouterr()
+    assert compress.main(argv) == 2
+    one_line(capsys, f"out: {out} exists already; name another folder with --out")
+
+
 def test_stopped_and_resumed_it_ends_alike_and_computes_nothing_twice(
     small: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Text
 ) -> None:
@@ -656,7 +692,10 @@ def test_what_is_refused_is_one_line(
     refuse([str(run / "classifier.safetensors")], "run: ", "alone, without its run's data")
     refuse([str(small)], "run: ", "is compressed already")
     refuse([str(run), "--into", "none"], "into: none has ", "no fewer than the run's")
-    refuse([str(run), "--resume"], "resume: ", "no folder that metaft.compress made")
+    refuse([str(run), "--resume"], "resume: ", "does not exist, so there is nothing to go on with")
+    capsys.readouterr()
+    assert compress.main([str(maml), "--out", str(run), "--resume"]) == 2
+    one_line(capsys, f"resume: {run} is no folder that metaft.compress made: it has no compress.toml")
     capsys.readouterr()
     assert adapt.main(["--resume", str(small)]) == 2
     one_line(capsys, f"resume: {small} is of metaft.compress")
