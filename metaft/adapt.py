@@ -45,10 +45,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _command(argv: Sequence[str]) -> None:
     config, resume = settings(Arguments, AdaptConfig, argv, prog="python -m metaft.adapt")
-
-    from metaft.support.allocator import keep_freed_memory
-
-    keep_freed_memory()
     if resume is None:
         run(config)
     else:

@@ -26,6 +26,7 @@ from metaft.dist.torchrun import check_alone
 from metaft.errors import CheckpointError, Interrupted, MetaftError, MetaftWarning, OutOfMemory, SaidElsewhere
 from metaft.flags import parse
 from metaft.options import Config, Settings, flat, from_mapping, options
+from metaft.support.allocator import keep_freed_memory
 from metaft.support.names import is_text
 from metaft.support.output import of_command
 from metaft.support.paths import to_replace
@@ -123,6 +124,7 @@ def guarded(command: Callable[[Sequence[str]], None], argv: Sequence[str] | None
     `smaller` names what takes less memory where there is not enough. What cannot be printed changes neither.
     """
     argv = sys.argv[1:] if argv is None else argv
+    keep_freed_memory()
     try:
         with _noted_warnings():
             command(argv)

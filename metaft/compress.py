@@ -52,10 +52,6 @@ def _command(argv: Sequence[str]) -> None:
         recorded = _recorded(_out(config, local(source)))
         config = dataclasses.replace(recorded, **given)
         check_unchanged(config, recorded, _out(config, local(source)), except_for=RESUMABLE)
-
-    from metaft.support.allocator import keep_freed_memory
-
-    keep_freed_memory()
     run(source, config, resume=resume)
 
 

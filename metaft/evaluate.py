@@ -47,10 +47,6 @@ def _command(argv: Sequence[str], ranks: Ranks) -> None:
     given = ranks.on_first(lambda: parse(Arguments, argv, prog="python -m metaft.evaluate"))
     path = Path(given.pop("run"))
     config = EvaluateConfig(**given)
-
-    from metaft.support.allocator import keep_freed_memory
-
-    keep_freed_memory()
     run(path, config, ranks=ranks)
 
 

@@ -68,10 +68,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _command(argv: Sequence[str], ranks: Ranks) -> None:
     config, resume = ranks.on_first(lambda: _asked_for(argv, ranks))
-
-    from metaft.support.allocator import keep_freed_memory
-
-    keep_freed_memory()
     if resume is None:
         run(config, ranks=ranks)
     else:

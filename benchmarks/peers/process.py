@@ -90,7 +90,8 @@ def environment(*, threads: int, allocator: str, site: Path | None) -> dict[str,
     env = {name: value for name, value in os.environ.items() if name not in _ALLOCATOR}
     env |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
     if allocator == "tuned":
-        env |= {name: str(largest_threshold()) for name in _ALLOCATOR[:2]}
+        # As `metaft.support.allocator` does in the commands.
+        env |= {"MALLOC_TRIM_THRESHOLD_": str(sys.maxsize), "MALLOC_MMAP_THRESHOLD_": str(largest_threshold())}
     paths = [str(ROOT), *([str(site)] if site is not None else []), env.get("PYTHONPATH", "")]
     env["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
     return env
