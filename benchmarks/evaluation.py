@@ -49,7 +49,9 @@ EPISODES = {"omniglot-5w1s-q15": (3, 32), "mini-5w1s": (5, 8), "tiny": (2, 4), "
 """Workload -> inner steps and episodes at once, of `benchmarks/peers/workloads.py`."""
 
 
-def measure(workload: Workload, threads: int, seconds: float, rounds: int, site: Path) -> dict[str, Any]:
+def measure(
+    workload: Workload, threads: int, allocator: str, seconds: float, rounds: int, site: Path
+) -> dict[str, Any]:
     """One row. Raises Disagreement, and MetaftError where metaft or the loop by hand fails."""
     elsewhere, systems, times = Elsewhere(), {}, {}
     with contextlib.ExitStack() as stack:
@@ -58,7 +60,7 @@ def measure(workload: Workload, threads: int, seconds: float, rounds: int, site:
         found: dict[str, np.ndarray] = {}
         for name, (system, evaluate) in SYSTEMS.items():
             how = environment(
-                threads=threads, allocator="default", site=site.resolve() if system == "learn2learn" else None
+                threads=threads, allocator=allocator, site=site.resolve() if system == "learn2learn" else None
             )
             process = stack.enter_context(Process(system, how))
             out = str(Path(scratch) / "accuracy.safetensors")
@@ -130,6 +132,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add = parser.add_argument
     add("--workload", nargs="+", choices=EPISODES, default=["omniglot-5w1s-q15", "mini-5w1s"], metavar="NAME")
     add("--threads", type=int, default=2, help="torch's threads; of metaft episodes at once")
+    add("--allocator", choices=["default", "tuned"], default="tuned", help="tuned: glibc keeps freed memory, for all")
     add("--seconds", type=float, default=20.0, help="timed per system and row")
     add("--rounds", type=int, default=5, help="turns that the seconds are divided into")
     add("--site", type=Path, default=SITE, metavar="DIR", help="folder of benchmarks/peers/install.sh")
@@ -137,7 +140,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = parser.parse_args(argv)
     results: dict[str, Any] = {
         **provenance("evaluation"),
-        "settings": {"threads": given.threads, "seconds": given.seconds, "rounds": given.rounds},
+        "settings": {
+            "threads": given.threads,
+            "allocator": given.allocator,
+            "seconds": given.seconds,
+            "rounds": given.rounds,
+        },
         "rows": [],
     }
     try:
@@ -148,7 +156,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             steps, episodes = EPISODES[name]
             workload = dataclasses.replace(WORKLOADS[name], inner_steps=steps, meta_batch=episodes)
             say(f"time: {name}")
-            results["rows"].append(measure(workload, given.threads, given.seconds, given.rounds, given.site))
+            results["rows"].append(
+                measure(workload, given.threads, given.allocator, given.seconds, given.rounds, given.site)
+            )
             given.out.parent.mkdir(parents=True, exist_ok=True)
             given.out.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     except MetaftError as error:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from operator import itemgetter
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from metaft.algorithms.base import Algorithm
 from metaft.dist.ranks import ALONE, Ranks
 from metaft.engines.base import Engine
+from metaft.engines.batching import rows
 from metaft.errors import check_ways
 from metaft.inner import at_step
 from metaft.metrics import figure, figure_name, mean_ci95, nearest_neighbour
@@ -22,23 +26,15 @@ Starts = tuple[tuple[Params, Params], ...]
 """(meta, state) of each member of an ensemble."""
 
 
+class Group(NamedTuple):
+    """Tasks that adapt at once."""
+
+    tasks: Episode
+    counts: Tensor
+    """[tasks] bool: whether it is one, or fills up the group."""
+
+
 def task_scores(
-    algorithm: Algorithm, meta: Params, state: Params, task: Episode, *, others: Starts = (), **how: Any
-) -> Tensor:
-    """[modes, steps + 1]: accuracy (or MSE) on one task's queries in each normalisation mode, after each inner step, or
-    [modes, 1] after the last one alone; `how` as `outputs_of` takes it.
-
-    Members without inner steps give one column. With `others` it is that of an ensemble: each start adapts by itself,
-    and what counts is the mean of their outputs (of logits, where there are classes: Antoniou et al. 2019, section 4
-    for the ensemble, whose code averages them).
-    """
-    each = [outputs_of(algorithm, *start, task, **how) for start in ((meta, state), *others)]
-    means = [[torch.stack(same).mean(0) for same in zip(*rows, strict=True)] for rows in zip(*each, strict=True)]
-    rows = [torch.stack([figure(algorithm.loss, mean, task.query_y) for mean in row]) for row in means]
-    return torch.stack(rows).detach()
-
-
-def outputs_of(
     algorithm: Algorithm,
     meta: Params,
     state: Params,
@@ -48,16 +44,71 @@ def outputs_of(
     steps: int,
     norms: Sequence[Norm] = NORMS,
     each_step: bool = True,
-) -> list[list[Tensor]]:
-    """The predictions [n, outputs] that `task_scores` scores: for each mode those after each step."""
-    stacked = each_step or algorithm.predict_steps is not None
-    fast = algorithm.adapt(
-        meta, state, task.support_x, task.support_y, task.key,
-        ways=ways, steps=steps, trajectory=stacked, moments="inductive" in norms,
+    others: Starts = (),
+) -> Tensor:
+    """[modes, steps + 1]: accuracy (or MSE) on one task's queries in each normalisation mode, after each inner step, or
+    [modes, 1] after the last one alone.
+
+    Members without inner steps give one column. With `others` it is that of an ensemble: each start adapts by itself,
+    and what counts is the mean of their outputs (of logits, where there are classes: Antoniou et al. 2019, section 4
+    for the ensemble, whose code averages them).
+    """
+    adapt = functools.partial(_adapted, algorithm, ways, steps, tuple(norms), each_step)
+    fasts = [adapt(start, task) for start in ((meta, state), *others)]
+    return _scores(algorithm, fasts, task, norms, each_step)
+
+
+def group_scores(
+    algorithm: Algorithm,
+    adapt: Callable[[tuple[Params, Params], Episode], Fast],
+    starts: Starts,
+    group: Group,
+    norms: Sequence[Norm],
+    each_step: bool,
+) -> Tensor:
+    """[tasks, modes, steps + 1 or 1]: `task_scores` of a group's tasks, which adapt by `adapt` all at once, where they
+    can, and 0 of what fills it up. Queries are predicted task by task, since those of one are enough for a core."""
+    fasts = [rows(adapt, start, group.tasks) for start in starts]
+    each = [pytree.tree_map(itemgetter(i), (fasts, group.tasks)) for i in range(int(group.counts.sum()))]
+    scores = torch.stack([_scores(algorithm, mine, task, norms, each_step) for mine, task in each])
+    return torch.cat([scores, scores.new_zeros(len(group.counts) - len(scores), *scores.shape[1:])])
+
+
+def _adapted(
+    algorithm: Algorithm,
+    ways: int,
+    steps: int,
+    norms: tuple[Norm, ...],
+    each_step: bool,
+    start: tuple[Params, Params],
+    task: Episode,
+) -> Fast:
+    """One start's fast weights for a task: of each step where they are asked for or cost nothing more."""
+    return algorithm.adapt(
+        *start, task.support_x, task.support_y, task.key, ways=ways, steps=steps,
+        trajectory=_is_stacked(algorithm, each_step), moments="inductive" in norms,
     )  # fmt: skip
-    if stacked:
-        return [list(predictions(algorithm, fast, task, norm))[0 if each_step else -1 :] for norm in norms]
-    return [[algorithm.predict(fast, task.query_x, norm)] for norm in norms]
+
+
+def _is_stacked(algorithm: Algorithm, each_step: bool) -> bool:
+    return each_step or algorithm.predict_steps is not None
+
+
+def _scores(
+    algorithm: Algorithm, fasts: Sequence[Fast], task: Episode, norms: Sequence[Norm], each_step: bool
+) -> Tensor:
+    """[modes, steps + 1 or 1] of one task by the fast weights of each member of an ensemble."""
+    each = [[_outputs(algorithm, fast, task, norm, each_step) for norm in norms] for fast in fasts]
+    means = [[torch.stack(same).mean(0) for same in zip(*rows, strict=True)] for rows in zip(*each, strict=True)]
+    rows = [torch.stack([figure(algorithm.loss, mean, task.query_y) for mean in row]) for row in means]
+    return torch.stack(rows).detach()
+
+
+def _outputs(algorithm: Algorithm, fast: Fast, task: Episode, norm: Norm, each_step: bool) -> list[Tensor]:
+    """The predictions [n, outputs] of one start that are scored: after each step, or after the last."""
+    if _is_stacked(algorithm, each_step):
+        return list(predictions(algorithm, fast, task, norm))[0 if each_step else -1 :]
+    return [algorithm.predict(fast, task.query_x, norm)]
 
 
 def predictions(algorithm: Algorithm, trajectory: Fast, task: Episode, norm: Norm) -> Iterable[Tensor]:
@@ -70,11 +121,28 @@ def predictions(algorithm: Algorithm, trajectory: Fast, task: Episode, norm: Nor
 
 @functools.lru_cache(maxsize=16)
 def _scores_of(
-    algorithm: Algorithm, ways: int, steps: int, norms: tuple[Norm, ...], each_step: bool
-) -> Callable[[Starts, Episode], Tensor]:
-    """`task_scores` as engines want it: one object for all calls."""
+    algorithm: Algorithm, ways: int, steps: int, norms: tuple[Norm, ...], each_step: bool, several: bool
+) -> Callable[[Starts, Any], Tensor]:
+    """`task_scores`, or `group_scores` of `several`, as engines want them: one object for all calls."""
+    if several:
+        adapt = functools.partial(_adapted, algorithm, ways, steps, norms, each_step)
+        return lambda starts, group: group_scores(algorithm, adapt, starts, group, norms, each_step)
     how: Any = {"ways": ways, "steps": steps, "norms": norms, "each_step": each_step}
     return lambda starts, task: task_scores(algorithm, *starts[0], task, others=starts[1:], **how)
+
+
+def in_groups(tasks: Episode, size: int) -> Group:
+    """Tasks [n, ...] as [groups, size, ...], the last one of which the last task fills up: bits of a task may depend
+    on how many adapt with it, and so do not depend on n.
+
+    >>> group = in_groups(Episode(*[torch.arange(3)] * 6), 2)
+    >>> group.tasks.support_x.tolist(), group.counts.tolist()
+    ([[0, 1], [2, 2]], [[True, True], [True, False]])
+    """
+    count = len(tasks.key)
+    index = torch.arange(-(-count // size) * size, device=tasks.key.device)
+    filled = Episode(*(leaf[index.clamp(max=count - 1)].unflatten(0, (-1, size)) for leaf in tasks))
+    return Group(filled, (index < count).unflatten(0, (-1, size)))
 
 
 @in_usual_modes_but_type
@@ -92,26 +160,45 @@ def score_episodes(
     norms: Sequence[Norm] = NORMS,
     each_step: bool = True,
     others: Starts = (),
-    at_once: int = 32,
+    at_once: int | None = None,
     ranks: Ranks = ALONE,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Tensor:
     """float64 [episodes, modes, steps + 1], or [episodes, modes, 1] without `each_step`: `task_scores` of episodes 0 ..
     episodes-1 of a split, shared out among ranks; with `others` those of the ensemble of all.
 
-    Only scores are kept from one chunk of `at_once` episodes to the next, so memory does not grow with their number.
-    `progress` is called after each chunk; it may raise to stop.
+    Only scores are kept from one chunk of `at_once` episodes (32, or as many as keep the engine busy) to the next, so
+    memory does not grow with their number. `progress` is called after each chunk; it may raise to stop.
     """
     check_ways("ways", source.ways, algorithm.loss)
-    scores_of = _scores_of(algorithm, source.ways, steps, tuple(norms), each_step)
     starts = ((meta, state), *others)
+    how: Any = {"ways": source.ways, "steps": steps, "norms": tuple(norms), "each_step": each_step}
+    values = source.ways * (source.shots + source.query_shots) * math.prod(source.shape)
 
     def score(indices: range) -> Tensor:
-        tasks = ordinary(source.episodes(seed, split, indices))
-        scores = engine.map(scores_of, starts, tasks)
-        return torch.stack(list(scores)).double().cpu()
+        return score_tasks(engine, algorithm, starts, ordinary(source.episodes(seed, split, indices)), **how)
 
-    return _in_chunks(score, episodes, at_once, ranks, progress)
+    return _in_chunks(score, episodes, at_once or max(32, engine.together(values) * engine.threads), ranks, progress)
+
+
+def score_tasks(
+    engine: Engine,
+    algorithm: Algorithm,
+    starts: Starts,
+    tasks: Episode,
+    *,
+    ways: int,
+    steps: int,
+    norms: tuple[Norm, ...] = NORMS,
+    each_step: bool = True,
+) -> Tensor:
+    """float64 [tasks, modes, steps + 1 or 1]: `task_scores` of each, small ones in groups where the engine does not
+    batch them itself."""
+    size = engine.together((tasks.support_x.numel() + tasks.query_x.numel()) // len(tasks.key))
+    scores_of = _scores_of(algorithm, ways, steps, norms, each_step, size > 1)
+    scores = list(engine.map(scores_of, starts, in_groups(tasks, size) if size > 1 else tasks))
+    found = torch.cat(scores)[: len(tasks.key)] if size > 1 else torch.stack(scores)
+    return found.double().cpu()
 
 
 def _in_chunks(

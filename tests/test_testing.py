@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import scenarios
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from metaft import algorithms, engines, models
+from metaft import algorithms, engines, models, testing
 from metaft.config import EvaluateConfig, MetaTrainConfig
 from metaft.metrics import better, figure, mean_ci95, nearest_neighbour
 from metaft.testing import meta_test, score_episodes, summarise, task_scores
@@ -81,19 +81,58 @@ def test_scores_are_per_task_and_do_not_depend_on_chunks_or_engine() -> None:
     algorithm = algorithms.maml(scenarios.model(ways=3), inner_lr=0.1)
     meta, state = algorithm.init(0)
     scores = []
-    for name, at_once in (("threads", 32), ("threads", 5), ("vmap", 32)):
+    for name, at_once in (("threads", None), ("threads", 5), ("vmap", 32)):
         with engines.engine(name) as engine:
             scores.append(
                 score_episodes(
-                    engine, algorithm, meta, state, source, split="val", seed=3, episodes=13, steps=3, at_once=at_once
+                    engine, algorithm, meta, state, source, split="val", seed=3, episodes=19, steps=3, at_once=at_once
                 )
             )
-    assert scores[0].shape == (13, 2, 4)
+    assert scores[0].shape == (19, 2, 4)
     assert torch.equal(scores[0], scores[1])
     assert torch.equal(scores[0], scores[2])
-    task = scenarios.one(source.episodes(3, "val", [7]))
-    alone = task_scores(algorithm, meta, state, task, ways=3, steps=3)
-    assert torch.equal(alone.double(), scores[0][7])
+    for i in (7, 18):
+        task = scenarios.one(source.episodes(3, "val", [i]))
+        alone = task_scores(algorithm, meta, state, task, ways=3, steps=3)
+        assert torch.equal(alone.double(), scores[0][i])
+
+
+@pytest.mark.parametrize("name", ["maml", "maml++", "anil", "protonet", "imaml", "baseline"])
+def test_bits_of_a_task_do_not_depend_on_how_many_adapt_with_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In float32, and by the outputs themselves: accuracies would hide what is lost."""
+    monkeypatch.setattr(testing, "figure", lambda loss, outputs, y: outputs.double().square().sum())
+    source = scenarios.noise_pool().source(ways=3, shots=1, query_shots=4)
+    algorithm = algorithms.build(name, scenarios.model(ways=3, width=8, dtype=torch.float32), {})
+    meta, state = algorithm.init(0)
+    found = []
+    for threads, at_once, episodes in ((2, None, 21), (1, 5, 21), (3, None, 2), (1, 17, 18)):
+        how: Any = {"split": "val", "seed": 3, "episodes": episodes, "steps": 2 if algorithm.inner_steps else 0}
+        with engines.engine("threads", threads=threads) as engine:
+            assert engine.together(3 * 5 * math.prod(source.shape)) == 16
+            found.append(score_episodes(engine, algorithm, meta, state, source, at_once=at_once, **how))
+    for scores in found[1:]:
+        assert torch.equal(scores, found[0][: len(scores)])
+
+
+@pytest.mark.usefixtures("float64_runs")
+def test_a_module_that_cannot_be_batched_is_tested_task_by_task() -> None:
+    class Branching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(math.prod(scenarios.SHAPE), 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            logits = self.head(x.flatten(1))
+            return logits if float(logits.detach().sum()) > 0 else 2 * logits
+
+    source = scenarios.noise_pool().source(ways=3, shots=1, query_shots=4)
+    algorithm = algorithms.maml(models.functional(Branching().double()), inner_lr=0.1)
+    meta, state = algorithm.init(0)
+    with engines.engine("threads") as engine:
+        scores = score_episodes(engine, algorithm, meta, state, source, split="val", seed=3, episodes=18, steps=2)
+    for i in (0, 17):
+        task = scenarios.one(source.episodes(3, "val", [i]))
+        assert torch.equal(task_scores(algorithm, meta, state, task, ways=3, steps=2).double(), scores[i])
 
 
 def test_summary_is_a_mean_over_tasks_of_the_last_step() -> None:

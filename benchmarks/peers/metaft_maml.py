@@ -12,7 +12,7 @@ import metaft.engines
 import metaft.types
 from benchmarks.peers.workloads import Options, Params, System, Tasks, Workload
 from metaft.dist.ranks import ALONE, Ranks
-from metaft.testing import task_scores
+from metaft.testing import score_tasks
 
 
 def model_for(workload: Workload, some: torch.Tensor) -> metaft.Model:
@@ -69,12 +69,10 @@ def make(workload: Workload, params: Params, tasks: Tasks, options: Options, ran
 
     norms = metaft.types.NORMS if options.evaluate != "one" else metaft.types.NORMS[:1]
 
-    def scores(shared: Params, task: metaft.Episode) -> torch.Tensor:
-        how: Any = {"ways": workload.ways, "steps": workload.inner_steps, "norms": norms}
-        return task_scores(algorithm, shared, {}, task, **how, each_step=options.evaluate == "each")
+    how: Any = {"ways": workload.ways, "steps": workload.inner_steps, "norms": norms}
 
     def evaluate() -> Params:
-        found = torch.stack(list(engine.map(scores, meta, episode))).double()
+        found = score_tasks(engine, algorithm, ((meta, {}),), episode, **how, each_step=options.evaluate == "each")
         return {"accuracy": found[:, 0, 0] if options.evaluate == "one" else found}
 
     return System(evaluate if options.evaluate else step, in_flight(engine, tasks), stack.close)

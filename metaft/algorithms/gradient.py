@@ -19,7 +19,6 @@ from metaft.inner_augment import Augment
 from metaft.inner_optim import InnerOptimizer
 from metaft.models import Model
 from metaft.models.dropout import use_dropout
-from metaft.models.norm import in_transform
 from metaft.types import Fast, Loss, Norm, Params
 
 
@@ -141,7 +140,7 @@ def _adapt(
     trajectory: bool = False,
     moments: bool = True,
 ) -> Fast:
-    if not (torch.is_grad_enabled() or in_transform()):  # of a test nobody takes the derivative
+    if not torch.is_grad_enabled():  # of a test nobody takes the derivative; inside torch.func.grad it is enabled
         descent = descent._replace(first_order=True)
     model, hooks = descent.model, descent.hooks
     of_weights = hooks.loss_on(meta, support_x, support_y) if steps else None

@@ -25,6 +25,11 @@ class Engine(Protocol):
         """
         ...
 
+    def together(self, values: int) -> int:
+        """How many tasks of `values` numbers each a function given to `map` should take at once itself, if it can batch
+        them: 1 of an engine that batches what it maps. It depends on nothing else, nor do the bits then."""
+        ...
+
     def sum(self, fn: TaskFunction[Shared, Tree, Out], shared: Shared, tasks: Tree) -> Out:
         """The sum of `fn(shared, task)` over tasks: within each chunk, then over chunks, always in task order."""
         ...

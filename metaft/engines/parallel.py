@@ -8,7 +8,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from metaft.engines.base import at_least_1
-from metaft.engines.sizes import task_chunk
+from metaft.engines.sizes import task_chunk, tasks_together
 from metaft.engines.trees import length
 
 
@@ -32,6 +32,9 @@ class Parallel:
             return self.chunk
         count = length(tasks)
         return task_chunk(sum(leaf.numel() for leaf in pytree.tree_leaves(tasks)) // count, count, self.threads)
+
+    def together(self, values: int) -> int:
+        return tasks_together(values)
 
     def close(self) -> None:
         torch.set_num_threads(self._intra_op)

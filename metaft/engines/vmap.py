@@ -35,6 +35,9 @@ class Vmap:
 
         return iter(self._fitting(results, tasks))
 
+    def together(self, values: int) -> int:
+        return 1
+
     def sum(self, fn: TaskFunction[Shared, Tree, Out], shared: Shared, tasks: Tree) -> Out:
         return self._fitting(lambda chunks: added(self._sum_of(fn, shared, chunk) for chunk in chunks), tasks)
 
