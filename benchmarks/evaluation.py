@@ -1,14 +1,15 @@
-"""Speed of a meta-test: metaft beside learn2learn's loop and one by hand.
+"""Speed of a meta-test: metaft beside learn2learn's loop, easyfsl's, and one by hand.
 
     benchmarks/peers/install.sh           # once: the libraries, in a folder of their own
     python benchmarks/evaluation.py --threads 2 --out runs/evaluation.json
 
-A meta-test adapts to the support set of each episode and predicts its queries. The loops do so after the last inner
-step in transductive mode, as their users write it, with first-order steps and without a graph for the queries. metaft
-is timed at the same (`one`), in both normalisation modes (`both`, what a meta-test without its curve would be), and in
-both after each step (`each`, what `metaft evaluate` reports). First the float64 accuracies after the last step in
-transductive mode, which all have, are compared episode by episode, and where one differs nothing is timed. Then the
-systems take turns, each in a process of its own.
+A meta-test adapts to the support set of each episode and predicts its queries: by MAML beside learn2learn, and by
+prototypes beside easyfsl, which has no inner loop. The loops do so after the last inner step in transductive mode, as
+their users write it, with first-order steps and without a graph for the queries. metaft is timed at the same (`one`),
+in both normalisation modes (`both`, what a meta-test without its curve would be), and in both after each step (`each`,
+what `metaft evaluate` reports). First the float64 accuracies after the last step in transductive mode, which all have,
+are compared episode by episode, and where one differs nothing is timed. Then the systems take turns, each in a process
+of its own.
 """
 
 from __future__ import annotations
@@ -36,21 +37,32 @@ from benchmarks.throughput import SITE, Disagreement, entry, provenance, say, su
 from metaft.errors import MetaftError
 from metaft.support.output import of_command
 
-SYSTEMS: dict[str, tuple[str, Any]] = {
-    "metaft one": ("metaft", "one"),
-    "metaft both": ("metaft", "both"),
-    "metaft each": ("metaft", "each"),
-    "learn2learn": ("learn2learn", "one"),
-    "plain": ("plain", "one"),
+SYSTEMS: dict[str, dict[str, tuple[str, Any]]] = {
+    "maml": {
+        "metaft one": ("metaft", "one"),
+        "metaft both": ("metaft", "both"),
+        "metaft each": ("metaft", "each"),
+        "learn2learn": ("learn2learn", "one"),
+        "plain": ("plain", "one"),
+    },
+    "protonet": {
+        "metaft one": ("metaft", "one"),
+        "metaft both": ("metaft", "both"),
+        "easyfsl": ("easyfsl", "one"),
+        "plain": ("plain", "one"),
+    },
 }
-"""Name -> (the process, what it evaluates)."""
+"""Algorithm -> name -> (the process, what it evaluates)."""
+
+PEERS = {"maml": "learn2learn", "protonet": "easyfsl"}
+"""Algorithm -> the library that metaft is held beside; it need not be installed."""
 
 EPISODES = {"omniglot-5w1s-q15": (3, 32), "mini-5w1s": (5, 8), "tiny": (2, 4), "tiny-pool": (2, 4)}
 """Workload -> inner steps and episodes at once, of `benchmarks/peers/workloads.py`."""
 
 
 def measure(
-    workload: Workload, threads: int, allocator: str, seconds: float, rounds: int, site: Path
+    algorithm: str, workload: Workload, threads: int, allocator: str, seconds: float, rounds: int, site: Path
 ) -> dict[str, Any]:
     """One row. Raises Disagreement, and MetaftError where metaft or the loop by hand fails."""
     elsewhere, systems, times = Elsewhere(), {}, {}
@@ -58,13 +70,13 @@ def measure(
         scratch = stack.enter_context(tempfile.TemporaryDirectory())
         running: dict[str, Process] = {}
         found: dict[str, np.ndarray] = {}
-        for name, (system, evaluate) in SYSTEMS.items():
+        for name, (system, evaluate) in SYSTEMS[algorithm].items():
             how = environment(
-                threads=threads, allocator=allocator, site=site.resolve() if system == "learn2learn" else None
+                threads=threads, allocator=allocator, site=site.resolve() if system == PEERS[algorithm] else None
             )
             process = stack.enter_context(Process(system, how))
             out = str(Path(scratch) / "accuracy.safetensors")
-            options = Options(first_order=True, threads=threads, evaluate=evaluate)
+            options = Options(first_order=True, threads=threads, evaluate=evaluate, algorithm=algorithm)
             request: dict[str, Any] = {
                 "workload": dataclasses.asdict(workload), "options": dataclasses.asdict(options), "device": "cpu",
                 "out": out,
@@ -74,7 +86,7 @@ def measure(
                 found[name] = load_file(out)["accuracy"]
                 systems[name] = {"status": "timed", **process.ask(do="prepare", seconds=seconds / 10, **request)}
             except SystemFailure as failure:
-                if system != "learn2learn":
+                if system != PEERS[algorithm]:
                     raise MetaftError(f"{system} failed on {workload.name}: {failure}") from None
                 systems[name] = entry(failure)
                 continue
@@ -88,6 +100,7 @@ def measure(
         systems[name] |= summary(ms, workload.meta_batch)
     return {
         "workload": workload.name,
+        "algorithm": algorithm,
         "protocol": dataclasses.asdict(workload),
         "cores_busy_elsewhere": elsewhere.cores(),
         "systems": systems,
@@ -107,21 +120,22 @@ def check(workload: Workload, found: dict[str, np.ndarray]) -> None:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Episodes per second, and the ratio to learn2learn's loop."""
+    """Episodes per second, and the ratio to the library's loop."""
     lines = [
-        "| workload | system | episodes per s | ms per call: median (quartiles) | n | times learn2learn's |",
-        "|---|---|---|---|---|---|",
+        "| workload | algorithm | system | episodes per s | ms per call: median (quartiles) | n | times library |",
+        "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        theirs = row["systems"]["learn2learn"].get("tasks_per_second")
+        of_row = f"| {row['workload']} | {row['algorithm']}"
+        theirs = row["systems"][PEERS[row["algorithm"]]].get("tasks_per_second")
         for name, of in row["systems"].items():
             if "ms" not in of:
-                lines.append(f"| {row['workload']} | {name} | {of['status']} | | | |")
+                lines.append(f"{of_row} | {name} | {of['status']} | | | |")
                 continue
             ms, speed = of["ms"], of["tasks_per_second"]
             against = "not measured" if theirs is None else f"{speed / theirs:.2f}"
             spread = f"{ms['median']:.0f} ({ms['q1']:.0f}-{ms['q3']:.0f})"
-            lines.append(f"| {row['workload']} | {name} | {speed:.1f} | {spread} | {of['n']} | {against} |")
+            lines.append(f"{of_row} | {name} | {speed:.1f} | {spread} | {of['n']} | {against} |")
     return "\n".join(lines)
 
 
@@ -131,6 +145,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--workload", nargs="+", choices=EPISODES, default=["omniglot-5w1s-q15", "mini-5w1s"], metavar="NAME")
+    add("--algorithm", nargs="+", choices=SYSTEMS, default=list(SYSTEMS), metavar="NAME", help=", ".join(SYSTEMS))
     add("--threads", type=int, default=2, help="torch's threads; of metaft episodes at once")
     add("--allocator", choices=["default", "tuned"], default="tuned", help="tuned: glibc keeps freed memory, for all")
     add("--seconds", type=float, default=20.0, help="timed per system and row")
@@ -155,12 +170,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name in dict.fromkeys(given.workload):
             steps, episodes = EPISODES[name]
             workload = dataclasses.replace(WORKLOADS[name], inner_steps=steps, meta_batch=episodes)
-            say(f"time: {name}")
-            results["rows"].append(
-                measure(workload, given.threads, given.allocator, given.seconds, given.rounds, given.site)
-            )
-            given.out.parent.mkdir(parents=True, exist_ok=True)
-            given.out.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+            for algorithm in dict.fromkeys(given.algorithm):
+                say(f"time: {name}, {algorithm}")
+                how = (given.threads, given.allocator, given.seconds, given.rounds, given.site)
+                results["rows"].append(measure(algorithm, workload, *how))
+                given.out.parent.mkdir(parents=True, exist_ok=True)
+                given.out.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     except MetaftError as error:
         print(f"evaluation: {error}", file=sys.stderr)
         return error.status

@@ -37,6 +37,7 @@ SYSTEMS: dict[str, tuple[str, str]] = {
     "learn2learn": ("learn2learn_maml", "learn2learn"),
     "higher": ("higher_maml", "higher"),
     "torchopt": ("torchopt_maml", "torchopt"),
+    "easyfsl": ("easyfsl_protonet", "easyfsl"),
     "plain": ("plain_loop", "torch"),
 }
 """Name -> (file beside this one, the library that it needs)."""

@@ -18,8 +18,8 @@ dest=$(cd "$dest" && pwd)
 
 into_dest() { "$python" -m pip install --quiet --no-deps --upgrade --target "$dest" "$@"; }
 
-echo "higher and TorchOpt, with the optree and graphviz that TorchOpt imports"
-into_dest higher==0.2.1 torchopt==0.7.3 optree==0.20.0 graphviz==0.21
+echo "higher and TorchOpt, with the optree and graphviz that TorchOpt imports; easyfsl, of which its methods alone"
+into_dest higher==0.2.1 torchopt==0.7.3 optree==0.20.0 graphviz==0.21 easyfsl==1.5.0
 
 # learn2learn's last release holds C files that an old Cython wrote; they do not compile on Python 3.11 and newer
 # (learn2learn#413), and are written anew here.

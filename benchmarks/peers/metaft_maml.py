@@ -29,6 +29,8 @@ def model_for(workload: Workload, some: torch.Tensor) -> metaft.Model:
 
 
 def algorithm_for(workload: Workload, model: metaft.Model, options: Options) -> metaft.Algorithm:
+    if options.algorithm == "protonet":
+        return metaft.algorithms.protonet(model)
     return metaft.algorithms.maml(
         model, inner_lr=workload.inner_lr, inner_steps=workload.inner_steps, first_order=options.first_order
     )
@@ -62,7 +64,7 @@ def make(workload: Workload, params: Params, tasks: Tasks, options: Options, ran
     mine = ranks.share(range(workload.meta_batch))
     episode = metaft.Episode(*(t[mine.start : mine.stop] for t in episode))
     algorithm = algorithm_for(workload, model, options)
-    meta = {name: p.clone() for name, p in params.items()}
+    meta = {name: params[name].clone() for name in algorithm.init(0)[0]}
 
     def step() -> Params:
         return metaft.meta_gradient(engine, algorithm, meta, {}, episode, ranks=ranks).grads

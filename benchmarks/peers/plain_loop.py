@@ -14,6 +14,11 @@ from benchmarks.peers.workloads import Options, Params, System, Tasks, Workload,
 
 def forward(workload: Workload, params: Params, x: Tensor) -> Tensor:
     """Conv-4."""
+    return F.linear(features(workload, params, x), params["head.weight"], params["head.bias"])
+
+
+def features(workload: Workload, params: Params, x: Tensor) -> Tensor:
+    """What its head sees."""
     pool = workload.form == "pool"
     for i in range(0, 16 if pool else 12, 4 if pool else 3):
         x = F.conv2d(x, params[f"blocks.{i}.weight"], stride=1 if pool else 2, padding=1)
@@ -21,7 +26,7 @@ def forward(workload: Workload, params: Params, x: Tensor) -> Tensor:
         x = F.relu(F.batch_norm(x, None, None, scale, shift, training=True))
         if pool:
             x = F.max_pool2d(x, 2)
-    return F.linear(x.flatten(1) if pool else x.mean((2, 3)), params["head.weight"], params["head.bias"])
+    return x.flatten(1) if pool else x.mean((2, 3))
 
 
 def make(workload: Workload, params: Params, tasks: Tasks, options: Options) -> System:
@@ -55,4 +60,16 @@ def make(workload: Workload, params: Params, tasks: Tasks, options: Options) -> 
                 found.append(forward(workload, fast, tasks.one(i).query_x))
         return accuracies(found, tasks)
 
-    return System(evaluate if options.evaluate else step)
+    def by_prototypes() -> Params:
+        found = []
+        with torch.no_grad():
+            for i in range(workload.meta_batch):
+                task = tasks.one(i)
+                support, query = (features(workload, params, x) for x in (task.support_x, task.query_x))
+                prototypes = torch.stack([support[task.support_y == n].mean(0) for n in range(workload.ways)])
+                found.append(-(query.unsqueeze(1) - prototypes).square().sum(-1))
+        return accuracies(found, tasks)
+
+    if not options.evaluate:
+        return System(step)
+    return System(by_prototypes if options.algorithm == "protonet" else evaluate)

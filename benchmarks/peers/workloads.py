@@ -172,7 +172,7 @@ class Options:
     dataset: str = "glyphs"
     """Where the end-to-end rows draw from; metaft's alone."""
     algorithm: str = "maml"
-    """Of `benchmarks/family.py`; metaft's alone."""
+    """Of `benchmarks/family.py`, metaft's alone; in a meta-test also "protonet"."""
     own_steps: bool = False
     """Whether that takes its own number of inner steps, or the workload's."""
     evaluate: Literal["", "one", "both", "each"] = ""
