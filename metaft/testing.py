@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Iterable, Sequence
-from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from metaft.algorithms.base import Algorithm
 from metaft.dist.ranks import ALONE, Ranks
 from metaft.engines.base import Engine
-from metaft.engines.batching import rows
+from metaft.engines.batching import each
+from metaft.engines.trees import unstacked
 from metaft.errors import check_ways
 from metaft.inner import at_step
 from metaft.metrics import figure, figure_name, mean_ci95, nearest_neighbour
@@ -54,8 +52,8 @@ def task_scores(
     for the ensemble, whose code averages them).
     """
     adapt = functools.partial(_adapted, algorithm, ways, steps, tuple(norms), each_step)
-    fasts = [adapt(start, task) for start in ((meta, state), *others)]
-    return _scores(algorithm, fasts, task, norms, each_step)
+    predicted = [_outputs(algorithm, adapt(start, task), task, norms, each_step) for start in ((meta, state), *others)]
+    return _scores(algorithm, predicted, task)
 
 
 def group_scores(
@@ -68,9 +66,14 @@ def group_scores(
 ) -> Tensor:
     """[tasks, modes, steps + 1 or 1]: `task_scores` of a group's tasks, which adapt by `adapt` all at once, where they
     can, and 0 of what fills it up. Queries are predicted task by task, since those of one are enough for a core."""
-    fasts = [rows(adapt, start, group.tasks) for start in starts]
-    each = [pytree.tree_map(itemgetter(i), (fasts, group.tasks)) for i in range(int(group.counts.sum()))]
-    scores = torch.stack([_scores(algorithm, mine, task, norms, each_step) for mine, task in each])
+    tasks = unstacked(group.tasks)[: int(group.counts.sum())]
+    predicted = []  # of one member of an ensemble after the other, whose fast weights are then let go
+    for start in starts:
+        fasts = each(adapt, start, group.tasks, len(tasks))
+        pairs = zip(fasts, tasks, strict=True)
+        predicted.append([_outputs(algorithm, fast, task, norms, each_step) for fast, task in pairs])
+    by_task = zip(tasks, zip(*predicted, strict=True), strict=True)
+    scores = torch.stack([_scores(algorithm, outputs, task) for task, outputs in by_task])
     return torch.cat([scores, scores.new_zeros(len(group.counts) - len(scores), *scores.shape[1:])])
 
 
@@ -94,21 +97,21 @@ def _is_stacked(algorithm: Algorithm, each_step: bool) -> bool:
     return each_step or algorithm.predict_steps is not None
 
 
-def _scores(
-    algorithm: Algorithm, fasts: Sequence[Fast], task: Episode, norms: Sequence[Norm], each_step: bool
-) -> Tensor:
-    """[modes, steps + 1 or 1] of one task by the fast weights of each member of an ensemble."""
-    each = [[_outputs(algorithm, fast, task, norm, each_step) for norm in norms] for fast in fasts]
-    means = [[torch.stack(same).mean(0) for same in zip(*rows, strict=True)] for rows in zip(*each, strict=True)]
+Outputs = list[list[Tensor]]
+"""Of one task, for each mode: what is predicted [n, outputs] after each step that is scored."""
+
+
+def _scores(algorithm: Algorithm, predicted: Sequence[Outputs], task: Episode) -> Tensor:
+    """[modes, steps + 1 or 1] of one task by the mean of what each member of an ensemble predicts."""
+    means = [[torch.stack(same).mean(0) for same in zip(*rows, strict=True)] for rows in zip(*predicted, strict=True)]
     rows = [torch.stack([figure(algorithm.loss, mean, task.query_y) for mean in row]) for row in means]
     return torch.stack(rows).detach()
 
 
-def _outputs(algorithm: Algorithm, fast: Fast, task: Episode, norm: Norm, each_step: bool) -> list[Tensor]:
-    """The predictions [n, outputs] of one start that are scored: after each step, or after the last."""
+def _outputs(algorithm: Algorithm, fast: Fast, task: Episode, norms: Sequence[Norm], each_step: bool) -> Outputs:
     if _is_stacked(algorithm, each_step):
-        return list(predictions(algorithm, fast, task, norm))[0 if each_step else -1 :]
-    return [algorithm.predict(fast, task.query_x, norm)]
+        return [list(predictions(algorithm, fast, task, norm))[0 if each_step else -1 :] for norm in norms]
+    return [[algorithm.predict(fast, task.query_x, norm)] for norm in norms]
 
 
 def predictions(algorithm: Algorithm, trajectory: Fast, task: Episode, norm: Norm) -> Iterable[Tensor]:
@@ -133,7 +136,7 @@ def _scores_of(
 
 def in_groups(tasks: Episode, size: int) -> Group:
     """Tasks [n, ...] as [groups, size, ...], the last one of which the last task fills up: bits of a task may depend
-    on how many adapt with it, and so do not depend on n.
+    on how many adapt with it and on its place among them, and so do not depend on n.
 
     >>> group = in_groups(Episode(*[torch.arange(3)] * 6), 2)
     >>> group.tasks.support_x.tolist(), group.counts.tolist()
@@ -167,18 +170,31 @@ def score_episodes(
     """float64 [episodes, modes, steps + 1], or [episodes, modes, 1] without `each_step`: `task_scores` of episodes 0 ..
     episodes-1 of a split, shared out among ranks; with `others` those of the ensemble of all.
 
-    Only scores are kept from one chunk of `at_once` episodes (32, or as many as keep the engine busy) to the next, so
-    memory does not grow with their number. `progress` is called after each chunk; it may raise to stop.
+    Only scores are kept from one chunk of about `at_once` episodes (32, or as many as keep the engine busy) to the
+    next, so memory does not grow with their number. `progress` is called after each chunk; it may raise to stop.
     """
     check_ways("ways", source.ways, algorithm.loss)
     starts = ((meta, state), *others)
     how: Any = {"ways": source.ways, "steps": steps, "norms": tuple(norms), "each_step": each_step}
-    values = source.ways * (source.shots + source.query_shots) * math.prod(source.shape)
+    size = group_size(engine, starts, source.episodes(seed, split, range(1)), steps if each_step else 0)
 
     def score(indices: range) -> Tensor:
-        return score_tasks(engine, algorithm, starts, ordinary(source.episodes(seed, split, indices)), **how)
+        tasks = ordinary(source.episodes(seed, split, indices))
+        return score_tasks(engine, algorithm, starts, tasks, size=size, **how)
 
-    return _in_chunks(score, episodes, at_once or max(32, engine.together(values) * engine.threads), ranks, progress)
+    return _in_chunks(score, episodes, at_once or max(32, size * engine.threads), ranks, progress, size=size)
+
+
+_KEPT = 1 << 24
+"""Numbers of fast weights at most that a group holds: 64 MB in float32."""
+
+
+def group_size(engine: Engine, starts: Starts, tasks: Episode, steps: int) -> int:
+    """How many tasks like these adapt at once, where the weights after each of `steps` are kept. It depends on neither
+    the number of episodes nor that of threads or ranks, and so bits do not."""
+    weights = (steps + 1) * sum(p.numel() for p in starts[0][0].values())
+    values = (tasks.support_x.numel() + tasks.query_x.numel()) // len(tasks.key)
+    return max(1, min(engine.together(values), _KEPT // max(1, weights)))
 
 
 def score_tasks(
@@ -187,14 +203,13 @@ def score_tasks(
     starts: Starts,
     tasks: Episode,
     *,
+    size: int,
     ways: int,
     steps: int,
     norms: tuple[Norm, ...] = NORMS,
     each_step: bool = True,
 ) -> Tensor:
-    """float64 [tasks, modes, steps + 1 or 1]: `task_scores` of each, small ones in groups where the engine does not
-    batch them itself."""
-    size = engine.together((tasks.support_x.numel() + tasks.query_x.numel()) // len(tasks.key))
+    """float64 [tasks, modes, steps + 1 or 1]: `task_scores` of each, in groups of `size` that adapt at once."""
     scores_of = _scores_of(algorithm, ways, steps, norms, each_step, size > 1)
     scores = list(engine.map(scores_of, starts, in_groups(tasks, size) if size > 1 else tasks))
     found = torch.cat(scores)[: len(tasks.key)] if size > 1 else torch.stack(scores)
@@ -207,12 +222,17 @@ def _in_chunks(
     at_once: int,
     ranks: Ranks,
     progress: Callable[[int], None] = lambda done: None,
+    *,
+    size: int = 1,
 ) -> Tensor:
-    """[episodes, ...]: `score` of chunk after chunk of `at_once` episodes per rank, in the episodes' order."""
+    """[episodes, ...]: `score` of chunk after chunk of about `at_once` episodes per rank, in the episodes' order. Each
+    gets whole groups of `size`, so that episode i always has place i modulo size in its group."""
     rows: list[Tensor] = []
-    for first in range(0, episodes, at_once * ranks.count):
-        chunk = range(first, min(first + at_once * ranks.count, episodes))
-        share = ranks.share(chunk)
+    groups, per_rank = -(-episodes // size), -(-at_once // size)
+    for first in range(0, groups, per_rank * ranks.count):
+        mine = ranks.share(range(first, min(first + per_rank * ranks.count, groups)))
+        share = range(mine.start * size, min(mine.stop * size, episodes))
+        chunk = range(first * size, min((first + per_rank * ranks.count) * size, episodes))
         rows += [part for part in ranks.gather(score(share) if share else None) if part is not None]
         progress(chunk.stop)
     return torch.cat(rows)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from metaft import algorithms, engines, models, testing
 from metaft.config import EvaluateConfig, MetaTrainConfig
+from metaft.engines import parallel
 from metaft.metrics import better, figure, mean_ci95, nearest_neighbour
 from metaft.testing import meta_test, score_episodes, summarise, task_scores
 from metaft.types import NORMS, Fast, Norm
@@ -97,21 +98,116 @@ def test_scores_are_per_task_and_do_not_depend_on_chunks_or_engine() -> None:
         assert torch.equal(alone.double(), scores[0][i])
 
 
-@pytest.mark.parametrize("name", ["maml", "maml++", "anil", "protonet", "imaml", "baseline"])
-def test_bits_of_a_task_do_not_depend_on_how_many_adapt_with_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In float32, and by the outputs themselves: accuracies would hide what is lost."""
+def tanh_model() -> models.Model:
+    torch.manual_seed(0)
+    shape = math.prod(scenarios.SHAPE)
+    return models.functional(nn.Sequential(nn.Flatten(), nn.Linear(shape, 37), nn.Tanh(), nn.Linear(37, 3)))
+
+
+@pytest.mark.parametrize(
+    ("name", "model"),
+    [
+        *[(name, "conv4") for name in ("maml", "maml++", "anil", "protonet", "imaml", "baseline", "unicorn-maml")],
+        ("maml", "tanh"),
+    ],
+)
+@pytest.mark.parametrize("size", [8, 5])
+def test_bits_of_a_task_do_not_depend_on_how_many_there_are(
+    name: str, model: str, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor on threads and chunks. In float32, and by the outputs themselves: accuracies would hide what is lost."""
     monkeypatch.setattr(testing, "figure", lambda loss, outputs, y: outputs.double().square().sum())
+    monkeypatch.setattr(parallel, "GROUP", size)
     source = scenarios.noise_pool().source(ways=3, shots=1, query_shots=4)
-    algorithm = algorithms.build(name, scenarios.model(ways=3, width=8, dtype=torch.float32), {})
+    made = tanh_model() if model == "tanh" else scenarios.model(ways=3, width=16, dtype=torch.float32)
+    algorithm = algorithms.build(name, made, {})
     meta, state = algorithm.init(0)
     found = []
-    for threads, at_once, episodes in ((2, None, 21), (1, 5, 21), (3, None, 2), (1, 17, 18)):
+    for threads, at_once, episodes in ((2, None, 21), (1, 7, 21), (3, None, 2), (1, 17, 18)):
         how: Any = {"split": "val", "seed": 3, "episodes": episodes, "steps": 2 if algorithm.inner_steps else 0}
         with engines.engine("threads", threads=threads) as engine:
-            assert engine.together(3 * 5 * math.prod(source.shape)) == 16
+            assert engine.together(3 * 5 * math.prod(source.shape)) == size
             found.append(score_episodes(engine, algorithm, meta, state, source, at_once=at_once, **how))
     for scores in found[1:]:
         assert torch.equal(scores, found[0][: len(scores)])
+
+
+@pytest.mark.usefixtures("float64_runs")
+@pytest.mark.parametrize("name", ["maml", "reptile"])
+def test_tasks_that_adapt_together_have_their_own_keys(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By which masks, shifts and orders are drawn."""
+    monkeypatch.setattr(testing, "figure", lambda loss, outputs, y: outputs.square().sum())
+    source = scenarios.noise_pool().source(ways=3, shots=2, query_shots=2)
+    given = {"inner_augment": "shift"} if name == "maml" else {}
+    algorithm = algorithms.build(name, scenarios.model(ways=3, dropout=0.5), given)
+    meta, state = algorithm.init(0)
+    with engines.engine("threads") as engine:
+        scores = score_episodes(engine, algorithm, meta, state, source, split="val", seed=3, episodes=9, steps=2)
+    for i in range(9):
+        task = scenarios.one(source.episodes(3, "val", [i]))
+        alone = task_scores(algorithm, meta, state, task, ways=3, steps=2)
+        assert torch.allclose(alone, scores[i], rtol=1e-10)
+
+
+@pytest.mark.usefixtures("float64_runs")
+@pytest.mark.parametrize("episodes", [1, 9])
+def test_steps_of_a_test_are_of_first_order(episodes: int) -> None:
+    """One by one, and together."""
+    model, asked = scenarios.model(ways=3), []
+
+    def loss(*arguments: Any, curvature: bool = False) -> tuple[Tensor, Tensor]:
+        asked.append(curvature)
+        return model.loss(*arguments, curvature=curvature)
+
+    algorithm = algorithms.maml(dataclasses.replace(model, loss=loss), inner_lr=0.1)
+    source = scenarios.noise_pool().source(ways=3, shots=1, query_shots=2)
+    meta, state = algorithm.init(0)
+    with engines.engine("threads", threads=1) as engine:
+        score_episodes(engine, algorithm, meta, state, source, split="val", seed=3, episodes=episodes, steps=2)
+    assert asked and not any(asked)
+
+
+@pytest.mark.usefixtures("float64_runs")
+@pytest.mark.filterwarnings(
+    "ignore:.*torch.jit.script:DeprecationWarning"
+)  # of torch's own derivatives in forward mode
+def test_forward_mode_sees_the_second_order() -> None:
+    """Inside torch.func.jvp gradients are off, and a derivative is taken all the same."""
+    algorithm = algorithms.maml(scenarios.model("mlp"), inner_lr=0.3, inner_steps=2)
+    task = scenarios.one(scenarios.noise_pool().source(ways=3, shots=1, query_shots=2).episodes(0, "test", [0]))
+    meta, state = algorithm.init(0)
+    generator = torch.Generator().manual_seed(0)
+    way = {k: torch.randn(v.shape, generator=generator, dtype=v.dtype) for k, v in meta.items()}
+    assert algorithm.task_loss is not None
+    of: Any = algorithm.task_loss
+
+    def value(params: Any) -> Tensor:
+        return of(params, state, {}, task)[0]
+
+    grads = torch.func.grad(value)(meta)
+    with torch.no_grad():
+        both: Any = torch.func.jvp(value, (meta,), (way,))
+    assert float(both[1]) == pytest.approx(float(sum((grads[k] * way[k]).sum() for k in meta)), rel=1e-9)
+
+
+@pytest.mark.usefixtures("float64_runs")
+def test_what_an_adaptation_leaves_need_not_be_a_tensor() -> None:
+    """A plugin's own member may keep a number, which vmap cannot give back."""
+    source = scenarios.noise_pool().source(ways=3, shots=1, query_shots=4)
+    algorithm = algorithms.maml(scenarios.model(ways=3), inner_lr=0.1)
+    meta, state = algorithm.init(0)
+
+    def adapt(*arguments: Any, **options: Any) -> Fast:
+        return algorithm.adapt(*arguments, **options)._replace(extra={"temperature": 2.0})
+
+    def predict(fast: Fast, x: Tensor, norm: Norm) -> Tensor:
+        return algorithm.predict(fast, x, norm) / fast.extra["temperature"]
+
+    own = dataclasses.replace(algorithm, adapt=adapt, predict=predict)
+    how: Any = {"split": "val", "seed": 3, "episodes": 10, "steps": 2, "each_step": False}
+    with engines.engine("threads") as engine:
+        found = [score_episodes(engine, member, meta, state, source, **how) for member in (own, algorithm)]
+    assert torch.equal(*found)
 
 
 @pytest.mark.usefixtures("float64_runs")

@@ -12,7 +12,7 @@ import metaft.engines
 import metaft.types
 from benchmarks.peers.workloads import Options, Params, System, Tasks, Workload
 from metaft.dist.ranks import ALONE, Ranks
-from metaft.testing import score_tasks
+from metaft.testing import group_size, score_tasks
 
 
 def model_for(workload: Workload, some: torch.Tensor) -> metaft.Model:
@@ -71,10 +71,13 @@ def make(workload: Workload, params: Params, tasks: Tasks, options: Options, ran
 
     norms = metaft.types.NORMS if options.evaluate != "one" else metaft.types.NORMS[:1]
 
-    how: Any = {"ways": workload.ways, "steps": workload.inner_steps, "norms": norms}
+    each = options.evaluate == "each"
+    how: Any = {"ways": workload.ways, "steps": workload.inner_steps, "norms": norms, "each_step": each}
+    starts = ((meta, {}),)
+    size = group_size(engine, starts, episode, workload.inner_steps if each else 0)
 
     def evaluate() -> Params:
-        found = score_tasks(engine, algorithm, ((meta, {}),), episode, **how, each_step=options.evaluate == "each")
+        found = score_tasks(engine, algorithm, starts, episode, size=size, **how)
         return {"accuracy": found[:, 0, 0] if options.evaluate == "one" else found}
 
     return System(evaluate if options.evaluate else step, in_flight(engine, tasks), stack.close)

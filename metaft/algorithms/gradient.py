@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from metaft import inner, inner_optim
@@ -19,6 +18,7 @@ from metaft.inner_augment import Augment
 from metaft.inner_optim import InnerOptimizer
 from metaft.models import Model
 from metaft.models.dropout import use_dropout
+from metaft.models.norm import is_differentiated
 from metaft.types import Fast, Loss, Norm, Params
 
 
@@ -140,7 +140,7 @@ def _adapt(
     trajectory: bool = False,
     moments: bool = True,
 ) -> Fast:
-    if not torch.is_grad_enabled():  # of a test nobody takes the derivative; inside torch.func.grad it is enabled
+    if not is_differentiated():  # as in a test
         descent = descent._replace(first_order=True)
     model, hooks = descent.model, descent.hooks
     of_weights = hooks.loss_on(meta, support_x, support_y) if steps else None

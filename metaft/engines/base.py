@@ -27,7 +27,7 @@ class Engine(Protocol):
 
     def together(self, values: int) -> int:
         """How many tasks of `values` numbers each a function given to `map` should take at once itself, if it can batch
-        them: 1 of an engine that batches what it maps. It depends on nothing else, nor do the bits then."""
+        them: 1 of an engine that batches what it maps. It does not depend on how many tasks or threads there are."""
         ...
 
     def sum(self, fn: TaskFunction[Shared, Tree, Out], shared: Shared, tasks: Tree) -> Out:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch.utils import _pytree as pytree
 
-from metaft.engines.trees import chunks, summed
+from metaft.engines.trees import chunks, length, summed, unstacked
 from metaft.errors import MetaftError
 from metaft.models.derivatives import first_sentence, without_derivative
 
@@ -34,16 +34,30 @@ def rows(fn: TaskFunction[Shared, Tree, Out], shared: Shared, tasks: Tree) -> Ou
     One task runs without vmap, since plain autograd is faster. Raises MetaftError for an operation without the
     derivative that is asked of it.
     """
-    leaves, spec = pytree.tree_flatten(tasks)
-    if len(leaves[0]) > 1 and fn not in _one_by_one:
-        try:
-            return vmapped(fn, shared, tasks)
-        except CannotBatch:
-            _one_by_one.add(fn)
-    parts = zip(*(leaf.unbind() for leaf in leaves), strict=True)
-    results = [pytree.tree_flatten(_single(fn, shared, pytree.tree_unflatten(list(part), spec))) for part in parts]
+    if (batched := _batched(fn, shared, tasks)) is not None:
+        return batched
+    results = [pytree.tree_flatten(_single(fn, shared, task)) for task in unstacked(tasks)]
     stacked = [torch.stack(row) for row in zip(*(result for result, _ in results), strict=True)]
     return pytree.tree_unflatten(stacked, results[0][1])
+
+
+def each(fn: TaskFunction[Shared, Tree, Out], shared: Shared, tasks: Tree, count: int) -> list[Out]:
+    """`fn(shared, task)` of the first `count` tasks: of all of them by vmap, or of those one by one where that cannot
+    be. One by one they need not be trees of tensors that can be stacked."""
+    if (batched := _batched(fn, shared, tasks)) is not None:
+        return unstacked(batched)[:count]
+    return [_single(fn, shared, task) for task in unstacked(tasks)[:count]]
+
+
+def _batched(fn: TaskFunction[Shared, Tree, Out], shared: Shared, tasks: Tree) -> Out | None:
+    """By vmap, where there are several tasks and it can."""
+    if length(tasks) == 1 or fn in _one_by_one:
+        return None
+    try:
+        return vmapped(fn, shared, tasks)
+    except CannotBatch:
+        _one_by_one.add(fn)
+        return None
 
 
 def vmapped(fn: TaskFunction[Shared, Tree, Out], shared: Shared, tasks: Tree) -> Out:

@@ -11,6 +11,9 @@ from metaft.engines.base import at_least_1
 from metaft.engines.sizes import task_chunk, tasks_together
 from metaft.engines.trees import length
 
+GROUP = 8
+"""Tasks at most that a function of `map` takes at once: with more, cores wait for each other at the end."""
+
 
 class Parallel:
     """What threads and processes share: several chunks of tasks at the same time, each on one core."""
@@ -34,7 +37,7 @@ class Parallel:
         return task_chunk(sum(leaf.numel() for leaf in pytree.tree_leaves(tasks)) // count, count, self.threads)
 
     def together(self, values: int) -> int:
-        return tasks_together(values)
+        return 1 if self.chunk == 1 else min(GROUP, tasks_together(values))
 
     def close(self) -> None:
         torch.set_num_threads(self._intra_op)

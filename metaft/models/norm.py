@@ -22,6 +22,14 @@ def in_transform() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore[reportAttributeAccessIssue]
 
 
+def is_differentiated() -> bool:
+    """Whether a derivative may be taken of what is computed now: grad mode is on, as it is inside torch.func.grad and
+    vjp, or some transform is another than vmap."""
+    stack = torch._C._functorch.get_interpreter_stack() or ()  # pyright: ignore[reportAttributeAccessIssue]
+    vmap = torch._C._functorch.TransformType.Vmap  # pyright: ignore[reportAttributeAccessIssue]
+    return torch.is_grad_enabled() or any(level.key() != vmap for level in stack)
+
+
 class _Frame:
     """What the normalisation layers of one forward pass are given, and what they measured, in the order they meet."""
 
