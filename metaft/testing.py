@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -67,11 +68,12 @@ def group_scores(
     """[tasks, modes, steps + 1 or 1]: `task_scores` of a group's tasks, which adapt by `adapt` all at once, where they
     can, and 0 of what fills it up. Queries are predicted task by task, since those of one are enough for a core."""
     tasks = unstacked(group.tasks)[: int(group.counts.sum())]
-    predicted = []  # of one member of an ensemble after the other, whose fast weights are then let go
-    for start in starts:
+
+    def predicted_from(start: tuple[Params, Params]) -> list[Outputs]:
         fasts = each(adapt, start, group.tasks, len(tasks))
-        pairs = zip(fasts, tasks, strict=True)
-        predicted.append([_outputs(algorithm, fast, task, norms, each_step) for fast, task in pairs])
+        return [_outputs(algorithm, fast, task, norms, each_step) for fast, task in zip(fasts, tasks, strict=True)]
+
+    predicted = [predicted_from(start) for start in starts]  # the fast weights of one go before the next one adapts
     by_task = zip(tasks, zip(*predicted, strict=True), strict=True)
     scores = torch.stack([_scores(algorithm, outputs, task) for task, outputs in by_task])
     return torch.cat([scores, scores.new_zeros(len(group.counts) - len(scores), *scores.shape[1:])])
@@ -176,7 +178,8 @@ def score_episodes(
     check_ways("ways", source.ways, algorithm.loss)
     starts = ((meta, state), *others)
     how: Any = {"ways": source.ways, "steps": steps, "norms": tuple(norms), "each_step": each_step}
-    size = group_size(engine, starts, source.episodes(seed, split, range(1)), steps if each_step else 0)
+    values = source.ways * (source.shots + source.query_shots) * math.prod(source.shape)
+    size = group_size(engine, starts, values, steps if each_step else 0)
 
     def score(indices: range) -> Tensor:
         tasks = ordinary(source.episodes(seed, split, indices))
@@ -189,11 +192,10 @@ _KEPT = 1 << 24
 """Numbers of fast weights at most that a group holds: 64 MB in float32."""
 
 
-def group_size(engine: Engine, starts: Starts, tasks: Episode, steps: int) -> int:
-    """How many tasks like these adapt at once, where the weights after each of `steps` are kept. It depends on neither
-    the number of episodes nor that of threads or ranks, and so bits do not."""
+def group_size(engine: Engine, starts: Starts, values: int, steps: int) -> int:
+    """How many tasks with images of so many values adapt at once, where the weights after each of `steps` are kept. It
+    depends on neither the number of episodes nor that of threads or ranks, and so bits do not."""
     weights = (steps + 1) * sum(p.numel() for p in starts[0][0].values())
-    values = (tasks.support_x.numel() + tasks.query_x.numel()) // len(tasks.key)
     return max(1, min(engine.together(values), _KEPT // max(1, weights)))
 
 

@@ -74,7 +74,8 @@ def make(workload: Workload, params: Params, tasks: Tasks, options: Options, ran
     each = options.evaluate == "each"
     how: Any = {"ways": workload.ways, "steps": workload.inner_steps, "norms": norms, "each_step": each}
     starts = ((meta, {}),)
-    size = group_size(engine, starts, episode, workload.inner_steps if each else 0)
+    values = (tasks.support_x.numel() + tasks.query_x.numel()) // workload.meta_batch
+    size = group_size(engine, starts, values, workload.inner_steps if each else 0)
 
     def evaluate() -> Params:
         found = score_tasks(engine, algorithm, starts, episode, size=size, **how)
