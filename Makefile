@@ -33,10 +33,10 @@ endif
 	$(BIN)/python -m metaft.adapt --init $(OUT) --data glyphs:Hebrew --shots-per-class 5 --out $(OUT)-adapted
 
 test: $(INSTALLED) ## run the tests and the docstrings' examples, but for the slow ones: under 10 minutes on two slow cores
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m 'not slow' $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m 'not slow' --durations=15 $(ARGS)
 
 test-slow: $(INSTALLED) ## run the slow ones: whole runs, processes of their own, compilers
-	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m slow $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m slow --durations=15 $(ARGS)
 
 test-faults: $(INSTALLED) ## kill, starve and damage runs for real, in full: 15 to 25 minutes (docs/reliability.md)
 	METAFT_FAULTS=full $(BIN)/python -m pytest tests/faults tests/test_fuzz.py tests/test_bad_input.py \
