@@ -116,14 +116,15 @@ def _resume(folder: RunFolder, config: AdaptConfig | None, module: nn.Module | N
     folder.make_folders()
     folder.mend()
     position, before = read(folder) if folder.last.exists() else (Position(), None)
+    was = before or {}
     recorded = in_full(of_run(AdaptConfig, folder.config, "resume"))
     given = {} if config is None else {k: v for k, v in flat(config).items() if v is not None}
     if config is not None and config.recipe is not None:
-        recipe, searched = config.recipe, "range_test" in (before or {})
+        recipe, searched = config.recipe, "range_test" in was
         recipe = recipe if recorded.recipe is None else as_settled(recipe, recorded.recipe, searched=searched)
         given = {k: v for k, v in given.items() if k not in options(Recipe)} | {"recipe": recipe}
     config = in_full(dataclasses.replace(recorded, **{**given, "out": None}))
-    classes = [(before or {}).get("classes", ()), *(before or {}).get("also_classes", [()] * len(config.also))]
+    classes = [was.get("classes", ()), *was.get("also_classes", [()] * len(config.also))]
     known = [recorded.target.data, *recorded.also]
     names = [config.target.data, *config.also]
     if len(names) == len(known):

@@ -25,6 +25,15 @@ Starts = tuple[tuple[Params, Params], ...]
 """(meta, state) of each member of an ensemble."""
 
 
+class How(NamedTuple):
+    """What of a task is scored: in which modes, and after each inner step or the last one alone."""
+
+    ways: int
+    steps: int
+    norms: tuple[Norm, ...] = NORMS
+    each_step: bool = True
+
+
 class Group(NamedTuple):
     """Tasks that adapt at once."""
 
@@ -34,36 +43,26 @@ class Group(NamedTuple):
 
 
 def task_scores(
-    algorithm: Algorithm,
-    meta: Params,
-    state: Params,
-    task: Episode,
-    *,
-    ways: int,
-    steps: int,
-    norms: Sequence[Norm] = NORMS,
-    each_step: bool = True,
-    others: Starts = (),
+    algorithm: Algorithm, meta: Params, state: Params, task: Episode, *, others: Starts = (), **how: Any
 ) -> Tensor:
     """[modes, steps + 1]: accuracy (or MSE) on one task's queries in each normalisation mode, after each inner step, or
-    [modes, 1] after the last one alone.
+    [modes, 1] after the last one alone; `how` as `How` has it.
 
     Members without inner steps give one column. With `others` it is that of an ensemble: each start adapts by itself,
     and what counts is the mean of their outputs (of logits, where there are classes: Antoniou et al. 2019, section 4
     for the ensemble, whose code averages them).
     """
-    adapt = functools.partial(_adapted, algorithm, ways, steps, tuple(norms), each_step)
-    predicted = [_outputs(algorithm, adapt(start, task), task, norms, each_step) for start in ((meta, state), *others)]
-    return _scores(algorithm, predicted, task)
+    asked = How(**how)
+    fasts = (_adapted(algorithm, asked, start, task) for start in ((meta, state), *others))
+    return _scores(algorithm, [_outputs(algorithm, asked, fast, task) for fast in fasts], task)
 
 
 def group_scores(
     algorithm: Algorithm,
+    how: How,
     adapt: Callable[[tuple[Params, Params], Episode], Fast],
     starts: Starts,
     group: Group,
-    norms: Sequence[Norm],
-    each_step: bool,
 ) -> Tensor:
     """[tasks, modes, steps + 1 or 1]: `task_scores` of a group's tasks, which adapt by `adapt` all at once, where they
     can, and 0 of what fills it up. Queries are predicted task by task, since those of one are enough for a core."""
@@ -71,7 +70,7 @@ def group_scores(
 
     def predicted_from(start: tuple[Params, Params]) -> list[Outputs]:
         fasts = each(adapt, start, group.tasks, len(tasks))
-        return [_outputs(algorithm, fast, task, norms, each_step) for fast, task in zip(fasts, tasks, strict=True)]
+        return [_outputs(algorithm, how, fast, task) for fast, task in zip(fasts, tasks, strict=True)]
 
     predicted = [predicted_from(start) for start in starts]  # the fast weights of one go before the next one adapts
     by_task = zip(tasks, zip(*predicted, strict=True), strict=True)
@@ -79,24 +78,16 @@ def group_scores(
     return torch.cat([scores, scores.new_zeros(len(group.counts) - len(scores), *scores.shape[1:])])
 
 
-def _adapted(
-    algorithm: Algorithm,
-    ways: int,
-    steps: int,
-    norms: tuple[Norm, ...],
-    each_step: bool,
-    start: tuple[Params, Params],
-    task: Episode,
-) -> Fast:
+def _adapted(algorithm: Algorithm, how: How, start: tuple[Params, Params], task: Episode) -> Fast:
     """One start's fast weights for a task: of each step where they are asked for or cost nothing more."""
     return algorithm.adapt(
-        *start, task.support_x, task.support_y, task.key, ways=ways, steps=steps,
-        trajectory=_is_stacked(algorithm, each_step), moments="inductive" in norms,
+        *start, task.support_x, task.support_y, task.key, ways=how.ways, steps=how.steps,
+        trajectory=_is_stacked(algorithm, how), moments="inductive" in how.norms,
     )  # fmt: skip
 
 
-def _is_stacked(algorithm: Algorithm, each_step: bool) -> bool:
-    return each_step or algorithm.predict_steps is not None
+def _is_stacked(algorithm: Algorithm, how: How) -> bool:
+    return how.each_step or algorithm.predict_steps is not None
 
 
 Outputs = list[list[Tensor]]
@@ -110,10 +101,10 @@ def _scores(algorithm: Algorithm, predicted: Sequence[Outputs], task: Episode) -
     return torch.stack(rows).detach()
 
 
-def _outputs(algorithm: Algorithm, fast: Fast, task: Episode, norms: Sequence[Norm], each_step: bool) -> Outputs:
-    if _is_stacked(algorithm, each_step):
-        return [list(predictions(algorithm, fast, task, norm))[0 if each_step else -1 :] for norm in norms]
-    return [[algorithm.predict(fast, task.query_x, norm)] for norm in norms]
+def _outputs(algorithm: Algorithm, how: How, fast: Fast, task: Episode) -> Outputs:
+    if _is_stacked(algorithm, how):
+        return [list(predictions(algorithm, fast, task, norm))[0 if how.each_step else -1 :] for norm in how.norms]
+    return [[algorithm.predict(fast, task.query_x, norm)] for norm in how.norms]
 
 
 def predictions(algorithm: Algorithm, trajectory: Fast, task: Episode, norm: Norm) -> Iterable[Tensor]:
@@ -125,15 +116,12 @@ def predictions(algorithm: Algorithm, trajectory: Fast, task: Episode, norm: Nor
 
 
 @functools.lru_cache(maxsize=16)
-def _scores_of(
-    algorithm: Algorithm, ways: int, steps: int, norms: tuple[Norm, ...], each_step: bool, several: bool
-) -> Callable[[Starts, Any], Tensor]:
+def _scores_of(algorithm: Algorithm, how: How, several: bool) -> Callable[[Starts, Any], Tensor]:
     """`task_scores`, or `group_scores` of `several`, as engines want them: one object for all calls."""
     if several:
-        adapt = functools.partial(_adapted, algorithm, ways, steps, norms, each_step)
-        return lambda starts, group: group_scores(algorithm, adapt, starts, group, norms, each_step)
-    how: Any = {"ways": ways, "steps": steps, "norms": norms, "each_step": each_step}
-    return lambda starts, task: task_scores(algorithm, *starts[0], task, others=starts[1:], **how)
+        adapt = functools.partial(_adapted, algorithm, how)
+        return lambda starts, group: group_scores(algorithm, how, adapt, starts, group)
+    return lambda starts, task: task_scores(algorithm, *starts[0], task, others=starts[1:], **how._asdict())
 
 
 def in_groups(tasks: Episode, size: int) -> Group:
@@ -177,13 +165,12 @@ def score_episodes(
     """
     check_ways("ways", source.ways, algorithm.loss)
     starts = ((meta, state), *others)
-    how: Any = {"ways": source.ways, "steps": steps, "norms": tuple(norms), "each_step": each_step}
+    how = How(source.ways, steps, tuple(norms), each_step)
     values = source.ways * (source.shots + source.query_shots) * math.prod(source.shape)
-    size = group_size(engine, starts, values, steps if each_step else 0)
+    size = group_size(engine, starts, how, values)
 
     def score(indices: range) -> Tensor:
-        tasks = ordinary(source.episodes(seed, split, indices))
-        return score_tasks(engine, algorithm, starts, tasks, size=size, **how)
+        return score_tasks(engine, algorithm, starts, how, ordinary(source.episodes(seed, split, indices)), size)
 
     return _in_chunks(score, episodes, at_once or max(32, size * engine.threads), ranks, progress, size=size)
 
@@ -192,30 +179,21 @@ _KEPT = 1 << 24
 """Numbers of fast weights at most that a group holds: 64 MB in float32."""
 
 
-def group_size(engine: Engine, starts: Starts, values: int, steps: int) -> int:
-    """How many tasks with images of so many values adapt at once, where the weights after each of `steps` are kept. It
-    depends on neither the number of episodes nor that of threads or ranks, and so bits do not."""
-    weights = (steps + 1) * sum(p.numel() for p in starts[0][0].values())
+def group_size(engine: Engine, starts: Starts, how: How, values: int) -> int:
+    """How many tasks with images of so many values adapt at once. It depends on neither the number of episodes nor that
+    of threads or ranks, and so bits do not."""
+    weights = (how.steps + 1 if how.each_step else 1) * sum(p.numel() for p in starts[0][0].values())
     return max(1, min(engine.together(values), _KEPT // max(1, weights)))
 
 
-def score_tasks(
-    engine: Engine,
-    algorithm: Algorithm,
-    starts: Starts,
-    tasks: Episode,
-    *,
-    size: int,
-    ways: int,
-    steps: int,
-    norms: tuple[Norm, ...] = NORMS,
-    each_step: bool = True,
-) -> Tensor:
+def score_tasks(engine: Engine, algorithm: Algorithm, starts: Starts, how: How, tasks: Episode, size: int) -> Tensor:
     """float64 [tasks, modes, steps + 1 or 1]: `task_scores` of each, in groups of `size` that adapt at once."""
-    scores_of = _scores_of(algorithm, ways, steps, norms, each_step, size > 1)
-    scores = list(engine.map(scores_of, starts, in_groups(tasks, size) if size > 1 else tasks))
-    found = torch.cat(scores)[: len(tasks.key)] if size > 1 else torch.stack(scores)
-    return found.double().cpu()
+    if size == 1:
+        scores = torch.stack(list(engine.map(_scores_of(algorithm, how, False), starts, tasks)))
+    else:
+        groups = engine.map(_scores_of(algorithm, how, True), starts, in_groups(tasks, size))
+        scores = torch.cat(list(groups))[: len(tasks.key)]
+    return scores.double().cpu()
 
 
 def _in_chunks(

@@ -151,7 +151,8 @@ def test_tasks_that_adapt_together_have_their_own_keys(name: str, monkeypatch: p
 
 @pytest.mark.usefixtures("float64_runs")
 @pytest.mark.parametrize("episodes", [1, 9])
-def test_steps_of_a_test_are_of_first_order(episodes: int) -> None:
+@pytest.mark.parametrize("chunk", [1, None])
+def test_steps_of_a_test_are_of_first_order(episodes: int, chunk: int | None) -> None:
     """One by one, and together."""
     model, asked = scenarios.model(ways=3), []
 
@@ -162,15 +163,13 @@ def test_steps_of_a_test_are_of_first_order(episodes: int) -> None:
     algorithm = algorithms.maml(dataclasses.replace(model, loss=loss), inner_lr=0.1)
     source = scenarios.noise_pool().source(ways=3, shots=1, query_shots=2)
     meta, state = algorithm.init(0)
-    with engines.engine("threads", threads=1) as engine:
+    with engines.engine("threads", threads=1, chunk=chunk) as engine:
         score_episodes(engine, algorithm, meta, state, source, split="val", seed=3, episodes=episodes, steps=2)
     assert asked and not any(asked)
 
 
 @pytest.mark.usefixtures("float64_runs")
-@pytest.mark.filterwarnings(
-    "ignore:.*torch.jit.script:DeprecationWarning"
-)  # of torch's own derivatives in forward mode
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # torch's own, in forward mode
 def test_forward_mode_sees_the_second_order() -> None:
     """Inside torch.func.jvp gradients are off, and a derivative is taken all the same."""
     algorithm = algorithms.maml(scenarios.model("mlp"), inner_lr=0.3, inner_steps=2)

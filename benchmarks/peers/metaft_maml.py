@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Any
 
 import torch
 
@@ -12,7 +11,7 @@ import metaft.engines
 import metaft.types
 from benchmarks.peers.workloads import Options, Params, System, Tasks, Workload
 from metaft.dist.ranks import ALONE, Ranks
-from metaft.testing import group_size, score_tasks
+from metaft.testing import How, group_size, score_tasks
 
 
 def model_for(workload: Workload, some: torch.Tensor) -> metaft.Model:
@@ -70,15 +69,13 @@ def make(workload: Workload, params: Params, tasks: Tasks, options: Options, ran
         return metaft.meta_gradient(engine, algorithm, meta, {}, episode, ranks=ranks).grads
 
     norms = metaft.types.NORMS if options.evaluate != "one" else metaft.types.NORMS[:1]
-
-    each = options.evaluate == "each"
-    how: Any = {"ways": workload.ways, "steps": workload.inner_steps, "norms": norms, "each_step": each}
+    how = How(workload.ways, workload.inner_steps, norms, each_step=options.evaluate == "each")
     starts = ((meta, {}),)
     values = (tasks.support_x.numel() + tasks.query_x.numel()) // workload.meta_batch
-    size = group_size(engine, starts, values, workload.inner_steps if each else 0)
+    size = group_size(engine, starts, how, values)
 
     def evaluate() -> Params:
-        found = score_tasks(engine, algorithm, starts, episode, size=size, **how)
+        found = score_tasks(engine, algorithm, starts, how, episode, size)
         return {"accuracy": found[:, 0, 0] if options.evaluate == "one" else found}
 
     return System(evaluate if options.evaluate else step, in_flight(engine, tasks), stack.close)

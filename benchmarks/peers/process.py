@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import os
 import subprocess
@@ -13,6 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+from metaft.support.allocator import keep_blocks
 
 ROOT = Path(__file__).resolve().parents[2]
 _ALLOCATOR = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")
@@ -90,18 +91,8 @@ def environment(*, threads: int, allocator: str, site: Path | None) -> dict[str,
     env = {name: value for name, value in os.environ.items() if name not in _ALLOCATOR}
     env |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
     if allocator == "tuned":
-        # As `metaft.support.allocator` does in the commands.
-        env |= {"MALLOC_TRIM_THRESHOLD_": str(sys.maxsize), "MALLOC_MMAP_THRESHOLD_": str(largest_threshold())}
+        # As the commands do by `keep_freed_memory`. Another C library ignores the variables.
+        env |= {"MALLOC_TRIM_THRESHOLD_": str(sys.maxsize), "MALLOC_MMAP_THRESHOLD_": str(keep_blocks() or 1 << 30)}
     paths = [str(ROOT), *([str(site)] if site is not None else []), env.get("PYTHONPATH", "")]
     env["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
     return env
-
-
-def largest_threshold() -> int:
-    """Bytes up to which glibc can be told to keep a freed block: older versions refuse more than 32 MiB, and then the
-    variable would do nothing."""
-    try:
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-    except (OSError, AttributeError):  # another C library, which ignores the variables
-        return 1 << 30
-    return 1 << 30 if mallopt(-3, 1 << 30) else 32 << 20

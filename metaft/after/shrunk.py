@@ -106,7 +106,7 @@ def result_of(
     shape = list(work.original.inputs.shape)
     entries = [entry(name, [fit]) | {"shape": shape} for name, fit in zip((label, "original"), pair, strict=True)]
     gains = [gain(label, "original", [pair[0]], [pair[1]])]
-    start = work.student or work.contender.start
+    start, recipe = work.student or work.contender.start, recovery(work)
     same = ("data", "classes", "seed", "train_images", "val_images", "train_images_per_class")
     same += ("val_images_per_class", "test_images", "folds")
     return {
@@ -116,8 +116,8 @@ def result_of(
         "init_about": {k: v for k, v in start.about.items() if k != "classes"},
         **{key: before[key] for key in same},
         "method": "finetune",
-        **recipe_of(recovery(work)),
-        "extra": [*recovery(work).extra, _followed(work)],
+        **recipe_of(recipe),
+        "extra": [*recipe.extra, _followed(work)],
         "last_seed": work.seed,
         "device": "cpu",
         "environment": where_measured("cpu", torch.get_num_threads()),
@@ -157,8 +157,8 @@ def _followed(work: Work) -> str:
 
 
 def _notes(work: Work, row: Mapping[str, Any]) -> list[str]:
-    recipe = work.contender.recipe
-    dropped = [] if recipe is None else [text for text in recipe.extra if text not in recovery(work).extra]
+    recipe, kept = work.contender.recipe, recovery(work).extra
+    dropped = [] if recipe is None else [text for text in recipe.extra if text not in kept]
     how = "was taught by" if work.student is not None else "is what was left of"
     about = f"this classifier {how} that of {work.run.path}, whose settings config.toml has"
     said = [f"{about}; at most {work.config.latency:g} of its time and {work.config.points:g} points were asked for"]

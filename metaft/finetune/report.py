@@ -65,14 +65,14 @@ def _further(r: Mapping[str, Any]) -> list[str]:
         "" if weights is None else f", losses weighted at the end by {', '.join(f'{exp(-s):.3g}' for s in weights)}"
     )
     lines = [f"{len(rows)} targets on one backbone ({r['tasks']}{learned}), beside a model of each alone:"]
-    for data, classes, _, together, by_itself, gained, file in rows:
+    for of in rows:
         both = " and ".join(
             f"{_ci_if_any(each['mean']['accuracy'], each['mean']['ci95'])} % {how}"
-            for each, how in ((together, "together"), (by_itself, "alone"))
+            for each, how in ((of.together, "together"), (of.alone, "alone"))
         )
         lines.append(
-            f"  {shown(data)} ({kind(classes)}, {file}): right {both}, "
-            f"gain {_ci_if_any(gained['mean'], gained['ci95'])} points"
+            f"  {shown(of.data)} ({kind(of.classes)}, {of.file}): right {both}, "
+            f"gain {_ci_if_any(of.gain['mean'], of.gain['ci95'])} points"
         )
     return lines
 

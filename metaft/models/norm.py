@@ -25,9 +25,11 @@ def in_transform() -> bool:
 def is_differentiated() -> bool:
     """Whether a derivative may be taken of what is computed now: grad mode is on, as it is inside torch.func.grad and
     vjp, or some transform is another than vmap."""
+    if torch.is_grad_enabled():
+        return True
     stack = torch._C._functorch.get_interpreter_stack() or ()  # pyright: ignore[reportAttributeAccessIssue]
     vmap = torch._C._functorch.TransformType.Vmap  # pyright: ignore[reportAttributeAccessIssue]
-    return torch.is_grad_enabled() or any(level.key() != vmap for level in stack)
+    return any(level.key() != vmap for level in stack)
 
 
 class _Frame:
