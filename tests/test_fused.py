@@ -17,6 +17,7 @@ from metaft import models
 from metaft.errors import MetaftError
 from metaft.models import fused
 from metaft.models.functional import plain_operations
+from metaft.models.fused import evaluation, functions
 from metaft.models.precision import in_bf16
 from metaft.types import Params
 
@@ -114,7 +115,7 @@ def test_value_gradient_and_curvature_under_autograd(form: Any, keep: bool) -> N
 @pytest.mark.parametrize("alone", [1, 1 << 30])
 def test_meta_gradient_under_vmap(form: Any, keep: bool, alone: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two inner steps: from weights that all tasks share, and from their own. `alone` sends queries one by one."""
-    monkeypatch.setattr(fused, "_ALONE", alone)
+    monkeypatch.setattr(functions, "_ALONE", alone)
     case = Case(form)
 
     def meta_gradient(of: Loss) -> Callable[[list[Tensor], Tensor], list[Tensor]]:
@@ -380,7 +381,7 @@ def test_features_without_derivatives_are_the_layers_own(
     form: Any, cached: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In parts of one image, of several with a rest, and all at once; by own and by given moments."""
-    monkeypatch.setattr(fused, "_CACHED", cached)
+    monkeypatch.setattr(evaluation, "_CACHED", cached)
     case, n = Case(form), LAYERS
     weights, scales, shifts = case.params[:n], case.params[n : 2 * n], case.params[2 * n : 3 * n]
     given = tuple((torch.full((WIDTH,), 0.3 + i).double(), torch.full((WIDTH,), 2.0 + i).double()) for i in range(n))
@@ -401,7 +402,7 @@ def test_moments_in_parts_have_a_float32s_digits() -> None:
     """75 images of 84x84 in the parts that such images come in, far from 0."""
     g = torch.Generator().manual_seed(0)
     x, w = torch.randn(75, 1, 84, 84, generator=g) + 5, torch.rand(8, 1, 3, 3, generator=g)
-    _, mean, var = fused._peaks_and_moments(x, w, torch.ones(8), 1, True, None)
+    _, mean, var = evaluation._peaks_and_moments(x, w, torch.ones(8), 1, True, None)
     z = F.conv2d(x.double(), w.double(), None, 1, 1)
     assert float((mean - z.mean((0, 2, 3))).abs().max() / z.mean().abs()) < 3e-7
     assert float((var / z.var((0, 2, 3), unbiased=False) - 1).abs().max()) < 2e-6
