@@ -175,12 +175,15 @@ def test_an_image_gets_the_same_label_in_any_company(kind: str, init: Path, data
 def test_what_holds_no_classifier_is_refused_with_what_to_do(init: Path, run: Path, data: Path, tmp_path: Path) -> None:
     shutil.copytree(run, tmp_path / "early")
     (tmp_path / "early/classifier.safetensors").unlink()
+    shutil.copytree(tmp_path / "early", tmp_path / "small")
+    (tmp_path / "small/compress.toml").touch()
     damaged = bytearray((run / "classifier.safetensors").read_bytes())
     damaged[-3] ^= 1
     (tmp_path / "damaged.safetensors").write_bytes(damaged)
     for path, match in (
         (init, f"make one with: python -m metaft.adapt --init {re.escape(str(init))}"),
         (tmp_path / "early", r"did metaft\.adapt finish there"),
+        (tmp_path / "small", r"did metaft\.compress finish there"),
         (data, "is not a run folder"),
         (tmp_path / "nowhere", r"^there is no run .*nowhere"),
         (run / "checkpoints/last.safetensors", "holds no classifier"),
@@ -538,6 +541,10 @@ def test_a_run_that_is_not_finished_says_so(run: Path, data: Path, tmp_path: Pat
     assert torch.equal(made(pixels_of(unseen(data))), metaft.load(run)(pixels_of(unseen(data))))
     assert predict.main([str(part), str(unseen(data)[0])]) == 0
     assert capsys.readouterr().err == f"metaft: note: {said}; go on with --resume {part}\n"
+    (part / "compress.toml").touch()
+    said = rf"metaft\.compress did not finish there; go on with --out {re.escape(str(part))} --resume$"
+    with pytest.warns(UserWarning, match=said):
+        metaft.load(part)
 
 
 @pytest.mark.parametrize(

@@ -150,19 +150,21 @@ def load(run: Path | str, *, module: nn.Module | None = None, device: str | torc
         raise CheckpointError(f"there is no run {path}, and no classifier's file of this name")
     if os.path.isdir(path):
         folder = RunFolder.open(path)
+        smaller = folder.compress.exists()
+        maker = "metaft.compress" if smaller else "metaft.adapt"
         if not folder.classifier.exists():
             raise CheckpointError(
                 f"run folder {path} holds no classifier; "
                 + (
                     f"make one with: python -m metaft.adapt --init {path}"
                     if os.path.exists(folder.best)
-                    else "did metaft.adapt finish there?"
+                    else f"did {maker} finish there?"
                 )
             )
         if not folder.result.exists():
             warnings.warn(
-                f"run folder {path} has no result.json: its classifier is trained, but metaft.adapt did not finish "
-                f"there; go on with --resume {path}",
+                f"run folder {path} has no result.json: its classifier is trained, but {maker} did not finish "
+                f"there; go on with {f'--out {path} --resume' if smaller else f'--resume {path}'}",
                 stacklevel=2,
             )
         path = folder.classifier
