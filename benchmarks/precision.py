@@ -41,6 +41,7 @@ from metaft import MetaTrainConfig, algorithms, engines, meta_train, models, out
 from metaft.errors import MetaftError
 from metaft.models import fused
 from metaft.models.functional import plain_operations
+from metaft.models.precision import in_bf16
 from metaft.runs import checkpoint
 from metaft.types import Episode, Params
 
@@ -96,6 +97,7 @@ class Settings:
     threads: tuple[int, ...]
     chunks: tuple[int, ...]
     trained: Path
+    bf16: bool = False
 
     def __post_init__(self) -> None:
         for field in ("tasks", "threads", "chunks"):
@@ -152,11 +154,13 @@ def start(case: Case, run: Path) -> Params:
 
 
 def gradients(
-    case: Case, params: Params, data: Episode, *, path: Path_, order: Order, threads: int, chunk: int
-) -> list[Tensor]:
-    """Each task's meta-gradient as one vector, in the precision of `params` and `data`."""
+    case: Case, params: Params, data: Episode, *, path: Path_, order: Order, threads: int, chunk: int,
+    bf16: bool = False,
+) -> list[Tensor]:  # fmt: skip
+    """Each task's meta-gradient as one vector, in the type of `params` and `data` or as `--precision bf16` has it."""
     dtype = next(iter(params.values())).dtype
     model = models.build(case.form, ways=case.ways, shape=case.shape, width=case.width, seed=0, dtype=dtype)
+    model = in_bf16(model) if bf16 else model
     algorithm = algorithms.maml(model, inner_lr=case.inner_lr, inner_steps=case.steps, first_order=order == "first")
     _, state = algorithm.init(0)
     with engines.engine("vmap", threads=threads, chunk=chunk) as engine:
@@ -202,6 +206,11 @@ def measure(settings: Settings, name: str, order: Order) -> list[dict[str, Any]]
                 row[path] = summary(errors(of_path, reference))
             rows.append({**row, "passes": passes(row["fused"], row["composed"])})
             print(line(rows[-1]), flush=True)
+        if settings.bf16:
+            for path in ("fused", "composed"):
+                say(f"bf16: {name}, {order} order, {threads} threads, {path}")
+                short = gradients(case, params, data, path=path, order=order, threads=threads, chunk=1, bf16=True)
+                rows[-1].setdefault("bf16", {})[path] = summary(errors(short, reference))
     return rows
 
 
@@ -256,6 +265,7 @@ def table(results: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|---|---|---|",
         *(line(row) for row in results["rows"]),
         "",
+        *_of_bf16(results["rows"]),
         "| maps | mean of the inputs | threads | mean, fused | contiguous | variance, fused | contiguous |",
         "|---|---|---|---|---|---|---|",
     ]
@@ -266,6 +276,18 @@ def table(results: dict[str, Any]) -> str:
             f"| {size} | {row['mean']:g} | {row['threads']} | {mean:.1e} | {mean_:.1e} | {var:.1e} | {var_:.1e} |"
         )
     return "\n".join(lines) + "\n"
+
+
+def _of_bf16(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Nothing where it was not measured."""
+    measured = [row for row in rows if "bf16" in row]
+    lines = [
+        f"| `{row['case']}` | {row['order']} | {row['threads']} | {row['bf16']['fused']['median']:.2f} | "
+        f"{row['bf16']['composed']['median']:.2f} |"
+        for row in measured
+    ]
+    heading = ["| case | order | threads | median in bf16, fused | composed |", "|---|---|---|---|---|"]
+    return [*heading, *lines, ""] if lines else []
 
 
 def run(settings: Settings, out: Path) -> dict[str, Any]:
@@ -294,6 +316,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--threads", nargs="+", type=int, default=[1, 2], help="within an operation")
     add("--chunks", nargs="+", type=int, default=[1, 16], help="tasks at once")
     add("--trained", type=Path, default=Path("runs/precision-trained"), metavar="RUN", help="made if it is not there")
+    add("--bf16", action="store_true", help="errors of --precision bf16 too, one task at once")
     add("--out", type=Path, default=Path("runs/precision.json"), metavar="FILE.json", help="the tables go beside it")
     given = parser.parse_args(argv)
     try:
@@ -306,6 +329,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             tuple(given.threads),
             tuple(given.chunks),
             given.trained,
+            given.bf16,
         )
         results = run(settings, given.out)
     except MetaftError as error:

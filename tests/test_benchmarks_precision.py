@@ -42,6 +42,16 @@ def test_it_writes_every_tasks_error_and_a_table(tmp_path: Path, capsys: pytest.
     assert table.count("| 75x64x14x14 |") == 2 and table in capsys.readouterr().out
 
 
+def test_errors_of_bf16_stand_in_a_table_of_their_own(tmp_path: Path) -> None:
+    precision.main(small(tmp_path, "--chunks", "1", "--bf16"))
+    (row,) = json.loads((tmp_path / "p.json").read_text())["rows"]
+    of = {path: row["bf16"][path]["median"] for path in ("fused", "composed")}
+    assert all(1e-3 < error < 1 for error in of.values()), "8 bits"
+    assert (
+        f"| `glyphs-5w1s` | first | 1 | {of['fused']:.2f} | {of['composed']:.2f} |" in (tmp_path / "p.md").read_text()
+    )
+
+
 def test_nothing_is_measured_where_the_two_differ_in_float64(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

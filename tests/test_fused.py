@@ -12,6 +12,7 @@ import scenarios
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from metaft import models
 from metaft.errors import MetaftError
@@ -34,10 +35,10 @@ Loss = Callable[..., tuple[Tensor, Tensor]]
 
 def composed_features(
     x: Tensor, weights: list[Tensor], scales: list[Tensor], shifts: list[Tensor],
-    *, stride: int, pool: bool, average: bool, eps: float,
+    *, stride: int, pool: bool, average: bool, eps: float, conv: Any = F.conv2d,
 ) -> Tensor:  # fmt: skip
     for w, gamma, beta in zip(weights, scales, shifts, strict=True):
-        z = F.conv2d(x, w, None, stride, 1)
+        z = conv(x, w, None, stride, 1)
         mean, var = z.mean((0, 2, 3), keepdim=True), z.var((0, 2, 3), unbiased=False, keepdim=True)
         u = (z - mean) * (var + eps).rsqrt() * gamma.view(1, -1, 1, 1) + beta.view(1, -1, 1, 1)
         x = F.max_pool2d(u.relu(), 2) if pool else u.relu()
@@ -108,6 +109,58 @@ def test_value_gradient_and_curvature_under_autograd(form: Any, keep: bool) -> N
         return [v.detach() for v in (value, logits, *grads, *second)]
 
     assert_close(everything(fused.conv4_loss), everything(composed))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("keep", [True, False])
+def test_images_in_bf16_have_their_convolutions_rounded_and_nothing_else(form: Any, keep: bool) -> None:
+    """Beside float32 parameters. The reference rounds what convolutions take and give, and what comes back to them."""
+    case = Case(form)
+    x, start = case.x.bfloat16(), [p.float() for p in case.params]
+
+    def everything(of: Loss, x: Tensor) -> list[Tensor]:
+        params = [p.clone().requires_grad_() for p in start]
+        value, logits = case.loss(of, x, params, keep)
+        grads = torch.autograd.grad(value, params, create_graph=True)
+        along = torch.stack([(v * v.sign().detach()).sum() for v in grads]).sum()
+        second = torch.autograd.grad(along, params)
+        return [v.detach() for v in (value, logits, *grads, *second)]
+
+    def rounded(
+        x: Tensor, y: Tensor, weights: Any, scales: Any, shifts: Any, head: Any, bias: Any, **fixed: Any
+    ) -> Any:
+        def convolved(x: Tensor, w: Tensor, *rest: Any) -> Tensor:
+            return F.conv2d(x.bfloat16(), w.bfloat16(), *rest).float()
+
+        fixed.pop("keep")
+        logits = F.linear(composed_features(x, weights, scales, shifts, conv=convolved, **fixed), head, bias)
+        return F.cross_entropy(logits, y), logits
+
+    with Convolutions() as seen:
+        found = everything(fused.conv4_loss, x)
+    assert {v.dtype for v in found} == {torch.float32}
+    assert set(seen.types) == {torch.bfloat16} and len(seen.types) > 10
+    reference, exact = everything(rounded, x.float()), everything(composed, x.float())
+    near, far = ([apart(a, b) for a, b in zip(each, reference, strict=True)] for each in (found, exact))
+    assert max(near[:2]) < 1e-6 < 1e-5 < min(far[:2]), "value and logits, where the rounding is the very same"
+    assert max(near) < 0.05, "what comes back is rounded at other places of the same formula"
+
+
+class Convolutions(TorchDispatchMode):
+    """Takes down the types that convolutions of any kind are given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.types: list[torch.dtype] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "convolution" in str(func):
+            self.types += [arg.dtype for arg in args if isinstance(arg, Tensor)]
+        return func(*args, **(kwargs or {}))
+
+
+def apart(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ from helpers import images, in_float64, pool, rounded_alike
 from torch import nn
 
 from metaft import algorithms, engines, meta_train, models, outer
-from metaft.errors import MetaftError
+from metaft.errors import MetaftError, MetaftWarning
 from metaft.models import recomputed as module
 from metaft.models.functional import plain_operations
 from metaft.models.precision import in_bf16, matrix_units
@@ -157,6 +158,17 @@ def distance(found: Params, expected: Params) -> float:
     return float(apart / norm)
 
 
+def test_a_fused_loss_stays_fused_in_bf16() -> None:
+    model, data = scenarios.model("conv4", dtype=torch.float32), scenarios.episodes(dtype=torch.float32)
+    x, y = data.query_x[0], data.query_y[0]
+    value, logits = in_bf16(model).loss(model.params, x, y, "cross_entropy")
+    fused_value, fused_logits = model.loss(model.params, x.bfloat16(), y, "cross_entropy")
+    assert torch.equal(value, fused_value) and torch.equal(logits, fused_logits)
+    with plain_operations():
+        composed, _ = in_bf16(model).loss(model.params, x, y, "cross_entropy")
+    assert value != composed and float(value) == pytest.approx(float(composed), rel=0.05)
+
+
 def test_bf16_statistics_are_float32s() -> None:
     """A thousand and a bit has no spread in bfloat16, whose steps are 4 there; sums over it must not be in it."""
     x = (torch.randn(64, 3, 5, 5, generator=torch.Generator().manual_seed(0)) * 8 + 100).bfloat16()
@@ -180,6 +192,7 @@ def test_a_run_with_recomputed_steps(tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert rounded_alike(losses(tmp_path / "b", inner_checkpoint=True), losses(tmp_path / "a"))
 
 
+@pytest.mark.filterwarnings("ignore:precision:metaft.MetaftWarning")
 def test_a_run_in_bf16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its first loss is that of the same parameters on the same tasks; later ones are those of other parameters."""
     monkeypatch.setattr(report, "draw_pictures", lambda *_: [])
@@ -189,6 +202,21 @@ def test_a_run_in_bf16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert short[0] != pytest.approx(long[0], rel=1e-5), "that is float32's rounding"
     with pytest.raises(MetaftError, match=r"^precision: .* started with 'bf16', given 'tf32'"):
         meta_train.resume_run(tmp_path / "bf16", images(precision="tf32", inner_steps=2), dataset=pool())
+
+
+def test_a_processor_without_bf16_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = "precision: this processor has no bf16 units"
+    for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: False)
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    with pytest.warns(MetaftWarning, match=said):
+        assemble(images(precision="bf16"), dataset=pool())
+    monkeypatch.setattr(platform, "machine", lambda: "aarch64")
+    assemble(images(precision="bf16"), dataset=pool())  # of which nothing is known
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    assemble(images(), dataset=pool())
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    assemble(images(precision="bf16"), dataset=pool())
 
 
 def test_what_cannot_compute_in_bf16_is_one_line() -> None:

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import functools
 import sys
+import warnings
 from collections.abc import Collection, Mapping
 from typing import Any, get_args
 
@@ -20,11 +21,11 @@ from metaft.config import Init, MetaTrainConfig, Settled
 from metaft.defaults import device_of, hyper, resolve
 from metaft.engines import PARALLEL, Engine, settled_name
 from metaft.engines.batching import why_not_mapped
-from metaft.errors import CheckpointError, DataError, MetaftError, no_such
+from metaft.errors import CheckpointError, DataError, MetaftError, MetaftWarning, no_such
 from metaft.metrics import label
 from metaft.models import Model
 from metaft.models.handed import said
-from metaft.models.precision import in_bf16
+from metaft.models.precision import in_bf16, lacks_bf16
 from metaft.models.recomputed import recomputed
 from metaft.objective import Objective
 from metaft.options import flat
@@ -257,6 +258,9 @@ def _computing_as(model: Model, config: Settled, example: torch.Tensor | None, s
             model.apply(model.params, x.to(probe.device), None)
         except RuntimeError as error:  # a module of the user's own, say with constants in float32
             raise MetaftError(f"precision: this model cannot compute in bf16 ({str(error).splitlines()[0]})") from None
+        if probe.device.type == "cpu" and lacks_bf16():
+            said = "precision: this processor has no bf16 units (AMX or AVX512-BF16), so that bf16 is slower than fp32"
+            warnings.warn(said, MetaftWarning, stacklevel=2)
     return recomputed(model) if config.compute.inner_checkpoint else model
 
 

@@ -8,14 +8,14 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from metaft.models.fused.rows import Size
+from metaft.models.fused.rows import Kind, Size
 
 
 @dataclasses.dataclass(frozen=True)
 class Form:
     """What is fixed: plain values that travel with the tensors."""
 
-    stride: int
+    kind: Kind
     pool: bool
     eps: float
     z_sizes: tuple[Size, ...]
@@ -44,14 +44,14 @@ class Form:
         return self.of_body + 2
 
 
-def form_of(x: Tensor, layers: int, stride: int, pool: bool, average: bool, eps: float, keep: bool) -> Form:
+def form_of(x: Tensor, layers: int, kind: Kind, pool: bool, average: bool, eps: float, keep: bool) -> Form:
     z_sizes: list[Size] = []
     sizes: list[Size] = [(x.shape[2], x.shape[3])]
     for _ in range(layers):
-        height, width = ((side - 1) // stride + 1 for side in sizes[-1])
+        height, width = ((side - 1) // kind.stride + 1 for side in sizes[-1])
         z_sizes.append((height, width))
         sizes.append((height // 2, width // 2) if pool else (height, width))
-    return Form(stride, pool, eps, tuple(z_sizes), tuple(sizes), average, keep)
+    return Form(kind, pool, eps, tuple(z_sizes), tuple(sizes), average, keep)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -13,7 +13,7 @@ from torch import Tensor
 from metaft.models.fused.form import Form, Params, form_of, from_features, images_in, lifted, lowered, to_features
 from metaft.models.fused.packing import body_of, flat_up, kept_of, layers_of, params_of, shared, ups_of
 from metaft.models.fused.passes import derivative, downwards, gradient, upwards
-from metaft.models.fused.rows import joined, pixels
+from metaft.models.fused.rows import Kind, joined, pixels
 
 
 def conv4_loss(
@@ -39,9 +39,13 @@ def conv4_loss(
 
     The loss can be differentiated twice in all parameters, by autograd and by torch.func, also under vmaps. The
     second time is cheaper with `keep`, which costs memory. The logits have no derivative, nor have the images.
+
+    Of images in bfloat16 beside parameters in another type the convolutions are in bfloat16, in all derivatives too,
+    and all else is in the parameters' type.
     """
-    form = form_of(x, len(weights), stride, pool, average, eps, keep)
-    value, logits, *_ = _Loss.apply(form, pixels(x), y, *weights, *scales, *shifts, head, bias)  # type: ignore[reportGeneralTypeIssues]
+    kind = Kind(stride, short=x.dtype == torch.bfloat16 != weights[0].dtype)
+    form = form_of(x, len(weights), kind, pool, average, eps, keep)
+    value, logits, *_ = _Loss.apply(form, pixels(x.to(weights[0])), y, *weights, *scales, *shifts, head, bias)  # type: ignore[reportGeneralTypeIssues]
     return value, logits
 
 
@@ -61,7 +65,7 @@ def conv4_embedded(
     It can be differentiated in all parameters as that can, but the second derivative is composed from PyTorch's
     operations. The images have none.
     """
-    form = form_of(x, len(weights), stride, pool, average, eps, True)
+    form = form_of(x, len(weights), Kind(stride), pool, average, eps, True)
     features, *_ = _Features.apply(form, pixels(x), *weights, *scales, *shifts)  # type: ignore[reportGeneralTypeIssues]
     return features
 
@@ -230,7 +234,7 @@ def _composed(form: Form, x: Tensor, params: Sequence[Tensor]) -> Tensor:
     n, (height, width) = form.layers, form.sizes[0]
     y = x.view(-1, height, width, x.shape[-1]).permute(0, 3, 1, 2)
     for w, gamma, beta in zip(params[:n], params[n : 2 * n], params[2 * n :], strict=True):
-        z = F.conv2d(y, w, None, form.stride, 1)
+        z = F.conv2d(y, w, None, form.kind.stride, 1)
         z = z - z.mean((0, 2, 3), keepdim=True)
         s = (z.square().mean((0, 2, 3), keepdim=True) + form.eps).rsqrt()
         y = F.relu(z * s * gamma.view(-1, 1, 1) + beta.view(-1, 1, 1))

@@ -56,7 +56,7 @@ def upwards(form: Form, x: Tensor, p: Body, tasks: int) -> list[Up]:
     ups: list[Up] = []
     y = x
     for i, (w, gamma, beta) in enumerate(zip(p.weights, p.scales, p.shifts, strict=True)):
-        z = to_rows(conv(to_images(y, form.sizes[i]), w, form.stride), tasks)
+        z = to_rows(conv(to_images(y, form.sizes[i]), w, form.kind), tasks)
         mean, var = moments(z)
         z.sub_(mean.unsqueeze(1))
         images = to_images(z, form.z_sizes[i])
@@ -99,9 +99,9 @@ def downwards(
         else:
             gz += unpooled(gu * scale.unsqueeze(1), at, z, form.z_sizes[i])
         below, gz_images = to_images(ups[-1].y if i else x, form.sizes[i]), to_images(gz, form.z_sizes[i])
-        weights.append(conv_to_weights(gz_images, below, p.weights[i], form.stride, len(x)))
+        weights.append(conv_to_weights(gz_images, below, p.weights[i], form.kind, len(x)))
         if i:
-            gy = to_rows(conv_to_images(gz_images, below, p.weights[i], form.stride), len(x))
+            gy = to_rows(conv_to_images(gz_images, below, p.weights[i], form.kind), len(x))
         scales.append(ggamma)
         shifts.append(gbeta)
         if keep:
@@ -136,7 +136,7 @@ def derivative(form: Form, x: Tensor, p: Params, layers: Sequence[Layer], top: T
     ups = []
     for i, v in enumerate(layers):
         w, dw, gamma, m = p.weights[i], d.weights[i], p.scales[i], v.z.shape[1]
-        dz = to_rows(conv_along(below[i], w, dbelow[i], dw, form.stride, tasks), tasks)
+        dz = to_rows(conv_along(below[i], w, dbelow[i], dw, form.kind, tasks), tasks)
         at_peaks = dz if v.at is None else pooled(dz, v.at, form.z_sizes[i])
         scale = gamma * v.s
         total = summed(dz)
@@ -182,9 +182,9 @@ def derivative(form: Form, x: Tensor, p: Params, layers: Sequence[Layer], top: T
         gz, dgz = to_images(v.gz, form.z_sizes[i]), to_images(dgz, form.z_sizes[i])
         dx = dbelow[i]
         if dx is None:
-            weights.append(conv_to_weights(dgz, below[i], w, form.stride, tasks))
+            weights.append(conv_to_weights(dgz, below[i], w, form.kind, tasks))
             continue
         g_both, x_both = per_task(dgz, gz, tasks), per_task(below[i], dx, tasks)
-        weights.append(conv_to_weights(g_both, x_both, w, form.stride, tasks))
-        dgy = to_rows(conv_to_images_along(gz, below[i], w, dgz, dw, form.stride, tasks), tasks)
+        weights.append(conv_to_weights(g_both, x_both, w, form.kind, tasks))
+        dgy = to_rows(conv_to_images_along(gz, below[i], w, dgz, dw, form.kind, tasks), tasks)
     return [*reversed(weights), *reversed(scales), *reversed(shifts), dhead, dgl.sum(1)]

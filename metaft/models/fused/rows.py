@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -31,48 +31,63 @@ def pixels(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1]).contiguous()
 
 
-def conv(x: Tensor, w: Tensor, stride: int) -> Tensor:
+class Kind(NamedTuple):
+    """What convolutions have in common; all are 3x3 with padding 1 and no bias."""
+
+    stride: int
+    short: bool = False
+    """Whether they multiply in bfloat16. What they take and give is of the parameters' type all the same."""
+
+
+def conv(x: Tensor, w: Tensor, kind: Kind) -> Tensor:
     """Images [tasks n, C, H, W], with one weight or with one per task."""
+    images, weights = _factors(kind, x, w)
     if w.dim() == 4:
-        return F.conv2d(x, w, None, stride, 1)
-    return joined([F.conv2d(part, weight, None, stride, 1) for part, weight in zip(x.chunk(len(w)), w, strict=True)])
+        return F.conv2d(images, weights, None, kind.stride, 1).to(x)
+    each = zip(images.chunk(len(w)), weights, strict=True)
+    return joined([F.conv2d(part, own, None, kind.stride, 1) for part, own in each]).to(x)
 
 
-def conv_to_images(gz: Tensor, x: Tensor, w: Tensor, stride: int) -> Tensor:
+def conv_to_images(gz: Tensor, x: Tensor, w: Tensor, kind: Kind) -> Tensor:
     """Gradient in images like `x`, with one weight or with one per task."""
+    g, images, weights = _factors(kind, gz, x, w)
     if w.dim() == 4:
-        return _conv_backward(gz, x, w, stride, True, False)[0]
-    each = zip(gz.chunk(len(w)), x.chunk(len(w)), w, strict=True)
-    return joined([_conv_backward(g, part, own, stride, True, False)[0] for g, part, own in each])
+        return _conv_backward(g, images, weights, kind, True, False)[0].to(gz)
+    each = zip(g.chunk(len(w)), images.chunk(len(w)), weights, strict=True)
+    return joined([_conv_backward(of, part, own, kind, True, False)[0] for of, part, own in each]).to(gz)
 
 
-def conv_to_weights(gz: Tensor, x: Tensor, w: Tensor, stride: int, tasks: int) -> Tensor:
+def conv_to_weights(gz: Tensor, x: Tensor, w: Tensor, kind: Kind, tasks: int) -> Tensor:
     """Gradient in the weights, one per task: [tasks, ...]."""
-    w = w if w.dim() == 4 else w[0]  # of which only the shape counts
-    each = zip(gz.chunk(tasks), x.chunk(tasks), strict=True)
-    return torch.stack([_conv_backward(g, part, w, stride, False, True)[1] for g, part in each])
+    g, images, w = _factors(kind, gz, x, w if w.dim() == 4 else w[0])  # of which only the shape counts
+    each = zip(g.chunk(tasks), images.chunk(tasks), strict=True)
+    return torch.stack([_conv_backward(of, part, w, kind, False, True)[1] for of, part in each]).to(gz)
 
 
-def _conv_backward(gz: Tensor, x: Tensor, w: Tensor, stride: int, to_x: bool, to_w: bool) -> Any:
+def _factors(kind: Kind, *factors: Tensor) -> tuple[Tensor, ...]:
+    return tuple(v.bfloat16() for v in factors) if kind.short else factors
+
+
+def _conv_backward(gz: Tensor, x: Tensor, w: Tensor, kind: Kind, to_x: bool, to_w: bool) -> Any:
     mask = [to_x, to_w, False]
-    return _aten.convolution_backward(gz, x, w, None, [stride] * 2, [1, 1], [1, 1], False, [0, 0], 1, mask)
+    return _aten.convolution_backward(gz, x, w, None, [kind.stride] * 2, [1, 1], [1, 1], False, [0, 0], 1, mask)
 
 
-def conv_along(x: Tensor, w: Tensor, dx: Tensor | None, dw: Tensor, stride: int, tasks: int) -> Tensor:
+def conv_along(x: Tensor, w: Tensor, dx: Tensor | None, dw: Tensor, kind: Kind, tasks: int) -> Tensor:
     """The derivative of `conv` along (dx, dw): with a task's own weights one convolution, twice as deep."""
     if dx is None:
-        return conv(x, dw, stride)
+        return conv(x, dw, kind)
     if w.dim() == 5 or tasks == 1:
-        return conv(torch.cat([dx, x], 1), torch.cat([_own(w, tasks), _own(dw, tasks)], 2), stride)
-    return conv(dx, w, stride) + conv(x, dw, stride)
+        return conv(torch.cat([dx, x], 1), torch.cat([_own(w, tasks), _own(dw, tasks)], 2), kind)
+    return conv(dx, w, kind) + conv(x, dw, kind)
 
 
-def conv_to_images_along(gz: Tensor, x: Tensor, w: Tensor, dgz: Tensor, dw: Tensor, stride: int, tasks: int) -> Tensor:
+def conv_to_images_along(gz: Tensor, x: Tensor, w: Tensor, dgz: Tensor, dw: Tensor, kind: Kind, tasks: int) -> Tensor:
     """The derivative of `conv_to_images` along (dgz, dw), likewise."""
     if w.dim() == 5 or tasks == 1:
         deep = torch.cat([_own(w, tasks), _own(dw, tasks)], 1)
-        return conv_to_images(torch.cat([dgz, gz], 1), x, deep, stride)
-    return conv_to_images(dgz, x, w, stride) + conv_to_images(gz, x, dw, stride)
+        return conv_to_images(torch.cat([dgz, gz], 1), x, deep, kind)
+    return conv_to_images(dgz, x, w, kind) + conv_to_images(gz, x, dw, kind)
 
 
 def joined(parts: list[Tensor]) -> Tensor:
