@@ -26,9 +26,9 @@ from metaft.errors import MetaftError, NonFiniteError
 from metaft.finetune.classifier import Classifier
 from metaft.finetune.fit import SMALLER
 from metaft.finetune.recipes import lasting, settled
-from metaft.finetune.scores import mean_t95
 from metaft.finetune.setup import prepared, rows_of
 from metaft.finetune.study import fit_one, test
+from metaft.metrics import mean_t95
 from metaft.settings import Recipe
 from metaft.trials.methods import METHODS
 from metaft.trials.space import Space, made

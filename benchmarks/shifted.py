@@ -30,7 +30,7 @@ from benchmarks.adapted import apart, finished
 from benchmarks.members import interval
 from metaft import targets
 from metaft.finetune.classifier import Classifier
-from metaft.finetune.scores import mean_t95
+from metaft.metrics import mean_t95
 from metaft.support.tables import markdown
 from metaft.support.vision import transforms
 

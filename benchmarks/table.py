@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # to be run as a f
 
 from benchmarks.published import RESULTS
 from metaft.errors import MetaftError
-from metaft.finetune.scores import mean_t95
+from metaft.metrics import mean_t95
 from metaft.support.progress import duration
 
 Line = dict[str, Any]

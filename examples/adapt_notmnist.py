@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from metaft import adapt
 from metaft.config import AdaptConfig
 from metaft.errors import MetaftError
-from metaft.finetune.scores import mean_t95
+from metaft.metrics import mean_t95
 from metaft.support.places import shown
 
 

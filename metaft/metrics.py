@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,6 +32,7 @@ __all__ = [
     "label",
     "loss_value",
     "mean_ci95",
+    "mean_t95",
     "nearest_neighbour",
     "objective",
 ]
@@ -53,6 +55,19 @@ def mean_ci95(values: Tensor) -> tuple[Tensor, Tensor]:
     if n < 2:
         return values.mean(0), torch.full_like(values.mean(0), math.nan)
     return values.mean(0), 1.96 * values.std(0, correction=1) / math.sqrt(n)
+
+
+def mean_t95(values: Sequence[float]) -> tuple[float, float | None]:
+    """Mean of a few draws and the half-width of its 95 % interval by Student's t; None for a single draw."""
+    n = len(values)
+    mean = math.fsum(values) / n
+    if n < 2:
+        return mean, None
+    if len(set(values)) == 1:  # whose mean may be another number, by rounding
+        return values[0], 0.0
+    from scipy.stats import t
+
+    return mean, float(t.ppf(0.975, n - 1)) * float(np.std(values, ddof=1)) / math.sqrt(n)
 
 
 def beyond_chance(value: float, ci95: float | None) -> bool:

@@ -13,8 +13,7 @@ import torch
 from metaft.after.settings import settings_of
 from metaft.cli import CONFIGS, of_run
 from metaft.errors import CheckpointError, MetaftError
-from metaft.finetune.scores import mean_t95
-from metaft.metrics import mean_ci95
+from metaft.metrics import mean_ci95, mean_t95
 from metaft.objective import figure_of
 from metaft.runs.folder import RunFolder, read_rows
 from metaft.types import NORMS

@@ -13,13 +13,14 @@ from metaft.finetune import extras
 from metaft.finetune.journal import Position, seconds
 from metaft.finetune.numbers import FIGURES, pooled_numbers
 from metaft.finetune.robust import pooled_curve
-from metaft.finetune.scores import mean_t95, pooled
+from metaft.finetune.scores import pooled
 from metaft.finetune.setup import Setup, rows_of
 from metaft.finetune.soup import summary
 from metaft.finetune.strategies import CHOSEN
 from metaft.finetune.study import TABLES, draws_differ
 from metaft.finetune.taught import seen_by_teachers
 from metaft.finetune.warned import warnings_of
+from metaft.metrics import mean_t95
 from metaft.options import flat
 from metaft.runs.folder import RunFolder, read_rows
 from metaft.runs.machine import where_measured

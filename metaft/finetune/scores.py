@@ -1,4 +1,4 @@
-"""How good a classifier is on labelled images, and what the difference between two is worth over several draws."""
+"""How good a classifier is on labelled images."""
 
 from __future__ import annotations
 
@@ -90,16 +90,3 @@ def calibration(labels: np.ndarray, probabilities: np.ndarray) -> tuple[float, l
         for b in np.unique(numbers)
     ]
     return _error_of(bins), bins
-
-
-def mean_t95(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean of a few draws and the half-width of its 95 % interval by Student's t; None for a single draw."""
-    n = len(values)
-    mean = math.fsum(values) / n
-    if n < 2:
-        return mean, None
-    if len(set(values)) == 1:  # whose mean may be another number, by rounding
-        return values[0], 0.0
-    from scipy.stats import t
-
-    return mean, float(t.ppf(0.975, n - 1)) * float(np.std(values, ddof=1)) / math.sqrt(n)

@@ -13,8 +13,8 @@ from metaft.finetune.classifier import Classifier
 from metaft.finetune.contenders import Contender
 from metaft.finetune.examples import Part, Prepared, like_of
 from metaft.finetune.fit import Fitted
-from metaft.finetune.scores import mean_t95
 from metaft.finetune.training import stored
+from metaft.metrics import mean_t95
 from metaft.models.handed import copied
 from metaft.runs.checkpoint import under
 from metaft.sampler import Stream, raw_words

@@ -19,7 +19,7 @@ from helpers import (
 
 from metaft import adapt
 from metaft.finetune import study
-from metaft.finetune.scores import mean_t95
+from metaft.metrics import mean_t95
 from metaft.runs.folder import read_rows
 
 
