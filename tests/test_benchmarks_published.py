@@ -39,7 +39,7 @@ TINY = Row(
     Published(12.5, 0.5, "nobody, table 0"),
     MetaTrainConfig(
         dataset="glyphs", ways=2, shots=1, query_shots=1, meta_batch=2, width=4, iterations=6, test_query_shots=1,
-        eval_every=2, eval_episodes=2, checkpoint_every=2,
+        eval_every=2, eval_episodes=2, checkpoint_every=2, report=False,
     ),
 )  # fmt: skip
 

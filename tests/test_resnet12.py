@@ -202,11 +202,12 @@ def test_inner_steps_drop_and_predictions_do_not() -> None:
 @pytest.mark.slow
 def test_pretrain_then_meta_train_then_fine_tune(in_tmp: Path) -> None:
     small = ["--ways", "3", "--shots", "1", "--query-shots", "2", "--test-query-shots", "2", "--iterations", "2"]
-    small += ["--eval-episodes", "2", "--test-episodes", "2", "--meta-batch", "2"]
+    small += ["--eval-episodes", "2", "--test-episodes", "2", "--meta-batch", "2", "--no-report"]
     model = ["--model", "resnet12", "--width", "2"]
     assert meta_train.main(["--algorithm", "baseline", *model, *small, "--out", "pretrained"]) == 0
     further = ["--init", "pretrained", "--dropout", "0.1", "--inner-steps", "2", "--inner-lr", "0.01"]
     assert meta_train.main(["--algorithm", "fomaml", *further, *small, "--out", "run"]) == 0
     words = ["--init", "run", "--shots-per-class", "2", "--strategy", "last:blocks=2", "--epochs", "1"]
+    words += ["--no-random", "--no-report"]
     assert adapt.main(["--data", "glyphs:Hebrew", *words, "--out", "adapted"]) == 0
     assert predict.main(["adapted", "adapted/plots"]) == 0

@@ -45,6 +45,8 @@ from metaft.tasks.pool import ClassPool
 
 NAME = "torchvision:shufflenet_v2_x0_5"
 ARCH = "shufflenet_v2_x0_5"
+ALONE = ["--no-probe", "--no-random", "--no-report"]
+"""Without what a run of metaft.adapt makes beside its classifier."""
 
 
 @pytest.fixture(scope="module")
@@ -341,7 +343,7 @@ def test_a_file_of_the_training_part_gets_the_logits_that_evaluation_had(
 def test_a_further_start_is_compared_on_the_same_pictures(weights: Path, photos: Path, tmp_path: Path):
     init, other = f"file:{weights}:arch={ARCH}", f"file:{weights}:arch=torchvision/{ARCH}"
     argv = ["--init", init, "--compare", other, "--data", f"folder:{photos}", "--image-size", "32", "--epochs", "2"]
-    assert adapt.main([*argv, "--lr", "0.001", "--device", "cpu", "--out", str(tmp_path / "o")]) == 0
+    assert adapt.main([*argv, "--lr", "0.001", "--no-report", "--device", "cpu", "--out", str(tmp_path / "o")]) == 0
     result = json.loads((tmp_path / "o/result.json").read_text())
     assert [each["name"] for each in result["starts"]] == ["shuffle.pth", "probe", "shuffle.pth (2)", "random"]
     assert result["starts"][0]["accuracy"] == result["starts"][2]["accuracy"]  # the same weights by another name
@@ -377,7 +379,7 @@ def test_meta_training_goes_on_from_weights_and_adapt_from_that(weights: Path, p
     run = tmp_path / "run"
     argv = ["--dataset", f"folder:{root}", "--image-size", "32", "--ways", "2", "--shots", "1", "--query-shots", "2"]
     argv += ["--init", f"file:{weights}:arch={ARCH}", "--algorithm", "protonet", "--meta-batch", "2", "--device", "cpu"]
-    argv += ["--iterations", "2", "--eval-every", "2", "--eval-episodes", "2", "--test-episodes", "2"]
+    argv += ["--iterations", "2", "--eval-every", "2", "--eval-episodes", "2", "--test-episodes", "2", "--no-report"]
     assert meta_train.main([*argv, "--test-ways", "2", "--test-query-shots", "2", "--out", str(run)]) == 0
     header = metaft.runs.checkpoint.load(run / "checkpoints/best.safetensors")[1]
     assert header["architecture"] == {"name": NAME, "ways": 2, "shape": [3, 32, 32], "norm": "keep"}
@@ -389,7 +391,7 @@ def test_meta_training_goes_on_from_weights_and_adapt_from_that(weights: Path, p
     assert any(not torch.equal((learned.meta or {})[k], v) for k, v in (begun.meta or {}).items())
     for method in ("finetune", "inner"):
         out, more = tmp_path / method, ["--epochs", "1"] if method == "finetune" else []
-        words = ["--init", str(run), "--data", f"folder:{photos}", "--method", method, "--device", "cpu"]
+        words = ["--init", str(run), "--data", f"folder:{photos}", "--method", method, "--device", "cpu", *ALONE]
         assert adapt.main([*words, *more, "--out", str(out)]) == 0
         assert len(metaft.load(out).class_names) == 3
 
@@ -404,6 +406,7 @@ def test_a_run_from_weights_that_was_stopped_ends_with_the_same_bytes(weights: P
     argv = ["--dataset", f"folder:{root}", "--image-size", "32", "--ways", "2", "--shots", "1", "--query-shots", "1"]
     argv += ["--init", f"file:{weights}:arch={ARCH}", "--algorithm", "anil", "--meta-batch", "2", "--device", "cpu"]
     argv += ["--eval-every", "2", "--eval-episodes", "2", "--test-episodes", "2", "--test-query-shots", "1"]
+    argv += ["--no-report"]
     for name, steps in (("whole", "4"), ("stopped", "2")):
         assert meta_train.main([*argv, "--outer-schedule", "constant", "--iterations", steps, "--out", name]) == 0
     assert meta_train.main(["--resume", "stopped", "--iterations", "4"]) == 0
@@ -417,7 +420,7 @@ def test_a_run_from_weights_that_was_stopped_ends_with_the_same_bytes(weights: P
 def test_a_file_that_changed_since_a_run_began_is_refused(weights: Path, photos: Path, in_tmp: Path, capsys):
     shutil.copy(weights, "w.pth")
     argv = ["--init", f"file:w.pth:arch={ARCH}", "--data", f"folder:{photos}", "--image-size", "32", "--epochs", "1"]
-    assert adapt.main([*argv, "--device", "cpu", "--out", "o"]) == 0
+    assert adapt.main([*argv, *ALONE, "--device", "cpu", "--out", "o"]) == 0
     result = Path("o/result.json").read_text()
     assert adapt.main(["--resume", "o"]) == 0
     assert json.loads(Path("o/result.json").read_text())["starts"] == json.loads(result)["starts"]
@@ -506,16 +509,8 @@ def test_the_models_of_the_library_are_known_by_a_colon():
 
 @pytest.mark.slow
 def test_the_head_of_published_weights_trains_unless_more_is_asked_for(weights: Path, photos: Path, in_tmp: Path):
-    argv = [
-        "--init",
-        f"file:{weights}:arch={ARCH}",
-        "--data",
-        f"folder:{photos}",
-        "--image-size",
-        "32",
-        "--epochs",
-        "1",
-    ]
+    init = f"file:{weights}:arch={ARCH}"
+    argv = ["--init", init, "--data", f"folder:{photos}", "--image-size", "32", "--epochs", "1", *ALONE]
     for name, words, strategy, lr in (
         ("a", [], "head", 0.003),
         ("b", ["--strategy", "full"], "full", 0.0001),
