@@ -149,9 +149,13 @@ def given_by_norms(body: nn.Module, x: Tensor) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("name", ["own", "conv4", "resnet12"])
-def test_moments_are_set_so_that_norms_give_the_moments_that_they_gave(name: str) -> None:
+def test_moments_are_set_so_that_norms_give_the_moments_that_they_gave(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from metaft.after import pruning
     from metaft.after.pruning import pruned
 
+    monkeypatch.setattr(pruning, "saliences", lambda *_: None)  # so that both lose the same channels
     with torch.random.fork_rng():
         torch.manual_seed(0)
         classifier = classifier_of(Mobile() if name == "own" else of_name(name))
@@ -194,16 +198,69 @@ def test_a_channel_that_is_constant_keeps_its_scale() -> None:
         torch.testing.assert_close(value, whole.state_dict()[name], rtol=1e-12, atol=1e-12)
 
 
+def test_a_channel_counts_by_what_predictions_lose_without_it() -> None:
+    """Against derivatives by factors that multiply what each normalisation layer gives."""
+    from metaft.after.pruning import _Norm, _traced, saliences
+
+    classifier = classifier_of(Mobile())
+    x = classifier.inputs(pictures(7)).double()
+    model = _traced(classifier)
+    of_layers = saliences(model, model.get_submodule("body"), classifier.head.double(), x, 5)
+    found = {path: of_layers[layer] for path, layer in model.named_modules() if isinstance(layer, _Norm)}
+    assert len(found) == 4
+
+    norms = {f"body.{path}": at for path, at in classifier.body.named_modules() if isinstance(at, StoredNorm)}
+    factors = {path: torch.ones(len(at.mean), dtype=torch.float64, requires_grad=True) for path, at in norms.items()}
+    for path, layer in norms.items():
+
+        def multiplied(layer: nn.Module, _: Any, given: Tensor, path: str = path) -> Tensor:
+            return given * factors[path].view(-1, 1, 1)
+
+        layer.register_forward_hook(multiplied)
+    generator = torch.Generator().manual_seed(5)
+    expected = {path: torch.zeros_like(factor) for path, factor in factors.items()}
+    for image in x.split(1):
+        chances = (classifier.head(classifier.body(image)) / 2).log_softmax(-1)[0]
+        label = int(torch.multinomial(chances.detach().exp(), 1, generator=generator))
+        for path, slope in zip(factors, torch.autograd.grad(chances[label], [*factors.values()]), strict=True):
+            expected[path] += slope.square() / len(x)
+    for path, of_channels in expected.items():
+        torch.testing.assert_close(found[path], of_channels, rtol=1e-9, atol=1e-15)
+
+
+def test_what_nothing_reads_goes_first_however_large_its_weights() -> None:
+    from metaft.after.pruning import pruned
+
+    classifier = classifier_of(Mobile())
+    with torch.no_grad():
+        classifier.body.get_parameter("thin.weight")[:, 6:] = 0
+        for layer in ("wide", "deep"):
+            classifier.body.get_parameter(f"{layer}.weight")[6:] *= 100
+        for i in (1, 2):
+            classifier.body.get_parameter(f"norms.{i}.bias").copy_(2 + torch.arange(12) / 10)  # none is dead
+    images = classifier.inputs(pictures(16)).double()
+    kept = {
+        by: _columns_of(classifier.body, pruned(classifier, classifier, 0.5, given).body, "norms.2")
+        for by, given in (("norm", None), ("predictions", images))
+    }
+    assert kept == {"norm": [6, 7, 8, 9, 10, 11], "predictions": [0, 1, 2, 3, 4, 5]}
+
+
+@pytest.mark.parametrize("images", [None, 3])
 @pytest.mark.parametrize("name", ["own", "conv4", "resnet12", *LIBRARYS])
-def test_what_computes_nothing_is_pruned_first_and_changes_nothing(name: str) -> None:
+def test_what_computes_nothing_is_pruned_first_and_changes_nothing(name: str, images: int | None) -> None:
     """Over sums, depthwise convolutions and normalisation; and only then what does."""
+    from metaft.after import pruning
     from metaft.after.pruning import pruned
 
     side = 32 if ":" in name else 16
     classifier = classifier_of(Mobile() if name == "own" else of_name(name, side), side)
     without(classifier, 0.5)
     before = {path: sizes_of(layer) for path, layer in classifier.named_modules()}
-    small, raw = pruned(classifier, classifier, 0.5), pictures(side=side)
+    given = None if images is None else classifier.inputs(pictures(images, side)).double()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pruning, "match", lambda *_: None)
+        small, raw = pruned(classifier, classifier, 0.5, given), pictures(side=side)
     torch.testing.assert_close(small.logits(raw), classifier.logits(raw), rtol=1e-9, atol=1e-9)
     assert {path: sizes_of(layer) for path, layer in classifier.named_modules()} == before, "and it stays as it is"
     after = {path: sizes_of(layer) for path, layer in small.named_modules()}

@@ -18,7 +18,7 @@ from metaft import models
 from metaft.errors import MetaftError
 from metaft.models import fused
 from metaft.models.functional import plain_operations
-from metaft.models.fused import evaluation, functions
+from metaft.models.fused import evaluation, functions, rows
 from metaft.models.precision import in_bf16
 from metaft.types import Params
 
@@ -144,6 +144,19 @@ def test_images_in_bf16_have_their_convolutions_rounded_and_nothing_else(form: A
     near, far = ([apart(a, b) for a, b in zip(each, reference, strict=True)] for each in (found, exact))
     assert max(near[:2]) < 1e-6 < 1e-5 < min(far[:2]), "value and logits, where the rounding is the very same"
     assert max(near) < 0.05, "what comes back is rounded at other places of the same formula"
+
+
+@pytest.mark.parametrize("weights", [(4, 3, 3, 3), (2, 4, 3, 3, 3)], ids=["shared", "a task's own"])
+def test_what_short_convolutions_give_is_of_the_type_that_they_take(weights: tuple[int, ...]) -> None:
+    g = torch.Generator().manual_seed(0)
+    x, w, gz = (torch.randn(*shape, generator=g) for shape in ((6, 3, 8, 8), weights, (6, 4, 4, 4)))
+    kind = rows.Kind(2, short=True)
+    given = [
+        rows.conv(x, w, kind), rows.conv_along(x, w, x, w, kind, 2), rows.conv_to_images(gz, x, w, kind),
+        rows.conv_to_images_along(gz, x, w, gz, w, kind, 2), rows.conv_to_weights(gz, x, w, kind, 2),
+    ]  # fmt: skip
+    assert {each.dtype for each in given} == {torch.float32}
+    assert given[2].shape == x.shape and given[4].shape == (2, 4, 3, 3, 3)
 
 
 class Convolutions(TorchDispatchMode):

@@ -16,10 +16,12 @@ from torch import nn
 
 from metaft import algorithms, engines, meta_train, models, outer
 from metaft.errors import MetaftError, MetaftWarning
+from metaft.models import conv4
 from metaft.models import recomputed as module
 from metaft.models.functional import plain_operations
-from metaft.models.precision import in_bf16, matrix_units
+from metaft.models.precision import in_bf16, lacks_bf16, matrix_units
 from metaft.models.recomputed import recomputed
+from metaft.runs import assemble as assembling
 from metaft.runs import report
 from metaft.runs.assemble import assemble
 from metaft.runs.compute import engine_for
@@ -40,6 +42,12 @@ MEMBERS: list[tuple[str, dict[str, Any]]] = [
     ("cavia", {"inner_steps": 2}),
     ("imaml", {"inner_lr": 0.1, "strength": 5.0}),
 ]
+
+
+@pytest.fixture(autouse=True)
+def _some_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of which nothing is said, whatever this one has."""
+    monkeypatch.setattr(assembling, "lacks_bf16", lambda: False)
 
 
 def gradient(algorithm: algorithms.Algorithm, engine: str, chunk: int | None, data: Any) -> outer.MetaGradient:
@@ -158,12 +166,17 @@ def distance(found: Params, expected: Params) -> float:
     return float(apart / norm)
 
 
-def test_a_fused_loss_stays_fused_in_bf16() -> None:
+def test_a_fused_loss_stays_fused_in_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
     model, data = scenarios.model("conv4", dtype=torch.float32), scenarios.episodes(dtype=torch.float32)
     x, y = data.query_x[0], data.query_y[0]
     value, logits = in_bf16(model).loss(model.params, x, y, "cross_entropy")
     fused_value, fused_logits = model.loss(model.params, x.bfloat16(), y, "cross_entropy")
     assert torch.equal(value, fused_value) and torch.equal(logits, fused_logits)
+    kept: list[bool] = []
+    monkeypatch.setattr(conv4, "conv4_loss", lambda *_, keep, **__: kept.append(keep) or (value, logits))
+    for curvature in (True, False):
+        in_bf16(model).loss(model.params, x, y, "cross_entropy", curvature=curvature)
+    assert kept == [True, False], "what a second derivative needs"
     with plain_operations():
         composed, _ = in_bf16(model).loss(model.params, x, y, "cross_entropy")
     assert value != composed and float(value) == pytest.approx(float(composed), rel=0.05)
@@ -192,7 +205,6 @@ def test_a_run_with_recomputed_steps(tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert rounded_alike(losses(tmp_path / "b", inner_checkpoint=True), losses(tmp_path / "a"))
 
 
-@pytest.mark.filterwarnings("ignore:precision:metaft.MetaftWarning")
 def test_a_run_in_bf16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its first loss is that of the same parameters on the same tasks; later ones are those of other parameters."""
     monkeypatch.setattr(report, "draw_pictures", lambda *_: [])
@@ -205,6 +217,7 @@ def test_a_run_in_bf16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_processor_without_bf16_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(assembling, "lacks_bf16", lacks_bf16)
     said = "precision: this processor has no bf16 units"
     for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
         monkeypatch.setattr(torch.cpu, name, lambda: False)

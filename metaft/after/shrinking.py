@@ -200,7 +200,7 @@ def _fitted(
     if work.student is None:
         some = train[torch.from_numpy(evenly(len(train), MATCHED))]
         images = whole.inputs(target.examples[some]).to(next(whole.parameters()).dtype)
-        small = pruned(network(folder, work, step - 1, track), whole, share, images)
+        small = pruned(network(folder, work, step - 1, track), whole, share, images, work.seed)
         backbone, head = small.body, small.head
     else:
         backbone, head = body(work.student, work.seed), None

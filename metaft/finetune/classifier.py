@@ -164,7 +164,7 @@ def load(run: Path | str, *, module: nn.Module | None = None, device: str | torc
         if not folder.result.exists():
             warnings.warn(
                 f"run folder {path} has no result.json: its classifier is trained, but {maker} did not finish "
-                f"there; go on with {f'--out {path} --resume' if smaller else f'--resume {path}'}",
+                f"there; go on with {f'metaft.compress RUN --out {path} --resume' if smaller else f'--resume {path}'}",
                 stacklevel=2,
             )
         path = folder.classifier

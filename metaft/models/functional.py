@@ -72,7 +72,7 @@ class Model:
     """Moments of a batch at every normalisation layer, in forward order."""
     loss: LossOf
     """Mean loss and prediction of a batch normalised with its own moments; see `LossOf`."""
-    is_fused: Callable[[Tensor, Loss], bool]
+    fuses: Callable[[Tensor, Loss], bool]
     """(x, loss): whether `loss` of such images is one operation, which takes them in bfloat16 too (`models.fused`)."""
     head: tuple[str, ...]
     """Names of the head's parameters."""
@@ -158,13 +158,13 @@ def functional(
             return None
         return lambda own: top({part: own[name] for part, name in parts.items()}, given, None)
 
-    def is_fused(x: Tensor, loss: Loss) -> bool:
+    def fuses(x: Tensor, loss: Loss) -> bool:
         return fused is not None and loss == "cross_entropy" and x.device.type == "cpu" and not _plain.get()
 
     checked: list[bool] = []  # once is enough, in each process
 
     def loss_of(params: Params, x: Tensor, y: Tensor, loss: Loss, *, curvature: bool = False) -> tuple[Tensor, Tensor]:
-        if fused is not None and is_fused(x, loss):
+        if fused is not None and fuses(x, loss):
             return fused.cross_entropy(params, x, y, curvature=curvature)
         prediction = whole(params, x, None)
         value = loss_value(loss, prediction, y)
@@ -191,7 +191,7 @@ def functional(
         of_head=of_head,
         measure=measure,
         loss=loss_of,
-        is_fused=is_fused,
+        fuses=fuses,
         head=tuple(n for n in names if n.startswith(f"{head}.")),
         norm=tuple(n for n in names if n.rpartition(".")[0] in norms),
         outputs=linear(module, head).out_features,

@@ -49,7 +49,7 @@ def in_bf16(model: Model) -> Model:
         return None if logits is None else lambda own: as_given(logits(cast(own)), x)
 
     def loss_of(params: Params, x: Tensor, y: Tensor, loss: Loss, *, curvature: bool = False) -> tuple[Tensor, Tensor]:
-        if model.is_fused(x, loss):
+        if model.fuses(x, loss):
             return model.loss(params, shortened(x), y, loss, curvature=curvature)
         prediction = apply(params, x)
         return loss_value(loss, prediction, y), prediction.detach()
@@ -61,7 +61,7 @@ def in_bf16(model: Model) -> Model:
 
 
 def lacks_bf16() -> bool:
-    """Whether this processor is known to have no instructions for bfloat16, which it then is slower in: by 11 in a
+    """Whether this processor is known to have no instructions for bfloat16, in which it is slower then: 11 times in a
     convolution of Conv-4 on an AMD EPYC with AVX2 alone."""
     if platform.machine() not in ("x86_64", "AMD64"):
         return False  # of which nothing is known

@@ -43,9 +43,10 @@ def conv4_loss(
     Of images in bfloat16 beside parameters in another type the convolutions are in bfloat16, in all derivatives too,
     and all else is in the parameters' type.
     """
-    kind = Kind(stride, short=x.dtype == torch.bfloat16 != weights[0].dtype)
+    kind = Kind(stride, short=x.dtype == torch.bfloat16 and weights[0].dtype != torch.bfloat16)
     form = form_of(x, len(weights), kind, pool, average, eps, keep)
-    value, logits, *_ = _Loss.apply(form, pixels(x.to(weights[0])), y, *weights, *scales, *shifts, head, bias)  # type: ignore[reportGeneralTypeIssues]
+    given = pixels(x.to(weights[0]) if kind.short else x)
+    value, logits, *_ = _Loss.apply(form, given, y, *weights, *scales, *shifts, head, bias)  # type: ignore[reportGeneralTypeIssues]
     return value, logits
 
 
