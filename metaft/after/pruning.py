@@ -190,7 +190,7 @@ left will follow the whole network."""
 def saliences(model: nn.Module, body: nn.Module, head: nn.Module, images: Tensor, seed: int) -> dict[nn.Module, Tensor]:
     """For each layer with a weight [channels, ...], by output channel: what the predictions lose, to second order, if
     what the channel gives is multiplied by a number a little below 1. That is the Fisher information of this number
-    (Theis et al. 2018, https://arxiv.org/abs/1801.05787, equation 7; Molchanov et al. 2019 with gates,
+    (Fisher pruning, Theis et al. 2018, https://arxiv.org/abs/1801.05787; with gates Molchanov et al. 2019,
     https://arxiv.org/abs/1906.10771): the mean over images of the squared sum of weight times gradient over the
     channel, shift included, of the log-likelihood of a label that is drawn from the network's own prediction.
 
