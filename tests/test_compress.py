@@ -205,7 +205,7 @@ def test_a_channel_counts_by_what_predictions_lose_without_it() -> None:
     classifier = classifier_of(Mobile())
     x = classifier.inputs(pictures(7)).double()
     model = _traced(classifier)
-    of_layers = saliences(model, model.get_submodule("body"), classifier.head.double(), x, 5)
+    of_layers = saliences(model.get_submodule("body"), classifier.head.double(), x, 5)
     found = {path: of_layers[layer] for path, layer in model.named_modules() if isinstance(layer, _Norm)}
     assert len(found) == 4
 
@@ -218,11 +218,12 @@ def test_a_channel_counts_by_what_predictions_lose_without_it() -> None:
 
         layer.register_forward_hook(multiplied)
     generator = torch.Generator().manual_seed(5)
+    logits = classifier.head(classifier.body(x)).detach() / 2
+    labels = torch.multinomial(logits.softmax(-1), 1, generator=generator)
     expected = {path: torch.zeros_like(factor) for path, factor in factors.items()}
-    for image in x.split(1):
+    for image, label in zip(x.split(1), labels, strict=True):
         chances = (classifier.head(classifier.body(image)) / 2).log_softmax(-1)[0]
-        label = int(torch.multinomial(chances.detach().exp(), 1, generator=generator))
-        for path, slope in zip(factors, torch.autograd.grad(chances[label], [*factors.values()]), strict=True):
+        for path, slope in zip(factors, torch.autograd.grad(chances[int(label)], [*factors.values()]), strict=True):
             expected[path] += slope.square() / len(x)
     for path, of_channels in expected.items():
         torch.testing.assert_close(found[path], of_channels, rtol=1e-9, atol=1e-15)
