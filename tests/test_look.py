@@ -360,6 +360,7 @@ def titles(html: str) -> list[str]:
         ("none", ["Structure"]),
     ],
 )
+@pytest.mark.slow
 def test_a_page_holds_all_that_applies_and_needs_nothing_else(
     fixture: str, shown: list[str], request: pytest.FixtureRequest, in_tmp: Path, capsys: Text
 ) -> None:
@@ -439,6 +440,7 @@ def test_the_pages_views_leave_what_takes_long_to_look(adapted: Path) -> None:
     assert all("metaft.look" in why for title, why in missing if title in slow)
 
 
+@pytest.mark.slow
 def test_what_a_page_showed_that_the_new_one_lacks_is_kept(adapted: Path, in_tmp: Path, capsys: Text) -> None:
     look.run(adapted, LookConfig(out="page.html"))
     whole = Path("page.html").read_text(encoding="utf-8")
@@ -638,6 +640,7 @@ def test_what_is_no_finished_run_is_one_line_and_status_2(
 # ---- at the end of a run --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_runs_write_their_page_at_their_end(trained: Path, in_tmp: Path, capsys: Text) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("metaft.look.at_end", at_end)

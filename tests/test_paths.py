@@ -74,6 +74,7 @@ def there(begun: Path, in_tmp: Path) -> Path:
 # ---- one parser ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_tilde_is_the_home_folder_for_every_path_of_every_command(home: Path) -> None:
     (home / "my.toml").write_text('dataset = "folder:~/pets"\nout = "~/run"\n')
     assert meta_train.main([*options(QUICK), "--config", "~/my.toml"]) == 0

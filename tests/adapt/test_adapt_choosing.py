@@ -267,6 +267,7 @@ def test_images_are_set_aside_where_they_are_to_judge(patience: int | None, part
     assert (len(rows_of(Setup(config, (), target), 0).val) > 0) == part
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("after", [1, 4])
 def test_a_resume_does_not_choose_again_and_ends_with_the_same_bytes(
     after: int, runs: dict[str, Path], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
