@@ -280,11 +280,11 @@ def table(results: dict[str, Any]) -> str:
 
 def _of_bf16(rows: Sequence[dict[str, Any]]) -> list[str]:
     """Nothing where it was not measured."""
-    measured = [row for row in rows if "bf16" in row]
     lines = [
         f"| `{row['case']}` | {row['order']} | {row['threads']} | {row['bf16']['fused']['median']:.2f} | "
         f"{row['bf16']['composed']['median']:.2f} |"
-        for row in measured
+        for row in rows
+        if "bf16" in row
     ]
     heading = ["| case | order | threads | median in bf16, fused | composed |", "|---|---|---|---|---|"]
     return [*heading, *lines, ""] if lines else []

@@ -200,13 +200,14 @@ def test_a_channel_that_is_constant_keeps_its_scale() -> None:
 
 def test_a_channel_counts_by_what_predictions_lose_without_it() -> None:
     """Against derivatives by factors that multiply what each normalisation layer gives."""
-    from metaft.after.pruning import _Norm, _traced, saliences
+    from metaft.after.saliences import saliences
+    from metaft.after.traced import Norm, traced
 
     classifier = classifier_of(Mobile())
     x = classifier.inputs(pictures(7)).double()
-    model = _traced(classifier)
+    model = traced(classifier)
     of_layers = saliences(model.get_submodule("body"), classifier.head.double(), x, 5)
-    found = {path: of_layers[layer] for path, layer in model.named_modules() if isinstance(layer, _Norm)}
+    found = {path: of_layers[layer] for path, layer in model.named_modules() if isinstance(layer, Norm)}
     assert len(found) == 4
 
     norms = {f"body.{path}": at for path, at in classifier.body.named_modules() if isinstance(at, StoredNorm)}

@@ -15,16 +15,15 @@ import contextlib
 import copy
 import importlib.util
 import warnings
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from metaft.after.saliences import saliences
+from metaft.after.traced import ROOTS, Norm, traced, untraced, with_columns
 from metaft.errors import MetaftError
-from metaft.finetune import heads
 from metaft.finetune.classifier import Classifier
 from metaft.models.functional import probe_of
 from metaft.models.stored import StoredNorm
@@ -67,8 +66,8 @@ def pruned(
     """
     check_prunable(classifier)
     dtype = next(classifier.parameters()).dtype
-    model = _traced(classifier)
-    wide = {path: _channels(layer) for path, layer in _traced(original).named_modules()}
+    model = traced(classifier)
+    wide = {path: _channels(layer) for path, layer in traced(original).named_modules()}
     x = probe_of(classifier.inputs.shape, torch.float64)
     try:
         with warnings.catch_warnings(), torch.enable_grad():
@@ -87,10 +86,10 @@ def pruned(
         raise MetaftError(f"run: at {share:g} of the channels there is nothing to prune in the network")
     if not torch.allclose(found, expected, rtol=0, atol=CLOSE * max(1.0, float(expected.abs().max()))):
         raise MetaftError("run: the network cannot be pruned: it computes with its channels in a way that is not seen")
-    body, surrogate = _untraced(model).to(dtype).children()
+    body, surrogate = untraced(model).to(dtype).children()
     if images is not None:
         match(body, classifier.body, {path.removeprefix("body."): kept for path, kept in done.left.items()}, images)
-    return Classifier(body, _with_columns(classifier.head, surrogate), classifier.inputs, classifier.class_names)
+    return Classifier(body, with_columns(classifier.head, surrogate), classifier.inputs, classifier.class_names)
 
 
 def check_prunable(classifier: Classifier) -> None:
@@ -182,62 +181,6 @@ class _Group(NamedTuple):
     """Those to take out."""
 
 
-WATCHED, AT_ONCE = 64, 8
-"""Images at most by which channels are chosen, evenly among those given, and how many in one pass."""
-
-SOFTENED = 2.0
-"""The temperature of `distil`, by which what is left will follow the whole network."""
-
-ROOTS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
-"""What a group of channels begins with."""
-
-
-def saliences(body: nn.Module, head: nn.Module, images: Tensor, seed: int) -> dict[nn.Module, Tensor]:
-    """[channels] for each layer of the body that gives channels: what the predictions lose, to second order, if what
-    the channel gives is multiplied by a number a little below 1.
-
-    That is the Fisher information of this number (Fisher pruning, Theis et al. 2018,
-    https://arxiv.org/abs/1801.05787; with such gates Molchanov et al. 2019, https://arxiv.org/abs/1906.10771): the mean
-    over images of the squared derivative by it of the log-likelihood of a label that is drawn from the network's own
-    prediction. Labels of the images themselves would tell less, since a fitted network is sure of them and has no
-    gradient; for the same reason predictions are softened.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    sums: dict[nn.Module, Tensor] = {}
-    watched = images[torch.linspace(0, len(images) - 1, min(WATCHED, len(images))).long()].double()
-    for some in watched.split(AT_ONCE):
-        with _gated(body, len(some)) as gates:
-            logits = head(body(some)) / SOFTENED
-        labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator).squeeze(1)
-        loss = F.cross_entropy(logits, labels, reduction="sum")
-        for layer, slope in zip(gates, torch.autograd.grad(loss, [*gates.values()], allow_unused=True), strict=True):
-            if slope is not None:
-                sums[layer] = sums.get(layer, 0) + slope.square().sum(0) / len(watched)
-    return sums
-
-
-@contextlib.contextmanager
-def _gated(body: nn.Module, images: int) -> Iterator[dict[nn.Module, Tensor]]:
-    """Inside, what each layer gives is multiplied by a one [images, channels] of its own, which can be differentiated
-    by; a layer that is met twice has the same ones."""
-    gates: dict[nn.Module, Tensor] = {}
-
-    def multiplied(layer: nn.Module, _: Any, given: Tensor) -> Tensor:
-        axis = -1 if isinstance(layer, nn.Linear) else 1
-        if layer not in gates:
-            gates[layer] = given.new_ones(images, given.shape[axis], requires_grad=True)
-        gate = gates[layer].repeat_interleave(len(given) // images, 0)  # where parts of an image stand as images
-        sides = [len(given), *[1] * (given.dim() - 1)]
-        sides[axis] = given.shape[axis]
-        return given * gate.view(sides)
-
-    with contextlib.ExitStack() as stack:
-        for layer in body.modules():
-            if isinstance(layer, (*ROOTS, _Norm)):
-                stack.callback(layer.register_forward_hook(multiplied).remove)
-        yield gates
-
-
 def _prune(
     model: nn.Module, wide: dict[str, int], share: float, x: Tensor, gates: Mapping[nn.Module, Tensor] | None
 ) -> _Pruned:
@@ -256,11 +199,11 @@ def _prune(
             of_channels = _finite(by_norm(group)) if gates is None else _of_group(graph, group, gates, _channels(root))
             order = torch.argsort(of_channels, stable=True)
             groups.append(_Group(root, function, sorted(order[:surplus].tolist())))
-    left = {path: torch.ones(len(layer.of[0].mean)) for layer, path in paths.items() if isinstance(layer, _Norm)}
+    left = {path: torch.ones(len(layer.of[0].mean)) for layer, path in paths.items() if isinstance(layer, Norm)}
     for layer, function, channels in groups:  # while channels still have their own numbers
         for dep, numbers in graph.get_pruning_group(layer, function, channels):
             target = dep.target.module
-            if isinstance(target, _Norm):
+            if isinstance(target, Norm):
                 left[paths[target]][numbers] = 0
             reads = (
                 isinstance(target, ROOTS) and not _is_depthwise(target) and graph.is_in_channel_pruning_fn(dep.handler)
@@ -276,7 +219,7 @@ def _of_group(graph: Any, group: Any, gates: Mapping[nn.Module, Tensor], channel
     """[channels] of the group's first layer: the sum over its normalisation layers, or, where it has none, over all
     layers that give channels of it."""
     giving = [(each.dep.target.module, each) for each in map(group.__getitem__, range(len(group)))]
-    norms = [(layer, each) for layer, each in giving if isinstance(layer, _Norm) and layer in gates]
+    norms = [(layer, each) for layer, each in giving if isinstance(layer, Norm) and layer in gates]
     others = [
         (layer, each) for layer, each in giving if layer in gates and graph.is_out_channel_pruning_fn(each.dep.handler)
     ]
@@ -305,71 +248,3 @@ def _is_depthwise(layer: Any) -> bool:
 def _is_grouped(layer: Any) -> bool:
     """Whether a convolution has groups of several channels, whose widths would have to stay alike."""
     return isinstance(layer, nn.modules.conv._ConvNd) and layer.groups > 1 and not _is_depthwise(layer)
-
-
-# ---- in the form that a tracer takes --------------------------------------------------------------------------------
-
-
-class _Norm(nn.BatchNorm2d):
-    """A StoredNorm as the layer that torch-pruning knows."""
-
-    def __init__(self, stored: StoredNorm) -> None:
-        super().__init__(len(stored.mean), stored.eps, affine=stored.weight is not None)
-        self.weight, self.bias = stored.weight, stored.bias  # pyright: ignore[reportAttributeAccessIssue]
-        self.running_mean, self.running_var = stored.mean.clone(), stored.var.clone()
-        self.then = nn.Identity() if stored.then is None else stored.then
-        self.of = [stored]  # in a list, so that it is no part of the module
-
-    def forward(self, input: Tensor) -> Tensor:
-        x = F.batch_norm(input, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
-        return self.then(x)
-
-    def stored(self) -> StoredNorm:
-        (stored,) = self.of
-        assert self.running_mean is not None and self.running_var is not None
-        stored.weight, stored.bias, stored.mean, stored.var = (
-            self.weight,
-            self.bias,
-            self.running_mean,
-            self.running_var,
-        )
-        return stored
-
-
-def _traced(classifier: Classifier) -> nn.Module:
-    """A copy of "body" and "head" in float64, with layers that torch-pruning knows."""
-    columns = _columns(classifier.head)
-    head: nn.Module = classifier.head
-    if not isinstance(head, nn.Linear):
-        with torch.device("meta"):  # the constructor would draw from the global generator
-            head = nn.Linear(columns.shape[1], len(columns), bias=False)
-        head.weight = nn.Parameter(columns)  # pyright: ignore[reportAttributeAccessIssue]
-    model = copy.deepcopy(nn.Sequential(OrderedDict(body=classifier.body, head=head))).double().requires_grad_(True)
-    for path, layer in list(model.named_modules(remove_duplicate=False)):
-        if isinstance(layer, StoredNorm):
-            model.set_submodule(path, _Norm(layer).double())
-    return model.eval()
-
-
-def _untraced(model: nn.Module) -> nn.Module:
-    """The inverse, in place."""
-    for path, layer in list(model.named_modules(remove_duplicate=False)):
-        if isinstance(layer, _Norm):
-            model.set_submodule(path, layer.stored())
-    return model
-
-
-def _columns(head: nn.Module) -> Tensor:
-    """The parameter of a head that has a column for each feature."""
-    names = {heads.Prototype: "points", heads.Matching: "support"}
-    return head.get_parameter(names.get(type(head), "weight")).detach()
-
-
-def _with_columns(head: nn.Module, surrogate: nn.Module) -> nn.Module:
-    """The head with the columns that are left."""
-    if isinstance(head, nn.Linear):
-        return surrogate
-    head = copy.deepcopy(head)
-    name = {heads.Prototype: "points", heads.Matching: "support"}.get(type(head), "weight")
-    setattr(head, name, nn.Parameter(surrogate.get_parameter("weight").detach()))
-    return head
