@@ -200,7 +200,7 @@ def test_every_fork_waits_for_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     algorithm = algorithms.maml(scenarios.model(), inner_lr=0.1, inner_steps=1)
     with engines.engine("processes", threads=1) as engine:
         outer.meta_gradient(engine, algorithm, *algorithm.init(0), scenarios.episodes(tasks=2))
-    assert len(asked) == 2, "once for the process that tells what results look like, once for the workers"
+    assert len(asked) == 1, "once for all workers"
     assert min(asked) > 0
 
 
@@ -283,6 +283,59 @@ def test_an_error_in_the_first_call_reaches_the_caller(processes: engines.Proces
 
     with pytest.raises(RuntimeError, match="Odd: first"):
         processes.sum(fail, torch.zeros(()), torch.zeros(4))
+
+
+def test_a_first_call_computes_each_part_once(processes: engines.Processes, tmp_path: Path) -> None:
+    """Nobody computes a part beforehand to learn what results look like."""
+
+    def noted(shared: Tensor, task: Tensor) -> Tensor:
+        with open(tmp_path / "log", "a", encoding="utf-8") as log:
+            log.write(f"{task.tolist()}\n")
+        return torch.cat([task, task]).to(torch.float16)
+
+    ones = torch.ones(4, 3)
+    for found in processes.map(noted, torch.zeros(()), ones):
+        assert torch.equal(found, torch.ones(6, dtype=torch.float16))
+    assert (tmp_path / "log").read_text().splitlines() == ["[1.0, 1.0, 1.0]"] * 4
+
+
+@pytest.mark.parametrize("bad", [0, 1])
+def test_the_first_part_that_fails_in_a_first_call_is_the_one_that_is_said(
+    processes: engines.Processes, bad: int
+) -> None:
+    """Whether it is the work of the first worker, which tells what results look like, or of the other."""
+
+    def fail(shared: Tensor, task: Tensor) -> Tensor:
+        if int(task) >= bad:
+            raise MetaftError(f"task {int(task)}")
+        return task
+
+    with pytest.raises(MetaftError, match=f"task {bad}"):
+        list(processes.map(fail, torch.zeros(()), torch.arange(4)))
+
+
+def test_results_without_a_value_and_of_several_types(processes: engines.Processes) -> None:
+    """Each has a place of its own in the memory that they share."""
+
+    def several(shared: Tensor, task: Tensor) -> dict[str, Tensor]:
+        return {
+            "a": task.to(torch.bool), "b": task.to(torch.bfloat16) / 3, "c": torch.empty(0), "d": task.double() / 3,
+        }  # fmt: skip
+
+    tasks = torch.arange(5)
+    for _ in range(2):
+        for i, found in enumerate(processes.map(several, torch.zeros(()), tasks)):
+            expected = several(torch.zeros(()), tasks[i])
+            assert all(torch.equal(found[k], v) and found[k].dtype == v.dtype for k, v in expected.items())
+
+
+def test_a_worker_that_dies_in_a_first_call_is_named(processes: engines.Processes) -> None:
+    def die(shared: Tensor, task: Tensor) -> Tensor:
+        os.kill(os.getpid(), signal.SIGKILL)
+        return task
+
+    with pytest.raises(MetaftError, match=r"engine: a worker process ended \(signal 9\)"):
+        list(processes.map(die, torch.zeros(()), torch.zeros(4)))
 
 
 def test_a_worker_that_dies_is_named(processes: engines.Processes) -> None:

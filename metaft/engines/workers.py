@@ -6,20 +6,23 @@ import atexit
 import contextlib
 import dataclasses
 import gc
+import itertools
 import math
 import mmap
 import multiprocessing
 import os
 import pickle
 import signal
+import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
+from multiprocessing.reduction import recv_handle, send_handle
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -54,10 +57,16 @@ def available() -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class _Like:
-    """What a tensor looks like."""
+    """What a tensor looks like; a leaf of a tree, as a tuple would not be."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
+
+
+class _First(NamedTuple):
+    """What a worker says before it writes its first results: what they look like."""
+
+    likes: Any
 
 
 class Workers:
@@ -73,32 +82,16 @@ class Workers:
         self._size, self._summed = size, summed
         self._function = function
         self.capacity = pytree.tree_leaves(tasks)[0].shape[0]
-        slots = len(self._parts(self.capacity)) if summed else self.capacity
+        self._slots = len(self._parts(self.capacity)) if summed else self.capacity
         self._shared = [_in_shared_memory(leaf.shape, leaf.dtype) for leaf in pytree.tree_leaves(shared)]
         self._tasks = [_in_shared_memory(leaf.shape, leaf.dtype) for leaf in pytree.tree_leaves(tasks)]
         self._shared_spec = pytree.tree_structure(shared)
         self._tasks_spec = pytree.tree_structure(tasks)
+        self._out: list[Tensor] | None = None
+        """Where workers write their results, once it is known what these look like."""
+        self._spec: pytree.TreeSpec | None = None
 
         context = multiprocessing.get_context("fork")
-        # A process that soon ends computes a part to tell what results look like: what it took is given back.
-        ours, theirs = context.Pipe()
-        with _quiet_fork():
-            probe = context.Process(target=self._probe, args=(theirs, shared, tasks), daemon=True)
-            probe.start()
-        theirs.close()
-        try:
-            rows = _received(ours, probe)
-        except BaseException:  # it may be at work for ever
-            probe.kill()
-            raise
-        finally:
-            probe.join()
-            ours.close()
-        if isinstance(rows, BaseException):
-            raise rows
-        likes, self._spec = pytree.tree_flatten(rows)
-        self._out = [_in_shared_memory((slots, *like.shape[1:]), like.dtype) for like in likes]
-
         pipes = [context.Pipe() for _ in range(min(count, len(self._parts(self.capacity))))]
         self._ends = [ours for ours, _ in pipes]
         self._processes = [
@@ -120,14 +113,13 @@ class Workers:
             mine.copy_(leaf)
         for mine, leaf in zip(self._tasks, pytree.tree_leaves(tasks), strict=True):
             mine[:count].copy_(leaf)
-        failures: list[tuple[int, BaseException]] = []
         for end in self._ends:
             _send(end, count)
-        for end, process in zip(self._ends, self._processes, strict=True):
-            failures += _received(end, process)
-        if failures:
-            raise min(failures, key=lambda failure: failure[0])[1]
+        if self._out is None:
+            self._out, self._spec = self._room()
+        _raise_first(failure for answer in self._answers() for failure in answer)
         rows = len(self._parts(count)) if self._summed else count
+        assert self._spec is not None
         return [out[:rows] for out in self._out], self._spec
 
     def close(self) -> None:
@@ -146,13 +138,33 @@ class Workers:
     def _parts(self, count: int) -> list[tuple[int, int]]:
         return [(first, min(first + self._size, count)) for first in range(0, count, self._size)]
 
-    def _probe(self, end: Connection, shared: Any, tasks: Any) -> None:
-        _settle_in()
+    def _answers(self) -> list[Any]:
+        return [_received(end, process) for end, process in zip(self._ends, self._processes, strict=True)]
+
+    def _room(self) -> tuple[list[Tensor], pytree.TreeSpec]:
+        """Memory for the results of the first call and all others, handed to the workers, each of which has computed a
+        part and waits for it: a fork would have inherited it, but nobody knew then what results look like."""
+        answers = self._answers()
+        _raise_first(failure for answer in answers if not isinstance(answer, _First) for failure in answer)
+        likes, spec = pytree.tree_flatten(answers[0].likes)
+        with _file_in_memory() as file:
+            out = _mapped(file, self._slots, likes)
+            for end, process in zip(self._ends, self._processes, strict=True):
+                with contextlib.suppress(OSError):  # as in _send
+                    send_handle(end, file, process.pid)
+        return out, spec
+
+    def _take_room(self, rows: Any, end: Connection) -> list[Tensor]:
+        likes = pytree.tree_map(lambda row: _Like(tuple(row.shape), row.dtype), rows)
+        end.send(_First(likes))
         try:
-            rows = self._function(shared, pytree.tree_map(lambda leaf: leaf[: self._size], tasks))
-            end.send(pytree.tree_map(lambda row: _Like(row.shape, row.dtype), rows))
-        except Exception as error:  # to be raised by the parent
-            end.send(_sendable(error))
+            file = recv_handle(end)
+        except Exception:  # the parent gave up, or is gone
+            raise SystemExit from None
+        try:
+            return _mapped(file, self._slots, pytree.tree_leaves(likes))
+        finally:
+            os.close(file)
 
     def _work(self, rank: int, pipes: list[tuple[Connection, Connection]], parent: int) -> None:
         _settle_in()
@@ -173,26 +185,35 @@ class Workers:
                 return
             if count is None:
                 return
-            end.send(self._answer(rank, shared, count))
+            _send(end, self._answer(rank, shared, count, end))
 
-    def _answer(self, rank: int, shared: Any, count: int) -> list[tuple[int, BaseException]]:
+    def _answer(self, rank: int, shared: Any, count: int, end: Connection) -> list[tuple[int, BaseException]]:
         parts = self._parts(count)
         for i in range(rank, len(parts), len(self._ends)):
             first, last = parts[i]
             try:
                 part = pytree.tree_unflatten([leaf[first:last] for leaf in self._tasks], self._tasks_spec)
-                rows = pytree.tree_leaves(self._function(shared, part))
+                rows = self._function(shared, part)
+                if self._out is None:
+                    self._out = self._take_room(rows, end)
                 into = slice(i, i + 1) if self._summed else slice(first, last)
-                for out, row in zip(self._out, rows, strict=True):
+                for out, row in zip(self._out, pytree.tree_leaves(rows), strict=True):
                     out[into].copy_(row)
             except Exception as error:  # to be raised by the parent
                 return [(i, _sendable(error))]
         return []
 
 
-def _send(end: Connection, what: int | None) -> None:
-    with contextlib.suppress(OSError):  # the worker is gone, which the answer that does not come will tell
+def _send(end: Connection, what: Any) -> None:
+    with contextlib.suppress(OSError):  # the other is gone, which the answer that does not come will tell
         end.send(what)
+
+
+def _raise_first(failures: Iterable[tuple[int, BaseException]]) -> None:
+    """Raise the one of the first part, if there is one."""
+    first = min(failures, key=lambda failure: failure[0], default=None)
+    if first is not None:
+        raise first[1]
 
 
 def _received(end: Connection, process: BaseProcess) -> Any:
@@ -262,13 +283,45 @@ def _threads() -> Iterator[tuple[int, str]]:
 
 def _in_shared_memory(shape: Any, dtype: torch.dtype) -> Tensor:
     # Anonymous and inherited: unlike /dev/shm it has no size of its own to run out of.
+    return _tensor(mmap.mmap(-1, max(1, math.prod(shape) * dtype.itemsize)), tuple(shape), dtype, 0)
+
+
+@contextlib.contextmanager
+def _file_in_memory() -> Iterator[int]:
+    """A descriptor of a file without a name. On Linux it is in memory and, unlike those of /dev/shm, of any size."""
+    if hasattr(os, "memfd_create"):
+        file = os.memfd_create("metaft")
+        try:
+            yield file
+        finally:
+            os.close(file)
+    else:
+        with tempfile.TemporaryFile(prefix="metaft-") as stream:
+            yield stream.fileno()
+
+
+_ALIGNED = 64
+"""Bytes that the place of each tensor in a file is a multiple of."""
+
+
+def _mapped(file: int, slots: int, likes: Sequence[_Like]) -> list[Tensor]:
+    """For each a tensor of so many rows of its shape, one behind the other in the file, which is made long enough."""
+    shapes = [(slots, *like.shape[1:]) for like in likes]
+    sizes = [math.prod(shape) * like.dtype.itemsize for shape, like in zip(shapes, likes, strict=True)]
+    starts = list(itertools.accumulate((-(-size // _ALIGNED) * _ALIGNED for size in sizes), initial=0))
+    length = max(1, starts[-1])
+    os.ftruncate(file, length)
+    memory = mmap.mmap(file, length)
+    return [
+        _tensor(memory, shape, like.dtype, start) for shape, like, start in zip(shapes, likes, starts[:-1], strict=True)
+    ]
+
+
+def _tensor(memory: mmap.mmap, shape: tuple[int, ...], dtype: torch.dtype, start: int) -> Tensor:
     count = math.prod(shape)
-    memory = mmap.mmap(-1, max(1, count * dtype.itemsize))
-    return (
-        torch.frombuffer(memory, dtype=dtype, count=count).view(tuple(shape))
-        if count
-        else torch.empty(shape, dtype=dtype)
-    )
+    if count == 0:  # which frombuffer does not take
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(memory, dtype=dtype, count=count, offset=start).view(shape)
 
 
 def _sendable(error: Exception) -> BaseException:
