@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -145,15 +146,10 @@ def test_a_fingerprint_waits_until_a_change_would_show(
     changed -= changed % 10**9 if whole else 0
     monkeypatch.setattr(time, "time_ns", lambda: changed + int(ago * 1e9))
 
-    class There:
-        def stat(self) -> Any:
-            values = {"st_size": 1, "st_mtime_ns": 1, "st_ctime_ns": changed or 1, "st_ino": 1}
-            return type("Stat", (), values)
-
-        def relative_to(self, root: Path) -> Path:
-            return Path("x")
-
-    fingerprint(tmp_path, [There()])  # type: ignore[list-item]
+    status = types.SimpleNamespace(st_size=1, st_mtime_ns=1, st_ctime_ns=changed or 1, st_ino=1)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "stat", lambda path: status)
+        fingerprint(tmp_path, [tmp_path / "x"])
     assert slept == [pytest.approx((2.0 if whole else 0.02) if wait else 0.0)]
 
 

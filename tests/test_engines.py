@@ -262,6 +262,21 @@ def test_results_of_processes_are_their_own(processes: engines.Processes) -> Non
     assert [float(v) for v in processes.map(scaled, torch.tensor(1.0), torch.ones(9, 1))] == [1.0] * 9  # and more
 
 
+@pytest.mark.parametrize(("chunk", "tasks", "at_once"), [(1, 4, 1), (2, 4, 2), (2, 1, 1)])
+def test_what_derivatives_of_chunks_import_is_there_before_a_fork(
+    monkeypatch: pytest.MonkeyPatch, chunk: int, tasks: int, at_once: int
+) -> None:
+    """Or each worker would import it for itself."""
+    asked: list[int] = []
+    monkeypatch.setattr("metaft.engines.processes.make_ready", asked.append)
+    if not workers.available():
+        pytest.skip("this system cannot fork")
+    with engines.engine("processes", threads=2, chunk=chunk) as engine:
+        for _ in range(2):
+            engine.sum(scaled, torch.zeros(()), torch.zeros(tasks))
+    assert asked == [at_once], "once, at the first call"
+
+
 def test_an_error_in_a_process_reaches_the_caller_and_work_goes_on(processes: engines.Processes) -> None:
     def fail(shared: Tensor, task: Tensor) -> Tensor:
         if int(task) in (3, 5):

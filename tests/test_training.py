@@ -93,6 +93,27 @@ def test_adam_in_closed_form():
     assert outer.meta["a"].tolist() == pytest.approx([-0.25, 0.25, 0.0], rel=1e-5)
 
 
+@pytest.mark.parametrize(("kind", "rule"), [("adam", torch.optim.Adam), ("sgd", torch.optim.SGD)])
+def test_the_outer_optimiser_has_the_bits_of_torchs_class(kind: Any, rule: Any):
+    generator = torch.Generator().manual_seed(0)
+    start = {"a": torch.randn(5, 3, generator=generator), "b": torch.randn((), generator=generator)}
+    outer = Outer(settled(outer_optimizer=kind, outer_lr=1e-3), start)
+    theirs = {name: p.clone() for name, p in start.items()}
+    optimizer = rule(theirs.values(), lr=1e-3)
+    for step in range(5):
+        grads = {name: torch.randn(p.shape, generator=generator) for name, p in start.items()}
+        outer.step(grads, step)
+        for name, p in theirs.items():
+            p.grad = grads[name]
+        optimizer.step()
+        assert all(torch.equal(outer.meta[name], p) for name, p in theirs.items())
+        assert all(torch.equal(outer.gradient[name], g) for name, g in grads.items())
+    moments = {f"{name}/{slot}": v for name, p in theirs.items() for slot, v in optimizer.state[p].items()}
+    moments = {key: value for key, value in moments.items() if value is not None}
+    assert outer.moments().keys() == moments.keys()
+    assert all(torch.equal(outer.moments()[key], value) for key, value in moments.items())
+
+
 @pytest.mark.parametrize("kind", ["adam", "sgd"])
 def test_moments_make_the_optimiser_whole_again(kind: Any):
     config = settled(outer_optimizer=kind, outer_schedule="cosine", clip_norm=3.0)

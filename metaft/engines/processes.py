@@ -10,7 +10,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from metaft.engines import workers
-from metaft.engines.batching import Out, Shared, TaskFunction, Tree, rows, sum_of
+from metaft.engines.batching import Out, Shared, TaskFunction, Tree, make_ready, rows, sum_of
 from metaft.engines.parallel import Parallel
 from metaft.engines.threads import Threads
 from metaft.engines.trees import added, length
@@ -71,6 +71,7 @@ class Processes(Parallel):
             team = None
         if team is None:
             summed = part is sum_of
+            make_ready(min(size, count))
 
             def run(shared: Any, tasks: Any) -> Any:
                 result = part(fn, shared, tasks)

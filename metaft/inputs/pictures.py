@@ -46,11 +46,12 @@ def fingerprint(root: Path, files: Iterable[Path]) -> str:
     digest, newest = hashlib.sha256(f"{decoders}\n".encode()), 0
     inside = f"{root}{os.sep}"
     for path in files:
+        file = str(path)
         try:
-            stat = path.stat()
+            stat = os.stat(file)  # as Path.stat, which takes half as long again
         except OSError as error:
             raise DataError(f"image {path} cannot be read ({error.strerror})") from None
-        name = str(path).removeprefix(inside)  # as relative_to, which takes longer than all the rest
+        name = file.removeprefix(inside)  # as relative_to, which takes longer than all the rest
         # cp -p, rsync and touch -r set the time of modification, but nobody that of the change itself.
         marks = (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
         digest.update("\t".join((name, *map(str, marks), "\n")).encode("utf-8", "surrogateescape"))

@@ -49,7 +49,7 @@ class Eager:
         return self._outer.moments()
 
     def gradient(self) -> Params:
-        return {name: p.grad for name, p in self.meta.items() if p.grad is not None}
+        return self._outer.gradient
 
     def advance(self, step: int) -> Taken:
         first = step * self._config.task.meta_batch

@@ -73,7 +73,7 @@ def folder(
     splits, classes, left = _list(path)
     first = next(files[0] for files in classes.values())
     parts = () if first.parents[1] == path else SPLITS
-    looked_at = dict.fromkeys(file.parent for files in classes.values() for file in files)
+    looked_at = [files[0].parent for files in classes.values()]
     return pool_of(
         f"folder:{path}", path, splits, classes, image_size, channels,
         left=left, notes=overlooked(path, parts, looked_at), skip_bad=skip_bad,
@@ -184,7 +184,7 @@ def rows_left(
 
     Raises DataError for a class of which nothing is left.
     """
-    starts, counts = rows_of([[file for file in files if file not in bad] for files in classes])
+    starts, counts = rows_of([[file for file in files if file not in bad] for files in classes] if bad else classes)
     skipped = {name: len(files) - int(n) for name, files, n in zip(names, classes, counts, strict=True)}
     for name, n in zip(names, counts, strict=True):
         if n == 0:
