@@ -199,8 +199,10 @@ def _student(work: Work, into: str) -> Any:
 
 def _check_judged(work: Work, *, begun: bool) -> None:
     """Raises MetaftError where nothing is there to choose by, nothing or no way to prune, or nothing to gain."""
+    import torch
+
     from metaft.after.pruning import pruned
-    from metaft.after.shrinking import shares_of, tracks_of
+    from metaft.after.shrinking import images_of, shares_of, tracks_of
     from metaft.starts.base import body
 
     tracks_of(work)
@@ -208,7 +210,8 @@ def _check_judged(work: Work, *, begun: bool) -> None:
     if not shares:
         raise MetaftError(f"run: no layer of {work.run.path} has channels to lose")
     if work.student is None and not begun:
-        pruned(work.original, work.original, shares[0])
+        some = images_of(work, torch.from_numpy(work.rows.train), at_most=2)
+        pruned(work.original, work.original, shares[0], some)
     if work.student is not None:
         mine, theirs = (
             sum(p.numel() for p in module.parameters()) for module in (body(work.student, 0), work.original.body)

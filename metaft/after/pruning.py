@@ -5,8 +5,8 @@ flattens maps) is found by torch-pruning's dependency graph (Fang et al. 2023, D
 https://arxiv.org/abs/2301.12900). Of each such group go those that the network's own predictions hang on least (see
 `saliences`): on CIFAR-10 at 160 pixels, before any recovery, a classifier that is right about 76 % of 400 images is
 right about 69 to 72 % with 80 % of the channels by that, and about 43 % by the squared norm of the weights that go
-together (DepGraph, section 3.3, with p = 2), which is what is left to go by without images. Each group keeps the same
-share, since different ones have different scales.
+together (DepGraph, section 3.3, with p = 2). Each group keeps the same share, since different ones have different
+scales.
 """
 
 from __future__ import annotations
@@ -53,12 +53,10 @@ def kept_of(channels: int, share: float) -> int:
     return max(block, block * int(share * channels / block + 0.5))
 
 
-def pruned(
-    classifier: Classifier, original: Classifier, share: float, images: Tensor | None = None, seed: int = 0
-) -> Classifier:
-    """A copy with this share of the channels that `original` has in each group; classes and inputs stay. With
-    `images`, as the backbone takes them, the channels are chosen by `saliences`, drawn from the seed, and stored
-    moments are matched to those of `classifier` (see `match`).
+def pruned(classifier: Classifier, original: Classifier, share: float, images: Tensor, seed: int = 0) -> Classifier:
+    """A copy with this share of the channels that `original` has in each group; classes and inputs stay. By `images`,
+    as the backbone takes them, the channels are chosen (`saliences`, which draw from the seed), and stored moments
+    matched to those of `classifier` (see `match`).
 
     Raises MetaftError, naming `run`, for a network with layers that nobody can prune, of which nothing is left to
     prune, or of which the dependencies were not understood: what comes out is compared with the whole network in which
@@ -73,7 +71,7 @@ def pruned(
         with warnings.catch_warnings(), torch.enable_grad():
             warnings.simplefilter("ignore")  # of what a tracer meets
             head = copy.deepcopy(classifier.head).double()
-            gates = None if images is None else saliences(model.get_submodule("body"), head, images, seed)
+            gates = saliences(model.get_submodule("body"), head, images, seed)
             done = _prune(model, wide, share, x, gates)
         with torch.no_grad():
             found, expected = model(x), done.masked(x)
@@ -87,8 +85,7 @@ def pruned(
     if not torch.allclose(found, expected, rtol=0, atol=CLOSE * max(1.0, float(expected.abs().max()))):
         raise MetaftError("run: the network cannot be pruned: it computes with its channels in a way that is not seen")
     body, surrogate = untraced(model).to(dtype).children()
-    if images is not None:
-        match(body, classifier.body, {path.removeprefix("body."): kept for path, kept in done.left.items()}, images)
+    match(body, classifier.body, {path.removeprefix("body."): kept for path, kept in done.left.items()}, images)
     return Classifier(body, with_columns(classifier.head, surrogate), classifier.inputs, classifier.class_names)
 
 
@@ -182,7 +179,7 @@ class _Group(NamedTuple):
 
 
 def _prune(
-    model: nn.Module, wide: dict[str, int], share: float, x: Tensor, gates: Mapping[nn.Module, Tensor] | None
+    model: nn.Module, wide: dict[str, int], share: float, x: Tensor, gates: Mapping[nn.Module, Tensor]
 ) -> _Pruned:
     """Prune in place."""
     import torch_pruning
@@ -190,14 +187,12 @@ def _prune(
     masked = copy.deepcopy(model)
     paths = {layer: path for path, layer in model.named_modules()}
     graph = torch_pruning.DependencyGraph().build_dependency(model, example_inputs=x, verbose=False)
-    by_norm = torch_pruning.importance.GroupMagnitudeImportance(p=2)
     groups = []
     for group in graph.get_all_groups(ignored_layers=[model.get_submodule("head")], root_module_types=ROOTS):
         root, function = group[0].dep.target.module, group[0].dep.handler
         surplus = _channels(root) - kept_of(wide[paths[root]], share)
         if surplus > 0 and not any(_is_grouped(dep.target.module) for dep, _ in group):
-            of_channels = _finite(by_norm(group)) if gates is None else _of_group(graph, group, gates, _channels(root))
-            order = torch.argsort(of_channels, stable=True)
+            order = torch.argsort(_of_group(graph, group, gates, _channels(root)), stable=True)
             groups.append(_Group(root, function, sorted(order[:surplus].tolist())))
     left = {path: torch.ones(len(layer.of[0].mean)) for layer, path in paths.items() if isinstance(layer, Norm)}
     for layer, function, channels in groups:  # while channels still have their own numbers
@@ -227,11 +222,6 @@ def _of_group(graph: Any, group: Any, gates: Mapping[nn.Module, Tensor], channel
     for layer, each in norms or others:
         total.index_add_(0, torch.tensor(each.root_idxs), gates[layer][list(each.idxs)])
     return total
-
-
-def _finite(importance: Any) -> Tensor:
-    """Of a group whose weights are all zero a mean of none is left, and any channel is as good as another."""
-    return torch.nan_to_num(importance)
 
 
 def _channels(layer: nn.Module) -> int:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch import nn
 
 from metaft.after.measured import latencies
@@ -198,9 +199,7 @@ def _fitted(
     whole = network(folder, work, 0, track)
     train = torch.from_numpy(track.train)
     if work.student is None:
-        some = train[torch.from_numpy(evenly(len(train), MATCHED))]
-        images = whole.inputs(target.examples[some]).to(next(whole.parameters()).dtype)
-        small = pruned(network(folder, work, step - 1, track), whole, share, images, work.seed)
+        small = pruned(network(folder, work, step - 1, track), whole, share, images_of(work, train), work.seed)
         backbone, head = small.body, small.head
     else:
         backbone, head = body(work.student, work.seed), None
@@ -210,6 +209,12 @@ def _fitted(
         recipe, seed=work.seed, extras=(*all_named(recipe.extra), of_classifier(whole)), head=head,
         should_stop=should_stop, resume=state, on_epoch=on_epoch,
     )  # fmt: skip
+
+
+def images_of(work: Work, train: Tensor, at_most: int = MATCHED) -> Tensor:
+    """Training images to prune by, as the backbone takes them."""
+    some = train[torch.from_numpy(evenly(len(train), at_most))]
+    return work.original.inputs(work.target.examples[some]).to(next(work.original.parameters()).dtype)
 
 
 def recovery(work: Work) -> Recipe:
