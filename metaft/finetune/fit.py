@@ -21,7 +21,7 @@ from metaft.finetune.extras import Extra, all_named
 from metaft.finetune.features import evaluating, in_parts, takes_alone
 from metaft.finetune.lessons import Labelled, Lesson, as_they_are, turns
 from metaft.finetune.measuring import Measuring
-from metaft.finetune.states import cloned, values_of, whole
+from metaft.finetune.states import cloned, copy_of, whole
 from metaft.finetune.strategies import Strategy
 from metaft.finetune.strategies.lora import Product, products_of
 from metaft.finetune.training import begin, stored
@@ -125,7 +125,8 @@ def fit(
     measuring = None if on_update is None else Measuring(training, log_every, on_update)
     curve: list[dict[str, float]] = []
     best = (math.inf, {})
-    average = {} if recipe.ema is None else values_of(model, still)
+    values = model.state_dict()  # of the tensors that steps write to: it takes long to ask for in every epoch
+    average = {} if recipe.ema is None else copy_of(values, still)
     judged = model if recipe.ema is None else copied(model)
     if resume is not None:
         # Copied, since an optimiser would go on to write into the tensors that it is given.
@@ -162,26 +163,28 @@ def fit(
             if measuring is not None:
                 measuring.after(step, epoch, now[0], before, on_features=stayed)
             if recipe.ema is not None:
-                follow(average, model.state_dict(), recipe.ema, step, still)
+                follow(average, values, recipe.ema, step, still)
             should_stop()
         if not math.isfinite(totals.sum()):
             raise NonFiniteError(f"epoch {epoch + 1}: the training loss is {totals.sum()}; {SMALLER}")
         row = {"epoch": float(epoch + 1), **_summed("loss", (totals / seen).tolist())}
         if validates and (each_epoch or epoch + 1 == recipe.passes):
-            judged.load_state_dict(average or model.state_dict())
+            if average:
+                judged.load_state_dict(average)
             row |= _validated(judged, lessons, still, stayed)
             val_loss = of_all("val_loss", row)
             if not math.isfinite(val_loss):
                 raise NonFiniteError(f"epoch {epoch + 1}: the validation loss is {val_loss}; {SMALLER}")
             if val_loss < best[0]:
-                best = (val_loss, values_of(judged, still))
+                best = (val_loss, copy_of(average or values, still))
         curve.append(row)
         if trail is not None:
             trail.visit(len(curve), watched)
         if on_epoch is not None:
-            state = cloned({"adam": optim.moments_of(optimizer), "curve": curve, "average": average})
-            state |= {"model": values_of(model, still), "best_loss": best[0], "best": best[1], "begun": training.start}
-            on_epoch(state)
+            on_epoch({
+                "adam": cloned(optim.moments_of(optimizer)), "curve": [*curve], "average": copy_of(average, still),
+                "model": copy_of(values, still), "best_loss": best[0], "best": best[1], "begun": training.start,
+            })  # fmt: skip
     if trail is not None:
         trail.visit(len(curve), watched, last=True)
     if kept := best[1] or average:

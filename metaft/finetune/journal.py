@@ -50,6 +50,9 @@ class Journal:
         self.run, self.header, self.position, self.events = run, header, position, events
         self._clock = time.monotonic()
         self._before: tuple[Mapping[str, Any], tuple[Mapping[str, Any], ...]] = ({}, ())
+        """The tag of the fit in progress, and the rows of all others."""
+        self._own: list[Mapping[str, Any]] = []
+        """Its own rows."""
         self._follow()
         self._updates = _known(read_rows(run.updates, ["epoch", "step"]), position)
 
@@ -100,7 +103,9 @@ class Journal:
         if self._before[0] != tag:
             rows = self.position.rows
             self._before = tag, tuple(row for row in rows if {k: row.get(k) for k in tag} != tag)
-        return (*self._before[1], *({**tag, **row} for row in curve))
+            self._own = []
+        self._own += ({**tag, **row} for row in curve[len(self._own) :])  # those before are as they were
+        return (*self._before[1], *self._own)
 
     def _follow(self) -> None:
         if self.events is not None:

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from metaft.runs.checkpoint import under
@@ -20,9 +20,9 @@ def cloned(state: Any) -> Any:
     return pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), state)
 
 
-def values_of(model: nn.Module, still: Collection[str]) -> dict[str, Tensor]:
+def copy_of(values: Mapping[str, Tensor], still: Collection[str]) -> dict[str, Tensor]:
     """A copy of a model's values; of parameters that are `still`, which nothing moves, they themselves."""
-    return {k: v if k in still else v.detach().clone() for k, v in model.state_dict().items()}
+    return {k: v if k in still else v.detach().clone() for k, v in values.items()}
 
 
 def whole(values: Mapping[str, Tensor], begun: Mapping[str, Tensor]) -> dict[str, Tensor]:

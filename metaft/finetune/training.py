@@ -37,7 +37,7 @@ class Training:
     ("tasks")."""
     groups: Groups
     still: frozenset[str]
-    """Names of the body's parameters, if none of them ever moves."""
+    """Names of the body's parameters and buffers, if none of them ever moves."""
     optimizer: torch.optim.Optimizer
     lessons: tuple[Lesson, ...]
     """Of each target."""
@@ -79,7 +79,8 @@ class Training:
         else:
             totals = self._together(self.tasks, turns, orders, on_features)
         if self.recipe.clip_norm is not None:
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip_norm)
+            trained = [p for group in self.optimizer.param_groups for p in group["params"]]
+            nn.utils.clip_grad_norm_(trained, self.recipe.clip_norm)
         self.optimizer.step()
         return totals
 
@@ -170,6 +171,7 @@ def begin(
         model.set_submodule("body", bodies[0])
         for name in still:
             model.get_parameter(name).requires_grad_(False)
+        still |= {f"body.{name}" for name, _ in bodies[0].named_buffers()}
     # A parameter is a group of the optimiser by itself: its rate may change with every step.
     optimizer = optim.named(recipe.optimizer)([(n, p) for n, p in learning(model) if n not in still], recipe.rate)
     models = [model, *(
