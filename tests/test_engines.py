@@ -6,6 +6,7 @@ import contextlib
 import functools
 import hashlib
 import math
+import multiprocessing
 import os
 import shutil
 import signal
@@ -16,7 +17,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import scenarios
@@ -262,19 +263,20 @@ def test_results_of_processes_are_their_own(processes: engines.Processes) -> Non
     assert [float(v) for v in processes.map(scaled, torch.tensor(1.0), torch.ones(9, 1))] == [1.0] * 9  # and more
 
 
-@pytest.mark.parametrize(("chunk", "tasks", "at_once"), [(1, 4, 1), (2, 4, 2), (2, 1, 1)])
-def test_what_derivatives_of_chunks_import_is_there_before_a_fork(
-    monkeypatch: pytest.MonkeyPatch, chunk: int, tasks: int, at_once: int
-) -> None:
-    """Or each worker would import it for itself."""
-    asked: list[int] = []
-    monkeypatch.setattr("metaft.engines.processes.make_ready", asked.append)
-    if not workers.available():
-        pytest.skip("this system cannot fork")
+@needs_fork
+def test_what_derivatives_of_chunks_import_is_there_before_a_fork() -> None:
+    """Or each worker would import it for itself. One task at a time goes without."""
+    code = """
+import sys, torch
+from metaft import engines
+def known(shared, task):
+    return shared + float("torch._dynamo" in sys.modules)
+for chunk in (1, 2):
     with engines.engine("processes", threads=2, chunk=chunk) as engine:
-        for _ in range(2):
-            engine.sum(scaled, torch.zeros(()), torch.zeros(tasks))
-    assert asked == [at_once], "once, at the first call"
+        print(float(engine.sum(known, torch.zeros(()), torch.zeros(4))))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["0.0", "4.0"], done.stderr
 
 
 def test_an_error_in_a_process_reaches_the_caller_and_work_goes_on(processes: engines.Processes) -> None:
@@ -344,13 +346,71 @@ def test_results_without_a_value_and_of_several_types(processes: engines.Process
             assert all(torch.equal(found[k], v) and found[k].dtype == v.dtype for k, v in expected.items())
 
 
-def test_a_worker_that_dies_in_a_first_call_is_named(processes: engines.Processes) -> None:
+@pytest.mark.parametrize("victims", [(0,), (1,), (0, 1)])
+def test_a_worker_that_dies_in_a_first_call_is_named(processes: engines.Processes, victims: tuple[int, ...]) -> None:
+    """The other one waits to be told where to write; and it ends too."""
+
     def die(shared: Tensor, task: Tensor) -> Tensor:
-        os.kill(os.getpid(), signal.SIGKILL)
+        if int(task) in victims:
+            os.kill(os.getpid(), signal.SIGKILL)
         return task
 
     with pytest.raises(MetaftError, match=r"engine: a worker process ended \(signal 9\)"):
-        list(processes.map(die, torch.zeros(()), torch.zeros(4)))
+        list(processes.map(die, torch.zeros(()), torch.arange(4)))
+    assert not multiprocessing.active_children()
+
+
+OTHER_RESULTS = {
+    "type": lambda i: torch.zeros(3, dtype=torch.float64 if i else torch.float32),
+    "shape": lambda i: torch.zeros(3 if i else 100_000),
+    "one that would spread": lambda i: torch.zeros(1 if i else 3),
+    "number": lambda i: [torch.zeros(3)] * (2 if i else 1),
+    "name": lambda i: {"a" if i else "b": torch.zeros(3)},
+}
+
+
+@pytest.mark.parametrize("at", [1, 2, None])
+@pytest.mark.parametrize("what", OTHER_RESULTS)
+def test_results_that_look_different_are_refused(processes: engines.Processes, what: str, at: int | None) -> None:
+    """Those of the first worker and of the other, of one worker one after the other, or of the first call and the
+    second."""
+
+    def other(shared: Tensor, task: Tensor) -> Any:
+        return OTHER_RESULTS[what](int(task))
+
+    tasks = torch.ones(4)
+    if at is None:
+        list(processes.map(other, torch.zeros(()), torch.zeros(4)))
+    else:
+        tasks = (torch.arange(4) == at).float()
+    with pytest.raises(MetaftError, match=r"engine: results of tasks look different: torch\.float"):
+        list(processes.map(other, torch.zeros(()), tasks))
+
+
+def test_results_that_no_process_can_hand_over_are_named(processes: engines.Processes) -> None:
+    class Local(NamedTuple):
+        """Which pickle does not find."""
+
+        x: Tensor
+
+    def local(shared: Tensor, task: Tensor) -> Local:
+        return Local(task)
+
+    with pytest.raises(MetaftError, match=r"engine: processes cannot hand over such results \(.*Local.*use threads"):
+        list(processes.map(local, torch.zeros(()), torch.zeros(4)))
+
+
+def test_a_worker_keeps_no_file_open_and_its_results_begin_where_vectors_do(processes: engines.Processes) -> None:
+    def looked(shared: Tensor, task: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        files = [os.path.realpath(f"/proc/self/fd/{each}") for each in os.listdir("/proc/self/fd")]
+        return torch.zeros(3, dtype=torch.int8), torch.zeros(5), torch.tensor(sum("memfd" in file for file in files))
+
+    if not Path("/proc/self/fd").is_dir():
+        pytest.skip("needs Linux's /proc")
+    files = [int(one[-1]) for _ in range(2) for one in processes.map(looked, torch.zeros(()), torch.zeros(4))]
+    assert files == [files[0]] * 2 + [files[0] + 1] * 6, "from the first results on, that of the mapping alone"
+    results = next(iter(processes._workers.values()))._out
+    assert results is not None and all(result.data_ptr() % 64 == 0 for result in results)
 
 
 def test_a_worker_that_dies_is_named(processes: engines.Processes) -> None:

@@ -83,7 +83,10 @@ def unmet(row: Mapping[str, Any], latency: float, points: float) -> list[str]:
     if row["latency"] > latency:
         said.append(f"latency: {row['latency']:.2f} of the original's time, and {latency:g} was asked for")
     if lost > points + 1e-9:
-        said.append(f"points: {lost:.1f} are lost on validation, and at most {points:g} were asked for")
+        said.append(
+            f"points: {lost:.1f} are lost on validation, and at most {points:g} were asked for; more --epochs or a "
+            "higher --lr may recover some"
+        )
     return said
 
 

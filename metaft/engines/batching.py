@@ -62,8 +62,8 @@ def _batched(fn: TaskFunction[Shared, Tree, Out], shared: Shared, tasks: Tree) -
 
 
 def make_ready(chunk: int) -> None:
-    """Before a fork, import what torch.func does at its first derivative, where chunks of tasks come to that: two
-    seconds, once instead of in every process."""
+    """Import torch._dynamo, as torch.func does at its first derivative, which chunks of several tasks take: before a
+    fork, or each process would import it for itself, for two seconds."""
     if chunk > 1:
         importlib.import_module("torch._dynamo")
 

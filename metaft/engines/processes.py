@@ -20,9 +20,9 @@ from metaft.errors import MetaftError, MetaftWarning
 class Processes(Parallel):
     """As `Threads`, with a process for each: the same bits, and none waits for another one's Python.
 
-    For the CPU of systems that can fork. The workers of a function are forked at its first call, and once more
-    for other shapes. A fork waits until the program's other threads sleep,
-    for a moment at most: one that multiplies matrices all the time may leave a lock behind in the workers.
+    For the CPU of systems that can fork. The workers of a function are forked at its first call, and once more for
+    other shapes. A fork waits until the program's other threads sleep, for a moment at most: one that multiplies
+    matrices all the time may leave a lock behind in the workers.
     Where what the user handed over may wait for threads that no worker would have (`workers.others`), nothing is
     forked: tasks run in threads, and a MetaftWarning says so.
     """

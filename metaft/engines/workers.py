@@ -57,20 +57,24 @@ def available() -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class _Like:
-    """What a tensor looks like; a leaf of a tree, as a tuple would not be."""
+    """What a row of a tensor looks like; a leaf of a tree, as a tuple would not be."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
 
 
 class _First(NamedTuple):
-    """What a worker says before it writes its first results: what they look like."""
+    """What a worker says before it writes its first results: what a row of them looks like."""
 
     likes: Any
 
 
+class _Alone(BaseException):
+    """In a worker: the parent is gone, or has given up. No `except Exception` on the way is for it."""
+
+
 class Workers:
-    """Forked processes of one intra-op thread each, for calls with the same function and shapes.
+    """Forked processes of one intra-op thread each, for calls with the same function and shapes, of results too.
 
     `function(shared, part)` gets a part of at most `size` tasks and gives a tree of tensors: one row per task, or with
     `summed` one row in all. Part i is the work of worker i modulo `count`.
@@ -90,12 +94,13 @@ class Workers:
         self._out: list[Tensor] | None = None
         """Where workers write their results, once it is known what these look like."""
         self._spec: pytree.TreeSpec | None = None
+        self._parent = os.getpid()
 
         context = multiprocessing.get_context("fork")
         pipes = [context.Pipe() for _ in range(min(count, len(self._parts(self.capacity))))]
         self._ends = [ours for ours, _ in pipes]
         self._processes = [
-            context.Process(target=self._work, args=(rank, pipes, os.getpid()), name="metaft-task", daemon=True)
+            context.Process(target=self._work, args=(rank, pipes), name="metaft-task", daemon=True)
             for rank in range(len(pipes))
         ]
         with _quiet_fork():
@@ -107,7 +112,8 @@ class Workers:
 
     def run(self, shared: Any, tasks: Any) -> tuple[list[Tensor], pytree.TreeSpec]:
         """Rows of the results, [rows, ...] each: a view that the next call overwrites. As many tasks as at first, or
-        fewer. Raises what the function raises for the first part that fails, and MetaftError where a worker died."""
+        fewer. Raises what the function raises for the first part that fails, and MetaftError where a worker died, or
+        results of tasks look different."""
         count = pytree.tree_leaves(tasks)[0].shape[0]
         for mine, leaf in zip(self._shared, pytree.tree_leaves(shared), strict=True):
             mine.copy_(leaf)
@@ -142,31 +148,45 @@ class Workers:
         return [_received(end, process) for end, process in zip(self._ends, self._processes, strict=True)]
 
     def _room(self) -> tuple[list[Tensor], pytree.TreeSpec]:
-        """Memory for the results of the first call and all others, handed to the workers, each of which has computed a
-        part and waits for it: a fork would have inherited it, but nobody knew then what results look like."""
+        """Memory for the results of this call and all others.
+
+        A fork inherits memory, but when the workers were forked nobody knew what results look like. So in the first
+        call each of them computes a part, says what came out, and waits for a file to write to.
+        """
         answers = self._answers()
         _raise_first(failure for answer in answers if not isinstance(answer, _First) for failure in answer)
         likes, spec = pytree.tree_flatten(answers[0].likes)
+        for other in answers[1:]:
+            if pytree.tree_flatten(other.likes) != (likes, spec):
+                raise _unlike(likes, other.likes)
         with _file_in_memory() as file:
+            os.ftruncate(file, max(1, _starts(self._slots, likes)[-1]))
             out = _mapped(file, self._slots, likes)
             for end, process in zip(self._ends, self._processes, strict=True):
-                with contextlib.suppress(OSError):  # as in _send
+                with contextlib.suppress(OSError, RuntimeError):  # as in _send; on macOS it is a RuntimeError
                     send_handle(end, file, process.pid)
         return out, spec
 
     def _take_room(self, rows: Any, end: Connection) -> list[Tensor]:
-        likes = pytree.tree_map(lambda row: _Like(tuple(row.shape), row.dtype), rows)
-        end.send(_First(likes))
+        likes = pytree.tree_map(lambda row: _Like(tuple(row.shape[1:]), row.dtype), rows)
+        try:
+            end.send(_First(likes))
+        except OSError:
+            raise _Alone from None
+        except Exception as error:  # pickle has no class of its own for it
+            why = f"{type(error).__name__}: {error}"
+            raise MetaftError(f"engine: processes cannot hand over such results ({why}); use threads") from error
+        self._wait(end)
         try:
             file = recv_handle(end)
-        except Exception:  # the parent gave up, or is gone
-            raise SystemExit from None
+        except Exception:  # no handle, since the parent gave up
+            raise _Alone from None
         try:
             return _mapped(file, self._slots, pytree.tree_leaves(likes))
         finally:
             os.close(file)
 
-    def _work(self, rank: int, pipes: list[tuple[Connection, Connection]], parent: int) -> None:
+    def _work(self, rank: int, pipes: list[tuple[Connection, Connection]]) -> None:
         _settle_in()
         end = pipes[rank][1]
         # A sibling that held this end open would hide from the parent that this worker died.
@@ -175,17 +195,22 @@ class Workers:
             if theirs is not end:
                 theirs.close()
         shared = pytree.tree_unflatten(self._shared, self._shared_spec)
-        while True:
-            while not end.poll(_ORPHAN_AFTER):
-                if os.getppid() != parent:
-                    return
-            try:
+        with contextlib.suppress(_Alone, EOFError, OSError):
+            while True:
+                self._wait(end)
                 count = end.recv()
-            except (EOFError, OSError):
-                return
-            if count is None:
-                return
-            _send(end, self._answer(rank, shared, count, end))
+                if count is None:
+                    return
+                end.send(self._answer(rank, shared, count, end))
+
+    def _wait(self, end: Connection) -> None:
+        """For the parent to say something. Raises _Alone where it is gone."""
+        try:
+            while not end.poll(_ORPHAN_AFTER):
+                if os.getppid() != self._parent:
+                    raise _Alone
+        except OSError:
+            raise _Alone from None
 
     def _answer(self, rank: int, shared: Any, count: int, end: Connection) -> list[tuple[int, BaseException]]:
         parts = self._parts(count)
@@ -194,11 +219,15 @@ class Workers:
             try:
                 part = pytree.tree_unflatten([leaf[first:last] for leaf in self._tasks], self._tasks_spec)
                 rows = self._function(shared, part)
+                leaves, spec = pytree.tree_flatten(rows)
                 if self._out is None:
-                    self._out = self._take_room(rows, end)
+                    self._out, self._spec = self._take_room(rows, end), spec
                 into = slice(i, i + 1) if self._summed else slice(first, last)
-                for out, row in zip(self._out, pytree.tree_leaves(rows), strict=True):
-                    out[into].copy_(row)
+                outs = [out[into] for out in self._out]
+                if spec != self._spec or [(o.shape, o.dtype) for o in outs] != [(x.shape, x.dtype) for x in leaves]:
+                    raise _unlike(outs, leaves)
+                for out, row in zip(outs, leaves, strict=True):
+                    out.copy_(row)
             except Exception as error:  # to be raised by the parent
                 return [(i, _sendable(error))]
         return []
@@ -304,17 +333,26 @@ _ALIGNED = 64
 """Bytes that the place of each tensor in a file is a multiple of."""
 
 
+def _starts(slots: int, likes: Sequence[_Like]) -> list[int]:
+    """Where in a file so many rows of each begin, and behind the last one where the file ends."""
+    sizes = [slots * math.prod(like.shape) * like.dtype.itemsize for like in likes]
+    return list(itertools.accumulate((-(-size // _ALIGNED) * _ALIGNED for size in sizes), initial=0))
+
+
 def _mapped(file: int, slots: int, likes: Sequence[_Like]) -> list[Tensor]:
-    """For each a tensor of so many rows of its shape, one behind the other in the file, which is made long enough."""
-    shapes = [(slots, *like.shape[1:]) for like in likes]
-    sizes = [math.prod(shape) * like.dtype.itemsize for shape, like in zip(shapes, likes, strict=True)]
-    starts = list(itertools.accumulate((-(-size // _ALIGNED) * _ALIGNED for size in sizes), initial=0))
-    length = max(1, starts[-1])
-    os.ftruncate(file, length)
-    memory = mmap.mmap(file, length)
-    return [
-        _tensor(memory, shape, like.dtype, start) for shape, like, start in zip(shapes, likes, starts[:-1], strict=True)
-    ]
+    """For each a tensor of so many rows, one behind the other in the file, which is as long as `_starts` says."""
+    memory = mmap.mmap(file, 0)
+    starts = _starts(slots, likes)[:-1]
+    return [_tensor(memory, (slots, *like.shape), like.dtype, start) for like, start in zip(likes, starts, strict=True)]
+
+
+def _unlike(first: Any, other: Any) -> MetaftError:
+    """Of two results, or rows of them, that cannot lie beside each other."""
+
+    def shown(tree: Any) -> str:
+        return ", ".join(f"{leaf.dtype} {[*leaf.shape]}" for leaf in pytree.tree_leaves(tree))
+
+    return MetaftError(f"engine: results of tasks look different: {shown(first)} and {shown(other)}")
 
 
 def _tensor(memory: mmap.mmap, shape: tuple[int, ...], dtype: torch.dtype, start: int) -> Tensor:
