@@ -212,7 +212,8 @@ def _prune(
 
 def _of_group(graph: Any, group: Any, gates: Mapping[nn.Module, Tensor], channels: int) -> Tensor:
     """[channels] of the group's first layer: the sum over its normalisation layers, or, where it has none, over all
-    layers that give channels of it."""
+    layers that give channels of it. As if these lost theirs one by one: a factor on all of them together would have
+    the square of their summed slopes (Liu et al. 2021, Group Fisher Pruning, https://arxiv.org/abs/2108.00708)."""
     giving = [(each.dep.target.module, each) for each in map(group.__getitem__, range(len(group)))]
     norms = [(layer, each) for layer, each in giving if isinstance(layer, Norm) and layer in gates]
     others = [

@@ -12,12 +12,10 @@ from torch import Tensor, nn
 
 from metaft.after.traced import ROOTS, Norm
 from metaft.finetune.examples import evenly
+from metaft.finetune.extras.distil import T
 
 WATCHED, AT_ONCE = 64, 8
 """Images at most by which channels are chosen, evenly among those given, and how many in one pass."""
-
-SOFTENED = 2.0
-"""The temperature of `distil`, by which what is left will follow the whole network."""
 
 
 def saliences(body: nn.Module, head: nn.Module, images: Tensor, seed: int) -> dict[nn.Module, Tensor]:
@@ -28,14 +26,15 @@ def saliences(body: nn.Module, head: nn.Module, images: Tensor, seed: int) -> di
     https://arxiv.org/abs/1801.05787; with such gates Molchanov et al. 2019, https://arxiv.org/abs/1906.10771): the mean
     over images of the squared derivative by it of the log-likelihood of a label that is drawn from the network's own
     prediction. Labels of the images themselves would tell less, since a fitted network is sure of them and has no
-    gradient; for the same reason predictions are softened.
+    gradient; for the same reason predictions are softened, by the temperature of `distil`, at which what is left will
+    follow the whole network.
     """
     generator = torch.Generator().manual_seed(seed)
     sums: dict[nn.Module, Tensor] = {}
     watched = images[torch.from_numpy(evenly(len(images), WATCHED))].double()
     for some in watched.split(AT_ONCE):
         with _gated(body, len(some)) as gates:
-            logits = head(body(some)) / SOFTENED
+            logits = head(body(some)) / T
         labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator).squeeze(1)
         loss = F.cross_entropy(logits, labels, reduction="sum")
         for layer, slope in zip(gates, torch.autograd.grad(loss, [*gates.values()], allow_unused=True), strict=True):
