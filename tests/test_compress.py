@@ -100,7 +100,7 @@ class Parts(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         halves = torch.cat([half.unsqueeze(1) for half in x.chunk(2, -1)], 1).flatten(0, 1)
         found = self.b(self.a(halves).relu()).relu().mean((2, 3))
-        return self.top(found.unflatten(0, (-1, 2)).mean(1)).relu()
+        return self.top(found.unflatten(0, (-1, 2))).relu().mean(1)
 
 
 def of_name(name: str, side: int = 16) -> nn.Module:
