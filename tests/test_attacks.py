@@ -155,12 +155,14 @@ def test_accuracy_under_attack_is_how_many_margins_exceed_the_bound() -> None:
     wrong once eps exceeds it."""
     model, raw, labels = classifier()
     right = model.logits(raw).argmax(-1) == labels
-    bounds = [3 / 255, 10.5 / 255, 50.5 / 255]
+    bounds = [3 / 255, 10.5 / 255, 50.5 / 255, 100 / 255, 110 / 255]
     rows = robust_curve(model, raw, labels, bounds, right=right)
     assert [row["eps"] for row in rows] == [0.0, *bounds]
-    assert [row["accuracy"] for row in rows] == [7 / 8, 6 / 8, 4 / 8, 2 / 8]
+    assert [row["accuracy"] for row in rows] == [7 / 8, 6 / 8, 4 / 8, 2 / 8, 0, 0]
     assert right.tolist() == [True] * 7 + [False], "which is the caller's"
     assert all(p.grad is None for p in model.parameters())
+    none = robust_curve(model, raw, labels, bounds, right=torch.zeros_like(right))
+    assert [row["accuracy"] for row in none] == [0] * 6
 
 
 def test_bounds_are_numbers_or_fractions_in_their_order() -> None:

@@ -58,6 +58,8 @@ def robust_curve(
     rows = [_row(0.0, right)]
     for eps in bounds:
         for some in right.nonzero().squeeze(-1).split(at_most(classifier.inputs.shape, 64)):
+            if not len(some):  # nothing is left, of which `split` makes one part
+                continue
             x, y = classifier.inputs(examples[some].to(like.device)).to(like), labels[some].to(like.device)
 
             def loss(x: Tensor, y: Tensor = y) -> Tensor:
