@@ -27,6 +27,7 @@ from metaft.errors import CheckpointError, Interrupted, MetaftError, MetaftWarni
 from metaft.flags import parse
 from metaft.options import Config, Settings, flat, from_mapping, options
 from metaft.support.allocator import keep_freed_memory
+from metaft.support.memory import ran_out
 from metaft.support.names import is_text
 from metaft.support.output import of_command
 from metaft.support.paths import to_replace
@@ -177,18 +178,11 @@ def opened_run(open_it: Callable[[], Opened]) -> Opened:
     return opened
 
 
-# torch's allocators on a CPU and a GPU, oneDNN, the system's calls, and its loader while torch is imported.
-_NO_MEMORY = re.compile(
-    r"(?i)can ?not allocate memory|can't allocate memory|not enough memory|out of memory|bad_alloc|"
-    r"could not create a (memory|primitive)|failed to map segment|can't start new thread"
-)
-
-
 def _no_memory(error: Exception, smaller: str) -> OutOfMemory:
     """What to say where memory ran out. Raises any other error again."""
-    said = _escaped(str(error).split("\n")[0])
-    if not isinstance(error, MemoryError) and not _NO_MEMORY.search(said):
+    if not ran_out(error):
         raise error
+    said = _escaped(str(error).split("\n")[0])
     return OutOfMemory(f"not enough memory ({said or type(error).__name__}); try {smaller}")
 
 

@@ -84,6 +84,8 @@ def run(
     out = _out(config, source)
     if not resume:
         _check_new(out)
+    elif RunFolder(out).result.exists():
+        raise MetaftError(f"resume: {out} is finished already")
     with stopped_at_once("stopped; nothing was written"):
         work, header = _opened(source, config, module, init)
         if config.into is None:
@@ -91,8 +93,6 @@ def run(
         _check_judged(work, begun=resume)
     if resume:
         folder = RunFolder.open(out)
-        if folder.result.exists():
-            raise MetaftError(f"resume: {out} is finished already")
     else:
         with whole_or_nothing(out) as new:  # since without compress.toml nobody could go on with it
             began = RunFolder.create(new, work.run.config.read_text(encoding="utf-8"))

@@ -242,7 +242,7 @@ class CompressConfig(Settings):
     ] = 2.0
     step: Annotated[
         float,
-        Option("Share of the original's channels that each step takes out of every layer.", above=0, below=1),
+        Option("Share of the original's channels that each step takes out of every layer.", at_least=0.01, below=1),
     ] = 0.1
     into: Annotated[
         str | None,

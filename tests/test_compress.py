@@ -404,6 +404,29 @@ def test_what_is_not_understood_is_refused(kind: Callable[[], nn.Module], said: 
         pruned(classifier, classifier, 0.5, classifier.inputs(pictures()).double())
 
 
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("x"), RuntimeError("DefaultCPUAllocator: can't allocate memory"), MemoryError()]
+)
+def test_too_little_memory_is_not_the_network_s_fault(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    from metaft.after import pruning
+    from metaft.after.pruning import pruned
+
+    def out_of_memory(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(pruning, "saliences", out_of_memory)
+    classifier = classifier_of(Mobile())
+    with pytest.raises(type(error)) as caught:
+        pruned(classifier, classifier, 0.5, classifier.inputs(pictures()).double())
+    assert caught.value is error
+
+
+def test_steps_are_no_smaller_than_a_hundredth(capsys: Text) -> None:
+    """Or their number would have no end."""
+    assert compress.main(["run", "--step", "0.001"]) == 2
+    one_line(capsys, "step must be at least 0.01", "0.001")
+
+
 def test_widths_are_built_again() -> None:
     architecture = {"name": "conv4", "ways": 3, "shape": [1, 16, 16], "width": 8}
     whole, _ = build(architecture, 0)
@@ -699,6 +722,7 @@ def test_stopped_and_resumed_it_ends_alike_and_computes_nothing_twice(
     mine, theirs = (json.loads((folder / "result.json").read_text()) for folder in (tmp_path / "o", small))
     assert timeless(mine) == timeless(theirs)
     capsys.readouterr()
+    monkeypatch.setattr("metaft.finetune.setup.prepared", lambda *_: pytest.fail("pictures were read for nothing"))
     assert compress.main([*argv, "--resume"]) == 2
     one_line(capsys, "resume: ", "is finished already")
 

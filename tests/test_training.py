@@ -94,14 +94,15 @@ def test_adam_in_closed_form():
 
 
 @pytest.mark.parametrize(("kind", "rule"), [("adam", torch.optim.Adam), ("sgd", torch.optim.SGD)])
-def test_the_outer_optimiser_has_the_bits_of_torchs_class(kind: Any, rule: Any):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_the_outer_optimiser_has_the_bits_of_torchs_class(kind: Any, rule: Any, dtype: torch.dtype):
     generator = torch.Generator().manual_seed(0)
-    start = {"a": torch.randn(5, 3, generator=generator), "b": torch.randn((), generator=generator)}
+    start = {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in (("a", (5, 3)), ("b", ()))}
     outer = Outer(settled(outer_optimizer=kind, outer_lr=1e-3), start)
     theirs = {name: p.clone() for name, p in start.items()}
     optimizer = rule(theirs.values(), lr=1e-3)
     for step in range(5):
-        grads = {name: torch.randn(p.shape, generator=generator) for name, p in start.items()}
+        grads = {name: torch.randn(p.shape, generator=generator).to(dtype) for name, p in start.items()}
         outer.step(grads, step)
         for name, p in theirs.items():
             p.grad = grads[name]
@@ -136,6 +137,8 @@ def test_moments_make_the_optimiser_whole_again(kind: Any):
 def test_moments_of_another_model_are_refused():
     with pytest.raises(CheckpointError, match="'b/exp_avg' belongs to no meta-parameter"):
         Outer(settled(), {"a": torch.ones(1)}, {"b/exp_avg": torch.ones(1)})
+    with pytest.raises(CheckpointError, match=r"moments of 'a' are \['exp_avg'\], not Adam's"):
+        Outer(settled(), {"a": torch.ones(1)}, {"a/exp_avg": torch.ones(1)})
 
 
 def test_a_snapshot_comes_back(tmp_path: Path):

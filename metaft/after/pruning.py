@@ -27,6 +27,7 @@ from metaft.errors import MetaftError
 from metaft.finetune.classifier import Classifier
 from metaft.models.functional import probe_of
 from metaft.models.stored import StoredNorm
+from metaft.support.memory import ran_out
 
 BLOCK, BLOCKED_FROM = 8, 32
 """Layers of so many channels or more keep a multiple of so many: kernels compute in vectors, and are hardly faster at
@@ -75,9 +76,9 @@ def pruned(classifier: Classifier, original: Classifier, share: float, images: T
             done = _prune(model, wide, share, x, gates)
         with torch.no_grad():
             found, expected = model(x), done.masked(x)
-    except MemoryError:
-        raise
     except Exception as error:  # whatever a tracer meets in a module that is not made for it
+        if ran_out(error):
+            raise
         why = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
         raise MetaftError(f"run: the network cannot be pruned ({why})") from error
     if not done.groups:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import re
 import weakref
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -14,6 +13,7 @@ from torch.utils import _pytree as pytree
 from metaft.engines.trees import chunks, length, summed, unstacked
 from metaft.errors import MetaftError
 from metaft.models.derivatives import first_sentence, without_derivative
+from metaft.support.memory import ran_out
 
 Tree = TypeVar("Tree")
 Shared = TypeVar("Shared")
@@ -80,9 +80,9 @@ def vmapped(fn: TaskFunction[Shared, Tree, Out], shared: Shared, tasks: Tree) ->
     except MetaftError:
         raise
     except Exception as error:  # vmap has no class of its own for what it cannot do
-        said = " ".join(str(error).split())
-        if isinstance(error, MemoryError | torch.OutOfMemoryError) or re.search("(?i)memory|alloc", said):
+        if ran_out(error):
             raise
+        said = " ".join(str(error).split())
         if "random operation" in said:
             raise MetaftError(
                 "model: it draws from torch's global generator, so that tasks could not be reproduced; "
@@ -121,9 +121,11 @@ def why_not_mapped(fn: TaskFunction[Shared, Tree, Any], shared: Shared, tasks: T
         first, *_ = chunks(tasks, 1)
         try:
             rows(fn, shared, first)
-        except (MetaftError, MemoryError, torch.OutOfMemoryError):
+        except MetaftError:
             raise
         except Exception as error:  # whatever the user's module does
+            if ran_out(error):
+                raise
             raise MetaftError(f"{what} do not go together ({_reason(error)})") from error
         try:
             vmapped(fn, shared, tasks)

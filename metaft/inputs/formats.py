@@ -46,8 +46,8 @@ def _named() -> tuple[tuple[str, ...], dict[str, str]]:
 
 
 @functools.lru_cache(maxsize=2)
-def _named_of(formats_registered: int, endings_registered: int) -> tuple[tuple[str, ...], dict[str, str]]:
-    """Anew where a plugin registered more."""
+def _named_of(*registered: int) -> tuple[tuple[str, ...], dict[str, str]]:
+    """By how many there are, since it is asked for each file of a data set: anew where a plugin registered more."""
     formats = tuple(name for name in Image.ID if name not in REFUSED)
     sure = tuple(name for name in formats if Image.OPEN[name][1] is not None)
     endings = {end: name for end, name in Image.registered_extensions().items() if name in formats}

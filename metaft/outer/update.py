@@ -36,12 +36,15 @@ Moments = dict[str, Tensor]
 """Of one parameter, by slot, named as torch.optim's."""
 
 
+_ADAM = ("exp_avg", "exp_avg_sq")
+
+
 def _adam(params: list[Tensor], grads: list[Tensor], moments: list[Moments], lr: float) -> None:
     for p, own in zip(params, moments, strict=True):
         if not own:
             own["step"] = torch.zeros(())  # on the CPU, wherever the parameter is
-            own |= {slot: torch.zeros_like(p) for slot in ("exp_avg", "exp_avg_sq")}
-    averages, squares, steps = ([own[slot] for own in moments] for slot in ("exp_avg", "exp_avg_sq", "step"))
+            own |= {slot: torch.zeros_like(p) for slot in _ADAM}
+    averages, squares, steps = ([own[slot] for own in moments] for slot in (*_ADAM, "step"))
     adam(
         params, grads, averages, squares, [], steps,
         amsgrad=False, beta1=0.9, beta2=0.999, lr=lr, weight_decay=0.0, eps=1e-8, maximize=False,
@@ -78,6 +81,9 @@ class Outer:
                 raise CheckpointError(f"checkpoint: optimiser moment {key!r} belongs to no meta-parameter")
             device = "cpu" if slot == "step" else self.meta[name].device
             self._moments[name][slot] = value.to(device).clone()
+        for name, own in self._moments.items():
+            if own and own.keys() != {*_ADAM, "step"}:
+                raise CheckpointError(f"checkpoint: the optimiser's moments of {name!r} are {sorted(own)}, not Adam's")
 
     @torch.no_grad()
     def step(self, grads: Params, step: int) -> None:

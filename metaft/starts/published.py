@@ -149,5 +149,5 @@ def _about(source: str) -> dict[str, Any]:
 def _not_fetched(init: str, arch: str, place: str, error: Exception) -> MetaftError:
     return MetaftError(
         f"init: the weights of {init} are not on this machine and cannot be fetched from {place} "
-        f"({shown_error(error)}); without a network name a file of them: --init file:PATH:arch={arch}"
+        f"({shown_error(error)}); without a network name a file of them: file:PATH:arch={arch}"
     )
