@@ -535,7 +535,7 @@ def test_a_page_of_it(small: Path, run: Path) -> None:
     from metaft.views.subject import open_subject
     from metaft.views.training import training
 
-    subject = open_subject(str(small))
+    subject, report = open_subject(str(small)), (small / "report.txt").read_text()
     view = smaller(subject)
     assert isinstance(view, View) and isinstance(view.parts[1], Table)
     steps = subject.result["compressed"]["steps"]
@@ -546,6 +546,9 @@ def test_a_page_of_it(small: Path, run: Path) -> None:
         lost = rows[0]["validation"] - row["validation"]
         assert row["points lost"] == pytest.approx(100 * lost) and row["of its time"] == step["latency"]
         assert row["test"] == step["accuracy"]
+        own, beside = (step[key]["1"]["median"] for key in ("seconds", "beside"))
+        assert step["latency"] == pytest.approx(own / beside), "which the report shows beside each other"
+        assert f"{1000 * own:.1f} (" in report and f" {1000 * beside:.1f} " in report
     assert "Asked for were 0.4 of the original's time and at most 100 points" in view.caption
     assert ("Both are reached" in view.caption) == (not subject.result["compressed"]["unmet"])
     assert isinstance(smaller(open_subject(str(run))), Missing)

@@ -96,7 +96,8 @@ def text(rows: Sequence[Mapping[str, Any]], *, seen: bool, threads: int) -> str:
     numbers = "off" in rows[0]
     known = ("rmse" if numbers else "accuracy") in rows[0]
     head = ["model", "MB", *(["parameters", "MFLOPs"] if smaller else [])]
-    head += ["ms for 1 (quartiles)", f"ms for {MANY} (quartiles)"]
+    for count in rows[0]["seconds"]:
+        head += [f"ms for {count} (quartiles)", *([f"original's for {count}"] if smaller else [])]
     head += ["of its time", "validation", "points lost"] if smaller else []
     head += ["off by"] if numbers else ["same label"]
     head += (["RMSE"] if numbers else ["accuracy", "change", "macro F1"]) if known else []
@@ -104,9 +105,10 @@ def text(rows: Sequence[Mapping[str, Any]], *, seen: bool, threads: int) -> str:
     for row in rows:
         cells = [row["model"], f"{row['bytes'] / 1e6:.2f}"]
         cells += [f"{row['parameters']:,}", f"{row['flops'] / 1e6:.1f}"] if smaller else []
-        for of in row["seconds"].values():
+        for count, of in row["seconds"].items():
             low, high = (1000 * value for value in of["quartiles"])
             cells.append(f"{1000 * of['median']:.1f} ({low:.1f}-{high:.1f})")
+            cells += [f"{1000 * row['beside'][count]['median']:.1f}"] if smaller else []
         if smaller:
             validation = row["validation"]
             lost = "" if row is rows[0] else f"{validation['points']:.1f}"
@@ -119,5 +121,6 @@ def text(rows: Sequence[Mapping[str, Any]], *, seen: bool, threads: int) -> str:
             cells += [f"{100 * row['accuracy']:.1f} %", change, f"{row['macro_f1']:.3f}"]
         lines.append(cells)
     which = "pictures that it was trained on (there is no test part)" if seen else "pictures that it has not seen"
-    note = f"on {rows[0]['pictures']} {which if known else 'pictures'}, {threads} threads"
-    return f"{aligned(lines)}\n{note}"
+    note = f"on {rows[0]['pictures']} {which if known else 'pictures'}, {threads} thread{'' if threads == 1 else 's'}"
+    turns = ["the original's time is that in turns with each of them"] if smaller else []
+    return "\n".join([aligned(lines), note, *turns])

@@ -30,7 +30,8 @@ from metaft.views.layers import layers_of
 def steps_of(folder: RunFolder, work: Work, position: Position) -> list[dict[str, Any]]:
     """A row for the original and for each step, as `rows_of` gives them, on the test part, where there is one: with
     "parameters", "flops" of one picture, "share" of the channels, and "validation": how many "right" of "held" images,
-    the "accuracy", and how many "points" are lost."""
+    the "accuracy", and how many "points" are lost; "latency" is the share of the original's time, whose own seconds in
+    those turns are "beside"."""
     tracks, own = tracks_of(work), [fit for fit in position.fits if "latency" in fit]
     first = tracks[0]
     models: dict[str, tuple[Classifier, Path]] = {"original": (work.original, work.run.classifier)}
@@ -48,6 +49,7 @@ def steps_of(folder: RunFolder, work: Work, position: Position) -> list[dict[str
         row["validation"]["points"] = 100 * (rows[0]["validation"]["accuracy"] - right / held)
         row["share"] = 1.0 if step == 0 else own[step - 1]["share"]
         row["latency"] = 1.0 if step == 0 else ratio_of(own[step - 1])
+        row["beside"] = own[max(0, step - 1)]["latency"]["original"]
         row |= size_of(models[row["model"]][0])
     return rows
 
