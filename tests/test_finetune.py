@@ -637,6 +637,30 @@ def test_it_resumes_to_the_same_bits_from_every_epoch(changes: dict[str, Any]) -
             assert len(rest) == len(whole.curve) - len(state["curve"])  # nothing was trained twice
 
 
+@pytest.mark.parametrize("ema", [None, 0.0])
+def test_what_a_module_puts_in_the_place_of_a_buffer_is_kept(ema: float | None) -> None:
+    """In a checkpoint and in the average, of which 0 is the values themselves."""
+
+    class Counting(nn.Module):
+        seen: Tensor
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.inside = body()
+            self.register_buffer("seen", torch.zeros(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.training:
+                self.seen = self.seen + 1.0
+            return self.inside(x)
+
+    states: list[dict[str, Any]] = []
+    tune(Counting(), on_epoch=states.append, ema=ema)
+    for part in ("model", "average") if ema is not None else ("model",):
+        seen = [float(state[part]["body.seen"]) for state in states]
+        assert len(seen) == 4 and seen == sorted(set(seen)), part
+
+
 def test_it_can_be_stopped_at_every_step() -> None:
     calls = iter(range(100))
 

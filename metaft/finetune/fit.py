@@ -125,8 +125,13 @@ def fit(
     measuring = None if on_update is None else Measuring(training, log_every, on_update)
     curve: list[dict[str, float]] = []
     best = (math.inf, {})
-    values = model.state_dict()  # of the tensors that steps write to: it takes long to ask for in every epoch
-    average = {} if recipe.ema is None else copy_of(values, still)
+    held = model.state_dict()
+
+    def values() -> Params:
+        """Of the model now; where only a head moves, in place, without the time that all layers take to be asked."""
+        return held if still else model.state_dict()
+
+    average = {} if recipe.ema is None else copy_of(held, still)
     judged = model if recipe.ema is None else copied(model)
     if resume is not None:
         # Copied, since an optimiser would go on to write into the tensors that it is given.
@@ -163,7 +168,7 @@ def fit(
             if measuring is not None:
                 measuring.after(step, epoch, now[0], before, on_features=stayed)
             if recipe.ema is not None:
-                follow(average, values, recipe.ema, step, still)
+                follow(average, values(), recipe.ema, step, still)
             should_stop()
         if not math.isfinite(totals.sum()):
             raise NonFiniteError(f"epoch {epoch + 1}: the training loss is {totals.sum()}; {SMALLER}")
@@ -176,14 +181,14 @@ def fit(
             if not math.isfinite(val_loss):
                 raise NonFiniteError(f"epoch {epoch + 1}: the validation loss is {val_loss}; {SMALLER}")
             if val_loss < best[0]:
-                best = (val_loss, copy_of(average or values, still))
+                best = (val_loss, copy_of(average or values(), still))
         curve.append(row)
         if trail is not None:
             trail.visit(len(curve), watched)
         if on_epoch is not None:
             on_epoch({
                 "adam": cloned(optim.moments_of(optimizer)), "curve": [*curve], "average": copy_of(average, still),
-                "model": copy_of(values, still), "best_loss": best[0], "best": best[1], "begun": training.start,
+                "model": copy_of(values(), still), "best_loss": best[0], "best": best[1], "begun": training.start,
             })  # fmt: skip
     if trail is not None:
         trail.visit(len(curve), watched, last=True)

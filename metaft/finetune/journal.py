@@ -51,8 +51,8 @@ class Journal:
         self._clock = time.monotonic()
         self._before: tuple[Mapping[str, Any], tuple[Mapping[str, Any], ...]] = ({}, ())
         """The tag of the fit in progress, and the rows of all others."""
-        self._own: list[Mapping[str, Any]] = []
-        """Its own rows."""
+        self._own: list[tuple[Mapping[str, Any], Mapping[str, Any]]] = []
+        """Each row of its curve, and what is written of it."""
         self._follow()
         self._updates = _known(read_rows(run.updates, ["epoch", "step"]), position)
 
@@ -104,8 +104,11 @@ class Journal:
             rows = self.position.rows
             self._before = tag, tuple(row for row in rows if {k: row.get(k) for k in tag} != tag)
             self._own = []
-        self._own += ({**tag, **row} for row in curve[len(self._own) :])  # those before are as they were
-        return (*self._before[1], *self._own)
+        known = len(self._own)
+        if known and (len(curve) < known or curve[known - 1] is not self._own[-1][0]):
+            self._own = []  # the curve of another fit of the same name, as a soup has several
+        self._own += ((row, {**tag, **row}) for row in curve[len(self._own) :])
+        return (*self._before[1], *(row for _, row in self._own))
 
     def _follow(self) -> None:
         if self.events is not None:

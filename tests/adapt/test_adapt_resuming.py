@@ -28,6 +28,7 @@ from metaft import adapt
 from metaft.config import AdaptConfig, read_toml
 from metaft.finetune import journal, study
 from metaft.options import options
+from metaft.runs.folder import RunFolder
 
 
 def stop_at(monkeypatch: pytest.MonkeyPatch, fit: int, step: int | None, number: int = signal.SIGTERM) -> None:
@@ -263,3 +264,18 @@ def test_a_full_disk_is_one_line_and_leaves_the_checkpoints(copy: Path, capsys: 
     assert re.match(r"metaft: error: .*/checkpoints/.*: cannot be written \(File too large\)$", line)
     assert contents(copy / "checkpoints") == before
     assert adapt.main(["--resume", str(copy)]) == 0  # with room again it goes on
+
+
+def test_rows_are_those_of_the_fit_in_progress_and_of_all_before_it(tmp_path: Path) -> None:
+    """Of two fits of the same name the second one's take the place of the first one's, however long they are."""
+    kept = journal.Journal(RunFolder.create(tmp_path / "r", ""), {}, journal.Position())
+    before: list[float] = []
+    for start, fits in (("a", [[3.0], [2.0], [1.0, 0.5], [0.25]]), ("b", [[9.0, 8.0], [7.0, 6.0]])):
+        for losses in fits:
+            curve: list[dict[str, float]] = []
+            for epoch, loss in enumerate(losses, 1):
+                curve.append({"epoch": float(epoch), "loss": loss})
+                kept.epoch(0, {"draw": 0, "start": start}, {"curve": [*curve]})
+                assert [row["loss"] for row in kept.position.rows] == [*before, *losses[:epoch]]
+        before += fits[-1]
+    assert {row["start"] for row in kept.position.rows} == {"a", "b"}
