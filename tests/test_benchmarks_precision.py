@@ -42,6 +42,7 @@ def test_it_writes_every_tasks_error_and_a_table(tmp_path: Path, capsys: pytest.
     assert table.count("| 75x64x14x14 |") == 2 and table in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_errors_of_bf16_stand_in_a_table_of_their_own(tmp_path: Path) -> None:
     precision.main(small(tmp_path, "--chunks", "1", "--bf16"))
     (row,) = json.loads((tmp_path / "p.json").read_text())["rows"]

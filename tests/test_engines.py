@@ -264,6 +264,7 @@ def test_results_of_processes_are_their_own(processes: engines.Processes) -> Non
 
 
 @needs_fork
+@pytest.mark.slow
 def test_what_derivatives_of_chunks_import_is_there_before_a_fork() -> None:
     """Or each worker would import it for itself. One task at a time goes without."""
     code = """

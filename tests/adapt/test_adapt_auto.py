@@ -384,6 +384,7 @@ def test_minutes_that_draws_share_are_for_no_further_draws(at_hand: Path, data: 
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_numbers_have_no_ranking(at_hand: Path, data: Path) -> None:
     table = at_hand / "labels.csv"
     files = sorted((data / "train").rglob("*.png"))

@@ -83,6 +83,7 @@ def test_figures_are_their_definitions_and_folds_are_as_one_part() -> None:
     assert number_scores(np.full(6, 0.1), np.full(6, 0.2))["r2"] is None, "though their mean is another number"
 
 
+@pytest.mark.slow
 def test_a_head_on_fixed_features_comes_to_the_least_squares_in_units_of_the_labels() -> None:
     images, labels = data()
     recipe = Recipe(epochs=3000, batch_size=24, lr=0.02, strategy="head", schedule="cosine", loss="mse")
