@@ -4,20 +4,15 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import dataclasses
 import gc
-import itertools
-import math
-import mmap
 import multiprocessing
 import os
 import pickle
 import signal
-import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from multiprocessing.reduction import recv_handle, send_handle
@@ -30,6 +25,7 @@ from torch.utils import _pytree as pytree
 from tqdm import TMonitor
 
 from metaft.dist import patience
+from metaft.engines.shared import Like, file_in_memory, inherited, mapped, starts_of
 from metaft.errors import MetaftError
 
 OWN_THREADS = "metaft-task"
@@ -53,14 +49,6 @@ _REST_WITHIN = 2.0
 def available() -> bool:
     """Whether this system can fork. Workers inherit functions, which need not be picklable."""
     return "fork" in multiprocessing.get_all_start_methods()
-
-
-@dataclasses.dataclass(frozen=True)
-class _Like:
-    """What a row of a tensor looks like; a leaf of a tree, as a tuple would not be."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
 
 
 class _First(NamedTuple):
@@ -87,8 +75,8 @@ class Workers:
         self._function = function
         self.capacity = pytree.tree_leaves(tasks)[0].shape[0]
         self._slots = len(self._parts(self.capacity)) if summed else self.capacity
-        self._shared = [_in_shared_memory(leaf.shape, leaf.dtype) for leaf in pytree.tree_leaves(shared)]
-        self._tasks = [_in_shared_memory(leaf.shape, leaf.dtype) for leaf in pytree.tree_leaves(tasks)]
+        self._shared = [inherited(leaf.shape, leaf.dtype) for leaf in pytree.tree_leaves(shared)]
+        self._tasks = [inherited(leaf.shape, leaf.dtype) for leaf in pytree.tree_leaves(tasks)]
         self._shared_spec = pytree.tree_structure(shared)
         self._tasks_spec = pytree.tree_structure(tasks)
         self._out: list[Tensor] | None = None
@@ -159,16 +147,16 @@ class Workers:
         for other in answers[1:]:
             if pytree.tree_flatten(other.likes) != (likes, spec):
                 raise _unlike(likes, other.likes)
-        with _file_in_memory() as file:
-            os.ftruncate(file, max(1, _starts(self._slots, likes)[-1]))
-            out = _mapped(file, self._slots, likes)
+        with file_in_memory() as file:
+            os.ftruncate(file, max(1, starts_of(self._slots, likes)[-1]))
+            out = mapped(file, self._slots, likes)
             for end, process in zip(self._ends, self._processes, strict=True):
                 with contextlib.suppress(OSError, RuntimeError):  # as in _send; on macOS it is a RuntimeError
                     send_handle(end, file, process.pid)
         return out, spec
 
     def _take_room(self, rows: Any, end: Connection) -> list[Tensor]:
-        likes = pytree.tree_map(lambda row: _Like(tuple(row.shape[1:]), row.dtype), rows)
+        likes = pytree.tree_map(lambda row: Like(tuple(row.shape[1:]), row.dtype), rows)
         try:
             end.send(_First(likes))
         except OSError:
@@ -182,7 +170,7 @@ class Workers:
         except Exception:  # no handle, since the parent gave up
             raise _Alone from None
         try:
-            return _mapped(file, self._slots, pytree.tree_leaves(likes))
+            return mapped(file, self._slots, pytree.tree_leaves(likes))
         finally:
             os.close(file)
 
@@ -310,42 +298,6 @@ def _threads() -> Iterator[tuple[int, str]]:
                 yield int(each.parent.name), state
 
 
-def _in_shared_memory(shape: Any, dtype: torch.dtype) -> Tensor:
-    # Anonymous and inherited: unlike /dev/shm it has no size of its own to run out of.
-    return _tensor(mmap.mmap(-1, max(1, math.prod(shape) * dtype.itemsize)), tuple(shape), dtype, 0)
-
-
-@contextlib.contextmanager
-def _file_in_memory() -> Iterator[int]:
-    """A descriptor of a file without a name. On Linux it is in memory and, unlike those of /dev/shm, of any size."""
-    if hasattr(os, "memfd_create"):
-        file = os.memfd_create("metaft")
-        try:
-            yield file
-        finally:
-            os.close(file)
-    else:
-        with tempfile.TemporaryFile(prefix="metaft-") as stream:
-            yield stream.fileno()
-
-
-_ALIGNED = 64
-"""Bytes that the place of each tensor in a file is a multiple of."""
-
-
-def _starts(slots: int, likes: Sequence[_Like]) -> list[int]:
-    """Where in a file so many rows of each begin, and behind the last one where the file ends."""
-    sizes = [slots * math.prod(like.shape) * like.dtype.itemsize for like in likes]
-    return list(itertools.accumulate((-(-size // _ALIGNED) * _ALIGNED for size in sizes), initial=0))
-
-
-def _mapped(file: int, slots: int, likes: Sequence[_Like]) -> list[Tensor]:
-    """For each a tensor of so many rows, one behind the other in the file, which is as long as `_starts` says."""
-    memory = mmap.mmap(file, 0)
-    starts = _starts(slots, likes)[:-1]
-    return [_tensor(memory, (slots, *like.shape), like.dtype, start) for like, start in zip(likes, starts, strict=True)]
-
-
 def _unlike(first: Any, other: Any) -> MetaftError:
     """Of two results, or rows of them, that cannot lie beside each other."""
 
@@ -353,13 +305,6 @@ def _unlike(first: Any, other: Any) -> MetaftError:
         return ", ".join(f"{leaf.dtype} {[*leaf.shape]}" for leaf in pytree.tree_leaves(tree))
 
     return MetaftError(f"engine: results of tasks look different: {shown(first)} and {shown(other)}")
-
-
-def _tensor(memory: mmap.mmap, shape: tuple[int, ...], dtype: torch.dtype, start: int) -> Tensor:
-    count = math.prod(shape)
-    if count == 0:  # which frombuffer does not take
-        return torch.empty(shape, dtype=dtype)
-    return torch.frombuffer(memory, dtype=dtype, count=count, offset=start).view(shape)
 
 
 def _sendable(error: Exception) -> BaseException:
