@@ -134,7 +134,7 @@ def guarded(command: Callable[[Sequence[str]], None], argv: Sequence[str] | None
             line = _escaped(f"{_file_of(error, argv)}{error}")
             print(f"metaft: {'' if isinstance(error, Interrupted) else 'error: '}{line}", file=sys.stderr)
         return error.status
-    except (MemoryError, RuntimeError, OSError, ImportError) as error:
+    except Exception as error:
         lacking = _no_memory(error, smaller)
         print(f"metaft: error: {lacking}", file=sys.stderr)
         return lacking.status
@@ -233,7 +233,7 @@ def in_ranks(command: Callable[[Sequence[str], Ranks], None], argv: Sequence[str
                     command(argv, ranks)
             except MetaftError as error:
                 raise ranks.last_words(error) from None
-            except (MemoryError, RuntimeError, OSError, ImportError) as error:
+            except Exception as error:
                 raise ranks.last_words(_no_memory(error, smaller)) from None
 
     return guarded(together, argv, smaller=smaller)

@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from metaft import algorithms
 from metaft.errors import MetaftError
 from metaft.spec import name_of
+from metaft.support.memory import ran_out
 from metaft.support.paths import absolute
 
 _one_at_a_time = threading.RLock()
@@ -97,8 +98,8 @@ def _blamed(plugin: str) -> Iterator[None]:
     """Inside, what is raised is the plugin's doing, and becomes one line; but Ctrl-C and a full memory are not."""
     try:
         yield
-    except MemoryError:
-        raise
     except (Exception, SystemExit) as error:
+        if ran_out(error):
+            raise
         said = " ".join(str(error).split())
         raise MetaftError(f"plugin: {plugin} raised {type(error).__name__}: {said}") from error

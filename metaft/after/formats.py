@@ -20,6 +20,7 @@ from torch import Tensor
 from metaft._version import __version__
 from metaft.after.whole import Whole
 from metaft.errors import CheckpointError, MetaftError
+from metaft.support.memory import ran_out
 
 META = "metaft"
 """The name of a file's metadata: JSON of what `about` says."""
@@ -53,9 +54,11 @@ class Format:
         try:
             with quiet():
                 module.write(whole, path, about)
-        except (MemoryError, OSError, MetaftError):
+        except (OSError, MetaftError):
             raise
         except Exception as error:  # whatever a tracer or a converter meets
+            if ran_out(error):
+                raise
             why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             raise MetaftError(f"format: the model cannot be exported to {self.file} ({why})") from error
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from metaft.after.formats import META, quiet
 from metaft.errors import MetaftError
 from metaft.inputs.base import Examples
+from metaft.support.memory import ran_out
 
 FILE = "model-int8.onnx"
 
@@ -61,9 +62,11 @@ def quantise(model: Path, out: Path, examples: Examples) -> None:
                 reduce_range=reduced, activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
                 nodes_to_exclude=left,
             )  # fmt: skip
-    except (MemoryError, OSError):
+    except OSError:
         raise
     except Exception as error:  # whatever onnxruntime finds
+        if ran_out(error):
+            raise
         why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise MetaftError(f"int8: the model cannot be quantised ({why})") from error
     _note(out, {"calibrated_with": min(AT_MOST, len(examples)), "reduce_range": reduced, "left_as_they_are": left})

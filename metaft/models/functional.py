@@ -25,6 +25,7 @@ from metaft.models.head import body_of, watched, watching
 from metaft.models.norm import EpisodeNorm, episode_norms, in_transform, measure_moments, use_moments
 from metaft.models.plain import plain_layers
 from metaft.objective import loss_value
+from metaft.support.memory import ran_out
 from metaft.support.modes import in_usual_modes_but_type
 from metaft.types import Loss, Moments, Params
 
@@ -302,9 +303,11 @@ def check_repeats(model: Model, shape: tuple[int, ...], x: Tensor | None = None)
     before = torch.get_rng_state()
     try:
         first, second = model.apply(model.params, x, None), model.apply(model.params, x, None)
-    except (MetaftError, MemoryError):
+    except MetaftError:
         raise
     except Exception as error:  # whatever the user's forward pass does
+        if ran_out(error):
+            raise
         why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         takes = f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)}"
         raise MetaftError(f"module: {name} cannot take inputs of {takes} ({why})") from error

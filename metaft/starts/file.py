@@ -15,6 +15,7 @@ from metaft.starts.base import Start
 from metaft.starts.names import PACKAGED
 from metaft.starts.published import of_architecture
 from metaft.starts.weights import in_order, load_into, named_tensors, shown_error, source_head, start_of
+from metaft.support.memory import ran_out
 from metaft.support.paths import absolute, local
 
 
@@ -74,8 +75,6 @@ def read(path: str) -> dict[str, Any]:
 
             return load_file(file)
         held = torch.load(file, map_location="cpu", weights_only=True)
-    except MemoryError:
-        raise
     except pickle.UnpicklingError as error:
         if "global" not in str(error).lower():
             raise MetaftError(f"init: {path} cannot be read as weights ({shown_error(error)})") from error
@@ -83,6 +82,8 @@ def read(path: str) -> dict[str, Any]:
             f"init: {path} holds more than tensors, which would run code of its own; save module.state_dict() instead"
         ) from None
     except Exception as error:  # whatever a damaged file makes its reader raise
+        if ran_out(error):
+            raise
         raise MetaftError(
             f"init: {path} cannot be read as weights; it is damaged, or neither safetensors nor what torch.save writes "
             f"({shown_error(error)})"

@@ -21,6 +21,7 @@ from metaft.inputs.fitting import plain, upright
 from metaft.inputs.flaws import about
 from metaft.inputs.listing import DAMAGED
 from metaft.inputs.reading import Unreadable
+from metaft.support.memory import ran_out
 from metaft.support.paths import absolute
 from metaft.targets.files import Listed
 
@@ -118,7 +119,7 @@ def _is_no_part(error: Exception) -> bool:
 
 def _not_there(name: str, of: Any, option: str, root: Path, missing: Mapping[bool | str, Exception]) -> DataError:
     error = next(iter(missing.values()))
-    if isinstance(error, MemoryError):
+    if ran_out(error):
         raise error
     if isinstance(error, ImportError):
         return DataError(f"data: torchvision:{name} needs a package that is not installed ({error})")
@@ -166,9 +167,9 @@ def _picture(parts: Mapping[str, Any], labels: Mapping[str, np.ndarray], file: P
         with about(file):
             image, label, *_ = parts[part][i]
             image = plain(upright(image))
-    except MemoryError:
-        raise
     except Exception as error:  # a broken file makes a decoder raise anything
+        if ran_out(error):
+            raise
         return Unreadable(file, DAMAGED, " ".join(str(error).split()) or type(error).__name__)
     if int(label) != labels[part][i]:
         raise DataError(f"data: {file} has label {label}, but is listed with {labels[part][i]}")

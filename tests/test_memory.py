@@ -1,0 +1,108 @@
+"""Memory that runs out is nobody's fault: no layer between calls it a mistake in what the user gave."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from metaft import cli, plugin
+from metaft.after import formats, int8
+from metaft.models.functional import check_repeats
+from metaft.starts import file
+from metaft.support.memory import ran_out
+from metaft.targets import torchvision
+
+OUT = [torch.OutOfMemoryError("x"), RuntimeError("DefaultCPUAllocator: can't allocate memory"), MemoryError()]
+Raise = Callable[..., Any]
+
+
+def of_a_module(fail: Raise, patch: pytest.MonkeyPatch, folder: Path) -> None:
+    model: Any = SimpleNamespace(architecture={}, params={"w": nn.Parameter(torch.zeros(1))}, apply=fail, outputs=2)
+    check_repeats(model, (3,))
+
+
+def of_a_plugin(fail: Raise, patch: pytest.MonkeyPatch, folder: Path) -> None:
+    with plugin._blamed("mine.py"):
+        fail()
+
+
+def of_a_file(fail: Raise, patch: pytest.MonkeyPatch, folder: Path) -> None:
+    (folder / "w.pt").write_bytes(b"")
+    patch.setattr(torch, "load", fail)
+    file.read(str(folder / "w.pt"))
+
+
+def of_a_data_set(fail: Raise, patch: pytest.MonkeyPatch, folder: Path) -> None:
+    """One that loads all of its pictures at once."""
+
+    class Whole:
+        def __init__(self, root: str, train: bool = True, target_transform: None = None) -> None:
+            fail()
+
+    patch.setattr(torchvision, "_known", lambda: {"Whole": Whole})
+    torchvision._opened("Whole", str(folder))
+
+
+def of_a_picture(fail: Raise, patch: pytest.MonkeyPatch, folder: Path) -> None:
+    patch.setattr(torchvision, "upright", fail)
+    torchvision._picture({"train": [(None, 0)]}, {}, folder / "train" / "0")
+
+
+def of_an_export(fail: Raise, patch: pytest.MonkeyPatch, folder: Path) -> None:
+    one = formats.FORMATS["torch-export"]
+    patch.setattr(type(one), "_module", lambda *_: SimpleNamespace(write=fail))
+    one.write(None, folder / "m", {})  # pyright: ignore[reportArgumentType]
+
+
+def of_int8(fail: Raise, patch: pytest.MonkeyPatch, folder: Path) -> None:
+    quantisation = pytest.importorskip("onnxruntime.quantization", reason="the extra export is not installed")
+    patch.setattr(quantisation, "quantize_static", fail)
+    patch.setattr(int8, "untouched", lambda _: [])
+    int8.quantise(folder / "m.onnx", folder / "out.onnx", [])  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("error", OUT, ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize(
+    "through",
+    [of_a_module, of_a_plugin, of_a_file, of_a_data_set, of_a_picture, of_an_export, of_int8],
+    ids=lambda each: each.__name__,
+)
+def test_it_passes_as_it_is(
+    through: Callable[[Raise, pytest.MonkeyPatch, Path], None],
+    error: Exception,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    with pytest.raises(type(error)) as caught:
+        through(fail, monkeypatch, tmp_path)
+    assert caught.value is error
+
+
+@pytest.mark.parametrize("error", [*OUT, type("Foreign", (Exception,), {})("std::bad_alloc")])
+def test_a_command_says_so_in_one_line(error: Exception, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whatever class a library has for it: onnxruntime's is an Exception alone."""
+
+    def command(_: object) -> None:
+        raise error
+
+    status = cli.guarded(command, [], smaller="less")
+    said = capsys.readouterr().err
+    assert status == 1 and said.startswith("metaft: error: not enough memory (") and said.endswith("; try less\n")
+
+
+def test_another_error_is_no_such_thing() -> None:
+    def command(_: object) -> None:
+        raise ValueError("odd")
+
+    assert not ran_out(ValueError("odd"))
+    with pytest.raises(ValueError, match="odd"):
+        cli.guarded(command, [], smaller="less")
