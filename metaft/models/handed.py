@@ -6,6 +6,7 @@ import contextlib
 import copy
 import sys
 import threading
+from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,6 +20,7 @@ from metaft.types import Params
 
 _SHARDED = {"FullyShardedDataParallel", "FSDPModule"}
 _TYPES = (torch.float32, torch.float64)
+_EMPTY = (dict, OrderedDict)
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
@@ -54,11 +56,15 @@ def copied(module: nn.Module) -> nn.Module:
     _refuse_kinds(module)
     memo: dict[int, Any] = {}
     try:
-        for part in module.modules():
-            for value in pytree.tree_leaves(vars(part)):
+        for value in (value for part in module.modules() for value in vars(part).values()):
+            if type(value) in _EMPTY and not value:
+                # A module has a dozen for hooks, and to copy one as any object costs more than to copy a small tensor.
+                memo[id(value)] = type(value)()
+                continue
+            for leaf in pytree.tree_leaves(value):
                 # A hook of torch.nn.utils.weight_norm leaves the weight that it computed last, with its graph.
-                if isinstance(value, Tensor) and not value.is_leaf:
-                    memo[id(value)] = value.detach().clone()
+                if isinstance(leaf, Tensor) and not leaf.is_leaf:
+                    memo[id(leaf)] = leaf.detach().clone()
         for part in reversed(list(module.modules())):
             bare = unwrapped(part)
             if bare is not part:
