@@ -87,6 +87,11 @@ def on_features(recipe: Recipe) -> bool:
     return recipe.augment == "none" and not any(extra.of_inputs for extra in extras.all_named(recipe.extra))
 
 
+def is_ordered(recipe: Recipe, images: int) -> bool:
+    """Whether fits on so many images that differ in `order` (see `training.begin`) are one and the same."""
+    return recipe.images_per_step >= images and on_features(recipe) and not recipe.dropout
+
+
 def of_chance(recipe: Recipe) -> Recipe:
     """For a random start, without what is about a start's knowledge, which it has none of."""
     return dataclasses.replace(recipe, extra=tuple(t for t in recipe.extra if not extras.named(t).of_start))

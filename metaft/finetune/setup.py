@@ -23,7 +23,7 @@ from metaft.finetune.contenders import Contender, Images, chosen, contenders_of,
 from metaft.finetune.inner import check_inner
 from metaft.finetune.range_test import searched
 from metaft.finetune.ranking import at_hand, ranked
-from metaft.finetune.recipes import check_numbers, lasting, settled
+from metaft.finetune.recipes import check_numbers, is_ordered, lasting, settled
 from metaft.finetune.robust import bounds_of
 from metaft.finetune.strategies import CHOSEN
 from metaft.finetune.strategies.base import unchanged
@@ -171,7 +171,7 @@ def prepared(
     check_validation((target, *further), [rows_of(setup, 0, which=which) for which in range(1 + len(further))])
     trained = len(rows_of(setup, 0).train)
     if config.recipe is not None:
-        _check_soup(setup, config.recipe.soup)
+        _check_soup(setup, config.recipe.soup, fresh=begun is None)
         config = dataclasses.replace(config, recipe=lasting(config.recipe, trained))
         device = device_of(config.compute.device)
         config, test = searched(config, start, target, rows_of(setup, 0).train, device)
@@ -192,8 +192,9 @@ def prepared(
     return setup._replace(contenders=tuple(known))
 
 
-def _check_soup(setup: Setup, soup: int | None) -> None:
-    """Raises MetaftError for a soup of which no images could decide what goes into it, or that would not be tested."""
+def _check_soup(setup: Setup, soup: int | None, *, fresh: bool) -> None:
+    """Raises MetaftError for a soup of which no images could decide what goes into it, that would not be tested, or, in
+    a `fresh` run, whose fits would be alike."""
     if soup is None:
         return
     if setup.folds > 1:
@@ -202,6 +203,12 @@ def _check_soup(setup: Setup, soup: int | None) -> None:
         raise MetaftError(
             f"soup: validation images decide what goes into it, and a class has fewer than {VALIDATION_FROM} images to "
             f"set some aside from (given {soup})"
+        )
+    recipe, images = setup.config.recipe, len(rows_of(setup, 0).train)
+    if recipe is not None and fresh and is_ordered(recipe, images):
+        raise MetaftError(
+            f"soup: the {images} training images are one batch, and nothing else about a fit is left to chance, so "
+            f"that {soup} would be alike; they differ with --augment basic, or with a --batch-size below {images}"
         )
 
 
