@@ -8,7 +8,7 @@ import pytest
 import scenarios
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from metaft import models
 from metaft.errors import MetaftError
@@ -163,6 +163,24 @@ def test_a_forward_pass_that_does_not_repeat_itself_is_refused(by: str) -> None:
 def test_a_head_that_is_not_linear_is_refused_with_those_that_are() -> None:
     with pytest.raises(MetaftError, match=r"head '0' is not an nn.Linear .* \['5'\]"):
         models.functional(custom(), head="0")
+
+
+def test_what_is_undrawn_is_on_the_cpu_and_draws_nothing() -> None:
+    def make() -> nn.Module:
+        return nn.Sequential(nn.Linear(2, 3, dtype=torch.float64), nn.BatchNorm1d(3), nn.PReLU())
+
+    before, drawn = torch.get_rng_state(), make()
+    torch.set_rng_state(before)
+    with torch.device("meta"):  # whatever is set outside
+        made = models.undrawn(make)
+    assert torch.equal(torch.get_rng_state(), before)
+    like = {name: (t.shape, t.dtype, t.device, t.requires_grad) for name, t in tensors_of(drawn)}
+    assert {name: (t.shape, t.dtype, t.device, t.requires_grad) for name, t in tensors_of(made)} == like
+    assert repr(made) == repr(drawn)
+
+
+def tensors_of(module: nn.Module) -> list[tuple[str, Tensor]]:
+    return [*module.named_parameters(), *module.named_buffers()]
 
 
 @pytest.mark.parametrize("name", sorted(models.MODELS))

@@ -73,9 +73,12 @@ def test_help_and_bad_options_do_not_wait_for_torch(tmp_path: Path, command: str
 
 
 def test_a_meta_step_does_not_wait_for_torchs_compiler(tmp_path: Path):
-    """Which torch.optim's classes import, for two seconds."""
+    """Which torch.optim's classes import, for two seconds, nor for sympy, which Module.to_empty does."""
     out = in_new_process(
         "import sys, torch\n"
+        "from metaft import models\n"
+        "model = models.build('conv4', ways=2, shape=(1, 16, 16), width=4, seed=0)\n"
+        "print(list(model.apply(model.params, torch.zeros(3, 1, 16, 16), None).shape), 'sympy' in sys.modules)\n"
         f"sys.path.append({str(ROOT / 'tests')!r})\n"
         "from helpers import settled\n"
         "from metaft.outer.update import Outer\n"
@@ -85,7 +88,7 @@ def test_a_meta_step_does_not_wait_for_torchs_compiler(tmp_path: Path):
         "    print('torch._dynamo' in sys.modules, bool((outer.meta['a'] < 1).all()))",
         tmp_path,
     )
-    assert out == "False True\n" * 2
+    assert out == "[3, 2] False\n" + "False True\n" * 2
 
 
 def test_every_public_name_is_there():

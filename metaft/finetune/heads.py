@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metaft.errors import MetaftError, no_such
-from metaft.models import initialise
+from metaft.models import initialise, undrawn
 from metaft.models.functional import is_plain
 from metaft.models.head import class_means, matched
 
@@ -51,9 +51,7 @@ class Matching(nn.Module):
 
 
 def _linear(features: Tensor, labels: Tensor, classes: int, seed: int) -> nn.Module:
-    with torch.device("meta"):  # the constructor would draw from the global generator
-        layer = nn.Linear(features.shape[1], classes)
-    return initialise(layer.to_empty(device="cpu"), seed)
+    return initialise(undrawn(lambda: nn.Linear(features.shape[1], classes)), seed)
 
 
 HEADS: dict[str, Callable[[Tensor, Tensor, int, int], nn.Module]] = {
@@ -85,9 +83,7 @@ def filled(name: str, tensors: Mapping[str, Tensor]) -> nn.Module:
         head: nn.Module = Cosine(features, classes, torch.Generator())
     elif name == "linear" and {"weight"} <= tensors.keys() <= {"weight", "bias"}:
         classes, features = tensors["weight"].shape
-        with torch.device("meta"):
-            head = nn.Linear(features, classes, bias="bias" in tensors)
-        head = head.to_empty(device="cpu")
+        head = undrawn(lambda: nn.Linear(features, classes, bias="bias" in tensors))
     else:
         raise MetaftError(f"head: {sorted(tensors)} are not the tensors of a {name!r} head")
     head = head.to(like)

@@ -16,6 +16,7 @@ from metaft.finetune.fit import Fitted
 from metaft.finetune.outcomes import outcome_of
 from metaft.inputs import Inputs
 from metaft.inputs.base import Examples
+from metaft.models import undrawn
 from metaft.models.stored import with_stored_moments
 from metaft.settings import Recipe
 
@@ -43,9 +44,7 @@ def probe(body: nn.Module, inputs: Inputs, examples: Examples, labels: Tensor, c
         raise NonFiniteError("probe: the features of the training images are not finite")
     fit = regression if classes else _ridge
     weight, bias = fit(features.cpu().double().numpy(), labels.cpu().numpy(), classes)
-    with torch.device("meta"):  # the constructor would draw from the global generator
-        head = nn.Linear(*reversed(weight.shape))
-    head = head.to_empty(device="cpu").to(features)
+    head = undrawn(lambda: nn.Linear(*reversed(weight.shape))).to(features)
     with torch.no_grad():
         head.weight.copy_(torch.from_numpy(weight))
         assert head.bias is not None

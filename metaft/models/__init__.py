@@ -11,7 +11,7 @@ from torch import nn
 
 from metaft.errors import MetaftError, no_such
 from metaft.models.conv4 import Conv4
-from metaft.models.drawn import initialise, own_generator
+from metaft.models.drawn import initialise, own_generator, undrawn
 from metaft.models.dropout import EpisodeDropBlock, EpisodeDropout, use_dropout
 from metaft.models.functional import Model, check_repeats, functional
 from metaft.models.handed import class_of, taken, with_constants, wrappers
@@ -38,6 +38,7 @@ __all__ = [
     "is_ours",
     "skeleton",
     "taken",
+    "undrawn",
     "use_dropout",
     "with_constants",
     "wrappers",
@@ -100,6 +101,4 @@ def skeleton(architecture: Mapping[str, Any]) -> nn.Module:
     if not is_ours(name):
         with own_generator(0):
             return taken(build())
-    with torch.device("meta"):  # constructors would draw from the global generator
-        module = build()
-    return module.to_empty(device="cpu")
+    return undrawn(build)

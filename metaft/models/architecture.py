@@ -60,9 +60,8 @@ def build(
         built, head = prepared(kept_statistics(module, unseen=unseen) if norm == "keep" else module)
         old = linear(built, head)
         if outputs is not None and outputs != old.out_features:
-            with torch.device("meta"):  # the constructor would draw from the global generator
-                new = nn.Linear(old.in_features, outputs, bias=old.bias is not None, dtype=old.weight.dtype)
-            built.set_submodule(head, new.to_empty(device="cpu"))
+            sizes, how = (old.in_features, outputs), {"bias": old.bias is not None, "dtype": old.weight.dtype}
+            built.set_submodule(head, models.undrawn(lambda: nn.Linear(*sizes, **how)))
     built = _narrowed(built, architecture)
     return built if seed is None else models.initialise(built, seed), head
 

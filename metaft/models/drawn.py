@@ -6,7 +6,7 @@ import contextlib
 import math
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,8 @@ from torch.nn.utils.weight_norm import WeightNorm, remove_weight_norm
 from metaft.errors import MetaftError, MetaftWarning
 from metaft.models.handed import class_of, copied
 from metaft.models.norm import EpisodeNorm
+
+Part = TypeVar("Part", bound=nn.Module)
 
 _OTHERS = 0x9E3779B97F4A7C15
 """Added to a seed for what layers draw by themselves: other numbers than those of the linear and convolution layers."""
@@ -70,6 +72,15 @@ def _alike(values: Tensor) -> Tensor:
     """Normal numbers of the same mean and spread: of equal ones 2 % of them, and 0.02 where all are 0."""
     mean, spread = float(values.mean()), float(values.std(correction=0))
     return mean + (spread or 0.02 * abs(mean) or 0.02) * torch.randn(values.shape, dtype=values.dtype)
+
+
+def undrawn(make: Callable[[], Part]) -> Part:
+    """The module that `make` builds, on the CPU and with tensors that are not filled in, for values that are known or
+    will be drawn: no constructor draws from the global generator, or takes time for it."""
+    with torch.device("meta"):
+        made = make()
+    # Module.to_empty asks for tensors alike, which on the meta device is done by functions that import sympy: 0.7 s.
+    return made._apply(lambda t: torch.empty(t.shape, dtype=t.dtype, device="cpu"))
 
 
 @contextlib.contextmanager
