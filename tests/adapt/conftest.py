@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import shutil
 import warnings
 from pathlib import Path
@@ -23,7 +25,6 @@ from helpers import (
 from torch import Tensor, nn
 
 from metaft import meta_train
-from metaft.algorithms import ALGORITHMS
 from metaft.errors import MetaftWarning
 from metaft.finetune import report, study
 
@@ -40,18 +41,33 @@ def squares(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_folder(tmp_path_factory.mktemp("data") / "squares")
 
 
+class Runs(dict[str, Path]):
+    """Finished meta-training runs, each made when it is first asked for: one per algorithm, one on colour images, one
+    that takes no images."""
+
+    def __init__(self, base: Path, squares: Path) -> None:
+        super().__init__()
+        self._base, self._squares = base, squares
+
+    def __missing__(self, name: str) -> Path:
+        path = self._base / name
+        said = io.StringIO()  # a test that asks first may read what its own command says
+        with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(), contextlib.redirect_stdout(said):
+            patch.setattr("metaft.runs.report.draw_pictures", lambda *_: [])
+            warnings.simplefilter("ignore", MetaftWarning)  # of iMAML, whose default is not made for eight pixels
+            if name == "curve":
+                meta_train.run(sinusoid(path))
+            elif name == "colour":
+                meta_trained(path, self._squares, channels=3)
+            else:
+                meta_trained(path, self._squares, algorithm=name, **OWN[name])
+        self[name] = path
+        return path
+
+
 @pytest.fixture(scope="session")
-def runs(tmp_path_factory: pytest.TempPathFactory, squares: Path) -> dict[str, Path]:
-    """Finished meta-training runs: one per algorithm, one on colour images, one that takes no images."""
-    base = tmp_path_factory.mktemp("runs")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", MetaftWarning)  # of iMAML, whose default is not made for eight pixels
-        made = {name: meta_trained(base / name, squares, algorithm=name, **OWN[name]) for name in ALGORITHMS}
-    made["colour"] = meta_trained(base / "colour", squares, channels=3)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("metaft.runs.report.draw_pictures", lambda *_: [])
-        meta_train.run(sinusoid(base / "curve"))
-    return {**made, "curve": base / "curve"}
+def runs(tmp_path_factory: pytest.TempPathFactory, squares: Path) -> Runs:
+    return Runs(tmp_path_factory.mktemp("runs"), squares)
 
 
 @pytest.fixture(scope="session")

@@ -107,7 +107,12 @@ def bad(tmp_path_factory: pytest.TempPathFactory, runs: dict[str, Path], data: P
     for name, text in texts.items():
         (base / f"{name}.toml").write_text(text)
     found = {path.name: path for path in base.iterdir()}
-    return {**found, **{f"{k}_run": v for k, v in runs.items()}, "data": data, "done": done}
+    return {
+        **found,
+        **{f"{k}_run": runs[k] for k in ("colour", "curve", "maml", "protonet")},
+        "data": data,
+        "done": done,
+    }
 
 
 UNFIT = [
