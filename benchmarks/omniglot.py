@@ -90,8 +90,8 @@ def member(algorithm: str, accuracy: float, ci95: float | None, source: str) -> 
 
 
 def best(ways: int, shots: int, accuracy: float, ci95: float) -> Row:
-    """One inner step, three times the outer rate, a cosine, and fewer tasks per meta-step. With 20 ways the paper's five
-    steps of 0.1 take five times as long for a task; in 250 meta-steps one of 0.4 comes as far as one of 1.5."""
+    """One inner step, three times the outer rate, a cosine, and fewer tasks per meta-step. With 20 ways two steps take
+    1.8 times as long as one (the paper has five), and one of 0.4 comes as far as one of 1.5."""
     many = ways > 5
     config = MetaTrainConfig(
         dataset="omniglot", split="finn", algorithm="maml", model="conv4", width=64,

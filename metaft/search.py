@@ -276,7 +276,7 @@ def _searched(search: Search, config: SearchConfig) -> dict[str, Any]:
         latest = {} if not best else {"best": f"{figure_words(measure, told[best[0]]['value'])} (trial {best[0]})"}
         bar.update(len(told), **latest)
 
-    hint = f"stopped, with all kept; go on with: {PROG} --resume {shlex.quote(shown(str(search.path)))}"
+    hint = f"stopped, with all kept; go on with: {_again_by(search, config.workers)}"
     with StopSignals(message=hint) as signals:
         try:
             search.run(
@@ -287,10 +287,16 @@ def _searched(search: Search, config: SearchConfig) -> dict[str, Any]:
             )
         finally:
             bar.close()
-        return finish(search)
+        return finish(search, config.workers)
 
 
-def finish(search: Search) -> dict[str, Any]:
+def _again_by(search: Search, workers: int) -> str:
+    """The command that goes on with a search, as many trials at once."""
+    at_once = f" --workers {workers}" if workers > 1 else ""
+    return f"{PROG} --resume {shlex.quote(shown(str(search.path)))}{at_once}"
+
+
+def finish(search: Search, workers: int = 1) -> dict[str, Any]:
     """Write best.toml, result.json, table.txt and the pictures; say what came out. Raises TrialsFailed."""
     from metaft.runs.checkpoint import write_atomically
     from metaft.runs.folder import RunFolder
@@ -313,8 +319,7 @@ def finish(search: Search) -> dict[str, Any]:
     print(f"\n{listed([Path(shown(str(path))) for path in pictures])}")
     print(f"result:   {shown(str(search.path / 'result.json'))}, {shown(str(table))}")
     if len(told) < search.trials:
-        again = f"{PROG} --resume {shlex.quote(shown(str(search.path)))}"
-        print(f"the time is up after {len(told)} of {search.trials} trials; more: {again}")
+        print(f"the time is up after {len(told)} of {search.trials} trials; more: {_again_by(search, workers)}")
     print(f"next:     python -m metaft.{search.space.command} --config {shlex.quote(shown(str(toml)))}")
     return result
 

@@ -199,8 +199,14 @@ def test_a_is_drawn_from_the_seed_and_its_inputs_and_by_no_global_generator() ->
 
 
 def test_no_product_is_wider_than_its_weight() -> None:
-    shapes = [(part.A.shape, part.B.shape) for part in products(adapted("grouped", text="lora:rank=50")).values()]
-    assert shapes == [((3, 3, 18), (3, 3, 3))]
+    """And what is added stays alpha / rank of it."""
+    begun, _ = start("grouped")
+    model = moved(adapted("grouped", text="lora:rank=50,alpha=8"))
+    ((a, b),) = [(part.A.detach().clone(), part.B.detach().clone()) for part in products(model).values()]
+    assert (a.shape, b.shape) == ((3, 3, 18), (3, 3, 3))
+    merged = named("lora").finish(model).get_parameter("body.0.weight")
+    added = (merged - begun.get_parameter("0.weight")).view(3, 3, 18)
+    torch.testing.assert_close(added, 8 / 50 * b @ a, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("strategy", ["lora:rank=2", 'lp-ft:then="lora:rank=2"'])

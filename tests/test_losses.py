@@ -56,12 +56,13 @@ def test_smoothing_reaches_the_training_loss_and_not_validation() -> None:
 
 
 @pytest.mark.parametrize("balance", ["none", "weights"])
-@pytest.mark.parametrize(("size", "times"), [(4, 2), (2, 3), (5, 2)])
+@pytest.mark.parametrize(("size", "times"), [(4, 2), (2, 3), (5, 2), (5, 4)])
 @pytest.mark.parametrize("more", [{}, {"freeze": "backbone"}, {"clip_norm": 0.1, "label_smoothing": 0.1}])
 def test_k_batches_of_b_are_one_of_kb(
     balance: Literal["none", "weights"], size: int, times: int, more: dict[str, Any]
 ) -> None:
-    """16 images: steps of 8, of 6 with 4 left, and of 10 with 6 left, of which the last batch would be a single one."""
+    """16 images: steps of 8, of 6 with 4 left, of 10 with 6 left, of which the last batch would be a single one, and of
+    5, 5 and 6."""
     large = tuned(balance, batch_size=size * times, **more)
     small = tuned(balance, batch_size=size, accumulate=times, **more)
     for key, value in bits(large).items():

@@ -166,6 +166,40 @@ def test_random_trials_are_uniform_and_independent() -> None:
     assert abs(heads - 0.5) < 4.5 / math.sqrt(4 * n)
 
 
+def test_random_trials_of_a_finite_space_are_all_different() -> None:
+    """And come in an order of the seed's: each combination is as likely as another to be the first."""
+    space = space_of(
+        head=["linear", "cosine", "prototype"],
+        epochs={"low": 1, "high": 4},
+        dropout={"low": 0, "high": 0.8, "step": 0.4},
+    )
+    assert space.size == AtRandom(space, 0, True).size == 36
+    for seed in (0, 1):
+        method = AtRandom(space, seed, True)
+        trials = [method.ask(i) for i in range(36)]
+        assert len({tuple(t.values()) for t in trials}) == 36
+        assert [AtRandom(space, seed, True).ask(i) for i in (20, 3)] == [trials[20], trials[3]]
+    firsts = [AtRandom(space_of(head=["linear", "cosine"]), seed, True).ask(0)["head"] for seed in range(400)]
+    assert abs(firsts.count("linear") - 200) < 4.5 * math.sqrt(100)
+    assert space_of(lr=LR, head=["linear", "cosine"]).size is None
+
+
+def test_how_many_trials_there_are(tmp_path: Path) -> None:
+    def trials(method: str, given: int | None, **space: Any) -> int:
+        path = tmp_path / f"{method}{given}{len(space)}{len(list(tmp_path.iterdir()))}"
+        path.mkdir()
+        header = {"method": method, "seed": 0, "trials": given, "measure": "accuracy", "notes": [], "chosen": {}}
+        asked = made("adapt", AdaptConfig, {"init": "none", **space}, origin="s.toml")
+        return Search(path, Journal.begin(path / "j", {"space": asked.plain(), **header}), asked).trials
+
+    few, many = {"head": ["linear", "cosine"]}, {"epochs": {"low": 1, "high": 50}}
+    assert [trials(m, None, **few) for m in ("grid", "random")] == [2, 2]
+    assert [trials(m, 1, **few) for m in ("grid", "random")] == [1, 1]
+    assert [trials(m, None, **many) for m in ("grid", "random")] == [50, 20]
+    assert [trials(m, 30, **many) for m in ("grid", "random")] == [30, 30]
+    assert trials("random", None, lr=LR) == 20
+
+
 def test_random_trial_i_is_a_function_of_seed_and_i() -> None:
     space = space_of(lr=LR, epochs={"low": 1, "high": 9})
     first = AtRandom(space, 0, True)
@@ -411,10 +445,14 @@ def test_a_trial_that_is_killed_each_time_failed(tmp_path: Path, monkeypatch: py
         finish(search)
 
 
-def test_no_trial_begins_after_the_time_is_up(tmp_path: Path) -> None:
+def test_no_trial_begins_after_the_time_is_up(tmp_path: Path, capsys: Text) -> None:
     search = go_on(begun(tmp_path / "s"), seconds=1e-9)
     assert len(search.journal.told) == 1  # one at least
     assert len(go_on(opened(search.path), seconds=1e-9).journal.told) == 1
+    finish(search, workers=2)
+    assert (
+        f"1 of 4 trials; more: python -m metaft.search --resume {search.path} --workers 2\n" in capsys.readouterr().out
+    )
     assert len(go_on(opened(search.path)).journal.told) == 4
 
 
@@ -547,6 +585,14 @@ def test_what_no_trial_can_be_judged_by_is_one_line(in_tmp: Path, capsys: Text, 
     assert search.main(["s.toml", "--data", "folder:data", *more.split()]) == 2
     one_line(capsys, *parts)
     assert sorted(p.name for p in in_tmp.iterdir()) == ["data", "s.toml"]
+
+
+def test_a_search_is_for_one_target(in_tmp: Path, capsys: Text) -> None:
+    write_target(in_tmp / "data", {"train": 10, "test": 2})
+    Path("s.toml").write_text('init = "none"\nlr = [0.03, 0.003]\nalso = ["folder:other"]\n')
+    assert search.main(["s.toml", "--data", "folder:data", "--out", "s"]) == 2
+    one_line(capsys, "also: a search is for one target", "other)")
+    assert not Path("s").exists()
 
 
 @pytest.mark.usefixtures("_here")

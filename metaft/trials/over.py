@@ -75,6 +75,8 @@ def _check_adapt(config: AdaptConfig, space: Space) -> Checked:
     for name, wanted in (("method", "finetune"), ("auto", None)):
         if getattr(config, name) != wanted:
             raise MetaftError(f"{name}: its trials would have no validation images (given {getattr(config, name)!r})")
+    if config.also:
+        raise MetaftError(f"also: a search is for one target (given {', '.join(config.also)})")
     if any(value is not None for value in _all("soup", space)):
         raise MetaftError("soup: what goes into one is chosen on the validation images that would judge it")
     for strategy in _all("strategy", space):

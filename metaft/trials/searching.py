@@ -47,7 +47,9 @@ class Search:
     def trials(self) -> int:
         """How many there are to be."""
         wanted, most = self.journal.search["trials"], self.method.size
-        return min(n for n in (wanted, most) if n is not None) if wanted or most else UNTIL
+        if most is None:
+            return wanted or UNTIL
+        return min(wanted or (most if self.method.exhausts else UNTIL), most)
 
     def folder(self, number: int) -> RunFolder:
         """The run folder of a trial."""

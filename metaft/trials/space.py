@@ -107,6 +107,12 @@ class Space(NamedTuple):
     searched: tuple[Dimension, ...]
     """In the order of the file."""
 
+    @property
+    def size(self) -> int | None:
+        """How many combinations of values there are, where that is a finite number."""
+        axes = [dimension.values for dimension in self.searched]
+        return None if None in axes else math.prod(len(axis) for axis in axes if axis is not None)
+
     def plain(self) -> dict[str, Any]:
         """As a file has it, which `made` reads."""
         fixed = {k: list(v) if isinstance(v, tuple) else v for k, v in self.fixed.items()}

@@ -14,7 +14,9 @@ class Method(Protocol):
     and told so far, in that order: a search that goes on asks and tells all of its journal again."""
 
     size: int | None
-    """How many trials there are; None: as many as are wanted."""
+    """How many trials there are at most; None: as many as are wanted."""
+    exhausts: bool
+    """Whether all of them are wanted where no number is."""
 
     def ask(self, number: int, before: Values | None = None) -> Values:
         """The settings of the next trial, whose number is one above the last one's, from 0 on; those that it had

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,9 +13,11 @@ from metaft.trials.space import Dimension, Space
 class Grid:
     """Raises MetaftError for a range without steps."""
 
+    exhausts = True
+
     def __init__(self, space: Space, seed: int, maximise: bool) -> None:
         self._axes = {dimension.name: _values(dimension) for dimension in space.searched}
-        self.size: int | None = math.prod(map(len, self._axes.values()))
+        self.size = space.size
 
     def ask(self, number: int, before: Values | None = None) -> Values:
         if before is not None:

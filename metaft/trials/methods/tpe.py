@@ -18,6 +18,7 @@ class Tpe:
     """
 
     size: int | None = None
+    exhausts = False
 
     def __init__(self, space: Space, seed: int, maximise: bool) -> None:
         self._optuna = optuna = _optuna()
