@@ -41,6 +41,7 @@ MEMBERS: dict[str, list[str]] = {
     "full, stlr": ["--strategy", "full", "--schedule", "stlr"],
     "full, plateau": ["--strategy", "full", "--schedule", "plateau"],
     "full, warm-up": ["--strategy", "full", "--schedule", "cosine:warmup=0.1"],
+    "full, soup of 3": ["--strategy", "full", "--soup", "3"],
     "full, basic, soup of 3": ["--strategy", "full", "--augment", "basic", "--soup", "3"],
     "full, l2-sp": ["--strategy", "full", "--extra", "l2-sp"],
     "full, mixup": ["--strategy", "full", "--extra", "mixup"],

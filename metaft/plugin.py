@@ -99,7 +99,7 @@ def _blamed(plugin: str) -> Iterator[None]:
     try:
         yield
     except (Exception, SystemExit) as error:
-        if ran_out(error):
+        if isinstance(error, Exception) and ran_out(error):
             raise
         said = " ".join(str(error).split())
         raise MetaftError(f"plugin: {plugin} raised {type(error).__name__}: {said}") from error

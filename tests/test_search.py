@@ -179,9 +179,23 @@ def test_random_trials_of_a_finite_space_are_all_different() -> None:
         trials = [method.ask(i) for i in range(36)]
         assert len({tuple(t.values()) for t in trials}) == 36
         assert [AtRandom(space, seed, True).ask(i) for i in (20, 3)] == [trials[20], trials[3]]
+    method, tried = AtRandom(space, 0, True), {"head": "cosine", "epochs": 2, "dropout": 0.4}
+    assert [method.ask(i, tried) for i in (0, 1)] == [tried] * 2  # as another version had it
+    rest = [method.ask(i) for i in range(2, 37)]
+    assert len({tuple(t.values()) for t in rest}) == 35 and tried not in rest
     firsts = [AtRandom(space_of(head=["linear", "cosine"]), seed, True).ask(0)["head"] for seed in range(400)]
     assert abs(firsts.count("linear") - 200) < 4.5 * math.sqrt(100)
     assert space_of(lr=LR, head=["linear", "cosine"]).size is None
+
+
+def test_what_is_improbable_is_tried_at_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 2 and 200 whole numbers on a log scale the last has a share of 1 in 2,100."""
+    monkeypatch.setattr("metaft.trials.methods.at_random.PATIENCE", 30)
+    space = space_of(epochs={"low": 1, "high": 200, "log": True}, head=["linear", "cosine"])
+    method = AtRandom(space, 0, True)
+    assert len({tuple(method.ask(i).values()) for i in range(400)}) == space.size == 400
+    assert method._draws < 12_000
+    assert space_of(epochs={"low": 1, "high": 2**63 - 1, "log": True}, head=["linear", "cosine"]).size is None
 
 
 def test_how_many_trials_there_are(tmp_path: Path) -> None:

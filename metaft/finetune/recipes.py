@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from metaft import schedules
 from metaft.errors import MetaftError
 from metaft.finetune import extras, optim, strategies
+from metaft.finetune.batches import batches_of
 from metaft.finetune.strategies import CHOSEN
 from metaft.finetune.strategies.base import unchanged
 from metaft.inputs import Inputs
@@ -87,9 +88,10 @@ def on_features(recipe: Recipe) -> bool:
     return recipe.augment == "none" and not any(extra.of_inputs for extra in extras.all_named(recipe.extra))
 
 
-def is_ordered(recipe: Recipe, images: int) -> bool:
-    """Whether fits on so many images that differ in `order` (see `training.begin`) are one and the same."""
-    return recipe.images_per_step >= images and on_features(recipe) and not recipe.dropout
+def fits_alike(recipe: Recipe, images: int) -> bool:
+    """Whether fits on so many images that differ in `order` (see `training.begin`) differ by rounding alone: all images
+    are one batch, and nothing else about a fit is random."""
+    return len(batches_of(images, recipe.batch_size, 0, 0)) == 1 and on_features(recipe) and not recipe.dropout
 
 
 def of_chance(recipe: Recipe) -> Recipe:

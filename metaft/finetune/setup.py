@@ -23,7 +23,7 @@ from metaft.finetune.contenders import Contender, Images, chosen, contenders_of,
 from metaft.finetune.inner import check_inner
 from metaft.finetune.range_test import searched
 from metaft.finetune.ranking import at_hand, ranked
-from metaft.finetune.recipes import check_numbers, is_ordered, lasting, settled
+from metaft.finetune.recipes import check_numbers, fits_alike, lasting, settled
 from metaft.finetune.robust import bounds_of
 from metaft.finetune.strategies import CHOSEN
 from metaft.finetune.strategies.base import unchanged
@@ -205,10 +205,11 @@ def _check_soup(setup: Setup, soup: int | None, *, fresh: bool) -> None:
             f"set some aside from (given {soup})"
         )
     recipe, images = setup.config.recipe, len(rows_of(setup, 0).train)
-    if recipe is not None and fresh and is_ordered(recipe, images):
+    if recipe is not None and fresh and fits_alike(recipe, images):
         raise MetaftError(
             f"soup: the {images} training images are one batch, and nothing else about a fit is left to chance, so "
-            f"that {soup} would be alike; they differ with --augment basic, or with a --batch-size below {images}"
+            f"that {soup} would be alike; they differ with --augment basic, or with a --batch-size of at most "
+            f"{images - 2}"
         )
 
 

@@ -111,7 +111,10 @@ class Space(NamedTuple):
     def size(self) -> int | None:
         """How many combinations of values there are, where that is a finite number."""
         axes = [dimension.values for dimension in self.searched]
-        return None if None in axes else math.prod(len(axis) for axis in axes if axis is not None)
+        try:
+            return None if None in axes else math.prod(len(axis) for axis in axes if axis is not None)
+        except OverflowError:  # of a range of more whole numbers than a length can be
+            return None
 
     def plain(self) -> dict[str, Any]:
         """As a file has it, which `made` reads."""

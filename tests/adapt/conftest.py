@@ -52,7 +52,12 @@ class Runs(dict[str, Path]):
     def __missing__(self, name: str) -> Path:
         path = self._base / name
         said = io.StringIO()  # a test that asks first may read what its own command says
-        with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(), contextlib.redirect_stdout(said):
+        with (
+            pytest.MonkeyPatch.context() as patch,
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(said),
+            contextlib.redirect_stderr(said),
+        ):
             patch.setattr("metaft.runs.report.draw_pictures", lambda *_: [])
             warnings.simplefilter("ignore", MetaftWarning)  # of iMAML, whose default is not made for eight pixels
             if name == "curve":
