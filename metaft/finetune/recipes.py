@@ -6,10 +6,12 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
+import numpy as np
+
 from metaft import schedules
 from metaft.errors import MetaftError
 from metaft.finetune import extras, optim, strategies
-from metaft.finetune.batches import batches_of
+from metaft.finetune.batches import cut
 from metaft.finetune.strategies import CHOSEN
 from metaft.finetune.strategies.base import unchanged
 from metaft.inputs import Inputs
@@ -91,7 +93,7 @@ def on_features(recipe: Recipe) -> bool:
 def fits_alike(recipe: Recipe, images: int) -> bool:
     """Whether fits on so many images that differ in `order` (see `training.begin`) differ by rounding alone: all images
     are one batch, and nothing else about a fit is random."""
-    return len(batches_of(images, recipe.batch_size, 0, 0)) == 1 and on_features(recipe) and not recipe.dropout
+    return len(cut(np.arange(images), recipe.batch_size)) == 1 and on_features(recipe) and not recipe.dropout
 
 
 def of_chance(recipe: Recipe) -> Recipe:

@@ -169,12 +169,13 @@ def prepared(
         for each in (target, *further):
             each.rows(shots_per_class=config.target.shots_per_class, seed=config.draws.seed + draw)
     check_validation((target, *further), [rows_of(setup, 0, which=which) for which in range(1 + len(further))])
-    trained = len(rows_of(setup, 0).train)
+    first = rows_of(setup, 0)
+    trained = len(first.train)
     if config.recipe is not None:
-        _check_soup(setup, config.recipe.soup, fresh=begun is None)
+        _check_soup(config.recipe, setup.folds, first, fresh=begun is None)
         config = dataclasses.replace(config, recipe=lasting(config.recipe, trained))
         device = device_of(config.compute.device)
-        config, test = searched(config, start, target, rows_of(setup, 0).train, device)
+        config, test = searched(config, start, target, first.train, device)
         setup = setup._replace(config=config, range_test=test or (begun or {}).get("range_test"))
     others = [other(name, images, config.start) for name in compare]
     contenders = contenders_of(
@@ -192,20 +193,20 @@ def prepared(
     return setup._replace(contenders=tuple(known))
 
 
-def _check_soup(setup: Setup, soup: int | None, *, fresh: bool) -> None:
+def _check_soup(recipe: Recipe, folds: int, rows: Rows, *, fresh: bool) -> None:
     """Raises MetaftError for a soup of which no images could decide what goes into it, that would not be tested, or, in
     a `fresh` run, whose fits would be alike."""
+    soup, images = recipe.soup, len(rows.train)
     if soup is None:
         return
-    if setup.folds > 1:
+    if folds > 1:
         raise MetaftError(f"soup: without a test part there are folds, and it is for one draw (given {soup})")
-    if len(rows_of(setup, 0).val) == 0:
+    if len(rows.val) == 0:
         raise MetaftError(
             f"soup: validation images decide what goes into it, and a class has fewer than {VALIDATION_FROM} images to "
             f"set some aside from (given {soup})"
         )
-    recipe, images = setup.config.recipe, len(rows_of(setup, 0).train)
-    if recipe is not None and fresh and fits_alike(recipe, images):
+    if fresh and fits_alike(recipe, images):
         raise MetaftError(
             f"soup: the {images} training images are one batch, and nothing else about a fit is left to chance, so "
             f"that {soup} would be alike; they differ with --augment basic, or with a --batch-size of at most "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -60,8 +61,8 @@ def build(
         built, head = prepared(kept_statistics(module, unseen=unseen) if norm == "keep" else module)
         old = linear(built, head)
         if outputs is not None and outputs != old.out_features:
-            sizes, how = (old.in_features, outputs), {"bias": old.bias is not None, "dtype": old.weight.dtype}
-            built.set_submodule(head, models.undrawn(lambda: nn.Linear(*sizes, **how)))
+            new = partial(nn.Linear, old.in_features, outputs, bias=old.bias is not None, dtype=old.weight.dtype)
+            built.set_submodule(head, models.undrawn(new))
     built = _narrowed(built, architecture)
     return built if seed is None else models.initialise(built, seed), head
 

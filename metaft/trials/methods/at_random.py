@@ -5,10 +5,9 @@ Where there is a finite number of combinations none is tried twice.
 
 from __future__ import annotations
 
-import itertools
-
 from metaft.sampler import Stream, raw_words, uniform
 from metaft.trials.methods.base import Values
+from metaft.trials.methods.grid import Grid
 from metaft.trials.space import Space
 
 PATIENCE = 1000
@@ -49,8 +48,7 @@ class AtRandom:
             self._draws += 1
             if _written(values) not in self._tried:
                 return values
-        axes = {d.name: d.values or () for d in self._space.searched}
-        every = (dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values()))
+        every = map(Grid(self._space, self._seed, True).ask, range(self.size or 0))
         return next((values for values in every if _written(values) not in self._tried), values)
 
     def _draw(self, number: int) -> Values:
