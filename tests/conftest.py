@@ -37,6 +37,14 @@ def _no_pages() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
+def _same_values_each_time() -> None:
+    """Values that a test leaves to torch's own generator do not hang on which tests ran before it in its worker."""
+    import torch
+
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
 def _no_compile_pool() -> Iterator[None]:
     """End the threads that torch.compile keeps for its next call: beside them no test that follows could fork."""
     yield
