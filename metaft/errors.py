@@ -93,6 +93,24 @@ class MetaftWarning(UserWarning):
     """What was asked for is done, but may not be what was meant. The commands print it as one line, once."""
 
 
+def words_of(error: BaseException) -> str:
+    """What it says, in one line, or its class where it says nothing.
+
+    >>> words_of(ValueError("two\n  lines")), words_of(MemoryError())
+    ('two lines', 'MemoryError')
+    """
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def class_and_words(error: BaseException) -> str:
+    """Of an error from code that is not ours: its class, and the beginning of what it says.
+
+    >>> class_and_words(ValueError("two\n  lines"))
+    'ValueError: two lines'
+    """
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
 def no_such(
     field: str,
     word: object,

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metaft.errors import MetaftError, no_such
+from metaft.errors import MetaftError, class_and_words, no_such
+from metaft.support.memory import ran_out
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 """(prediction [n, outputs], target [n] or [n, outputs]) of one task -> scalar."""
@@ -88,8 +89,10 @@ def check(objective: Objective, outputs: int, target: Tensor, like: Tensor) -> N
         except MetaftError:
             raise
         except Exception as error:  # whatever the user's function does
+            if ran_out(error):
+                raise
             shapes = f"predictions {list(prediction.shape)} and targets {list(target.shape)}"
-            said = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+            said = class_and_words(error)
             raise MetaftError(f"{field}: {name} fails on {shapes} ({said})") from error
         finally:
             drew = not torch.equal(before, torch.get_rng_state())

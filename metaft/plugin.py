@@ -19,7 +19,7 @@ import threading
 from collections.abc import Iterator
 
 from metaft import algorithms
-from metaft.errors import MetaftError
+from metaft.errors import MetaftError, class_and_words
 from metaft.spec import name_of
 from metaft.support.memory import ran_out
 from metaft.support.paths import absolute
@@ -101,5 +101,4 @@ def _blamed(plugin: str) -> Iterator[None]:
     except (Exception, SystemExit) as error:
         if isinstance(error, Exception) and ran_out(error):
             raise
-        said = " ".join(str(error).split())
-        raise MetaftError(f"plugin: {plugin} raised {type(error).__name__}: {said}") from error
+        raise MetaftError(f"plugin: {plugin} raised {class_and_words(error)}") from error

@@ -13,7 +13,9 @@ from torch import nn
 
 from metaft import cli, plugin
 from metaft.after import formats, int8
+from metaft.models import drawn, handed, published
 from metaft.models.functional import check_repeats
+from metaft.objective import Objective, check
 from metaft.starts import file
 from metaft.support.memory import ran_out
 from metaft.targets import torchvision
@@ -67,10 +69,52 @@ def of_int8(fail: Raise, patch: pytest.MonkeyPatch, folder: Path) -> None:
     int8.quantise(folder / "m.onnx", folder / "out.onnx", [])  # pyright: ignore[reportArgumentType]
 
 
+def of_an_exported_file(fail: Raise, patch: pytest.MonkeyPatch, folder: Path) -> None:
+    one = formats.FORMATS["torch-export"]
+    patch.setattr(type(one), "_module", lambda *_: SimpleNamespace(opened=fail))
+    one.opened(folder / "m")
+
+
+def of_a_loss(fail: Raise, patch: pytest.MonkeyPatch, folder: Path) -> None:
+    check(Objective(fail), 2, torch.zeros(3), torch.zeros(1))
+
+
+def of_a_part_that_is_drawn(fail: Raise, patch: pytest.MonkeyPatch, folder: Path) -> None:
+    part = nn.Linear(2, 2)
+    patch.setattr(nn.Linear, "reset_parameters", fail)
+    drawn.initialise(part, 0)
+
+
+def of_a_part_that_is_copied(fail: Raise, patch: pytest.MonkeyPatch, folder: Path) -> None:
+    part = nn.Linear(2, 2)
+    part.register_buffer("held", None)
+    patch.setattr(handed.copy, "deepcopy", fail)
+    handed.copied(part)
+
+
+def of_a_size(fail: Raise, patch: pytest.MonkeyPatch, folder: Path) -> None:
+    module = nn.Sequential(nn.Conv2d(3, 2, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2, 2))
+    module[0].register_forward_hook(fail)
+    published.headed(module, "mobilenet_v2", 2, (3, 8, 8))
+
+
 @pytest.mark.parametrize("error", OUT, ids=lambda error: type(error).__name__)
 @pytest.mark.parametrize(
     "through",
-    [of_a_module, of_a_plugin, of_a_file, of_a_data_set, of_a_picture, of_an_export, of_int8],
+    [
+        of_a_module,
+        of_a_plugin,
+        of_a_file,
+        of_a_data_set,
+        of_a_picture,
+        of_an_export,
+        of_int8,
+        of_an_exported_file,
+        of_a_loss,
+        of_a_part_that_is_drawn,
+        of_a_part_that_is_copied,
+        of_a_size,
+    ],
     ids=lambda each: each.__name__,
 )
 def test_it_passes_as_it_is(

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from metaft._version import __version__
 from metaft.after.whole import Whole
-from metaft.errors import CheckpointError, MetaftError
+from metaft.errors import CheckpointError, MetaftError, class_and_words, words_of
 from metaft.support.memory import ran_out
 
 META = "metaft"
@@ -59,7 +59,7 @@ class Format:
         except Exception as error:  # whatever a tracer or a converter meets
             if ran_out(error):
                 raise
-            why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            why = class_and_words(error)
             raise MetaftError(f"format: the model cannot be exported to {self.file} ({why})") from error
 
     def opened(self, path: Path) -> tuple[Run, dict[str, Any]]:
@@ -69,8 +69,9 @@ class Format:
             with quiet():
                 run, about = module.opened(path)
         except Exception as error:  # one for each kind of damage
-            why = " ".join(str(error).split())[:200]
-            raise CheckpointError(f"{path}: cannot be read as {self.kind} ({why})") from None
+            if ran_out(error):
+                raise
+            raise CheckpointError(f"{path}: cannot be read as {self.kind} ({words_of(error)[:200]})") from None
         if not about:
             raise CheckpointError(f"{path}: is no model that metaft.export wrote")
         return run, json.loads(about)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from metaft.after.formats import META, quiet
-from metaft.errors import MetaftError
+from metaft.errors import MetaftError, class_and_words
 from metaft.inputs.base import Examples
 from metaft.support.memory import ran_out
 
@@ -67,7 +67,7 @@ def quantise(model: Path, out: Path, examples: Examples) -> None:
     except Exception as error:  # whatever onnxruntime finds
         if ran_out(error):
             raise
-        why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        why = class_and_words(error)
         raise MetaftError(f"int8: the model cannot be quantised ({why})") from error
     _note(out, {"calibrated_with": min(AT_MOST, len(examples)), "reduce_range": reduced, "left_as_they_are": left})
 

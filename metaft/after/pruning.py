@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from metaft.after.saliences import saliences
 from metaft.after.traced import ROOTS, Norm, traced, untraced, with_columns
-from metaft.errors import MetaftError
+from metaft.errors import MetaftError, class_and_words
 from metaft.finetune.classifier import Classifier
 from metaft.models.functional import probe_of
 from metaft.models.stored import StoredNorm
@@ -79,7 +79,7 @@ def pruned(classifier: Classifier, original: Classifier, share: float, images: T
     except Exception as error:  # whatever a tracer meets in a module that is not made for it
         if ran_out(error):
             raise
-        why = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+        why = class_and_words(error)
         raise MetaftError(f"run: the network cannot be pruned ({why})") from error
     if not done.groups:
         raise MetaftError(f"run: at {share:g} of the channels there is nothing to prune in the network")

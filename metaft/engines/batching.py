@@ -11,7 +11,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from metaft.engines.trees import chunks, length, summed, unstacked
-from metaft.errors import MetaftError
+from metaft.errors import MetaftError, class_and_words, words_of
 from metaft.models.derivatives import first_sentence, without_derivative
 from metaft.support.memory import ran_out
 
@@ -82,7 +82,7 @@ def vmapped(fn: TaskFunction[Shared, Tree, Out], shared: Shared, tasks: Tree) ->
     except Exception as error:  # vmap has no class of its own for what it cannot do
         if ran_out(error):
             raise
-        said = " ".join(str(error).split())
+        said = words_of(error)
         if "random operation" in said:
             raise MetaftError(
                 "model: it draws from torch's global generator, so that tasks could not be reproduced; "
@@ -126,15 +126,11 @@ def why_not_mapped(fn: TaskFunction[Shared, Tree, Any], shared: Shared, tasks: T
         except Exception as error:  # whatever the user's module does
             if ran_out(error):
                 raise
-            raise MetaftError(f"{what} do not go together ({_reason(error)})") from error
+            raise MetaftError(f"{what} do not go together ({class_and_words(error)})") from error
         try:
             vmapped(fn, shared, tasks)
         except CannotBatch as error:
-            return _reason(error.__cause__ or error)
+            return class_and_words(error.__cause__ or error)
         return ""
     finally:
         torch.set_num_threads(intra_op)
-
-
-def _reason(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metaft.errors import CheckpointError, MetaftError
+from metaft.errors import CheckpointError, MetaftError, words_of
 from metaft.finetune import heads
 from metaft.finetune.classifier import Classifier
 from metaft.finetune.strategies.lora import Product, added
@@ -85,7 +85,7 @@ def classifier_of(path: Path, tensors: Params, header: Mapping[str, Any]) -> Cla
         whole.load_state_dict(state)
         head: nn.Module = heads.filled(header["adapter"], checkpoint.under(tensors, "head"))
     except (KeyError, RuntimeError, MetaftError) as error:
-        raise CheckpointError(f"checkpoint {path}: not of this start: {' '.join(str(error).split())}") from None
+        raise CheckpointError(f"checkpoint {path}: not of this start: {words_of(error)}") from None
     return Classifier(whole, head, inputs, tuple(header["class_names"]))
 
 

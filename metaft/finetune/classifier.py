@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metaft.errors import CheckpointError, DataError, MetaftError, MetaftWarning
+from metaft.errors import CheckpointError, DataError, MetaftError, MetaftWarning, words_of
 from metaft.finetune import heads
 from metaft.inputs import Inputs, of_header
 from metaft.inputs.base import Examples, at_most
@@ -194,7 +194,7 @@ def load(run: Path | str, *, module: nn.Module | None = None, device: str | torc
         else:
             head = heads.filled(header["classifier"], checkpoint.under(tensors, "head"))
     except (RuntimeError, MetaftError) as error:
-        raise CheckpointError(f"checkpoint {path}: not of this architecture: {' '.join(str(error).split())}") from None
+        raise CheckpointError(f"checkpoint {path}: not of this architecture: {words_of(error)}") from None
     inputs = of_header(header)
     assert inputs is not None, "every classifier is written with them"
     return Classifier(body, head, inputs, tuple(header["class_names"])).to(device)

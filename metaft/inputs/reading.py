@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from metaft.errors import DataError
+from metaft.errors import DataError, words_of
 from metaft.inputs import listing
 from metaft.inputs.depth import CONTAINER, bits_for, is_deep, loses_levels, maximum, scales_itself
 from metaft.inputs.fitting import Fitting, pixels_of, plain, shallow, upright
@@ -50,11 +50,11 @@ def open_image(path: Path, *, deep: bool = False) -> Image.Image:
         raise Unreadable(path, kind, "it is no picture that can be read here, or damaged") from None
     except OSError as error:
         if error.errno is None:
-            raise Unreadable(path, listing.DAMAGED, " ".join(str(error).split())) from error
+            raise Unreadable(path, listing.DAMAGED, words_of(error)) from error
         kinds = {errno.ENOENT: listing.GONE, errno.EACCES: listing.LOCKED, errno.EPERM: listing.LOCKED}
         raise Unreadable(path, kinds.get(error.errno, listing.DAMAGED), os.strerror(error.errno)) from error
     except Exception as error:  # a broken file makes a decoder raise anything: IndexError, struct.error, ...
-        raise Unreadable(path, listing.DAMAGED, " ".join(str(error).split()) or type(error).__name__) from error
+        raise Unreadable(path, listing.DAMAGED, words_of(error)) from error
     if whole_range:  # whatever the others of its set need
         return shallow(image, CONTAINER)
     return image if deep else shallow(image)

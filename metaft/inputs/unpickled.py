@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from metaft.errors import DataError
+from metaft.errors import DataError, class_and_words
 
 _NUMBERS = re.compile(r"[<>|=]?[biufc][1-8]")
 """Types of arrays: numbers alone."""
@@ -38,8 +38,7 @@ def arrays(file: Path) -> Any:
     except MemoryError:
         raise
     except Exception as error:  # the bytes of a broken pickle may mean anything
-        why = " ".join(str(error).split())[:160]
-        raise DataError(f"{file} is no pickle of arrays ({type(error).__name__}: {why})") from None
+        raise DataError(f"{file} is no pickle of arrays ({class_and_words(error)})") from None
 
 
 class _Refused(Exception):

@@ -14,9 +14,10 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.spectral_norm import SpectralNorm, remove_spectral_norm
 from torch.nn.utils.weight_norm import WeightNorm, remove_weight_norm
 
-from metaft.errors import MetaftError, MetaftWarning
+from metaft.errors import MetaftError, MetaftWarning, class_and_words
 from metaft.models.handed import class_of, copied
 from metaft.models.norm import EpisodeNorm
+from metaft.support.memory import ran_out
 
 Part = TypeVar("Part", bound=nn.Module)
 
@@ -117,7 +118,9 @@ def _reset(part: nn.Module, bare: dict[int, nn.Module]) -> None:
         try:
             getattr(drawn, reset)()
         except Exception as error:  # whatever the user's method does, or wants to be given
-            said = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+            if ran_out(error):
+                raise
+            said = class_and_words(error)
             raise MetaftError(
                 f"module: {reset}() of {class_of(drawn)} fails, so it cannot be drawn ({said})"
             ) from error
@@ -174,7 +177,9 @@ def _invert(part: nn.Module, name: str, value: Tensor) -> None:
     try:
         setattr(part, name, value)
     except Exception as error:  # a parametrization that has no inverse, or not of any tensor
-        why = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+        if ran_out(error):
+            raise
+        why = class_and_words(error)
         raise MetaftError(f"module: {name!r} of {class_of(part)} cannot be drawn anew ({why})") from error
 
 

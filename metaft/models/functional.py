@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metaft.errors import MetaftError
+from metaft.errors import MetaftError, class_and_words
 from metaft.models.conv4 import Conv4
 from metaft.models.convolution import task_convolutions
 from metaft.models.derivatives import check_twice_differentiable
@@ -308,7 +308,7 @@ def check_repeats(model: Model, shape: tuple[int, ...], x: Tensor | None = None)
     except Exception as error:  # whatever the user's forward pass does
         if ran_out(error):
             raise
-        why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        why = class_and_words(error)
         takes = f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)}"
         raise MetaftError(f"module: {name} cannot take inputs of {takes} ({why})") from error
     finally:

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
 
-from metaft.errors import MetaftError
+from metaft.errors import MetaftError, class_and_words
+from metaft.support.memory import ran_out
 from metaft.types import Params
 
 _SHARDED = {"FullyShardedDataParallel", "FSDPModule"}
@@ -71,7 +72,9 @@ def copied(module: nn.Module) -> nn.Module:
                 memo[id(part)] = copy.deepcopy(bare, memo)
         return copy.deepcopy(module, memo)
     except Exception as error:  # whatever the user's own parts hold
-        why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        if ran_out(error):
+            raise
+        why = class_and_words(error)
         raise MetaftError(f"module: {class_of(module)} cannot be copied ({why})") from error
 
 

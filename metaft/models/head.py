@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from metaft.errors import class_and_words
 from metaft.models.handed import copied, eagerly
 
 # A context variable is local to its thread, as the one of `metaft.models.norm`.
@@ -97,9 +98,7 @@ def why_apart(module: nn.Module, head: str, x: Tensor) -> str:
         try:
             same = torch.equal(layer(body(x)), result)
         except Exception as error:  # whatever the user's forward pass does with a head that is not there
-            return (
-                f"nothing runs without {head!r} ({type(error).__name__}: {' '.join(str(error).split())[:160]}); {mend}"
-            )
+            return f"nothing runs without {head!r} ({class_and_words(error)}); {mend}"
     return "" if same else f"more than the last layer depends on {head!r}; {mend}"
 
 

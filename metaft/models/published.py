@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metaft.errors import MetaftError, suggest
+from metaft.errors import MetaftError, class_and_words, suggest
 from metaft.models.drawn import own_generator
+from metaft.support.memory import ran_out
 
 HEAD = "head"
 """The name of the head in what `build` gives."""
@@ -74,8 +75,9 @@ def headed(module: nn.Module, name: str, outputs: int, shape: Sequence[int]) -> 
         with torch.no_grad():
             features = body(torch.zeros(2, *shape, device=next(body.parameters()).device))
     except Exception as error:  # whatever a library says of a size that its model is not made for
-        why = " ".join(str(error).split())[:160]
-        raise MetaftError(f"image_size: {name} cannot take images {list(shape)} ({why})") from error
+        if ran_out(error):
+            raise
+        raise MetaftError(f"image_size: {name} cannot take images {list(shape)} ({class_and_words(error)})") from error
     if not isinstance(features, Tensor) or features.dim() != 2 or len(features) != 2:
         what = f"{list(features.shape)}" if isinstance(features, Tensor) else type(features).__name__
         raise MetaftError(f"init: what {name} gives its head is no batch of features [2, D], but {what}")

@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
-from metaft.errors import MetaftError
+from metaft.errors import MetaftError, class_and_words
 from metaft.models import published
 from metaft.models.architecture import NormOf
 from metaft.starts.base import Start
 from metaft.starts.names import PACKAGED
 from metaft.starts.published import of_architecture
-from metaft.starts.weights import in_order, load_into, named_tensors, shown_error, source_head, start_of
+from metaft.starts.weights import in_order, load_into, named_tensors, source_head, start_of
 from metaft.support.memory import ran_out
 from metaft.support.paths import absolute, local
 
@@ -77,7 +77,7 @@ def read(path: str) -> dict[str, Any]:
         held = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if "global" not in str(error).lower():
-            raise MetaftError(f"init: {path} cannot be read as weights ({shown_error(error)})") from error
+            raise MetaftError(f"init: {path} cannot be read as weights ({class_and_words(error)})") from error
         raise MetaftError(
             f"init: {path} holds more than tensors, which would run code of its own; save module.state_dict() instead"
         ) from None
@@ -86,7 +86,7 @@ def read(path: str) -> dict[str, Any]:
             raise
         raise MetaftError(
             f"init: {path} cannot be read as weights; it is damaged, or neither safetensors nor what torch.save writes "
-            f"({shown_error(error)})"
+            f"({class_and_words(error)})"
         ) from error
     if not isinstance(held, dict):
         raise MetaftError(f"init: {path} holds a {type(held).__name__}, not tensors by name; save module.state_dict()")

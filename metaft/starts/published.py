@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from metaft.errors import MetaftError, no_such
+from metaft.errors import MetaftError, class_and_words, no_such
 from metaft.inputs import ImageInputs
 from metaft.models import published
 from metaft.models.architecture import NormOf
 from metaft.models.drawn import own_generator
 from metaft.starts.base import Start
 from metaft.starts.names import PACKAGED
-from metaft.starts.weights import image_inputs, in_order, load_into, shown_error, source_head, start_of
+from metaft.starts.weights import image_inputs, in_order, load_into, source_head, start_of
 
 
 def from_torchvision(name: str, image_size: int | None, norm: NormOf = "keep") -> Start:
@@ -149,5 +149,5 @@ def _about(source: str) -> dict[str, Any]:
 def _not_fetched(init: str, arch: str, place: str, error: Exception) -> MetaftError:
     return MetaftError(
         f"init: the weights of {init} are not on this machine and cannot be fetched from {place} "
-        f"({shown_error(error)}); without a network name a file of them: file:PATH:arch={arch}"
+        f"({class_and_words(error)}); without a network name a file of them: file:PATH:arch={arch}"
     )

@@ -117,10 +117,6 @@ def start_of(
     )  # fmt: skip
 
 
-def shown_error(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
-
-
 def named_tensors(tensors: Mapping[str, Any], source: str) -> dict[str, Tensor]:
     """The tensors of a state dict, which may lie one level down or have a prefix of torch.compile or nn.DataParallel.
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from metaft.errors import DataError, no_such
+from metaft.errors import DataError, no_such, words_of
 from metaft.inputs.fitting import plain, upright
 from metaft.inputs.flaws import about
 from metaft.inputs.listing import DAMAGED
@@ -125,7 +125,7 @@ def _not_there(name: str, of: Any, option: str, root: Path, missing: Mapping[boo
         return DataError(f"data: torchvision:{name} needs a package that is not installed ({error})")
     folder = getattr(of, "base_folder", None)
     place = root / folder if isinstance(folder, str) else root
-    why = " ".join(str(error).split()).removesuffix(" You can use download=True to download it")
+    why = words_of(error).removesuffix(" You can use download=True to download it")
     hint = "torchvision does not fetch it, its documentation says where it is"
     if "download" in inspect.signature(of).parameters:
         calls = "; ".join(f"{name}({str(root)!r}, {option}={word!r}, download=True)" for word in missing)
@@ -170,7 +170,7 @@ def _picture(parts: Mapping[str, Any], labels: Mapping[str, np.ndarray], file: P
     except Exception as error:  # a broken file makes a decoder raise anything
         if ran_out(error):
             raise
-        return Unreadable(file, DAMAGED, " ".join(str(error).split()) or type(error).__name__)
+        return Unreadable(file, DAMAGED, words_of(error))
     if int(label) != labels[part][i]:
         raise DataError(f"data: {file} has label {label}, but is listed with {labels[part][i]}")
     return image

@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from metaft.errors import DataError, MetaftError, MetaftWarning, no_such
+from metaft.errors import DataError, MetaftError, MetaftWarning, no_such, words_of
 from metaft.inputs.depth import CONTAINER, bits_for, is_deep, maximum, to_bytes
 from metaft.inputs.fitting import border, fitted_deep, is_dark_on_bright, is_grey, pixels_of, plain, upright
 from metaft.inputs.flaws import about, flaws_note, noted
@@ -176,7 +176,7 @@ def named(
             parts = [make(root=str(local(root)), download=download, **mode) for mode in modes]
     except Exception as error:  # of learn2learn, pickle, zipfile, requests, ...: all say that the data is not there
         hint = "" if download else "; --download fetches it"
-        said = " ".join(str(error).split()) or type(error).__name__
+        said = words_of(error)
         raise DataError(f"l2l:{name}: learn2learn cannot read it under {local(root)} ({said}){hint}") from error
     return pool(*parts, name=f"l2l:{name}", image_size=image_size, channels=channels)
 
@@ -219,7 +219,7 @@ def _picture(name: str, image: Any, unit: bool) -> Image.Image:
         try:
             return plain(upright(image))
         except (ValueError, OSError, SyntaxError) as error:  # it may be read from its file only now
-            raise DataError(f"{name}: {' '.join(str(error).split())}") from None
+            raise DataError(f"{name}: {words_of(error)}") from None
     pixels = _numbers(image)
     axes = (0, -1) if isinstance(image, Tensor) else (-1, 0)
     axis = next((a for a in axes if pixels.ndim == 3 and pixels.shape[a] in _CHANNELS), None)

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from metaft.errors import DataError, MetaftWarning, no_such
+from metaft.errors import DataError, MetaftWarning, no_such, words_of
 from metaft.inputs import ImageInputs
 from metaft.inputs.flaws import flaws_note
 from metaft.inputs.listing import Left, counted, left_note, list_classes, refusal, skipped_note, subfolders
@@ -140,7 +140,7 @@ def download(root: str | os.PathLike[str]) -> None:
         for background in (True, False):
             datasets.Omniglot(str(root), background=background, download=True)
     except (OSError, RuntimeError) as error:
-        raise DataError(f"omniglot: download to {root} failed: {' '.join(str(error).split())}") from error
+        raise DataError(f"omniglot: download to {root} failed: {words_of(error)}") from error
 
 
 def _files(base: Path, table: tuple[Character, ...], *, skip_bad: bool) -> tuple[dict[str, list[Path]], list[Left]]:
