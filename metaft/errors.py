@@ -96,8 +96,8 @@ class MetaftWarning(UserWarning):
 def words_of(error: BaseException) -> str:
     """What it says, in one line, or its class where it says nothing.
 
-    >>> words_of(ValueError("two\n  lines")), words_of(MemoryError())
-    ('two lines', 'MemoryError')
+    >>> words_of(ValueError("two   words")), words_of(MemoryError())
+    ('two words', 'MemoryError')
     """
     return " ".join(str(error).split()) or type(error).__name__
 
@@ -105,8 +105,8 @@ def words_of(error: BaseException) -> str:
 def class_and_words(error: BaseException) -> str:
     """Of an error from code that is not ours: its class, and the beginning of what it says.
 
-    >>> class_and_words(ValueError("two\n  lines"))
-    'ValueError: two lines'
+    >>> class_and_words(ValueError("two   words"))
+    'ValueError: two words'
     """
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
