@@ -63,17 +63,6 @@ def protonet(shots: int, ways: int, accuracy: float, ci95: float) -> Row:
     return Row(f"protonet-5w{shots}s", Published(accuracy, ci95, SNELL, "inductive"), config, note=note)
 
 
-def best() -> Row:
-    """ProtoNet by a quarter of the pictures per episode: 20 ways of 5 queries, and a cosine."""
-    config = MetaTrainConfig(
-        dataset="mini-imagenet", algorithm="protonet", model="conv4-pool", width=64,
-        ways=20, shots=1, query_shots=5, meta_batch=1,
-        iterations=20_000, outer_lr=1e-3, outer_schedule="cosine",
-        test_ways=5, test_query_shots=15, eval_every=500, eval_episodes=200,
-    )  # fmt: skip
-    return Row("protonet-5w1s-best", Published(49.42, 0.78, SNELL, "inductive"), config, family="best")
-
-
 def pretrained() -> Row:
     """ResNet-12 by supervised training on the 64 classes: the first stage of the recipe behind 64 to 66 %. Batches of
     80 photos; the paper trains for 100 epochs of 38,400 with augmentation, and tests by logistic regression."""
@@ -109,7 +98,6 @@ ROWS = (
     protonet(5, 20, 68.20, 0.66),
     maml(5, 63.11, 0.92),
     *maml_plus_plus(5, 68.32, 0.44),
-    best(),
     PRETRAINED,
     after(PRETRAINED, "fomaml", 15, 64.42),
     after(PRETRAINED, "unicorn-maml", 15, 65.17),

@@ -102,13 +102,14 @@ def words_of(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def class_and_words(error: BaseException) -> str:
-    """Of an error from code that is not ours: its class, and the beginning of what it says.
+def class_and_words(error: BaseException, at_most: int | None = 200) -> str:
+    """Of an error from code that is not ours: its class, and the first `at_most` characters of what it says.
 
-    >>> class_and_words(ValueError("two   words"))
-    'ValueError: two words'
+    >>> class_and_words(ValueError("two   words")), class_and_words(AssertionError())
+    ('ValueError: two words', 'AssertionError')
     """
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    name, said = type(error).__name__, " ".join(str(error).split())[:at_most]
+    return f"{name}: {said}" if said else name
 
 
 def no_such(

@@ -101,4 +101,4 @@ def _blamed(plugin: str) -> Iterator[None]:
     except (Exception, SystemExit) as error:
         if isinstance(error, Exception) and ran_out(error):
             raise
-        raise MetaftError(f"plugin: {plugin} raised {class_and_words(error)}") from error
+        raise MetaftError(f"plugin: {plugin} raised {class_and_words(error, at_most=None)}") from error

@@ -10,15 +10,18 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from metaft import cli, plugin
 from metaft.after import formats, int8
-from metaft.models import drawn, handed, published
+from metaft.models import drawn, handed, head, published
 from metaft.models.functional import check_repeats
 from metaft.objective import Objective, check
 from metaft.starts import file
+from metaft.starts import published as weights_of
 from metaft.support.memory import ran_out
 from metaft.targets import torchvision
+from metaft.tasks import learn2learn
 
 OUT = [torch.OutOfMemoryError("x"), RuntimeError("DefaultCPUAllocator: can't allocate memory"), MemoryError()]
 Raise = Callable[..., Any]
@@ -86,10 +89,58 @@ def of_a_part_that_is_drawn(fail: Raise, patch: pytest.MonkeyPatch, folder: Path
 
 
 def of_a_part_that_is_copied(fail: Raise, patch: pytest.MonkeyPatch, folder: Path) -> None:
-    part = nn.Linear(2, 2)
-    part.register_buffer("held", None)
     patch.setattr(handed.copy, "deepcopy", fail)
-    handed.copied(part)
+    handed.copied(nn.Linear(2, 2))
+
+
+class Kept(nn.Module):
+    """A parametrization that cannot be given a value."""
+
+    def __init__(self, fail: Raise) -> None:
+        super().__init__()
+        self.right_inverse = fail
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+def of_a_parametrization(fail: Raise, patch: pytest.MonkeyPatch, folder: Path) -> None:
+    part, kept = nn.Linear(2, 2), Kept(lambda x: x)
+    parametrize.register_parametrization(part, "weight", kept)
+    kept.right_inverse = fail
+    drawn.initialise(part, 0)
+
+
+def of_a_head(fail: Raise, patch: pytest.MonkeyPatch, folder: Path) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(2, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(x) if isinstance(self.head, nn.Linear) else fail()
+
+    head.why_apart(Net(), "head", torch.zeros(1, 2))
+
+
+def of_learn2learn(fail: Raise, patch: pytest.MonkeyPatch, folder: Path) -> None:
+    patch.setattr(learn2learn, "_datasets", lambda: SimpleNamespace(**dict.fromkeys(learn2learn.NAMES.values(), fail)))
+    learn2learn.named("cifarfs", folder)
+
+
+def of_published_weights(fail: Raise, patch: pytest.MonkeyPatch, folder: Path) -> None:
+    from metaft.support.vision import models
+
+    patch.setattr(models.ResNet18_Weights.DEFAULT.__class__, "get_state_dict", fail)
+    weights_of.from_torchvision("resnet18", None)
+
+
+def of_timms_weights(fail: Raise, patch: pytest.MonkeyPatch, folder: Path) -> None:
+    pytest.importorskip("timm", reason="the extra vision is not installed")
+    timm = published.timm()
+    made = timm.create_model
+    patch.setattr(timm, "create_model", lambda *a, **k: fail() if k.get("pretrained") else made(*a, **k))
+    weights_of.from_timm("resnet18", None)
 
 
 def of_a_size(fail: Raise, patch: pytest.MonkeyPatch, folder: Path) -> None:
@@ -113,6 +164,11 @@ def of_a_size(fail: Raise, patch: pytest.MonkeyPatch, folder: Path) -> None:
         of_a_loss,
         of_a_part_that_is_drawn,
         of_a_part_that_is_copied,
+        of_a_parametrization,
+        of_a_head,
+        of_learn2learn,
+        of_published_weights,
+        of_timms_weights,
         of_a_size,
     ],
     ids=lambda each: each.__name__,

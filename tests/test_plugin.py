@@ -142,6 +142,8 @@ def test_what_is_defined_in_a_plugin_can_be_sent_to_other_processes(mine: Path) 
         ("import none_such", "ModuleNotFoundError: No module named 'none_such'"),
         ("raise ValueError('a\\nb')", "ValueError: a b"),
         ("raise SystemExit(0)", "SystemExit: 0"),
+        ("raise AssertionError", "AssertionError"),
+        ("raise ValueError('x' * 300 + ', line 7')", "ValueError: x{300}, line 7"),  # the end says where
     ],
 )
 def test_a_plugin_that_raises_is_named_with_what_it_raised(

@@ -45,7 +45,7 @@ def _picture_or_why(path: Path, inputs: dict[str, Any]) -> np.ndarray | str:
     try:
         return picture_of(path, inputs)
     except Exception as error:  # a broken file makes a decoder raise anything
-        return " ".join(str(error).split())
+        return " ".join(str(error).split()) or type(error).__name__
 
 
 def model_of(path: Path) -> tuple[Callable[[np.ndarray], np.ndarray], dict[str, Any]]:

@@ -16,6 +16,7 @@ from metaft.engines.trees import summed
 from metaft.engines.vmap import Vmap
 from metaft.errors import MetaftError
 from metaft.models.functional import plain_operations
+from metaft.support.memory import ran_out
 
 
 class Compiled(Vmap):
@@ -62,6 +63,8 @@ class Compiled(Vmap):
         except MetaftError:
             raise
         except Exception as error:  # whatever the compiler could not do, other engines can
+            if ran_out(error):
+                raise
             reason = " ".join(str(error).split("\n\n")[0].split())
             raise MetaftError(f"engine: torch.compile failed ({reason}); use --engine processes or threads") from error
         # The tracing computed this sum already. A figure may turn by a rounding, such as a tie that is counted as

@@ -26,7 +26,8 @@ from tqdm import TMonitor
 
 from metaft.dist import patience
 from metaft.engines.shared import Like, file_in_memory, inherited, mapped, starts_of
-from metaft.errors import MetaftError
+from metaft.errors import MetaftError, class_and_words
+from metaft.support.memory import ran_out
 
 OWN_THREADS = "metaft-task"
 """Begins the names of the threads that map tasks."""
@@ -162,7 +163,9 @@ class Workers:
         except OSError:
             raise _Alone from None
         except Exception as error:  # pickle has no class of its own for it
-            why = f"{type(error).__name__}: {error}"
+            if ran_out(error):
+                raise
+            why = class_and_words(error)
             raise MetaftError(f"engine: processes cannot hand over such results ({why}); use threads") from error
         self._wait(end)
         try:

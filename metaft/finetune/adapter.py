@@ -23,6 +23,7 @@ from metaft.settings import StartSettings
 from metaft.starts.base import Start, body, digest_of
 from metaft.starts.names import takes_size
 from metaft.starts.open import open_start
+from metaft.support.memory import ran_out
 from metaft.types import Params
 
 
@@ -85,6 +86,8 @@ def classifier_of(path: Path, tensors: Params, header: Mapping[str, Any]) -> Cla
         whole.load_state_dict(state)
         head: nn.Module = heads.filled(header["adapter"], checkpoint.under(tensors, "head"))
     except (KeyError, RuntimeError, MetaftError) as error:
+        if ran_out(error):
+            raise
         raise CheckpointError(f"checkpoint {path}: not of this start: {words_of(error)}") from None
     return Classifier(whole, head, inputs, tuple(header["class_names"]))
 

@@ -22,6 +22,7 @@ from metaft.models.head import body_of
 from metaft.models.stored import empty_stored
 from metaft.runs import checkpoint
 from metaft.runs.folder import RunFolder
+from metaft.support.memory import ran_out
 from metaft.support.modes import in_usual_modes
 from metaft.support.paths import local
 
@@ -194,6 +195,8 @@ def load(run: Path | str, *, module: nn.Module | None = None, device: str | torc
         else:
             head = heads.filled(header["classifier"], checkpoint.under(tensors, "head"))
     except (RuntimeError, MetaftError) as error:
+        if ran_out(error):
+            raise
         raise CheckpointError(f"checkpoint {path}: not of this architecture: {words_of(error)}") from None
     inputs = of_header(header)
     assert inputs is not None, "every classifier is written with them"

@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from metaft.errors import class_and_words
 from metaft.models.handed import copied, eagerly
+from metaft.support.memory import ran_out
 
 # A context variable is local to its thread, as the one of `metaft.models.norm`.
 _watch: ContextVar[Watch | None] = ContextVar("watch", default=None)
@@ -98,6 +99,8 @@ def why_apart(module: nn.Module, head: str, x: Tensor) -> str:
         try:
             same = torch.equal(layer(body(x)), result)
         except Exception as error:  # whatever the user's forward pass does with a head that is not there
+            if ran_out(error):
+                raise
             return f"nothing runs without {head!r} ({class_and_words(error)}); {mend}"
     return "" if same else f"more than the last layer depends on {head!r}; {mend}"
 

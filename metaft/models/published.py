@@ -49,7 +49,9 @@ def bare(name: str, shape: Sequence[int]) -> nn.Module:
         try:
             return LIBRARIES[library](model, tuple(shape)).eval()
         except (AssertionError, ValueError) as error:
-            raise MetaftError(f"image_size: {name} cannot be made for images {[*shape]} ({error})") from error
+            raise MetaftError(
+                f"image_size: {name} cannot be made for images {[*shape]} ({class_and_words(error)})"
+            ) from error
 
 
 def head_of(module: nn.Module) -> str:

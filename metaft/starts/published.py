@@ -23,6 +23,7 @@ from metaft.models.drawn import own_generator
 from metaft.starts.base import Start
 from metaft.starts.names import PACKAGED
 from metaft.starts.weights import image_inputs, in_order, load_into, source_head, start_of
+from metaft.support.memory import ran_out
 
 
 def from_torchvision(name: str, image_size: int | None, norm: NormOf = "keep") -> Start:
@@ -46,6 +47,8 @@ def from_torchvision(name: str, image_size: int | None, norm: NormOf = "keep") -
     try:
         tensors = weights.get_state_dict(progress=False, check_hash=True)
     except Exception as error:  # whatever a download raises
+        if ran_out(error):
+            raise
         raise _not_fetched(f"torchvision:{name}", model, weights.url, error) from error
     source = f"torchvision:{model}:{weights.name}"
     head = published.head_of(module)
@@ -74,6 +77,8 @@ def from_timm(name: str, image_size: int | None, norm: NormOf = "keep") -> Start
         with own_generator(0), _without_waiting():
             filled: nn.Module = library.create_model(name, pretrained=True).eval()
     except Exception as error:  # whatever a download raises
+        if ran_out(error):
+            raise
         raise _not_fetched(init, f"timm/{name}", "timm's own place of it", error) from error
     notes = load_into(module, head, filled.state_dict(), init, init)
     known = source_head(module, head, filled.state_dict())

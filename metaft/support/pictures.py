@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from metaft.errors import CheckpointError
+from metaft.errors import CheckpointError, words_of
 
 
 def drawn(pictures: Mapping[Path, Callable[[], object]]) -> list[Path]:
@@ -50,6 +50,5 @@ def missed(draw: Callable[[], object]) -> str | None:
     except CheckpointError:
         raise
     except Exception as error:  # a full disk, no memory, figures that matplotlib cannot place
-        said = " ".join(str(getattr(error, "strerror", None) or error).split())
-        return said or type(error).__name__
+        return getattr(error, "strerror", None) or words_of(error)
     return None

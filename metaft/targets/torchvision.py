@@ -130,7 +130,7 @@ def _not_there(name: str, of: Any, option: str, root: Path, missing: Mapping[boo
     if "download" in inspect.signature(of).parameters:
         calls = "; ".join(f"{name}({str(root)!r}, {option}={word!r}, download=True)" for word in missing)
         hint = f'to fetch it: python -c "from torchvision.datasets import {name}; {calls}"'
-    return DataError(f"data: torchvision:{name} cannot be read from {place}: {why.rstrip('.') or repr(error)}; {hint}")
+    return DataError(f"data: torchvision:{name} cannot be read from {place}: {why.rstrip('.')}; {hint}")
 
 
 def _labels(name: str, part: str, dataset: Any) -> np.ndarray:
