@@ -292,7 +292,9 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]
 
 
 def contents(folder: Path) -> dict[Path, bytes | None]:
-    return {p: p.read_bytes() if p.is_file() else None for p in folder.rglob("*")}
+    """But for what Python leaves beside a plugin that it compiled, unless PYTHONDONTWRITEBYTECODE is set."""
+    there = (p for p in folder.rglob("*") if "__pycache__" not in p.parts)
+    return {p: p.read_bytes() if p.is_file() else None for p in there}
 
 
 def filled(text: str, paths: Mapping[str, Path]) -> str:
