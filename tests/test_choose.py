@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import meta_trained, one_thread, write_folder, write_target
+from PIL import Image
 from scipy.optimize import minimize
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
@@ -245,6 +246,7 @@ BAD = [
     (["--starts", "/none/x"], ["starts: ", "/none/x"]),
     (["--starts", "efficientnet"], ["starts: ", "did you mean 'efficientnet-lite0'"]),
     (["--starts", "{odd}"], ["starts: ", "odd does not fit: ", "takes inputs"]),
+    (["--starts", "{init}", "--data", "folder:{coloured}"], ["starts: ", "/run does not fit: 4 of the 4 images of "]),
     (["--data", "folder:{single}"], ["data: class 'a' has 1 image", "without a test part needs 2"]),
     (["--data", "folder:/none/x"], ["data: ", "/none/x"]),
     (["--out", "{data}"], ["out: ", "exists already"]),
@@ -255,7 +257,7 @@ BAD = [
 
 @pytest.mark.parametrize(("argv", "parts"), BAD, ids=[" ".join(argv)[-30:] or "nothing" for argv, _ in BAD])
 def test_bad_input_is_one_line_and_leaves_nothing(
-    argv: list[str], parts: list[str], base: Path, data: Path, in_tmp: Path, capsys: Text
+    argv: list[str], parts: list[str], base: Path, data: Path, init: Path, in_tmp: Path, capsys: Text
 ) -> None:
     from helpers import sinusoid
 
@@ -269,7 +271,12 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     single = base / "single"
     if not single.exists():
         write_target(single, {".": 1}, classes=("a", "b"))
-    given = [word.format(data=data, odd=odd, single=single) for word in argv]
+    coloured = base / "coloured"
+    if not coloured.exists():
+        write_target(coloured, {".": 2}, classes=("a", "b"))
+        for file in coloured.rglob("*.png"):
+            Image.new("RGB", (8, 8), "red").save(file)
+    given = [word.format(data=data, odd=odd, single=single, init=init, coloured=coloured) for word in argv]
     assert choose.main(["--data", f"folder:{data}", *more, *given]) == 2
     err = capsys.readouterr().err.splitlines()
     line = err[-1]

@@ -55,14 +55,14 @@ def at_hand(
         print(f"left out: {why}", file=sys.stderr)
     settings = StartSettings(image_size=image_size)
     opened: dict[str, Start] = {}
-    for name in asked:
+    for i, name in enumerate(asked):
         full = names.named_in_full(name)
         try:
             start = _fitting(other(name, images, settings, field), images, field)
         except DataError:
             raise
         except MetaftError as error:
-            if full in wanted or len(asked) == 1:
+            if full in wanted or not (opened or asked[i + 1 :]):
                 raise
             print(f"left out: {error}", file=sys.stderr)
             continue

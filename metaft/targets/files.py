@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from metaft.errors import DataError
+from metaft.errors import DataError, MetaftError
 from metaft.inputs import ImageInputs
 from metaft.inputs.fitting import border, is_dark_on_bright, is_grey
 from metaft.inputs.flaws import flaws_note
@@ -52,7 +52,7 @@ class Look(NamedTuple):
 # Above 60 lines: what is noted on the way belongs to the pictures that it is noted of.
 def target_of(listed_files: Listed, given: ImageInputs | None, *, skip_bad: bool) -> Target:
     """The pictures of these files as a target, fitted to the `given` inputs, or to those that they would have without
-    any start. Raises DataError for pictures that cannot be read, or not by these inputs."""
+    any start. Raises DataError for pictures that cannot be read, MetaftError for coloured ones for grey inputs."""
     name, path, names, listed, left, more, opened = listed_files
     files = [file for _, _, file in listed]
     check_lost(left, len(files), skip_bad=skip_bad)
@@ -83,7 +83,7 @@ def target_of(listed_files: Listed, given: ImageInputs | None, *, skip_bad: bool
     colour = [i for i, look in enumerate(looks) if not look.grey]
     if colour:
         width, height = looks[colour[0]].size
-        raise DataError(
+        raise MetaftError(
             f"data: {len(colour)} of the {len(files)} images of {path} are in colour, [3, {height}, {width}], such as "
             f"{files[colour[0]]}, but the run takes grey ones, [1, {p.height}, {p.width}]; make them grey first, or "
             "start from a run on colour images"
