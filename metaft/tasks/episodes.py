@@ -128,8 +128,8 @@ def listed_episodes(file: str | os.PathLike[str], inputs: Inputs | None, *, skip
     files = Listed(f"episodes:{absolute(file)}", file, (), [("all", 0.0, path) for path in place])
     try:
         read = target_of(files, inputs, skip_bad=False)
-    except DataError as error:
-        raise DataError(str(error).removeprefix("data: ")) from None
+    except MetaftError as error:
+        raise type(error)(str(error).removeprefix("data: ")) from None
     for note in read.notes:
         warnings.warn(f"{file}: {note}", MetaftWarning, stacklevel=2)
     return ListedEpisodes(
