@@ -134,7 +134,9 @@ def test_files_that_cannot_be_read_are_named(pictures: Path) -> None:
     with pytest.raises(DataError, match="is not UTF-8"):
         listed_episodes(pictures / "x.jsonl", INPUTS)
     Image.new("RGB", (8, 8), "red").save(pictures / "p/3.png")
-    with pytest.raises(MetaftError, match=r"^1 of the \d+ images of .*episodes\.jsonl are in colour.*but the run takes grey"):
+    with pytest.raises(
+        MetaftError, match=r"^1 of the \d+ images of .*episodes\.jsonl are in colour.*but the run takes grey"
+    ):
         listed_episodes(write(pictures, LINES), INPUTS)
     (pictures / "p/3.png").write_bytes(b"broken")
     with pytest.raises(DataError, match=r"^image .*p/3\.png cannot be read"):
