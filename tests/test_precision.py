@@ -208,12 +208,13 @@ def test_a_run_with_recomputed_steps(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_a_run_in_bf16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its first loss is that of the same parameters on the same tasks; later ones are those of other parameters."""
     monkeypatch.setattr(report, "draw_pictures", lambda *_: [])
-    long, short = losses(tmp_path / "fp32"), losses(tmp_path / "bf16", precision="bf16")
-    # 8 bits, 2^-9 a rounding, some ten in a row in each of three passes.
-    assert short[0] == pytest.approx(long[0], rel=0.1)
+    # At larger rates the two steps decide how far the losses are apart, not the precision.
+    long, short = (losses(tmp_path / name, precision=name, inner_lr=0.01) for name in ("fp32", "bf16"))
+    # 8 bits, 2^-9 a rounding, some ten in a row.
+    assert short[0] == pytest.approx(long[0], rel=0.02)
     assert short[0] != pytest.approx(long[0], rel=1e-5), "that is float32's rounding"
     with pytest.raises(MetaftError, match=r"^precision: .* started with 'bf16', given 'tf32'"):
-        meta_train.resume_run(tmp_path / "bf16", images(precision="tf32", inner_steps=2), dataset=pool())
+        meta_train.resume_run(tmp_path / "bf16", images(precision="tf32", inner_steps=2, inner_lr=0.01), dataset=pool())
 
 
 def test_a_processor_without_bf16_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from metaft.models.functional import Model
+from metaft.models.narrow import NarrowInFull
 from metaft.objective import loss_value
 from metaft.types import Loss, Moments, Params
 
@@ -39,10 +40,12 @@ def in_bf16(model: Model) -> Model:
         return result.to(x.dtype if x.is_floating_point() else torch.float32)
 
     def apply(params: Params, x: Tensor, moments: Moments | None = None) -> Tensor:
-        return as_given(model.apply(cast(params), shortened(x), moments), x)
+        with _narrow(x):
+            return as_given(model.apply(cast(params), shortened(x), moments), x)
 
     def features(params: Params, x: Tensor, moments: Moments | None = None) -> Tensor:
-        return as_given(model.features(cast(params), shortened(x), moments), x)
+        with _narrow(x):
+            return as_given(model.features(cast(params), shortened(x), moments), x)
 
     def of_head(params: Params, x: Tensor) -> Callable[[Params], Tensor] | None:
         logits = model.of_head(cast(params), shortened(x))
@@ -58,6 +61,10 @@ def in_bf16(model: Model) -> Model:
         return model.measure(cast(params), shortened(x))
 
     return dataclasses.replace(model, apply=apply, features=features, of_head=of_head, loss=loss_of, measure=measure)
+
+
+def _narrow(x: Tensor) -> contextlib.AbstractContextManager[object]:
+    return NarrowInFull() if x.device.type == "cpu" else contextlib.nullcontext()
 
 
 def lacks_bf16() -> bool:

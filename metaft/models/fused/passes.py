@@ -98,7 +98,8 @@ def downwards(
             gz.addcmul_(gu, scale.unsqueeze(1))
         else:
             gz += unpooled(gu * scale.unsqueeze(1), at, z, form.z_sizes[i])
-        below, gz_images = to_images(ups[-1].y if i else x, form.sizes[i]), to_images(gz, form.z_sizes[i])
+        below = form.kind.factor(to_images(ups[-1].y if i else x, form.sizes[i]))
+        gz_images = form.kind.factor(to_images(gz, form.z_sizes[i]))
         weights.append(conv_to_weights(gz_images, below, p.weights[i], form.kind, len(x)))
         if i:
             gy = to_rows(conv_to_images(gz_images, below, p.weights[i], form.kind), len(x))
@@ -130,7 +131,9 @@ def gradient(form: Form, x: Tensor, labels: Tensor, p: Params, *, keep: bool) ->
 def derivative(form: Form, x: Tensor, p: Params, layers: Sequence[Layer], top: Top, d: Params) -> list[Tensor]:
     """The derivative of `gradient`'s gradient along `d`; the Hessian times d."""
     tasks, n = top.gl.shape[:2]
-    below: list[Tensor] = [to_images(y, size) for y, size in zip([x, *(v.y for v in layers)], form.sizes, strict=True)]
+    factor = form.kind.factor
+    inputs = zip([x, *(v.y for v in layers[:-1])], form.sizes[:-1], strict=True)
+    below = [factor(to_images(y, size)) for y, size in inputs]
     dbelow: list[Tensor | None] = [None]
     dy = x
     ups = []
@@ -147,7 +150,7 @@ def derivative(form: Form, x: Tensor, p: Params, layers: Sequence[Layer], top: T
         du.addcmul_(at_peaks, scale.unsqueeze(1))
         dy = _aten.threshold_backward(du, v.y, 0)
         ups.append((dz, total, c, k))
-        dbelow.append(to_images(dy, form.sizes[i + 1]))
+        dbelow.append(factor(to_images(dy, form.sizes[i + 1])))
 
     dfeatures = to_features(form, dy, n)
     dlogits = torch.baddbmm(d.bias.unsqueeze(1), dfeatures, p.head.transpose(1, 2))
@@ -179,7 +182,7 @@ def derivative(form: Form, x: Tensor, p: Params, layers: Sequence[Layer], top: T
         q = (dgu * scale.unsqueeze(1)).addcmul_(v.gu, of_gu.unsqueeze(1))
         dgz += q if v.at is None else unpooled(q, v.at, v.z, form.z_sizes[i])
 
-        gz, dgz = to_images(v.gz, form.z_sizes[i]), to_images(dgz, form.z_sizes[i])
+        gz, dgz = (factor(to_images(rows, form.z_sizes[i])) for rows in (v.gz, dgz))
         dx = dbelow[i]
         if dx is None:
             weights.append(conv_to_weights(dgz, below[i], w, form.kind, tasks))

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from metaft.models.narrow import is_narrow
+
 _aten = torch.ops.aten
 
 Size = tuple[int, int]
@@ -36,39 +38,42 @@ class Kind(NamedTuple):
 
     stride: int
     short: bool = False
-    """Whether they multiply in bfloat16. What they take and give is of the parameters' type all the same."""
+    """Whether they multiply in bfloat16. What they give is of the weights' type all the same."""
+
+    def factor(self, v: Tensor) -> Tensor:
+        """A factor as convolutions take it. They do so themselves; who has several with one factor saves time."""
+        return v.bfloat16() if self.short else v
 
 
 def conv(x: Tensor, w: Tensor, kind: Kind) -> Tensor:
     """Images [tasks n, C, H, W], with one weight or with one per task."""
-    images, weights = _factors(kind, x, w)
+    images, weights = kind.factor(x), kind.factor(w)
     if w.dim() == 4:
-        return F.conv2d(images, weights, None, kind.stride, 1).to(x)
+        return F.conv2d(images, weights, None, kind.stride, 1).to(w)
     each = zip(images.chunk(len(w)), weights, strict=True)
-    return joined([F.conv2d(part, own, None, kind.stride, 1) for part, own in each]).to(x)
+    return joined([F.conv2d(part, own, None, kind.stride, 1) for part, own in each]).to(w)
 
 
 def conv_to_images(gz: Tensor, x: Tensor, w: Tensor, kind: Kind) -> Tensor:
     """Gradient in images like `x`, with one weight or with one per task."""
-    g, images, weights = _factors(kind, gz, x, w)
+    g, images, weights = kind.factor(gz), kind.factor(x), kind.factor(w)
     if w.dim() == 4:
-        return _conv_backward(g, images, weights, kind, True, False)[0].to(gz)
+        return _conv_backward(g, images, weights, kind, True, False)[0].to(w)
     each = zip(g.chunk(len(w)), images.chunk(len(w)), weights, strict=True)
-    return joined([_conv_backward(of, part, own, kind, True, False)[0] for of, part, own in each]).to(gz)
+    return joined([_conv_backward(of, part, own, kind, True, False)[0] for of, part, own in each]).to(w)
 
 
 def conv_to_weights(gz: Tensor, x: Tensor, w: Tensor, kind: Kind, tasks: int) -> Tensor:
     """Gradient in the weights, one per task: [tasks, ...]."""
-    g, images, w = _factors(kind, gz, x, w if w.dim() == 4 else w[0])  # of which only the shape counts
+    g, images = kind.factor(gz), kind.factor(x)
+    own = kind.factor(w if w.dim() == 4 else w[0])  # of which only the shape counts
     each = zip(g.chunk(tasks), images.chunk(tasks), strict=True)
-    return torch.stack([_conv_backward(of, part, w, kind, False, True)[1] for of, part in each]).to(gz)
-
-
-def _factors(kind: Kind, *factors: Tensor) -> tuple[Tensor, ...]:
-    return tuple(v.bfloat16() for v in factors) if kind.short else factors
+    return torch.stack([_conv_backward(of, part, own, kind, False, True)[1] for of, part in each]).to(w)
 
 
 def _conv_backward(gz: Tensor, x: Tensor, w: Tensor, kind: Kind, to_x: bool, to_w: bool) -> Any:
+    if to_w and is_narrow(x, kind.stride):
+        gz, x, w = gz.float(), x.float(), w.float()
     mask = [to_x, to_w, False]
     return _aten.convolution_backward(gz, x, w, None, [kind.stride] * 2, [1, 1], [1, 1], False, [0, 0], 1, mask)
 
