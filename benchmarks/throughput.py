@@ -8,6 +8,8 @@ architecture, initial weights and task tensors, each in a process of its own wit
 settings. First all gradients are compared in float64, and where one differs nothing is timed. Then the systems take
 turns: a stretch of metaft, one of each peer, and again, so that what else the machine does meets all of them alike.
 
+With `--bf16` a step of `--precision bf16` takes its turns too; the column float32 tells how far it is off.
+
 Written are a table, the JSON with every figure, and a bar chart beside it. `ratio_to_best_peer` is the median time of
 the fastest library over metaft's, so above 1 metaft is faster; the loop by hand is shown, but is no library.
 """
@@ -81,6 +83,7 @@ class Settings:
     rounds: int = 5
     engine: str = "auto"
     end_to_end: bool = False
+    bf16: bool = False
     dataset: str = "glyphs"
     site: Path = SITE
 
@@ -92,7 +95,8 @@ class Settings:
     @property
     def systems(self) -> tuple[str, ...]:
         """In the order in which they take turns."""
-        return ("metaft", *self.peers, *(["metaft-end-to-end"] if self.end_to_end else []))
+        also = {"metaft-bf16": self.bf16, "metaft-end-to-end": self.end_to_end}
+        return ("metaft", *self.peers, *(system for system, asked in also.items() if asked))
 
     def cases(self) -> Iterable[Case]:
         return (Case(workload, order) for workload in self.workloads for order in self.orders)
@@ -240,6 +244,8 @@ def agreement(system: str, case: Case, checked: Checked, gradient: Mapping[str, 
     if system == "metaft-end-to-end":  # its tasks are others
         return {}
     found = difference(gradient, checked.references[case])
+    if system == "metaft-bf16":  # how far it is off is a figure of its own, and in float64 it is another computation
+        return {"float32_difference": found}
     if not found <= TOLERANCE_32:
         raise Disagreement(
             f"not timed: the float32 meta-gradient of {system} on {case} is off by {found:.2g} of its norm, more than "
@@ -352,6 +358,7 @@ def parse(argv: Sequence[str] | None) -> tuple[Settings, Path]:
     add("--rounds", type=int, default=5, help="turns that the seconds are divided into")
     add("--engine", default="auto", help="metaft's engine")
     add("--end-to-end", action="store_true", help="metaft with sampling and the outer Adam step, as one more row")
+    add("--bf16", action="store_true", help="metaft with convolutions in bfloat16, as one more row")
     add("--dataset", default="glyphs", help="where --end-to-end samples: glyphs, omniglot or folder:PATH")
     add("--site", type=Path, default=SITE, metavar="DIR", help="folder of benchmarks/peers/install.sh")
     add("--out", type=Path, default=Path("runs/throughput.json"), metavar="FILE.json", help="the chart goes beside it")
@@ -369,6 +376,7 @@ def parse(argv: Sequence[str] | None) -> tuple[Settings, Path]:
         rounds=given.rounds,
         engine=given.engine,
         end_to_end=given.end_to_end,
+        bf16=given.bf16,
         dataset=given.dataset,
         site=given.site,
     )

@@ -25,7 +25,12 @@ _WIDTHS = (9, 18, 7, 10, 10, 10, 10, 10, 16)
 DIGITS = 3.0
 """How many times the libraries' error a float32 meta-gradient may have before its row is marked."""
 
-_NAMES = {"plain": "plain loop", "metaft-end-to-end": "metaft, end to end", "torchopt": "TorchOpt"}
+_NAMES = {
+    "metaft-bf16": "metaft, bf16",
+    "metaft-end-to-end": "metaft, end to end",
+    "plain": "plain loop",
+    "torchopt": "TorchOpt",
+}
 
 
 def table(row: Row, threads: int) -> str:

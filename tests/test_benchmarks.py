@@ -200,7 +200,7 @@ def test_what_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     plant(monkeypatch, "torchopt", fails)
     out = tmp_path / "new" / "speed.json"
     argv = ["--workload", "tiny", "--order", "second", "first", "--allocator", "tuned", "--threads", "1"]
-    assert throughput.main([*argv, "--seconds", "0.1", "--rounds", "2", "--out", str(out)]) == 0
+    assert throughput.main([*argv, "--bf16", "--seconds", "0.1", "--rounds", "2", "--out", str(out)]) == 0
 
     results = json.loads(out.read_text(encoding="utf-8"))
     assert results["machine"]["torch"] == torch.__version__ and results["machine"]["cores"] >= 1
@@ -212,7 +212,7 @@ def test_what_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     assert results["ratio_to_best_peer"] == min(row["ratio_to_best_peer"] for row in rows)
     for row in rows:
         systems = row["systems"]
-        assert list(systems) == ["metaft", "learn2learn", "higher", "torchopt", "plain"]
+        assert list(systems) == ["metaft", "learn2learn", "higher", "torchopt", "plain", "metaft-bf16"]
         for name in ("metaft", "learn2learn", "plain"):
             timed = systems[name]
             assert timed["ms"]["q1"] <= timed["ms"]["median"] <= timed["ms"]["q3"] and timed["n"] >= 2
@@ -222,6 +222,9 @@ def test_what_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
             assert 0 <= timed["float32_difference"] < 0.1
             assert timed["in_flight"] == (3 if name == "metaft" else 1)
             assert timed["growth_mib_per_task"] < timed["peak_mib"]
+        short = systems["metaft-bf16"]
+        assert "float64_difference" not in short and short["n"] >= 2
+        assert 1e-3 < short["float32_difference"] < 1, "it is off by what bfloat16 is, and does compute this gradient"
         assert systems["higher"]["status"] == "not installed"
         assert systems["torchopt"] == {"status": "failed", "reason": "RuntimeError: it does not build"}
         # The loop by hand is no library, however fast

@@ -32,6 +32,7 @@ from benchmarks.peers.workloads import WORKLOADS, Options, Params, System, Workl
 
 SYSTEMS: dict[str, tuple[str, str]] = {
     "metaft": ("metaft_maml", "metaft"),
+    "metaft-bf16": ("metaft_bf16", "metaft"),
     "metaft-end-to-end": ("metaft_end_to_end", "metaft"),
     "metaft-member": ("metaft_member", "metaft"),
     "learn2learn": ("learn2learn_maml", "learn2learn"),

@@ -11,6 +11,7 @@ import metaft.engines
 import metaft.types
 from benchmarks.peers.workloads import Options, Params, System, Tasks, Workload
 from metaft.dist.ranks import ALONE, Ranks
+from metaft.models.precision import in_bf16
 from metaft.testing import How, group_size, score_tasks
 
 
@@ -43,10 +44,19 @@ def in_flight(engine: metaft.Engine, tasks: Tasks) -> int:
     return min(getattr(engine, "chunk", None) or meta_batch, meta_batch)
 
 
-def make(workload: Workload, params: Params, tasks: Tasks, options: Options, ranks: Ranks = ALONE) -> System:
+def make(
+    workload: Workload,
+    params: Params,
+    tasks: Tasks,
+    options: Options,
+    ranks: Ranks = ALONE,
+    *,
+    bf16: bool = False,
+) -> System:
     """Of several `ranks` each takes its share of the tasks, and the step ends when all have the sum."""
     stack = contextlib.ExitStack()
     model = model_for(workload, tasks.support_x)
+    model = in_bf16(model) if bf16 else model
     if {k: v.shape for k, v in params.items()} != {k: v.shape for k, v in model.params.items()}:
         raise RuntimeError("metaft's Conv-4 has other parameters than the benchmark's")
     engine = stack.enter_context(
