@@ -123,7 +123,7 @@ TABLE = [
         exact=False,
     ),
     Row("cavia", lambda m, norm: algorithms.cavia(m, inner_steps=2, norm=norm, context=3)),
-    Row("protonet", lambda m, norm: algorithms.protonet(m, norm=norm), adapts=False),
+    Row("protonet", lambda m, norm: algorithms.protonet(m, norm=norm, scale=0.5), adapts=False),
     Row("matching-net", lambda m, norm: algorithms.matching_net(m, norm=norm, scale=3.0), adapts=False),
     Row("baseline", lambda m, norm: algorithms.baseline(m, norm=norm, classes=12, inner_lr=0.5)),
     Row("baseline++", lambda m, norm: algorithms.baseline_plus_plus(m, norm=norm, classes=12, inner_lr=0.5)),
@@ -402,16 +402,17 @@ def test_members_without_a_learned_head_take_any_number_of_ways(name: str) -> No
         assert logits.shape == (3 * ways, ways)
 
 
-def test_protonet_logits_are_minus_squared_distances_to_class_means() -> None:
+@pytest.mark.parametrize("scale", [1.0, 1 / 64])
+def test_protonet_logits_are_minus_squared_distances_to_class_means(scale: float) -> None:
     model = scenarios.model("mlp")
-    algorithm = algorithms.protonet(model)
+    algorithm = algorithms.protonet(model, scale=scale)
     task = scenarios.one(scenarios.episodes())
     support, query = (model.features(model.params, x, None).numpy() for x in (task.support_x, task.query_x))
     logits = algorithm.predict(adapted(algorithm, task, 0), task.query_x, "transductive").numpy()
     for n in range(3):
         mean = support[task.support_y.numpy() == n].mean(0)
         for q in range(len(query)):
-            assert logits[q, n] == pytest.approx(-((query[q] - mean) ** 2).sum(), rel=1e-12)
+            assert logits[q, n] == pytest.approx(-scale * ((query[q] - mean) ** 2).sum(), rel=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -447,6 +448,7 @@ def test_protonet_logits_are_minus_squared_distances_to_class_means() -> None:
         ("protonet", {"inner_lr": 0.1}, "inner_lr: protonet has no such setting (given 0.1)"),
         ("protonet", {"loss": "mse"}, "cannot learn a data set whose loss is 'mse'"),
         ("matching-net", {"loss": "mse"}, "cannot learn a data set whose loss is 'mse'"),
+        ("protonet", {"scale": -1.0}, "scale must be above 0, got -1.0"),
         ("matching-net", {"scale": 0.0}, "scale must be above 0, got 0.0"),
         ("baseline", {"loss": "mse"}, "baseline classifies; it cannot learn a data set whose loss is 'mse'"),
         ("baseline", {"classes": 0}, "classes must be at least 1, got 0"),
@@ -456,7 +458,7 @@ def test_protonet_logits_are_minus_squared_distances_to_class_means() -> None:
         (
             "protonet",
             {"inner_steps": 5},
-            "inner_steps: protonet has no such setting (given 5); it has loss, norm",
+            "inner_steps: protonet has no such setting (given 5); it has loss, norm, scale",
         ),
     ],
 )
