@@ -102,6 +102,15 @@ def words_of(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what it says, or its class where that is empty.
+
+    >>> first_line(RuntimeError("no  such kernel\\nat kernels.cpp:12")), first_line(MemoryError())
+    ('no such kernel', 'MemoryError')
+    """
+    return " ".join(str(error).split("\n")[0].split()) or type(error).__name__
+
+
 def class_and_words(error: BaseException, at_most: int | None = 200) -> str:
     """Of an error from code that is not ours: its class, and the first `at_most` characters of what it says.
 

@@ -17,6 +17,7 @@ from metaft.after import formats, int8
 from metaft.models import drawn, handed, head, published
 from metaft.models.functional import check_repeats
 from metaft.objective import Objective, check
+from metaft.runs import assemble
 from metaft.starts import file
 from metaft.starts import published as weights_of
 from metaft.support.memory import ran_out
@@ -149,6 +150,13 @@ def of_a_size(fail: Raise, patch: pytest.MonkeyPatch, folder: Path) -> None:
     published.headed(module, "mobilenet_v2", 2, (3, 8, 8))
 
 
+def of_a_precision(fail: Raise, patch: pytest.MonkeyPatch, folder: Path) -> None:
+    model: Any = SimpleNamespace(params={"w": nn.Parameter(torch.zeros(1))}, apply=fail)
+    patch.setattr(assemble, "in_bf16", lambda model: model)
+    settings: Any = SimpleNamespace(compute=SimpleNamespace(precision="bf16"))
+    assemble._computing_as(model, settings, None, (3,))
+
+
 @pytest.mark.parametrize("error", OUT, ids=lambda error: type(error).__name__)
 @pytest.mark.parametrize(
     "through",
@@ -170,6 +178,7 @@ def of_a_size(fail: Raise, patch: pytest.MonkeyPatch, folder: Path) -> None:
         of_published_weights,
         of_timms_weights,
         of_a_size,
+        of_a_precision,
     ],
     ids=lambda each: each.__name__,
 )

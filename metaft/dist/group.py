@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from metaft.errors import MetaftError, RankLost, SaidElsewhere
+from metaft.errors import MetaftError, RankLost, SaidElsewhere, first_line
 from metaft.dist.ranks import Ranks, named
 from metaft.dist.torchrun import Missing, attempt_word, env_number, launch_of_one, launch_word, time_limit
 
@@ -121,8 +121,7 @@ class _Group(Ranks):
             if not _of_connections(error, meeting):
                 raise
             waited = time.monotonic() - start
-            why = " ".join(str(error).split("\n")[0].split())
-            lost = RankLost(f"{why}; waited {waited:.0f} of METAFT_RANKS_TIMEOUT={self._timeout:g} s")
+            lost = RankLost(f"{first_line(error)}; waited {waited:.0f} of METAFT_RANKS_TIMEOUT={self._timeout:g} s")
             lost.waited = waited
             raise lost from error
 

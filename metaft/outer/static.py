@@ -24,7 +24,7 @@ from metaft.algorithms.base import Algorithm, TaskGrad
 from metaft.config import Settled
 from metaft.dist.ranks import Ranks
 from metaft.engines.base import Engine
-from metaft.errors import MetaftError, MetaftWarning
+from metaft.errors import MetaftError, MetaftWarning, first_line
 from metaft.metrics import figure_name
 from metaft.outer import task_grad_of
 from metaft.outer.update import clipped, outer_lr
@@ -307,8 +307,8 @@ def recorded(step: Callable[[], None], device: torch.device, *, said: bool = Tru
                 step()
         except (RuntimeError, MetaftError) as error:  # the latter where memory is short of a second copy of a step's
             torch.cuda.synchronize()
-            reason = " ".join(str(error).split("\n")[0].split())
-            warnings.warn(f"the meta-step cannot be recorded ({reason}); it runs as it is", MetaftWarning, stacklevel=2)
+            why = f"the meta-step cannot be recorded ({first_line(error)}); it runs as it is"
+            warnings.warn(why, MetaftWarning, stacklevel=2)
             return step
     took = f"{warm - begin:.1f} s of warm-up, {time.perf_counter() - warm:.1f} s of capture"
     if said:

@@ -21,7 +21,7 @@ from metaft.config import Init, MetaTrainConfig, Settled
 from metaft.defaults import device_of, hyper, resolve
 from metaft.engines import PARALLEL, Engine, settled_name
 from metaft.engines.batching import why_not_mapped
-from metaft.errors import CheckpointError, DataError, MetaftError, MetaftWarning, no_such
+from metaft.errors import CheckpointError, DataError, MetaftError, MetaftWarning, first_line, no_such
 from metaft.metrics import label
 from metaft.models import Model
 from metaft.models.handed import said
@@ -36,6 +36,7 @@ from metaft.runs.snapshot import Snapshot
 from metaft.runs.training import draw
 from metaft.starts.names import in_full
 from metaft.support import places
+from metaft.support.memory import ran_out
 from metaft.tasks.pool import ClassPool
 from metaft.tasks.sinusoid import Sinusoid
 from metaft.testing import task_scores
@@ -257,7 +258,9 @@ def _computing_as(model: Model, config: Settled, example: torch.Tensor | None, s
         try:
             model.apply(model.params, x.to(probe.device), None)
         except RuntimeError as error:  # a module of the user's own, say with constants in float32
-            raise MetaftError(f"precision: this model cannot compute in bf16 ({str(error).splitlines()[0]})") from None
+            if ran_out(error):
+                raise
+            raise MetaftError(f"precision: this model cannot compute in bf16 ({first_line(error)})") from None
         if probe.device.type == "cpu" and lacks_bf16():
             said = "precision: this processor has no bf16 units (AMX or AVX512-BF16), so that bf16 is slower than fp32"
             warnings.warn(said, MetaftWarning, stacklevel=2)
