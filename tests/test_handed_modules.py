@@ -212,6 +212,7 @@ def test_a_wait_for_a_worker_ends_on_a_signal(number: int, at: str, monkeypatch:
 
     timer = threading.Timer(0.5, lambda: signal.pthread_kill(threading.main_thread().ident or 0, number))
     timer.name = workers.OWN_THREADS  # another one would be a reason not to fork
+    before = workers.multiprocessing.active_children()  # of engines that other tests keep open
     with engines.engine("processes", threads=2, chunk=1) as engine:
         if at == "a later call":
             engine.sum(slow, torch.zeros(()), torch.ones(4))
@@ -224,7 +225,7 @@ def test_a_wait_for_a_worker_ends_on_a_signal(number: int, at: str, monkeypatch:
         timer.join()
     assert ended.value.status == 128 + number
     assert signals.received == number
-    assert not workers.multiprocessing.active_children()
+    assert set(workers.multiprocessing.active_children()) <= set(before)
 
 
 @needs_fork

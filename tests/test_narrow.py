@@ -14,8 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from metaft import models
 from metaft.models.functional import plain_operations
 from metaft.models.fused import rows
-from metaft.models.narrow import NarrowInFull, is_narrow
-from metaft.models.precision import in_bf16
+from metaft.models.fused.rows import is_narrow
+from metaft.models.precision import NarrowInFull, in_bf16
 
 
 class Backward(TorchDispatchMode):

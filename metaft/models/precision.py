@@ -6,14 +6,16 @@ import contextlib
 import dataclasses
 import platform
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from metaft.models.functional import Model
-from metaft.models.narrow import NarrowInFull
+from metaft.models.fused.rows import is_narrow
 from metaft.objective import loss_value
 from metaft.types import Loss, Moments, Params
 
@@ -61,6 +63,26 @@ def in_bf16(model: Model) -> Model:
         return model.measure(cast(params), shortened(x))
 
     return dataclasses.replace(model, apply=apply, features=features, of_head=of_head, loss=loss_of, measure=measure)
+
+
+_CONVOLUTIONS: tuple[Callable[..., Tensor], ...] = (F.conv1d, F.conv2d, F.conv3d)
+_ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+
+
+class NarrowInFull(TorchFunctionMode):
+    """Inside, convolutions of what `is_narrow` are in float32, in all derivatives too; what they give is bfloat16."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        given = dict(kwargs or {})
+        if func not in _CONVOLUTIONS:
+            return func(*args, **given)
+        given = {**dict(zip(_ARGUMENTS, args, strict=False)), **given}
+        x: Tensor = given["input"]
+        if not is_narrow(x, given.get("stride", 1)):
+            return func(**given)
+        return func(**{name: v.float() if isinstance(v, Tensor) else v for name, v in given.items()}).to(x.dtype)
 
 
 def _narrow(x: Tensor) -> contextlib.AbstractContextManager[object]:
