@@ -72,7 +72,8 @@ def best_protonet() -> Row:
         iterations=7000, outer_lr=1e-3, outer_schedule="cosine",
         test_ways=5, test_query_shots=15, eval_every=1000, eval_episodes=200,
     )  # fmt: skip
-    return Row("protonet-5w1s-best", Published(49.42, 0.78, SNELL, "inductive"), config, family="best")
+    note = "support and query are normalised each by itself"
+    return Row("protonet-5w1s-best", Published(49.42, 0.78, SNELL, "inductive"), config, family="best", note=note)
 
 
 def pretrained() -> Row:

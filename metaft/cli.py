@@ -23,7 +23,15 @@ from metaft.dist import patience
 from metaft.dist.group import join
 from metaft.dist.ranks import ALONE, Ranks
 from metaft.dist.torchrun import check_alone
-from metaft.errors import CheckpointError, Interrupted, MetaftError, MetaftWarning, OutOfMemory, SaidElsewhere
+from metaft.errors import (
+    CheckpointError,
+    Interrupted,
+    MetaftError,
+    MetaftWarning,
+    OutOfMemory,
+    SaidElsewhere,
+    first_line,
+)
 from metaft.flags import parse
 from metaft.options import Config, Settings, flat, from_mapping, options
 from metaft.support.allocator import keep_freed_memory
@@ -182,8 +190,7 @@ def _no_memory(error: Exception, smaller: str) -> OutOfMemory:
     """What to say where memory ran out. Raises any other error again."""
     if not ran_out(error):
         raise error
-    said = _escaped(str(error).split("\n")[0])
-    return OutOfMemory(f"not enough memory ({said or type(error).__name__}); try {smaller}")
+    return OutOfMemory(f"not enough memory ({first_line(error)}); try {smaller}")
 
 
 def _escaped(text: str) -> str:

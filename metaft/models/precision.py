@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from metaft.models.functional import Model
-from metaft.models.fused.rows import is_narrow
 from metaft.objective import loss_value
 from metaft.types import Loss, Moments, Params
 
@@ -28,7 +27,7 @@ def in_bf16(model: Model) -> Model:
     Parameters are cast as a pass begins, so that fast weights, their updates and all gradients stay as they are.
     Normalisation layers keep their parameters, and compute statistics in float32 (see `EpisodeNorm`); what a pass
     returns is of the input's type again. A loss that is one operation (`models.fused`) has its convolutions alone in
-    bfloat16.
+    bfloat16; all others of a CPU multiply in float32 (see `FullConvolutions`).
     """
     short = torch.bfloat16
 
@@ -38,19 +37,23 @@ def in_bf16(model: Model) -> Model:
     def shortened(x: Tensor) -> Tensor:
         return x.to(short) if x.is_floating_point() else x  # the numbers of tokens stay as they are
 
+    def convolving(x: Tensor) -> contextlib.AbstractContextManager[object]:
+        return FullConvolutions() if x.device.type == "cpu" else contextlib.nullcontext()
+
     def as_given(result: Tensor, x: Tensor) -> Tensor:
         return result.to(x.dtype if x.is_floating_point() else torch.float32)
 
     def apply(params: Params, x: Tensor, moments: Moments | None = None) -> Tensor:
-        with _narrow(x):
+        with convolving(x):
             return as_given(model.apply(cast(params), shortened(x), moments), x)
 
     def features(params: Params, x: Tensor, moments: Moments | None = None) -> Tensor:
-        with _narrow(x):
+        with convolving(x):
             return as_given(model.features(cast(params), shortened(x), moments), x)
 
     def of_head(params: Params, x: Tensor) -> Callable[[Params], Tensor] | None:
-        logits = model.of_head(cast(params), shortened(x))
+        with convolving(x):
+            logits = model.of_head(cast(params), shortened(x))
         return None if logits is None else lambda own: as_given(logits(cast(own)), x)
 
     def loss_of(params: Params, x: Tensor, y: Tensor, loss: Loss, *, curvature: bool = False) -> tuple[Tensor, Tensor]:
@@ -60,33 +63,46 @@ def in_bf16(model: Model) -> Model:
         return loss_value(loss, prediction, y), prediction.detach()
 
     def measure(params: Params, x: Tensor) -> Moments:
-        return model.measure(cast(params), shortened(x))
+        with convolving(x):
+            return model.measure(cast(params), shortened(x))
 
     return dataclasses.replace(model, apply=apply, features=features, of_head=of_head, loss=loss_of, measure=measure)
 
 
-_CONVOLUTIONS: tuple[Callable[..., Tensor], ...] = (F.conv1d, F.conv2d, F.conv3d)
-_ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+_CONVOLUTIONS: tuple[Callable[..., Tensor], ...] = (
+    F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d,
+)  # fmt: skip
 
 
-class NarrowInFull(TorchFunctionMode):
-    """Inside, convolutions of what `is_narrow` are in float32, in all derivatives too; what they give is bfloat16."""
+class FullConvolutions(TorchFunctionMode):
+    """Inside, a CPU's convolutions of bfloat16 values multiply these in float32, in all derivatives too; what they give
+    is rounded to bfloat16, as it is otherwise.
+
+    oneDNN's own are wrong in some shapes where a processor has AVX512-BF16 (torch 2.13.0): the gradient in the weights
+    reads memory that nobody wrote where the input is narrower than the stride, so does that of a transposed one whose
+    output is, and a forward pass without padding whose output is one pixel wide can be off by as much as it is, or end
+    the process. Not reached are convolutions by other names than those of `torch.nn.functional`, say `torch.ops.aten`,
+    and compiled ones (`torch.jit.script`).
+    """
 
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        given = dict(kwargs or {})
-        if func not in _CONVOLUTIONS:
-            return func(*args, **given)
-        given = {**dict(zip(_ARGUMENTS, args, strict=False)), **given}
-        x: Tensor = given["input"]
-        if not is_narrow(x, given.get("stride", 1)):
-            return func(**given)
-        return func(**{name: v.float() if isinstance(v, Tensor) else v for name, v in given.items()}).to(x.dtype)
+        named = dict(kwargs or {})
+        if func not in _CONVOLUTIONS or not all(
+            _is_short(v) for v in (*args, *named.values()) if isinstance(v, Tensor)
+        ):
+            return func(*args, **named)
+        wide = func(*map(_widened, args), **{name: _widened(v) for name, v in named.items()})
+        return wide.bfloat16()
 
 
-def _narrow(x: Tensor) -> contextlib.AbstractContextManager[object]:
-    return NarrowInFull() if x.device.type == "cpu" else contextlib.nullcontext()
+def _is_short(v: Tensor) -> bool:
+    return v.dtype == torch.bfloat16 and v.device.type == "cpu"
+
+
+def _widened(v: Any) -> Any:
+    return v.float() if isinstance(v, Tensor) else v
 
 
 def lacks_bf16() -> bool:
