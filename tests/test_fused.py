@@ -468,7 +468,7 @@ def test_moments_in_parts_have_a_float32s_digits() -> None:
     """75 images of 84x84 in the parts that such images come in, far from 0."""
     g = torch.Generator().manual_seed(0)
     x, w = torch.randn(75, 1, 84, 84, generator=g) + 5, torch.rand(8, 1, 3, 3, generator=g)
-    _, mean, var = evaluation._peaks_and_moments(x, w, torch.ones(8), 1, True, None)
+    _, mean, var = evaluation._peaks_and_moments(x, w, torch.ones(8), rows.Kind(1), True, None)
     z = F.conv2d(x.double(), w.double(), None, 1, 1)
     assert float((mean - z.mean((0, 2, 3))).abs().max() / z.mean().abs()) < 3e-7
     assert float((var / z.var((0, 2, 3), unbiased=False) - 1).abs().max()) < 2e-6
@@ -501,9 +501,24 @@ def test_predictions_without_derivatives_take_the_quick_way_and_are_the_same(
     assert_close(quick, [of.detach() for of in all_of()])
     with torch.no_grad():
         torch.func.vmap(lambda x: model.apply(model.params, x, None))(data.query_x.unsqueeze(0))
-        short = in_bf16(scenarios.model(name, dtype=torch.float32))
-        short.apply(short.params, data.query_x.float(), None)
-    assert len(calls) == 5, "not with derivatives, under vmap, in bf16 or for a compiler"
+    assert len(calls) == 5, "not with derivatives, under vmap or for a compiler"
+
+
+@pytest.mark.parametrize("name", ["conv4", "conv4-pool"])
+def test_predictions_in_bf16_without_derivatives_are_those_of_the_loss(name: str) -> None:
+    """Their convolutions alone are in bf16, as the loss has it, and nothing else is rounded."""
+    made, data = scenarios.model(name, dtype=torch.float32), scenarios.one(scenarios.episodes(dtype=torch.float32))
+    model, x = in_bf16(made), data.query_x
+    _, logits = model.loss(made.params, x, data.query_y, "cross_entropy")
+    with torch.no_grad():
+        with Convolutions() as seen:
+            quick, moments = model.apply(made.params, x, None), model.measure(made.params, x)
+        features, given = model.features(made.params, x, None), model.apply(made.params, x, moments)
+        exact = made.apply(made.params, x, None)
+    assert set(seen.types) == {torch.bfloat16} and {v.dtype for pair in moments for v in pair} == {torch.float32}
+    head = made.params["head.weight"], made.params["head.bias"]
+    for found in (quick, F.linear(features, *head), given):
+        assert found.dtype == torch.float32 and apart(found, logits) < 1e-6 < 1e-4 < apart(found, exact)
 
 
 def _elu(net: models.Conv4) -> None:

@@ -75,6 +75,8 @@ class Model:
     """Mean loss and prediction of a batch normalised with its own moments; see `LossOf`."""
     fuses: Callable[[Tensor, Loss], bool]
     """(x, loss): whether `loss` of such images is one operation, which takes them in bfloat16 too (`models.fused`)."""
+    infers: Callable[[Tensor], bool]
+    """Whether `apply`, `features` and `measure` of such images, here, have no derivative and take bfloat16 likewise."""
     head: tuple[str, ...]
     """Names of the head's parameters."""
     norm: tuple[str, ...]
@@ -125,13 +127,13 @@ def functional(
     last_ids = {id(p) for p in last.parameters()}
     tied = len(last_ids) < sum(id(p) in last_ids for _, p in module.named_parameters(remove_duplicate=False))
 
-    def at_once(x: Tensor) -> Conv4 | None:
+    def at_once(x: Tensor, *more: torch.dtype) -> Conv4 | None:
         """What computes x in few operations, where there is such a thing."""
-        return fused if x.device.type == "cpu" and x.dtype == dtype and len(x) and not _plain.get() else None
+        return fused if x.device.type == "cpu" and x.dtype in (dtype, *more) and len(x) and not _plain.get() else None
 
     def inferred(x: Tensor) -> Conv4 | None:
-        """The same where nobody asks for a derivative and tasks come one by one."""
-        return at_once(x) if not torch.is_grad_enabled() and not in_transform() else None
+        """The same where nobody asks for a derivative and tasks come one by one, in bfloat16 too."""
+        return at_once(x, torch.bfloat16) if not torch.is_grad_enabled() and not in_transform() else None
 
     def apply(params: Params, x: Tensor, moments: Moments | None = None) -> Tensor:
         if (conv4 := inferred(x)) is not None:
@@ -193,6 +195,7 @@ def functional(
         measure=measure,
         loss=loss_of,
         fuses=fuses,
+        infers=lambda x: inferred(x) is not None,
         head=tuple(n for n in names if n.startswith(f"{head}.")),
         norm=tuple(n for n in names if n.rpartition(".")[0] in norms),
         outputs=linear(module, head).out_features,

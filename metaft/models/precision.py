@@ -7,7 +7,7 @@ import dataclasses
 import platform
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ from metaft.objective import loss_value
 from metaft.types import Loss, Moments, Params
 
 Precision = Literal["fp32", "tf32", "bf16"]
+Result = TypeVar("Result")
 
 
 def in_bf16(model: Model) -> Model:
@@ -26,7 +27,7 @@ def in_bf16(model: Model) -> Model:
 
     Parameters are cast as a pass begins, so that fast weights, their updates and all gradients stay as they are.
     Normalisation layers keep their parameters, and compute statistics in float32 (see `EpisodeNorm`); what a pass
-    returns is of the input's type again. A loss that is one operation (`models.fused`) has its convolutions alone in
+    returns is of the input's type again. What is few operations (`models.fused`) has its convolutions alone in
     bfloat16; all others of a CPU multiply in float32 (see `FullConvolutions`).
     """
     short = torch.bfloat16
@@ -37,22 +38,26 @@ def in_bf16(model: Model) -> Model:
     def shortened(x: Tensor) -> Tensor:
         return x.to(short) if x.is_floating_point() else x  # the numbers of tokens stay as they are
 
-    def convolving(x: Tensor) -> contextlib.AbstractContextManager[object]:
+    def composed(x: Tensor) -> contextlib.AbstractContextManager[object]:
         return FullConvolutions() if x.device.type == "cpu" else contextlib.nullcontext()
+
+    def passed(run: Callable[[Params, Tensor], Result], params: Params, x: Tensor) -> Result:
+        if model.infers(shortened(x)):
+            return run(params, shortened(x))
+        with composed(x):
+            return run(cast(params), shortened(x))
 
     def as_given(result: Tensor, x: Tensor) -> Tensor:
         return result.to(x.dtype if x.is_floating_point() else torch.float32)
 
     def apply(params: Params, x: Tensor, moments: Moments | None = None) -> Tensor:
-        with convolving(x):
-            return as_given(model.apply(cast(params), shortened(x), moments), x)
+        return as_given(passed(lambda own, short_x: model.apply(own, short_x, moments), params, x), x)
 
     def features(params: Params, x: Tensor, moments: Moments | None = None) -> Tensor:
-        with convolving(x):
-            return as_given(model.features(cast(params), shortened(x), moments), x)
+        return as_given(passed(lambda own, short_x: model.features(own, short_x, moments), params, x), x)
 
     def of_head(params: Params, x: Tensor) -> Callable[[Params], Tensor] | None:
-        with convolving(x):
+        with composed(x):
             logits = model.of_head(cast(params), shortened(x))
         return None if logits is None else lambda own: as_given(logits(cast(own)), x)
 
@@ -63,8 +68,7 @@ def in_bf16(model: Model) -> Model:
         return loss_value(loss, prediction, y), prediction.detach()
 
     def measure(params: Params, x: Tensor) -> Moments:
-        with convolving(x):
-            return model.measure(cast(params), shortened(x))
+        return passed(model.measure, params, x)
 
     return dataclasses.replace(model, apply=apply, features=features, of_head=of_head, loss=loss_of, measure=measure)
 

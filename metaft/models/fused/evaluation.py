@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metaft.models.fused.rows import joined, moments, pixels, to_images, to_rows
+from metaft.models.fused.rows import Kind, conv, joined, kind_of, moments, pixels, to_images, to_rows
 from metaft.types import Moments
 
 
@@ -25,11 +25,13 @@ def conv4_features(
     given: Moments | None,
 ) -> tuple[Tensor, Moments]:
     """What the head sees [n, features] of images [n, C, H, W] of one task, and the moments that each layer normalised
-    with: its batch's own, or those `given`. The layers are those of `conv4_loss`; nothing has a derivative."""
-    y = to_images(pixels(x).unsqueeze(0), (x.shape[2], x.shape[3]))
+    with: its batch's own, or those `given`. The layers are those of `conv4_loss`, also where images are in bfloat16
+    beside parameters in another type; nothing has a derivative."""
+    kind = kind_of(x, weights[0], stride)
+    y = to_images(pixels(x.to(weights[0])).unsqueeze(0), (x.shape[2], x.shape[3]))
     used = []
     for i, (w, gamma, beta) in enumerate(zip(weights, scales, shifts, strict=True)):
-        z, mean, var = _peaks_and_moments(y, w, gamma, stride, pool, None if given is None else given[i])
+        z, mean, var = _peaks_and_moments(y, w, gamma, kind, pool, None if given is None else given[i])
         used.append((mean, var))
         normal = to_rows(z, 1).sub_(mean).mul_(gamma * (var + eps).rsqrt()).add_(beta).relu_()
         y = to_images(normal, (z.shape[2], z.shape[3]))
@@ -42,17 +44,17 @@ _CACHED = 1 << 20
 
 
 def _peaks_and_moments(
-    y: Tensor, w: Tensor, gamma: Tensor, stride: int, pool: bool, given: tuple[Tensor, Tensor] | None
+    y: Tensor, w: Tensor, gamma: Tensor, kind: Kind, pool: bool, given: tuple[Tensor, Tensor] | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of the convolution z of images y [n, C, H, W], in one task: z where gamma z is largest in each 2x2 pixels (z as
     it is without pooling), and its mean and biased variance by channel, those that are given if any are. Where it is
     pooled, no more than some images' z is ever there."""
-    maps = len(w) * y.shape[2] * y.shape[3] // stride**2
+    maps = len(w) * y.shape[2] * y.shape[3] // kind.stride**2
     some = max(1, _CACHED // maps) if pool else len(y)
     sign = torch.where(gamma < 0, -1.0, 1.0).to(y).view(-1, 1, 1) if pool and bool((gamma < 0).any()) else None
     peaks, stats = [], []
     for part in y.split(some):
-        z = F.conv2d(part, w, None, stride, 1)
+        z = conv(part, w, kind)
         if given is None:
             stats.append(moments(to_rows(z, 1)))
         if sign is not None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from metaft.models.fused.form import Form, Params, form_of, from_features, images_in, lifted, lowered, to_features
 from metaft.models.fused.packing import body_of, flat_up, kept_of, layers_of, params_of, shared, ups_of
 from metaft.models.fused.passes import derivative, downwards, gradient, upwards
-from metaft.models.fused.rows import Kind, joined, pixels
+from metaft.models.fused.rows import Kind, joined, kind_of, pixels
 
 
 def conv4_loss(
@@ -43,7 +43,7 @@ def conv4_loss(
     Of images in bfloat16 beside parameters in another type the convolutions are in bfloat16, in all derivatives too,
     and all else is in the parameters' type.
     """
-    kind = Kind(stride, short=x.dtype == torch.bfloat16 and weights[0].dtype != torch.bfloat16)
+    kind = kind_of(x, weights[0], stride)
     form = form_of(x, len(weights), kind, pool, average, eps, keep)
     given = pixels(x.to(weights[0]) if kind.short else x)
     value, logits, *_ = _Loss.apply(form, given, y, *weights, *scales, *shifts, head, bias)  # type: ignore[reportGeneralTypeIssues]

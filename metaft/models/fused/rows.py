@@ -43,6 +43,11 @@ class Kind(NamedTuple):
         return v.bfloat16() if self.short else v
 
 
+def kind_of(x: Tensor, w: Tensor, stride: int) -> Kind:
+    """Images in bfloat16 beside weights in another type are convolved in bfloat16."""
+    return Kind(stride, short=x.dtype == torch.bfloat16 and w.dtype != torch.bfloat16)
+
+
 def conv(x: Tensor, w: Tensor, kind: Kind) -> Tensor:
     """Images [tasks n, C, H, W], with one weight or with one per task."""
     images, weights = kind.factor(x), kind.factor(w)
