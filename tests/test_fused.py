@@ -20,6 +20,7 @@ from metaft.models import fused
 from metaft.models.functional import plain_operations
 from metaft.models.fused import evaluation, functions, rows
 from metaft.models.precision import in_bf16
+from metaft.objective import Objective
 from metaft.types import Params
 
 FORMS = [
@@ -515,10 +516,23 @@ def test_predictions_in_bf16_without_derivatives_are_those_of_the_loss(name: str
             quick, moments = model.apply(made.params, x, None), model.measure(made.params, x)
         features, given = model.features(made.params, x, None), model.apply(made.params, x, moments)
         exact = made.apply(made.params, x, None)
+        of_head = model.of_head(made.params, x)
+        assert of_head is not None
+        headed = of_head(made.params)
     assert set(seen.types) == {torch.bfloat16} and {v.dtype for pair in moments for v in pair} == {torch.float32}
     head = made.params["head.weight"], made.params["head.bias"]
-    for found in (quick, F.linear(features, *head), given):
+    for found in (quick, F.linear(features, *head), given, headed):
         assert found.dtype == torch.float32 and apart(found, logits) < 1e-6 < 1e-4 < apart(found, exact)
+
+
+def test_another_loss_in_bf16_is_one_function_with_and_without_a_derivative() -> None:
+    made, data = scenarios.model(dtype=torch.float32), scenarios.one(scenarios.episodes(dtype=torch.float32))
+    model, margin = in_bf16(made), Objective(F.multi_margin_loss)
+    found, _ = model.loss(made.params, data.query_x, data.query_y, margin)
+    with torch.no_grad():
+        again, _ = model.loss(made.params, data.query_x, data.query_y, margin)
+        exact, _ = made.loss(made.params, data.query_x, data.query_y, margin)
+    assert torch.equal(found.detach(), again) and not torch.equal(again, exact)
 
 
 def _elu(net: models.Conv4) -> None:

@@ -75,8 +75,9 @@ class Model:
     """Mean loss and prediction of a batch normalised with its own moments; see `LossOf`."""
     fuses: Callable[[Tensor, Loss], bool]
     """(x, loss): whether `loss` of such images is one operation, which takes them in bfloat16 too (`models.fused`)."""
-    infers: Callable[[Tensor], bool]
-    """Whether `apply`, `features` and `measure` of such images, here, have no derivative and take bfloat16 likewise."""
+    infers: Callable[[Params, Tensor], bool]
+    """(params, x): whether `apply`, `features`, `of_head` and `measure`, where they are called now, have no derivative
+    and take such images in bfloat16 likewise."""
     head: tuple[str, ...]
     """Names of the head's parameters."""
     norm: tuple[str, ...]
@@ -127,31 +128,34 @@ def functional(
     last_ids = {id(p) for p in last.parameters()}
     tied = len(last_ids) < sum(id(p) in last_ids for _, p in module.named_parameters(remove_duplicate=False))
 
-    def at_once(x: Tensor, *more: torch.dtype) -> Conv4 | None:
+    def at_once(params: Params, x: Tensor, *more: torch.dtype) -> Conv4 | None:
         """What computes x in few operations, where there is such a thing."""
-        return fused if x.device.type == "cpu" and x.dtype in (dtype, *more) and len(x) and not _plain.get() else None
+        if fused is None or x.device.type != "cpu" or not len(x) or _plain.get():
+            return None
+        return fused if x.dtype in (dtype, *more) and params["blocks.0.weight"].dtype == dtype else None
 
-    def inferred(x: Tensor) -> Conv4 | None:
-        """The same where nobody asks for a derivative and tasks come one by one, in bfloat16 too."""
-        return at_once(x, torch.bfloat16) if not torch.is_grad_enabled() and not in_transform() else None
+    def inferred(params: Params, x: Tensor) -> Conv4 | None:
+        """The same where nobody asks for a derivative and tasks come one by one, for images in bfloat16 too."""
+        return at_once(params, x, torch.bfloat16) if not torch.is_grad_enabled() and not in_transform() else None
 
     def apply(params: Params, x: Tensor, moments: Moments | None = None) -> Tensor:
-        if (conv4 := inferred(x)) is not None:
+        if (conv4 := inferred(params, x)) is not None:
             found, _ = conv4.inferred(params, x, moments)
             return F.linear(found, params[f"{head}.weight"], params[f"{head}.bias"])
         return whole(params, x, moments)
 
     def features(params: Params, x: Tensor, moments: Moments | None = None) -> Tensor:
-        if (conv4 := inferred(x)) is not None:
+        if (conv4 := inferred(params, x)) is not None:
             return conv4.inferred(params, x, moments)[0]
-        if moments is None and torch.is_grad_enabled() and not x.requires_grad and (conv4 := at_once(x)) is not None:
+        derived = moments is None and torch.is_grad_enabled() and not x.requires_grad
+        if derived and (conv4 := at_once(params, x)) is not None:
             return conv4.embedded(params, x)
         return bare(params, x, moments)
 
     def of_head(params: Params, x: Tensor) -> Callable[[Params], Tensor] | None:
         if tied:
             return None
-        if at_once(x) is not None:  # its head is known, and nothing comes after it
+        if (inferred(params, x) or at_once(params, x)) is not None:  # its head is known, and nothing comes after it
             embedded = features(params, x, None)
             return lambda own: F.linear(embedded, own[f"{head}.weight"], own[f"{head}.bias"])
         with watching() as watch:
@@ -181,7 +185,7 @@ def functional(
     def measure(params: Params, x: Tensor) -> Moments:
         if not norms:
             return ()
-        if (conv4 := inferred(x)) is not None:
+        if (conv4 := inferred(params, x)) is not None:
             return conv4.inferred(params, x, None)[1]
         with measure_moments() as measured:
             bare(params, x, None)
@@ -195,7 +199,7 @@ def functional(
         measure=measure,
         loss=loss_of,
         fuses=fuses,
-        infers=lambda x: inferred(x) is not None,
+        infers=lambda params, x: inferred(params, x) is not None,
         head=tuple(n for n in names if n.startswith(f"{head}.")),
         norm=tuple(n for n in names if n.rpartition(".")[0] in norms),
         outputs=linear(module, head).out_features,

@@ -42,10 +42,11 @@ def in_bf16(model: Model) -> Model:
         return FullConvolutions() if x.device.type == "cpu" else contextlib.nullcontext()
 
     def passed(run: Callable[[Params, Tensor], Result], params: Params, x: Tensor) -> Result:
-        if model.infers(shortened(x)):
-            return run(params, shortened(x))
+        short_x = shortened(x)
+        if model.infers(params, short_x):
+            return run(params, short_x)
         with composed(x):
-            return run(cast(params), shortened(x))
+            return run(cast(params), short_x)
 
     def as_given(result: Tensor, x: Tensor) -> Tensor:
         return result.to(x.dtype if x.is_floating_point() else torch.float32)
@@ -57,14 +58,15 @@ def in_bf16(model: Model) -> Model:
         return as_given(passed(lambda own, short_x: model.features(own, short_x, moments), params, x), x)
 
     def of_head(params: Params, x: Tensor) -> Callable[[Params], Tensor] | None:
-        with composed(x):
-            logits = model.of_head(cast(params), shortened(x))
-        return None if logits is None else lambda own: as_given(logits(cast(own)), x)
+        as_is = model.infers(params, shortened(x))
+        logits = passed(model.of_head, params, x)
+        return None if logits is None else lambda own: as_given(logits(own if as_is else cast(own)), x)
 
     def loss_of(params: Params, x: Tensor, y: Tensor, loss: Loss, *, curvature: bool = False) -> tuple[Tensor, Tensor]:
         if model.fuses(x, loss):
             return model.loss(params, shortened(x), y, loss, curvature=curvature)
-        prediction = apply(params, x)
+        with composed(x):  # of bfloat16 parameters also where there is no derivative, so that a loss is one function
+            prediction = as_given(model.apply(cast(params), shortened(x), None), x)
         return loss_value(loss, prediction, y), prediction.detach()
 
     def measure(params: Params, x: Tensor) -> Moments:
