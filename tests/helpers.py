@@ -16,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from metaft import adapt, choose, compare, compress, evaluate, export, look, meta_train, models, predict, search
 from metaft.config import (
@@ -362,3 +363,20 @@ def base_of(array: Any) -> Any:
             return None
         array = owner
     return array
+
+
+class Convolutions(TorchDispatchMode):
+    """Takes down the types that convolutions of any kind are given, and those of inputs narrower than the stride where
+    there is a gradient in the weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.types: list[torch.dtype] = []
+        self.narrow: set[torch.dtype] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "convolution" in str(func):
+            self.types += [arg.dtype for arg in args if isinstance(arg, torch.Tensor)]
+            if "backward" in str(func) and args[-1][1] and args[1].shape[-1] < args[4][-1]:
+                self.narrow.add(args[1].dtype)
+        return func(*args, **(kwargs or {}))

@@ -11,8 +11,8 @@ import pytest
 import scenarios
 import torch
 import torch.nn.functional as F
+from helpers import Convolutions
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from metaft import models
 from metaft.errors import MetaftError
@@ -158,19 +158,6 @@ def test_what_short_convolutions_give_is_of_the_type_that_they_take(weights: tup
     ]  # fmt: skip
     assert {each.dtype for each in given} == {torch.float32}
     assert given[2].shape == x.shape and given[4].shape == (2, 4, 3, 3, 3)
-
-
-class Convolutions(TorchDispatchMode):
-    """Takes down the types that convolutions of any kind are given."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.types: list[torch.dtype] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if "convolution" in str(func):
-            self.types += [arg.dtype for arg in args if isinstance(arg, Tensor)]
-        return func(*args, **(kwargs or {}))
 
 
 def apart(found: Tensor, expected: Tensor) -> float:

@@ -92,8 +92,9 @@ def test_colour_pictures_are_those_of_torchvision(cifar: Path, monkeypatch: pyte
 def test_grey_ones_become_colour_and_colour_ones_are_refused_where_the_run_is_grey(mnist: Path, cifar: Path) -> None:
     target = targets.load("torchvision:MNIST", COLOUR, data_root=str(mnist))
     assert target.examples.shape[1:] == (3, 32, 32) and "grey to colour" in target.changes
-    with pytest.raises(MetaftError, match=r"images of torchvision:CIFAR10 are in colour, \[3, 32, 32\]"):
+    with pytest.raises(MetaftError, match=r"images of torchvision:CIFAR10 are in colour, \[3, 32, 32\]") as error:
         targets.load("torchvision:CIFAR10", GREY, data_root=str(cifar))
+    assert type(error.value) is MetaftError, "the data themselves are sound"
 
 
 @pytest.fixture
