@@ -18,6 +18,7 @@ from metaft.engines.trees import unstacked
 from metaft.errors import check_ways
 from metaft.inner import at_step
 from metaft.metrics import figure, figure_name, mean_ci95, nearest_neighbour
+from metaft.models.fused import first_layer_once
 from metaft.support.modes import in_usual_modes_but_type, ordinary
 from metaft.types import NORMS, Episode, Fast, Norm, Params, Source, Split
 
@@ -102,9 +103,11 @@ def _scores(algorithm: Algorithm, predicted: Sequence[Outputs], task: Episode) -
 
 
 def _outputs(algorithm: Algorithm, how: How, fast: Fast, task: Episode) -> Outputs:
-    if _is_stacked(algorithm, how):
-        return [list(predictions(algorithm, fast, task, norm))[0 if how.each_step else -1 :] for norm in how.norms]
-    return [[algorithm.predict(fast, task.query_x, norm)] for norm in how.norms]
+    with first_layer_once(len(how.norms) > 1):  # the modes of a step come one after the other
+        if not _is_stacked(algorithm, how):
+            return [[algorithm.predict(fast, task.query_x, norm)] for norm in how.norms]
+        steps = list(zip(*(predictions(algorithm, fast, task, norm) for norm in how.norms), strict=True))
+    return [list(of_norm) for of_norm in zip(*steps[0 if how.each_step else -1 :], strict=True)]
 
 
 def predictions(algorithm: Algorithm, trajectory: Fast, task: Episode, norm: Norm) -> Iterable[Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import itertools
 import math
 from collections.abc import Callable
@@ -450,6 +451,52 @@ def test_features_without_derivatives_are_the_layers_own(
         found, used = fused.conv4_features(case.x, weights, scales, shifts, given=moments, **case.fixed)
         assert_close([found], [x.mean((2, 3)) if case.fixed["average"] else x.flatten(1)])
         assert_close([of for pair in used for of in pair], expected)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_first_layer_is_shared_by_both_modes_and_by_nothing_else(form: Any) -> None:
+    """To the bit as without sharing; a part of the images, the same ones moved, other weights or scales that turn the
+    peaks round are convolved anew, and so is the first layer of a batch's own moments after that by given ones."""
+    case, n = Case(form), LAYERS
+    weights, scales, shifts = case.params[:n], case.params[n : 2 * n], case.params[2 * n : 3 * n]
+    _, given = fused.conv4_features(case.x[:2], weights, scales, shifts, given=None, **case.fixed)
+    turned = [-scales[0], *scales[1:]]
+    asked = [
+        (case.x, weights, scales, None, False),
+        (case.x, weights, scales, given, True),
+        (case.x, weights, scales, None, True),
+        (case.x[:2], weights, scales, given, False),
+        (case.x[:2], weights, scales, None, False),
+        (case.x[:2], weights, turned, given, False),
+        (case.x[:2], [2 * weights[0], *weights[1:]], turned, given, False),
+        (case.x, weights, scales, given, False),
+        (case.x + 0.0, weights, scales, given, False),
+    ]
+
+    def features(x: Tensor, weights: list[Tensor], scales: list[Tensor], given: Any) -> Tensor:
+        return fused.conv4_features(x, weights, scales, shifts, given=given, **case.fixed)[0]
+
+    for wanted in (True, False):
+        with fused.first_layer_once(wanted):
+            for *of, shared in asked:
+                with Convolutions() as seen:
+                    found = features(*of)
+                assert len(seen.types) == 2 * (n - (wanted and shared))
+                assert torch.equal(found, contextvars.Context().run(features, *of)), "as outside"
+    with Convolutions() as seen:
+        features(case.x + 0.0, weights, scales, given)
+    assert len(seen.types) == 2 * n, "outside nothing is kept"
+
+
+@pytest.mark.parametrize(("side", "channels"), [((6, 6), 3), ((7, 5), 1), ((1, 4), 2), ((2, 2), 8)])
+def test_the_largest_of_four_pixels_is_max_pools(side: tuple[int, int], channels: int) -> None:
+    z = torch.randn(5, *side, channels, generator=torch.Generator().manual_seed(0)).permute(0, 3, 1, 2)
+    z.select(1, 0)[0, 0, 0] = torch.nan
+    z[1] = z[1].round()  # ties
+    found = evaluation._largest(z)
+    if min(side) > 1:
+        torch.testing.assert_close(found, F.max_pool2d(z, 2), rtol=0, atol=0, equal_nan=True)
+    assert found.shape[2:] == (side[0] // 2, side[1] // 2)
 
 
 def test_moments_in_parts_have_a_float32s_digits() -> None:

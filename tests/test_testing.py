@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import scenarios
 import torch
+from helpers import Convolutions
 from torch import Tensor, nn
 
 from metaft import algorithms, engines, models, testing
@@ -300,6 +301,24 @@ def test_one_mode_after_the_last_step_is_that_of_the_whole(name: str) -> None:
             rows = [NORMS.index(norm) for norm in norms]
             assert torch.equal(last, whole[:, rows, -1:])
             assert summarise(last, "accuracy", norms).keys() == set(norms)
+
+
+@pytest.mark.parametrize("each_step", [True, False])
+@pytest.mark.parametrize("name", ["maml", "protonet"])
+@pytest.mark.parametrize("architecture", ["conv4", "conv4-pool"])
+def test_both_modes_share_the_first_layer_and_are_what_each_is_alone(
+    architecture: str, name: str, each_step: bool
+) -> None:
+    algorithm = algorithms.build(name, scenarios.model(architecture), {})
+    task = scenarios.one(scenarios.episodes(), 0)
+    convolutions, found = [], []
+    for norms in (NORMS, NORMS[:1], NORMS[1:]):
+        with torch.no_grad(), Convolutions() as seen:
+            scores = task_scores(algorithm, *algorithm.init(0), task, norms=norms, ways=3, steps=2, each_step=each_step)
+        convolutions.append(len(seen.types) // 2)
+        found.append(scores)
+    assert torch.equal(found[0], torch.cat(found[1:]))
+    assert convolutions[0] == convolutions[2] + 3 * scores.shape[1], "three of a second mode's four, at each step"
 
 
 def test_a_test_takes_no_step_that_could_be_differentiated() -> None:

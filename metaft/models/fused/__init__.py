@@ -22,8 +22,8 @@ together, and weights that are not yet a task's own convolve all images at once.
 - `evaluation`: features that nobody differentiates
 """
 
-from metaft.models.fused.evaluation import conv4_features
+from metaft.models.fused.evaluation import conv4_features, first_layer_once
 from metaft.models.fused.functions import conv4_embedded, conv4_loss
 from metaft.models.fused.rows import moments
 
-__all__ = ["conv4_embedded", "conv4_features", "conv4_loss", "moments"]
+__all__ = ["conv4_embedded", "conv4_features", "conv4_loss", "first_layer_once", "moments"]
