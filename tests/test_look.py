@@ -32,6 +32,7 @@ from helpers import (
     write_target,
 )
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from metaft import adapt, algorithms, look, meta_train, models
 from metaft.config import LookConfig
@@ -41,6 +42,7 @@ from metaft.finetune import strategies
 from metaft.finetune.phases import groups_of
 from metaft.look import at_end as at_end
 from metaft.models.architecture import build
+from metaft.models.resnet12 import ResNet12
 from metaft.starts.base import Start
 from metaft.types import Episode
 from metaft.views import VIEWS, moves
@@ -49,7 +51,7 @@ from metaft.views.calibration import surely
 from metaft.views.checked import check
 from metaft.views.distances import nearest, own_neighbours, principal
 from metaft.views.episode import outputs_of
-from metaft.views.layers import Layer, blocks_among, layers_of
+from metaft.views.layers import Layer, blocks_among, layers_of, without_fast_paths
 from metaft.views.page import page, seen
 from metaft.views.subject import Subject, open_subject
 from metaft.views.template import FOLDER, rendered
@@ -125,6 +127,15 @@ def test_layers_have_the_shapes_parameters_and_operations_of_their_formulas() ->
     assert counts == {"first": 6 * 27 + 6, "grouped": 54, "mix": 42, "head": 28, "": 6, "idle": 42}
     assert sum(counts.values()) == sum(p.numel() for p in module.parameters())
     assert layers["grouped"].kind == "Conv2d 3×3, depthwise"
+
+
+@pytest.mark.parametrize("x", [torch.zeros(1, 5, 8), torch.zeros(1, 3, 32, 32)], ids=["attention", "resnet12"])
+def test_all_layers_together_have_the_operations_that_torchs_own_counter_finds(x: torch.Tensor) -> None:
+    attention = x.dim() == 3
+    module = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True) if attention else ResNet12(4, (3, 32, 32), 8)
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), without_fast_paths():
+        module.eval()(x)
+    assert sum(layer.flops for layer in layers_of(module, x)) == counter.get_total_flops() > 1000
 
 
 def test_attention_is_counted_where_it_is_done_and_no_hook_or_mode_is_left() -> None:

@@ -91,6 +91,18 @@ def test_a_meta_step_does_not_wait_for_torchs_compiler(tmp_path: Path):
     assert out == "[3, 2]\n" + "set() True\n" * 2
 
 
+def test_the_layers_of_a_page_do_not_wait_for_it_either(tmp_path: Path):
+    """A dispatch mode imports it, unless it says that it need not."""
+    out = in_new_process(
+        "import sys, torch\n"
+        "from metaft.views.layers import layers_of\n"
+        "print([layer.flops for layer in layers_of(torch.nn.Linear(3, 2), torch.zeros(1, 3))])\n"
+        "print({'torch._dynamo', 'sympy'} & {*sys.modules})",
+        tmp_path,
+    )
+    assert out == "[12]\nset()\n"
+
+
 def test_every_public_name_is_there():
     for name in metaft.__all__:
         assert getattr(metaft, name) is not None, name

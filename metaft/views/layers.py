@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 
 class Layer(NamedTuple):
@@ -25,6 +26,24 @@ class Layer(NamedTuple):
     """Of its convolutions and matrix products for one input, two for each product and sum; the rest is not counted."""
     names: tuple[str, ...]
     """Of its parameters in the module."""
+
+
+class _Flops(TorchDispatchMode):
+    """Adds up what `torch.utils.flop_counter` has formulas for. Its own mode has the same, and imports torch's compiler
+    at its first operation, which takes a second."""
+
+    total = 0
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # what would be wrapped so that no compiler looks into it: nothing here is compiled
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        formula = flop_registry.get(func._overloadpacket)
+        self.total += 0 if formula is None else formula(*args, **kwargs, out_val=out)
+        return out
 
 
 class _Met:
@@ -44,17 +63,17 @@ def layers_of(module: nn.Module, x: Tensor) -> list[Layer]:
     watched = {path: part for path, part in module.named_modules() if _is_layer(part)}
     met = {path: _Met() for path in watched}
     order: list[str] = []
-    with FlopCounterMode(display=False) as counter, contextlib.ExitStack() as stack:
+    with _Flops() as counter, contextlib.ExitStack() as stack:
         stack.enter_context(_in_evaluation(module))
         running: list[list[int]] = []  # of each layer that is at work: operations before it, and of layers inside
 
         def hooks_of(path: str) -> tuple[Callable[..., None], Callable[..., None]]:
             def before(*_: Any) -> None:
-                running.append([counter.get_total_flops(), 0])
+                running.append([counter.total, 0])
 
             def after(layer: nn.Module, given: Any, output: Any) -> None:
                 began, inside = running.pop()
-                total = counter.get_total_flops() - began
+                total = counter.total - began
                 if running:
                     running[-1][1] += total
                 met[path].flops += total - inside
