@@ -35,6 +35,7 @@ from metaft.errors import (
 from metaft.flags import parse
 from metaft.options import Config, Settings, flat, from_mapping, options
 from metaft.support.allocator import keep_freed_memory
+from metaft.support.collector import uncollected
 from metaft.support.memory import ran_out
 from metaft.support.names import is_text
 from metaft.support.output import of_command
@@ -43,6 +44,7 @@ from metaft.support.paths import to_replace
 Opened = TypeVar("Opened")
 
 
+@uncollected()
 def settings(
     arguments: type[Settings], config: type[Config], argv: Sequence[str], *, prog: str, launch: str | None = None
 ) -> tuple[Config, Path | None]:

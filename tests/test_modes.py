@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,9 +16,11 @@ from helpers import images, pool, sinusoid, write_target
 from torch.utils import _pytree as pytree
 
 import metaft
-from metaft import adapt, algorithms, evaluate, meta_train, models
+from metaft import adapt, algorithms, cli, evaluate, meta_train, models
 from metaft.algorithms import ALGORITHMS
-from metaft.config import AdaptConfig
+from metaft.config import AdaptConfig, MetaTrainConfig
+from metaft.errors import MetaftError
+from metaft.runs import assemble
 from metaft.tasks import Sinusoid
 
 
@@ -231,3 +234,30 @@ def test_adapting_and_predicting_are_the_same_in_any_mode(
     expected = both(tmp_path / "plain")
     assert same(under(mode, lambda: both(tmp_path / "other")), expected)
     assert same(under(mode, lambda: metaft.load(tmp_path / "plain").label(files)), expected[1])
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_a_run_begins_without_garbage_collection_and_what_the_caller_had_is_back(
+    on: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[bool] = []
+
+    def looked(*args: Any, **kwargs: Any) -> Any:
+        seen.append(gc.isenabled())
+        raise MetaftError("enough")
+
+    monkeypatch.setattr(cli, "parse", looked)
+    monkeypatch.setattr(assemble, "in_full", looked)
+    begins = (
+        lambda: cli.settings(meta_train.Arguments, MetaTrainConfig, [], prog="it"),
+        lambda: assemble.assemble(MetaTrainConfig()),
+    )
+    try:
+        (gc.enable if on else gc.disable)()
+        for begin in begins:
+            with pytest.raises(MetaftError, match="enough"):
+                begin()
+            assert gc.isenabled() == on
+    finally:
+        gc.enable()
+    assert seen == [False, False]

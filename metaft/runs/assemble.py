@@ -36,6 +36,7 @@ from metaft.runs.snapshot import Snapshot
 from metaft.runs.training import draw
 from metaft.starts.names import in_full
 from metaft.support import places
+from metaft.support.collector import uncollected
 from metaft.support.memory import ran_out
 from metaft.tasks.pool import ClassPool
 from metaft.tasks.sinusoid import Sinusoid
@@ -72,6 +73,7 @@ def with_member(config: MetaTrainConfig, **inherited: Any) -> MetaTrainConfig:
 
 
 # Above 60 lines: the order in which the parts depend on one another.
+@uncollected()
 def assemble(
     config: MetaTrainConfig,
     *,
