@@ -29,7 +29,7 @@ from metaft.finetune.recipes import lasting, settled
 from metaft.finetune.setup import prepared, rows_of
 from metaft.finetune.study import fit_one, test
 from metaft.metrics import mean_t95
-from metaft.settings import Recipe
+from metaft.settings.finetuning import Recipe
 from metaft.trials.methods import METHODS
 from metaft.trials.space import Space, made
 

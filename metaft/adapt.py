@@ -14,7 +14,8 @@ from metaft.cli import StopSignals, check_unchanged, fresh_folder, in_one, of_ru
 from metaft.config import AdaptConfig, Init, to_toml
 from metaft.errors import MetaftError
 from metaft.options import flat, options
-from metaft.settings import Origin, Recipe
+from metaft.settings.compute import Origin
+from metaft.settings.finetuning import Recipe
 from metaft.support import places
 from metaft.support.modes import in_usual_modes
 from metaft.support.output import steady

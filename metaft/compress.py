@@ -188,7 +188,7 @@ def _opened(source: Path, config: CompressConfig, module: nn.Module | None, init
 def _student(work: Work, into: str) -> Any:
     """The start that is taught. Raises MetaftError, naming `into`, for one that cannot take the run's pictures."""
     from metaft.finetune.contenders import Images, other
-    from metaft.settings import StartSettings
+    from metaft.settings.finetuning import StartSettings
 
     shape = work.original.inputs.shape
     start = other(into, Images(work.setup.config.target), StartSettings(image_size=shape[-1]), "into")

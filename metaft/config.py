@@ -14,34 +14,19 @@ from typing import Annotated, Any, Literal
 
 from metaft.errors import MetaftError
 from metaft.options import Option, Settings, flat, options
-from metaft.settings import (
-    LARGEST,
-    Compute,
-    DataSettings,
-    Device,
-    Draws,
+from metaft.settings.bounds import LARGEST
+from metaft.settings.compute import Compute, Device, Draws, EvaluateCompute, FittingOutput, TrainingOutput
+from metaft.settings.data import DataSettings, EvaluateData, TargetSettings
+from metaft.settings.finetuning import ImageSize, InnerMethod, Recipe, StartSettings, TrainingStart
+from metaft.settings.meta_training import (
     EpisodeSettings,
-    EvaluateCompute,
-    EvaluateData,
-    FittingOutput,
-    ImageSize,
-    InnerMethod,
     InnerSettings,
     LearnerSettings,
     MetaTestSettings,
     OuterSettings,
-    Recipe,
-    SettledData,
-    SettledLearner,
-    SettledOuter,
-    SettledTask,
-    SettledTest,
-    StartSettings,
-    TargetSettings,
     TaskSettings,
-    TrainingOutput,
-    TrainingStart,
 )
+from metaft.settings.settled import SettledData, SettledLearner, SettledOuter, SettledTask, SettledTest
 from metaft.support.paths import local
 
 Init = Literal["keep", "seed"]

@@ -17,7 +17,7 @@ from metaft.dist.ranks import ALONE, Ranks
 from metaft.errors import MetaftError, RankLost
 from metaft.options import flat
 from metaft.runs.following import brought, to_go_on
-from metaft.settings import Origin
+from metaft.settings.compute import Origin
 from metaft.support import places
 from metaft.support.modes import in_usual_modes
 from metaft.support.output import steady

@@ -16,21 +16,10 @@ from metaft.config import SearchConfig
 from metaft.errors import CheckpointError, MetaftError, TrialsFailed
 from metaft.flags import parse
 from metaft.options import Option, Settings, options
-from metaft.settings import (
-    Compute,
-    DataSettings,
-    Device,
-    Draws,
-    InnerSettings,
-    LearnerSettings,
-    MetaTestSettings,
-    OuterSettings,
-    Recipe,
-    StartSettings,
-    TargetSettings,
-    TaskSettings,
-    TrainingStart,
-)
+from metaft.settings.compute import Compute, Device, Draws
+from metaft.settings.data import DataSettings, TargetSettings
+from metaft.settings.finetuning import Recipe, StartSettings, TrainingStart
+from metaft.settings.meta_training import InnerSettings, LearnerSettings, MetaTestSettings, OuterSettings, TaskSettings
 from metaft.support.output import steady
 from metaft.support.paths import local
 from metaft.support.places import shown

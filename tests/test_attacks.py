@@ -21,7 +21,7 @@ from metaft.finetune.fit import Fitted, fit
 from metaft.finetune.robust import bounds_of, pooled_curve, robust_curve, shown_bound, under_attack
 from metaft.inputs import ImageInputs
 from metaft.plots.robust import robust, robust_figure
-from metaft.settings import Recipe
+from metaft.settings.finetuning import Recipe
 
 GREY = ImageInputs(2, 3, 3, mean=(0.4, 0.1), std=(0.3, 2.0))
 LIKE = torch.empty(0, dtype=torch.float64)

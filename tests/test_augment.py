@@ -12,7 +12,7 @@ from torch import Tensor
 from metaft.finetune.augment import AUGMENTS, keys_of, of_epoch
 from metaft.finetune.fit import Fitted, fit
 from metaft.options import options
-from metaft.settings import Recipe
+from metaft.settings.finetuning import Recipe
 from metaft.support.vision import transforms
 
 POLICIES = {"trivial": transforms.TrivialAugmentWide, "randaug": transforms.RandAugment}

@@ -12,7 +12,7 @@ from torch import nn
 from metaft.finetune.fit import fit
 from metaft.finetune.outcomes import class_weights
 from metaft.inputs import ImageInputs
-from metaft.settings import Recipe
+from metaft.settings.finetuning import Recipe
 
 INPUTS = ImageInputs(1, 4, 4)
 LABELS = torch.tensor([0] * 12 + [1] * 3 + [2] * 1)

@@ -26,7 +26,7 @@ from metaft.finetune import ranking
 from metaft.finetune.contenders import Images
 from metaft.finetune.probe import ITERATIONS, STRENGTH
 from metaft.finetune.transferability import folds_of, h_score, leep, logme, right_in_folds
-from metaft.settings import TargetSettings
+from metaft.settings.data import TargetSettings
 from metaft.starts.run import from_run
 from metaft.targets import Target
 from metaft.targets.draws import grouped_fold

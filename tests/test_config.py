@@ -24,7 +24,7 @@ from metaft.config import (
 from metaft.defaults import hyper, resolve
 from metaft.errors import MetaftError
 from metaft.options import flat, from_mapping, options
-from metaft.settings import Compute
+from metaft.settings.compute import Compute
 from metaft.tasks import Sinusoid
 
 

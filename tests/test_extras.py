@@ -31,7 +31,7 @@ from metaft.inputs import ImageInputs
 from metaft.models.blocks import blocks_of
 from metaft.models.stored import kept_statistics
 from metaft.sampler import uniform
-from metaft.settings import Recipe
+from metaft.settings.finetuning import Recipe
 
 CONTRACT = {
     # an extra as it is written: with which other one it is composed

@@ -34,7 +34,7 @@ from metaft.models import Conv4, EpisodeNorm, initialise
 from metaft.models.functional import body_of
 from metaft.models.norm import measure_moments
 from metaft.models.stored import PASSES, StoredNorm, empty_stored, with_stored_moments
-from metaft.settings import Recipe
+from metaft.settings.finetuning import Recipe
 from metaft.targets.draws import validation_part
 from metaft.tasks.glyphs import glyphs
 

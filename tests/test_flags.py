@@ -24,7 +24,8 @@ from metaft.errors import MetaftError
 from metaft.flags import flag, parse
 from metaft.options import Group, Option, Settings, flat, from_mapping, options
 from metaft.runs.checkpoint import load
-from metaft.settings import InnerMethod, Recipe, TaskSettings
+from metaft.settings.finetuning import InnerMethod, Recipe
+from metaft.settings.meta_training import TaskSettings
 
 
 def given(command: str, *argv: str) -> dict[str, Any]:

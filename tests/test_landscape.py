@@ -28,7 +28,7 @@ from metaft.plots.landscape import landscape_figure
 from metaft.runs import checkpoint, trail
 from metaft.runs.folder import RunFolder
 from metaft.runs.trail import Trail, files_of, kept, read_trail
-from metaft.settings import Recipe
+from metaft.settings.finetuning import Recipe
 from metaft.testing import score_episodes
 from metaft.types import Params
 from metaft.views import VIEWS

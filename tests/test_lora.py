@@ -23,7 +23,7 @@ from metaft.finetune.states import flatten, unflatten
 from metaft.finetune.strategies import named
 from metaft.finetune.strategies.lora import LowRank, places, stays
 from metaft.runs import checkpoint
-from metaft.settings import Recipe
+from metaft.settings.finetuning import Recipe
 
 RANK, ALPHA = 2, 3.0
 

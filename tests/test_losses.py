@@ -19,7 +19,7 @@ from metaft.finetune.extras import Batch
 from metaft.finetune.fit import Fitted, fit
 from metaft.finetune.outcomes import class_loss
 from metaft.finetune.states import flatten, unflatten
-from metaft.settings import Recipe
+from metaft.settings.finetuning import Recipe
 
 WEIGHTS = torch.tensor([0.5, 1.0, 3.0], dtype=torch.float64)
 

@@ -23,7 +23,7 @@ from metaft.finetune.lessons import Labelled
 from metaft.finetune.range_test import HIGHEST, LOWEST, STEPS, range_test, smooth
 from metaft.plots.range_test import range_test_figure
 from metaft.runs.folder import RunFolder
-from metaft.settings import Recipe
+from metaft.settings.finetuning import Recipe
 from metaft.views.base import Picture
 from metaft.views.subject import of_folder
 from metaft.views.training import training

@@ -24,7 +24,7 @@ from metaft.finetune.soup import average, greedy, order_of, summary
 from metaft.finetune.training import head_seed
 from metaft.models import Conv4, initialise
 from metaft.runs.folder import RunFolder, read_rows
-from metaft.settings import Recipe
+from metaft.settings.finetuning import Recipe
 
 
 def test_an_average_is_the_mean_and_what_is_alike_stays_to_the_bit() -> None:

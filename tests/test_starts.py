@@ -34,7 +34,8 @@ from metaft.models.functional import functional
 from metaft.options import flat
 from metaft.runs.beginning import as_taken
 from metaft.runs.snapshot import load_snapshot, tensors_of
-from metaft.settings import Recipe, TargetSettings
+from metaft.settings.data import TargetSettings
+from metaft.settings.finetuning import Recipe
 from metaft.starts import names
 from metaft.starts.base import Start, body
 from metaft.starts.open import open_start

@@ -33,7 +33,7 @@ from metaft.finetune.strategies.bitfit import is_bias
 from metaft.models import EpisodeNorm
 from metaft.models.blocks import blocks_of
 from metaft.models.stored import kept_statistics
-from metaft.settings import Recipe
+from metaft.settings.finetuning import Recipe
 
 STEPS, PER_EPOCH = 12, 3  # of `tune`
 ALL = 9

@@ -25,7 +25,7 @@ from metaft.finetune.lessons import Labelled, Turn, turns
 from metaft.finetune.states import flatten, unflatten
 from metaft.finetune.tasks import TASKS, Given, named, orders_of
 from metaft.finetune.training import Training, begin
-from metaft.settings import Recipe
+from metaft.settings.finetuning import Recipe
 from metaft.views import VIEWS
 from metaft.views.base import Missing, Table, View
 from metaft.views.checked import check

@@ -23,7 +23,7 @@ from metaft.inputs import ImageInputs
 from metaft.runs import training
 from metaft.runs.folder import append_row
 from metaft.runs.measuring import every
-from metaft.settings import Recipe
+from metaft.settings.finetuning import Recipe
 from metaft.types import Episode
 from metaft.views.inner_updates import inner_paths
 from metaft.views.updates import _table, by_layer, meaning

@@ -8,7 +8,8 @@ from typing import Any
 from metaft.config import read_toml
 from metaft.options import Settings, flat, options
 from metaft.runs.folder import RunFolder
-from metaft.settings import Recipe, TargetSettings
+from metaft.settings.data import TargetSettings
+from metaft.settings.finetuning import Recipe
 
 _SAME = ("image_size", "init_norm", "seed", *options(TargetSettings))
 """What a smaller classifier has in common with the run that it was made of."""

@@ -30,7 +30,7 @@ from metaft.finetune.study import fit_one
 from metaft.models.architecture import build
 from metaft.models.narrowed import sizes_of, widths_of
 from metaft.runs.folder import RunFolder
-from metaft.settings import Recipe
+from metaft.settings.finetuning import Recipe
 from metaft.starts.base import Start, body
 from metaft.targets import Target
 from metaft.targets.base import FOLDS

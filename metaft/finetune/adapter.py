@@ -19,7 +19,7 @@ from metaft.finetune.strategies.lora import Product, added
 from metaft.inputs import Inputs, of_header
 from metaft.models.stored import empty_stored
 from metaft.runs import checkpoint
-from metaft.settings import StartSettings
+from metaft.settings.finetuning import StartSettings
 from metaft.starts.base import Start, body, digest_of
 from metaft.starts.names import takes_size
 from metaft.starts.open import open_start

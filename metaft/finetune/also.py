@@ -10,7 +10,7 @@ from metaft.config import AdaptConfig
 from metaft.errors import MetaftError
 from metaft.finetune.contenders import Images
 from metaft.finetune.strategies import CHOSEN
-from metaft.settings import AUTO, Recipe
+from metaft.settings.finetuning import AUTO, Recipe
 from metaft.starts.base import Start
 from metaft.support import places
 from metaft.targets import Target

@@ -18,7 +18,7 @@ from metaft.finetune.features import evaluating, features_of, takes_alone
 from metaft.finetune.fit import fit
 from metaft.finetune.recipes import CLIPPED, PROBED_FIRST, epochs_of, on_features
 from metaft.inputs import Inputs
-from metaft.settings import RATE, RATE_OF_HEAD, RATE_OF_PUBLISHED, Recipe
+from metaft.settings.finetuning import RATE, RATE_OF_HEAD, RATE_OF_PUBLISHED, Recipe
 from metaft.targets.draws import distinct, grouped_fold, strata
 
 FOLDS = 5

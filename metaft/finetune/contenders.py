@@ -16,7 +16,8 @@ from metaft.errors import DataError, MetaftError
 from metaft.finetune.recipes import fitting, lasting, of_chance, of_whole, settled
 from metaft.inputs import Inputs
 from metaft.models.architecture import is_published
-from metaft.settings import RATE, Recipe, StartSettings, TargetSettings
+from metaft.settings.data import TargetSettings
+from metaft.settings.finetuning import RATE, Recipe, StartSettings
 from metaft.starts import names
 from metaft.starts.base import RANDOM, Start
 from metaft.starts.none import from_nothing

@@ -29,7 +29,7 @@ from metaft.inputs import Inputs
 from metaft.inputs.base import Examples
 from metaft.models.handed import copied
 from metaft.runs.trail import Trail
-from metaft.settings import Recipe
+from metaft.settings.finetuning import Recipe
 from metaft.types import Params
 
 SMALLER = "try a smaller --lr"

@@ -19,7 +19,7 @@ from metaft.finetune.features import Features
 from metaft.finetune.outcomes import Outcome
 from metaft.inputs import Inputs
 from metaft.inputs.base import Examples
-from metaft.settings import Recipe
+from metaft.settings.finetuning import Recipe
 
 
 class Labelled(NamedTuple):

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metaft.settings import Recipe
+from metaft.settings.finetuning import Recipe
 
 
 class Outcome(NamedTuple):

@@ -18,7 +18,7 @@ from metaft.inputs import Inputs
 from metaft.inputs.base import Examples
 from metaft.models import undrawn
 from metaft.models.stored import with_stored_moments
-from metaft.settings import Recipe
+from metaft.settings.finetuning import Recipe
 
 STRENGTH = 1.0
 """Inverse of the penalty, scikit-learn's `C`, which is its default."""

@@ -19,7 +19,7 @@ from metaft.finetune.examples import Part
 from metaft.finetune.extras import all_named
 from metaft.finetune.lessons import Labelled, as_they_are, turns
 from metaft.finetune.training import Training, begin
-from metaft.settings import AUTO, Recipe
+from metaft.settings.finetuning import AUTO, Recipe
 from metaft.starts.base import Start
 from metaft.starts.base import body as start_body
 from metaft.targets import Target

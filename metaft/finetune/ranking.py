@@ -17,7 +17,7 @@ from metaft.finetune.features import features_of
 from metaft.finetune.transferability import h_score, leep, logme, right_in_folds
 from metaft.metrics import mean_ci95
 from metaft.models.stored import with_stored_moments
-from metaft.settings import StartSettings
+from metaft.settings.finetuning import StartSettings
 from metaft.starts import names
 from metaft.starts.base import Start, body
 from metaft.starts.run import runs_at_hand

@@ -17,7 +17,7 @@ from metaft.finetune.strategies.base import unchanged
 from metaft.inputs import Inputs
 from metaft.models.architecture import is_published
 from metaft.options import flat
-from metaft.settings import AUTO, PATIENCE, RATE, RATE_OF_FEW, RATE_OF_HEAD, RATE_OF_PUBLISHED, Recipe
+from metaft.settings.finetuning import AUTO, PATIENCE, RATE, RATE_OF_FEW, RATE_OF_HEAD, RATE_OF_PUBLISHED, Recipe
 from metaft.spec import made_for
 from metaft.starts.base import Start
 

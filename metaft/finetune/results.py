@@ -24,7 +24,7 @@ from metaft.metrics import mean_t95
 from metaft.options import flat
 from metaft.runs.folder import RunFolder, read_rows
 from metaft.runs.machine import where_measured
-from metaft.settings import Recipe
+from metaft.settings.finetuning import Recipe
 from metaft.starts.base import RANDOM
 from metaft.targets import Target
 from metaft.targets.draws import VALIDATION_FROM, Rows

@@ -24,7 +24,7 @@ from metaft.finetune.training import begin
 from metaft.models.norm import EpisodeNorm
 from metaft.runs.folder import RunFolder
 from metaft.runs.trail import Waypoint, read_trail
-from metaft.settings import Recipe
+from metaft.settings.finetuning import Recipe
 from metaft.starts.base import body
 from metaft.types import Params
 

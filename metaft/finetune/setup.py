@@ -31,7 +31,8 @@ from metaft.models.handed import copied
 from metaft.options import flat, options
 from metaft.runs.folder import RunFolder
 from metaft.runs.machine import machine
-from metaft.settings import Recipe, TargetSettings
+from metaft.settings.data import TargetSettings
+from metaft.settings.finetuning import Recipe
 from metaft.starts import names
 from metaft.starts.base import Start, body, digest_of
 from metaft.starts.none import OWN

@@ -22,7 +22,7 @@ from metaft.finetune.tasks import Given, LogVariances, Tasks, flattened, put
 from metaft.models.handed import copied
 from metaft.models.stored import with_stored_moments
 from metaft.sampler import Stream, raw_words
-from metaft.settings import Recipe
+from metaft.settings.finetuning import Recipe
 from metaft.types import Params
 
 

@@ -105,7 +105,7 @@ def _check_adapt(config: AdaptConfig, space: Space) -> Checked:
 def _words(name: str, value: Any) -> None:
     """Raises MetaftError for a choice that no trial could be run with, whatever its other settings are."""
     from metaft.finetune.recipes import check
-    from metaft.settings import Recipe
+    from metaft.settings.finetuning import Recipe
 
     check(dataclasses.replace(Recipe(), **{name: value}))
 

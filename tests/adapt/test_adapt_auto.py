@@ -32,7 +32,7 @@ from metaft.finetune.journal import Position
 from metaft.finetune.setup import prepared
 from metaft.inputs import ImageInputs
 from metaft.runs import checkpoint
-from metaft.settings import Recipe
+from metaft.settings.finetuning import Recipe
 from metaft.starts import names
 from metaft.targets import Target
 

@@ -27,7 +27,7 @@ from metaft.finetune.fit import Fitted, fit
 from metaft.finetune.recipes import as_settled, settled
 from metaft.finetune.setup import Setup, rows_of
 from metaft.inputs import ImageInputs
-from metaft.settings import Recipe
+from metaft.settings.finetuning import Recipe
 from metaft.targets import Target
 from metaft.targets.draws import fold
 

@@ -38,7 +38,7 @@ from metaft.finetune.setup import Setup, rows_of
 from metaft.inputs import ImageInputs
 from metaft.runs import checkpoint
 from metaft.runs.folder import read_rows
-from metaft.settings import Recipe
+from metaft.settings.finetuning import Recipe
 
 
 def test_the_settings_reach_the_fit(runs: dict[str, Path], data: Path, tmp_path: Path, fits: list[Seen]) -> None:

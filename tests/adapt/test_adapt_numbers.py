@@ -28,7 +28,7 @@ from metaft.finetune.probe import PENALTIES, probe
 from metaft.finetune.report import draw_pictures
 from metaft.finetune.warned import warnings_of_numbers
 from metaft.inputs import ImageInputs
-from metaft.settings import Recipe
+from metaft.settings.finetuning import Recipe
 from metaft.views import VIEWS
 from metaft.views.base import Missing
 from metaft.views.subject import open_subject
