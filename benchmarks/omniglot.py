@@ -79,13 +79,14 @@ def unlabelled(algorithm: str, accuracy: float, source: str) -> Row:
     return Row(f"unlabelled-{algorithm}-5w1s", Published(accuracy, None, source), config, note=note)
 
 
-def member(algorithm: str, accuracy: float, ci95: float | None, source: str) -> Row:
-    """Another member by its own defaults at the length of 19,200 tasks: how far it comes with as much as others."""
+def member(algorithm: str, accuracy: float, ci95: float | None, source: str, *hyper: str) -> Row:
+    """Another member by its own defaults, but for `hyper`, at the length of 19,200 tasks: how far it comes with as much
+    as others."""
     config = MetaTrainConfig(
         dataset="omniglot", split="finn", algorithm=algorithm, ways=5, shots=1, meta_batch=16, iterations=1200,
-        test_query_shots=1, eval_every=200, eval_episodes=400,
+        hyper=hyper, test_query_shots=1, eval_every=200, eval_episodes=400,
     )  # fmt: skip
-    note = "19,200 tasks at metaft's defaults, not the paper's protocol"
+    note = f"19,200 tasks at metaft's defaults{' but for hyper' * bool(hyper)}, not the paper's protocol"
     return Row(f"{algorithm}-5w1s-short", Published(accuracy, ci95, source), config, family="short", note=note)
 
 
@@ -121,7 +122,8 @@ ROWS = (
     best(20, 1, 95.8, 0.3),
     member("fomaml", 98.3, 0.5, "Nichol et al. 2018, table 2"),
     member("reptile", 97.68, 0.04, "Nichol et al. 2018, table 2"),
-    member("imaml", 99.16, 0.35, "Rajeswaran et al. 2019, table 2, gradient descent"),
+    # At the paper's strength of 2 its problem has no minimum in 99 % of these tasks, and it does not learn.
+    member("imaml", 99.16, 0.35, "Rajeswaran et al. 2019, table 2, gradient descent", "strength=0.1", "damping=50"),
     member("meta-sgd", 99.53, 0.26, "Li et al. 2017, table 2"),
 )
 
