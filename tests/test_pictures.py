@@ -40,7 +40,7 @@ from metaft import adapt, meta_train, predict, targets
 from metaft.errors import DataError, MetaftError, MetaftWarning
 from metaft.finetune import report
 from metaft.finetune.classifier import Classifier, save
-from metaft.inputs import ImageInputs
+from metaft.inputs import ImageInputs, listing
 from metaft.inputs.depth import bits_for, maximum
 from metaft.inputs.fitting import pixels_of
 from metaft.inputs.flaws import about, noted
@@ -919,6 +919,30 @@ def test_read_all_reads_each_file_once(tmp_path: Path, monkeypatch: pytest.Monke
     assert opened == [], "a file whose name says that it is a picture is opened to be judged"
     read_all(files, 1, 8)
     assert sorted(opened) == files
+
+
+def test_what_was_to_be_a_picture_keeps_its_place_among_the_files(tmp_path: Path) -> None:
+    for name in ("a.png", "c.png"):
+        square(1).save(tmp_path / name)
+    (tmp_path / "b").write_bytes(b"\0\0 neither text nor a picture")
+    (tmp_path / "d.jxl").symlink_to(tmp_path / "gone")
+    (tmp_path / "z.png").symlink_to(tmp_path / "a.png")
+    whole = list_below(tmp_path, lost=True)
+    assert [file.name for file in whole.files] == ["a.png", "b", "c.png", "d.jxl", "z.png"] and whole.left == []
+    some = list_below(tmp_path)
+    assert [file.name for file in some.files] == ["a.png", "c.png", "z.png"]
+    assert {left.path.name: left.lost for left in some.left} == {"b": True, "d.jxl": True}
+
+
+def test_a_file_that_refuses_a_look_is_left_to_its_reading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "scan").write_bytes(b"bytes")
+
+    def raises(path: Path, **_: Any) -> bool:
+        raise OSError(errno.EIO, "Input/output error")
+
+    assert list_images(tmp_path).files == []
+    monkeypatch.setattr(listing, "starts_as_picture", raises)
+    assert list_images(tmp_path) == ([tmp_path / "scan"], [])
 
 
 def test_load_takes_the_wish_from_python(tmp_path: Path) -> None:
