@@ -472,15 +472,14 @@ def test_no_trial_begins_after_the_time_is_up(tmp_path: Path, capsys: Text) -> N
 
 def test_a_signal_stops_all_and_the_search_goes_on(tmp_path: Path) -> None:
     search = begun(tmp_path / "s", trials=5)
-    looks = iter(range(6))
 
-    def should_stop() -> None:
-        if next(looks, None) is None:
+    def should_stop() -> None:  # however fast the machine is: in the middle
+        if search.journal.told and [*search.journal.pending()]:
             raise Interrupted("stopped", signal.SIGTERM)
 
     with pytest.raises(Interrupted):
         go_on(search, should_stop=should_stop)
-    assert len(search.journal.told) < 5 and [*search.journal.pending()]
+    assert 0 < len(search.journal.told) < 5 and [*search.journal.pending()]
     whole = go_on(opened(search.path))
     check_each_once(whole, 5)
     never_stopped = go_on(begun(tmp_path / "t", trials=5))
