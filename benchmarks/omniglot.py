@@ -86,7 +86,8 @@ def member(algorithm: str, accuracy: float, ci95: float | None, source: str, *hy
         dataset="omniglot", split="finn", algorithm=algorithm, ways=5, shots=1, meta_batch=16, iterations=1200,
         hyper=hyper, test_query_shots=1, eval_every=200, eval_episodes=400,
     )  # fmt: skip
-    note = f"19,200 tasks at metaft's defaults{' but for hyper' * bool(hyper)}, not the paper's protocol"
+    but = " but for hyper" if hyper else ""
+    note = f"19,200 tasks at metaft's defaults{but}, not the paper's protocol"
     return Row(f"{algorithm}-5w1s-short", Published(accuracy, ci95, source), config, family="short", note=note)
 
 
