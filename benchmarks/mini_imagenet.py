@@ -89,6 +89,18 @@ def conv4_pretrained(width: int, iterations: int) -> Row:
     return Row(f"conv4-{width}-pretrained", published, config, family="best", note="a head fitted by SGD at test")
 
 
+def pretrained_protonet(start: Row) -> Row:
+    """The settings of `best_protonet`, from features that tell classes apart."""
+    config = MetaTrainConfig(
+        dataset="mini-imagenet", algorithm="protonet", hyper=("scale=0.015625",),
+        ways=10, shots=1, query_shots=5, meta_batch=1,
+        iterations=2500, outer_lr=1e-3, outer_schedule="cosine",
+        test_ways=5, test_query_shots=15, eval_every=500, eval_episodes=200,
+    )  # fmt: skip
+    published, note = Published(49.42, 0.78, SNELL, "inductive"), "support and query are normalised each by itself"
+    return Row("pretrained-protonet-5w1s", published, config, start=start, family="best", note=note)
+
+
 def pretrained_maml(start: Row) -> Row:
     """Three larger steps and a third of the queries: twice as many tasks in the time of the paper's settings."""
     config = MetaTrainConfig(
@@ -139,6 +151,7 @@ ROWS = (
     *maml_plus_plus(5, 68.32, 0.44),
     CONV4_32,
     CONV4_64,
+    pretrained_protonet(CONV4_64),
     pretrained_maml(CONV4_32),
     PRETRAINED,
     after(PRETRAINED, "fomaml", 15, 64.42),
