@@ -356,6 +356,21 @@ def check_writable(path: Path, field: str, folder: Path) -> None:
         raise CheckpointError(f"{field}: {path} cannot be written ({error.strerror})") from None
 
 
+def check_own(path: Path, field: str, begins: Sequence[str], what: str) -> None:
+    """Raises MetaftError, naming `field`, for a file that holds something else than `what`, and would be replaced: it
+    does not begin with any of `begins`."""
+    try:
+        target = to_replace(path)
+        if target is None:
+            return
+        with target.open("rb") as file:
+            head = file.read(max(map(len, begins)))
+    except OSError:  # nothing is there; or `check_writable` says what is
+        return
+    if head and not head.startswith(tuple(each.encode() for each in begins)):
+        raise MetaftError(f"{field}: {path} is there, and is no {what}; name another file, or remove it")
+
+
 def fresh_folder(base: Path) -> Path:
     """`base`, or the first of `base-2`, `base-3`, ... that is not taken."""
     number, path = 1, base

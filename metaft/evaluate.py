@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
-from metaft.cli import StopSignals, check_writable, in_ranks
+from metaft.cli import StopSignals, check_own, check_writable, in_ranks
 from metaft.config import EvaluateConfig, MetaTrainConfig
 from metaft.dist.ranks import ALONE, Ranks
 from metaft.errors import DataError, MetaftError, check_ways
@@ -92,6 +92,7 @@ def run(
     if config.out is not None:  # before the work
         out = paths.local(config.out)
         parent = next((p for p in out.absolute().parents if os.path.isdir(p)), out)
+        ranks.on_first(lambda: check_own(out, "out", ['{\n  "command": "evaluate"'], "result of this command"))
         ranks.on_first(lambda: check_writable(out, "out", parent))
     protocol = _protocol(config, parts, listed)
     if listed is None and config.data.dataset is None and config.data.split in (None, trained.data.split):

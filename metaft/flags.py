@@ -7,10 +7,11 @@ import functools
 import re
 import types
 import typing
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NoReturn
 
-from metaft.errors import MetaftError, suggest
+from metaft.errors import MetaftError, MetaftWarning, suggest
 from metaft.options import Field, Settings, options, wrong_choice
 
 FLAGS_WIDTH = 28
@@ -27,7 +28,8 @@ def parse(cls: type[Settings], argv: Sequence[str], *, prog: str) -> dict[str, A
     """What the command line gives, and nothing else, by the options' names.
 
     A flag is a name with hyphens (underscores do too), as `--name VALUE` or `--name=VALUE`; a switch is `--name` or
-    `--no-name`, and one that may be left open also `--name True`, `False` or `None`. Exits with status 0 for --help.
+    `--no-name`, and one that may be left open also `--name True`, `False` or `None`. A list that is given again grows;
+    of another option's values the last one counts, with a MetaftWarning. Exits with status 0 for --help.
     Raises MetaftError for an unknown option, a missing or superfluous word, or a value of the wrong type; bounds are
     for `cls` to check.
     """
@@ -88,6 +90,15 @@ class _Parser(argparse.ArgumentParser):
         raise MetaftError(message.removeprefix("argument "))
 
 
+class _Value(argparse.Action):
+    """Keep it; what `nargs="*"` takes is added to what there is."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        if self.nargs == "*":
+            values = [*getattr(namespace, self.dest, ()), *values]
+        _keep(namespace, self, values)
+
+
 class _Switch(argparse.Action):
     """True, or False for a flag that begins with --no, or one of these words behind the flag."""
 
@@ -97,7 +108,16 @@ class _Switch(argparse.Action):
             on = _SWITCHED[values]
         elif isinstance(values, str):
             namespace.words.append(values)  # the next one, which is no business of a switch
-        setattr(namespace, self.dest, on)
+        _keep(namespace, self, on)
+
+
+def _keep(namespace: argparse.Namespace, action: argparse.Action, value: Any) -> None:
+    """The last value counts, so that a script's words can be followed by one's own; what it takes back is said."""
+    before = getattr(namespace, action.dest, value)
+    if action.nargs != "*" and before != value:
+        said = f"{action.dest} is given more than once: {value!r} counts, {before!r} does not"
+        warnings.warn(said, MetaftWarning, stacklevel=2)
+    setattr(namespace, action.dest, value)
 
 
 def _add(parser: _Parser, panel: Any, name: str, field: Field) -> None:
@@ -112,7 +132,7 @@ def _add(parser: _Parser, panel: Any, name: str, field: Field) -> None:
             how = {"dest": name, "action": _Switch, "nargs": "?" if field.open else 0}
             parser.switches.append(panel.add_argument(*spelt, help=line, **how))
         return
-    how = {"dest": name, "type": functools.partial(_read, field), "metavar": _metavar(field)}
+    how = {"dest": name, "action": _Value, "type": functools.partial(_read, field), "metavar": _metavar(field)}
     if isinstance(field.default, tuple):
         how["nargs"] = "*"
     panel.add_argument(flag(name), help=said, **how)

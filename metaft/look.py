@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from metaft.cli import check_writable, in_one, stopped_at_once
+from metaft.cli import check_own, check_writable, in_one, stopped_at_once
 from metaft.config import LookConfig
 from metaft.errors import MetaftError
 from metaft.flags import parse
@@ -83,6 +83,7 @@ def run(word: Path | str, config: LookConfig | None = None, *, module: nn.Module
         subject.explain = readings_of(subject, config.explain)
         beside = Path(f"look-{file_name(subject.name)}.html") if subject.folder is None else subject.folder.path / PAGE
         out = beside if config.out is None else local(config.out)
+        check_own(out, "out", ["<!DOCTYPE html>"], "page")
         check_writable(out, "out", out.parent)
         html = page(subject, slow=True)
         _keep(out, html)

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NamedTuple
 
-from metaft.cli import check_writable, in_one, opened_run
+from metaft.cli import check_own, check_writable, in_one, opened_run
 from metaft.config import PredictConfig
 from metaft.errors import DataError, MetaftError, OutputLost
 from metaft.flags import parse
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from metaft.inputs.listing import Left
 
 AT_ONCE = 256  # images that are read, then labelled
+TABLES = ("file,label_1,", "file,number,")  # what `write_csv` begins with
 NAMED = 10  # files that cannot be read of which each gets a line; all are in the CSV file
 
 
@@ -76,6 +77,7 @@ def _command(argv: Sequence[str]) -> None:
     given = Arguments(**parse(Arguments, argv, prog="python -m metaft.predict"))
     files, ignored = list_files(given.images)
     if given.csv is not None:
+        check_own(local(given.csv), "csv", TABLES, "table of this command")
         check_writable(local(given.csv), "csv", local(given.csv).parent)
 
     from metaft.after.exported import predictor_of

@@ -808,6 +808,15 @@ def test_evaluate_from_python_returns_what_it_writes(curve: Path, tmp_path: Path
     out = tmp_path / "e.json"
     result = evaluate.run(curve, EvaluateConfig(episodes=3, out=str(out)))
     assert result == json.loads(out.read_text())
+    again = evaluate.run(curve, EvaluateConfig(episodes=2, out=str(out)))
+    assert again == json.loads(out.read_text())
+
+
+def test_evaluate_replaces_no_result_but_its_own(curve: Path):
+    before = (curve / "result.json").read_bytes()
+    with pytest.raises(MetaftError, match=r"^out: .*result\.json is there, and is no result of this command"):
+        evaluate.run(curve, EvaluateConfig(episodes=2, out=str(curve / "result.json")))
+    assert (curve / "result.json").read_bytes() == before
 
 
 # ---- metaft COMMAND -----------------------------------------------------------------------------------------------

@@ -141,7 +141,8 @@ def test_images_set_aside_for_validation_do_not_make_another_test(tmp_path: Path
         ((-0.05, 0.01), "rmse", "better by more than chance"),
         ((-0.05, 0.01), "own", "a difference, and not by chance"),
         ((0.01, 0.01), "accuracy", "no difference that can be told from chance"),
-        ((-0.07, 0.0), "accuracy", "no difference that can be told from chance"),
+        ((0.0, 0.0), "accuracy", "no difference that can be told from chance"),
+        ((-0.07, 0.0), "accuracy", "all happen to agree, which tells nothing of the next"),
     ],
 )
 def test_what_is_better_depends_on_the_figure(values: tuple[float, float], measure: str, said: str) -> None:

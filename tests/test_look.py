@@ -397,6 +397,15 @@ def test_a_page_holds_all_that_applies_and_needs_nothing_else(
     assert "page:     b.html" in capsys.readouterr().out
 
 
+def test_a_page_takes_the_place_of_no_other_file(trained: Path, capsys: Text) -> None:
+    result = trained / "result.json"
+    before = result.read_bytes()
+    assert look.main([str(trained), "--out", str(result)]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said == f"metaft: error: out: {result} is there, and is no page; name another file, or remove it"
+    assert result.read_bytes() == before
+
+
 @pytest.mark.parametrize(("fixture", "key"), [("trained", "episode"), ("adapted", "mistakes")])
 def test_data_that_moved_are_found_where_it_is_said_that_they_are(
     fixture: str, key: str, request: pytest.FixtureRequest, in_tmp: Path, monkeypatch: pytest.MonkeyPatch

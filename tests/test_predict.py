@@ -459,6 +459,29 @@ def test_a_csv_that_cannot_be_written_is_known_before_anything_is_labelled(
     one_line(capsys, "csv: ", tmp_path, "cannot be written (")
 
 
+@pytest.mark.parametrize("there", ["a picture to label", "labels of one's own"])
+def test_what_is_no_table_of_predictions_is_not_replaced_by_one(
+    there: str, run: Path, data: Path, tmp_path: Path, capsys: Text
+) -> None:
+    picture = shutil.copy(unseen(data)[0], tmp_path / "p.png")
+    mine = tmp_path / "labels.csv"
+    mine.write_text("path,label\np.png,a\n")
+    place = picture if there == "a picture to label" else mine
+    before = Path(place).read_bytes()
+    assert predict.main([str(run), str(picture), "--csv", str(place)]) == 2
+    one_line(capsys, f"csv: {place} is there, and is no table of this command; name another file")
+    assert Path(place).read_bytes() == before
+
+
+def test_an_earlier_table_is_replaced_and_so_is_an_empty_file(run: Path, data: Path, tmp_path: Path) -> None:
+    out, files = tmp_path / "out.csv", unseen(data)[:3]
+    out.touch()
+    for count in (3, 1):
+        assert predict.main([str(run), *map(str, files[:count]), "--csv", str(out)]) == 0
+        with open(out, encoding="utf-8", newline="") as file:
+            assert len(list(csv.DictReader(file))) == count
+
+
 def locked(monkeypatch: pytest.MonkeyPatch, *folders: Path) -> None:
     """Have folders that nobody may list or enter; permissions would not stop a superuser."""
 

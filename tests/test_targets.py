@@ -70,6 +70,7 @@ def test_tables_are_read_as_people_write_them(form: str, table: Path) -> None:
     else:
         table.write_text("\n".join([",".join(rows[0]), *(f'"{p}","{n}, so",{of}' for p, n, of in rows[1:])]))
     target = targets.load(f"csv:{table}", GREY)
+    assert list(target.notes) == ([f"columns of {table} that are not read: 'x'"] if form == "columns" else [])
     assert len(target.labels) == 12
     assert target.parts.keys() == ({"all"} if form == "no part" else {"train", "test"})
     assert torch.bincount(target.labels).tolist() == [6, 6]
@@ -80,6 +81,9 @@ def test_tables_are_read_as_people_write_them(form: str, table: Path) -> None:
     [
         ("path,name,part", "{file} has no column 'label' in its first line, which holds path, name, part"),
         ("", "{file} has no column 'path' in its first line, which holds nothing"),
+        ("path,label,label", "{file} has 2 columns 'label' in its first line"),
+        ("path,label,parts", "{file}: column 'parts' is none of label, part, path; did you mean 'part'?"),
+        ("path,label, Part", "{file}: column ' Part' is none of label, part, path; did you mean 'part'?"),
         ("pictures/1.png,,train", "{file}, line 14: label is empty"),
         ("pictures/99.png,a9,train", "{file}, line 14: {folder}/pictures/99.png is not there"),
         ("pictures,a9,train", "{file}, line 14: {folder}/pictures is no file"),
@@ -90,7 +94,9 @@ def test_tables_are_read_as_people_write_them(form: str, table: Path) -> None:
 )
 def test_what_is_wrong_in_a_table_is_named_with_its_line(line: str, said: str, table: Path) -> None:
     text = table.read_text().splitlines()
-    whole = [line] if said.startswith("{file} has") else [*text, line]
+    whole = [line] if "line 14" not in said else [*text, line]
+    if whole == [line] and line:
+        whole.append("pictures/1.png,a9,train")
     table.write_text("\n".join(whole))
     with pytest.raises(DataError) as caught:
         targets.load(f"csv:{table}", GREY)

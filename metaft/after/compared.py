@@ -108,6 +108,8 @@ def _sure(difference: Difference, measure: str) -> str:
     assert difference.value is not None
     if difference.ci95 is None:
         return "one alone, which tells nothing of the next"
+    if difference.ci95 == 0 != difference.value:
+        return "all happen to agree, which tells nothing of the next"
     if not beyond_chance(difference.value, difference.ci95):
         return "no difference that can be told from chance"
     if measure not in HIGHER_IS_BETTER:  # a figure of the user's own, which only they can judge

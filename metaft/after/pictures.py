@@ -47,8 +47,8 @@ def of_folder(run: RunFolder, classifier: Predictor, data_root: str | None) -> P
 
 
 def data_of(run: RunFolder, classifier: Predictor, data_root: str | None) -> tuple[Target, Rows, bool]:
-    """(the run's own data, the images of its first draw, whether the classifier was trained on all of them, for want of
-    a test part). Raises DataError or MetaftError where they are not to be had, or changed."""
+    """(the run's own data, the images of its first draw, whether there is none that the classifier has not seen, for
+    want of a test part). Raises DataError or MetaftError where they are not to be had, or changed."""
     config = in_full(of_run(AdaptConfig, run.config, "run"))
     if data_root is not None:
         config = dataclasses.replace(config, data_root=data_root)

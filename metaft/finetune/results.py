@@ -260,10 +260,12 @@ def notes(setup: Setup, rows: Rows) -> list[str]:
         said.append(f"images were fitted to what the start takes: {', '.join(target.changes)}")
     said += target.notes
     if setup.folds > 1:
+        kept = rows_of(setup, 0, None)
+        stopped = f" but {len(kept.val)}, which validate it" if len(kept.val) else ""
         said.append(
             f"there is no test part: figures are of {setup.folds}-fold {'stratified ' if target.class_names else ''}"
             "cross-validation, in which each image is tested once, by a classifier that has not seen it; the one that "
-            "is kept is trained on all"
+            f"is kept is trained on all{stopped}"
         )
     if setup.ranked and "all" in target.parts and (setup.folds > 1 or config.draws.seeds > 1):
         said.append(
@@ -324,8 +326,14 @@ def _duplicates(target: Target, rows: Rows) -> list[str]:
     """What there is to know of pictures that are there twice."""
     said, groups = [], target.groups
     copies = int((groups != np.arange(len(groups))).sum())
+    trained = len(rows.train) - len(np.unique(groups[rows.train]))
     if copies and "all" in target.parts:
         said.append(f"{copies} images are others again, to the pixel or nearly; duplicates are kept in one part")
+    elif trained:
+        said.append(f"{trained} of the {len(rows.train)} images to train on are others again, to the pixel or nearly")
+    labels = target.labels.numpy()
+    if target.class_names and (other := int((labels != labels[groups]).sum())):
+        said.append(f"{other} images have another label than the one that they are again")
     twins = rows.test[np.isin(groups[rows.test], groups[[*rows.train, *rows.val]])]
     if len(twins):
         also = "training or validation" if len(rows.val) else "training"

@@ -258,7 +258,11 @@ def rows_of(setup: Setup, draw: int, fold: int | None = 0, which: int = 0) -> Ro
     judged = asked or (recipe is not None and "val" in target.parts)
     validate = judged and recipe is not None and recipe.trains != CHOSEN
     if setup.folds > 1:
-        return target.rows_of_fold(fold, seed=config.draws.seed + draw, validate=validate)
+        rows = target.rows_of_fold(0 if fold is None else fold, seed=config.draws.seed + draw, validate=validate)
+        if fold is not None:
+            return rows
+        # The classifier that is kept is trained as the first one that was tested: with validation images or without.
+        return target.rows_of_fold(None, seed=config.draws.seed + draw, validate=len(rows.val) > 0)
     return target.rows(shots_per_class=config.target.shots_per_class, seed=config.draws.seed + draw, validate=validate)
 
 

@@ -76,6 +76,8 @@ def _sure(gain: Mapping[str, Any]) -> str:
     """What a paired interval says of a difference."""
     if gain["ci95"] is None:
         return "one draw, which tells nothing of the next"
+    if gain["ci95"] == 0 != gain["mean"]:
+        return "which all draws happen to agree on: no interval, and no word on the next"
     if not beyond_chance(gain["mean"], gain["ci95"]):
         return "no difference that these draws can tell from chance"
     if gain["mean"] > 0:

@@ -48,6 +48,8 @@ def listed(file: Path, *, numbers: bool = False) -> Listed:
     files = [(part, values[label], path) for of in parts for _, path, label, part in rows if part == of]
     meant = len(names) > MANY and all(map(_is_number, names))
     notes = [f"its {len(names)} labels are numbers, taken for names of classes; see --loss mse"] if meant else []
+    if others := table.unread(file, ("path", "label", "part")):
+        notes.append(f"columns of {file} that are not read: {', '.join(map(repr, others))}")
     return Listed(f"csv:{file}", file, names, files, notes=notes)
 
 

@@ -26,7 +26,7 @@ def mistakes(subject: Subject) -> View | Missing:
     except MetaftError:
         return Missing("the run's images are not at hand, or changed since")
     if seen:
-        return Missing("there is no test part, and the classifier that is kept was trained on all images")
+        return Missing("there is no test part, and the classifier that is kept has seen all images")
     test, train = (torch.from_numpy(part) for part in (rows.test, rows.train))
     top = classifier.probabilities(Part(target.examples, test)).max(-1)
     wrong = (top.indices != target.labels[test]).nonzero().flatten()

@@ -194,6 +194,8 @@ def test_a_report_of_three_starts(done: Path) -> None:
     assert "The handed over start gets" in sentence
     sure = {**three, "gains": [result["gains"][0], {**gains[1], "ci95": 0.2}]}
     assert plainly(sure).endswith("± 20.0), less, and not by chance.")
+    equal = {**three, "gains": [result["gains"][0], {**gains[1], "ci95": 0.0}]}
+    assert plainly(equal).endswith("± 0.0), which all draws happen to agree on: no interval, and no word on the next.")
 
 
 def test_scratch_is_the_last_start() -> None:

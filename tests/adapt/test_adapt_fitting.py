@@ -252,6 +252,19 @@ def test_test_images_that_are_training_images_are_counted(runs: dict[str, Path],
     assert f"2 {note}" in result_of(tmp_path / "o")["notes"]
 
 
+def test_training_images_that_are_there_twice_are_counted_and_so_are_two_labels_of_one(
+    runs: dict[str, Path], tmp_path: Path
+) -> None:
+    data = write_target(tmp_path / "d", {"train": 5, "test": 3})
+    for label, copies in ((TARGET[0], 2), (TARGET[2], 1)):
+        for number in range(copies):
+            shutil.copy(data / "train" / TARGET[0] / f"0{number}.png", data / "train" / label / f"copy{number}.png")
+    assert adapt.main(words(runs["maml"], data, tmp_path / "o", epochs=1, shots_per_class=None)) == 0
+    notes = result_of(tmp_path / "o")["notes"]
+    assert "3 of the 18 images to train on are others again, to the pixel or nearly" in notes
+    assert "1 images have another label than the one that they are again" in notes
+
+
 def test_pictures_that_nobody_looks_for_are_named(runs: dict[str, Path], tmp_path: Path) -> None:
     data = write_target(tmp_path / "d", {"train": 3, "test": 2, "banana": 1})
     write_target(data / "train" / TARGET[0], {".": 1}, classes=("more",))

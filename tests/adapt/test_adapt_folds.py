@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from adapting import Text, result_of
-from helpers import one_line, words
+from helpers import one_line, words, write_target
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -86,13 +86,26 @@ def test_without_a_test_part_each_image_is_tested_once_and_the_classifier_is_of_
             folds = tested[6 * draw + start : 6 * draw + 6 : 2]  # the fit on all images is tested on none
             assert sorted(row for rows in folds for row in rows) == list(range(images))
     assert len(trained) == 13
-    assert trained[0] == images - images // 5  # all but what stops it early
+    assert trained[0] == images
     assert sum(map(sum, result["confusion"])) == images
     assert any("3-fold stratified cross-validation" in note for note in result["notes"])
     rows = [json.loads(line) for line in (tmp_path / "o/metrics.jsonl").read_text().splitlines()]
     assert {row["fold"] for row in rows} == {0, 1, 2, "all"}
     assert len(metaft.load(tmp_path / "o").class_names) == 3
     assert not (tmp_path / "o/plots/mistakes.png").exists()
+
+
+@pytest.mark.parametrize(("images", "validate"), [(14, 0), (15, 9)])
+def test_the_classifier_that_is_kept_is_stopped_as_those_that_were_tested(
+    images: int, validate: int, runs: dict[str, Path], tmp_path: Path
+) -> None:
+    """A fold of three classes of 14 has nine of each to train on, too few to set some aside, though 14 would do."""
+    data = write_target(tmp_path / "d", {".": images})
+    assert adapt.main(words(runs["maml"], data, tmp_path / "o", shots_per_class=None, epochs=2, patience=2)) == 0
+    rows = [json.loads(line) for line in (tmp_path / "o/metrics.jsonl").read_text().splitlines()]
+    assert {"val_loss" in row for row in rows} == {validate > 0}
+    (note,) = (note for note in result_of(tmp_path / "o")["notes"] if "cross-validation" in note)
+    assert note.endswith(f"is kept is trained on all{' but 9, which validate it' if validate else ''}")
 
 
 @pytest.mark.parametrize("after", [1, 3, 7, 13])
