@@ -113,9 +113,9 @@ class _Switch(argparse.Action):
 
 def _keep(namespace: argparse.Namespace, action: argparse.Action, value: Any) -> None:
     """The last value counts, so that a script's words can be followed by one's own; what it takes back is said."""
-    before = getattr(namespace, action.dest, value)
-    if action.nargs != "*" and before != value:
-        said = f"{action.dest} is given more than once: {value!r} counts, {before!r} does not"
+    known = vars(namespace)
+    if action.nargs != "*" and action.dest in known and known[action.dest] != value:
+        said = f"{action.dest} is given more than once: {value!r} counts, {known[action.dest]!r} does not"
         warnings.warn(said, MetaftWarning, stacklevel=2)
     setattr(namespace, action.dest, value)
 

@@ -33,7 +33,7 @@ def test_an_empty_folder_may_be_used(tmp_path: Path):
 
 def test_what_is_there_is_never_written_over(tmp_path: Path):
     (tmp_path / "mine.txt").write_text("x")
-    with pytest.raises(MetaftError, match=rf"^out: {tmp_path} already exists; .*--resume {tmp_path}"):
+    with pytest.raises(MetaftError, match=rf"^out: {tmp_path} already exists; choose another --out$"):
         RunFolder.create(tmp_path, "")
     with pytest.raises(MetaftError, match=r"^out: .* already exists"):
         RunFolder.create(tmp_path / "mine.txt", "")

@@ -114,9 +114,8 @@ class RunFolder:
             if not mine and self.lock.exists():
                 with self.held("out"):  # the process that is at it is what to know first
                     pass
-            raise MetaftError(
-                f"out: {path} already exists; choose another --out, or continue that run with --resume {path}"
-            )
+            or_go_on = f", or continue that run with --resume {path}" if self.config.exists() else ""
+            raise MetaftError(f"out: {path} already exists; choose another --out{or_go_on}")
 
     def held(self, field: str) -> AbstractContextManager[None]:
         """Inside, no other process can write to this run. Raises MetaftError, naming `field` and the one that does."""
