@@ -7,11 +7,10 @@ import functools
 import re
 import types
 import typing
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NoReturn
 
-from metaft.errors import MetaftError, MetaftWarning, suggest
+from metaft.errors import MetaftError, suggest
 from metaft.options import Field, Settings, options, wrong_choice
 
 FLAGS_WIDTH = 28
@@ -29,7 +28,8 @@ def parse(cls: type[Settings], argv: Sequence[str], *, prog: str) -> dict[str, A
 
     A flag is a name with hyphens (underscores do too), as `--name VALUE` or `--name=VALUE`; a switch is `--name` or
     `--no-name`, and one that may be left open also `--name True`, `False` or `None`. A list that is given again grows;
-    of another option's values the last one counts, with a MetaftWarning. Exits with status 0 for --help.
+    of another option's values the last one counts, so that a script's words can be followed by one's own. Exits with
+    status 0 for --help.
     Raises MetaftError for an unknown option, a missing or superfluous word, or a value of the wrong type; bounds are
     for `cls` to check.
     """
@@ -90,13 +90,11 @@ class _Parser(argparse.ArgumentParser):
         raise MetaftError(message.removeprefix("argument "))
 
 
-class _Value(argparse.Action):
-    """Keep it; what `nargs="*"` takes is added to what there is."""
+class _Longer(argparse.Action):
+    """Add what is given to what was given before."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
-        if self.nargs == "*":
-            values = [*getattr(namespace, self.dest, ()), *values]
-        _keep(namespace, self, values)
+        setattr(namespace, self.dest, [*getattr(namespace, self.dest, ()), *values])
 
 
 class _Switch(argparse.Action):
@@ -108,16 +106,7 @@ class _Switch(argparse.Action):
             on = _SWITCHED[values]
         elif isinstance(values, str):
             namespace.words.append(values)  # the next one, which is no business of a switch
-        _keep(namespace, self, on)
-
-
-def _keep(namespace: argparse.Namespace, action: argparse.Action, value: Any) -> None:
-    """The last value counts, so that a script's words can be followed by one's own; what it takes back is said."""
-    known = vars(namespace)
-    if action.nargs != "*" and action.dest in known and known[action.dest] != value:
-        said = f"{action.dest} is given more than once: {value!r} counts, {known[action.dest]!r} does not"
-        warnings.warn(said, MetaftWarning, stacklevel=2)
-    setattr(namespace, action.dest, value)
+        setattr(namespace, self.dest, on)
 
 
 def _add(parser: _Parser, panel: Any, name: str, field: Field) -> None:
@@ -132,9 +121,9 @@ def _add(parser: _Parser, panel: Any, name: str, field: Field) -> None:
             how = {"dest": name, "action": _Switch, "nargs": "?" if field.open else 0}
             parser.switches.append(panel.add_argument(*spelt, help=line, **how))
         return
-    how = {"dest": name, "action": _Value, "type": functools.partial(_read, field), "metavar": _metavar(field)}
+    how = {"dest": name, "type": functools.partial(_read, field), "metavar": _metavar(field)}
     if isinstance(field.default, tuple):
-        how["nargs"] = "*"
+        how |= {"nargs": "*", "action": _Longer}
     panel.add_argument(flag(name), help=said, **how)
     if "_" in name:
         panel.add_argument(f"--{name}", help=argparse.SUPPRESS, **how)
