@@ -70,6 +70,7 @@ def run(config: AdaptConfig, *, module: nn.Module | None = None, init: Init = "s
     from metaft.starts.run import RUNS
 
     check(config.output.log)
+    places.note_root(config.target.data_root, config.target.data, *config.also)
     with stopped_at_once("stopped; nothing was written"):
         setup = prepared(config, module, init)
     settled = setup.config

@@ -53,6 +53,7 @@ def run(config: ChooseConfig) -> dict[str, Any]:
     from metaft.starts.run import RUNS
     from metaft.support.pictures import drawn
 
+    places.note_root(config.target.data_root, config.target.data)
     target = located(config.target)
     shots = shots_of(target)
     name = f"choose-{file_name(places.typed(config.target.data))}-{config.seed}"

@@ -328,7 +328,7 @@ class LookConfig(Settings):
 def read_toml(path: Path) -> dict[str, Any]:
     """A flat TOML file as plain data; hyphens in keys count as underscores.
 
-    Raises MetaftError for a missing or malformed file.
+    Raises MetaftError for a missing or malformed file, and a key that is there in both spellings.
     """
     if sys.version_info >= (3, 11):
         import tomllib
@@ -340,7 +340,12 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise MetaftError(f"config: cannot read {path}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:  # what tomllib raises, and Python at numbers and depths beyond it
         raise MetaftError(f"config: {path} is not valid TOML: {error}") from None
-    return {key.replace("-", "_"): value for key, value in values.items()}
+    named: dict[str, Any] = {}
+    for key, value in values.items():
+        if key.replace("-", "_") in named:
+            raise MetaftError(f"{key}: {path} has it in both spellings, with - and with _")
+        named[key.replace("-", "_")] = value
+    return named
 
 
 def to_toml(config: Settings) -> str:

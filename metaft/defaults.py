@@ -59,7 +59,7 @@ def _of_photos(shots: int) -> dict[str, object]:
 
 
 # Above 60 lines: a table of defaults, one line each.
-def resolve(config: MetaTrainConfig, dataset: Dataset, *, default_rotate: bool, custom_model: bool = False) -> Settled:
+def resolve(config: MetaTrainConfig, dataset: Dataset, *, custom_model: bool = False) -> Settled:
     """The same config with nothing left open that training depends on (only `threads`, `task_chunk`, `out` may be).
 
     One that is settled already, as that of a run, is taken as it is: a gradient that was not clipped stays so.
@@ -76,7 +76,7 @@ def resolve(config: MetaTrainConfig, dataset: Dataset, *, default_rotate: bool, 
     theirs = PHOTOS.get(config.learner.algorithm, {}) if large and is_ours(config.learner.algorithm) else {}
     values: dict[str, object] = {
         **accepted,
-        "rotate": default_rotate,
+        "rotate": bool(getattr(dataset, "default_rotate", False)),  # as pools say; data of a user's own need not
         "ways": ways,
         "shots": shots,
         "query_shots": 10 if regression else 5,
@@ -116,7 +116,7 @@ def resolve(config: MetaTrainConfig, dataset: Dataset, *, default_rotate: bool, 
     check_steps("test_inner_steps", config.test.test_inner_steps, config.learner.algorithm)
     if config.outer.outer_schedule is not None:
         made_for("outer_schedule", config.outer.outer_schedule, schedules.of_steps, own="schedule")
-    if custom_model:  # whatever was asked for, this is what is recorded
+    if custom_model:
         config = dataclasses.replace(config, model="custom")
     if "classes" in accepted and "classes" not in parse_hyper(config.learner.algorithm, config.inner.hyper):
         if not train_classes(dataset):

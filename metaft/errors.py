@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import math
+import numbers
+import operator
 from collections.abc import Iterable
 
 
@@ -87,6 +90,24 @@ def check_ways(field: str, ways: int, loss: object) -> None:
     """Raises MetaftError for classes that cannot be told apart: one alone is right whatever is learned."""
     if loss == "cross_entropy" and ways < 2:
         raise MetaftError(f"{field} must be at least 2 where classes are told apart, got {ways}")
+
+
+def check_count(field: str, value: object, at_least: int) -> None:
+    """Raises MetaftError for what is no whole number, or one below `at_least`."""
+    try:
+        enough = operator.index(value) >= at_least  # type: ignore[reportArgumentType]
+    except TypeError:
+        raise MetaftError(f"{field} must be a whole number, got {value!r}") from None
+    if not enough:
+        raise MetaftError(f"{field} must be at least {at_least}, got {value}")
+
+
+def check_rate(field: str, value: object) -> None:
+    """Raises MetaftError for what is no number, or one below 0 or not finite."""
+    if not isinstance(value, numbers.Real):
+        raise MetaftError(f"{field} must be a number, got {value!r}")
+    if not 0 <= float(value) < math.inf:
+        raise MetaftError(f"{field} must be at least 0 and finite, got {value}")
 
 
 class MetaftWarning(UserWarning):

@@ -15,6 +15,7 @@ from metaft.dist.ranks import ALONE, Ranks
 from metaft.errors import DataError, MetaftError, check_ways
 from metaft.flags import parse
 from metaft.options import Option, flat
+from metaft.runs.from_python import check_brought
 from metaft.support import paths, places
 from metaft.support.modes import in_usual_modes
 from metaft.support.output import steady
@@ -73,6 +74,7 @@ def run(
     from metaft.support.progress import Progress
     from metaft.testing import meta_test
 
+    check_brought(config, dataset=dataset, module=module)
     config = places.in_full(config or EvaluateConfig())
     folder, trained, snapshot = ranks.on_first(lambda: open_run(path, which=config.checkpoint))
     trained = places.in_full(trained)

@@ -211,7 +211,7 @@ def _hint(word: str, known: Mapping[str, Field]) -> str:
     """What was meant by a word that is no option. Which settings an algorithm has only torch's import would tell."""
     flags = [flag(name) for name, field in known.items() if not field.option.positional]
     if "hyper" not in known:
-        return suggest(word, flags)
+        return suggest(word, flags, cutoff=0.6)  # all begin with two hyphens, which makes them alike
     setting = word.lstrip("-").replace("-", "_")
     of_one = f"; what only some algorithms have is given as --hyper {setting}=VALUE"
     return suggest(word, flags, cutoff=0.75) or of_one  # else "--loss" would be near to "--log"

@@ -16,7 +16,8 @@ from metaft.config import Init, MetaTrainConfig, to_toml
 from metaft.dist.ranks import ALONE, Ranks
 from metaft.errors import MetaftError, RankLost
 from metaft.options import flat
-from metaft.runs.following import brought, to_go_on
+from metaft.runs.following import to_go_on
+from metaft.runs.from_python import brought, check_brought
 from metaft.settings.compute import Origin
 from metaft.support import places
 from metaft.support.modes import in_usual_modes
@@ -110,6 +111,8 @@ def run(
     from metaft.runs.events import check
     from metaft.runs.folder import RunFolder, file_name
 
+    check_brought(config, dataset=dataset, module=module, init=init)
+    places.note_root(config.data.data_root, config.data.dataset)
     ranks.on_first(lambda: check(config.output.log))
     parts = ranks.in_turn(lambda: assemble(config, dataset=dataset, module=module, init=init, loss=loss))
     sources = _sources(parts)
@@ -152,6 +155,7 @@ def resume_run(
     """
     from metaft.runs.folder import RunFolder
 
+    check_brought(config, dataset=dataset, module=module, init=init)
     folder = ranks.on_first(lambda: RunFolder.open(path))
     with _held(folder, "resume", brought(dataset=dataset, module=module, init=init, loss=loss), ranks):
         return _resume(folder, config, dataset, module, init, loss, ranks)

@@ -45,6 +45,10 @@ class Option:
     """Whether a run folder keeps the value, which then has to be text."""
 
 
+_PLACES = ("FILE", "FOLDER", "PATH")
+"""What stands for a value in `--help` where that is a place."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Field:
     """An option where it stands."""
@@ -79,6 +83,8 @@ class Field:
     def check(self, value: Any) -> None:
         """Raises MetaftError for a wrong type or value, naming the field and both."""
         _check_type(self.name, value, self.types)
+        if value == "" and self.option.metavar in _PLACES:  # which would be the folder that one is in
+            raise MetaftError(f"{self.name} must not be empty, got {value!r}")
         if isinstance(value, tuple):
             for item in value:
                 _check_type(self.name, item, (str,))

@@ -15,7 +15,7 @@ from metaft.dist.ranks import ALONE, Ranks
 from metaft.engines.base import Engine
 from metaft.engines.batching import each
 from metaft.engines.trees import unstacked
-from metaft.errors import check_ways
+from metaft.errors import MetaftError, check_count, check_ways
 from metaft.inner import at_step
 from metaft.metrics import figure, figure_name, mean_ci95, nearest_neighbour
 from metaft.models.fused import first_layer_once
@@ -165,8 +165,17 @@ def score_episodes(
 
     Only scores are kept from one chunk of about `at_once` episodes (32, or as many as keep the engine busy) to the
     next, so memory does not grow with their number. `progress` is called after each chunk; it may raise to stop.
+
+    Raises MetaftError for tasks of other ways than the head has outputs, steps below 0, and episodes below 1.
     """
     check_ways("ways", source.ways, algorithm.loss)
+    if algorithm.outputs not in (None, source.ways):
+        raise MetaftError(
+            f"ways: {algorithm.name} learned a head with {algorithm.outputs} outputs, and tasks of {source.name} have "
+            f"{source.ways} classes"
+        )
+    check_count("steps", steps, 0)
+    check_count("episodes", episodes, 1)
     starts = ((meta, state), *others)
     how = How(source.ways, steps, tuple(norms), each_step)
     values = source.ways * (source.shots + source.query_shots) * math.prod(source.shape)

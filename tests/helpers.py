@@ -117,6 +117,9 @@ def sinusoid(out: Path | None = None, **changes: Any) -> MetaTrainConfig:
 
 
 def images(out: Path | None = None, **changes: Any) -> MetaTrainConfig:
+    """Settings of `IMAGES`; without a model, which a module from Python is in the place of, without its width too."""
+    if "model" in changes and changes["model"] is None:
+        changes = {"width": None, **changes}
     return MetaTrainConfig(**{**IMAGES, "out": None if out is None else str(out), **changes})
 
 

@@ -430,6 +430,8 @@ def test_protonet_logits_are_minus_squared_distances_to_class_means(scale: float
             "known are transductive, inductive; did you mean 'inductive'?",
         ),
         ("reptile", {"loss": "mae"}, "loss: no 'mae', known are cross_entropy, mse"),
+        ("maml", {"inner_lr": "0.1"}, "inner_lr must be a number, got '0.1'"),
+        ("maml", {"inner_steps": 1.5}, "inner_steps must be a whole number, got 1.5"),
         ("maml", {"inner_steps": -1}, "inner_steps must be at least 0, got -1"),
         ("maml", {"inner_optimizer": "adm"}, "inner_optimizer: no 'adm'"),
         ("maml", {"inner_augment": "flip"}, "inner_augment: no 'flip', known are none, shift"),

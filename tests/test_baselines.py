@@ -188,7 +188,7 @@ def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_defaults_of_the_baselines() -> None:
-    settled = resolve(MetaTrainConfig(algorithm="baseline++"), pool(), default_rotate=False)
+    settled = resolve(MetaTrainConfig(algorithm="baseline++"), pool())
     assert (
         settled.outer.outer_lr,
         settled.test.test_inner_steps,
@@ -202,7 +202,7 @@ def test_defaults_of_the_baselines() -> None:
     )
     assert settled.inner.hyper == ("classes=6",)
     own = MetaTrainConfig(algorithm="baseline", hyper=("momentum=0.5",), test_inner_steps=7)
-    settled = resolve(own, pool(), default_rotate=False)
+    settled = resolve(own, pool())
     assert (settled.inner.hyper, settled.test.test_inner_steps) == (("momentum=0.5", "classes=6"), 7)
 
 

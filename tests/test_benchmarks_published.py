@@ -58,11 +58,7 @@ def test_rows_have_names_of_their_own_and_say_where_the_figure_is_from(dataset: 
         assert row.start is None or row.start in rows
         assert not row.run or row.run in {other.name for other in rows}
         given = {k: v for k, v in flat(row.config).items() if v is not None}
-        resolve(
-            dataclasses.replace(row.config, model=given.get("model", "resnet12")),
-            pool_like(dataset),
-            default_rotate=False,
-        )
+        resolve(dataclasses.replace(row.config, model=given.get("model", "resnet12")), pool_like(dataset))
 
 
 def test_the_papers_protocol_is_in_the_row() -> None:

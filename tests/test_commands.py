@@ -26,12 +26,13 @@ from metaft import evaluate, meta_train, testing
 from metaft.__main__ import main as metaft
 from metaft.config import EvaluateConfig, MetaTrainConfig, read_toml
 from metaft.engines import workers
-from metaft.errors import MetaftError
+from metaft.errors import MetaftError, MetaftWarning
 from metaft.options import options as options_of
 from metaft.runs import report, training
 from metaft.runs.folder import read_rows
 from metaft.runs.machine import say_what_changed, where_measured
 from metaft.runs.snapshot import load_snapshot
+from metaft.support import places
 
 Text = pytest.CaptureFixture[str]
 
@@ -718,10 +719,23 @@ def test_another_module_than_the_runs_is_refused(tmp_path: Path):
 
 
 @pytest.mark.usefixtures("_no_pictures")
-def test_a_module_of_ones_own_is_recorded_as_such_whatever_model_says(tmp_path: Path):
-    meta_train.run(images(tmp_path / "r", model="conv4"), dataset=pool(), module=own())
+def test_a_module_of_ones_own_is_recorded_as_such(tmp_path: Path):
+    meta_train.run(images(tmp_path / "r", model=None), dataset=pool(), module=own())
     with pytest.raises(MetaftError, match=r"^model: this run was trained with a module from Python"):
         evaluate.run(tmp_path / "r", dataset=pool())
+
+
+def test_a_folder_of_data_sets_that_nothing_is_read_from_is_a_note(in_tmp: Path, capsys: Text) -> None:
+    (in_tmp / "data").mkdir()
+    with warnings.catch_warnings():
+        warnings.simplefilter("default", MetaftWarning)
+        assert meta_train.main(options(SINUSOID, data_root="data", iterations=1, out="run", report=False)) == 0
+    said = "metaft: note: data_root: no files belong to sinusoid, so nothing is looked for there (given 'data')"
+    assert said in capsys.readouterr().err.splitlines()
+    with pytest.warns(MetaftWarning, match=r"^data_root: no files belong to glyphs and sinusoid, so"):
+        places.note_root("data", "glyphs:Hebrew", "unlabelled:glyphs", "sinusoid")
+    places.note_root("data", "glyphs:Hebrew", "torchvision:MNIST")
+    places.note_root(None, "glyphs")
 
 
 @pytest.mark.slow

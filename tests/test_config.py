@@ -128,6 +128,19 @@ def test_toml_keys_may_be_spelt_like_options(tmp_path: Path):
     assert read_toml(file) == {"inner_steps": 3, "query_shots": 2}
 
 
+def test_a_toml_key_in_both_spellings_is_refused(tmp_path: Path):
+    file = tmp_path / "c.toml"
+    file.write_text("inner-lr = 0.5\ninner_lr = 0.25\n")
+    with pytest.raises(MetaftError, match=r"^inner_lr: .*c\.toml has it in both spellings, with - and with _$"):
+        read_toml(file)
+
+
+@pytest.mark.parametrize("field", ["out", "plugin", "data_root"])
+def test_no_place_is_empty(field: str):
+    with pytest.raises(MetaftError, match=f"^{field} must not be empty, got ''$"):
+        MetaTrainConfig(**{field: ""})
+
+
 @pytest.mark.parametrize("text", [b"ways = ", b"\xff\xfe", b"ways = 1\nways = 2", b"[a", b"\x00"])
 def test_malformed_toml_is_one_line_that_names_the_file(tmp_path: Path, text: bytes):
     file = tmp_path / "c.toml"
@@ -143,8 +156,11 @@ def test_toml_that_cannot_be_read(tmp_path: Path, name: str):
         read_toml(tmp_path / name)
 
 
+turned = dataclasses.replace(pool(), default_rotate=True)
+
+
 def test_defaults_follow_data_set_and_algorithm():
-    curve = resolve(MetaTrainConfig(dataset="sinusoid"), Sinusoid(), default_rotate=False)
+    curve = resolve(MetaTrainConfig(dataset="sinusoid"), Sinusoid())
     assert (curve.task.ways, curve.task.shots, curve.task.query_shots, curve.task.meta_batch) == (1, 10, 10, 25)
     assert (curve.learner.model, curve.learner.width, curve.inner.inner_lr, curve.inner.inner_steps) == (
         "mlp",
@@ -153,7 +169,7 @@ def test_defaults_follow_data_set_and_algorithm():
         1,
     )
     assert (curve.test.test_query_shots, curve.test.test_inner_steps) == (100, 10)
-    image = resolve(MetaTrainConfig(shots=3), pool(), default_rotate=True)
+    image = resolve(MetaTrainConfig(shots=3), turned)
     assert (image.task.ways, image.task.shots, image.test.test_ways, image.test.test_shots, image.data.rotate) == (
         5,
         3,
@@ -167,23 +183,21 @@ def test_defaults_follow_data_set_and_algorithm():
         0.4,
         3,
     )
-    proto = resolve(MetaTrainConfig(algorithm="protonet", ways=12), pool(64), default_rotate=False)
+    proto = resolve(MetaTrainConfig(algorithm="protonet", ways=12), pool(64))
     assert (proto.learner.model, proto.task.meta_batch, proto.test.test_inner_steps) == ("conv4-pool", 4, 0)
     assert (proto.inner.inner_lr, proto.inner.inner_steps) == (None, None)
     for dataset in (Sinusoid(), pool()):
         given = MetaTrainConfig(algorithm="reptile", dataset=dataset.name)
-        reptile = resolve(given, dataset, default_rotate=False)
+        reptile = resolve(given, dataset)
         assert (reptile.outer.outer_optimizer, reptile.outer.outer_lr, reptile.outer.outer_schedule) == (
             "sgd",
             1.0,
             "linear",
         )
         assert reptile.test.test_inner_steps == 10
-        longer = resolve(dataclasses.replace(given, inner_steps=12), dataset, default_rotate=False)
+        longer = resolve(dataclasses.replace(given, inner_steps=12), dataset)
         assert longer.test.test_inner_steps == 12, "no fewer than in training"
-        assert (
-            resolve(dataclasses.replace(given, algorithm="cavia"), dataset, default_rotate=False).inner.inner_lr == 1.0
-        )
+        assert resolve(dataclasses.replace(given, algorithm="cavia"), dataset).inner.inner_lr == 1.0
 
 
 MINI = ("conv4-pool", 32, 5, 0.01, 10, 4, 15, 1e-3, 10.0)
@@ -191,7 +205,7 @@ MINI = ("conv4-pool", 32, 5, 0.01, 10, 4, 15, 1e-3, 10.0)
 
 
 def mini(config: MetaTrainConfig, dataset: Any, *, custom_model: bool = False) -> tuple[object, ...]:
-    s = resolve(config, dataset, default_rotate=False, custom_model=custom_model)
+    s = resolve(config, dataset, custom_model=custom_model)
     inner = (s.inner.inner_steps, s.inner.inner_lr, s.test.test_inner_steps)
     return (
         s.learner.model,
@@ -212,7 +226,7 @@ def test_defaults_of_photos_follow_model_and_data():
     assert mini(MetaTrainConfig(), pool(84), custom_model=True)[2:] == MINI[2:], "a module of the user's own"
     assert mini(MetaTrainConfig(), pool(32)) == ("conv4", 64, 1, 0.4, 3, 16, 5, 3e-3, None)
     for shots, tasks in ((4, 4), (5, 2), (6, 2)):
-        assert resolve(MetaTrainConfig(shots=shots), pool(84), default_rotate=False).task.meta_batch == tasks
+        assert resolve(MetaTrainConfig(shots=shots), pool(84)).task.meta_batch == tasks
     given = MetaTrainConfig(
         width=8, inner_steps=2, inner_lr=0.3, test_inner_steps=4, meta_batch=3, query_shots=2, outer_lr=0.1,
         clip_value=7.0,
@@ -223,7 +237,7 @@ def test_defaults_of_photos_follow_model_and_data():
 
 @pytest.mark.parametrize("name", sorted(ALGORITHMS))
 def test_what_members_say_of_themselves_holds_for_photos_too(name: str):
-    small, photos = (resolve(MetaTrainConfig(algorithm=name), pool(side), default_rotate=False) for side in (28, 84))
+    small, photos = (resolve(MetaTrainConfig(algorithm=name), pool(side)) for side in (28, 84))
     assert (photos.task.meta_batch, photos.task.query_shots, photos.learner.width) == (4, 15, 32)
     kept = {
         "reptile": ("inner_lr", "inner_optimizer", "outer_optimizer", "outer_lr", "outer_schedule", "test_inner_steps"),
@@ -241,15 +255,15 @@ def test_what_members_say_of_themselves_holds_for_photos_too(name: str):
 
 
 def test_settings_of_an_older_run_stay_as_they_are():
-    new = resolve(MetaTrainConfig(), pool(84), default_rotate=False)
-    assert resolve(new, pool(84), default_rotate=False) == new
+    new = resolve(MetaTrainConfig(), pool(84))
+    assert resolve(new, pool(84)) == new
     old = dataclasses.replace(new, clip_value=None, width=64, inner_lr=0.4)
-    assert resolve(old, pool(84), default_rotate=False) == old, "its gradient was not clipped"
+    assert resolve(old, pool(84)) == old, "its gradient was not clipped"
 
 
 def test_what_the_user_gave_is_kept():
     given = MetaTrainConfig(ways=3, inner_lr=0.0, inner_steps=0, rotate=False, test_shots=2, width=8, adapt_norm=False)
-    settled = resolve(given, pool(), default_rotate=True)
+    settled = resolve(given, turned)
     for field in ("ways", "inner_lr", "inner_steps", "rotate", "test_shots", "width", "adapt_norm"):
         assert flat(settled)[field] == flat(given)[field]
     assert hyper(settled, "cross_entropy") == {
@@ -264,28 +278,28 @@ def test_what_the_user_gave_is_kept():
 
 
 def test_settling_twice_changes_nothing():
-    once = resolve(MetaTrainConfig(), pool(), default_rotate=True)
-    assert resolve(once, pool(), default_rotate=False) == once
+    once = resolve(MetaTrainConfig(), turned)
+    assert resolve(once, pool()) == once
 
 
 def test_curves_cannot_be_rotated_or_shifted():
     with pytest.raises(MetaftError, match="rotate: sinusoid"):
-        resolve(MetaTrainConfig(dataset="sinusoid", rotate=True), Sinusoid(), default_rotate=False)
+        resolve(MetaTrainConfig(dataset="sinusoid", rotate=True), Sinusoid())
     with pytest.raises(MetaftError, match="inner_augment: sinusoid has no images to shift"):
-        resolve(MetaTrainConfig(dataset="sinusoid", inner_augment="shift"), Sinusoid(), default_rotate=False)
+        resolve(MetaTrainConfig(dataset="sinusoid", inner_augment="shift"), Sinusoid())
     with pytest.raises(MetaftError, match=r"dropout: protonet takes none in its inner loop \(given 0.5\)"):
-        resolve(MetaTrainConfig(algorithm="protonet", dropout=0.5), pool(), default_rotate=True)
+        resolve(MetaTrainConfig(algorithm="protonet", dropout=0.5), pool())
 
 
 def test_tests_take_no_fewer_inner_steps_than_training():
     for steps, tested in ((1, 3), (5, 5)):
-        assert resolve(MetaTrainConfig(inner_steps=steps), pool(), default_rotate=True).test.test_inner_steps == tested
+        assert resolve(MetaTrainConfig(inner_steps=steps), pool()).test.test_inner_steps == tested
 
 
 @pytest.mark.parametrize("name", sorted(ALGORITHMS))
 def test_no_member_is_tested_with_fewer_inner_steps_than_it_takes_in_training(name: str):
     steps = 40 if "inner_steps" in hyper_parameters(name) else None
-    settled = resolve(MetaTrainConfig(algorithm=name, inner_steps=steps), pool(), default_rotate=True)
+    settled = resolve(MetaTrainConfig(algorithm=name, inner_steps=steps), pool())
     assert settled.test.test_inner_steps >= (settled.inner.inner_steps or 0)
 
 
@@ -301,14 +315,14 @@ def test_no_member_is_tested_with_fewer_inner_steps_than_it_takes_in_training(na
     ],
 )
 def test_members_have_outer_settings_and_test_steps_of_their_own(name: str, outer: tuple[str, float, str], tested: int):
-    settled = resolve(MetaTrainConfig(algorithm=name), pool(), default_rotate=True)
+    settled = resolve(MetaTrainConfig(algorithm=name), pool())
     assert (settled.outer.outer_optimizer, settled.outer.outer_lr, settled.outer.outer_schedule) == outer
     assert settled.test.test_inner_steps == tested
 
 
 def test_defaults_of_maml_plus_plus():
     config = MetaTrainConfig(algorithm="maml++", dataset="sinusoid", hyper=("multi_step=0",))
-    settled = resolve(config, Sinusoid(), default_rotate=False)
+    settled = resolve(config, Sinusoid())
     assert (settled.inner.inner_steps, settled.inner.adapt_norm, settled.outer.outer_schedule) == (5, False, "cosine")
     given = hyper(settled, "mse")
     assert (given["iterations"], given["multi_step"]) == (15000, 0.0)

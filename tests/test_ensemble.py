@@ -68,7 +68,14 @@ def test_without_an_ensemble_that_is_said(in_tmp: Path, capsys: Any) -> None:
     assert not RunFolder(in_tmp / "run").all_kept()
     capsys.readouterr()
     assert evaluate.main(["run", "--checkpoint", "ensemble"]) == 2
-    one_line(capsys, "checkpoint: run kept no ensemble", "--keep-best 5")
+    one_line(capsys, "checkpoint: run kept no ensemble", "metaft.meta_train --keep-best 5 keeps")
+    more = options(IMAGES, dataset="folder:data", image_size=8, iterations=1, out="several", keep_best=3)
+    assert meta_train.main(more) == 0
+    capsys.readouterr()
+    assert evaluate.main(["several", "--checkpoint", "ensemble"]) == 2
+    one_line(
+        capsys, "several kept no ensemble; it was to keep 3 checkpoints, one at each validation, and has come to 1"
+    )
 
 
 @pytest.mark.parametrize("name", ["maml", "protonet", "baseline"])

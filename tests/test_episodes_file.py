@@ -94,6 +94,7 @@ def changed(part: str, place: int, pair: Any) -> Callable[[list[Any]], list[Any]
         (lambda lines: [], "holds no episodes"),
         (lambda lines: [*lines, "{"], "line 3, is no JSON"),
         (lambda lines: [*lines, [1]], r'line 3: an episode is \{"support": .* holds list'),
+        (lambda lines: [*lines, '{"support": [], "query": [], "support": []}'], "line 3: 'support' stands there twice"),
         (lambda lines: [*lines, {"support": []}], "line 3: an episode is .* holds support"),
         (lambda lines: [lines[0], {**lines[1], "query": []}], r"line 2: query is no list of \[PATH, LABEL\] pairs"),
         (changed("support", 0, ["p/6.png"]), r"line 2: support: \['p/6.png'\] is no \[PATH, LABEL\]"),

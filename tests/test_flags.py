@@ -103,6 +103,7 @@ def test_words_without_a_flag_may_stand_anywhere(command: str, argv: list[str], 
         ("evaluate", "--shots 3", "run: RUN is missing: Run folder of metaft.meta_train."),
         ("evaluate", "r s", "unexpected 's'; options begin with --"),
         ("evaluate", "--episode 3", "unknown option --episode; did you mean '--episodes'?"),
+        ("predict", "r i --tops 3", "unknown option --tops; did you mean '--top'?"),
         ("predict", "r", "images: IMAGE|FOLDER... is missing: Picture files, or folders"),
     ],
 )
@@ -112,6 +113,13 @@ def test_what_is_wrong_is_said_in_one_line(command: str, line: str, said: str) -
     pattern = re.escape(said).replace(r"\.\*", ".*")
     assert re.match(pattern, str(caught.value)), caught.value
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("word", ["--unknown", "--xyz"])
+def test_nothing_is_suggested_that_is_not_near(word: str) -> None:
+    with pytest.raises(MetaftError) as caught:
+        given("adapt", word, "3")
+    assert str(caught.value) == f"unknown option {word}"
 
 
 # ---- help ---------------------------------------------------------------------------------------------------------

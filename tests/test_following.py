@@ -19,7 +19,8 @@ from metaft import evaluate, meta_train
 from metaft.config import MetaTrainConfig
 from metaft.errors import Interrupted
 from metaft.objective import Objective
-from metaft.runs.following import brought, to_go_on
+from metaft.runs.following import to_go_on
+from metaft.runs.from_python import brought
 
 
 def net() -> nn.Module:

@@ -169,6 +169,8 @@ def test_what_is_left_is_named() -> None:
     [
         (0, 0, "the head alone"),
         (4000, 0, "the head, and all 4,000 numbers of the backbone"),
+        (3999, 0, "the head, and 3,999 numbers in the backbone, which has 4,000 (100 %)"),
+        (4424, 0, "the head, and 4,424 numbers in the backbone, which has 4,000 (111 %)"),
         (60, 1, ("the head, and 60 numbers in the backbone, which has 4,000 (1.5 %); 1 of its weights could not take "
          "part: w0")),
         (60, 6, ("the head, and 60 numbers in the backbone, which has 4,000 (1.5 %); 6 of its weights could not take "

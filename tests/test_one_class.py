@@ -44,6 +44,9 @@ def test_a_data_set_of_the_users_own_is_no_exception(tmp_path: Path) -> None:
         def describe(self) -> dict[str, object]:
             return {}
 
+        def source(self, **sizes: Any) -> Any:
+            raise AssertionError("before any task is drawn")
+
     own: Any = Own()
     with pytest.raises(MetaftError, match=REFUSED):
         meta_train.run(images(tmp_path / "run", model=None, ways=1), dataset=own)

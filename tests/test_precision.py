@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import platform
 import subprocess
 import sys
@@ -249,13 +250,25 @@ def test_what_cannot_compute_in_bf16_is_one_line() -> None:
         assemble(images(precision="bf16"), dataset=pool(), module=Scaled())
 
 
+def noted(said: str, is_said: bool) -> Any:
+    return pytest.warns(MetaftWarning, match=said) if is_said else contextlib.nullcontext()
+
+
+@pytest.mark.parametrize("name", ["maml", "anil", "fomaml", "protonet", "reptile"])
+def test_recomputed_steps_of_a_member_that_keeps_none_are_a_note(name: str) -> None:
+    with noted(rf"^inner_checkpoint: {name} differentiates no inner step", name not in ("maml", "anil")):
+        assemble(images(algorithm=name, inner_checkpoint=True), dataset=pool())
+
+
 def test_tf32_is_switched_for_a_run_and_switched_back() -> None:
     def switches() -> tuple[Any, Any]:
         return torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
 
     before = switches()
     for precision, inside in (("tf32", True), ("fp32", False), ("bf16", False)):
-        with engine_for(assemble(images(precision=precision), dataset=pool())):
+        with noted(r"^precision: tf32 is for GPUs; on this CPU it is fp32$", precision == "tf32"):
+            parts = assemble(images(precision=precision), dataset=pool())
+        with engine_for(parts):
             assert switches() == (inside, inside)
         assert switches() == before
     with pytest.raises(KeyError), matrix_units("tf32"):

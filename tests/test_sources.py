@@ -20,7 +20,7 @@ from PIL import Image
 from metaft.errors import DataError, MetaftError, MetaftWarning
 from metaft.inputs.reading import open_image, read
 from metaft.support.cache import cached
-from metaft.tasks import ClassPool, Sinusoid, default_rotate, folder, glyphs, load, omniglot
+from metaft.tasks import ClassPool, Sinusoid, folder, glyphs, load, omniglot
 from metaft.tasks.folder import rank_split
 from metaft.tasks.letters import SAME_SHAPE, SCRIPTS, clean, faces_of, table
 from metaft.tasks.omniglot import HELD_OUT_ALPHABETS, OMNIGLOT_SPLITS, Character, characters, find
@@ -666,10 +666,14 @@ def test_every_data_set_describes_itself_in_plain_data(letters: ClassPool) -> No
         assert data.to("cpu").shape == data.shape
 
 
-def test_rotation_is_the_default_only_where_the_protocol_has_it() -> None:
-    assert default_rotate("omniglot")
-    assert default_rotate("omniglot", "finn")
-    assert not any(default_rotate(*a) for a in (("omniglot", "vinyals"), ("glyphs",), ("folder:x",), ("sinusoid",)))
+def test_rotation_is_the_default_only_where_the_protocol_has_it(tiny_omniglot: Path, letters: ClassPool) -> None:
+    def turned(name: str, split: str | None = None) -> bool:
+        return load(name, data_root=str(tiny_omniglot), split=split).default_rotate  # type: ignore[reportAttributeAccessIssue]
+
+    assert turned("omniglot")
+    assert turned("unlabelled:omniglot", "finn")
+    assert not any(turned("omniglot", split) for split in ("vinyals", "alphabets"))
+    assert not letters.default_rotate
 
 
 def test_data_sets_and_pools_meet_the_protocol(letters: ClassPool) -> None:

@@ -365,6 +365,7 @@ def add(line: str) -> Callable[[str], str]:
         ("val", lambda text: "filename,label\n", r"val\.csv has no rows"),
         ("val", lambda text: "", r"val\.csv has no column 'filename' or 'path' .* holds nothing"),
         ("test", put("label", "wnid"), r"test\.csv has no column 'label' .* holds filename, wnid"),
+        ("test", put("label", "label,path"), r"test\.csv has columns 'filename' and 'path', which say the same"),
         ("train", put(ROW, "n0100000000.png,\n"), r"train\.csv, line 2: label is empty"),
         ("train", put(ROW, "a,b,c\n"), r"train\.csv, line 2: more values than columns"),
         ("train", put(ROW, "no.png,n01\n"), r"train\.csv, line 2: .*images/no\.png is not there; .*--skip-bad"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,13 @@ import numpy as np
 import pytest
 import scenarios
 import torch
-from helpers import Convolutions
+from helpers import Convolutions, pool
 from torch import Tensor, nn
 
 from metaft import algorithms, engines, models, testing
 from metaft.config import EvaluateConfig, MetaTrainConfig
 from metaft.engines import parallel
+from metaft.errors import MetaftError
 from metaft.metrics import better, figure, mean_ci95, nearest_neighbour
 from metaft.testing import meta_test, score_episodes, summarise, task_scores
 from metaft.types import NORMS, Fast, Norm
@@ -229,6 +231,39 @@ def test_a_module_that_cannot_be_batched_is_tested_task_by_task() -> None:
     for i in (0, 17):
         task = scenarios.one(source.episodes(3, "val", [i]))
         assert torch.equal(task_scores(algorithm, meta, state, task, ways=3, steps=2).double(), scores[i])
+
+
+@pytest.mark.parametrize("ways", [2, 4])
+def test_tasks_of_other_ways_than_the_head_has_outputs_are_refused(ways: int) -> None:
+    data = pool()
+    model = models.build("conv4", ways=3, shape=data.shape, width=4, seed=0)
+    how: Any = {"split": "test", "seed": 0, "episodes": 2, "steps": 1}
+    for name in sorted(algorithms.ALGORITHMS):
+        member = algorithms.build(name, model, {"loss": "cross_entropy"})
+        start, source = member.init(0), data.source(ways=ways, shots=1, query_shots=1)
+        if member.any_ways:
+            assert score_episodes(engines.Vmap(), member, *start, source, **how).shape[0] == 2
+            continue
+        said = f"^ways: {re.escape(name)} learned a head with 3 outputs, and tasks of squares-8 have {ways} classes$"
+        with pytest.raises(MetaftError, match=said):
+            score_episodes(engines.Vmap(), member, *start, source, **how)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"steps": -1}, "steps must be at least 0, got -1"),
+        ({"steps": 1.5}, "steps must be a whole number, got 1.5"),
+        ({"episodes": 0}, "episodes must be at least 1, got 0"),
+    ],
+)
+def test_counts_of_a_test_are_checked(given: dict[str, Any], said: str) -> None:
+    data = pool()
+    model = models.build("conv4", ways=3, shape=data.shape, width=4, seed=0)
+    how: Any = {"split": "test", "seed": 0, "episodes": 2, "steps": 1, **given}
+    member, source = algorithms.maml(model), data.source(ways=3, shots=1, query_shots=1)
+    with pytest.raises(MetaftError, match=f"^{said}$"):
+        meta_test(engines.Vmap(), member, *member.init(0), source, **how)
 
 
 def test_summary_is_a_mean_over_tasks_of_the_last_step() -> None:

@@ -28,7 +28,6 @@ def make(workload: Workload, params: Params, tasks: Tasks, options: Options) -> 
         raise metaft.MetaftError(
             f"{dataset.name} has inputs of {dataset.shape}, {workload.name} takes {workload.shape}"
         )
-    rotate = metaft.tasks.default_rotate(options.dataset)
     config = resolve(
         MetaTrainConfig(
             dataset=dataset.name,
@@ -41,10 +40,13 @@ def make(workload: Workload, params: Params, tasks: Tasks, options: Options) -> 
             outer_schedule="constant",
         ),
         dataset,
-        default_rotate=rotate,
     )
     source = dataset.to(str(device)).source(
-        ways=workload.ways, shots=workload.shots, query_shots=workload.query_shots, rotate=rotate, splits=("train",)
+        ways=workload.ways,
+        shots=workload.shots,
+        query_shots=workload.query_shots,
+        rotate=config.data.rotate,
+        splits=("train",),
     )
     model = model_for(workload, tasks.support_x)
     algorithm = algorithm_for(workload, model, options)

@@ -86,6 +86,9 @@ class Algorithm:
     attention, kept away from."""
     any_ways: bool = False
     """Whether a task at test may have another number of classes than in training."""
+    outputs: int | None = None
+    """How many classes a head that is learned tells apart, which tasks have to have; None where it is of any, or of
+    nobody knows how many."""
     adapts_head: bool = True
     """Whether a task's own classes shape its head. Where not, classes that start from equal rows stay equal."""
     predict_steps: Predict | None = None

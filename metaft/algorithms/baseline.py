@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -12,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metaft.algorithms.base import Algorithm, moments_for
-from metaft.errors import MetaftError
+from metaft.errors import MetaftError, check_count, check_rate
 from metaft.inner import at_step, value_and_grad
 from metaft.metrics import figure, label
 from metaft.models import Model
@@ -127,11 +126,9 @@ def _pretrained(name: str, model: Model, loss: Loss, classes: int, norm: Norm, h
     """Both members, up to their heads. Raises MetaftError as they do."""
     if loss != "cross_entropy":
         raise MetaftError(f"{name} classifies; it cannot learn a data set whose loss is {label(loss)!r}")
-    if classes < 1:
-        raise MetaftError(f"classes must be at least 1, got {classes}")
+    check_count("classes", classes, 1)
     for field, value in {"inner_lr" if k == "lr" else k: v for k, v in sgd.items()}.items():
-        if not 0 <= value < math.inf:
-            raise MetaftError(f"{field} must be at least 0 and finite, got {value}")
+        check_rate(field, value)
     layer = model.head[0].rpartition(".")[0]
     body = [k for k in model.params if k not in model.head]
     recipe = _Recipe(model, head, layer, body, {part: f"{layer}.{part}" for part in head.rows}, sgd)

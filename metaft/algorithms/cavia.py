@@ -11,7 +11,7 @@ from torch import nn
 
 from metaft.algorithms.base import Algorithm
 from metaft.algorithms.gradient import Hooks, by_gradient
-from metaft.errors import MetaftError
+from metaft.errors import MetaftError, check_count
 from metaft.inner_augment import Augment
 from metaft.inner_optim import InnerOptimizer
 from metaft.models import Model
@@ -60,8 +60,7 @@ def cavia(
     Raises MetaftError for an inner_lr or inner_steps below 0, an unknown optimiser, a context below 1, or a model
     without such a layer.
     """
-    if context < 1:
-        raise MetaftError(f"context must be at least 1, got {context}")
+    check_count("context", context, 1)
     shift, scale = _entry(model, layer)
     maps = {k + MAP: model.params[k].new_zeros(len(model.params[k]), context) for k in (shift, scale) if k is not None}
     algorithm = by_gradient(

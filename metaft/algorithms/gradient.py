@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -13,7 +12,7 @@ from metaft import inner, inner_optim
 from metaft import inner_augment as inner_augments
 from metaft.algorithms.base import Algorithm, apply_fast
 from metaft.algorithms.query import query_loss
-from metaft.errors import MetaftError, check_ways
+from metaft.errors import check_count, check_rate, check_ways
 from metaft.inner_augment import Augment
 from metaft.inner_optim import InnerOptimizer
 from metaft.models import Model
@@ -93,10 +92,8 @@ def by_gradient(
     or an unknown optimiser or augmentation.
     """
     check_ways("ways", model.outputs, loss)
-    if not 0 <= inner_lr < math.inf:
-        raise MetaftError(f"inner_lr must be at least 0 and finite, got {inner_lr}")
-    if inner_steps < 0:
-        raise MetaftError(f"inner_steps must be at least 0, got {inner_steps}")
+    check_rate("inner_lr", inner_lr)
+    check_count("inner_steps", inner_steps, 0)
     optimizer, augment = inner_optim.make(inner_optimizer), inner_augments.named(inner_augment)
     descent = _Descent(model, loss, inner_lr, optimizer, augment, first_order, adapted, halvings, hooks)
     adapt, predict = functools.partial(_adapt, descent), functools.partial(apply_fast, model)
@@ -119,6 +116,7 @@ def by_gradient(
         ),
         curvature=not first_order,
         any_ways=any_ways,
+        outputs=None if any_ways else model.outputs,
         adapts_head=not set(model.head).isdisjoint(adapted),
     )
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from metaft.algorithms.base import Algorithm, TaskGrad
 from metaft.algorithms.gradient import Hooks, by_gradient
 from metaft.algorithms.query import Judge, judge
-from metaft.errors import MetaftError
+from metaft.errors import MetaftError, check_count
 from metaft.inner import hessian_product, value_and_grad
 from metaft.inner_optim import InnerOptimizer
 from metaft.models import Model
@@ -72,12 +72,10 @@ def imaml(
         raise MetaftError(f"strength must be above 0, got {strength}")
     if not damping >= 0:
         raise MetaftError(f"damping must be at least 0, got {damping}")
-    if line_search < 0:
-        raise MetaftError(f"line_search must be at least 0, got {line_search}")
+    check_count("line_search", line_search, 0)
     if model.drops:
         raise MetaftError("dropout: imaml takes a model without it, since all its steps must go down the same loss")
-    if cg_steps < 1:
-        raise MetaftError(f"cg_steps must be at least 1, got {cg_steps}")
+    check_count("cg_steps", cg_steps, 1)
 
     descent = by_gradient(
         "imaml",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -13,7 +12,7 @@ from torch import Tensor
 from metaft import inner_augment as inner_augments
 from metaft import inner_optim
 from metaft.algorithms.base import Algorithm, TaskGrad, apply_fast
-from metaft.errors import MetaftError, check_ways
+from metaft.errors import check_count, check_rate, check_ways
 from metaft.inner import collect, value_and_grad
 from metaft.inner_augment import Augment
 from metaft.inner_optim import InnerOptimizer
@@ -58,13 +57,10 @@ def reptile(
 
     Raises MetaftError for an inner_lr below 0, inner_steps or a batch_size below 1, or an unknown optimiser.
     """
-    if not 0 <= inner_lr < math.inf:
-        raise MetaftError(f"inner_lr must be at least 0 and finite, got {inner_lr}")
     check_ways("ways", model.outputs, loss)
-    if inner_steps < 1:
-        raise MetaftError(f"inner_steps must be at least 1, got {inner_steps}")
-    if batch_size < 1:
-        raise MetaftError(f"batch_size must be at least 1, got {batch_size}")
+    check_rate("inner_lr", inner_lr)
+    check_count("inner_steps", inner_steps, 1)
+    check_count("batch_size", batch_size, 1)
     optimizer, augment = inner_optim.make(inner_optimizer), inner_augments.named(inner_augment)
     training = _Training(model, loss, inner_lr, optimizer, augment, batch_size, keep_moments)
     return Algorithm(
@@ -77,6 +73,7 @@ def reptile(
         norm=norm,
         task_grad=functools.partial(_task_grad, training, inner_steps),
         curvature=False,
+        outputs=model.outputs,
     )
 
 

@@ -112,6 +112,11 @@ def _how(r: Mapping[str, Any]) -> str:
     return f"{how}, batches of {r['batch_size']}{of}, {r['epochs_run']} {most}epochs"
 
 
+def _share(percent: float) -> str:
+    """Two digits, or all that a larger one has before its point."""
+    return f"{percent:.2g}" if percent < 99.5 else f"{percent:.0f}"
+
+
 def what_trained(trained: Mapping[str, Any] | None) -> list[str]:
     """What of the first start moved; runs of earlier versions do not say."""
     if not trained:
@@ -121,7 +126,7 @@ def what_trained(trained: Mapping[str, Any] | None) -> list[str]:
     if numbers == of:
         what = f"the head, and all {of:,} numbers of the backbone"
     elif numbers:
-        what = f"the head, and {numbers:,} numbers in the backbone, which has {of:,} ({100 * numbers / of:.2g} %)"
+        what = f"the head, and {numbers:,} numbers in the backbone, which has {of:,} ({_share(100 * numbers / of)} %)"
     if stays:
         names = ", ".join(stays[:_STAYS]) + (f" and {len(stays) - _STAYS} more" if len(stays) > _STAYS else "")
         what += f"; {len(stays)} of its weights could not take part: {names}"

@@ -16,19 +16,14 @@ def rows(
     """(line, column -> value) of each row. `needed` has a column's name here -> those that it may have in the first
     line; `optional` ones are there or not.
 
-    Raises DataError that names the file, the line and what is wrong there: a column that is missing, there twice or
-    nearly an optional one by its name, a value that is empty, not text, or of no column.
+    Raises DataError that names the file, the line and what is wrong there: a column that is missing, there twice
+    (also by another name) or nearly an optional one by its name, a value that is empty, not text, or of no column.
     """
     try:
         with open(file, encoding="utf-8-sig", newline="") as stream:
             table = csv.DictReader(stream)
             has = table.fieldnames or ()
-            columns = {name: next((known for known in names if known in has), "") for name, names in needed.items()}
-            for name, column in columns.items():
-                if not column:
-                    either = " or ".join(map(repr, needed[name]))
-                    held = ", ".join(has) or "nothing"
-                    raise DataError(f"{file} has no column {either} in its first line, which holds {held}")
+            columns = {name: _one_of(file, has, names) for name, names in needed.items()}
             columns |= {name: name for name in optional if name in has}
             _check_names(file, has, set(columns.values()), optional)
             for row in table:
@@ -43,6 +38,17 @@ def unread(file: Path, known: Collection[str]) -> list[str]:
     """The columns of a table that `rows` could read which are none of these."""
     with open(file, encoding="utf-8-sig", newline="") as stream:
         return [name for name in csv.DictReader(stream).fieldnames or () if name not in known]
+
+
+def _one_of(file: Path, has: Sequence[str], names: Sequence[str]) -> str:
+    """The column that has one of these names. Raises DataError where none or several have."""
+    there = [name for name in names if name in has]
+    if not there:
+        either, held = " or ".join(map(repr, names)), ", ".join(has) or "nothing"
+        raise DataError(f"{file} has no column {either} in its first line, which holds {held}")
+    if len(there) > 1:
+        raise DataError(f"{file} has columns {' and '.join(map(repr, there))}, which say the same; leave one of them")
+    return there[0]
 
 
 def _check_names(file: Path, has: Sequence[str], used: Collection[str], optional: Sequence[str]) -> None:

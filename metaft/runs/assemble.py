@@ -97,7 +97,7 @@ def assemble(
         raise no_such("init", init, get_args(Init))
     device = device_of(config.compute.device)
     config = in_full(with_member(config))
-    config, dataset, rotate = _with_data(config, dataset, classes or {})
+    config, dataset = _with_data(config, dataset, classes or {})
     shape = list((architecture or {}).get("shape", dataset.shape))
     if shape != list(dataset.shape):
         raise MetaftError(
@@ -106,25 +106,27 @@ def assemble(
     begun = begin_from(config, dataset, snapshot, module)
     if begun is not None:
         config, dataset = begun.settings(config), begun.dataset
-    settled = resolve(config, dataset, default_rotate=rotate, custom_model=module is not None)
+    settled = resolve(config, dataset, custom_model=module is not None)
     is_users = module is not None or not models.is_ours(settled.learner.model)
-    example = None
     if begun is not None:
         model = begun.model(settled, snapshot, device)
     elif module is None:
         model = _built(settled, dataset, device)
     else:
-        if settled.learner.dropout:
-            raise MetaftError(f"dropout: a module from Python brings its own (given {settled.learner.dropout})")
         model = _handed(module, init, settled, snapshot, device)
+    example = _example(dataset, settled)
     if is_users:
-        example = _example(dataset, settled)
         models.check_repeats(model, dataset.shape, example)
+    elif example is not None and example.dtype != (own := next(iter(model.params.values())).dtype):
+        raise MetaftError(
+            f"dataset: {dataset.name} gives inputs in {example.dtype}, and {settled.learner.model} computes in {own}"
+        )
     model = _computing_as(model, settled, example, dataset.shape)
     minimised: Loss = dataset.loss if loss is None else loss
     if callable(minimised) or isinstance(minimised, Objective):
         _check_loss(minimised if isinstance(minimised, Objective) else Objective(minimised), model, dataset, settled)
     algorithm = algorithms.build(settled.learner.algorithm, model, hyper(settled, minimised))
+    _note_unused(settled, algorithm, device)
     if not algorithm.init(settled.compute.seed)[0]:
         raise MetaftError(
             f"algorithm: {settled.learner.algorithm} has nothing to learn here, all but its head is frozen in the "
@@ -140,10 +142,10 @@ def assemble(
 
 def _with_data(
     config: MetaTrainConfig, dataset: Dataset | None, classes: Mapping[str, Collection[str]]
-) -> tuple[MetaTrainConfig, Dataset, bool]:
-    """The settings with the data set as it is to be named, the data, and whether to rotate them by default."""
+) -> tuple[MetaTrainConfig, Dataset]:
+    """The settings with the data set as it is to be named, and the data."""
     if dataset is not None:
-        return dataclasses.replace(config, dataset=places.named_in_full(dataset.name)), dataset, False
+        return dataclasses.replace(config, dataset=places.named_in_full(dataset.name)), dataset
     dataset = tasks.load(
         config.data.dataset,
         data_root=config.data.data_root,
@@ -156,7 +158,7 @@ def _with_data(
     )
     if places.path_of(config.data.dataset)[1] is not None:
         config = dataclasses.replace(config, dataset=dataset.name)  # where it is now
-    return config, dataset, tasks.default_rotate(config.data.dataset, config.data.split)
+    return config, dataset
 
 
 def _built(config: Settled, dataset: Dataset, device: str) -> Model:
@@ -245,6 +247,19 @@ def _mappable(config: Settled, model: Model, algorithm: Algorithm, dataset: Data
     obstacle = next(filter(None, reasons))
     print(f"engine: {engine}, one task at a time: vmap cannot take this module ({obstacle})", file=sys.stderr)
     return dataclasses.replace(config, engine=engine, task_chunk=1)
+
+
+def _note_unused(config: Settled, algorithm: Algorithm, device: str) -> None:
+    """Warns of settings of how to compute that change nothing here."""
+    if config.compute.precision == "tf32" and device == "cpu":
+        warnings.warn("precision: tf32 is for GPUs; on this CPU it is fp32", MetaftWarning, stacklevel=2)
+    if config.compute.inner_checkpoint and not algorithm.curvature:
+        name = algorithm.name
+        warnings.warn(
+            f"inner_checkpoint: {name} differentiates no inner step, so that this changes nothing",
+            MetaftWarning,
+            stacklevel=2,
+        )
 
 
 def _scores(algorithm: Algorithm, ways: int, steps: int, shared: tuple[Params, Params], task: Episode) -> torch.Tensor:

@@ -14,19 +14,6 @@ if TYPE_CHECKING:
     from metaft.runs.assemble import Parts
 
 
-def brought(
-    *, module: object = None, init: str = "keep", loss: object = None, dataset: object = None
-) -> tuple[str, ...]:
-    """The arguments that a run was handed in Python and no command line has, as they are written there."""
-    arguments = [
-        ("module=...", module is not None),
-        (f"init={init!r}", module is not None and init != "keep"),
-        (f"loss={loss!r}" if isinstance(loss, str) else "loss=...", loss is not None),
-        ("dataset=...", dataset is not None),
-    ]
-    return tuple(argument for argument, is_given in arguments if is_given)
-
-
 def to_go_on(path: Path, from_python: Sequence[str], processes: int = 1) -> str:
     """How a run that was stopped goes on, on so many processes."""
     if from_python:

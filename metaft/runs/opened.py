@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from metaft.cli import of_run
-from metaft.config import MetaTrainConfig
+from metaft.config import MetaTrainConfig, read_toml
 from metaft.errors import CheckpointError
 from metaft.runs.folder import RunFolder
 from metaft.runs.snapshot import Snapshot, load_snapshot
@@ -26,9 +26,11 @@ def read_kept(run: RunFolder) -> list[Snapshot]:
     """The checkpoints of a run's ensemble. Raises CheckpointError where it has none, or one cannot be read."""
     kept = run.all_kept()
     if len(kept) < 2:
-        raise CheckpointError(
-            f"checkpoint: {run.path} kept no ensemble; metaft.meta_train --keep-best 5 keeps the five best checkpoints"
-        )
+        keeps = read_toml(run.config).get("keep_best", 1)
+        why = "metaft.meta_train --keep-best 5 keeps the five best checkpoints"
+        if isinstance(keeps, int) and keeps > 1:
+            why = f"it was to keep {keeps} checkpoints, one at each validation, and has come to {max(len(kept), 1)}"
+        raise CheckpointError(f"checkpoint: {run.path} kept no ensemble; {why}")
     return [read_snapshot(run, path) for path in kept.values()]
 
 

@@ -6,11 +6,12 @@ import contextlib
 import dataclasses
 import os
 import unicodedata
+import warnings
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from metaft.errors import DataError, MetaftError
+from metaft.errors import DataError, MetaftError, MetaftWarning
 from metaft.options import Config, flat
 from metaft.spec import Spec, Takes, parse, write
 from metaft.support.output import say
@@ -22,6 +23,19 @@ _PATHS = {"folder": Takes("PATH"), "csv": Takes("FILE"), "unlabelled": Takes("PA
 
 NAMED = ("glyphs", "omniglot", "mini-imagenet")
 """What stands after "unlabelled:" and is a data set's name, no path."""
+
+
+_DRAWN = ("glyphs", "sinusoid")
+"""Data that metaft makes itself."""
+
+
+def note_root(data_root: str | None, *names: str) -> None:
+    """Warns of a folder of data sets where none of these data lie in files."""
+    kinds = {name.removeprefix("unlabelled:").partition(":")[0] for name in names}
+    if data_root is not None and kinds <= set(_DRAWN):
+        of = " and ".join(sorted(kinds))
+        said = f"data_root: no files belong to {of}, so nothing is looked for there (given {data_root!r})"
+        warnings.warn(said, MetaftWarning, stacklevel=3)
 
 
 def parsed(field: str, name: str, members: Mapping[str, Takes]) -> Spec:

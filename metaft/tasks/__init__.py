@@ -31,7 +31,6 @@ __all__ = [
     "ClassPool",
     "Sinusoid",
     "UnlabelledPool",
-    "default_rotate",
     "folder",
     "glyphs",
     "hide",
@@ -184,12 +183,3 @@ def load(
         raise DataError(f"{field}: {error}") from None
     except OSError as error:  # a name that is too long, a folder that may not be read
         raise DataError(f"{field}: {value!r} cannot be read ({error.strerror})") from None
-
-
-def default_rotate(dataset: str, split: str | None = None) -> bool:
-    """Whether episodes turn each class by random quarter turns when the user does not say.
-
-    Only where the published protocol does: the MAML paper's Omniglot. Elsewhere a turned class is another class
-    (Vinyals' split, Canadian syllabics) or not a picture one would meet.
-    """
-    return dataset.removeprefix("unlabelled:") == "omniglot" and (split or DATASETS["omniglot"].splits[0]) == "finn"

@@ -160,10 +160,23 @@ def _lines(file: Path, text: str) -> Iterator[tuple[int, dict[str, _Pairs]]]:
         if line.strip():
             where = f"{file}, line {number}"
             try:
-                given = json.loads(line)
+                given = json.loads(line, object_pairs_hook=_object)
+            except _Twice as error:
+                raise DataError(f"{where}: {error}") from None
             except (ValueError, RecursionError) as error:
                 raise DataError(f"{where}, is no JSON: {error}") from None
             yield number, _checked(where, file.parent, given)
+
+
+class _Twice(ValueError):
+    """A name that an object has twice, of which JSON's readers take the last."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    for i, (name, _) in enumerate(pairs):
+        if any(name == before for before, _ in pairs[:i]):
+            raise _Twice(f"{name!r} stands there twice")
+    return dict(pairs)
 
 
 def _checked(where: str, folder: Path, given: Any) -> dict[str, _Pairs]:

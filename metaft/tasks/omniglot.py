@@ -114,6 +114,7 @@ def omniglot(root: str | os.PathLike[str], split: str = "finn", *, skip_bad: boo
         inputs=inputs,
         turns=np.tile(np.arange(turns, dtype=np.int64), len(table)) if turns > 1 else None,
         skipped=skipped,
+        default_rotate=split == "finn",
     )
 
 

@@ -52,6 +52,9 @@ class ClassPool:
     """A device whose memory `images` are too large for: they stay where they are, and it is sent each episode's own."""
     skipped: Mapping[str, int] = dataclasses.field(default_factory=dict)
     """Class name -> how many of its pictures could not be read and were left out."""
+    default_rotate: bool = False
+    """Whether episodes turn each class by random quarter turns where nobody says: only where the published protocol
+    does. Elsewhere a turned class is another class, or not a picture one would meet."""
 
     loss: Loss = dataclasses.field(default="cross_entropy", init=False)
 
