@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # to be run as a f
 
 from benchmarks.adapted import apart, finished
 from metaft.after.comparing import Finished, differences, opened
-from metaft.metrics import beyond_chance
+from metaft.metrics import verdict
 from metaft.support.tables import markdown
 
 MEMBERS: dict[str, list[str]] = {
@@ -119,7 +119,7 @@ def gain(first: Finished, other: Finished) -> str:
 def interval(value: float, half: float | None, sign: str = "") -> str:
     """In %, bold where the interval of a difference leaves 0 out."""
     text = f"{100 * value:{sign}.1f}" + ("" if half is None else f" ± {100 * half:.1f}")
-    return f"**{text}**" if sign and beyond_chance(value, half) else text
+    return f"**{text}**" if sign and verdict(value, half) in ("above", "below") else text
 
 
 if __name__ == "__main__":

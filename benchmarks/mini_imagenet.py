@@ -63,17 +63,18 @@ def protonet(shots: int, ways: int, accuracy: float, ci95: float) -> Row:
     return Row(f"protonet-5w{shots}s", Published(accuracy, ci95, SNELL, "inductive"), config, note=note)
 
 
-def best_protonet() -> Row:
+def best_protonet(name: str, iterations: int, eval_every: int, start: Row | None = None) -> Row:
     """Ways and queries that cost an eighth, and distances divided by 64: without that the 1,600 features shrink before
     they tell classes apart (see `metaft.algorithms.protonet`)."""
+    model = {"model": "conv4-pool", "width": 64} if start is None else {}
     config = MetaTrainConfig(
-        dataset="mini-imagenet", algorithm="protonet", model="conv4-pool", width=64, hyper=("scale=0.015625",),
+        dataset="mini-imagenet", algorithm="protonet", hyper=("scale=0.015625",), **model,
         ways=10, shots=1, query_shots=5, meta_batch=1,
-        iterations=7000, outer_lr=1e-3, outer_schedule="cosine",
-        test_ways=5, test_query_shots=15, eval_every=1000, eval_episodes=200,
+        iterations=iterations, outer_lr=1e-3, outer_schedule="cosine",
+        test_ways=5, test_query_shots=15, eval_every=eval_every, eval_episodes=200,
     )  # fmt: skip
     note = "support and query are normalised each by itself"
-    return Row("protonet-5w1s-best", Published(49.42, 0.78, SNELL, "inductive"), config, family="best", note=note)
+    return Row(name, Published(49.42, 0.78, SNELL, "inductive"), config, start=start, family="best", note=note)
 
 
 def conv4_pretrained(width: int, iterations: int) -> Row:
@@ -87,18 +88,6 @@ def conv4_pretrained(width: int, iterations: int) -> Row:
     )  # fmt: skip
     published = Published(42.11, 0.71, "Chen et al. 2019, table 1, 64 filters", "inductive")
     return Row(f"conv4-{width}-pretrained", published, config, family="best", note="a head fitted by SGD at test")
-
-
-def pretrained_protonet(start: Row) -> Row:
-    """The settings of `best_protonet`, from features that tell classes apart."""
-    config = MetaTrainConfig(
-        dataset="mini-imagenet", algorithm="protonet", hyper=("scale=0.015625",),
-        ways=10, shots=1, query_shots=5, meta_batch=1,
-        iterations=2500, outer_lr=1e-3, outer_schedule="cosine",
-        test_ways=5, test_query_shots=15, eval_every=500, eval_episodes=200,
-    )  # fmt: skip
-    published, note = Published(49.42, 0.78, SNELL, "inductive"), "support and query are normalised each by itself"
-    return Row("pretrained-protonet-5w1s", published, config, start=start, family="best", note=note)
 
 
 def pretrained_maml(start: Row) -> Row:
@@ -142,7 +131,7 @@ PRETRAINED = pretrained()
 
 ROWS = (
     protonet(1, 30, 49.42, 0.78),
-    best_protonet(),
+    best_protonet("protonet-5w1s-best", 7000, 1000),
     maml(1, 48.70, 1.84),
     maml(1, 48.07, 1.75, first_order=True),
     *maml_plus_plus(1, 52.15, 0.26),
@@ -151,7 +140,7 @@ ROWS = (
     *maml_plus_plus(5, 68.32, 0.44),
     CONV4_32,
     CONV4_64,
-    pretrained_protonet(CONV4_64),
+    best_protonet("pretrained-protonet-5w1s", 2500, 500, CONV4_64),
     pretrained_maml(CONV4_32),
     PRETRAINED,
     after(PRETRAINED, "fomaml", 15, 64.42),

@@ -10,15 +10,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from metaft import look
-from metaft.cli import StopSignals, check_unchanged, fresh_folder, in_one, of_run, settings, stopped_at_once
+from metaft.cli import StopSignals, in_one, stopped_at_once
 from metaft.config import AdaptConfig, Init, to_toml
 from metaft.errors import MetaftError
 from metaft.options import flat, options
+from metaft.origin import settings
+from metaft.runs.recorded import check_unchanged, of_run
 from metaft.settings.compute import Origin
 from metaft.settings.finetuning import Recipe
 from metaft.support import places
 from metaft.support.modes import in_usual_modes
 from metaft.support.output import steady
+from metaft.support.taken import fresh_folder
 
 if TYPE_CHECKING:
     from torch import nn

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from metaft._version import __version__
-from metaft.cli import fresh_folder, in_one, stopped_at_once
+from metaft.cli import in_one, stopped_at_once
 from metaft.config import ChooseConfig
 from metaft.errors import MetaftError
 from metaft.flags import parse
@@ -19,7 +19,8 @@ from metaft.support import places
 from metaft.support.modes import in_usual_modes
 from metaft.support.output import steady
 from metaft.support.paths import local
-from metaft.support.whole import check_new, whole_or_nothing
+from metaft.support.taken import check_new, fresh_folder
+from metaft.support.whole import whole_or_nothing
 
 
 @dataclasses.dataclass(frozen=True, init=False)

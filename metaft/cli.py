@@ -1,24 +1,21 @@
-"""What the commands share: settings from the command line, TOML and runs, and errors as one line with a status."""
+"""What the commands share: errors as one line with a status, notes, signals, and the processes of a job."""
 
-# Above 300 lines: signals, errors, files and settings meet in every command, in this order.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
 import re
 import signal
 import sys
-import tempfile
 import threading
 import time
 import types
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from metaft.config import AdaptConfig, MetaTrainConfig, read_toml
+from metaft.config import read_toml
 from metaft.dist import patience
 from metaft.dist.group import join
 from metaft.dist.ranks import ALONE, Ranks
@@ -32,100 +29,11 @@ from metaft.errors import (
     SaidElsewhere,
     first_line,
 )
-from metaft.flags import parse
-from metaft.options import Config, Settings, flat, from_mapping, options
 from metaft.support.allocator import keep_freed_memory
-from metaft.support.collector import uncollected
 from metaft.support.memory import ran_out
-from metaft.support.names import is_text
 from metaft.support.output import of_command
-from metaft.support.paths import to_replace
 
 Opened = TypeVar("Opened")
-
-
-@uncollected()
-def settings(
-    arguments: type[Settings], config: type[Config], argv: Sequence[str], *, prog: str, launch: str | None = None
-) -> tuple[Config, Path | None]:
-    """Settings of a command that has `--config` and `--resume`: (what holds now, the run folder to go on with).
-
-    `arguments` is `config` with the group `Origin` added. What the command line leaves out is as in the TOML file or in
-    the run. A `launch` that was restarted goes on with the run that it began. Raises MetaftError for what `parse` and
-    `from_mapping` refuse, and for options that contradict each other.
-    """
-    for word in argv:
-        if not is_text(word):
-            raise MetaftError(f"{word!r} is not text; rename the file or folder")
-    given = parse(arguments, argv, prog=prog)
-    file, resume, auto_resume = (given.pop(name, None) for name in ("config", "resume", "auto_resume"))
-    if resume is not None and file is not None:
-        raise MetaftError("config: a resumed run has its own settings; give --resume or --config, not both")
-    if resume is not None and given.get("out") is not None:
-        raise MetaftError(f"out: a resumed run stays in its folder {resume}; leave --out {given['out']} away")
-    base = config()
-    if file is not None:
-        base = from_mapping(config, read_toml(Path(file)), origin=file)
-    elif resume is not None:
-        from metaft.runs.folder import RunFolder
-
-        try:
-            base = of_run(config, RunFolder.open(Path(resume)).config, "resume")
-        except CheckpointError as error:
-            raise CheckpointError(f"resume: {error}") from None
-    asked = dataclasses.replace(base, **given)
-    if resume is None and (auto_resume or _began(flat(asked)["out"], launch)):
-        return _taken_up(config, asked)
-    return asked, None if resume is None else Path(resume)
-
-
-def _began(out: str | None, launch: str | None) -> bool:
-    """Whether the run in `--out` is one that this launch began before it was restarted, and no other's."""
-    from metaft.runs.folder import RunFolder
-
-    return out is not None and launch is not None and RunFolder(Path(out)).began_by(launch)
-
-
-def _taken_up(kind: type[Config], config: Config) -> tuple[Config, Path | None]:
-    """Settings as given, and the run in `--out` where there is one to go on with."""
-    from metaft.runs.folder import RunFolder
-
-    out = flat(config)["out"]
-    if out is None:
-        raise MetaftError("auto_resume: give --out too, the folder of the run to go on with")
-    folder = RunFolder(Path(out))
-    if not folder.config.exists():
-        return config, None
-    recorded = of_run(kind, folder.config, "out")
-    config = dataclasses.replace(config, out=None)
-    if flat(config).get("engine") == "tune":  # once, for all
-        tuned = {name: flat(recorded)[name] for name in ("engine", "task_chunk")}
-        config = dataclasses.replace(config, **tuned)
-    return config, folder.path
-
-
-def of_run(config: type[Config], file: Path, field: str) -> Config:
-    """The settings in a run folder's `config.toml`. Raises MetaftError, naming `field`, for another command's run."""
-    values = read_toml(file)
-    for kind, other in CONFIGS.items():
-        if values.keys() <= options(other).keys() and not values.keys() <= options(config).keys():
-            own = next(name for name, settings in CONFIGS.items() if settings is config)
-            raise MetaftError(f"{field}: {file.parent} is a run of metaft.{kind}, not of metaft.{own}")
-    return from_mapping(config, values, origin=str(file))
-
-
-CONFIGS: dict[str, type[Settings]] = {"meta_train": MetaTrainConfig, "adapt": AdaptConfig}
-"""The commands that leave run folders, and the settings of each."""
-
-
-def check_unchanged(config: Settings, own: Settings, path: Path, *, except_for: Iterable[str]) -> None:
-    """Raises MetaftError for a setting that differs from the run's own and may not."""
-    theirs = flat(own)
-    for name, mine in flat(config).items():
-        if name in theirs and mine != theirs[name] and name not in except_for:
-            raise MetaftError(
-                f"{name}: a resumed run keeps its settings; {path} was started with {theirs[name]!r}, given {mine!r}"
-            )
 
 
 @of_command()
@@ -339,42 +247,3 @@ def stopped_at_once(message: str) -> Iterator[None]:
     finally:
         for number, handler in former.items():
             signal.signal(number, handler)
-
-
-def check_writable(path: Path, field: str, folder: Path) -> None:
-    """Raises CheckpointError, naming `field`, for a file that could not be written; `folder` is to hold it.
-
-    A device or pipe is left alone, since opening a pipe waits for its reader.
-    """
-    try:
-        target = to_replace(path)
-        if target is None:
-            return
-        with tempfile.TemporaryFile(dir=folder if target == path else target.parent):
-            pass
-    except OSError as error:
-        raise CheckpointError(f"{field}: {path} cannot be written ({error.strerror})") from None
-
-
-def check_own(path: Path, field: str, begins: Sequence[str], what: str) -> None:
-    """Raises MetaftError, naming `field`, for a file that holds something else than `what`, and would be replaced: it
-    does not begin with any of `begins`."""
-    try:
-        target = to_replace(path)
-        if target is None:
-            return
-        with target.open("rb") as file:
-            head = file.read(max(map(len, begins)))
-    except OSError:  # nothing is there; or `check_writable` says what is
-        return
-    if head and not head.startswith(tuple(each.encode() for each in begins)):
-        raise MetaftError(f"{field}: {path} is there, and is no {what}; name another file, or remove it")
-
-
-def fresh_folder(base: Path) -> Path:
-    """`base`, or the first of `base-2`, `base-3`, ... that is not taken."""
-    number, path = 1, base
-    while path.exists():
-        number += 1
-        path = base.with_name(f"{base.name}-{number}")
-    return path

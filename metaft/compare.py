@@ -18,7 +18,8 @@ from metaft.options import Option
 from metaft.support import tables
 from metaft.support.output import steady
 from metaft.support.paths import local
-from metaft.support.whole import check_new, whole_or_nothing
+from metaft.support.taken import check_new
+from metaft.support.whole import whole_or_nothing
 
 if TYPE_CHECKING:
     from metaft.after.comparing import Finished

@@ -10,11 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from metaft.cli import StopSignals, check_unchanged, in_one, of_run, opened_run, stopped_at_once
+from metaft.cli import StopSignals, in_one, opened_run, stopped_at_once
 from metaft.config import AdaptConfig, CompressConfig, Init, read_toml, to_toml
 from metaft.errors import MetaftError
 from metaft.flags import parse
 from metaft.options import Option, from_mapping
+from metaft.runs.recorded import check_unchanged, of_run
 from metaft.support.modes import in_usual_modes
 from metaft.support.output import steady
 from metaft.support.paths import local
@@ -114,7 +115,7 @@ def _out(config: CompressConfig, source: Path) -> Path:
 def _check_new(out: Path) -> None:
     """Raises MetaftError for a place where there is something, which may be what a kill left to go on with."""
     from metaft.runs.folder import RunFolder
-    from metaft.support.whole import check_new
+    from metaft.support.taken import check_new
 
     folder = RunFolder(out)
     if os.path.exists(folder.compress) and not os.path.exists(folder.result):  # of a name that is too long, too

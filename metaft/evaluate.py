@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
-from metaft.cli import StopSignals, check_own, check_writable, in_ranks
+from metaft.cli import StopSignals, in_ranks
 from metaft.config import EvaluateConfig, MetaTrainConfig
 from metaft.dist.ranks import ALONE, Ranks
 from metaft.errors import DataError, MetaftError, check_ways
@@ -19,6 +19,7 @@ from metaft.runs.from_python import check_brought
 from metaft.support import paths, places
 from metaft.support.modes import in_usual_modes
 from metaft.support.output import steady
+from metaft.support.taken import check_own, check_writable
 
 if TYPE_CHECKING:
     from torch import nn

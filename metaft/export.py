@@ -21,7 +21,8 @@ from metaft.support.modes import in_usual_modes
 from metaft.support.output import steady
 from metaft.support.paths import local
 from metaft.support.places import check_root
-from metaft.support.whole import check_new, whole_or_nothing
+from metaft.support.taken import check_new
+from metaft.support.whole import whole_or_nothing
 
 if TYPE_CHECKING:
     from torch import nn

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from metaft.cli import check_own, check_writable, in_one, stopped_at_once
+from metaft.cli import in_one, stopped_at_once
 from metaft.config import LookConfig
 from metaft.errors import MetaftError
 from metaft.flags import parse
@@ -22,6 +22,7 @@ from metaft.support.modes import in_usual_modes
 from metaft.support.output import steady
 from metaft.support.paths import local
 from metaft.support.places import check_root
+from metaft.support.taken import check_own, check_writable
 
 if TYPE_CHECKING:
     from torch import nn

@@ -11,17 +11,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from metaft import look
-from metaft.cli import StopSignals, check_unchanged, fresh_folder, in_ranks, settings
+from metaft.cli import StopSignals, in_ranks
 from metaft.config import Init, MetaTrainConfig, to_toml
 from metaft.dist.ranks import ALONE, Ranks
 from metaft.errors import MetaftError, RankLost
 from metaft.options import flat
+from metaft.origin import settings
 from metaft.runs.following import to_go_on
 from metaft.runs.from_python import brought, check_brought
+from metaft.runs.recorded import check_unchanged
 from metaft.settings.compute import Origin
 from metaft.support import places
 from metaft.support.modes import in_usual_modes
 from metaft.support.output import steady
+from metaft.support.taken import fresh_folder
 
 if TYPE_CHECKING:
     from torch import nn

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -70,14 +70,18 @@ def mean_t95(values: Sequence[float]) -> tuple[float, float | None]:
     return mean, float(t.ppf(0.975, n - 1)) * float(np.std(values, ddof=1)) / math.sqrt(n)
 
 
-def beyond_chance(value: float, ci95: float | None) -> bool:
-    """Whether the 95 % interval of a difference leaves 0 out. One without a width tells nothing: that of a single
-    value, or of a few that happen to be equal.
+def verdict(value: float, ci95: float | None) -> Literal["alone", "equal", "chance", "above", "below"]:
+    """What a 95 % interval says of a difference: that it is one alone, or of several that happen to be equal, which
+    tells nothing of the next; that chance would do; or that it is above or below 0.
 
-    >>> beyond_chance(0.3, 0.2), beyond_chance(-0.1, 0.2), beyond_chance(0.3, 0.0), beyond_chance(0.3, None)
-    (True, False, False, False)
+    >>> [verdict(0.3, half) for half in (None, 0.0, 0.4, 0.2)], verdict(-0.3, 0.2), verdict(0.0, 0.0)
+    (['alone', 'equal', 'chance', 'above'], 'below', 'chance')
     """
-    return ci95 is not None and 0 < ci95 < abs(value)
+    if ci95 is None:
+        return "alone"
+    if not 0 < ci95 < abs(value):
+        return "equal" if ci95 == 0 != value else "chance"
+    return "above" if value > 0 else "below"
 
 
 def nearest_neighbour(support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor) -> Tensor:

@@ -12,13 +12,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NamedTuple
 
-from metaft.cli import check_own, check_writable, in_one, opened_run
+from metaft.cli import in_one, opened_run
 from metaft.config import PredictConfig
 from metaft.errors import DataError, MetaftError, OutputLost
 from metaft.flags import parse
 from metaft.options import Option
 from metaft.support import output
 from metaft.support.paths import local
+from metaft.support.taken import check_own, check_writable
 
 if TYPE_CHECKING:
     from metaft.finetune.classifier import Predictor

@@ -11,11 +11,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from metaft.cli import CONFIGS, StopSignals, fresh_folder, in_one, stopped_at_once
+from metaft.cli import StopSignals, in_one, stopped_at_once
 from metaft.config import SearchConfig
 from metaft.errors import CheckpointError, MetaftError, TrialsFailed
 from metaft.flags import parse
 from metaft.options import Option, Settings, options
+from metaft.runs.recorded import CONFIGS
 from metaft.settings.compute import Compute, Device, Draws
 from metaft.settings.data import DataSettings, TargetSettings
 from metaft.settings.finetuning import Recipe, StartSettings, TrainingStart
@@ -23,6 +24,7 @@ from metaft.settings.meta_training import InnerSettings, LearnerSettings, MetaTe
 from metaft.support.output import steady
 from metaft.support.paths import local
 from metaft.support.places import shown
+from metaft.support.taken import fresh_folder
 
 if TYPE_CHECKING:
     from metaft.trials.journal import Told
@@ -152,7 +154,7 @@ def _begun(space: Mapping[str, Any], config: SearchConfig, origin: str, stack: c
     """A new search, whose first trial was seen to be one that can be judged. Raises MetaftError, with nothing
     written."""
     from metaft.runs.lock import held
-    from metaft.support.whole import check_new
+    from metaft.support.taken import check_new
     from metaft.trials.journal import Journal
     from metaft.trials.over import OVER, check_searched, in_full, settings_of
     from metaft.trials.searching import Search, method_of

@@ -22,7 +22,7 @@ import torch
 from helpers import IMAGES, SINUSOID, file_size_limit, images, options, pool, remains, write_folder
 from torch import nn
 
-from metaft import evaluate, meta_train, testing
+from metaft import adapt, choose, evaluate, meta_train, testing
 from metaft.__main__ import main as metaft
 from metaft.config import EvaluateConfig, MetaTrainConfig, read_toml
 from metaft.engines import workers
@@ -728,10 +728,14 @@ def test_a_module_of_ones_own_is_recorded_as_such(tmp_path: Path):
 def test_a_folder_of_data_sets_that_nothing_is_read_from_is_a_note(in_tmp: Path, capsys: Text) -> None:
     (in_tmp / "data").mkdir()
     with warnings.catch_warnings():
-        warnings.simplefilter("default", MetaftWarning)
+        warnings.simplefilter("always", MetaftWarning)
         assert meta_train.main(options(SINUSOID, data_root="data", iterations=1, out="run", report=False)) == 0
+        assert adapt.main(["--init", "nothing-such", "--data-root", "data"]) == 2
+        assert choose.main(["--starts", "nothing-such", "--only", "--data-root", "data"]) == 2
     said = "metaft: note: data_root: no files belong to sinusoid, so nothing is looked for there (given 'data')"
-    assert said in capsys.readouterr().err.splitlines()
+    lines = capsys.readouterr().err.splitlines()
+    assert said in lines
+    assert lines.count(said.replace("sinusoid", "glyphs")) == 2
     with pytest.warns(MetaftWarning, match=r"^data_root: no files belong to glyphs and sinusoid, so"):
         places.note_root("data", "glyphs:Hebrew", "unlabelled:glyphs", "sinusoid")
     places.note_root("data", "glyphs:Hebrew", "torchvision:MNIST")

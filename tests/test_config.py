@@ -128,10 +128,11 @@ def test_toml_keys_may_be_spelt_like_options(tmp_path: Path):
     assert read_toml(file) == {"inner_steps": 3, "query_shots": 2}
 
 
-def test_a_toml_key_in_both_spellings_is_refused(tmp_path: Path):
+@pytest.mark.parametrize(("first", "second"), [("inner-lr", "inner_lr"), ("inner_lr", "inner-lr")])
+def test_a_toml_key_in_both_spellings_is_refused(tmp_path: Path, first: str, second: str):
     file = tmp_path / "c.toml"
-    file.write_text("inner-lr = 0.5\ninner_lr = 0.25\n")
-    with pytest.raises(MetaftError, match=r"^inner_lr: .*c\.toml has it in both spellings, with - and with _$"):
+    file.write_text(f"{first} = 0.5\n{second} = 0.25\n")
+    with pytest.raises(MetaftError, match=rf"^{second}: .*c\.toml has it in both spellings, with - and with _$"):
         read_toml(file)
 
 

@@ -16,7 +16,7 @@ from helpers import images, pool, sinusoid, write_target
 from torch.utils import _pytree as pytree
 
 import metaft
-from metaft import adapt, algorithms, cli, evaluate, meta_train, models
+from metaft import adapt, algorithms, evaluate, meta_train, models, origin
 from metaft.algorithms import ALGORITHMS
 from metaft.config import AdaptConfig, MetaTrainConfig
 from metaft.errors import MetaftError
@@ -246,10 +246,10 @@ def test_a_run_begins_without_garbage_collection_and_what_the_caller_had_is_back
         seen.append(gc.isenabled())
         raise MetaftError("enough")
 
-    monkeypatch.setattr(cli, "parse", looked)
+    monkeypatch.setattr(origin, "parse", looked)
     monkeypatch.setattr(assemble, "in_full", looked)
     begins = (
-        lambda: cli.settings(meta_train.Arguments, MetaTrainConfig, [], prog="it"),
+        lambda: origin.settings(meta_train.Arguments, MetaTrainConfig, [], prog="it"),
         lambda: assemble.assemble(MetaTrainConfig()),
     )
     try:

@@ -22,12 +22,12 @@ from helpers import words as adapt_words
 
 from metaft import evaluate, meta_train, predict
 from metaft.__main__ import main as metaft
-from metaft.cli import check_writable
 from metaft.config import AdaptConfig, MetaTrainConfig
 from metaft.errors import CheckpointError, MetaftError
 from metaft.runs.folder import RunFolder
 from metaft.support.output import Steady, steady
 from metaft.support.progress import Progress
+from metaft.support.taken import check_writable
 
 
 def ascii_stream() -> io.TextIOWrapper:

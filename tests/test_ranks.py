@@ -26,7 +26,7 @@ from rank_gradients import MEMBERS, meta_gradient
 from torch import distributed
 
 from metaft import adapt, algorithms, engines, evaluate, meta_train, predict
-from metaft.cli import StopSignals, settings
+from metaft.cli import StopSignals
 from metaft.config import EvaluateConfig, MetaTrainConfig, to_toml
 from metaft.dist import group
 from metaft.dist.ranks import ALONE, Ranks
@@ -34,6 +34,7 @@ from metaft.dist.torchrun import launcher
 from metaft.engines.workers import OWN_THREADS
 from metaft.errors import CheckpointError, Interrupted, MetaftError, NonFiniteError, RankLost
 from metaft.meta_train import resume_run, run
+from metaft.origin import settings
 from metaft.runs import checkpoint, report, training
 from metaft.runs.folder import RunFolder, read_rows
 from metaft.runs.snapshot import load_snapshot

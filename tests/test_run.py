@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from metaft.cli import fresh_folder
 from metaft.errors import CheckpointError, MetaftError
 from metaft.runs import folder as module
 from metaft.runs.folder import RunFolder, append_row, cut_back, read_rows
 from metaft.support.progress import Progress, duration
+from metaft.support.taken import fresh_folder
 
 
 def test_a_new_run_has_its_settings_and_its_folders(tmp_path: Path):

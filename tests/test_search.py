@@ -20,11 +20,11 @@ import pytest
 from helpers import SINUSOID, one_line, write_target
 
 from metaft import adapt, meta_train, search
-from metaft.cli import CONFIGS
 from metaft.config import AdaptConfig, MetaTrainConfig, SearchConfig, read_toml
 from metaft.errors import CheckpointError, Interrupted, MetaftError, TrialsFailed
 from metaft.plots.search import history_figure, settings_figure
 from metaft.runs.checkpoint import write_atomically
+from metaft.runs.recorded import CONFIGS
 from metaft.search import finish
 from metaft.trials import processes, report, searching
 from metaft.trials.journal import Journal

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from metaft.after.comparing import Difference, Finished, differences
-from metaft.metrics import beyond_chance, percent
+from metaft.metrics import percent, verdict
 from metaft.support.places import shown
 from metaft.types import NORMS
 
@@ -106,16 +106,20 @@ def plainly(first: Finished, other: Finished) -> list[str]:
 
 def _sure(difference: Difference, measure: str) -> str:
     assert difference.value is not None
-    if difference.ci95 is None:
-        return "one alone, which tells nothing of the next"
-    if difference.ci95 == 0 != difference.value:
-        return "all happen to agree, which tells nothing of the next"
-    if not beyond_chance(difference.value, difference.ci95):
-        return "no difference that can be told from chance"
+    found = verdict(difference.value, difference.ci95)
+    if found not in ("above", "below"):
+        return _UNSURE[found]
     if measure not in HIGHER_IS_BETTER:  # a figure of the user's own, which only they can judge
         return "a difference, and not by chance"
-    better = (difference.value > 0) == HIGHER_IS_BETTER[measure]
+    better = (found == "above") == HIGHER_IS_BETTER[measure]
     return "better by more than chance" if better else "worse, and not by chance"
+
+
+_UNSURE = {
+    "alone": "one alone, which tells nothing of the next",
+    "equal": "all happen to agree, which tells nothing of the next",
+    "chance": "no difference that can be told from chance",
+}
 
 
 def curves(runs: Sequence[Finished]) -> tuple[dict[str, list[dict[str, float | None]]], str, str]:

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 from metaft.after.settings import settings_of
-from metaft.cli import CONFIGS, of_run
 from metaft.errors import CheckpointError, MetaftError
 from metaft.metrics import mean_ci95, mean_t95
 from metaft.objective import figure_of
 from metaft.runs.folder import RunFolder, read_rows
+from metaft.runs.recorded import CONFIGS, of_run
 from metaft.types import NORMS
 
 Result = Mapping[str, Any]

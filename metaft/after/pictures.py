@@ -10,7 +10,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from metaft.cli import of_run
 from metaft.config import AdaptConfig
 from metaft.errors import DataError, MetaftError
 from metaft.finetune.classifier import Predictor
@@ -19,6 +18,7 @@ from metaft.finetune.journal import read
 from metaft.finetune.setup import Setup, digest_of_data, located, rows_of
 from metaft.inputs.base import Examples
 from metaft.runs.folder import RunFolder
+from metaft.runs.recorded import of_run
 from metaft.starts.names import in_full
 from metaft.targets import Target, load
 from metaft.targets.draws import Rows

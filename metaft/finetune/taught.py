@@ -6,13 +6,13 @@ from pathlib import Path
 
 import numpy as np
 
-from metaft.cli import of_run
 from metaft.config import AdaptConfig
 from metaft.errors import MetaftError
 from metaft.finetune import extras
 from metaft.finetune.journal import read
 from metaft.finetune.setup import Setup, digest_of_data, rows_of
 from metaft.runs.folder import RunFolder
+from metaft.runs.recorded import of_run
 from metaft.starts.names import in_full
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from metaft.metrics import beyond_chance
+from metaft.metrics import verdict
 
 
 def plainly(result: Mapping[str, Any]) -> str:
@@ -74,15 +74,17 @@ def _instead(start: Mapping[str, Any], r: Mapping[str, Any]) -> str:
 
 def _sure(gain: Mapping[str, Any]) -> str:
     """What a paired interval says of a difference."""
-    if gain["ci95"] is None:
-        return "one draw, which tells nothing of the next"
-    if gain["ci95"] == 0 != gain["mean"]:
-        return "which all draws happen to agree on: no interval, and no word on the next"
-    if not beyond_chance(gain["mean"], gain["ci95"]):
-        return "no difference that these draws can tell from chance"
-    if gain["mean"] > 0:
-        return "more than chance"
-    return "less, and not by chance" + (": the probe is the better one here" if gain["over"] == "probe" else "")
+    found = verdict(gain["mean"], gain["ci95"])
+    return _SURE[found] + (": the probe is the better one here" if (found, gain["over"]) == ("below", "probe") else "")
+
+
+_SURE = {
+    "alone": "one draw, which tells nothing of the next",
+    "equal": "which all draws happen to agree on: no interval, and no word on the next",
+    "chance": "no difference that these draws can tell from chance",
+    "above": "more than chance",
+    "below": "less, and not by chance",
+}
 
 
 def called(start: Mapping[str, Any]) -> str:

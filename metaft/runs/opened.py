@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from metaft.cli import of_run
 from metaft.config import MetaTrainConfig, read_toml
 from metaft.errors import CheckpointError
 from metaft.runs.folder import RunFolder
+from metaft.runs.recorded import of_run
 from metaft.runs.snapshot import Snapshot, load_snapshot
 
 

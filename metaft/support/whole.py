@@ -9,14 +9,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from metaft.errors import CheckpointError, MetaftError
-
-
-def check_new(out: Path) -> Path:
-    """The same. Raises MetaftError for a place where there is something."""
-    if os.path.lexists(out):
-        raise MetaftError(f"out: {out} exists already; name another folder with --out")
-    return out
+from metaft.errors import CheckpointError
 
 
 @contextlib.contextmanager

@@ -10,13 +10,13 @@ from typing import Any, NamedTuple
 
 from metaft import schedules
 from metaft.after.comparing import FIGURES, Figure
-from metaft.cli import CONFIGS
 from metaft.config import AdaptConfig, MetaTrainConfig, read_toml
 from metaft.errors import CheckpointError, MetaftError
 from metaft.objective import figure_of
 from metaft.options import Settings, flat
 from metaft.plugin import load
 from metaft.runs.folder import RunFolder, read_rows
+from metaft.runs.recorded import CONFIGS
 from metaft.spec import made_for
 from metaft.starts import names
 from metaft.trials.space import Choices, Space

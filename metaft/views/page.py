@@ -9,11 +9,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from metaft.after.settings import of_compress, settings_of
-from metaft.cli import CONFIGS
 from metaft.config import CompressConfig, read_toml
 from metaft.errors import MetaftError
 from metaft.finetune.words import plainly as of_adapting
 from metaft.options import Field, flat, options
+from metaft.runs.recorded import CONFIGS
 from metaft.runs.words import plainly as of_meta_training
 from metaft.support.progress import duration
 from metaft.views import VIEWS

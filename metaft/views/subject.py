@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from metaft.after.pictures import data_of
-from metaft.cli import CONFIGS, of_run
 from metaft.config import read_toml
 from metaft.errors import CheckpointError, MetaftError
 from metaft.finetune import classifier
@@ -31,6 +30,7 @@ from metaft.options import Settings, options
 from metaft.runs.assemble import Parts, assemble, fill
 from metaft.runs.folder import RunFolder, read_rows
 from metaft.runs.opened import open_run
+from metaft.runs.recorded import CONFIGS, of_run
 from metaft.runs.snapshot import Snapshot
 from metaft.starts.base import Start
 from metaft.starts.names import is_run, label_of
