@@ -11,10 +11,12 @@ import torch
 from helpers import images, pool, write_folder
 from torch import nn
 
-from metaft import evaluate, meta_train
+from metaft import evaluate, look, meta_train
 from metaft.config import EvaluateConfig
-from metaft.errors import MetaftError
+from metaft.errors import CheckpointError, MetaftError
+from metaft.runs import checkpoint
 from metaft.runs.assemble import assemble
+from metaft.starts.run import from_run
 from metaft.tasks import ClassPool, load
 
 
@@ -107,15 +109,18 @@ def test_data_turn_as_they_say_however_they_come() -> None:
     assert turning.to("cpu").default_rotate
 
 
-class Doubles:
-    """A data set of a user's own, whose inputs are in float64."""
+class Own:
+    """A data set of a user's own, with as much as a run needs; its inputs are of this type."""
 
-    name, loss, shape, split_hash = "doubles", "cross_entropy", (1, 8, 8), "0"
+    name, loss, shape, split_hash = "own", "cross_entropy", (1, 8, 8), "0"
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
 
     def describe(self) -> dict[str, object]:
         return {}
 
-    def to(self, device: str) -> Doubles:
+    def to(self, device: str) -> Own:
         return self
 
     def source(self, **sizes: Any) -> Any:
@@ -123,17 +128,30 @@ class Doubles:
 
         def episodes(*which: Any) -> Any:
             tasks = drawn.episodes(*which)
-            return tasks._replace(support_x=tasks.support_x.double(), query_x=tasks.query_x.double())
+            return tasks._replace(support_x=tasks.support_x.to(self.dtype), query_x=tasks.query_x.to(self.dtype))
 
-        return SimpleNamespace(episodes=episodes, ways=drawn.ways, shots=drawn.shots, query_shots=drawn.query_shots)
+        of_run = {name: getattr(drawn, name) for name in ("name", "loss", "ways", "shots", "query_shots", "shape")}
+        return SimpleNamespace(episodes=episodes, **of_run)
 
 
 def test_inputs_of_another_type_than_the_model_computes_in_are_one_line(tmp_path: Path) -> None:
-    own: Any = Doubles()
-    said = r"^dataset: doubles gives inputs in torch\.float64, and conv4 computes in torch\.float32"
+    own: Any = Own(torch.float64)
+    said = r"^dataset: own gives inputs in torch\.float64, and conv4 computes in torch\.float32"
     with pytest.raises(MetaftError, match=said):
         meta_train.run(images(tmp_path / "r"), dataset=own)
     assert not (tmp_path / "r").exists()
     assert (
         assemble(images(model=None), dataset=own, module=net().double()).model.params["1.weight"].dtype == torch.float64
     )
+
+
+def test_a_page_is_made_of_a_module_on_data_that_only_have_a_shape(tmp_path: Path) -> None:
+    own: Any = Own(torch.float32)
+    meta_train.run(images(tmp_path / "r", model=None, iterations=1), dataset=own, module=net())
+    assert "195" in look.run(tmp_path / "r", module=net()).read_text(encoding="utf-8"), "its parameters"
+    assert from_run(tmp_path / "r", net()).shape == [1, 8, 8]
+    for file in (tmp_path / "r" / "checkpoints").glob("*.safetensors"):
+        tensors, header = checkpoint.load(file)
+        checkpoint.save(file, tensors, {k: v for k, v in header.items() if k != "shape"})
+    with pytest.raises(CheckpointError, match=r"^init: .*r does not say what shape its inputs have$"):
+        from_run(tmp_path / "r", net())

@@ -291,6 +291,7 @@ def header(parts: Parts, engine: Engine, ranks: int = 1) -> dict[str, Any]:
         "config": {k: v for k, v in flat(parts.config).items() if v is not None and k not in UNSEEN},
         "architecture": dict(parts.model.architecture),
         "dataset": parts.dataset.name,
+        "shape": list(parts.dataset.shape),
         "split_hash": parts.dataset.split_hash,
         **parts.dataset.describe(),
         **({} if isinstance(parts.algorithm.loss, str) else {"loss": label(parts.algorithm.loss)}),

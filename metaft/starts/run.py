@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
 from metaft.config import Settled
 from metaft.errors import CheckpointError, MetaftError
-from metaft.inputs import of_header
+from metaft.inputs import Inputs, of_header
 from metaft.models import taken, with_constants
 from metaft.models.architecture import build, is_of, is_published
 from metaft.options import from_mapping
@@ -44,7 +45,7 @@ def from_run(path: Path, module: nn.Module | None = None) -> Start:
     start = Start(
         name=str(path),
         architecture=architecture,
-        shape=list(architecture["shape"] if inputs is None else inputs.shape),
+        shape=_shape(path, header, inputs),
         inputs=inputs,
         settings=from_mapping(Settled, header["config"], origin=f"checkpoint of {path}"),
         meta={**snapshot.meta, **snapshot.frozen},
@@ -62,6 +63,16 @@ def from_run(path: Path, module: nn.Module | None = None) -> Start:
     )
     _check_fits(start)
     return start
+
+
+def _shape(path: Path, header: Mapping[str, Any], inputs: Inputs | None) -> list[int]:
+    """Of one input. Raises CheckpointError for a run that does not say, of a module on data without such a record."""
+    if inputs is not None:
+        return list(inputs.shape)
+    shape = header.get("shape") or header["architecture"].get("shape")  # earlier versions wrote the latter alone
+    if shape is None:
+        raise CheckpointError(f"init: {path} does not say what shape its inputs have")
+    return list(shape)
 
 
 def _check_fits(start: Start) -> None:
