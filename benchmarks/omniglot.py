@@ -10,6 +10,7 @@ benchmarks/results/published.jsonl, from which `python benchmarks/table.py` make
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -64,6 +65,16 @@ def protonet(ways: int, shots: int, accuracy: float) -> Row:
     )  # fmt: skip
     note = "the paper's code normalises support and query together, and with running statistics at test"
     return Row(f"protonet-{ways}w{shots}s", Published(accuracy, None, SNELL, "inductive"), config, note=note)
+
+
+def best_protonet() -> Row:
+    """The paper's episodes, at twice its rate and by a cosine, and four times as many to choose the checkpoint by. As
+    many pictures in three episodes of 20 ways come less far."""
+    row = protonet(5, 1, 98.8)
+    config = dataclasses.replace(
+        row.config, iterations=8000, outer_lr=2e-3, outer_schedule="cosine", eval_every=1000, eval_episodes=400
+    )
+    return dataclasses.replace(row, name=f"{row.name}-best", config=config, family="best")
 
 
 def unlabelled(algorithm: str, accuracy: float, source: str) -> Row:
@@ -121,6 +132,7 @@ ROWS = (
     unlabelled("maml", 83.8, "Khodadadeh et al. 2019"),
     best(5, 1, 98.7, 0.4),
     best(20, 1, 95.8, 0.3),
+    best_protonet(),
     member("fomaml", 98.3, 0.5, "Nichol et al. 2018, table 2"),
     member("reptile", 97.68, 0.04, "Nichol et al. 2018, table 2"),
     # At the paper's strength of 2 its problem has no minimum in 99 % of these tasks, and it does not learn.
