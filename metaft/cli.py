@@ -30,7 +30,7 @@ from metaft.errors import (
     first_line,
 )
 from metaft.support.allocator import keep_freed_memory
-from metaft.support.memory import ran_out
+from metaft.support.foreign import ran_out
 from metaft.support.output import of_command
 
 Opened = TypeVar("Opened")

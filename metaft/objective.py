@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metaft.errors import MetaftError, class_and_words, no_such
-from metaft.support.memory import ran_out
+from metaft.errors import MetaftError, no_such
+from metaft.support.foreign import in_our_words
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 """(prediction [n, outputs], target [n] or [n, outputs]) of one task -> scalar."""
@@ -82,18 +82,12 @@ def check(objective: Objective, outputs: int, target: Tensor, like: Tensor) -> N
     if objective.figure is not None:
         functions.append(("figure", objective.metric, objective.figure))
     for field, name, function in functions:
+        shapes = f"predictions {list(prediction.shape)} and targets {list(target.shape)}"
         before = torch.get_rng_state()
         try:
-            # No leaf, as a model's output is none: a loss may change it in place.
-            value, again = (function(prediction.clone().requires_grad_() + 0, target) for _ in range(2))
-        except MetaftError:
-            raise
-        except Exception as error:  # whatever the user's function does
-            if ran_out(error):
-                raise
-            shapes = f"predictions {list(prediction.shape)} and targets {list(target.shape)}"
-            said = class_and_words(error)
-            raise MetaftError(f"{field}: {name} fails on {shapes} ({said})") from error
+            with in_our_words(f"{field}: {name} fails on {shapes}"):
+                # No leaf, as a model's output is none: a loss may change it in place.
+                value, again = (function(prediction.clone().requires_grad_() + 0, target) for _ in range(2))
         finally:
             drew = not torch.equal(before, torch.get_rng_state())
             torch.set_rng_state(before)

@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from metaft import algorithms
 from metaft.errors import MetaftError, class_and_words
 from metaft.spec import name_of
-from metaft.support.memory import ran_out
+from metaft.support.foreign import ran_out
 from metaft.support.paths import absolute
 
 _one_at_a_time = threading.RLock()

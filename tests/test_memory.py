@@ -14,13 +14,14 @@ from torch.nn.utils import parametrize
 
 from metaft import cli, plugin
 from metaft.after import formats, int8
+from metaft.errors import DataError, MetaftError
 from metaft.models import drawn, handed, head, published
 from metaft.models.functional import check_repeats
 from metaft.objective import Objective, check
 from metaft.runs import assemble
 from metaft.starts import file
 from metaft.starts import published as weights_of
-from metaft.support.memory import ran_out
+from metaft.support.foreign import in_our_words, ran_out
 from metaft.targets import torchvision
 from metaft.tasks import learn2learn
 
@@ -215,3 +216,23 @@ def test_another_error_is_no_such_thing() -> None:
     assert not ran_out(ValueError("odd"))
     with pytest.raises(ValueError, match="odd"):
         cli.guarded(command, [], smaller="less")
+
+
+def test_errors_of_other_code_are_in_our_words_but_for_a_full_memory() -> None:
+    class Odd(ValueError):
+        pass
+
+    def raised(error: BaseException, **how: Any) -> BaseException:
+        with pytest.raises(BaseException) as caught, in_our_words("field: it fails", **how):  # noqa: PT011
+            raise error
+        return caught.value
+
+    said = raised(Odd("one\n  two"))
+    assert (type(said), str(said)) == (MetaftError, "field: it fails (Odd: one two)")
+    assert isinstance(said.__cause__, Odd)
+    for kept in (MetaftError("ours"), MemoryError(), RuntimeError("bad_alloc"), KeyboardInterrupt()):
+        assert raised(kept) is kept
+    odd = Odd("so")
+    assert raised(odd, passing=(Odd,)) is odd
+    with pytest.raises(DataError, match=r"^data: so$"), in_our_words(lambda error: DataError(f"data: {error}")):
+        raise odd

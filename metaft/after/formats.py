@@ -19,8 +19,8 @@ from torch import Tensor
 
 from metaft._version import __version__
 from metaft.after.whole import Whole
-from metaft.errors import CheckpointError, MetaftError, class_and_words, words_of
-from metaft.support.memory import ran_out
+from metaft.errors import CheckpointError, MetaftError, words_of
+from metaft.support.foreign import in_our_words, ran_out
 
 META = "metaft"
 """The name of a file's metadata: JSON of what `about` says."""
@@ -51,16 +51,8 @@ class Format:
     def write(self, whole: Whole, path: Path, about: Mapping[str, Any]) -> None:
         """Raises MetaftError where the model cannot be exported so, or a package is missing."""
         module = self._module(self.needs)
-        try:
-            with quiet():
-                module.write(whole, path, about)
-        except (OSError, MetaftError):
-            raise
-        except Exception as error:  # whatever a tracer or a converter meets
-            if ran_out(error):
-                raise
-            why = class_and_words(error)
-            raise MetaftError(f"format: the model cannot be exported to {self.file} ({why})") from error
+        with in_our_words(f"format: the model cannot be exported to {self.file}", passing=(OSError,)), quiet():
+            module.write(whole, path, about)
 
     def opened(self, path: Path) -> tuple[Run, dict[str, Any]]:
         """How the file computes, and what it says of itself. Raises MetaftError where it cannot be read."""

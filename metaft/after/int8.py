@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from metaft.after.formats import META, quiet
-from metaft.errors import MetaftError, class_and_words
+from metaft.errors import MetaftError
 from metaft.inputs.base import Examples
-from metaft.support.memory import ran_out
+from metaft.support.foreign import in_our_words
 
 FILE = "model-int8.onnx"
 
@@ -55,20 +55,12 @@ def quantise(model: Path, out: Path, examples: Examples) -> None:
             return None if part is None else {"pictures": part.numpy()}
 
     left, reduced = untouched(model), not has_vnni()
-    try:
-        with quiet():
-            quantize_static(
-                str(model), str(out), Reader(), quant_format=QuantFormat.QDQ, per_channel=True,
-                reduce_range=reduced, activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
-                nodes_to_exclude=left,
-            )  # fmt: skip
-    except OSError:
-        raise
-    except Exception as error:  # whatever onnxruntime finds
-        if ran_out(error):
-            raise
-        why = class_and_words(error)
-        raise MetaftError(f"int8: the model cannot be quantised ({why})") from error
+    with in_our_words("int8: the model cannot be quantised", passing=(OSError,)), quiet():
+        quantize_static(
+            str(model), str(out), Reader(), quant_format=QuantFormat.QDQ, per_channel=True,
+            reduce_range=reduced, activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
+            nodes_to_exclude=left,
+        )  # fmt: skip
     _note(out, {"calibrated_with": min(AT_MOST, len(examples)), "reduce_range": reduced, "left_as_they_are": left})
 
 

@@ -23,11 +23,11 @@ from torch import Tensor, nn
 
 from metaft.after.saliences import saliences
 from metaft.after.traced import ROOTS, Norm, traced, untraced, with_columns
-from metaft.errors import MetaftError, class_and_words
+from metaft.errors import MetaftError
 from metaft.finetune.classifier import Classifier
 from metaft.models.functional import probe_of
 from metaft.models.stored import StoredNorm
-from metaft.support.memory import ran_out
+from metaft.support.foreign import in_our_words
 
 BLOCK, BLOCKED_FROM = 8, 32
 """Layers of so many channels or more keep a multiple of so many: kernels compute in vectors, and are hardly faster at
@@ -68,7 +68,7 @@ def pruned(classifier: Classifier, original: Classifier, share: float, images: T
     model = traced(classifier)
     wide = {path: _channels(layer) for path, layer in traced(original).named_modules()}
     x = probe_of(classifier.inputs.shape, torch.float64)
-    try:
+    with in_our_words("run: the network cannot be pruned"):  # a module may not be made for a tracer
         with warnings.catch_warnings(), torch.enable_grad():
             warnings.simplefilter("ignore")  # of what a tracer meets
             head = copy.deepcopy(classifier.head).double()
@@ -76,11 +76,6 @@ def pruned(classifier: Classifier, original: Classifier, share: float, images: T
             done = _prune(model, wide, share, x, gates)
         with torch.no_grad():
             found, expected = model(x), done.masked(x)
-    except Exception as error:  # whatever a tracer meets in a module that is not made for it
-        if ran_out(error):
-            raise
-        why = class_and_words(error)
-        raise MetaftError(f"run: the network cannot be pruned ({why})") from error
     if not done.groups:
         raise MetaftError(f"run: at {share:g} of the channels there is nothing to prune in the network")
     if not torch.allclose(found, expected, rtol=0, atol=CLOSE * max(1.0, float(expected.abs().max()))):

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from metaft.engines.trees import chunks, length, summed, unstacked
 from metaft.errors import MetaftError, class_and_words, words_of
 from metaft.models.derivatives import first_sentence, without_derivative
-from metaft.support.memory import ran_out
+from metaft.support.foreign import in_our_words, ran_out
 
 Tree = TypeVar("Tree")
 Shared = TypeVar("Shared")
@@ -119,14 +119,8 @@ def why_not_mapped(fn: TaskFunction[Shared, Tree, Any], shared: Shared, tasks: T
     torch.set_num_threads(1)
     try:
         first, *_ = chunks(tasks, 1)
-        try:
+        with in_our_words(f"{what} do not go together"):
             rows(fn, shared, first)
-        except MetaftError:
-            raise
-        except Exception as error:  # whatever the user's module does
-            if ran_out(error):
-                raise
-            raise MetaftError(f"{what} do not go together ({class_and_words(error)})") from error
         try:
             vmapped(fn, shared, tasks)
         except CannotBatch as error:

@@ -16,7 +16,13 @@ from metaft.engines.trees import summed
 from metaft.engines.vmap import Vmap
 from metaft.errors import MetaftError
 from metaft.models.functional import plain_operations
-from metaft.support.memory import ran_out
+from metaft.support.foreign import in_our_words
+
+
+def _not_compiled(error: Exception) -> MetaftError:
+    """Whatever the compiler could not do, other engines can."""
+    reason = " ".join(str(error).split("\n\n")[0].split())
+    return MetaftError(f"engine: torch.compile failed ({reason}); use --engine processes or threads")
 
 
 class Compiled(Vmap):
@@ -55,18 +61,10 @@ class Compiled(Vmap):
             traced[:] = [summed(vmapped(fn, shared, tasks))]
             return pytree.tree_leaves(traced[0])
 
-        try:
-            with plain_operations(), torch.no_grad():
-                graph = make_fx(flat)(*inputs)
-                compiled = torch.compile(graph, dynamic=False, fullgraph=True)
-                first = compiled(*inputs)
-        except MetaftError:
-            raise
-        except Exception as error:  # whatever the compiler could not do, other engines can
-            if ran_out(error):
-                raise
-            reason = " ".join(str(error).split("\n\n")[0].split())
-            raise MetaftError(f"engine: torch.compile failed ({reason}); use --engine processes or threads") from error
+        with in_our_words(_not_compiled), plain_operations(), torch.no_grad():
+            graph = make_fx(flat)(*inputs)
+            compiled = torch.compile(graph, dynamic=False, fullgraph=True)
+            first = compiled(*inputs)
         # The tracing computed this sum already. A figure may turn by a rounding, such as a tie that is counted as
         # right, so gradients alone are compared; they come first among the leaves.
         (result,) = traced

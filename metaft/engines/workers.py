@@ -27,7 +27,7 @@ from tqdm import TMonitor
 from metaft.dist import patience
 from metaft.engines.shared import Like, file_in_memory, inherited, mapped, starts_of
 from metaft.errors import MetaftError, class_and_words
-from metaft.support.memory import ran_out
+from metaft.support.foreign import ran_out
 
 OWN_THREADS = "metaft-task"
 """Begins the names of the threads that map tasks."""

@@ -23,7 +23,7 @@ from metaft.settings.finetuning import StartSettings
 from metaft.starts.base import Start, body, digest_of
 from metaft.starts.names import takes_size
 from metaft.starts.open import open_start
-from metaft.support.memory import ran_out
+from metaft.support.foreign import ran_out
 from metaft.types import Params
 
 

@@ -22,7 +22,7 @@ from metaft.models.head import body_of
 from metaft.models.stored import empty_stored
 from metaft.runs import checkpoint
 from metaft.runs.folder import RunFolder
-from metaft.support.memory import ran_out
+from metaft.support.foreign import ran_out
 from metaft.support.modes import in_usual_modes
 from metaft.support.paths import local
 

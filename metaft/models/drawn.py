@@ -14,10 +14,10 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.spectral_norm import SpectralNorm, remove_spectral_norm
 from torch.nn.utils.weight_norm import WeightNorm, remove_weight_norm
 
-from metaft.errors import MetaftError, MetaftWarning, class_and_words
+from metaft.errors import MetaftWarning
 from metaft.models.handed import class_of, copied
 from metaft.models.norm import EpisodeNorm
-from metaft.support.memory import ran_out
+from metaft.support.foreign import in_our_words
 
 Part = TypeVar("Part", bound=nn.Module)
 
@@ -115,15 +115,8 @@ def _reset(part: nn.Module, bare: dict[int, nn.Module]) -> None:
         names.append("_reset_parameters")  # of attention and transformers
     reset: Any = next((name for name in names if callable(getattr(drawn, name, None))), None)
     if reset is not None and getattr(type(drawn), reset, None) not in _GLOROT_INSTEAD:
-        try:
+        with in_our_words(f"module: {reset}() of {class_of(drawn)} fails, so it cannot be drawn"):
             getattr(drawn, reset)()
-        except Exception as error:  # whatever the user's method does, or wants to be given
-            if ran_out(error):
-                raise
-            said = class_and_words(error)
-            raise MetaftError(
-                f"module: {reset}() of {class_of(drawn)} fails, so it cannot be drawn ({said})"
-            ) from error
     if drawn is not part:
         _take_over(part, drawn)
 
@@ -174,13 +167,8 @@ def _take_over(part: nn.Module, drawn: nn.Module) -> None:
 
 
 def _invert(part: nn.Module, name: str, value: Tensor) -> None:
-    try:
+    with in_our_words(f"module: {name!r} of {class_of(part)} cannot be drawn anew"):  # there may be no inverse
         setattr(part, name, value)
-    except Exception as error:  # a parametrization that has no inverse, or not of any tensor
-        if ran_out(error):
-            raise
-        why = class_and_words(error)
-        raise MetaftError(f"module: {name!r} of {class_of(part)} cannot be drawn anew ({why})") from error
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

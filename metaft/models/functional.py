@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metaft.errors import MetaftError, class_and_words
+from metaft.errors import MetaftError
 from metaft.models.conv4 import Conv4
 from metaft.models.convolution import task_convolutions
 from metaft.models.derivatives import check_twice_differentiable
@@ -25,7 +25,7 @@ from metaft.models.head import body_of, watched, watching
 from metaft.models.norm import EpisodeNorm, episode_norms, in_transform, measure_moments, use_moments
 from metaft.models.plain import plain_layers
 from metaft.objective import loss_value
-from metaft.support.memory import ran_out
+from metaft.support.foreign import in_our_words
 from metaft.support.modes import in_usual_modes_but_type
 from metaft.types import Loss, Moments, Params
 
@@ -307,17 +307,11 @@ def check_repeats(model: Model, shape: tuple[int, ...], x: Tensor | None = None)
     name = model.architecture.get("class", "the module")
     probe = next(iter(model.params.values()))
     x = (probe_of(shape, probe.dtype) if x is None else x).to(probe.device)
+    takes = f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)}"
     before = torch.get_rng_state()
     try:
-        first, second = model.apply(model.params, x, None), model.apply(model.params, x, None)
-    except MetaftError:
-        raise
-    except Exception as error:  # whatever the user's forward pass does
-        if ran_out(error):
-            raise
-        why = class_and_words(error)
-        takes = f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)}"
-        raise MetaftError(f"module: {name} cannot take inputs of {takes} ({why})") from error
+        with in_our_words(f"module: {name} cannot take inputs of {takes}"):
+            first, second = model.apply(model.params, x, None), model.apply(model.params, x, None)
     finally:
         drew = not torch.equal(before, torch.get_rng_state())
         torch.set_rng_state(before)

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
 
-from metaft.errors import MetaftError, class_and_words
-from metaft.support.memory import ran_out
+from metaft.errors import MetaftError
+from metaft.support.foreign import in_our_words
 from metaft.types import Params
 
 _SHARDED = {"FullyShardedDataParallel", "FSDPModule"}
@@ -56,7 +56,7 @@ def copied(module: nn.Module) -> nn.Module:
     module = unwrapped(module)
     _refuse_kinds(module)
     memo: dict[int, Any] = {}
-    try:
+    with in_our_words(f"module: {class_of(module)} cannot be copied"):
         for value in (value for part in module.modules() for value in vars(part).values()):
             if type(value) in _EMPTY and not value:
                 # A module has a dozen for hooks, and to copy one as any object costs more than to copy a small tensor.
@@ -71,11 +71,6 @@ def copied(module: nn.Module) -> nn.Module:
             if bare is not part:
                 memo[id(part)] = copy.deepcopy(bare, memo)
         return copy.deepcopy(module, memo)
-    except Exception as error:  # whatever the user's own parts hold
-        if ran_out(error):
-            raise
-        why = class_and_words(error)
-        raise MetaftError(f"module: {class_of(module)} cannot be copied ({why})") from error
 
 
 def taken(module: nn.Module) -> nn.Module:

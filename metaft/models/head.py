@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from metaft.errors import class_and_words
 from metaft.models.handed import copied, eagerly
-from metaft.support.memory import ran_out
+from metaft.support.foreign import ran_out
 
 # A context variable is local to its thread, as the one of `metaft.models.norm`.
 _watch: ContextVar[Watch | None] = ContextVar("watch", default=None)

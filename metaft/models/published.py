@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from metaft.errors import MetaftError, class_and_words, suggest
 from metaft.models.drawn import own_generator
-from metaft.support.memory import ran_out
+from metaft.support.foreign import in_our_words
 
 HEAD = "head"
 """The name of the head in what `build` gives."""
@@ -73,13 +73,8 @@ def headed(module: nn.Module, name: str, outputs: int, shape: Sequence[int]) -> 
     """A library's module with a linear head in the place of its own. Raises MetaftError for inputs [C, H, W] that it
     cannot take, and where what comes to its head are no features [n, D]."""
     body = without_head(module, head_for(name, module))
-    try:
-        with torch.no_grad():
-            features = body(torch.zeros(2, *shape, device=next(body.parameters()).device))
-    except Exception as error:  # whatever a library says of a size that its model is not made for
-        if ran_out(error):
-            raise
-        raise MetaftError(f"image_size: {name} cannot take images {list(shape)} ({class_and_words(error)})") from error
+    with in_our_words(f"image_size: {name} cannot take images {list(shape)}"), torch.no_grad():
+        features = body(torch.zeros(2, *shape, device=next(body.parameters()).device))
     if not isinstance(features, Tensor) or features.dim() != 2 or len(features) != 2:
         what = f"{list(features.shape)}" if isinstance(features, Tensor) else type(features).__name__
         raise MetaftError(f"init: what {name} gives its head is no batch of features [2, D], but {what}")

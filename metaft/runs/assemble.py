@@ -37,7 +37,7 @@ from metaft.runs.training import draw
 from metaft.starts.names import in_full
 from metaft.support import places
 from metaft.support.collector import uncollected
-from metaft.support.memory import ran_out
+from metaft.support.foreign import ran_out
 from metaft.tasks.pool import ClassPool
 from metaft.tasks.sinusoid import Sinusoid
 from metaft.testing import task_scores

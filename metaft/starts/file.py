@@ -15,7 +15,7 @@ from metaft.starts.base import Start
 from metaft.starts.names import PACKAGED
 from metaft.starts.published import of_architecture
 from metaft.starts.weights import in_order, load_into, named_tensors, source_head, start_of
-from metaft.support.memory import ran_out
+from metaft.support.foreign import ran_out
 from metaft.support.paths import absolute, local
 
 

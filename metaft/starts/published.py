@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import math
 import socket
@@ -23,7 +24,7 @@ from metaft.models.drawn import own_generator
 from metaft.starts.base import Start
 from metaft.starts.names import PACKAGED
 from metaft.starts.weights import image_inputs, in_order, load_into, source_head, start_of
-from metaft.support.memory import ran_out
+from metaft.support.foreign import in_our_words
 
 
 def from_torchvision(name: str, image_size: int | None, norm: NormOf = "keep") -> Start:
@@ -44,12 +45,8 @@ def from_torchvision(name: str, image_size: int | None, norm: NormOf = "keep") -
     weights = known[chosen] if chosen else known.DEFAULT
     inputs = of_preset(weights.transforms(), image_size)
     module = published.bare(architecture, inputs.shape)
-    try:
+    with in_our_words(lambda error: _not_fetched(f"torchvision:{name}", model, weights.url, error)):
         tensors = weights.get_state_dict(progress=False, check_hash=True)
-    except Exception as error:  # whatever a download raises
-        if ran_out(error):
-            raise
-        raise _not_fetched(f"torchvision:{name}", model, weights.url, error) from error
     source = f"torchvision:{model}:{weights.name}"
     head = published.head_of(module)
     notes = load_into(module, head, tensors, source, architecture)
@@ -73,13 +70,9 @@ def from_timm(name: str, image_size: int | None, norm: NormOf = "keep") -> Start
     module = published.bare(init, (3, 224, 224))
     inputs = of_timm(module, image_size)
     head = published.head_for(init, module)
-    try:
-        with own_generator(0), _without_waiting():
-            filled: nn.Module = library.create_model(name, pretrained=True).eval()
-    except Exception as error:  # whatever a download raises
-        if ran_out(error):
-            raise
-        raise _not_fetched(init, f"timm/{name}", "timm's own place of it", error) from error
+    failed = functools.partial(_not_fetched, init, f"timm/{name}", "timm's own place of it")
+    with in_our_words(failed), own_generator(0), _without_waiting():
+        filled: nn.Module = library.create_model(name, pretrained=True).eval()
     notes = load_into(module, head, filled.state_dict(), init, init)
     known = source_head(module, head, filled.state_dict())
     return start_of(module, init, inputs, init=init, about=_about(init), notes=tuple(notes), norm=norm, source=known)

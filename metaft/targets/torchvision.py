@@ -21,7 +21,7 @@ from metaft.inputs.fitting import plain, upright
 from metaft.inputs.flaws import about
 from metaft.inputs.listing import DAMAGED
 from metaft.inputs.reading import Unreadable
-from metaft.support.memory import ran_out
+from metaft.support.foreign import ran_out
 from metaft.support.paths import absolute
 from metaft.targets.files import Listed
 

@@ -28,7 +28,7 @@ from metaft.inputs.depth import CONTAINER, bits_for, is_deep, maximum, to_bytes
 from metaft.inputs.fitting import border, fitted_deep, is_dark_on_bright, is_grey, pixels_of, plain, upright
 from metaft.inputs.flaws import about, flaws_note, noted
 from metaft.inputs.pictures import depth_note
-from metaft.support.memory import ran_out
+from metaft.support.foreign import in_our_words
 from metaft.support.paths import local
 from metaft.tasks.folder import inputs_of, rank_split
 from metaft.tasks.pool import ClassPool
@@ -172,15 +172,13 @@ def named(
         raise no_such("dataset", name, sorted(NAMES), lacks="learn2learn has no")
     make = getattr(_datasets(), NAMES[name])
     modes = [{}] if name in _WHOLE else [{"mode": mode} for mode in ("train", "validation", "test")]
-    try:
-        with contextlib.redirect_stdout(sys.stderr):
-            parts = [make(root=str(local(root)), download=download, **mode) for mode in modes]
-    except Exception as error:  # of learn2learn, pickle, zipfile, requests, ...: all say that the data is not there
-        if ran_out(error):
-            raise
-        hint = "" if download else "; --download fetches it"
-        said = words_of(error)
-        raise DataError(f"l2l:{name}: learn2learn cannot read it under {local(root)} ({said}){hint}") from error
+    hint = "" if download else "; --download fetches it"
+
+    def not_there(error: Exception) -> DataError:  # whichever of learn2learn, pickle, zipfile, requests, ... says it
+        return DataError(f"l2l:{name}: learn2learn cannot read it under {local(root)} ({words_of(error)}){hint}")
+
+    with in_our_words(not_there), contextlib.redirect_stdout(sys.stderr):
+        parts = [make(root=str(local(root)), download=download, **mode) for mode in modes]
     return pool(*parts, name=f"l2l:{name}", image_size=image_size, channels=channels)
 
 
