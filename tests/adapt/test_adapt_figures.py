@@ -194,6 +194,10 @@ def test_a_report_of_three_starts(done: Path) -> None:
     assert "The handed over start gets" in sentence
     sure = {**three, "gains": [result["gains"][0], {**gains[1], "ci95": 0.2}]}
     assert plainly(sure).endswith("± 20.0), less, and not by chance.")
+    probe, better = {**gains[1], "over": "probe", "ci95": 0.2}, "the probe is the better one here"
+    assert plainly({**three, "gains": [gains[0], probe]}).endswith(f"less, and not by chance: {better}.")
+    for other in ({"mean": 0.25}, {"ci95": 0.5}):
+        assert better not in plainly({**three, "gains": [gains[0], {**probe, **other}]})
     equal = {**three, "gains": [result["gains"][0], {**gains[1], "ci95": 0.0}]}
     assert plainly(equal).endswith("± 0.0), which all draws happen to agree on: no interval, and no word on the next.")
 
